@@ -1,0 +1,45 @@
+"""fastgen: batched generation from dense transformers, small enough to read and yours to import.
+
+    import fastgen
+
+    with fastgen.Engine.from_pretrained() as engine:
+        print(engine.generate("The capital of France is")[0].completions[0].text)
+"""
+
+from fastgen.batch import stage
+from fastgen.config import SamplingParams, Settings
+from fastgen.engine import Engine, new_cache
+from fastgen.models.spec import Rope, Spec, from_hf
+from fastgen.models.transformer import forward, hidden, unembed
+from fastgen.models.weights import init, load, save
+from fastgen.request import Completion, Event, Output
+from fastgen.types import Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling
+
+__all__ = [
+    "Batch",
+    "Cache",
+    "Completion",
+    "Edits",
+    "Engine",
+    "Event",
+    "Filter",
+    "Layer",
+    "Output",
+    "Params",
+    "Rope",
+    "Sampled",
+    "Sampling",
+    "SamplingParams",
+    "Settings",
+    "Spec",
+    "forward",
+    "from_hf",
+    "hidden",
+    "init",
+    "load",
+    "new_cache",
+    "save",
+    "stage",
+    "unembed",
+]
+__version__ = "0.1.0"

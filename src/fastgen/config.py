@@ -1,0 +1,211 @@
+"""Every knob, as frozen dataclasses that check themselves. Hydra's groups mirror them; nothing here imports hydra."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+
+def _range(owner: str, name: str, value: Any, low: float | None, high: float | None = None, *, whole: bool) -> None:  # noqa: ANN401
+    kinds = int if whole else int | float
+    above = f"at least {low}" if high is None else f"between {low} and {high}"
+    if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+        raise ValueError(f"{owner}.{name} must be {'a whole' if whole else 'a'} number, got {value!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{owner}.{name} must be {above}, got {value!r}")
+
+
+def _choice(owner: str, name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{owner}.{name} must be one of {', '.join(options)}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled. Independent of the batch it runs in.
+
+    The order is: logit_bias and min_tokens, penalties, temperature, top_k, top_p, min_p, draw. top_p keeps the
+    smallest set of tokens whose probability, renormalised after top_k, reaches it; min_p is relative to the most
+    likely token. Presence and frequency penalties count generated tokens, the repetition penalty prompt and output.
+
+    Logprobs are natural logarithms. `logprob_mode="raw"` gives the model's own distribution, before bias, penalties
+    and temperature; `"processed"` gives the distribution the token was drawn from (for greedy requests: the one
+    before temperature). `logprobs=0` returns the sampled token's, `k` adds the k most likely.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    seed: int | None = None  # None: drawn by the engine
+    n: int = 1
+    max_tokens: int | None = 256  # None: as many as context and cache allow
+    min_tokens: int = 0  # end tokens and stop_token_ids are banned before
+    stop: tuple[str, ...] = ()  # cut from the text; the tokens stay
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_mode: str = "raw"
+
+    def __post_init__(self) -> None:
+        me = "SamplingParams"
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        _range(me, "temperature", self.temperature, 0, 100, whole=False)
+        _range(me, "top_p", self.top_p, 0, 1, whole=False)
+        if self.top_p == 0:
+            raise ValueError(f"{me}.top_p must be above 0 and at most 1, got {self.top_p!r}")
+        _range(me, "top_k", self.top_k, 0, whole=True)
+        _range(me, "min_p", self.min_p, 0, 1, whole=False)
+        if self.seed is not None:
+            _range(me, "seed", self.seed, -(2**63), 2**63 - 1, whole=True)
+        _range(me, "n", self.n, 1, 4096, whole=True)
+        if self.max_tokens is not None:
+            _range(me, "max_tokens", self.max_tokens, 1, whole=True)
+        _range(me, "min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"{me}.stop must hold non-empty strings, got {text!r}")
+        for token in self.stop_token_ids:
+            _range(me, "stop_token_ids", token, 0, whole=True)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _range(me, name, getattr(self, name), -2, 2, whole=False)
+        _range(me, "repetition_penalty", self.repetition_penalty, 1e-3, 100, whole=False)
+        for token, bias in self.logit_bias.items():
+            _range(me, "logit_bias token", token, 0, whole=True)
+            _range(me, f"logit_bias[{token}]", bias, -100, 100, whole=False)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _range(me, name, getattr(self, name), 0, whole=True)
+        _choice(me, "logprob_mode", self.logprob_mode, ("raw", "processed"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What to load: a path or hub id (None: the embedded default), or random weights for a config (`random=true`)."""
+
+    path: str | None = None
+    dtype: str = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
+    device: str = "auto"  # auto: cuda if there is one
+    random: bool = False
+    random_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("model", "dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        if self.random and self.path is None:
+            raise ValueError("model.random needs model.path: the config.json, or the folder that holds it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What a step computes. `mixed`: every running sequence decodes, prompts fill the rest of the budget.
+    `prefill_first`: no decoding while there is prompt left to compute."""
+
+    policy: str = "mixed"
+    max_requests: int = 256  # sequences running at once
+    token_budget: int = 2048  # tokens a step
+    prefill_chunk: int | None = None  # tokens of one prompt a step; None: the budget
+
+    def __post_init__(self) -> None:
+        _choice("schedule", "policy", self.policy, ("mixed", "prefill_first"))
+        _range("schedule", "max_requests", self.max_requests, 1, whole=True)
+        _range("schedule", "token_budget", self.token_budget, 1, whole=True)
+        if self.prefill_chunk is not None:
+            _range("schedule", "prefill_chunk", self.prefill_chunk, 1, whole=True)
+        if self.token_budget < self.max_requests:
+            raise ValueError(
+                f"schedule.token_budget ({self.token_budget}) must be at least schedule.max_requests "
+                f"({self.max_requests}): every running sequence decodes one token a step"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pages:
+    """Size of the paged cache."""
+
+    page_size: int = 16  # tokens
+    cache_tokens: int | None = None  # capacity; None: from the memory that is free
+    cache_fraction: float = 0.8  # of the memory free after loading where cache_tokens is None (on a CPU 2 GB at most)
+
+    def __post_init__(self) -> None:
+        _range("pages", "page_size", self.page_size, 1, whole=True)
+        if self.cache_tokens is not None:
+            _range("pages", "cache_tokens", self.cache_tokens, self.page_size, whole=True)
+        _range("pages", "cache_fraction", self.cache_fraction, 0.01, 0.98, whole=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offload:
+    """Where pages go that do not fit the device."""
+
+    offload: str = "none"
+
+    def __post_init__(self) -> None:
+        _choice("offload", "offload", self.offload, ("none",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """Devices a model is spread over."""
+
+    tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        _range("parallel", "tensor_parallel", self.tensor_parallel, 1, 1, whole=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compile:
+    """How a step is run, and by which attention."""
+
+    compile: str = "eager"
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        _choice("compile", "compile", self.compile, ("eager",))
+        _choice("compile", "attention", self.attention, ("sdpa", "reference"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything an engine is told besides its model."""
+
+    schedule: Schedule = Schedule()
+    pages: Pages = Pages()
+    offload: Offload = Offload()
+    parallel: Parallel = Parallel()
+    compile: Compile = Compile()
+    seed: int | None = None  # of requests that bring none; None: from the operating system
+
+    @classmethod
+    def of(cls, **flat: Any) -> "Settings":  # noqa: ANN401
+        """From flat keywords (`token_budget=512`), each put into the group that has it, or whole groups.
+
+        A name that no group has is a ValueError with the nearest ones.
+        """
+        groups = {f.name: getattr(cls(), f.name) for f in fields(cls) if f.name != "seed"}
+        owner = {f.name: group for group, value in groups.items() for f in fields(value)}
+        changes: dict[str, dict[str, Any]] = {}
+        seed = flat.pop("seed", None)
+        for name, value in flat.items():
+            if name in groups and isinstance(value, type(groups[name])):
+                groups[name] = value
+            elif name in owner:
+                changes.setdefault(owner[name], {})[name] = value
+            else:
+                raise ValueError(unknown("setting", name, owner))
+        return cls(seed=seed, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})
+
+
+def unknown(what: str, name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """The message for a name that is not known, with the nearest known ones."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+    return f"unknown {what} {name!r}; {hint}"

@@ -1,0 +1,326 @@
+"""The engine: parameters, a paged cache and a scheduler's state, advanced a step at a time."""
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from fastgen import batch as batches
+from fastgen import sampling, schedule, tokenizer
+from fastgen.cache import pages
+from fastgen.config import SamplingParams, Settings
+from fastgen.models import weights
+from fastgen.models.spec import Spec, from_hf
+from fastgen.models.transformer import hidden, unembed
+from fastgen.ops.attention import BACKENDS, Backend
+from fastgen.request import Completion, Event, Output, Sample
+from fastgen.tokenizer import Prompt
+from fastgen.types import Batch, Cache, Params, Sampled, Sampling
+
+CPU_CACHE = 2 * 2**30  # bytes at most, where the size is not given
+CHUNK = 2**24  # logits computed at once for prompt logprobs: 64 MB in fp32
+
+
+def new_cache(spec: Spec, slots: int, *, device: torch.device | str, dtype: torch.dtype) -> Cache:
+    """An empty cache of `slots` tokens. Zeros, since masked attention still multiplies what it reads."""
+    shape = (slots, spec.kv_heads, spec.head)
+    k, v = (tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)) for _ in "kv")
+    return Cache(k, v)
+
+
+class Engine:
+    """Generates from a dense transformer; many requests share each step.
+
+    `params` are used as they are, without a copy, on the device and in the dtype they have. Settings are the names
+    in `fastgen.config` (`token_budget=512, page_size=32, …`).
+
+    Not for several threads at once. `close()` (or `with`) frees the cache.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        spec: Spec,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> None:
+        self.params, self.spec, self.tokenizer = params, spec, tokenizer
+        self.settings = Settings.of(**settings)
+        self.device, self.dtype = params.embed.device, params.embed.dtype
+        page = self.settings.pages.page_size
+        self.capacity = self._capacity()  # tokens
+        self.cache = new_cache(spec, self.capacity + page, device=self.device, dtype=self.dtype)
+        self.state = schedule.State(page=page, free=pages.pool(self.capacity // page + 1))
+        self.batch: Batch | None = None  # of the last step, to look at
+        self.steps = 0
+        self._backend = partial(BACKENDS[self.settings.compile.attention], page=page)
+        self._samples: dict[int, Sample] = {}  # by sequence
+        self._ids, self._request_ids = itertools.count(), itertools.count()
+        self._undelivered: list[Event] = []
+        self._random = random.Random(self.settings.seed)
+        self._eos = frozenset(spec.eos)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            self._eos |= {tokenizer.eos_token_id}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        random: bool = False,
+        random_seed: int = 0,
+        progress: bool = True,
+        **settings: Any,  # noqa: ANN401
+    ) -> "Engine":
+        """An engine for a Hugging Face directory, hub id, `.safetensors` or `.gguf` file; None: the embedded default.
+
+        `dtype` auto is the checkpoint's on a GPU and float32 on a CPU; `device` auto takes a GPU if there is one.
+        `random` draws weights instead of reading them: `model` is then a config.json or the folder that holds it.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
+        Settings.of(**settings)  # a mistyped setting should not cost the time of loading
+        path = _default() if model is None else weights.resolve(model)
+        if random:
+            spec = from_hf(weights.read_config(path))
+            params = weights.init(spec, random_seed, device=device, dtype=kind)
+        else:
+            spec, params = weights.load(path, device=device, dtype=kind, progress=progress)
+        return cls(params, spec, tokenizer.load(path), **settings)
+
+    def _capacity(self) -> int:
+        """Tokens the cache holds, in whole pages."""
+        p, spec = self.settings.pages, self.spec
+        per_token = 2 * spec.layers * spec.kv_heads * spec.head * self.dtype.itemsize
+        tokens = p.cache_tokens
+        if tokens is None:
+            cuda = self.device.type == "cuda"
+            free = torch.cuda.mem_get_info(self.device)[0] * p.cache_fraction if cuda else CPU_CACHE
+            # No more than could ever be in use.
+            tokens = min(int(free) // per_token, self.settings.schedule.max_requests * spec.context)
+        if tokens < p.page_size:
+            raise ValueError(f"no memory is left for the cache: {tokens} tokens of {per_token} bytes each")
+        return tokens // p.page_size * p.page_size
+
+    # --- requests, one at a time ----------------------------------------------------------------------------------
+
+    def add(self, prompt: Prompt, sampling: SamplingParams | None = None) -> int:
+        """Queue a request; its id. `prompt` is text, token ids, or chat messages.
+
+        ValueError, with the numbers, for what can never run; nothing else is disturbed.
+        """
+        params = sampling or SamplingParams()
+        prompt_ids = tokenizer.encode(self.tokenizer, prompt)
+        limit = self._limit(prompt_ids, params)
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        output = Output(next(self._request_ids), prompt_ids, [Completion() for _ in range(params.n)])
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None]
+            output.prompt_top_logprobs = [None] if params.prompt_logprobs else None
+        new = {next(self._ids): Sample(output, j, params, seed, limit, self._eos, self.tokenizer) for j in range(params.n)}
+        self._samples |= new
+        for id in new:
+            self.state = schedule.add(self.state, schedule.Sequence(id, len(prompt_ids), limit))
+        return output.request_id
+
+    def _limit(self, prompt: list[int], params: SamplingParams) -> int:
+        """Most tokens of a sequence, prompt included; refuses what cannot be."""
+        vocab, context, n = self.spec.vocab, self.spec.context, len(prompt)
+        used = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
+        for name, tokens in used.items():
+            if wrong := [t for t in tokens if not 0 <= t < vocab]:
+                raise ValueError(f"{name}: token {wrong[0]} is outside the vocabulary of {vocab}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > vocab:
+                raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary of {vocab}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
+        # The last token drawn is never written to the cache.
+        most = min(context, self.capacity + 1)
+        wanted = n + (params.max_tokens or 1)
+        if wanted > most:
+            place = f"model's context of {context}" if most == context else f"cache of {self.capacity}"
+            advice = f"max_tokens can be at most {most - n}" if n < most else "the prompt alone is too long"
+            raise ValueError(
+                f"{n} prompt tokens and max_tokens={params.max_tokens} do not fit the {place} tokens: {advice}"
+            )
+        return most if params.max_tokens is None else wanted
+
+    def abort(self, request_id: int) -> Output | None:
+        """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
+        ids = [id for id, s in self._samples.items() if s.output.request_id == request_id]
+        if not ids:
+            return None
+        self.state = schedule.drop(self.state, ids)
+        samples = [self._samples.pop(id) for id in ids]
+        self._undelivered += [s.end("abort") for s in samples]
+        return samples[0].output
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a step has anything left to do or to report."""
+        return bool(self._samples or self._undelivered)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Compute one step; what it added to each request. An interrupt aborts everything that was running."""
+        try:
+            events, self._undelivered = self._undelivered + self._step(), []
+            return events
+        except KeyboardInterrupt:
+            self._abort({s.output.request_id for s in self._samples.values()})
+            raise
+
+    def _step(self) -> list[Event]:
+        state, plan = schedule.plan(self.state, self.settings.schedule)
+        if not plan:
+            return []
+        drawing = [self._samples[span.id] for span in plan if span.sample]
+        tokens = {span.id: self._samples[span.id].tokens for span in plan}
+        self.batch = batches.stage(plan, tokens, state.page, self.device)
+        settings = batches.stage_sampling(drawing, self.spec.vocab, self.device)
+        top = max((s.params.logprobs for s in drawing if s.params.logprobs is not None), default=None)
+        x, drawn = compute(self.params, self.cache, self.batch, settings, self.spec, self._backend, top)
+        self._score_prompts(plan, x)
+        rows = zip(*(t.tolist() for t in drawn), strict=True)
+        events, stopped = [], set()
+        for span in plan:
+            if span.sample:
+                token, logprob, top_token, top_logprob = next(rows)
+                sample = self._samples[span.id]
+                event = sample.push(token, logprob, list(zip(top_token, top_logprob, strict=True)))
+                events.append(event)
+                if event.finish_reason:
+                    stopped.add(span.id)
+        self.state = schedule.commit(state, plan, stopped)
+        for id in stopped:
+            del self._samples[id]
+        self.steps += 1
+        return events
+
+    def _score_prompts(self, plan: schedule.Plan, x: Tensor) -> None:
+        """Prompt logprobs of the step's spans, from the hidden states x [T, D]; few rows of logits at a time."""
+        at = 0
+        for span in plan:
+            sample, count = self._samples[span.id], span.stop - span.start
+            out, top = sample.output, sample.params.prompt_logprobs
+            last = min(span.stop, len(out.prompt_token_ids) - 1)  # the last prompt token predicts no prompt token
+            if out.prompt_logprobs is not None and top is not None and sample.index == 0:
+                rows = max(1, CHUNK // self.spec.vocab)
+                for i in range(span.start, last, rows):
+                    j = min(i + rows, last)
+                    logits = unembed(self.params, x[at + i - span.start : at + j - span.start])
+                    token = torch.tensor(out.prompt_token_ids[i + 1 : j + 1], device=self.device)
+                    value, top_token, top_value = (t.tolist() for t in sampling.logprobs(logits, token, top))
+                    out.prompt_logprobs += value
+                    if out.prompt_top_logprobs is not None:
+                        pairs = zip(top_token, top_value, strict=True)
+                        out.prompt_top_logprobs += [dict(zip(*pair, strict=True)) for pair in pairs]
+            at += count
+
+    # --- many at once -----------------------------------------------------------------------------------------------
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Event]:
+        """Events of one or many prompts as they come; `request_id` counts the prompts from the first one's id.
+
+        Leaving the loop early, or an interrupt, aborts what is not finished.
+        """
+        ids = self._add_all(prompts, sampling)
+        return self._events(ids)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[Output]:
+        """Outputs of one or many prompts, in their order. `sampling` is one for all, or one for each.
+
+        `progress` None shows a bar when it takes longer than two seconds.
+        """
+        ids = self._add_all(prompts, sampling)
+        done: dict[int, Output] = {}
+        with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=progress is False) as bar:
+            for event in self._events(ids):
+                if event.output is not None:
+                    done[event.request_id] = event.output
+                    bar.update()
+        return [done[id] for id in ids]
+
+    def _add_all(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[int]:
+        many: Sequence[Any] = [prompts] if tokenizer.is_one(prompts) else list(prompts)
+        each = [sampling] * len(many) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(many):
+            raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")
+        ids: list[int] = []
+        try:
+            for prompt, params in zip(many, each, strict=True):
+                ids.append(self.add(prompt, params))
+        except BaseException as e:
+            self._abort(ids)
+            if isinstance(e, ValueError) and len(many) > 1:
+                raise ValueError(f"prompt {len(ids)}: {e}") from e
+            raise
+        return ids
+
+    def _events(self, ids: list[int]) -> Iterator[Event]:
+        """Steps until the requests `ids` have ended; what others receive meanwhile waits for their next step."""
+        left = set(ids)
+        try:
+            while left:
+                events = self.step()
+                self._undelivered += [e for e in events if e.request_id not in left]
+                for event in [e for e in events if e.request_id in left]:
+                    left -= {event.request_id} if event.output is not None else set()
+                    yield event
+        finally:
+            self._abort(left)
+
+    def _abort(self, ids: Iterable[int]) -> None:
+        """Abort requests whose events nobody waits for."""
+        for id in ids:
+            self.abort(id)
+            self._undelivered = [e for e in self._undelivered if e.request_id != id]
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Abort everything and let go of cache and parameters."""
+        self._abort({s.output.request_id for s in self._samples.values()})
+        del self.cache, self.params
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def compute(
+    params: Params, cache: Cache, batch: Batch, settings: Sampling, spec: Spec, backend: Backend, top: int | None
+) -> tuple[Tensor, Sampled]:
+    """One step: hidden states [T, D] of all tokens, and the tokens drawn at `batch.output`. Writes `cache`."""
+    x = hidden(params, cache, batch, spec, backend)
+    return x, sampling.sample(unembed(params, x[batch.output]), settings, top)

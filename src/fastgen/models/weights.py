@@ -1,0 +1,217 @@
+"""Each weight is declared once, in `declare`; init, load, update and save are walks over that tree."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+from tqdm.auto import tqdm
+
+from fastgen.models import gguf
+from fastgen.models.spec import Spec, from_hf, to_hf
+from fastgen.types import Layer, Params
+
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old checkpoints carry
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A weight: `parts` are (checkpoint name, rows) packed along the first dimension, in order."""
+
+    parts: tuple[tuple[str, int], ...]
+    shape: tuple[int, ...]
+    split: int | None = None  # dimension that tensor parallelism divides
+    fill: float | None = None  # constant initial value; None draws from a normal
+
+
+def declare(spec: Spec) -> Params:
+    """The tree of all weights of a model, with a Leaf in the place of every tensor."""
+    q, kv = spec.q_heads * spec.head, spec.kv_heads * spec.head
+
+    def leaf(rows: dict[str, int], *rest: int, split: int | None = None, fill: float | None = None) -> Leaf:
+        return Leaf(tuple(rows.items()), (sum(rows.values()), *rest), split, fill)
+
+    def layer(i: int) -> Layer:
+        def at(name: str) -> str:
+            return f"model.layers.{i}.{name}"
+
+        heads = {"q": q, "k": kv, "v": kv}
+        weight = {at(f"self_attn.{n}_proj.weight"): rows for n, rows in heads.items()}
+        bias = {at(f"self_attn.{n}_proj.bias"): rows for n, rows in heads.items()}
+        gate_up = {at(f"mlp.{n}_proj.weight"): spec.ffn for n in ("gate", "up")}
+        return Layer(
+            attn_norm=leaf({at("input_layernorm.weight"): spec.dim}, fill=1.0),
+            qkv=leaf(weight, spec.dim, split=0),
+            qkv_bias=leaf(bias, split=0, fill=0.0) if spec.qkv_bias else None,
+            q_norm=leaf({at("self_attn.q_norm.weight"): spec.head}, fill=1.0) if spec.qk_norm else None,
+            k_norm=leaf({at("self_attn.k_norm.weight"): spec.head}, fill=1.0) if spec.qk_norm else None,
+            out=leaf({at("self_attn.o_proj.weight"): spec.dim}, q, split=1),
+            out_bias=leaf({at("self_attn.o_proj.bias"): spec.dim}, fill=0.0) if spec.out_bias else None,
+            ffn_norm=leaf({at("post_attention_layernorm.weight"): spec.dim}, fill=1.0),
+            gate_up=leaf(gate_up, spec.dim, split=0),
+            down=leaf({at("mlp.down_proj.weight"): spec.dim}, spec.ffn, split=1),
+        )
+
+    return Params(
+        embed=leaf({"model.embed_tokens.weight": spec.vocab}, spec.dim, split=0),
+        layers=tuple(layer(i) for i in range(spec.layers)),
+        norm=leaf({"model.norm.weight": spec.dim}, fill=1.0),
+        head=None if spec.tied else leaf({"lm_head.weight": spec.vocab}, spec.dim, split=0),
+    )
+
+
+def init(
+    spec: Spec, seed: int = 0, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Params:
+    """Random parameters, normal with deviation 0.02, made on `device` directly; the same for the same seed and device."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def make(leaf: Leaf) -> Tensor:
+        weight = torch.empty(leaf.shape, device=device, dtype=dtype or getattr(torch, spec.dtype))
+        return weight.normal_(0, 0.02, generator=generator) if leaf.fill is None else weight.fill_(leaf.fill)
+
+    return tree_map_only(Leaf, make, declare(spec))
+
+
+def named(params: Params, spec: Spec) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor) of every weight; packed leaves are given as views of their parts."""
+    for leaf, tensor in zip(tree_leaves(declare(spec)), tree_leaves(params), strict=True):
+        if leaf is None:
+            continue
+        start = 0
+        for name, rows in leaf.parts:
+            yield name, tensor[start : start + rows]
+            start += rows
+
+
+def update(params: Params, spec: Spec, tensors: Iterable[tuple[str, Tensor]], *, source: str = "update") -> None:
+    """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each leaf's dtype; every weight once.
+
+    Raises ValueError naming the tensors that are mis-shaped, unexpected or missing.
+    """
+    targets = dict(named(params, spec))
+    left, unexpected = set(targets), []
+    for name, tensor in tensors:
+        if name not in targets:
+            if not (IGNORED.search(name) or (spec.tied and name == "lm_head.weight")):
+                unexpected.append(name)
+            continue
+        if tensor.shape != targets[name].shape:
+            want = tuple(targets[name].shape)
+            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, the config says {want}")
+        targets[name].copy_(tensor)
+        left.discard(name)
+    if left or unexpected:
+        found = [f"{what}: {', '.join(sorted(names)[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+                 for what, names in (("missing", left), ("unexpected", unexpected)) if names]  # fmt: skip
+        raise ValueError(f"{source}: tensors do not match {spec.architecture}; {'; '.join(found)}")
+
+
+def resolve(model: str | Path) -> Path:
+    """The local directory, `.safetensors` or `.gguf` file of a model given by path or by hub id.
+
+    A hub id is taken from the hub cache where it is complete, else downloaded. ValueError if there is no such model.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.parent if path.name.endswith(".index.json") else path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise ValueError(f"model {str(model)!r} is neither a local directory or file nor a hub id (owner/name)")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise ValueError(f"model {str(model)!r}: not a local path, not in the hub cache, and the hub said: {e}") from e
+
+
+def read_config(path: Path) -> dict:
+    """The Hugging Face config of a resolved model; generation_config.json's end tokens are joined in."""
+    if path.suffix == ".gguf":
+        return gguf.read(path)[0]
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json")
+    config = json.loads((folder / "config.json").read_text())
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        both = [c.get("eos_token_id") for c in (config, json.loads(generation.read_text()))]
+        eos = [t for e in both if e is not None for t in (e if isinstance(e, list) else [e])]
+        config["eos_token_id"] = list(dict.fromkeys(eos))
+    return config
+
+
+def _tensors(path: Path, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a checkpoint one by one; only one file is mapped at a time."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path}: no .safetensors file")
+    if (path / "model.safetensors.index.json").is_file():  # the index says which files are the checkpoint
+        index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+        files = [path / name for name in sorted(set(index.values()))]
+        if absent := [f.name for f in files if not f.is_file()]:
+            raise ValueError(f"{path}: the index names {', '.join(absent)}, which are not there")
+    bar.reset(total=sum(f.stat().st_size for f in files))
+    for file in files:
+        with safe_open(file, "pt") as f:
+            for name in f.keys():  # noqa: SIM118 (not a mapping)
+                tensor = f.get_tensor(name)
+                yield name, tensor
+                bar.update(tensor.nbytes)
+
+
+def load(
+    model: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> tuple[Spec, Params]:
+    """Spec and parameters of a checkpoint: a Hugging Face directory, hub id, `.safetensors` or `.gguf` file.
+
+    `dtype` None keeps the checkpoint's. Host memory beyond the parameters stays about one tensor plus the mapped
+    file. ValueError names what is missing, unexpected or mis-shaped.
+    """
+    path = resolve(model)
+    spec = from_hf(read_config(path))
+    kind = dtype or getattr(torch, spec.dtype)
+    params = tree_map_only(Leaf, lambda x: torch.empty(x.shape, device=device, dtype=kind), declare(spec))
+    with tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+        if path.suffix == ".gguf":
+            bar.reset(total=path.stat().st_size)
+            tensors: Iterable[tuple[str, Tensor]] = gguf.read(path)[1]
+        else:
+            tensors = _tensors(path, bar)
+        update(params, spec, tensors, source=str(path))
+    return spec, params
+
+
+def save(folder: str | Path, spec: Spec, params: Params, *, shard_bytes: int = 5 * 10**9) -> None:
+    """Writes config.json and sharded safetensors in the Hugging Face layout; the tokenizer is the caller's to save."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(params.embed.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(to_hf(spec) | {"torch_dtype": dtype}, indent=2))
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    for name, tensor in named(params, spec):
+        if shards[-1] and sum(t.nbytes for _, t in shards[-1]) + tensor.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append((name, tensor))
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in shard}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys((n for n, _ in shard), file)
+    if len(shards) > 1:
+        total = sum(t.nbytes for shard in shards for _, t in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+

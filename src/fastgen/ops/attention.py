@@ -1,0 +1,105 @@
+"""Attention over a paged cache. A backend reads the batch's metadata once per step and returns the function that
+every layer calls. All backends share the signature of `reference`, which is the specification; a page size other
+than the default is bound with `functools.partial`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastgen.models.spec import Spec
+from fastgen.types import Batch
+
+# attend(q [T Q H], k_cache [S K H], v_cache [S K H], window) -> [T Q H]; window: keys seen, None for all
+Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+Backend = Callable[[Batch, Spec], Attend]
+PAGE = 16  # tokens, where the caller does not say
+
+
+def live(query: Int[Tensor, "..."], key: Int[Tensor, "..."], window: int | None) -> Bool[Tensor, "..."]:
+    """Which key positions a query position sees: itself and what precedes it, `window` of them at most."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def reference(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
+    """The specification: every token gathers all pages of its own sequence and masks what it may not see."""
+    row = torch.searchsorted(batch.start[1:], torch.arange(len(batch.token), device=batch.token.device), right=True)
+    slots = (batch.pages[row, :, None] * page + torch.arange(page, device=row.device)).flatten(1)
+    key = torch.arange(slots.shape[1], device=row.device)
+
+    def attend(
+        q: Float[Tensor, "T Q H"],
+        k_cache: Float[Tensor, "S K H"],
+        v_cache: Float[Tensor, "S K H"],
+        window: int | None,
+    ) -> Float[Tensor, "T Q H"]:
+        k, v = k_cache[slots].float(), v_cache[slots].float()
+        group = q.unflatten(1, (spec.kv_heads, -1)).float()
+        score = torch.einsum("tkgh,tskh->tkgs", group, k) * spec.head**-0.5
+        mask = live(batch.position[:, None], key, window)
+        weight = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+        return torch.einsum("tkgs,tskh->tkgh", weight, v).flatten(1, 2).to(q.dtype)
+
+    return attend
+
+
+def sdpa(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
+    """Torch's fused attention over gathered pages: one call per prefilling sequence, and one for all decoding
+    sequences of similar length. Runs anywhere; reads the metadata on the host, so it cannot be captured in a graph.
+    """
+    start, length = batch.start.tolist(), batch.length.tolist()
+    device, group = batch.token.device, spec.q_heads // spec.kv_heads
+    prefill: list[tuple[slice, Tensor, Tensor, Tensor]] = []  # tokens, page ids, query positions, key positions
+    similar: dict[int, list[int]] = defaultdict(list)  # decoding rows by size class: padding at most doubles a read
+    for r, n in enumerate(length):
+        span = slice(start[r], start[r + 1])
+        if span.stop - span.start == 1:
+            similar[(n - 1).bit_length()].append(r)
+        elif span.stop > span.start:
+            query = torch.arange(n - (span.stop - span.start), n, device=device)[:, None]
+            prefill.append((span, batch.pages[r, : -(-n // page)], query, torch.arange(n, device=device)))
+    decode = []
+    for rows in similar.values():
+        most = max(length[r] for r in rows)
+        index = torch.tensor(rows, device=device)
+        pages = batch.pages[index, : -(-most // page)]
+        query = batch.length[index][:, None, None, None] - 1
+        decode.append((batch.start[index].long(), pages, query, torch.arange(pages.shape[1] * page, device=device)))
+
+    def gather(cache: Tensor, pages: Tensor) -> Tensor:
+        """[..., P] page ids -> [..., P * page, K, H]"""
+        paged = cache.view(-1, page * spec.kv_heads * spec.head)
+        return paged.index_select(0, pages.flatten()).view(*pages.shape[:-1], -1, spec.kv_heads, spec.head)
+
+    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+        out = torch.empty_like(q)
+        for span, pages, query, key in prefill:
+            n = len(key)
+            k, v = (gather(c, pages)[:n].transpose(0, 1)[None] for c in (k_cache, v_cache))
+            fresh = n == len(query) and (window is None or window >= n)  # plain causal: no mask to build
+            o = F.scaled_dot_product_attention(
+                q[span].transpose(0, 1)[None],
+                k,
+                v,
+                attn_mask=None if fresh else live(query, key, window),
+                is_causal=fresh,
+                enable_gqa=True,
+            )
+            out[span] = o[0].transpose(0, 1)
+        for token, pages, query, key in decode:
+            # The query heads of a kv head become the query rows, so that keys are read once for all of them.
+            k, v = (gather(c, pages).transpose(1, 2) for c in (k_cache, v_cache))
+            grouped = q[token].unflatten(1, (spec.kv_heads, group))
+            mask = live(query, key, window).expand(-1, spec.kv_heads, group, -1)
+            out[token] = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
+        return out
+
+    return attend
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "sdpa": sdpa}

@@ -1,0 +1,135 @@
+"""A request while it runs, and what the user gets from it."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from fastgen.config import SamplingParams
+from fastgen.tokenizer import Detokenizer
+
+FinishReason = Literal["stop", "length", "abort"]
+TopLogprobs = dict[int, float]  # token -> logprob, most likely first
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sample of a request. The tokens include the one that stopped it; the text leaves out stop strings."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] | None = None  # of each token
+    top_logprobs: list[TopLogprobs] | None = None
+    finish_reason: FinishReason | None = None  # None: still running
+
+
+@dataclass(slots=True)
+class Output:
+    """A request's prompt and its completions. Prompt logprobs are raw; the first token has none."""
+
+    request_id: int
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[TopLogprobs | None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return all(c.finish_reason for c in self.completions)
+
+
+@dataclass(slots=True)
+class Event:
+    """What a step added to a completion. The request's last event carries its output."""
+
+    request_id: int
+    index: int  # of the completion
+    token_ids: list[int]
+    text: str  # new text; all of them joined are the completion's
+    logprobs: list[float] | None = None
+    top_logprobs: list[TopLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    output: Output | None = None
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of a request's index-th sample: the request's own for the first, a hash of both for the others."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed},{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+class Sample:
+    """One completion in flight: its tokens, its text, and when it ends. `limit` counts prompt and output."""
+
+    def __init__(
+        self,
+        output: Output,
+        index: int,
+        params: SamplingParams,
+        seed: int,
+        limit: int,
+        eos: frozenset[int],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.output, self.index, self.params, self.limit = output, index, params, limit
+        self.prompt = len(output.prompt_token_ids)
+        self.tokens = list(output.prompt_token_ids)
+        self.seed = sample_seed(seed, index)
+        self.ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+        self.text = Detokenizer(tokenizer, self.tokens, params.stop) if tokenizer is not None else None
+        self.counts: Counter[int] = Counter()  # of generated tokens
+        c = self.completion = output.completions[index]
+        if params.logprobs is not None:
+            c.logprobs = []
+            c.top_logprobs = [] if params.logprobs else None
+
+    def edits(self) -> dict[int, tuple[float, int, bool]]:
+        """token -> (bias, times generated, seen in prompt or output), where this sample changes logits."""
+        p, found = self.params, dict[int, tuple[float, int, bool]]()
+        if p.repetition_penalty != 1:
+            found |= {t: (0.0, 0, True) for t in self.tokens}
+        if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
+            found |= {t: (0.0, n, True) for t, n in self.counts.items()}
+        for token, bias in p.logit_bias.items():
+            found[token] = (bias, *found.get(token, (0.0, 0, False))[1:])
+        if len(self.completion.token_ids) < p.min_tokens:
+            found |= {t: (float("-inf"), 0, False) for t in self.ends}
+        return found
+
+    def push(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> Event:
+        """Take a drawn token; what it adds."""
+        c, p = self.completion, self.params
+        self.tokens.append(token)
+        c.token_ids.append(token)
+        self.counts[token] += 1
+        event = Event(self.output.request_id, self.index, [token], "")
+        if c.logprobs is not None:
+            c.logprobs.append(logprob)
+            event.logprobs = [logprob]
+        if c.top_logprobs is not None:
+            event.top_logprobs = [dict(top[: p.logprobs])]
+            c.top_logprobs += event.top_logprobs
+        cut, early = False, len(c.token_ids) < p.min_tokens
+        if self.text is not None:
+            event.text, cut = self.text.push(token, may_stop=not early)
+        if cut or (token in self.ends and not early):
+            return self.end("stop", event, cut=cut)
+        if len(self.tokens) >= self.limit:
+            return self.end("length", event)
+        return event
+
+    def end(self, reason: FinishReason, event: Event | None = None, *, cut: bool = False) -> Event:
+        """Close the completion; the event that says so."""
+        event = event or Event(self.output.request_id, self.index, [], "")
+        if self.text is not None:
+            event.text += "" if cut else self.text.finish()
+            self.completion.text = self.text.text
+        event.finish_reason = self.completion.finish_reason = reason
+        event.output = self.output if self.output.finished else None
+        return event

@@ -1,0 +1,97 @@
+"""From logits to tokens. Every row depends on its own request only: the noise is keyed by (seed, position, token),
+so a sample does not change with the batch, the padding, the order or the device count.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastgen.types import Edits, Filter, Sampled, Sampling
+
+MASK = 0xFFFFFFFF
+
+
+def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """A bijection of 32-bit integers held in int64: the `lowbias32` finalizer (C. Wellons, hash-prospector)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+def exponential(seed: Int[Tensor, " N"], position: Int[Tensor, " N"], vocab: int) -> Float[Tensor, "N V"]:
+    """fp32 exponential noise of rate 1, a function of (seed, position, token) alone.
+
+    -log1p(-u) with u = (x + 1/2) / 2^32 keeps full relative precision for the small values, which decide the draw.
+    """
+    low, high = _mix(seed & MASK), _mix((seed >> 32) & MASK)
+    key = _mix(low ^ _mix((high + position) & MASK))
+    other = _mix((low + 0x9E3779B9 * (position & MASK)) & MASK ^ high)
+    token = torch.arange(vocab, device=seed.device)
+    x = _mix(_mix(token ^ key[:, None]) ^ other[:, None])
+    return -torch.log1p(-((x.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2**-24))
+
+
+def edit(logits: Float[Tensor, "N V"], e: Edits) -> Float[Tensor, "N V"]:
+    """Penalties and biases of the entries named; a copy.
+
+    Repetition (arXiv 1909.05858, section 4.1) divides positive logits and multiplies negative ones; frequency and
+    presence subtract count * f + (count > 0) * p, as in OpenAI's API.
+    """
+    z = logits[e.row, e.token]
+    z = torch.where(e.seen, torch.where(z > 0, z / e.repetition, z * e.repetition), z)
+    z = z - e.frequency * e.count - e.presence * (e.count > 0)
+    return logits.index_put((e.row, e.token), z + e.bias)
+
+
+def _floor(p: Float[Tensor, "N V"], reaches: Callable[[Tensor], Tensor]) -> Float[Tensor, "N 1"]:
+    """The largest threshold t for which `reaches(p >= t)` holds, exactly, without a sort.
+
+    Non-negative floats order like their bit patterns, so 31 halvings of the pattern find the threshold.
+    """
+    low = torch.zeros(len(p), 1, dtype=torch.int32, device=p.device)
+    for bit in range(30, -1, -1):
+        trial = low | (1 << bit)
+        low = torch.where(reaches(p >= trial.view(torch.float32)), trial, low)
+    return low.view(torch.float32)
+
+
+def keep(logits: Float[Tensor, "N V"], f: Filter) -> Float[Tensor, "N V"]:
+    """Logits with -inf where top_k, then top_p, then min_p exclude a token. Tokens tied at a threshold all stay."""
+    p = logits.softmax(-1)
+    most = p.amax(-1, keepdim=True)
+    k = f.top_k[:, None]
+    p = p.where(p >= _floor(p, lambda m: m.sum(-1, keepdim=True) >= k), 0.0)
+    mass = f.top_p[:, None] * p.sum(-1, keepdim=True)
+    enough = _floor(p, lambda m: p.where(m, 0.0).sum(-1, keepdim=True) >= mass)
+    enough = torch.where(f.top_p[:, None] < 1, enough, 0.0)
+    kept = (p >= enough) & (p >= f.min_p[:, None] * most) & (p > 0)
+    return logits.masked_fill(~kept, float("-inf"))
+
+
+def sample(logits: Float[Tensor, "N V"], s: Sampling, top: int | None = None) -> Sampled:
+    """Draws one token a row. `logits` fp32; `top` None skips logprobs (returned as 0), k adds the k most likely.
+
+    Sampling by the exponential race: argmax of p / E equals a draw from p (Gumbel's trick in linear form).
+    """
+    z = logits if s.edits is None else edit(logits, s.edits)
+    cold = s.temperature == 0
+    z = z / torch.where(cold, 1.0, s.temperature)[:, None]
+    if s.filter is not None:
+        z = keep(z, s.filter)
+    noise = exponential(s.seed, s.position, logits.shape[1]).log_()
+    token = torch.where(cold[:, None], z, z - noise).argmax(-1)
+    if top is None:
+        none = logits.new_zeros(len(logits), 0)
+        return Sampled(token, logits.new_zeros(len(logits)), none.long(), none)
+    return Sampled(token, *logprobs(torch.where(s.processed[:, None], z, logits), token, top))
+
+
+def logprobs(
+    logits: Float[Tensor, "N V"], token: Int[Tensor, " N"], top: int
+) -> tuple[Float[Tensor, " N"], Int[Tensor, "N k"], Float[Tensor, "N k"]]:
+    """Natural-log probability of each row's token, and of its `top` most likely tokens."""
+    total = logits.logsumexp(-1, keepdim=True)
+    value, index = logits.topk(min(top, logits.shape[1]), -1)
+    return (logits.gather(-1, token[:, None]) - total)[:, 0], index, value - total

@@ -1,0 +1,100 @@
+"""Text to tokens and back: any tokenizer of `transformers`, chat templates, and decoding as tokens arrive."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fastgen.models import gguf
+
+Message = dict[str, Any]
+CONTEXT = 6  # tokens decoded again with each new one
+Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or chat messages
+
+
+def load(path: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint (or inside a `.gguf`); None if there is none."""
+    if path.suffix == ".gguf":
+        return gguf.tokenizer(path)
+    folder = path if path.is_dir() else path.parent
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def is_one(prompts: object) -> bool:
+    """Whether `prompts` is a single prompt: a text, token ids, or chat messages."""
+    if isinstance(prompts, str):
+        return True
+    return isinstance(prompts, list | tuple) and bool(prompts) and isinstance(prompts[0], int | dict)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt; chat messages go through the tokenizer's chat template, up to the model's turn."""
+    if not isinstance(prompt, str | list | tuple):
+        kind = type(prompt).__name__
+        raise ValueError(f"a prompt is a text, a list of token ids or a list of chat messages, not {kind}")
+    if not len(prompt):
+        raise ValueError("the prompt is empty: it needs at least one token")
+    if not isinstance(prompt, str) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+        return list(prompt)  # type: ignore[arg-type]
+    if tokenizer is None:
+        raise ValueError("this model came without a tokenizer: give prompts as token ids")
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    for message in prompt:
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
+    if not tokenizer.chat_template:
+        raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
+    encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
+    return encoded["input_ids"]  # type: ignore[index,call-overload,return-value]
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, and where a stop string cuts it.
+
+    Only the last few tokens are decoded at each call. Text is held back while it may still change: an unfinished
+    UTF-8 character, or the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.text = ""  # everything decoded, held-back part included
+        self.sent = 0  # characters already returned
+        # A few prompt tokens as context: some tokenizers decode a token differently at the start of a text.
+        self.window = list(prompt[-CONTEXT:])
+        self.decoded = len(self._decode(self.window))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[return-value]
+
+    def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
+        """The text that became certain with `token`, and whether a stop string ends it."""
+        self.window.append(token)
+        text = self._decode(self.window)
+        if text.endswith("\ufffd") and len(self.window) < 2 * CONTEXT + 2:
+            return "", False
+        before = len(self.text)
+        self.text += text[self.decoded :]
+        self.window = self.window[-CONTEXT:]
+        self.decoded = len(self._decode(self.window))
+        found = (self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop) if may_stop else ()
+        if cuts := [i for i in found if i >= 0]:
+            self.text = self.text[: min(cuts)]
+            return self._send(len(self.text)), True
+        return self._send(len(self.text) - self._held()), False
+
+    def finish(self) -> str:
+        """What was held back, when nothing more comes."""
+        self.text += self._decode(self.window)[self.decoded :]
+        return self._send(len(self.text))
+
+    def _held(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        return max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+
+    def _send(self, upto: int) -> str:
+        new, self.sent = self.text[self.sent : upto], max(self.sent, upto)
+        return new

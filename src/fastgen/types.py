@@ -1,0 +1,104 @@
+"""The pytrees every function here takes and returns.
+
+Legend, used in all annotations of the package:
+
+    T  tokens of one step       D  model width          V  vocabulary
+    R  sequences of one step    Q  query heads          F  feed-forward width
+    N  sampled rows             K  key/value heads      S  cache slots (pages x page size)
+    P  pages of a sequence      H  width of a head      L  layers
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """Weights of one transformer block. Leaves a family does not have are None."""
+
+    attn_norm: Float[Tensor, " D"]
+    qkv: Float[Tensor, "QK2H D"]  # rows: all query heads, then key heads, then value heads
+    qkv_bias: Float[Tensor, " QK2H"] | None
+    q_norm: Float[Tensor, " H"] | None
+    k_norm: Float[Tensor, " H"] | None
+    out: Float[Tensor, "D QH"]
+    out_bias: Float[Tensor, " D"] | None
+    ffn_norm: Float[Tensor, " D"]
+    gate_up: Float[Tensor, "F2 D"]  # rows: gate, then up
+    down: Float[Tensor, "D F"]
+
+
+class Params(NamedTuple):
+    """Weights of a model. `head` is None where it is tied to `embed`."""
+
+    embed: Float[Tensor, "V D"]
+    layers: tuple[Layer, ...]
+    norm: Float[Tensor, " D"]
+    head: Float[Tensor, "V D"] | None
+
+
+class Cache(NamedTuple):
+    """Paged keys and values: one flat leaf per layer, so that the tensor written is the graph's own input.
+
+    Page p of the pool is slots [p * page, (p + 1) * page). Page 0 is scratch: padding writes there.
+    """
+
+    k: tuple[Float[Tensor, "S K H"], ...]
+    v: tuple[Float[Tensor, "S K H"], ...]
+
+
+class Batch(NamedTuple):
+    """Everything one step needs to know. Sequence r owns tokens [start[r], start[r + 1]).
+
+    Those tokens are the last ones of a context of `length[r]` tokens, whose keys and values lie in `pages[r]`.
+    """
+
+    token: Int[Tensor, " T"]
+    position: Int[Tensor, " T"]
+    slot: Int[Tensor, " T"]  # where this token's key and value are written
+    start: Int[Tensor, " R1"]
+    length: Int[Tensor, " R"]
+    pages: Int[Tensor, "R P"]
+    output: Int[Tensor, " N"]  # tokens whose next-token logits are wanted
+
+
+class Edits(NamedTuple):
+    """Sparse changes to logits: at most one entry for each (row, token)."""
+
+    row: Int[Tensor, " E"]
+    token: Int[Tensor, " E"]
+    bias: Float[Tensor, " E"]  # added last; -inf bans the token
+    count: Float[Tensor, " E"]  # times the token was generated: frequency and presence penalties
+    seen: Bool[Tensor, " E"]  # in prompt or output: repetition penalty
+    presence: Float[Tensor, " E"]
+    frequency: Float[Tensor, " E"]
+    repetition: Float[Tensor, " E"]
+
+
+class Filter(NamedTuple):
+    """Which tokens may be drawn, a row each. Off: top_k = V, top_p = 1, min_p = 0."""
+
+    top_k: Int[Tensor, " N"]
+    top_p: Float[Tensor, " N"]
+    min_p: Float[Tensor, " N"]
+
+
+class Sampling(NamedTuple):
+    """Sampling settings as arrays, a row for each sampled token. None: no row asks for it."""
+
+    temperature: Float[Tensor, " N"]  # 0 is greedy
+    seed: Int[Tensor, " N"]
+    position: Int[Tensor, " N"]  # of the token being drawn, counted from the start of the prompt
+    processed: Bool[Tensor, " N"]  # logprobs of the sampled distribution instead of the model's
+    filter: Filter | None
+    edits: Edits | None
+
+
+class Sampled(NamedTuple):
+    """What one step drew. `top_*` are sorted by falling logprob; k may be 0."""
+
+    token: Int[Tensor, " N"]
+    logprob: Float[Tensor, " N"]
+    top_token: Int[Tensor, "N k"]
+    top_logprob: Float[Tensor, "N k"]
