@@ -78,7 +78,7 @@ def stage_sampling(samples: Sequence[Sample], vocab: int, device: torch.device |
         )
     return Sampling(
         temperature=tensor((x.temperature for x in p), torch.float32),
-        seed=tensor((s.seed for s in samples), torch.long),
+        seed=tensor((s.seed for s in samples), torch.long) if any(x.temperature for x in p) else None,
         position=tensor((len(s.tokens) for s in samples), torch.long),
         processed=tensor((x.logprob_mode == "processed" for x in p), torch.bool),
         filter=filter,

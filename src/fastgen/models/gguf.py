@@ -1,16 +1,14 @@
 """Reads a `.gguf` file as a Hugging Face config, tensors and tokenizer. Format: ggml's docs/gguf.md."""
 
 from collections.abc import Iterator
-from math import pi
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 from tokenizers import normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the rest is quantized
@@ -24,8 +22,8 @@ INNER = {
 
 
 class _Reader(GGUFReader):
-    def _get(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        self.data = np.asarray(self.data)  # slices of a memmap take three times as long, and a vocabulary has many
+    def _get(self, *args: object, **kwargs: object) -> np.ndarray:
+        self.data = np.asarray(self.data)  # slicing a memmap, once per token, is three times as slow
         return super()._get(*args, **kwargs)
 
 
@@ -53,7 +51,7 @@ def _scaling(meta: dict, freqs: np.ndarray | None, theta: float) -> dict | None:
         raise ValueError(f"rope scaling {kind} {keys} is not supported; use linear, yarn or llama3")
     if freqs is not None:  # the file lacks the numbers behind them; all of Llama 3 shares these three
         factor, low, high, context = float(freqs.max()), 1.0, 4.0, 8192
-        turns = context * theta ** (-np.arange(len(freqs)) / len(freqs)) / (2 * pi)
+        turns = context * theta ** (-np.arange(len(freqs)) / len(freqs)) / (2 * np.pi)
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         if not np.allclose(freqs, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
             raise ValueError("rope_freqs.weight is not Llama 3's; use the Hugging Face checkpoint instead")
@@ -70,21 +68,18 @@ def _config(reader: GGUFReader, meta: dict) -> dict:
     head = meta.get("attention.key_length", meta["embedding_length"] // heads)
     if {meta.get(k, head) for k in ("attention.value_length", "rope.dimension_count")} != {head}:
         raise ValueError("keys, values and rope differ in width; only one head_dim is supported")
-    token = {k: meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "padding", "eos", "eot")}
-    ends = sorted({token["eos"], token["eot"]} - {None})
+    bos, pad, *ends = (meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "padding", "eos", "eot"))
     return {
         "architectures": [ARCHITECTURES[arch]], "model_type": arch, "hidden_act": "silu",
         "hidden_size": meta["embedding_length"], "intermediate_size": meta["feed_forward_length"],
         "num_hidden_layers": meta["block_count"], "num_attention_heads": heads, "head_dim": head,
-        "num_key_value_heads": meta.get("attention.head_count_kv", heads),
-        "vocab_size": int(embed.shape[1]),  # GGUF shapes start at the inner dimension
-        "max_position_embeddings": meta["context_length"], "rope_theta": theta,
+        "num_key_value_heads": meta.get("attention.head_count_kv", heads), "rope_theta": theta,
+        "vocab_size": int(embed.shape[1]), "max_position_embeddings": meta["context_length"],  # [dim, vocab]
         "rope_scaling": _scaling(meta, freqs, theta), "sliding_window": meta.get("attention.sliding_window"),
-        "rms_norm_eps": float(f"{meta['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-5 in float32 is 9.99...e-6
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": token["bos"], "pad_token_id": token["padding"],
-        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "rms_norm_eps": float(f"{meta['attention.layer_norm_rms_epsilon']:.6g}"),  # float32's 1e-5 is 9.99e-6
+        "tie_word_embeddings": "output.weight" not in tensors, "bos_token_id": bos,
+        "attention_bias": "blk.0.attn_q.bias" in tensors, "pad_token_id": pad,
+        "eos_token_id": ends[0] if ends[1] in (None, ends[0]) else [t for t in ends if t is not None],
         "torch_dtype": str(STORED.get(embed.tensor_type.name, torch.float32)).removeprefix("torch."),
     }  # fmt: skip
 
@@ -107,11 +102,10 @@ def _tensors(path: str | Path, reader: GGUFReader, config: dict) -> Iterator[tup
 
 
 def read(path: str | Path) -> tuple[dict, Iterator[tuple[str, torch.Tensor]]]:
-    """Config and tensors of a GGUF file of architecture llama (Mistral's too), qwen2 or qwen3.
+    """Config, with Hugging Face's keys, and tensors of a GGUF file of llama (Mistral too), qwen2 or qwen3.
 
-    The config has the keys of a Hugging Face config.json. The iterator gives (Hugging Face name, tensor), one
-    in memory at a time: float32 where the file is quantized, else float32, float16 or bfloat16 as stored.
-    Raises ValueError for a file that is missing, damaged or of a kind that is not supported.
+    The iterator gives (Hugging Face name, tensor), one in memory at a time: float32 if it is quantized, else
+    float32, float16 or bfloat16 as stored. ValueError for a file that is missing, damaged or not supported.
     """
     reader, meta = _open(path)
     try:
@@ -121,12 +115,12 @@ def read(path: str | Path) -> tuple[dict, Iterator[tuple[str, torch.Tensor]]]:
     return config, _tensors(path, reader, config)
 
 
-def tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file, with its chat template. Raises ValueError where the file has none."""
     path, meta = Path(path), _open(path)[1]
     if "tokenizer.ggml.model" not in meta:
         raise ValueError(f"{path}: no tokenizer in this file; name one beside the model")
-    made = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    made = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     pre, backend = meta.get("tokenizer.ggml.pre"), made.backend_tokenizer
     if pre == "smollm":  # transformers 5.23 loses the digit split, which also parts spaces from a digit
         digits, rest = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)

