@@ -1,10 +1,16 @@
-"""Where tests run: `pytest --device cuda` runs those that take the `device` fixture on a GPU."""
+"""Where tests run: `pytest --device cuda` puts every tensor that is not told otherwise on a GPU."""
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="device of the tests that can run on any: cpu or cuda")
+    parser.addoption("--device", default="cpu", help="torch's default device for the tests: cpu or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")

@@ -684,7 +684,7 @@ def test_logprob_modes() -> None:
 def test_prompt_logprobs(settings: dict[str, Any], rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are shifted, or lost or doubled where a prompt or its logits are computed in pieces."""
     if rows is not None:
-        monkeypatch.setattr("fastgen.engine.CHUNK", rows * 61 + 60)
+        monkeypatch.setattr("fastgen.step.CHUNK", rows * 61 + 60)
     params = [replace(GREEDY, prompt_logprobs=k, n=2) for k in (0, 3, 2, 1, None, 61)]
     e = engine(**settings)
     for output, asked in zip(e.generate(PROMPTS, params), params, strict=True):

@@ -1,4 +1,4 @@
-"""What checks types in the tests, see pyproject.toml: beartype, where an int may stand for a float (PEP 484)."""
+"""What checks types in the tests (see pyproject.toml): beartype, with PEP 484's int for a float."""
 
 from beartype import BeartypeConf, beartype
 

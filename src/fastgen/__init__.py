@@ -8,11 +8,12 @@
 
 from fastgen.batch import stage
 from fastgen.config import SamplingParams, Settings
-from fastgen.engine import Engine, new_cache
+from fastgen.engine import Engine
 from fastgen.models.spec import Rope, Spec, from_hf
 from fastgen.models.transformer import forward, hidden, unembed
 from fastgen.models.weights import init, load, save
 from fastgen.request import Completion, Event, Output
+from fastgen.step import new_cache
 from fastgen.types import Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling
 
 __all__ = [

@@ -12,9 +12,16 @@ from fastgen.types import Batch, Edits, Filter, Sampling
 
 
 def stage(
-    plan: Plan, tokens: Mapping[int, Sequence[int]], page: int, device: torch.device | str = "cpu", *, pad: int = 0
+    plan: Plan,
+    tokens: Mapping[int, Sequence[int]],
+    page: int,
+    device: torch.device | str | None = None,
+    *,
+    pad: int = 0,
 ) -> Batch:
-    """The Batch of a plan; `tokens` maps a sequence's id to all its tokens, `page` is the page size.
+    """The Batch of a plan, on `device` (None: torch's default device).
+
+    `tokens` maps a sequence's id to all its tokens, `page` is the page size.
 
     Where the plan has fewer than `pad` tokens, rows of one token in the scratch page fill it up.
     """
@@ -37,7 +44,7 @@ def stage(
     output = [start[r + 1] - 1 for r, span in enumerate(plan) if span.sample]
 
     def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(device)
+        return torch.from_numpy(x).to(device or torch.get_default_device())
 
     return Batch(
         token=tensor(token),
@@ -50,12 +57,14 @@ def stage(
     )
 
 
-def stage_sampling(samples: Sequence[Sample], vocab: int, device: torch.device | str = "cpu") -> Sampling:
+def stage_sampling(
+    samples: Sequence[Sample], vocab: int, device: torch.device | str | None = None
+) -> Sampling:
     """The Sampling arrays of the sequences that draw a token in this step, in the order of `Batch.output`."""
     p = [s.params for s in samples]
 
     def tensor(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype).to(device)
+        return torch.tensor(list(values), dtype=dtype, device=device)
 
     filter = edits = None
     if any(x.temperature and (x.top_k or x.top_p < 1 or x.min_p) for x in p):

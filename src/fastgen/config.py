@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
-def _range(owner: str, name: str, value: Any, low: float | None, high: float | None = None, *, whole: bool) -> None:  # noqa: ANN401
+def _range(owner: str, name: str, value: Any, low: float | None, high: float | None = None, *, whole: bool) -> None:
     kinds = int if whole else int | float
     above = f"at least {low}" if high is None else f"between {low} and {high}"
     if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
@@ -185,7 +185,7 @@ class Settings:
     seed: int | None = None  # of requests that bring none; None: from the operating system
 
     @classmethod
-    def of(cls, **flat: Any) -> "Settings":  # noqa: ANN401
+    def of(cls, **flat: Any) -> "Settings":
         """From flat keywords (`token_budget=512`), each put into the group that has it, or whole groups.
 
         A name that no group has is a ValueError with the nearest ones.

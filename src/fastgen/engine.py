@@ -14,26 +14,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastgen import batch as batches
-from fastgen import sampling, schedule, tokenizer
+from fastgen import schedule, tokenizer
 from fastgen.cache import pages
 from fastgen.config import SamplingParams, Settings
 from fastgen.models import default, weights
 from fastgen.models.spec import Spec, from_hf
-from fastgen.models.transformer import hidden, unembed
-from fastgen.ops.attention import BACKENDS, Backend
-from fastgen.request import Completion, Event, Output, Sample
+from fastgen.ops.attention import BACKENDS
+from fastgen.request import Completion, Event, Output, Sample, longest
+from fastgen.step import compute, new_cache, score
 from fastgen.tokenizer import Prompt
-from fastgen.types import Batch, Cache, Params, Sampled, Sampling
+from fastgen.types import Batch, Params
 
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
-CHUNK = 2**24  # logits computed at once for prompt logprobs: 64 MB in fp32
-
-
-def new_cache(spec: Spec, slots: int, *, device: torch.device | str, dtype: torch.dtype) -> Cache:
-    """An empty cache of `slots` tokens. Zeros, since masked attention still multiplies what it reads."""
-    shape = (slots, spec.kv_heads, spec.head)
-    k, v = (tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)) for _ in "kv")
-    return Cache(k, v)
 
 
 class Engine:
@@ -50,7 +42,7 @@ class Engine:
         params: Params,
         spec: Spec,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        **settings: Any,  # noqa: ANN401
+        **settings: Any,
     ) -> None:
         self.params, self.spec, self.tokenizer = params, spec, tokenizer
         self.settings = Settings.of(**settings)
@@ -80,7 +72,7 @@ class Engine:
         random: bool = False,
         random_seed: int = 0,
         progress: bool = True,
-        **settings: Any,  # noqa: ANN401
+        **settings: Any,
     ) -> "Engine":
         """An engine for a Hugging Face directory, hub id, `.safetensors` or `.gguf` file; None: the embedded default.
 
@@ -124,40 +116,17 @@ class Engine:
         """
         params = sampling or SamplingParams()
         prompt_ids = tokenizer.encode(self.tokenizer, prompt)
-        limit = self._limit(prompt_ids, params)
+        limit = longest(prompt_ids, params, self.spec, self.capacity, self.tokenizer is not None)
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         output = Output(next(self._request_ids), prompt_ids, [Completion() for _ in range(params.n)])
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if params.prompt_logprobs else None
-        new = {next(self._ids): Sample(output, j, params, seed, limit, self._eos, self.tokenizer) for j in range(params.n)}
-        self._samples |= new
-        for id in new:
+        for index in range(params.n):
+            id = next(self._ids)
+            self._samples[id] = Sample(output, index, params, seed, limit, self._eos, self.tokenizer)
             self.state = schedule.add(self.state, schedule.Sequence(id, len(prompt_ids), limit))
         return output.request_id
-
-    def _limit(self, prompt: list[int], params: SamplingParams) -> int:
-        """Most tokens of a sequence, prompt included; refuses what cannot be."""
-        vocab, context, n = self.spec.vocab, self.spec.context, len(prompt)
-        used = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
-        for name, tokens in used.items():
-            if wrong := [t for t in tokens if not 0 <= t < vocab]:
-                raise ValueError(f"{name}: token {wrong[0]} is outside the vocabulary of {vocab}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > vocab:
-                raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary of {vocab}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
-        # The last token drawn is never written to the cache.
-        most = min(context, self.capacity + 1)
-        wanted = n + (params.max_tokens or 1)
-        if wanted > most:
-            place = f"model's context of {context}" if most == context else f"cache of {self.capacity}"
-            advice = f"max_tokens can be at most {most - n}" if n < most else "the prompt alone is too long"
-            raise ValueError(
-                f"{n} prompt tokens and max_tokens={params.max_tokens} do not fit the {place} tokens: {advice}"
-            )
-        return most if params.max_tokens is None else wanted
 
     def abort(self, request_id: int) -> Output | None:
         """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
@@ -214,24 +183,19 @@ class Engine:
         return events
 
     def _score_prompts(self, plan: schedule.Plan, x: Tensor) -> None:
-        """Prompt logprobs of the step's spans, from the hidden states x [T, D]; few rows of logits at a time."""
+        """Prompt logprobs of the step's spans, from the hidden states x [T, D]."""
         at = 0
         for span in plan:
-            sample, count = self._samples[span.id], span.stop - span.start
+            sample = self._samples[span.id]
             out, top = sample.output, sample.params.prompt_logprobs
-            last = min(span.stop, len(out.prompt_token_ids) - 1)  # the last prompt token predicts no prompt token
-            if out.prompt_logprobs is not None and top is not None and sample.index == 0:
-                rows = max(1, CHUNK // self.spec.vocab)
-                for i in range(span.start, last, rows):
-                    j = min(i + rows, last)
-                    logits = unembed(self.params, x[at + i - span.start : at + j - span.start])
-                    token = torch.tensor(out.prompt_token_ids[i + 1 : j + 1], device=self.device)
-                    value, top_token, top_value = (t.tolist() for t in sampling.logprobs(logits, token, top))
-                    out.prompt_logprobs += value
-                    if out.prompt_top_logprobs is not None:
-                        pairs = zip(top_token, top_value, strict=True)
-                        out.prompt_top_logprobs += [dict(zip(*pair, strict=True)) for pair in pairs]
-            at += count
+            n = min(span.stop, len(out.prompt_token_ids) - 1) - span.start  # the last one predicts no prompt token
+            if out.prompt_logprobs is not None and top is not None and sample.index == 0 and n > 0:
+                target = out.prompt_token_ids[span.start + 1 : span.start + 1 + n]
+                value, best = score(self.params, x[at : at + n], target, top)
+                out.prompt_logprobs += value
+                if out.prompt_top_logprobs is not None:
+                    out.prompt_top_logprobs += best
+            at += span.stop - span.start
 
     # --- many at once -----------------------------------------------------------------------------------------------
 
@@ -316,11 +280,3 @@ class Engine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def compute(
-    params: Params, cache: Cache, batch: Batch, settings: Sampling, spec: Spec, backend: Backend, top: int | None
-) -> tuple[Tensor, Sampled]:
-    """One step: hidden states [T, D] of all tokens, and the tokens drawn at `batch.output`. Writes `cache`."""
-    x = hidden(params, cache, batch, spec, backend)
-    return x, sampling.sample(unembed(params, x[batch.output]), settings, top)

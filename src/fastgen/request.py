@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from fastgen.config import SamplingParams
+from fastgen.models.spec import Spec
 from fastgen.tokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -62,6 +63,31 @@ def sample_seed(seed: int, index: int) -> int:
         return seed
     digest = hashlib.blake2b(f"{seed},{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def longest(prompt: Sequence[int], params: SamplingParams, spec: Spec, capacity: int, has_text: bool) -> int:
+    """The most tokens a sequence may reach, prompt included. ValueError, with the numbers, for what cannot run.
+
+    `capacity` is the cache's, in tokens; `has_text` says whether there is a tokenizer.
+    """
+    n = len(prompt)
+    used = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
+    for name, tokens in used.items():
+        if wrong := [t for t in tokens if not 0 <= t < spec.vocab]:
+            raise ValueError(f"{name}: token {wrong[0]} is outside the vocabulary of {spec.vocab}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > spec.vocab:
+            raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary of {spec.vocab}")
+    if params.stop and not has_text:
+        raise ValueError("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
+    most = min(spec.context, capacity + 1)  # the last token drawn is never written to the cache
+    wanted = n + (params.max_tokens or 1)
+    if wanted > most:
+        place = f"model's context of {spec.context}" if most == spec.context else f"cache of {capacity}"
+        advice = f"max_tokens can be at most {most - n}" if n < most else "the prompt alone is too long"
+        asked = f"{n} prompt tokens and max_tokens={params.max_tokens}"
+        raise ValueError(f"{asked} do not fit the {place} tokens: {advice}")
+    return most if params.max_tokens is None else wanted
 
 
 class Sample:

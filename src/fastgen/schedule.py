@@ -34,7 +34,7 @@ class State(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Tokens [start, stop) of a sequence to be computed in a step; `sample` when the next token is drawn from the last."""
+    """Tokens [start, stop) of a sequence, computed in one step; `sample`: the next token is drawn from the last."""
 
     id: int
     start: int

@@ -18,7 +18,8 @@ def load(path: Path) -> PreTrainedTokenizerBase | None:
     if path.suffix == ".gguf":
         return gguf.tokenizer(path)
     folder = path if path.is_dir() else path.parent
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+    if not any((folder / name).is_file() for name in files):
         return None
     return AutoTokenizer.from_pretrained(folder)
 

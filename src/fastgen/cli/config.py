@@ -73,7 +73,7 @@ def typed(cfg: DictConfig) -> Config:
 
 
 def compose(*overrides: str) -> Config:
-    """The configuration that `fgrun OVERRIDES` runs, for notebooks and scripts. ValueError says what is wrong."""
+    """What `fgrun OVERRIDES` runs, for notebooks and scripts. ValueError says what is wrong with it."""
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return typed(hydra.compose("config", [quote(o) for o in overrides]))
@@ -82,7 +82,7 @@ def compose(*overrides: str) -> Config:
 
 
 def quote(argument: str) -> str:
-    """`prompt=any text` in the quotes that Hydra's grammar wants; null, lists and text in quotes stay as they are."""
+    """`prompt=any text` in the quotes that Hydra's grammar wants; null, lists and quoted text stay as they are."""
     key, _, text = argument.partition("=")
     if key != "prompt" or text == "null":
         return argument
@@ -100,7 +100,12 @@ def _unknown_key(key: str) -> str:
     """The message for a key that is not there; one that another group has is found too."""
     schema = OmegaConf.structured(Config)
     groups = {group: list(node) for group, node in schema.items() if isinstance(node, DictConfig)}
-    keys = [*schema, "+experiment", "+debug", *(f"{group}.{name}" for group in groups for name in groups[group])]
+    keys = [
+        *schema,
+        "+experiment",
+        "+debug",
+        *(f"{group}.{name}" for group in groups for name in groups[group]),
+    ]
     group, _, name = key.rpartition(".")
     here = [k for k in keys if k.rpartition(".")[0] == group]
     for known in (here, keys):

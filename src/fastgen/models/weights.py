@@ -69,10 +69,13 @@ def declare(spec: Spec) -> Params:
 
 
 def init(
-    spec: Spec, seed: int = 0, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    spec: Spec, seed: int = 0, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Params:
-    """Random parameters, normal with deviation 0.02, made on `device` directly; the same for the same seed and device."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Random parameters, normal with deviation 0.02, made on `device` directly (None: torch's default device).
+
+    The same for the same seed and kind of device.
+    """
+    generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
 
     def make(leaf: Leaf) -> Tensor:
         weight = torch.empty(leaf.shape, device=device, dtype=dtype or getattr(torch, spec.dtype))
@@ -161,7 +164,7 @@ def _tensors(path: Path, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
     bar.reset(total=sum(f.stat().st_size for f in files))
     for file in files:
         with safe_open(file, "pt") as f:
-            for name in f.keys():  # noqa: SIM118 (not a mapping)
+            for name in f.keys():
                 tensor = f.get_tensor(name)
                 yield name, tensor
                 bar.update(tensor.nbytes)
@@ -170,14 +173,14 @@ def _tensors(path: Path, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
 def load(
     model: str | Path,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> tuple[Spec, Params]:
     """Spec and parameters of a checkpoint: a Hugging Face directory, hub id, `.safetensors` or `.gguf` file.
 
-    `dtype` None keeps the checkpoint's. Host memory beyond the parameters stays about one tensor plus the mapped
-    file. ValueError names what is missing, unexpected or mis-shaped.
+    `device` None is torch's default device, `dtype` None the checkpoint's own. Host memory beyond the parameters
+    stays about one tensor plus the mapped file. ValueError names what is missing, unexpected or mis-shaped.
     """
     path = resolve(model)
     with tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:

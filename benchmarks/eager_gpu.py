@@ -1,0 +1,113 @@
+"""The plain eager forward on one GPU: the baseline that compiled steps are compared with.
+
+    python benchmarks/eager_gpu.py                 # writes benchmarks/results/eager_gpu.json
+
+Random weights on real configs, distinct random prompts. For Mistral 7B in bf16: seconds to make the weights, prefill
+and decode rates. For Llama 3.2 1B: how far bf16 logits are from fp32's, and greedy tokens batched against alone.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+import fastgen
+
+HERE = Path(__file__).parent
+
+
+def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(100, vocab, (length,), generator=generator).tolist() for _ in range(count)]
+
+
+def speed(name: str, requests: int, prompt_len: int, output_len: int) -> dict:
+    """Rates of a random model in bf16; steps are timed between device synchronisations."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    engine = fastgen.Engine.from_pretrained(
+        HERE / "configs" / f"{name}.json", random=True, device="cuda", dtype="bfloat16",
+        max_requests=requests, token_budget=8192, cache_tokens=requests * (prompt_len + output_len + 16),
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    made = time.perf_counter() - start
+    sampling = fastgen.SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    engine.generate(prompts(2, 64, engine.spec.vocab), fastgen.SamplingParams(max_tokens=4, ignore_eos=True))
+    for prompt in prompts(requests, prompt_len, engine.spec.vocab):
+        engine.add(prompt, sampling)
+    prefill = decode = 0.0
+    steps = tokens = 0
+    while engine.unfinished:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        events = engine.step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if engine.batch is not None and len(engine.batch.token) > len(engine.batch.length):
+            prefill += seconds
+        else:
+            decode, steps, tokens = decode + seconds, steps + 1, tokens + len(events)
+    result = {
+        "model": name, "dtype": "bfloat16", "requests": requests, "prompt_len": prompt_len, "output_len": output_len,
+        "make_weights_and_cache_s": made, "prefill_s": prefill, "prefill_tok_s": requests * prompt_len / prefill,
+        "decode_ms_per_step": 1e3 * decode / steps, "decode_tok_s": tokens / decode,
+        "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }  # fmt: skip
+    engine.close()
+    return result
+
+
+def precision(name: str) -> dict:
+    """bf16 against fp32 on the same random weights: logits of fresh prompts, and greedy tokens alone or batched."""
+    spec = fastgen.from_hf(json.loads((HERE / "configs" / f"{name}.json").read_text()))
+    params = fastgen.init(spec, device="cuda", dtype=torch.bfloat16)
+    wide = fastgen.init(spec, device="cuda", dtype=torch.float32)
+    from fastgen.models.weights import named, update
+
+    update(wide, spec, named(params, spec))
+    asked = prompts(8, 200, spec.vocab)
+    sampling = fastgen.SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, prompt_logprobs=0)
+    found: dict[str, list[fastgen.Output]] = {}
+    alone: dict[str, list[list[int]]] = {}
+    for dtype, p in (("bfloat16", params), ("float32", wide)):
+        with fastgen.Engine(p, spec, cache_tokens=8192) as engine:
+            found[dtype] = engine.generate(asked, sampling)
+            alone[dtype] = [engine.generate(a, sampling)[0].completions[0].token_ids for a in asked]
+    low, high = ([x for o in found[d] for x in (o.prompt_logprobs or [])[1:]] for d in ("bfloat16", "float32"))
+    difference = torch.tensor([abs(a - b) for a, b in zip(low, high, strict=True) if a is not None and b is not None])
+    return {
+        "model": name,
+        "prompt_logprob_difference_mean": difference.mean().item(),
+        "prompt_logprob_difference_max": difference.max().item(),
+        "greedy_equal_alone_and_batched": {
+            d: sum(o.completions[0].token_ids == a for o, a in zip(found[d], alone[d], strict=True)) for d in found
+        },
+        "requests": len(asked),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "eager_gpu.json")
+    args = parser.parse_args()
+    result = {
+        "precision": precision("llama-3.2-1b-instruct"),
+        "speed": [
+            speed("mistral-7b-instruct-v0.3", 1, 128, 64),
+            speed("mistral-7b-instruct-v0.3", 64, 1024, 32),
+            speed("llama-3.2-1b-instruct", 64, 1024, 32),
+        ],
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fastgen": fastgen.__version__,
+    }
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
