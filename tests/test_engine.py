@@ -68,7 +68,7 @@ def engine(**settings: Any) -> Engine:
 def logits(tokens: list[int]) -> Tensor:
     """[T, V] computed at once, by the attention that is the specification, in a cache of its own."""
     batch = fastgen.stage((Span(0, 0, len(tokens), True, (1, 2, 3, 4)),), {0: tokens}, 16)
-    cache = fastgen.new_cache(SPEC, 5 * 16, device="cpu", dtype=torch.float32)
+    cache = fastgen.new_cache(SPEC, 5 * 16)
     return fastgen.unembed(PARAMS, fastgen.hidden(PARAMS, cache, batch, SPEC, reference))
 
 
@@ -226,9 +226,7 @@ def test_requests_without_a_seed_differ() -> None:
 
 def test_engine_seed() -> None:
     """A run cannot be repeated, or the engine's seed reaches requests that bring one."""
-    same, again, other = (
-        tokens(engine(seed=s).generate(PROMPTS, SamplingParams(max_tokens=10))) for s in (5, 5, 6)
-    )
+    same, again, other = (tokens(engine(seed=s).generate(PROMPTS, SamplingParams(max_tokens=10))) for s in (5, 5, 6))
     assert same == again
     assert not any(a == b for a, b in zip(same, other, strict=True))
     assert tokens(engine(seed=5).generate(PROMPTS, DRAWN)) == tokens(engine(seed=6).generate(PROMPTS, DRAWN))
@@ -371,9 +369,7 @@ def test_interleaved_streams() -> None:
     e = engine(max_requests=4)
     one, two = e.stream(PROMPTS[:3], GREEDY), e.stream(PROMPTS[3:], GREEDY)
     both = list(itertools.zip_longest(one, two))
-    first, second = (
-        collect(event for event in events if event is not None) for events in zip(*both, strict=True)
-    )
+    first, second = (collect(event for event in events if event is not None) for events in zip(*both, strict=True))
     assert (sorted(first), sorted(second)) == ([0, 1, 2], [3, 4, 5])
     assert tokens({**first, **second}[id] for id in range(6)) == WANTED
     idle(e)
@@ -513,9 +509,7 @@ def test_refused(prompt: Any, params: dict[str, Any], message: str) -> None:
 def test_refused_by_the_cache() -> None:
     """What the cache can never hold would wait for ever, and all behind it; what just fits has to run."""
     e = engine(page_size=4, cache_tokens=35)  # 32, in whole pages
-    with pytest.raises(
-        ValueError, match=r"40 prompt tokens .* cache of 32 tokens: the prompt alone is too long"
-    ):
+    with pytest.raises(ValueError, match=r"40 prompt tokens .* cache of 32 tokens: the prompt alone is too long"):
         e.add([1] * 40, GREEDY)
     with pytest.raises(ValueError, match=r"23 prompt tokens and max_tokens=11 .* cache of 32 .* at most 10"):
         e.add(PROMPTS[2], replace(GREEDY, max_tokens=11))
@@ -635,15 +629,11 @@ def test_logprobs() -> None:
     for output in outputs[1:]:
         c, n = output.completions[0], len(output.prompt_token_ids)
         direct = logits(output.prompt_token_ids + c.token_ids).log_softmax(-1)[n - 1 : -1]
-        torch.testing.assert_close(
-            torch.tensor(c.logprobs), direct[range(10), c.token_ids], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(torch.tensor(c.logprobs), direct[range(10), c.token_ids], atol=1e-4, rtol=1e-4)
         for row, top in zip(direct, c.top_logprobs or (), strict=False):
             assert list(top) == row.topk(len(top)).indices.tolist()
             torch.testing.assert_close(torch.tensor([*top.values()]), row[[*top]], atol=1e-4, rtol=1e-4)
-    assert [len(top) for top in five.top_logprobs] == [5] * 10 and [len(top) for top in two.top_logprobs] == [
-        2
-    ] * 10
+    assert [len(top) for top in five.top_logprobs] == [5] * 10 and [len(top) for top in two.top_logprobs] == [2] * 10
     assert five.logprobs == [next(iter(top.values())) for top in five.top_logprobs]
 
 
@@ -668,18 +658,12 @@ def test_logprob_modes() -> None:
             z /= 0.5
             z = z.masked_fill(z < z.topk(3).values[:, -1:], float("-inf"))
         direct = z.log_softmax(-1)
-        torch.testing.assert_close(
-            torch.tensor(c.logprobs), direct[range(6), c.token_ids], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(torch.tensor(c.logprobs), direct[range(6), c.token_ids], atol=1e-4, rtol=1e-4)
         for row, top in zip(direct, c.top_logprobs, strict=True):
-            torch.testing.assert_close(
-                torch.tensor([*top.values()]), row.topk(4).values, atol=1e-4, rtol=1e-4
-            )
+            torch.testing.assert_close(torch.tensor([*top.values()]), row.topk(4).values, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"prefill_chunk": 3}, {"token_budget": 7, "max_requests": 3}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 3}, {"token_budget": 7, "max_requests": 3}], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, None])
 def test_prompt_logprobs(settings: dict[str, Any], rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are shifted, or lost or doubled where a prompt or its logits are computed in pieces."""
@@ -732,7 +716,8 @@ def test_close_after_an_error() -> None:
 def test_random_weights(tmp_path: Path) -> None:
     """`random` needs a checkpoint, or draws other weights than `init` does for the same seed."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    with Engine.from_pretrained(tmp_path, random=True, random_seed=3, device="cpu", prefill_chunk=2) as e:
+    where = str(torch.get_default_device())
+    with Engine.from_pretrained(tmp_path, random=True, random_seed=3, device=where, prefill_chunk=2) as e:
         assert e.settings.schedule.prefill_chunk == 2 and e.tokenizer is None and e.spec == SPEC
         got = tokens(e.generate(PROMPTS, GREEDY))
     assert got == tokens(Engine(fastgen.init(SPEC, 3), SPEC).generate(PROMPTS, GREEDY))

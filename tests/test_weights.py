@@ -29,11 +29,12 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+KINDS = ["full_attention", "sliding_attention"]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-bias": ("Llama", {"tie_word_embeddings": True, "attention_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 5}),
-    "ministral": ("Ministral", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 5}),
+    "ministral": ("Ministral", {"layer_types": KINDS, "sliding_window": 5, "head_dim": 8}),
     "qwen2": ("Qwen2", {}),
     "qwen3-tied": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 24}),
 }
@@ -60,11 +61,21 @@ def check(params: Params, spec: Spec, model: torch.nn.Module) -> None:
         assert tensor.dtype == want[name].dtype and torch.equal(tensor, want[name]), name
 
 
+def present(params: Params) -> list[Tensor]:
+    return [tensor for tensor in tree_leaves(params) if tensor is not None]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A single-file checkpoint of the llama."""
     theirs().save_pretrained(tmp_path)
     return tmp_path
+
+
+def spec_and_params(name: str = "llama") -> tuple[Spec, Params]:
+    model = theirs(name)
+    spec = fastgen.from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    return spec, fastgen.init(spec)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -284,15 +295,9 @@ def test_save_over_an_older_checkpoint(sizes: tuple[int, int], tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text("{}")
     fastgen.save(tmp_path, spec, params, shard_bytes=sizes[1])
     _, loaded = fastgen.load(tmp_path, progress=False)
-    assert all(map(torch.equal, tree_leaves(loaded), tree_leaves(params)))
+    assert all(map(torch.equal, present(loaded), present(params)))
     check(params, spec, transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
     assert (tmp_path / "tokenizer.json").is_file()  # what is not ours stays
-
-
-def spec_and_params(name: str = "llama") -> tuple[Spec, Params]:
-    model = theirs(name)
-    spec = fastgen.from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
-    return spec, fastgen.init(spec)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -300,23 +305,18 @@ def test_init(name: str) -> None:
     """The shapes declared, the seed's numbers, ones for norms and zeros for biases."""
     spec, params = spec_and_params(name)
     leaves = [leaf for leaf in tree_leaves(declare(spec)) if leaf is not None]
-    tensors = [tensor for tensor in tree_leaves(params) if tensor is not None]
-    assert [leaf.shape for leaf in leaves] == [tuple(tensor.shape) for tensor in tensors]
+    assert [leaf.shape for leaf in leaves] == [tuple(tensor.shape) for tensor in present(params)]
     assert {n: t.shape for n, t in named(params, spec)} == {
         n: t.shape for n, t in theirs(name).state_dict().items() if not (spec.tied and n == "lm_head.weight")
     }
     same, other = fastgen.init(spec, 0), fastgen.init(spec, 1)
-    for leaf, a, b, c in zip(leaves, tensors, *map(present, (same, other)), strict=True):
+    for leaf, a, b, c in zip(leaves, *map(present, (params, same, other)), strict=True):
         assert torch.equal(a, b)
         if leaf.fill is None:
             assert not torch.equal(a, c)
             assert a.std().item() == pytest.approx(0.02, rel=0.1) and abs(a.mean().item()) < 0.004
         else:
             assert (a == leaf.fill).all() and a.ndim == 1
-
-
-def present(params: Params) -> list[Tensor]:
-    return [tensor for tensor in tree_leaves(params) if tensor is not None]
 
 
 def test_init_has_the_dtype_asked_for() -> None:

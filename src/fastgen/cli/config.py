@@ -12,7 +12,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -90,7 +90,7 @@ def quote(argument: str) -> str:
         try:
             OverridesParser.create().parse_override(argument)
             return argument
-        except OverrideParseException:  # a text that begins with one of these
+        except HydraException:  # a text that begins with one of these
             pass
     text = text.replace("${", r"\${")  # not an interpolation
     return f"prompt={QuotedString(text, Quote.double).with_quotes()}"

@@ -98,6 +98,7 @@ def _rope(config: Mapping[str, Any], context: int) -> Rope:
 
 def _yarn_scale(p: Mapping[str, Any], factor: float) -> float:
     """Attention temperature of YaRN (arXiv 2309.00071, eq. 22), with the mscale pair some checkpoints carry."""
+
     def mscale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -209,6 +210,7 @@ def to_hf(spec: Spec) -> dict[str, Any]:
     window = next((w for w in spec.windows if w), None)
     config["sliding_window"] = window
     if window:
-        kinds = ["sliding_attention" if w else "full_attention" for w in spec.windows]
-        config |= {"layer_types": kinds, "use_sliding_window": True}
+        config["use_sliding_window"] = True
+        if None in spec.windows or config["model_type"] != "mistral":  # transformers takes mistral's to be ministral
+            config["layer_types"] = ["sliding_attention" if w else "full_attention" for w in spec.windows]
     return config

@@ -95,6 +95,7 @@ def named(params: Params, spec: Spec) -> Iterator[tuple[str, Tensor]]:
             start += rows
 
 
+@torch.no_grad()
 def update(params: Params, spec: Spec, tensors: Iterable[tuple[str, Tensor]], *, source: str = "update") -> None:
     """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each leaf's dtype; every weight once.
 
@@ -126,11 +127,12 @@ def resolve(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path.parent if path.name.endswith(".index.json") else path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         raise ValueError(f"model {str(model)!r} is neither a local directory or file nor a hub id (owner/name)")
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    others = ["consolidated*", "*/*"]  # the same weights again, in the publisher's own format
     try:
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=others))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise ValueError(f"model {str(model)!r}: not a local path, not in the hub cache, and the hub said: {e}") from e
 
@@ -140,9 +142,10 @@ def read_config(path: Path) -> dict:
     if path.suffix == ".gguf":
         return gguf.read(path)[0]
     folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").is_file():
+    file = path if path.suffix == ".json" else folder / "config.json"
+    if not file.is_file():
         raise ValueError(f"{folder}: no config.json")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads(file.read_text())
     generation = folder / "generation_config.json"
     if generation.is_file():
         both = [c.get("eos_token_id") for c in (config, json.loads(generation.read_text()))]
@@ -153,7 +156,8 @@ def read_config(path: Path) -> dict:
 
 def _tensors(path: Path, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a checkpoint one by one; only one file is mapped at a time."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    one = path if path.is_file() else path / "model.safetensors"  # there may be others, in other formats
+    files = [one] if one.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path}: no .safetensors file")
     if (path / "model.safetensors.index.json").is_file():  # the index says which files are the checkpoint
@@ -193,11 +197,17 @@ def load(
 
 
 def save(folder: str | Path, spec: Spec, params: Params, *, shard_bytes: int = 5 * 10**9) -> None:
-    """Writes config.json and sharded safetensors in the Hugging Face layout; the tokenizer is the caller's to save."""
+    """Writes config.json and sharded safetensors in the Hugging Face layout; the tokenizer is the caller's to save.
+
+    An older checkpoint in `folder` is replaced.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(params.embed.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(to_hf(spec) | {"torch_dtype": dtype}, indent=2))
+    index_file = folder / "model.safetensors.index.json"
+    for old in (*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors", index_file):
+        old.unlink(missing_ok=True)
     shards: list[list[tuple[str, Tensor]]] = [[]]
     for name, tensor in named(params, spec):
         if shards[-1] and sum(t.nbytes for _, t in shards[-1]) + tensor.nbytes > shard_bytes:
@@ -211,6 +221,4 @@ def save(folder: str | Path, spec: Spec, params: Params, *, shard_bytes: int = 5
     if len(shards) > 1:
         total = sum(t.nbytes for shard in shards for _, t in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
+        index_file.write_text(json.dumps(index, indent=2))

@@ -1,0 +1,227 @@
+"""Settings refuse what they cannot do, and every file in conf/ is one of them."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from itertools import product
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from fastgen.cli import run
+from fastgen.cli.config import TASKS, Config, compose, conf_dir, typed
+from fastgen.config import Compile, Model, Offload, Pages, Parallel, SamplingParams, Schedule, Settings
+
+NAN = float("nan")
+BAD = [
+    (SamplingParams, "temperature", [-0.1, 101, NAN, True, "1", None], "between 0 and 100"),
+    (SamplingParams, "top_p", [0, 0.0, -1, 1.01, NAN], "at most 1|between 0 and 1"),
+    (SamplingParams, "top_k", [-1, 1.0, False], "at least 0"),
+    (SamplingParams, "min_p", [-0.01, 1.1, NAN], "between 0 and 1"),
+    (SamplingParams, "seed", [2**63, -(2**63) - 1, 1.5], str(2**63 - 1)),
+    (SamplingParams, "n", [0, 4097, 2.0, None], "between 1 and 4096"),
+    (SamplingParams, "max_tokens", [0, -1, 1.5], "at least 1"),
+    (SamplingParams, "min_tokens", [-1, 257, 0.5], "between 0 and 256"),
+    (SamplingParams, "stop", [[""], ["a", ""], [1]], "non-empty strings"),
+    (SamplingParams, "stop_token_ids", [[-1], [1.0], ["2"]], "at least 0"),
+    (SamplingParams, "presence_penalty", [-2.1, 2.1, NAN], "between -2 and 2"),
+    (SamplingParams, "frequency_penalty", [-2.1, 2.1, NAN], "between -2 and 2"),
+    (SamplingParams, "repetition_penalty", [0, 101, NAN], "between 0.001 and 100"),
+    (SamplingParams, "logit_bias", [{-1: 1.0}, {3: 101}, {3: NAN}, {3: None}], "at least 0|between -100 and 100"),
+    (SamplingParams, "logprobs", [-1, 0.5], "at least 0"),
+    (SamplingParams, "prompt_logprobs", [-1, 0.5], "at least 0"),
+    (SamplingParams, "logprob_mode", ["processd", None], "raw, processed"),
+    (Model, "dtype", ["fp16", "int8", None], "auto, float32, bfloat16, float16"),
+    (Model, "random", [True], "model.path"),
+    (Schedule, "policy", ["mix", None], "mixed, prefill_first"),
+    (Schedule, "max_requests", [0, -1, 1.5, 2049], "at least 1|2049"),
+    (Schedule, "token_budget", [0, 2.5, 255], "at least 1|at least schedule.max_requests"),
+    (Schedule, "prefill_chunk", [0, 1.5], "at least 1"),
+    (Pages, "page_size", [0, -16, 1.5], "at least 1"),
+    (Pages, "cache_tokens", [15, 0, 1e4], "at least 16"),
+    (Pages, "cache_fraction", [0, 0.99, 1.5, NAN], "between 0.01 and 0.98"),
+    (Offload, "offload", ["host", None], "none"),
+    (Parallel, "tensor_parallel", [0, 2, True], "between 1 and 1"),
+    (Compile, "compile", ["reduce-overhead"], "eager"),
+    (Compile, "attention", ["flash", None], "sdpa, reference"),
+]
+GROUPS = {
+    name: sorted(f.stem for f in (conf_dir() / name).glob("*.yaml"))
+    for name in sorted(d.name for d in conf_dir().iterdir() if d.is_dir() and d.name != "hydra")
+    if list((conf_dir() / name).glob("*.yaml"))
+}
+CASES = [(kind, name, value, allowed) for kind, name, values, allowed in BAD for value in values]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "allowed"), CASES, ids=lambda x: getattr(x, "__name__", None))
+def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
+    """The message has the field, the value (or the part of it that is wrong), and what is allowed."""
+    with pytest.raises(ValueError, match=rf"{name}.*({allowed}|number)") as error:
+        kind(**{name: value})
+    inner = [*value.items()][0] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    assert any(repr(part) in str(error.value) for part in inner) or "model.random" in str(error.value)
+
+
+def test_every_field_is_tested_or_free() -> None:
+    """A new knob without a bad value here is noticed."""
+    free = {"path", "device", "random_seed", "ignore_eos"}
+    kinds = (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Compile)
+    assert {f.name for kind in kinds for f in fields(kind)} == {name for _, name, _, _ in BAD} | free
+
+
+def test_stop_is_a_tuple_of_texts() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)  # pyright: ignore[reportArgumentType]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # pyright: ignore[reportArgumentType]
+
+
+def test_settings_of() -> None:
+    flat = Settings.of(token_budget=512, page_size=32, attention="reference", seed=3)
+    assert flat.schedule == Schedule(token_budget=512)
+    assert flat.pages == Pages(page_size=32)
+    assert flat.compile.attention == "reference"
+    assert flat.seed == 3
+    whole = Settings.of(schedule=Schedule(max_requests=8), token_budget=64)
+    assert whole.schedule == Schedule(max_requests=8, token_budget=64)
+    assert Settings.of() == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("token_bugdet", "token_budget"), ("page_sise", "page_size"), ("atention", "attention")]
+)
+def test_settings_of_typo(name: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown setting '{name}'; did you mean.* {nearest}"):
+        Settings.of(**{name: 1})
+
+
+def test_settings_of_keeps_checking() -> None:
+    with pytest.raises(ValueError, match="schedule.token_budget must be at least 1, got -1"):
+        Settings.of(token_budget=-1)
+    with pytest.raises(ValueError, match="unknown setting 'schedule'"):
+        Settings.of(schedule={"token_budget": 4})
+
+
+# --- conf/ ----------------------------------------------------------------------------------------------------
+
+
+def test_no_overrides_are_the_defaults() -> None:
+    assert compose() == Config()
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options if g not in ("experiment", "debug")]
+)
+def test_option(group: str, option: str) -> None:
+    """It composes into its dataclass, and holds what its file says."""
+    value = getattr(compose(f"{group}={option}"), group)
+    assert type(value) is type(getattr(Config(), group))
+    written = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
+    for name, said in written.items():
+        if not (isinstance(said, str) and "${" in said):
+            assert getattr(value, name) == said
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in ("experiment", "debug") for o in GROUPS[g]])
+def test_experiment(group: str, option: str) -> None:
+    """It composes, changes something, and its file says how to run it."""
+    assert compose(f"+{group}={option}") != compose()
+    assert f"# fgrun +{group}={option}" in (conf_dir() / group / f"{option}.yaml").read_text()
+
+
+def test_all_engine_options_fit_together() -> None:
+    names = ("schedule", "pages", "offload", "parallel", "compile")
+    for options in product(*(GROUPS[name] for name in names)):
+        compose(*(f"{name}={option}" for name, option in zip(names, options, strict=True)))
+
+
+def test_debug_model_is_there() -> None:
+    model = compose("model=debug").model
+    assert model.random and model.path and model.path.startswith(str(conf_dir()))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.token_bugdet=5", r"unknown key 'schedule.token_bugdet'; did you mean schedule.token_budget\?"),
+        ("+schedule.token_bugdet=5", r"unknown key 'schedule.token_bugdet'; did you mean schedule.token_budget\?"),
+        ("token_budget=5", r"unknown key 'token_budget'; did you mean schedule.token_budget\?"),
+        ("pages.token_budget=5", r"did you mean schedule.token_budget\?"),
+        ("shedule=latency", r"unknown key 'shedule'; did you mean schedule\?"),
+        ("promt=hello", r"unknown key 'promt'; did you mean prompt\?"),
+        ("experimnt=capitals", r"did you mean \+experiment\?"),
+        ("+experimnt=capitals", r"did you mean \+experiment\?"),
+        ("experiment=capitals", r"\+experiment=capitals"),
+        ("model=llama31_8", "unknown model 'llama31_8'; did you mean llama31_8b"),
+        ("sampling=gredy", "unknown sampling 'gredy'; did you mean greedy"),
+        ("+experiment=capital", "unknown experiment 'capital'; did you mean capitals"),
+        ("schedule.token_budget=many", "schedule.token_budget: Value 'many' .* could not be converted to Integer"),
+        ("schedule.token_budget=0", "schedule.token_budget must be at least 1, got 0"),
+        ("sampling.stop=END", "sampling.stop: must be a list"),
+        ("sampling.n=null", "sampling.n: .*not Optional"),
+        ("task.name=gnerate", "unknown task.name 'gnerate'; did you mean generate"),
+        ("hello", "Error parsing override 'hello'"),
+    ],
+)
+def test_wrong_override(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        compose(override)
+    assert "\n" not in str(error.value)
+
+
+def test_values_reach_the_dataclasses() -> None:
+    config = compose("sampling.stop=[a,b]", "sampling.logit_bias={5:1,7:-2.5}", "sampling.temperature=0", "seed=4")
+    assert config.sampling == SamplingParams(stop=("a", "b"), logit_bias={5: 1.0, 7: -2.5}, temperature=0)
+    assert config.seed == 4
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from(["", "Name one, ", "$", "[", "{", "'", '"', "\\"]),
+    st.text(st.characters(exclude_categories=["Cs"])),
+)
+def test_any_text_is_a_prompt(start: str, text: str) -> None:
+    """What a shell passes on is what the model is asked, whatever Hydra's grammar makes of such characters."""
+    prompt = compose(f"prompt={start}{text}").prompt
+    assert prompt == start + text or start in ("[", "{", "'", '"')  # those may be lists and quoted texts
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("[1,2,3]", [1, 2, 3]),
+        ("[[1,2],[3]]", [[1, 2], [3]]),
+        ("[{role: user, content: hi}]", [{"role": "user", "content": "hi"}]),
+        ("null", None),
+        ("'it is, quoted'", "it is, quoted"),
+        ('"Hello," she said', '"Hello," she said'),
+        ("[INST] hi [/INST]", "[INST] hi [/INST]"),
+        ("What's ${this}, and {that}?", "What's ${this}, and {that}?"),
+        ("42", "42"),
+        ("", ""),
+        ("two\nlines \\", "two\nlines \\"),
+    ],
+)
+def test_prompt(text: str, prompt: Any) -> None:
+    assert compose(f"prompt={text}").prompt == prompt
+
+
+def test_hydra_alone_composes_the_same() -> None:
+    """Users who compose with Hydra itself get the schema from the configuration package."""
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = hydra.compose("config", ["sampling=rollout"])
+    assert typed(cfg) == compose("sampling=rollout")
+    assert "token_budget" in OmegaConf.to_yaml(cfg)
+
+
+def test_tasks() -> None:
+    assert set(TASKS) == set(GROUPS["task"])
+    assert all(callable(getattr(run, name)) for name in TASKS)
+
+
+def test_importing_fastgen_does_not_import_hydra() -> None:
+    code = "import sys, fastgen; sys.exit(any(m.split('.')[0] in ('hydra', 'omegaconf') for m in sys.modules))"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
