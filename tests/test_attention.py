@@ -26,7 +26,7 @@ def make(
     seed: int, kind: str, spec: Spec, page: int, device: str, *, sequences: int = 5, pad: int = 0
 ) -> Case:
     """A random batch, its queries, the cache, and each sequence's own keys and values in order."""
-    r, normal = random.Random(seed), torch.Generator().manual_seed(seed)
+    r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
     kinds = [KINDS[kind]] * sequences if kind != "mixed" else r.choices(list(KINDS.values()), k=sequences)
     shapes = [draw(r) for draw in kinds]
     needed = [-(-(cached + new) // page) for cached, new in shapes]

@@ -452,18 +452,16 @@ def test_interrupt_keeps_what_was_finished(monkeypatch: pytest.MonkeyPatch) -> N
     idle(e)
 
 
-@pytest.mark.parametrize("call", [0, 1, 3])
-def test_failed_step_can_be_repeated(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the device runs out of memory, say, requests in flight go on from where they were."""
-    e = engine(prefill_chunk=7)
-    id, events = e.add(PROMPTS[2], GREEDY), []
-    failing(monkeypatch, "fastgen.engine.compute", call, RuntimeError)
+@pytest.mark.parametrize("way", ["generate", "stream"])
+@pytest.mark.parametrize("place", PLACES)
+def test_error(way: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device runs out of memory, say, the engine is of no more use."""
+    e = engine(max_requests=4, prefill_chunk=7)
+    failing(monkeypatch, place, 3, RuntimeError)
     with pytest.raises(RuntimeError):
-        e.generate(PROMPTS[3], GREEDY)
-    assert [s.output.request_id for s in e._samples.values()] == [id]
-    events += drain(e)
-    assert tokens([collect(events)[id]]) == [WANTED[2]]
+        WAYS[way](e)
     idle(e)
+    assert tokens(e.generate(PROMPTS, GREEDY)) == WANTED
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -688,7 +686,6 @@ def test_prompt_logprobs(settings: dict[str, Any], rows: int | None, monkeypatch
             values, index = row.topk(asked.prompt_logprobs)
             assert list(top)[:10] == index.tolist()[:10]
             torch.testing.assert_close(torch.tensor([*top.values()]), values, atol=1e-4, rtol=1e-4)
-    assert tokens(e.generate(PROMPTS, GREEDY)) == WANTED
 
 
 # --- beginning and end --------------------------------------------------------------------------------------

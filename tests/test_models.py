@@ -81,7 +81,7 @@ def build(name: str) -> tuple[torch.nn.Module, Spec, Params]:
 
 
 def prompt(length: int, seed: int) -> list[int]:
-    return torch.randint(97, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(97, (length,), generator=torch.Generator(torch.get_default_device()).manual_seed(seed)).tolist()
 
 
 def empty(spec: Spec, pages: int) -> fastgen.Cache:
@@ -152,7 +152,7 @@ def step(pad: int = 0) -> tuple[fastgen.Batch, fastgen.Cache, Spec, Params]:
         Span(1, 8, 21, False, (3, 4, 6, 11, 7, 8)),
         Span(2, 0, 6, True, (13, 10)),
     )
-    noise = torch.Generator().manual_seed(0)
+    noise = torch.Generator(torch.get_default_device()).manual_seed(0)
     cache = tree_map(lambda leaf: leaf.normal_(generator=noise), empty(spec, 15))
     return fastgen.stage(plan, tokens, PAGE, pad=pad), cache, spec, params
 
@@ -200,7 +200,7 @@ def test_tokens_after_the_last_page_read_the_same_cache() -> None:
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
@@ -260,8 +260,8 @@ def test_frequencies(name: str, head: int) -> None:
     sizes = {"hidden_size": 4 * head, "num_attention_heads": 4, "max_position_embeddings": 4096}
     config = transformers.LlamaConfig(**sizes, rope_parameters=rope)
     spec = fastgen.from_hf(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    want, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
-    torch.testing.assert_close(frequencies(spec.rope, head, torch.device("cpu")), want, atol=0, rtol=1e-6)
+    want, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.get_default_device())
+    torch.testing.assert_close(frequencies(spec.rope, head, torch.get_default_device()), want, atol=0, rtol=1e-6)
     assert spec.rope.scale == pytest.approx(scale, rel=1e-12)
 
 
@@ -269,7 +269,7 @@ def test_frequencies(name: str, head: int) -> None:
 def test_default_frequencies(theta: float) -> None:
     """theta^(-2i / H)."""
     exact = torch.tensor([theta ** (-2 * i / 64) for i in range(32)])
-    ours = frequencies(Rope(theta=theta), 64, torch.device("cpu"))
+    ours = frequencies(Rope(theta=theta), 64, torch.get_default_device())
     torch.testing.assert_close(ours, exact, atol=0, rtol=1e-6)
 
 
@@ -277,7 +277,7 @@ def test_rotations() -> None:
     """cos and sin of position x frequency, times the temperature, for positions in any order."""
     _, spec, _ = build("llama-yarn-mscale")
     cos, sin = rotations(torch.tensor([3, 0, 3, 250]), spec)
-    freq = frequencies(spec.rope, spec.head, torch.device("cpu")).tolist()
+    freq = frequencies(spec.rope, spec.head, torch.get_default_device()).tolist()
     for row, position in enumerate((3, 0, 3, 250)):
         for i, f in enumerate(freq):
             assert cos[row, 0, i].item() == pytest.approx(math.cos(position * f) * spec.rope.scale, abs=2e-5)

@@ -157,6 +157,7 @@ def test_any_load(load: Load) -> None:
             assert (s.cached, s.known) == (cached[s.id], jobs[s.id].prompt + drawn[s.id])
         aborted |= late
         ended |= late | gone
+        assert {*ids(state)} == {i for i, job in enumerate(jobs) if job.arrival <= step} - ended
         if len(ended) == len(jobs):
             break
         assert all(step - jobs[i].arrival + 1 < patience(load, i) for i in ids(state)), "someone starves"
@@ -296,26 +297,25 @@ SOUND = State(4, 0b110000, (Sequence(2, 1, 5),), (FIRST, SECOND))
 
 
 @pytest.mark.parametrize(
-    "broken",
-    {
-        "a page has two owners": {"running": (FIRST, SECOND._replace(pages=(1, 2))), "free": 0b111000},
-        "a page is held and free": {"free": 0b110010},
-        "a page is lost": {"free": 0b100000},
-        "scratch is free": {"free": 0b110001},
-        "a page that is not in the cache": {"free": 0b1110000},
-        "waiting twice": {"waiting": SOUND.waiting * 2},
-        "waiting and running": {"waiting": (Sequence(1, 6, 9),)},
-        "nothing left to compute": {"running": (FIRST._replace(cached=3), SECOND)},
-        "less than nothing computed": {"running": (FIRST._replace(cached=-1), SECOND)},
-        "beyond its limit": {"running": (FIRST._replace(known=6), SECOND)},
-        "too few pages": {"running": (FIRST, SECOND._replace(pages=(2,))), "free": 0b111000},
-        "too many running": {"running": (FIRST, SECOND, Sequence(3, 1, 2, 0, (4,))), "free": 0b100000},
-    }.items(),
-    ids=lambda item: item[0],
+    ("message", "broken"),
+    [
+        ("two owners", {"running": (FIRST, SECOND._replace(pages=(1, 2))), "free": 0b111000}),
+        ("not taken", {"free": 0b110010}),  # a page is held and free
+        ("lost", {"free": 0b100000}),
+        ("lost", {"free": 0b110001}),  # scratch is free
+        ("lost", {"free": 0b1110000}),  # a page that is not in the cache
+        ("queued twice", {"waiting": SOUND.waiting * 2}),
+        ("queued twice", {"waiting": (Sequence(1, 6, 9),)}),  # waiting and running
+        (None, {"running": (FIRST._replace(cached=3), SECOND)}),  # nothing left to compute
+        (None, {"running": (FIRST._replace(cached=-1), SECOND)}),
+        (None, {"running": (FIRST._replace(known=6), SECOND)}),  # beyond its limit
+        (None, {"running": (FIRST, SECOND._replace(pages=(2,))), "free": 0b111000}),  # too few pages
+        (None, {"running": (FIRST, SECOND, Sequence(3, 1, 2, 0, (4,))), "free": 0b100000}),  # too many run
+    ],
 )
-def test_check_finds(broken: tuple[str, dict[str, Any]]) -> None:
+def test_check_finds(message: str | None, broken: dict[str, Any]) -> None:
     """A check that passes a broken state would make the tests above worth nothing."""
     limits = Schedule(max_requests=2)
     schedule.check(SOUND, 6, limits)
-    with pytest.raises(AssertionError):
-        schedule.check(SOUND._replace(**broken[1]), 6, limits)
+    with pytest.raises(AssertionError, match=message):
+        schedule.check(SOUND._replace(**broken), 6, limits)

@@ -67,7 +67,8 @@ def keep(logits: Float[Tensor, "N V"], f: Filter) -> Float[Tensor, "N V"]:
     enough = _floor(p, lambda m: p.where(m, 0.0).sum(-1, keepdim=True) >= mass)
     enough = torch.where(f.top_p[:, None] < 1, enough, 0.0)
     kept = (p >= enough) & (p >= f.min_p[:, None] * most) & (p > 0)
-    return logits.masked_fill(~kept, float("-inf"))
+    off = (k >= logits.shape[1]) & (f.top_p[:, None] >= 1) & (f.min_p[:, None] <= 0)  # as if no row had a filter
+    return logits.masked_fill(~(kept | off), float("-inf"))
 
 
 def sample(logits: Float[Tensor, "N V"], s: Sampling, top: int | None = None) -> Sampled:
@@ -82,7 +83,7 @@ def sample(logits: Float[Tensor, "N V"], s: Sampling, top: int | None = None) ->
         cold = (s.temperature == 0)[:, None]
         z = z / torch.where(cold, 1.0, s.temperature[:, None])
         if s.filter is not None:
-            z = keep(z, s.filter)
+            z = torch.where(cold, z, keep(z, s.filter))
         noise = exponential(s.seed, s.position, logits.shape[1]).log_()
         token = torch.where(cold, z, z - noise).argmax(-1)
     if top is None:

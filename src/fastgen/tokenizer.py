@@ -43,7 +43,9 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        if not (tokens := tokenizer(prompt).input_ids):
+            raise ValueError(f"the prompt {prompt!r} is no token for this tokenizer: it needs at least one")
+        return tokens
     for message in prompt:
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
@@ -69,18 +71,21 @@ class Detokenizer:
         self.decoded = len(self._decode(self.window))
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[return-value]
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(tokens, **options)  # type: ignore[return-value]
 
     def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
         """The text that became certain with `token`, and whether a stop string ends it."""
         self.window.append(token)
         text = self._decode(self.window)
-        if text.endswith("\ufffd") and len(self.window) < 2 * CONTEXT + 2:
+        unsure = text.endswith("\ufffd")
+        if unsure and len(self.window) < 2 * CONTEXT + 2:
             return "", False
         before = len(self.text)
-        self.text += text[self.decoded :]
+        # After many bytes that are no text, only the last of them can still begin a character.
+        self.text += text[self.decoded : len(text) - unsure]
         self.window = self.window[-CONTEXT:]
-        self.decoded = len(self._decode(self.window))
+        self.decoded = len(self._decode(self.window)) - unsure
         found = (self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop) if may_stop else ()
         if cuts := [i for i in found if i >= 0]:
             self.text = self.text[: min(cuts)]

@@ -1,0 +1,62 @@
+"""Imports go one way, and what can do without torch or hydra does."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fastgen
+
+ROOT = Path(fastgen.__file__).parent
+LAYERS = [  # each may import from its own line and those above
+    ["types", "config", "cache.pages", "models.spec"],
+    ["models.gguf", "models.layers", "ops.attention", "schedule", "sampling"],
+    ["models.transformer", "models.weights", "tokenizer"],
+    ["models.default", "request", "step"],
+    ["batch"],
+    ["engine"],
+    ["__init__"],
+    ["cli.config", "cli.run"],
+]
+EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__"}
+
+
+def imports(file: Path) -> set[str]:
+    """Modules named by a file's import statements; `from a import b` counts as a.b where that is a module of ours."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            inner = {f"{module}.{a.name}" for a in node.names}
+            ours = {name for name in inner if (ROOT / (name.removeprefix("fastgen.").replace(".", "/") + ".py")).is_file()}
+            found |= ours or {module}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    """A module imports only from the layers at or above its own line; every file has its place."""
+    rank = {name: i for i, names in enumerate(LAYERS) for name in names}
+    files = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py")}
+    files = {name: f for name, f in files.items() if name not in EMPTY and not name.startswith("conf.")}
+    assert files.keys() == rank.keys()
+    assert all(not (ROOT / (name.replace(".", "/") + ".py")).read_text() for name in EMPTY)
+    for name, file in files.items():
+        for module in imports(file):
+            if module == "fastgen" or module.startswith("fastgen."):
+                other = module.removeprefix("fastgen").lstrip(".") or "__init__"
+                assert rank[other] <= rank[name], f"{name} imports {other}"
+
+
+def test_the_scheduler_needs_no_torch() -> None:
+    """Scheduling can be simulated without torch."""
+    for name in ("schedule", "cache/pages", "config", "models/spec"):
+        roots = {module.split(".")[0] for module in imports(ROOT / f"{name}.py")}
+        assert not roots & {"torch", "numpy", "transformers", "hydra"}, name
+
+
+def test_hydra_is_for_the_command_line() -> None:
+    """Library users never import it."""
+    code = "import fastgen, sys; sys.exit('hydra' in sys.modules or 'omegaconf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
