@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fastgen import tokenizer as ours
-from fastgen.tokenizer import CONTEXT, Detokenizer, encode, is_one
+from fastgen.tokenizer import LONGEST, Detokenizer, encode, is_one
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=150)
+TEXT = st.text(st.one_of(st.sampled_from("ab é€😀👍🏽\ufffd"), st.characters(codec="utf-8")), max_size=20)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
@@ -58,10 +59,6 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 
 BYTE_LEVEL, BYTE_FALLBACK = byte_level(), byte_fallback()
-BYTES = [  # the token of each byte
-    BYTE_LEVEL.convert_tokens_to_ids(pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(c)[0][0][-1])
-    for c in [""] * 0
-]
 KINDS = {"level": BYTE_LEVEL, "fallback": BYTE_FALLBACK}
 
 
@@ -96,6 +93,16 @@ def test_pieces_are_the_text(kind: str, text: str, prompt: str) -> None:
     assert "".join(got) == want == detokenizer.text
     assert want.strip() == text.strip() and len(want) > 5
     assert sum(map(bool, got)) > len(set(text)) / 2  # it arrives bit by bit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@QUICK
+@given(prompt=TEXT, text=TEXT)
+def test_any_text(kind: str, prompt: str, text: str) -> None:
+    """Whatever the text and the prompt, and where tokens cut the characters of both."""
+    before, tokens = KINDS[kind](prompt).input_ids, KINDS[kind](text).input_ids
+    got = pieces(Detokenizer(KINDS[kind], before), tokens)
+    assert "".join(got) == whole(KINDS[kind], before, tokens)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -154,7 +161,7 @@ class Counting:
         return BYTE_LEVEL.decode(tokens, **options)
 
 
-@pytest.mark.parametrize("data", [b"\x80", b"\xf0\x9f\x98", "a".encode(), "€".encode()])
+@pytest.mark.parametrize("data", [b"\x80", b"\xf0\x9f\x98", b"a", "€".encode()])
 def test_work_and_delay_are_bounded(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes, a token costs two short decodes, and text waits for no more than a few tokens."""
     tokens = byte_tokens(data * (3000 // len(data)))
@@ -164,8 +171,8 @@ def test_work_and_delay_are_bounded(data: bytes, monkeypatch: pytest.MonkeyPatch
     waited = [0]
     for token in tokens:
         waited.append(0 if detokenizer.push(token)[0] else waited[-1] + 1)
-    assert max(counting.lengths) <= 2 * CONTEXT + 2 and len(counting.lengths) <= 2 * len(tokens)
-    assert max(waited) <= CONTEXT + 2
+    assert max(counting.lengths) <= 24 and len(counting.lengths) <= 2 * len(tokens)
+    assert max(waited) <= LONGEST
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 100])

@@ -1,6 +1,7 @@
 """Text to tokens and back: any tokenizer of `transformers`, chat templates, and decoding as tokens arrive."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fastgen.models import gguf
 
 Message = dict[str, Any]
-CONTEXT = 6  # tokens decoded again with each new one
+CONTEXT = 6  # tokens decoded again with each new one, or a few more
+LONGEST = 8  # tokens that text is held back for: more than any character has
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or chat messages
 
 
@@ -66,9 +68,16 @@ class Detokenizer:
         self.tokenizer, self.stop = tokenizer, stop
         self.text = ""  # everything decoded, held-back part included
         self.sent = 0  # characters already returned
-        # A few prompt tokens as context: some tokenizers decode a token differently at the start of a text.
-        self.window = list(prompt[-CONTEXT:])
-        self.decoded = len(self._decode(self.window))
+        # Tokens whose text is taken, a list for each piece of it: the first of them must begin a character, since
+        # some tokenizers decode none of a row of bytes that begins within one. The prompt's last tokens come first:
+        # some decode a token differently at the start of a text.
+        ends = [list(prompt[-n:]) for n in range(CONTEXT, CONTEXT + 4)]
+        self.taken = [next((end for end in ends if not self._decode(end).startswith("\ufffd")), ends[0])]
+        self.pending: list[int] = []  # tokens after those
+        self.decoded = len(self._window())  # characters taken of the text of both
+
+    def _window(self) -> str:
+        return self._decode([*chain(*self.taken), *self.pending])
 
     def _decode(self, tokens: list[int]) -> str:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -76,16 +85,19 @@ class Detokenizer:
 
     def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
         """The text that became certain with `token`, and whether a stop string ends it."""
-        self.window.append(token)
-        text = self._decode(self.window)
+        self.pending.append(token)
+        text = self._window()
         unsure = text.endswith("\ufffd")
-        if unsure and len(self.window) < 2 * CONTEXT + 2:
+        if unsure and len(self.pending) < LONGEST:
             return "", False
         before = len(self.text)
-        # After many bytes that are no text, only the last of them can still begin a character.
+        # After so many bytes that are no text, only the last of them can still begin a character.
         self.text += text[self.decoded : len(text) - unsure]
-        self.window = self.window[-CONTEXT:]
-        self.decoded = len(self._decode(self.window)) - unsure
+        self.taken.append(self.pending)
+        self.pending = []
+        while sum(map(len, self.taken[1:])) >= CONTEXT:
+            del self.taken[0]
+        self.decoded = len(self._window()) - unsure
         found = (self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop) if may_stop else ()
         if cuts := [i for i in found if i >= 0]:
             self.text = self.text[: min(cuts)]
@@ -94,7 +106,7 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What was held back, when nothing more comes."""
-        self.text += self._decode(self.window)[self.decoded :]
+        self.text += self._window()[self.decoded :]
         return self._send(len(self.text))
 
     def _held(self) -> int:
