@@ -51,7 +51,9 @@ def main() -> None:
         return model.generate(input_ids=ids, attention_mask=mask, **exact)[:, longest:].tolist()
 
     def single() -> list[list[int]]:
-        rows = [model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(), **exact) for p in prompts]
+        rows = [
+            model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(), **exact) for p in prompts
+        ]
         return [row[0, len(p) :].tolist() for row, p in zip(rows, prompts, strict=True)]
 
     runs: dict[str, Callable[[], list[list[int]]]] = {"fastgen": ours, "batched": batched, "single": single}

@@ -22,9 +22,7 @@ WINDOWS = (None, 1, 6, 20, 1000)
 Case = tuple[Batch, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
-def make(
-    seed: int, kind: str, spec: Spec, page: int, device: str, *, sequences: int = 5, pad: int = 0
-) -> Case:
+def make(seed: int, kind: str, spec: Spec, page: int, device: str, *, sequences: int = 5, pad: int = 0) -> Case:
     """A random batch, its queries, the cache, and each sequence's own keys and values in order."""
     r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
     kinds = [KINDS[kind]] * sequences if kind != "mixed" else r.choices(list(KINDS.values()), k=sequences)
@@ -58,7 +56,7 @@ def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: i
             first = 0 if window is None else max(0, last - window + 1)
             group = q.shape[1] // keys.shape[1]
             k, v = (x[first : last + 1].double().repeat_interleave(group, 1) for x in (keys, values))
-            weight = (torch.einsum("qh,sqh->sq", q[t].double().cpu(), k) / q.shape[2] ** 0.5).softmax(0)
+            weight = (torch.einsum("qh,sqh->sq", q[t].double(), k) / q.shape[2] ** 0.5).softmax(0)
             rows.append(torch.einsum("sq,sqh->qh", weight, v))
     return torch.stack(rows)
 
@@ -80,7 +78,7 @@ def test_matches_the_formula(backend: str, ratio: int, head: int, page: int, kin
     attend = BACKENDS[backend](batch, spec, page)
     for window in WINDOWS:
         ours = attend(q, k, v, window)
-        torch.testing.assert_close(ours.cpu().double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -89,9 +87,7 @@ def test_backends_agree(seed: int, device: str) -> None:
     r = random.Random(seed)
     page = r.choice([1, 2, 16, 128])
     spec = shape(*r.choice([(3, 3), (6, 2), (4, 1), (10, 2), (7, 1), (8, 1)]), r.choice([16, 64, 96, 128]))
-    batch, q, k, v, _ = make(
-        seed, "mixed", spec, page, device, sequences=r.randint(1, 20), pad=r.choice([0, 1, 9])
-    )
+    batch, q, k, v, _ = make(seed, "mixed", spec, page, device, sequences=r.randint(1, 20), pad=r.choice([0, 1, 9]))
     reference, sdpa = (BACKENDS[name](batch, spec, page) for name in ("reference", "sdpa"))
     for window in WINDOWS:
         torch.testing.assert_close(sdpa(q, k, v, window), reference(q, k, v, window), atol=1e-5, rtol=0)
@@ -113,7 +109,7 @@ def test_bf16(backend: str, kind: str, device: str) -> None:
         rounded = exact.abs()
         if backend != "reference":
             rounded += formula(batch, q, [(keys, values.abs()) for keys, values in own], window)
-        error = (ours.cpu().double() - exact).abs()
+        error = (ours.double() - exact).abs()
         assert (error <= 2**-8 * rounded + 1e-5).all(), error.max()  # 2^-8: half a unit in bf16's last place
 
 
@@ -124,9 +120,7 @@ def test_page_size_of_the_signature(backend: str, device: str) -> None:
     batch, q, k, v, own = make(0, "mixed", spec, PAGE, device)
     plain, bound = BACKENDS[backend](batch, spec), partial(BACKENDS[backend], page=PAGE)(batch, spec)
     assert torch.equal(plain(q, k, v, None), bound(q, k, v, None))
-    torch.testing.assert_close(
-        plain(q, k, v, None).cpu().double(), formula(batch, q, own, None), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(plain(q, k, v, None).double(), formula(batch, q, own, None), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

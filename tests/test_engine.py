@@ -21,6 +21,7 @@ import fastgen
 from fastgen import Event, Output, SamplingParams, schedule
 from fastgen.cache import pages
 from fastgen.ops.attention import reference
+from fastgen.sampling import exponential
 from fastgen.schedule import Span
 
 CONFIG = {
@@ -167,10 +168,14 @@ def test_model_reads_its_context() -> None:
     assert len({greedy([first, *end], 1)[0] for first in range(20)}) > 1
 
 
-def test_alone_is_as_recomputed() -> None:
-    """One request on its own goes wrong."""
+def test_alone_is_as_recomputed(drawn: list[list[int]]) -> None:
+    """One request on its own goes wrong, or its noise is not that of its seed and position."""
     for prompt, wanted in zip(PROMPTS, WANTED, strict=True):
         assert tokens(engine().generate(prompt, GREEDY)) == [wanted]
+    for prompt, wanted, params in zip(PROMPTS, drawn, DRAWN, strict=True):
+        z, position = logits(prompt + wanted)[len(prompt) - 1 : -1], len(prompt) + torch.arange(10)
+        noise = exponential(torch.full((10,), params.seed), position, 61)
+        assert (z - noise.log()).argmax(-1).tolist() == wanted
 
 
 def test_requests_that_come_and_go() -> None:

@@ -30,7 +30,9 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             inner = {f"{module}.{a.name}" for a in node.names}
-            ours = {name for name in inner if (ROOT / (name.removeprefix("fastgen.").replace(".", "/") + ".py")).is_file()}
+            ours = {
+                name for name in inner if (ROOT / (name.removeprefix("fastgen.").replace(".", "/") + ".py")).is_file()
+            }
             found |= ours or {module}
     return found
 

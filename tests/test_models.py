@@ -81,11 +81,13 @@ def build(name: str) -> tuple[torch.nn.Module, Spec, Params]:
 
 
 def prompt(length: int, seed: int) -> list[int]:
-    return torch.randint(97, (length,), generator=torch.Generator(torch.get_default_device()).manual_seed(seed)).tolist()
+    return torch.randint(
+        97, (length,), generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    ).tolist()
 
 
 def empty(spec: Spec, pages: int) -> fastgen.Cache:
-    return fastgen.new_cache(spec, pages * PAGE, device="cpu", dtype=torch.float32)
+    return fastgen.new_cache(spec, pages * PAGE, dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ TEXTS = [
     "قرأت الرسالة مرتين ثم وضعتها في الدرج.",
     "SELECT name, SUM(price * amount) AS total FROM orders JOIN items USING (order_id) GROUP BY name ORDER BY",
     '{"city": "Oslo", "population": 709037, "rivers": ["Akerselva", "Alna"], "twinned":',
-    "#include <stdio.h>\nint main(void) {\n  for (int i = 0; i < 10; i++) printf(\"%d\\n\", i * i);\n",
+    '#include <stdio.h>\nint main(void) {\n  for (int i = 0; i < 10; i++) printf("%d\\n", i * i);\n',
     "Dear Ms. Okafor,\n\nthank you for your letter of 3 March. We have looked into the two invoices you mention and",
     "0, 1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89,",
 ]

@@ -1,9 +1,9 @@
 """fastgen: batched generation from dense transformers, small enough to read and yours to import.
 
-    import fastgen
+import fastgen
 
-    with fastgen.Engine.from_pretrained() as engine:
-        print(engine.generate("The capital of France is")[0].completions[0].text)
+with fastgen.Engine.from_pretrained() as engine:
+    print(engine.generate("The capital of France is")[0].completions[0].text)
 """
 
 from fastgen.batch import stage

@@ -57,9 +57,7 @@ def stage(
     )
 
 
-def stage_sampling(
-    samples: Sequence[Sample], vocab: int, device: torch.device | str | None = None
-) -> Sampling:
+def stage_sampling(samples: Sequence[Sample], vocab: int, device: torch.device | str | None = None) -> Sampling:
     """The Sampling arrays of the sequences that draw a token in this step, in the order of `Batch.output`."""
     p = [s.params for s in samples]
 

@@ -58,9 +58,8 @@ class Engine:
         self._ids, self._request_ids = itertools.count(), itertools.count()
         self._undelivered: list[Event] = []
         self._random = random.Random(self.settings.seed)
-        self._eos = frozenset(spec.eos)
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            self._eos |= {tokenizer.eos_token_id}
+        eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self._eos = frozenset(spec.eos) | frozenset(eos if isinstance(eos, list) else [eos])
 
     @classmethod
     def from_pretrained(

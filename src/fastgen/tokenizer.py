@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastgen.models import gguf
@@ -53,8 +54,12 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
     if not tokenizer.chat_template:
         raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
-    encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
-    return encoded["input_ids"]  # type: ignore[index,call-overload,return-value]
+    messages: list[Any] = list(prompt)
+    try:
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except TemplateError as e:
+        raise ValueError(f"the model's chat template refuses these messages: {e}") from e
+    return encoded["input_ids"]
 
 
 class Detokenizer:

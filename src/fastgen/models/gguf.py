@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ INNER = {
 
 
 class _Reader(GGUFReader):
-    def _get(self, *args: object, **kwargs: object) -> np.ndarray:
+    def _get(self, *args: Any, **kwargs: Any) -> np.ndarray:
         self.data = np.asarray(self.data)  # slicing a memmap, once per token, is three times as slow
         return super()._get(*args, **kwargs)
 

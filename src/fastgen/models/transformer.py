@@ -36,9 +36,7 @@ def block(
     return x + F.linear(swiglu(F.linear(rms_norm(x, layer.ffn_norm, spec.eps), layer.gate_up)), layer.down)
 
 
-def hidden(
-    params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa
-) -> Float[Tensor, "T D"]:
+def hidden(params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa) -> Float[Tensor, "T D"]:
     """Normed last hidden state of every token. Writes `cache` at `batch.slot`; pure otherwise."""
     x = F.embedding(batch.token, params.embed)
     turn, attend = rotations(batch.position, spec), backend(batch, spec)
@@ -52,9 +50,7 @@ def unembed(params: Params, x: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
     return F.linear(x, params.embed if params.head is None else params.head).float()
 
 
-def forward(
-    params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa
-) -> Float[Tensor, "N V"]:
+def forward(params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa) -> Float[Tensor, "N V"]:
     """fp32 next-token logits at `batch.output`. Writes `cache` at `batch.slot`; pure otherwise.
 
     The written leaves are the donated buffers: returning a new cache would copy all of it at every step.

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -36,7 +37,7 @@ def declare(spec: Spec) -> Params:
     """The tree of all weights of a model, with a Leaf in the place of every tensor."""
     q, kv = spec.q_heads * spec.head, spec.kv_heads * spec.head
 
-    def leaf(rows: dict[str, int], *rest: int, split: int | None = None, fill: float | None = None) -> Leaf:
+    def leaf(rows: dict[str, int], *rest: int, split: int | None = None, fill: float | None = None) -> Any:
         return Leaf(tuple(rows.items()), (sum(rows.values()), *rest), split, fill)
 
     def layer(i: int) -> Layer:

@@ -102,4 +102,4 @@ def sdpa(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     return attend
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "sdpa": sdpa}
+BACKENDS: dict[str, Callable[..., Attend]] = {"reference": reference, "sdpa": sdpa}
