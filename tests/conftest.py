@@ -9,6 +9,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # most tensors here are tiny: more threads cost more than they give
     if config.getoption("--device") != "cpu":
         torch.set_default_device(config.getoption("--device"))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +37,6 @@ CONFIG = {
     "layer_types": ["full_attention", "sliding_attention"],
     "torch_dtype": "float32",
 }
-torch.set_num_threads(1)  # on tensors this small, more cost more than they give
 SPEC = fastgen.from_hf(CONFIG)
 PARAMS = fastgen.init(SPEC)
 for weight in (PARAMS.embed, PARAMS.head, *(w for layer in PARAMS.layers for w in layer)):
@@ -731,3 +730,103 @@ def test_random_weights(tmp_path: Path) -> None:
         assert e.settings.schedule.prefill_chunk == 2 and e.tokenizer is None and e.spec == SPEC
         got = tokens(e.generate(PROMPTS, GREEDY))
     assert got == tokens(Engine(fastgen.init(SPEC, 3), SPEC).generate(PROMPTS, GREEDY))
+
+
+def test_interrupt_ends_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream beside the one that was interrupted waits for ever for requests that are gone."""
+    e = engine()
+    one, two = e.stream(PROMPTS[0], GREEDY), e.stream(PROMPTS[1], GREEDY)
+    events = [next(two)]
+    failing(monkeypatch, "fastgen.engine.compute", 0, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(one)
+    (output,) = collect(events + list(two)).values()
+    assert output.completions[0].finish_reason == "abort"
+    idle(e)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("place", PLACES)
+def test_failed_call_reports_requests_in_flight(
+    place: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who added a request by hand never hears that an interrupted call ended it, or misses tokens of its last step."""
+    e = engine()
+    ids = [e.add(p, replace(GREEDY, max_tokens=3)) for p in PROMPTS[:4]]
+    failing(monkeypatch, place, 10 if place.endswith("push") else 2, error)
+    with pytest.raises(error):
+        e.generate(PROMPTS[4:], GREEDY)
+    outputs = collect(drain(e))
+    assert sorted(outputs) == ids
+    for id, output in outputs.items():
+        (got,) = tokens([output])
+        assert got == WANTED[id][: len(got)] and len(got) >= 2 - (not place.endswith(("push", "commit")))
+    assert [len(c.token_ids) == 3 for o in outputs.values() for c in o.completions] == [
+        c.finish_reason == "length" for o in outputs.values() for c in o.completions
+    ]
+    idle(e)
+
+
+def test_close_ends_streams() -> None:
+    """A stream that outlives its engine waits for ever."""
+    with engine() as e:
+        events = e.stream(PROMPTS[0], GREEDY)
+        first = next(events)
+    assert collect([first, *events])[0].completions[0].finish_reason == "abort"
+
+
+def test_close_twice() -> None:
+    """Closing inside of `with` is an error at its end."""
+    with engine() as e:
+        e.close()
+
+
+def test_text_without_tokens() -> None:
+    """A text that the tokenizer makes nothing of never gets a step, and generate never returns."""
+    stripped = letters()
+    stripped.backend_tokenizer.normalizer = normalizers.Strip()
+    e = Engine(PARAMS, SPEC, stripped)
+    with pytest.raises(ValueError, match="at least one"):
+        e.generate(" ", GREEDY)
+    idle(e)
+
+
+def test_stream_that_is_never_read() -> None:
+    """Its requests run beside all that follow, and their events pile up."""
+    e = engine()
+    events = e.stream(PROMPTS, GREEDY)
+    del events
+    idle(e)
+
+
+@pytest.mark.parametrize("page", [16, 48, 128])
+def test_default_cache_holds_the_longest_request(page: int) -> None:
+    """Rounding the capacity down to whole pages refuses what the context allows."""
+    e = engine(page_size=page, max_requests=1)
+    assert len(tokens(e.generate([1], replace(GREEDY, max_tokens=None)))[0]) == 63
+
+
+def test_interrupt_while_adding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that was half added stays, and can never finish."""
+    e = engine()
+    failing(monkeypatch, "fastgen.engine.Sample.__init__", 2, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        e.generate(PROMPTS[0], replace(GREEDY, n=3))
+    idle(e)
+    assert tokens(e.generate(PROMPTS[0], GREEDY)) == WANTED[:1]
+
+
+@pytest.mark.parametrize("place", ["fastgen.engine.Sample.push", "fastgen.engine.score"])
+def test_error_in_a_step(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error in the middle of a step, requests in flight go on with tokens or logprobs doubled."""
+    e = engine()
+    for p in PROMPTS[:3]:
+        e.add(p, replace(GREEDY, prompt_logprobs=0))
+    failing(monkeypatch, place, 1, RuntimeError)
+    with pytest.raises(RuntimeError):
+        e.step()
+    for id, output in collect(drain(e)).items():
+        if output.completions[0].finish_reason != "abort":
+            assert tokens([output]) == [WANTED[id]]
+            assert len(output.prompt_logprobs) == len(PROMPTS[id])
+    idle(e)

@@ -1,6 +1,8 @@
 """The real SmolLM2-135M-Instruct against transformers, fp32: 32 prompts of many lengths, languages and kinds."""
 
 import itertools
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,6 +30,15 @@ TEXTS = [
 LENGTHS = [1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65, 80, 96, 100, 127, 128, 160, 200, 256]
 LENGTHS += [300, 400, 600, 1000, 1500]
 NEW = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    """All cores: the tensors here are large."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,8 @@ class Engine:
             cuda = self.device.type == "cuda"
             free = torch.cuda.mem_get_info(self.device)[0] * p.cache_fraction if cuda else CPU_CACHE
             # No more than could ever be in use.
-            tokens = min(int(free) // per_token, self.settings.schedule.max_requests * spec.context)
+            longest = -(-(spec.context - 1) // p.page_size) * p.page_size
+            tokens = min(int(free) // per_token, self.settings.schedule.max_requests * longest)
         if tokens < p.page_size:
             raise ValueError(f"no memory is left for the cache: {tokens} tokens of {per_token} bytes each")
         return tokens // p.page_size * p.page_size
@@ -121,10 +123,14 @@ class Engine:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if params.prompt_logprobs else None
-        for index in range(params.n):
-            id = next(self._ids)
-            self._samples[id] = Sample(output, index, params, seed, limit, self._eos, self.tokenizer)
-            self.state = schedule.add(self.state, schedule.Sequence(id, len(prompt_ids), limit))
+        try:
+            for index in range(params.n):
+                id = next(self._ids)
+                self._samples[id] = Sample(output, index, params, seed, limit, self._eos, self.tokenizer)
+                self.state = schedule.add(self.state, schedule.Sequence(id, len(prompt_ids), limit))
+        except BaseException:
+            self._abort([output.request_id])  # not a part of it stays
+            raise
         return output.request_id
 
     def abort(self, request_id: int) -> Output | None:
@@ -134,7 +140,7 @@ class Engine:
             return None
         self.state = schedule.drop(self.state, ids)
         samples = [self._samples.pop(id) for id in ids]
-        self._undelivered += [s.end("abort") for s in samples]
+        self._undelivered += [s.end("abort") for s in samples if not s.completion.finish_reason]
         return samples[0].output
 
     @property
@@ -146,18 +152,19 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Compute one step; what it added to each request. An interrupt aborts everything that was running."""
+        """Compute one step; what it added to each request. An error or interrupt aborts everything that was running."""
         try:
-            events, self._undelivered = self._undelivered + self._step(), []
-            return events
-        except KeyboardInterrupt:
-            self._abort({s.output.request_id for s in self._samples.values()})
+            self._step()
+        except BaseException:
+            self._abort_all()
             raise
+        events, self._undelivered = self._undelivered, []
+        return events
 
-    def _step(self) -> list[Event]:
+    def _step(self) -> None:
         state, plan = schedule.plan(self.state, self.settings.schedule)
         if not plan:
-            return []
+            return
         drawing = [self._samples[span.id] for span in plan if span.sample]
         tokens = {span.id: self._samples[span.id].tokens for span in plan}
         self.batch = batches.stage(plan, tokens, state.page, self.device)
@@ -166,20 +173,19 @@ class Engine:
         x, drawn = compute(self.params, self.cache, self.batch, settings, self.spec, self._backend, top)
         self._score_prompts(plan, x)
         rows = zip(*(t.tolist() for t in drawn), strict=True)
-        events, stopped = [], set()
+        stopped = set()
         for span in plan:
             if span.sample:
                 token, logprob, top_token, top_logprob = next(rows)
                 sample = self._samples[span.id]
                 event = sample.push(token, logprob, list(zip(top_token, top_logprob, strict=True)))
-                events.append(event)
+                self._undelivered.append(event)
                 if event.finish_reason:
                     stopped.add(span.id)
         self.state = schedule.commit(state, plan, stopped)
         for id in stopped:
             del self._samples[id]
         self.steps += 1
-        return events
 
     def _score_prompts(self, plan: schedule.Plan, x: Tensor) -> None:
         """Prompt logprobs of the step's spans, from the hidden states x [T, D]."""
@@ -206,7 +212,9 @@ class Engine:
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
         ids = self._add_all(prompts, sampling)
-        return self._events(ids)
+        events = self._events(ids)
+        weakref.finalize(events, self._abort, ids).atexit = False  # dropped unread, it would never run its `finally`
+        return events
 
     def generate(
         self,
@@ -259,6 +267,11 @@ class Engine:
         finally:
             self._abort(left)
 
+    def _abort_all(self) -> None:
+        """Abort everything; whoever waits for it hears of it."""
+        for id in {s.output.request_id for s in self._samples.values()}:
+            self.abort(id)
+
     def _abort(self, ids: Iterable[int]) -> None:
         """Abort requests whose events nobody waits for."""
         for id in ids:
@@ -269,8 +282,9 @@ class Engine:
 
     def close(self) -> None:
         """Abort everything and let go of cache and parameters."""
-        self._abort({s.output.request_id for s in self._samples.values()})
-        del self.cache, self.params
+        self._abort_all()
+        for name in ("cache", "params"):
+            self.__dict__.pop(name, None)
 
     def __enter__(self) -> "Engine":
         return self

@@ -103,7 +103,7 @@ def mixed(running: tuple[Sequence, ...], limits: Schedule) -> Plan:
 
 
 def prefill_first(running: tuple[Sequence, ...], limits: Schedule) -> Plan:
-    """Prompts alone while there are any, else everyone who decodes."""
+    """Prompts alone while there are any, else everyone who decodes (who waits as long as new prompts keep coming)."""
     prefill = _prefill(running, limits.token_budget, limits.prefill_chunk or limits.token_budget)
     return tuple(prefill or _decode(running))
 

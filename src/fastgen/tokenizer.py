@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from fastgen.models import gguf
 Message = dict[str, Any]
 CONTEXT = 6  # tokens decoded again with each new one, or a few more
 LONGEST = 8  # tokens that text is held back for: more than any character has
-Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or chat messages
+Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids (also an array), or chat messages
 
 
 def load(path: Path) -> PreTrainedTokenizerBase | None:
@@ -31,18 +32,22 @@ def is_one(prompts: object) -> bool:
     """Whether `prompts` is a single prompt: a text, token ids, or chat messages."""
     if isinstance(prompts, str):
         return True
-    return isinstance(prompts, list | tuple) and bool(prompts) and isinstance(prompts[0], int | dict)
+    if isinstance(prompts, list | tuple):
+        return bool(prompts) and isinstance(prompts[0], Integral | dict)
+    return getattr(prompts, "ndim", 0) == 1  # an array or tensor of token ids
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; chat messages go through the tokenizer's chat template, up to the model's turn."""
+    if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
+        prompt = cast(Any, prompt).tolist()
     if not isinstance(prompt, str | list | tuple):
         kind = type(prompt).__name__
         raise ValueError(f"a prompt is a text, a list of token ids or a list of chat messages, not {kind}")
     if not len(prompt):
         raise ValueError("the prompt is empty: it needs at least one token")
-    if not isinstance(prompt, str) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-        return list(prompt)  # type: ignore[arg-type]
+    if not isinstance(prompt, str) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
+        return [int(t) for t in prompt]  # type: ignore[call-overload]
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
     if isinstance(prompt, str):
