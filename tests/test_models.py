@@ -167,6 +167,7 @@ def test_padding_changes_nothing(pad: int, backend: str) -> None:
     for k in (0, pad):
         batch, cache, spec, params = step(k)
         assert len(batch.token) == max(k, 20)
+        assert (batch.slot[20:] < PAGE).all() and (batch.pages[3:] == 0).all()
         logits = fastgen.forward(params, cache, batch, spec, partial(BACKENDS[backend], page=PAGE))
         results.append((logits, tree_map(lambda leaf: leaf[PAGE:], cache)))
     torch.testing.assert_close(*results, atol=1e-5, rtol=0)
@@ -249,7 +250,7 @@ ROPES = {
     "yarn-mscale": YARN | {"mscale": 0.707, "mscale_all_dim": 1.2, "factor": 40.0},
     "yarn-factor": YARN | {"attention_factor": 1.25},
     "yarn-smooth": YARN | {"truncate": False, "original_max_position_embeddings": 4096},
-    "yarn-no-ramp": YARN | {"truncate": False, "beta_fast": 1e9, "beta_slow": 1e9},  # a range of no width
+    "yarn-no-ramp": YARN | {"beta_fast": 32.0, "beta_slow": 10.3},  # from 0 to 0
     "yarn-no-original": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0},
 }
 

@@ -47,6 +47,8 @@ def test_noise_is_exponential(seed: int) -> None:
     assert every.min() > 0 and every.isfinite().all()
     assert kolmogorov(every) < 1.95
     assert kolmogorov(noise(seed, range(4000), 64).amin(1) * 64) < 1.95
+    near = every[every < 0.01]
+    assert len(near.unique()) >= len(near) - 1  # fine enough to tell who is first
     small = (noise(seed, range(20), 100_000) < 1e-4).sum().item()
     assert abs(small - 200) < 4 * math.sqrt(200)
 
@@ -260,6 +262,16 @@ def test_support_of_many_rows(vocab: int) -> None:
         assert margin > 1e-6, "choose another row"
         allowed = (ours[i] != OFF).nonzero().flatten().tolist()
         assert set(allowed) == {t for t in want if logits[i, t] != OFF}
+
+
+def test_support_of_near_neighbours() -> None:
+    """Probabilities a few units in the last place apart are still told apart."""
+    row = torch.arange(100)[None] * 3e-7
+    p = row.softmax(-1)[0]
+    assert len(p.unique()) > 90
+    for k in range(1, 100):
+        kept = keep(row, filters(1, 100, top_k=k))[0] != OFF
+        assert torch.equal(kept, p >= p.sort(descending=True).values[k - 1])
 
 
 def test_ties_stay_together() -> None:

@@ -1,9 +1,12 @@
 """Prompts to tokens, and text as tokens arrive, with tokenizers of both kinds of byte handling."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -141,6 +144,15 @@ def test_any_tokens(tokens: list[int], cut: int) -> None:
     """Random tokens of more than a byte, as an untrained model writes them."""
     got = pieces(Detokenizer(BYTE_LEVEL, []), tokens)
     assert "".join(got) == BYTE_LEVEL.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_prompt_that_ends_in_a_row_of_bytes(count: int) -> None:
+    """The prompt's last tokens are read from the beginning of a character: the row would be none otherwise."""
+    tokens = BYTE_FALLBACK("😀" * 5).input_ids
+    assert len(tokens) == 21  # the first is a blank
+    cut = 1 + 4 * count
+    assert "".join(pieces(Detokenizer(BYTE_FALLBACK, tokens[:cut]), tokens[cut:])) == "😀" * (5 - count)
 
 
 def test_special_tokens_are_not_text() -> None:
@@ -282,6 +294,21 @@ def test_encode() -> None:
         assert encode(BYTE_LEVEL, messages) == BYTE_LEVEL(chat).input_ids
 
 
+@pytest.mark.parametrize("ids", [np.array([5, 0, 7]), torch.tensor([5, 0, 7]), list(np.array([5, 0, 7]))])
+def test_encode_arrays(ids: Any) -> None:
+    """Token ids come as arrays too; what is kept are ints."""
+    assert is_one(ids)
+    tokens = unchecked(encode)(None, ids)
+    assert tokens == [5, 0, 7] and {type(t) for t in tokens} == {int}
+
+
+def unchecked(function: Callable) -> Callable:
+    """Without the tests' check of types, for what the annotations do not allow."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
@@ -301,12 +328,9 @@ def test_encode() -> None:
     ],
 )
 def test_what_is_no_prompt(prompt: Any, said: str) -> None:
-    """Each mistake with what is wanted instead. Not checked by its type: that is what is tested."""
-    unchecked = getattr(encode, "__wrapped__", encode)
-    while hasattr(unchecked, "__wrapped__"):
-        unchecked = unchecked.__wrapped__
+    """Each mistake with what is wanted instead."""
     with pytest.raises(ValueError, match=said):
-        unchecked(BYTE_LEVEL, prompt)
+        unchecked(encode)(BYTE_LEVEL, prompt)
 
 
 @pytest.mark.parametrize("prompt", ["text", MESSAGES])
@@ -343,6 +367,7 @@ def test_encode_text_without_tokens() -> None:
         (["text", "text"], False),
         ([[1, 2], [3]], False),
         ([MESSAGES, MESSAGES], False),
+        (np.zeros((2, 3), int), False),
         ([], False),
         ({"a", "b"}, False),
     ],

@@ -248,7 +248,7 @@ def test_hub_download_leaves_out_second_copies(tmp_path: Path, monkeypatch: pyte
 
 def logits(spec: Spec, params: Params, tokens: list[int]) -> Tensor:
     """Our logits [T, V] of a prompt."""
-    cache = fastgen.new_cache(spec, 32, device="cpu", dtype=torch.float32)
+    cache = fastgen.new_cache(spec, 32, dtype=torch.float32)
     batch = fastgen.stage((fastgen.schedule.Span(0, 0, len(tokens), True, (1,)),), {0: tokens}, 16)
     return fastgen.unembed(params, fastgen.hidden(params, cache, batch, spec))
 

