@@ -5,6 +5,7 @@ than the default is bound with `functools.partial`.
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -71,32 +72,41 @@ def sdpa(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
         query = batch.length[index][:, None, None, None] - 1
         decode.append((batch.start[index].long(), pages, query, torch.arange(pages.shape[1] * page, device=device)))
 
-    def gather(cache: Tensor, pages: Tensor) -> Tensor:
+    def gather(leaf: Tensor, pages: Tensor) -> Tensor:
         """[..., P] page ids -> [..., P * page, K, H]"""
-        paged = cache.view(-1, page * spec.kv_heads * spec.head)
+        paged = leaf.view(-1, page * spec.kv_heads * spec.head)
         return paged.index_select(0, pages.flatten()).view(*pages.shape[:-1], -1, spec.kv_heads, spec.head)
 
+    @cache  # layers of the same window share it
+    def causal(i: int, window: int | None) -> Tensor | None:
+        """The mask of the i-th prefilling sequence; None where torch's plain causal one will do."""
+        _, _, query, key = prefill[i]
+        fresh = len(key) == len(query) and (window is None or window >= len(key))
+        return None if fresh else live(query, key, window)
+
+    @cache
+    def visible(i: int, window: int | None) -> Tensor:
+        """The mask of the i-th group of decoding sequences."""
+        _, _, query, key = decode[i]
+        return live(query, key, window).expand(-1, spec.kv_heads, group, -1)
+
+    alone = not prefill and len(decode) == 1  # all tokens are one group, in order
+
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
-        out = torch.empty_like(q)
-        for span, pages, query, key in prefill:
-            n = len(key)
-            k, v = (gather(c, pages)[:n].transpose(0, 1)[None] for c in (k_cache, v_cache))
-            fresh = n == len(query) and (window is None or window >= n)  # plain causal: no mask to build
-            o = F.scaled_dot_product_attention(
-                q[span].transpose(0, 1)[None],
-                k,
-                v,
-                attn_mask=None if fresh else live(query, key, window),
-                is_causal=fresh,
-                enable_gqa=True,
-            )
+        out = q if alone else torch.empty_like(q)
+        for i, (span, pages, _, key) in enumerate(prefill):
+            k, v = (gather(c, pages)[: len(key)].transpose(0, 1)[None] for c in (k_cache, v_cache))
+            mask, x = causal(i, window), q[span].transpose(0, 1)[None]
+            o = F.scaled_dot_product_attention(x, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             out[span] = o[0].transpose(0, 1)
-        for token, pages, query, key in decode:
+        for i, (token, pages, _, _) in enumerate(decode):
             # The query heads of a kv head become the query rows, so that keys are read once for all of them.
             k, v = (gather(c, pages).transpose(1, 2) for c in (k_cache, v_cache))
-            grouped = q[token].unflatten(1, (spec.kv_heads, group))
-            mask = live(query, key, window).expand(-1, spec.kv_heads, group, -1)
-            out[token] = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
+            x = (q if alone else q[token]).unflatten(1, (spec.kv_heads, group))
+            o = F.scaled_dot_product_attention(x, k, v, attn_mask=visible(i, window)).flatten(1, 2)
+            if alone:
+                return o
+            out[token] = o
         return out
 
     return attend
