@@ -1,5 +1,7 @@
 """Where tests run: `pytest --device cuda` puts every tensor that is not told otherwise on a GPU."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # most tensors here are tiny: more threads cost more than they give
-    if config.getoption("--device") != "cpu":
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run as Python
+    else:
         torch.set_default_device(config.getoption("--device"))
 
 

@@ -10,7 +10,7 @@ import fastgen
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
     ["types", "config", "cache.pages", "models.spec"],
-    ["models.gguf", "models.layers", "ops.attention", "schedule", "sampling"],
+    ["models.gguf", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"],
     ["models.transformer", "models.weights", "tokenizer"],
     ["models.default", "request", "step"],
     ["batch"],

@@ -16,10 +16,11 @@ import fastgen
 from fastgen import Params, Rope, SamplingParams, Spec
 from fastgen.models import weights
 from fastgen.models.layers import frequencies, rms_norm, rotate, rotations, swiglu
-from fastgen.ops.attention import BACKENDS
+from fastgen.ops.backends import NAMES, choose
 from fastgen.schedule import Span
 
 PAGE = 4
+BACKENDS = {name: choose(name, torch.get_default_device()) for name in NAMES}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -166,11 +166,11 @@ class Compile:
     """How a step is run, and by which attention."""
 
     compile: str = "eager"
-    attention: str = "sdpa"
+    attention: str = "auto"  # triton on a GPU, sdpa elsewhere
 
     def __post_init__(self) -> None:
         _choice("compile", "compile", self.compile, ("eager",))
-        _choice("compile", "attention", self.attention, ("sdpa", "reference"))
+        _choice("compile", "attention", self.attention, ("auto", "triton", "sdpa", "reference"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

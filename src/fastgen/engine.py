@@ -20,7 +20,7 @@ from fastgen.cache import pages
 from fastgen.config import SamplingParams, Settings
 from fastgen.models import default, weights
 from fastgen.models.spec import Spec, from_hf
-from fastgen.ops.attention import BACKENDS
+from fastgen.ops.backends import choose
 from fastgen.request import Completion, Event, Output, Sample, longest
 from fastgen.step import compute, new_cache, score
 from fastgen.tokenizer import Prompt
@@ -54,7 +54,7 @@ class Engine:
         self.state = schedule.State(page=page, free=pages.pool(self.capacity // page + 1))
         self.batch: Batch | None = None  # of the last step, to look at
         self.steps = 0
-        self._backend = partial(BACKENDS[self.settings.compile.attention], page=page)
+        self._backend = partial(choose(self.settings.compile.attention, self.device), page=page)
         self._samples: dict[int, Sample] = {}  # by sequence
         self._ids, self._request_ids = itertools.count(), itertools.count()
         self._undelivered: list[Event] = []

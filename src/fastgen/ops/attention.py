@@ -110,6 +110,3 @@ def sdpa(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
         return out
 
     return attend
-
-
-BACKENDS: dict[str, Callable[..., Attend]] = {"reference": reference, "sdpa": sdpa}

@@ -1,0 +1,23 @@
+"""The attention backends by name."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastgen.ops.attention import Attend, reference, sdpa
+
+NAMES = ("reference", "sdpa", "triton")
+
+
+def choose(name: str, device: torch.device | str) -> Callable[..., Attend]:
+    """A backend, a function of (batch, spec, page); `auto` is triton on a GPU and sdpa elsewhere.
+
+    On a CPU the Triton kernels run in Triton's interpreter only (TRITON_INTERPRET=1), to be tested.
+    """
+    if name == "auto":
+        name = "triton" if torch.device(device).type == "cuda" else "sdpa"
+    if name == "triton":
+        from fastgen.ops.paged import paged  # Triton comes with the GPU builds of torch, and not with others
+
+        return paged
+    return {"reference": reference, "sdpa": sdpa}[name]
