@@ -24,18 +24,20 @@ def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
     return [torch.randint(100, vocab, (length,), generator=generator).tolist() for _ in range(count)]
 
 
-def speed(name: str, requests: int, prompt_len: int, output_len: int) -> dict:
+def speed(name: str, requests: int, prompt_len: int, output_len: int, attention: str = "triton") -> dict:
     """Rates of a random model in bf16; steps are timed between device synchronisations."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     engine = fastgen.Engine.from_pretrained(
-        HERE / "configs" / f"{name}.json", random=True, device="cuda", dtype="bfloat16",
+        HERE / "configs" / f"{name}.json", random=True, device="cuda", dtype="bfloat16", attention=attention,
         max_requests=requests, token_budget=8192, cache_tokens=requests * (prompt_len + output_len + 16),
     )  # fmt: skip
     torch.cuda.synchronize()
     made = time.perf_counter() - start
     sampling = fastgen.SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-    engine.generate(prompts(2, 64, engine.spec.vocab), fastgen.SamplingParams(max_tokens=4, ignore_eos=True))
+    engine.generate(
+        prompts(requests, prompt_len, engine.spec.vocab), fastgen.SamplingParams(temperature=0, max_tokens=4)
+    )
     for prompt in prompts(requests, prompt_len, engine.spec.vocab):
         engine.add(prompt, sampling)
     prefill = decode = 0.0
@@ -51,7 +53,7 @@ def speed(name: str, requests: int, prompt_len: int, output_len: int) -> dict:
         else:
             decode, steps, tokens = decode + seconds, steps + 1, tokens + len(events)
     result = {
-        "model": name, "dtype": "bfloat16", "requests": requests, "prompt_len": prompt_len, "output_len": output_len,
+        "model": name, "dtype": "bfloat16", "attention": attention, "requests": requests, "prompt_len": prompt_len, "output_len": output_len,
         "make_weights_and_cache_s": made, "prefill_s": prefill, "prefill_tok_s": requests * prompt_len / prefill,
         "decode_ms_per_step": 1e3 * decode / steps, "decode_tok_s": tokens / decode,
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
@@ -98,6 +100,7 @@ def main() -> None:
         "speed": [
             speed("mistral-7b-instruct-v0.3", 1, 128, 64),
             speed("mistral-7b-instruct-v0.3", 64, 1024, 32),
+            speed("mistral-7b-instruct-v0.3", 64, 1024, 32, "sdpa"),
             speed("llama-3.2-1b-instruct", 64, 1024, 32),
         ],
         "gpu": torch.cuda.get_device_name(),

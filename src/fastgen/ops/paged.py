@@ -73,7 +73,7 @@ def _tiles(
     return m, l, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wide", "window", "rows"])  # each value of theirs would be compiled anew
 @no_type_check
 def _prefill(
     q, k_cache, v_cache, out, start, length, pages, wide, window, scale, rows,
@@ -127,7 +127,7 @@ def _prefill(
             tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
 @no_type_check
 def _decode(
     q, k_cache, v_cache, out, part, stat, start, length, pages, wide, window, scale,
@@ -170,18 +170,16 @@ def _decode(
 
 @triton.jit
 @no_type_check
-def _merge(
-    out, part, stat, start, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, S: tl.constexpr
-):
+def _merge(out, part, stat, start, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
     r, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
-        s, d = tl.arange(0, S), tl.arange(0, D)
+        s, d = tl.arange(0, SPLITS), tl.arange(0, D)
         at = (r * Q + head) * SPLITS + s
-        m = tl.load(stat + at * 2, mask=s < SPLITS, other=NOTHING)
-        l = tl.load(stat + at * 2 + 1, mask=s < SPLITS, other=0.0)
+        m = tl.load(stat + at * 2)
+        l = tl.load(stat + at * 2 + 1)
         weight = tl.exp2(m - tl.max(m, 0))
-        whole = (s < SPLITS)[:, None] & (d < H)[None, :]
+        whole = (d < H)[None, :]
         acc = tl.load(part + at[:, None].to(tl.int64) * H + d[None, :], mask=whole, other=0.0)
         x = tl.sum(acc * weight[:, None], 0) / tl.sum(l * weight, 0)
         tl.store(out + (token.to(tl.int64) * Q + head) * H + d, x.to(out.dtype.element_ty), mask=d < H)
@@ -198,7 +196,8 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
         processors, roomy = properties.multi_processor_count, properties.shared_memory_per_block_optin > 200_000
     # As many shares as keep every processor busy, but none of fewer than 256 keys.
     wanted = triton.cdiv(4 * processors, max(1, rows * spec.kv_heads))
-    splits = max(1, min(wanted, triton.cdiv(wide * page, 256), 64))
+    # A power of two: each number is a kernel of its own.
+    splits = triton.next_power_of_2(max(1, min(wanted, triton.cdiv(wide * page, 256), 64)))
 
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         q = q.contiguous()
@@ -223,9 +222,7 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
         )
         if splits > 1:
             shape = {name: sizes[name] for name in ("Q", "H", "D")}
-            _merge[(rows, spec.q_heads)](
-                out, part, stat, batch.start, **shape, SPLITS=splits, S=triton.next_power_of_2(splits), num_warps=2
-            )
+            _merge[(rows, spec.q_heads)](out, part, stat, batch.start, **shape, SPLITS=splits, num_warps=2)
         return out
 
     return attend
