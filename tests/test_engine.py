@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedTokenizerFast
 
 import fastgen
@@ -38,7 +39,8 @@ CONFIG = {
     "torch_dtype": "float32",
 }
 SPEC = fastgen.from_hf(CONFIG)
-PARAMS = fastgen.init(SPEC)
+# Drawn on the CPU: the same weights wherever the tests run.
+PARAMS = tree_map_only(Tensor, lambda w: w.to(torch.get_default_device()), fastgen.init(SPEC, device="cpu"))
 for weight in (PARAMS.embed, PARAMS.head, *(w for layer in PARAMS.layers for w in layer)):
     if weight is not None and weight.ndim == 2:
         weight *= 10  # so that every token of the context matters for the next one

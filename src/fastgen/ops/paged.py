@@ -203,7 +203,7 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
         q = q.contiguous()
         out = torch.empty_like(q)
         sizes = {
-            "Q": spec.q_heads, "KV": spec.kv_heads, "H": spec.head, "D": triton.next_power_of_2(spec.head),
+            "Q": spec.q_heads, "KV": spec.kv_heads, "H": spec.head, "D": max(16, triton.next_power_of_2(spec.head)),
             "PAGE": page, "WINDOW": window is not None, "EXACT": q.dtype == torch.float32,
         }  # fmt: skip
         scale = spec.head**-0.5 * LOG2E
