@@ -53,7 +53,8 @@ def speed(name: str, requests: int, prompt_len: int, output_len: int, attention:
         else:
             decode, steps, tokens = decode + seconds, steps + 1, tokens + len(events)
     result = {
-        "model": name, "dtype": "bfloat16", "attention": attention, "requests": requests, "prompt_len": prompt_len, "output_len": output_len,
+        "model": name, "dtype": "bfloat16", "attention": attention,
+        "requests": requests, "prompt_len": prompt_len, "output_len": output_len,
         "make_weights_and_cache_s": made, "prefill_s": prefill, "prefill_tok_s": requests * prompt_len / prefill,
         "decode_ms_per_step": 1e3 * decode / steps, "decode_tok_s": tokens / decode,
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
