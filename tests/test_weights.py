@@ -100,11 +100,11 @@ def test_load(name: str, shards: bool, dtype: torch.dtype, tmp_path: Path) -> No
 
 
 def test_load_by_the_path_of_a_file(tmp_path: Path) -> None:
-    """The single file and the index stand for their checkpoint; a str is as good as a Path."""
+    """The single file, the index and the config stand for their checkpoint; a str is as good as a Path."""
     model = theirs()
     for shards, file in (("1GB", "model.safetensors"), ("9KB", "model.safetensors.index.json")):
         model.save_pretrained(tmp_path / shards, max_shard_size=shards)
-        for path in (tmp_path / shards / file, str(tmp_path / shards / file)):
+        for path in (tmp_path / shards / file, str(tmp_path / shards / file), tmp_path / shards / "config.json"):
             spec, params = fastgen.load(path, progress=False)
             check(params, spec, model)
 

@@ -157,6 +157,7 @@ def read_config(path: Path) -> dict:
 
 def _tensors(path: Path, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a checkpoint one by one; only one file is mapped at a time."""
+    path = path.parent if path.suffix == ".json" else path  # named by its config
     one = path if path.is_file() else path / "model.safetensors"  # there may be others, in other formats
     files = [one] if one.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
