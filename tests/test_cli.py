@@ -13,7 +13,7 @@ from fastgen.cli import run
 from fastgen.config import SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
-TINY = ("model=debug", "pages=small", "seed=0", "sampling.max_tokens=4")
+TINY = ("model=debug", "pages=small", "sampling=default", "seed=0", "sampling.max_tokens=4")
 
 
 @pytest.fixture
@@ -41,6 +41,12 @@ def test_generate(fgrun: Run, tmp_path: Path) -> None:
     assert err.startswith("3 prompt tokens, 4 output tokens, ") and err.endswith(" tokens/s\n")
     assert list(tmp_path.iterdir()) == []
     assert fgrun(*TINY, "prompt=[1,2,3]")[1] == out
+
+
+def test_the_first_command_of_the_readme(fgrun: Run) -> None:
+    """With nothing but a question, the default model answers it."""
+    code, out, _ = fgrun("prompt=What is the capital of France?")
+    assert code == 0 and "Paris" in out
 
 
 def test_several_prompts_and_samples(fgrun: Run) -> None:

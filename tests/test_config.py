@@ -109,7 +109,9 @@ def test_settings_of_keeps_checking() -> None:
 
 
 def test_no_overrides_are_the_defaults() -> None:
-    assert compose() == Config()
+    """Of the dataclasses; only that the command line is greedy where a library call samples."""
+    assert compose("sampling=default") == Config()
+    assert compose() == compose("sampling=greedy")
 
 
 @pytest.mark.parametrize(
