@@ -147,6 +147,8 @@ def drawn() -> list[list[int]]:
         {"page_size": 4, "cache_tokens": 36},  # room for the longest prompt and little else
         {"policy": "prefill_first"},
         {"policy": "prefill_first", "token_budget": 8, "max_requests": 3, "page_size": 4},
+        {"overlap": True},
+        {"overlap": True, "token_budget": 7, "max_requests": 3, "cache_tokens": 128},
         {"attention": "reference"},
         {"attention": "reference", "page_size": 4, "prefill_chunk": 3, "cache_tokens": 64},
     ],
@@ -399,9 +401,9 @@ def test_generate_beside_single_steps() -> None:
 # --- interrupts and errors ----------------------------------------------------------------------------------
 
 PLACES = (
-    "fastgen.engine.compute",
-    "fastgen.engine.batches.stage",
-    "fastgen.engine.Engine._score_prompts",
+    "fastgen.compile.compute",
+    "fastgen.engine.Stager.stage",
+    "fastgen.engine.Engine._draw",
     "fastgen.engine.Sample.push",
     "fastgen.engine.schedule.commit",
 )
@@ -434,10 +436,10 @@ WAYS: dict[str, Callable[[Engine], object]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("call", [0, 4])
-def test_interrupt(way: str, place: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("call", "overlap"), [(0, False), (4, False), (4, True)])
+def test_interrupt(way: str, place: str, call: int, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a notebook leaves pages taken, or tokens of half a step behind."""
-    e = engine(max_requests=4, prefill_chunk=7)
+    e = engine(max_requests=4, prefill_chunk=7, overlap=overlap)
     failing(monkeypatch, place, call, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         WAYS[way](e)
@@ -452,7 +454,7 @@ def test_interrupt_keeps_what_was_finished(monkeypatch: pytest.MonkeyPatch) -> N
     e = engine()
     id = e.add(PROMPTS[0], replace(GREEDY, max_tokens=2))
     e.generate(PROMPTS[1], GREEDY)
-    failing(monkeypatch, "fastgen.engine.compute", 3, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.compile.compute", 3, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         e.generate(PROMPTS[2], GREEDY)
     assert tokens([collect(drain(e))[id]]) == [WANTED[0][:2]]
@@ -739,7 +741,7 @@ def test_interrupt_ends_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     e = engine()
     one, two = e.stream(PROMPTS[0], GREEDY), e.stream(PROMPTS[1], GREEDY)
     events = [next(two)]
-    failing(monkeypatch, "fastgen.engine.compute", 0, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.compile.compute", 0, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         next(one)
     (output,) = collect(events + list(two)).values()

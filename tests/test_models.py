@@ -168,7 +168,7 @@ def test_padding_changes_nothing(pad: int, backend: str) -> None:
     for k in (0, pad):
         batch, cache, spec, params = step(k)
         assert len(batch.token) == max(k, 20)
-        assert (batch.slot[20:] < PAGE).all() and (batch.pages[3:] == 0).all()
+        assert (batch.slot[20:] < PAGE).all() and (batch.seat[3:] == 0).all()
         logits = fastgen.forward(params, cache, batch, spec, partial(BACKENDS[backend], page=PAGE))
         results.append((logits, tree_map(lambda leaf: leaf[PAGE:], cache)))
     torch.testing.assert_close(*results, atol=1e-5, rtol=0)

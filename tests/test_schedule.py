@@ -196,12 +196,12 @@ def step(plan: Plan, tokens: dict[int, list[int]], page: int, pad: int, memory: 
     real = start[len(plan)]  # padding follows, a token a row
     assert len({*slot[:real]}) == real, "a slot is written twice"
     assert length[len(plan) :] == [1] * (len(token) - real)
-    assert not any(slot[real:]) and not b.pages[len(plan) :].any(), "padding left the scratch page"
+    assert all(x < page for x in slot[real:]) and not b.seat[len(plan) :].any(), "padding left the scratch page"
     memory |= dict(zip(slot, zip(token, position, strict=True), strict=True))
     drawn = []
     for r, span in enumerate(plan):
         assert {x // page for x in slot[start[r] : start[r + 1]]} <= {*span.pages}, "someone else's page"
-        table = b.pages[r].tolist()
+        table = b.pages[b.seat[r]].tolist()
         seen = [memory[table[i // page] * page + i % page] for i in range(length[r])]
         assert [at for _, at in seen] == list(range(span.stop))
         if span.sample:
@@ -269,11 +269,11 @@ def test_mixed_decodes_before_prompts() -> None:
     """The order that `Plan` promises, with the prompts filling the budget in chunks."""
     state = running((9, 20), (1, 9), (7, 9))
     _, plan = schedule.plan(state, Schedule(max_requests=3, token_budget=8, prefill_chunk=4))
-    held = {s.id: s.pages for s in state.running}
+    held = {s.id: (s.pages, s.seat) for s in state.running}
     assert plan == (
-        Span(1, 0, 1, True, held[1]),
-        Span(0, 0, 4, False, held[0]),
-        Span(2, 0, 3, False, held[2]),
+        Span(1, 0, 1, True, *held[1]),
+        Span(0, 0, 4, False, *held[0]),
+        Span(2, 0, 3, False, *held[2]),
     )
 
 
@@ -292,8 +292,8 @@ def test_prefill_first_does_not_decode_meanwhile() -> None:
     ]
 
 
-FIRST, SECOND = Sequence(0, 3, 5, 2, (1,)), Sequence(1, 6, 9, 0, (2, 3))
-SOUND = State(4, 0b110000, (Sequence(2, 1, 5),), (FIRST, SECOND))
+FIRST, SECOND = Sequence(0, 3, 5, 2, (1,), 1), Sequence(1, 6, 9, 0, (2, 3), 2)
+SOUND = State(4, 0b110000, schedule.SEATS ^ 0b110, (Sequence(2, 1, 5),), (FIRST, SECOND))
 
 
 @pytest.mark.parametrize(
@@ -304,13 +304,15 @@ SOUND = State(4, 0b110000, (Sequence(2, 1, 5),), (FIRST, SECOND))
         ("lost", {"free": 0b100000}),
         ("lost", {"free": 0b110001}),  # scratch is free
         ("lost", {"free": 0b1110000}),  # a page that is not in the cache
+        ("seat is lost", {"seats": schedule.SEATS ^ 0b1110}),
+        ("not taken", {"running": (FIRST, SECOND._replace(seat=1))}),  # two in a seat
         ("queued twice", {"waiting": SOUND.waiting * 2}),
         ("queued twice", {"waiting": (Sequence(1, 6, 9),)}),  # waiting and running
         (None, {"running": (FIRST._replace(cached=3), SECOND)}),  # nothing left to compute
         (None, {"running": (FIRST._replace(cached=-1), SECOND)}),
         (None, {"running": (FIRST._replace(known=6), SECOND)}),  # beyond its limit
         (None, {"running": (FIRST, SECOND._replace(pages=(2,))), "free": 0b111000}),  # too few pages
-        (None, {"running": (FIRST, SECOND, Sequence(3, 1, 2, 0, (4,))), "free": 0b100000}),  # too many run
+        (None, {"running": (FIRST, SECOND, Sequence(3, 1, 2, 0, (4,), 3)), "free": 0b100000, "seats": ~0b1111}),  # too many run
     ],
 )
 def test_check_finds(message: str | None, broken: dict[str, Any]) -> None:

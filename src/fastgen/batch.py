@@ -8,7 +8,56 @@ from torch import Tensor
 
 from fastgen.request import Sample
 from fastgen.schedule import Plan
+from fastgen.schedule import Sequence as Running
 from fastgen.types import Batch, Edits, Filter, Sampling
+
+INTS = ("token", "position", "slot")  # a number for each token of a step
+ROWS = ("length", "seat", "output", "temperature", "top_k", "top_p", "min_p", "processed")  # and for each sequence
+FLOATS = ("temperature", "top_p", "min_p")
+
+
+def layout(
+    plan: Plan,
+    tokens: Mapping[int, Sequence[int]],
+    seat: np.ndarray,
+    table: np.ndarray,
+    page: int,
+    size: int,
+    rows: int,
+) -> dict[str, np.ndarray]:
+    """The arrays of a Batch of `size` tokens and `rows` sequences, int64.
+
+    What the plan leaves free is padding, spread over the rows left, in the scratch page and seat 0. A token that is
+    not known yet, drawn by a step still running, is told by its seat.
+    """
+    first, stop = (np.fromiter((span[i] for span in plan), np.int64, len(plan)) for i in (1, 2))
+    count = np.zeros(rows, np.int64)
+    count[: len(plan)] = stop - first
+    filler, left = size - int(count.sum()), rows - len(plan)
+    if left:
+        count[len(plan) :] = filler // left + (np.arange(left) < filler % left)
+    start = np.concatenate(([0], np.cumsum(count)))
+    begin, length, seats = np.zeros(rows, np.int64), count.copy(), np.zeros(rows, np.int64)
+    begin[: len(plan)], length[: len(plan)], seats[: len(plan)] = first, stop, seat
+    row = np.repeat(np.arange(rows), count)
+    position = begin[row] + np.arange(size) - start[row]
+    page_of = position // page
+    slot = table[seats[row], np.where(row < len(plan), page_of, 0)].astype(np.int64) * page + position % page
+    token = np.zeros(size, np.int64)
+    token[start[: len(plan)]] = -seats[: len(plan)]
+    for span, at, end in zip(plan, start.tolist(), start[1:].tolist(), strict=False):
+        known = tokens[span.id]
+        if span.stop <= len(known):
+            token[at:end] = known[span.start : span.stop]
+    return {
+        "token": token,
+        "position": position,
+        "slot": slot,
+        "start": start,
+        "length": length,
+        "seat": seats,
+        "output": np.maximum(start[1:] - 1, 0),
+    }
 
 
 def stage(
@@ -19,75 +68,126 @@ def stage(
     *,
     pad: int = 0,
 ) -> Batch:
-    """The Batch of a plan, on `device` (None: torch's default device).
+    """The Batch of a plan alone, on `device` (None: torch's default device), with a page table made for it.
 
     `tokens` maps a sequence's id to all its tokens, `page` is the page size.
 
     Where the plan has fewer than `pad` tokens, rows of one token in the scratch page fill it up.
     """
-    count = [span.stop - span.start for span in plan]
-    filler = max(0, pad - sum(count))
-    widest = max((-(-span.stop // page) for span in plan), default=1)
-    pages = np.zeros((len(plan) + filler, widest), np.int64)  # what a sequence does not use points at scratch
-    token, position, slot = (np.zeros(sum(count) + filler, np.int64) for _ in range(3))
-    at = 0
-    for r, span in enumerate(plan):
-        used = -(-span.stop // page)
-        pages[r, :used] = span.pages[:used]
-        here = slice(at, at + count[r])
-        token[here] = tokens[span.id][span.start : span.stop]
-        position[here] = index = np.arange(span.start, span.stop)
-        slot[here] = pages[r, index // page] * page + index % page
-        at += count[r]
-    start = np.cumsum([0, *count, *[1] * filler])
-    length = np.array([*(span.stop for span in plan), *[1] * filler])
-    output = [start[r + 1] - 1 for r, span in enumerate(plan) if span.sample]
-
-    def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(device or torch.get_default_device())
-
-    return Batch(
-        token=tensor(token),
-        position=tensor(position),
-        slot=tensor(slot),
-        start=tensor(start),
-        length=tensor(length),
-        pages=tensor(pages),
-        output=tensor(np.array(output, np.int64)),
-    )
+    used = sum(span.stop - span.start for span in plan)
+    rows = len(plan) + max(0, pad - used)
+    table = np.zeros((rows + 1, max((-(-span.stop // page) for span in plan), default=1)), np.int64)
+    for r, span in enumerate(plan, 1):
+        held = span.pages[: -(-span.stop // page)]  # what a sequence does not use points at scratch
+        table[r, : len(held)] = held
+    arrays = layout(plan, tokens, np.arange(1, len(plan) + 1), table, page, max(pad, used), rows)
+    arrays["output"] = arrays["output"][[r for r, span in enumerate(plan) if span.sample]]
+    place = device or torch.get_default_device()
+    return Batch(**{k: torch.from_numpy(x).to(place) for k, x in (arrays | {"pages": table}).items()})
 
 
-def stage_sampling(samples: Sequence[Sample], vocab: int, device: torch.device | str | None = None) -> Sampling:
-    """The Sampling arrays of the sequences that draw a token in this step, in the order of `Batch.output`."""
-    p = [s.params for s in samples]
+class Stager:
+    """Puts the batches of an engine's steps on its device, and keeps what each running sequence brings in tables.
+
+    On a GPU the tensors of a Batch are views of one buffer, the same for the same shape, so that captured graphs can
+    read them: they change with the next step. A step costs one copy from pinned memory, which waits for nobody.
+    """
+
+    def __init__(self, seats: int, tokens: int, width: int, page: int, vocab: int, device: torch.device) -> None:
+        self.page, self.vocab, self.device = page, vocab, device
+        self.table = np.zeros((seats + 1, width), np.int32)
+        self.rows = {name: np.zeros(seats + 1, np.float32 if name in FLOATS else np.int32) for name in ROWS[3:]}
+        self.seed = np.zeros(seats + 1, np.int64)
+        self.pages = torch.zeros(seats + 1, width, dtype=torch.int32, device=device)
+        self.last = torch.zeros(seats + 1, dtype=torch.int32, device=device)  # token last drawn in each seat
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            most = self._sizes(tokens, seats + 2)
+            self._pinned = [torch.zeros(sum(most.values()), dtype=torch.int32).pin_memory() for _ in range(2)]
+            self._buffer = torch.zeros_like(self._pinned[0], device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Of memory on the device."""
+        return self.pages.nbytes + self.last.nbytes + (self._buffer.nbytes if self.cuda else 0)
+
+    def _sizes(self, tokens: int, rows: int) -> dict[str, int]:
+        """32-bit words of each field in the buffer; the seeds, of 64 bits, come first."""
+        return {"seed": 2 * rows} | dict.fromkeys(INTS, tokens) | {"start": rows + 1} | dict.fromkeys(ROWS, rows)
+
+    def seat(self, arrivals: Iterable[Running], samples: Mapping[int, Sample]) -> None:
+        """Take in sequences that begin to run."""
+        arrivals = list(arrivals)
+        if not arrivals:
+            return
+        wide = max(len(s.pages) for s in arrivals)
+        rows = np.zeros((len(arrivals), wide), np.int32)
+        for row, s in zip(rows, arrivals, strict=True):
+            p = samples[s.id].params
+            row[: len(s.pages)] = s.pages
+            self.table[s.seat, :wide] = row
+            self.seed[s.seat] = samples[s.id].seed
+            values = (p.temperature, p.top_k or self.vocab, p.top_p, p.min_p, p.logprob_mode == "processed")
+            for name, value in zip(self.rows, values, strict=True):
+                self.rows[name][s.seat] = value
+        index, part = torch.tensor([s.seat for s in arrivals]), torch.from_numpy(rows)
+        if self.cuda:  # from pinned memory, since other copies wait for the step that is running
+            index, part = (x.pin_memory().to(self.device, non_blocking=True) for x in (index, part))
+        self.pages[:, :wide].index_copy_(0, index, part)
+
+    def views(self, tokens: int, rows: int) -> tuple[Batch, Sampling]:
+        """A batch of this shape, and its sampling settings, in the device's buffer."""
+        return self._fields(self._split(self._buffer, tokens, rows))
+
+    def _split(self, buffer: Tensor, tokens: int, rows: int) -> dict[str, Tensor]:
+        sizes = self._sizes(tokens, rows)
+        parts = dict(zip(sizes, buffer[: sum(sizes.values())].split(list(sizes.values())), strict=True))
+        parts["seed"] = parts["seed"].view(torch.int64)
+        return parts | {name: parts[name].view(torch.float32) for name in FLOATS}
+
+    def _fields(self, x: dict[str, Tensor]) -> tuple[Batch, Sampling]:
+        batch = Batch(**{name: x[name] for name in (*INTS, "start", "length", "seat", "output")}, pages=self.pages)
+        filter = Filter(x["top_k"], x["top_p"], x["min_p"])
+        return batch, Sampling(x["temperature"], x["seed"], x["length"], x["processed"], filter, None)
+
+    def stage(
+        self, plan: Plan, tokens: Mapping[int, Sequence[int]], size: int, rows: int, step: int
+    ) -> tuple[Batch, Sampling]:
+        """Batch and sampling settings of a plan, padded to `size` tokens and `rows` sequences. `step` counts steps."""
+        seat = np.fromiter((span.seat for span in plan), np.int64, len(plan))
+        arrays = layout(plan, tokens, seat, self.table, self.page, size, rows)
+        arrays["seed"] = self.seed[arrays["seat"]]
+        arrays |= {name: values[arrays["seat"]] for name, values in self.rows.items()}
+        used = sum(self._sizes(size, rows).values())
+        # Of the two pinned buffers, this step's was last read by a step that has been waited for.
+        host = self._pinned[step % 2] if self.cuda else torch.empty(used, dtype=torch.int32)
+        parts = self._split(host, size, rows)
+        for name, part in parts.items():
+            part.numpy()[:] = arrays[name]
+        if not self.cuda:
+            return self._fields(parts)
+        self._buffer[:used].copy_(host[:used], non_blocking=True)
+        return self.views(size, rows)
+
+
+def edits(plan: Plan, samples: Mapping[int, Sample], device: torch.device) -> Edits | None:
+    """The changes to logits that the plan's sequences ask for; rows are the plan's. None where there are none."""
+    drawing = [(r, samples[span.id]) for r, span in enumerate(plan) if span.sample]
+    found = [(r, token, *edit, s.params) for r, s in drawing for token, edit in s.edits().items()]
+    if not found:
+        return None
+    row, token, bias, count, seen, p = zip(*found, strict=True)
 
     def tensor(values: Iterable[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
 
-    filter = edits = None
-    if any(x.temperature and (x.top_k or x.top_p < 1 or x.min_p) for x in p):
-        filter = Filter(
-            top_k=tensor((x.top_k or vocab for x in p), torch.long),
-            top_p=tensor((x.top_p for x in p), torch.float32),
-            min_p=tensor((x.min_p for x in p), torch.float32),
-        )
-    if found := [(r, t, *e) for r, s in enumerate(samples) for t, e in s.edits().items()]:
-        row, token, bias, count, seen = zip(*found, strict=True)
-        edits = Edits(
-            row=tensor(row, torch.long),
-            token=tensor(token, torch.long),
-            bias=tensor(bias, torch.float32),
-            count=tensor(count, torch.float32),
-            seen=tensor(seen, torch.bool),
-            presence=tensor((p[r].presence_penalty for r in row), torch.float32),
-            frequency=tensor((p[r].frequency_penalty for r in row), torch.float32),
-            repetition=tensor((p[r].repetition_penalty for r in row), torch.float32),
-        )
-    return Sampling(
-        temperature=tensor((x.temperature for x in p), torch.float32),
-        seed=tensor((s.seed for s in samples), torch.long) if any(x.temperature for x in p) else None,
-        position=tensor((len(s.tokens) for s in samples), torch.long),
-        processed=tensor((x.logprob_mode == "processed" for x in p), torch.bool),
-        filter=filter,
-        edits=edits,
+    return Edits(
+        row=tensor(row, torch.long),
+        token=tensor(token, torch.long),
+        bias=tensor(bias, torch.float32),
+        count=tensor(count, torch.float32),
+        seen=tensor(seen, torch.bool),
+        presence=tensor((x.presence_penalty for x in p), torch.float32),
+        frequency=tensor((x.frequency_penalty for x in p), torch.float32),
+        repetition=tensor((x.repetition_penalty for x in p), torch.float32),
     )

@@ -112,6 +112,8 @@ class Schedule:
     max_requests: int = 256  # sequences running at once
     token_budget: int = 2048  # tokens a step
     prefill_chunk: int | None = None  # tokens of one prompt a step; None: the budget
+    # Launch a step while the one before still runs; None: on GPUs, where the host would else be waited for.
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         _choice("schedule", "policy", self.policy, ("mixed", "prefill_first"))
@@ -132,7 +134,8 @@ class Pages:
 
     page_size: int = 16  # tokens
     cache_tokens: int | None = None  # capacity; None: from the memory that is free
-    cache_fraction: float = 0.8  # of the memory free after loading where cache_tokens is None (on a CPU: 1 GB)
+    # Of the GPU's memory, for everything together, where cache_tokens is None (on a CPU the cache is then 1 GB).
+    cache_fraction: float = 0.92
 
     def __post_init__(self) -> None:
         _range("pages", "page_size", self.page_size, 1, whole=True)
@@ -165,11 +168,16 @@ class Parallel:
 class Compile:
     """How a step is run, and by which attention."""
 
-    compile: str = "eager"
+    compile: str = "auto"  # graphs on a GPU, eager elsewhere
     attention: str = "auto"  # triton on a GPU, sdpa elsewhere
 
     def __post_init__(self) -> None:
-        _choice("compile", "compile", self.compile, ("eager",))
+        _choice("compile", "compile", self.compile, ("auto", "eager", "inductor", "graphs"))
+        if self.compile == "graphs" and self.attention not in ("auto", "triton"):
+            raise ValueError(
+                f"compile.compile=graphs captures compile.attention=triton only, got {self.attention}: "
+                "the others read the batch on the host; use compile.compile=inductor or eager"
+            )
         _choice("compile", "attention", self.attention, ("auto", "triton", "sdpa", "reference"))
 
 
@@ -202,6 +210,16 @@ class Settings:
             else:
                 raise ValueError(unknown("setting", name, owner))
         return cls(seed=seed, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})
+
+    def on(self, device: str) -> "Settings":
+        """These settings with what is automatic decided for a kind of device, "cuda" or "cpu"."""
+        c, s, cuda = self.compile, self.schedule, device == "cuda"
+        if c.compile == "graphs" and not cuda:
+            raise ValueError("compile.compile=graphs needs a GPU; on a CPU use eager or inductor")
+        attention = ("triton" if cuda else "sdpa") if c.attention == "auto" else c.attention
+        how = ("graphs" if cuda and attention == "triton" else "eager") if c.compile == "auto" else c.compile
+        overlap = how != "eager" and cuda if s.overlap is None else s.overlap
+        return replace(self, compile=replace(c, compile=how, attention=attention), schedule=replace(s, overlap=overlap))
 
 
 def unknown(what: str, name: str, known: Mapping[str, Any] | list[str]) -> str:

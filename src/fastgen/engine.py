@@ -4,29 +4,46 @@ import itertools
 import random
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fastgen import batch as batches
 from fastgen import schedule, tokenizer
+from fastgen.batch import Stager, edits
 from fastgen.cache import pages
+from fastgen.compile import Stepper
 from fastgen.config import SamplingParams, Settings
 from fastgen.models import default, weights
 from fastgen.models.spec import Spec, from_hf
-from fastgen.ops.backends import choose
 from fastgen.request import Completion, Event, Output, Sample, longest
-from fastgen.step import compute, new_cache, score
+from fastgen.sampling import sample
+from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
-from fastgen.types import Batch, Params
+from fastgen.types import Batch, Filter, Params, Sampling
 
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
+
+
+class Launched(NamedTuple):
+    """A step that may still be running: what it computes, and where its results will be on the host."""
+
+    plan: schedule.Plan
+    results: tuple[Tensor, ...]  # token, logprob, top tokens, top logprobs, a row for each sequence of the plan
+    done: torch.cuda.Event | None
+
+    def rows(self) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
+        """Token, logprob and most likely tokens of each sequence; waits for them."""
+        if self.done is not None:
+            self.done.synchronize()
+        token, logprob, top_token, top_logprob = (t.tolist() for t in self.results)
+        tops = (list(zip(*pair, strict=True)) for pair in zip(top_token, top_logprob, strict=True))
+        return zip(token, logprob, tops if top_token else itertools.repeat([]), strict=False)
 
 
 class Engine:
@@ -43,18 +60,26 @@ class Engine:
         params: Params,
         spec: Spec,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        progress: bool = True,
         **settings: Any,
     ) -> None:
         self.params, self.spec, self.tokenizer = params, spec, tokenizer
-        self.settings = Settings.of(**settings)
         self.device, self.dtype = params.embed.device, params.embed.dtype
-        page = self.settings.pages.page_size
+        self.settings = Settings.of(**settings).on(self.device.type)
+        page, limits = self.settings.pages.page_size, self.settings.schedule
+        widest = -(
+            -max(min(spec.context, self.settings.pages.cache_tokens or spec.context), limits.token_budget) // page
+        )
+        self._stager = Stager(limits.max_requests, limits.token_budget + 8, widest, page, spec.vocab, self.device)
+        self._stepper = Stepper(params, spec, self.settings, self._stager)
         self.capacity = self._capacity()  # tokens
         self.cache = new_cache(spec, self.capacity + page, device=self.device, dtype=self.dtype)
+        self._stepper.warm_up(self.cache, progress=progress)
         self.state = schedule.State(page=page, free=pages.pool(self.capacity // page + 1))
-        self.batch: Batch | None = None  # of the last step, to look at
-        self.steps = 0
-        self._backend = partial(choose(self.settings.compile.attention, self.device), page=page)
+        self.batch: Batch | None = None  # of the last step launched, to look at
+        self.steps = 0  # launched
+        self._running: Launched | None = None
         self._samples: dict[int, Sample] = {}  # by sequence
         self._ids, self._request_ids = itertools.count(), itertools.count()
         self._undelivered: list[Event] = []
@@ -91,22 +116,39 @@ class Engine:
             params = weights.init(spec, random_seed, device=device, dtype=kind)
         else:
             spec, params = weights.load(path, device=device, dtype=kind, progress=progress)
-        return cls(params, spec, tokenizer.load(path), **settings)
+        return cls(params, spec, tokenizer.load(path), progress=progress, **settings)
 
     def _capacity(self) -> int:
         """Tokens the cache holds, in whole pages."""
-        p, spec = self.settings.pages, self.spec
+        p, spec, limits = self.settings.pages, self.spec, self.settings.schedule
         per_token = 2 * spec.layers * spec.kv_heads * spec.head * self.dtype.itemsize
         tokens = p.cache_tokens
         if tokens is None:
-            cuda = self.device.type == "cuda"
-            free = torch.cuda.mem_get_info(self.device)[0] * p.cache_fraction if cuda else CPU_CACHE
+            if cuda := self.device.type == "cuda":
+                scratch = new_cache(spec, p.page_size, device=self.device, dtype=self.dtype)
+                try:
+                    taken = self._stepper.measure(scratch)
+                except torch.OutOfMemoryError as e:
+                    raise ValueError(self._too_large("the activations of the largest step do not fit")) from e
+                left = p.cache_fraction * torch.cuda.mem_get_info(self.device)[1] - taken
             # No more than could ever be in use.
             longest = -(-(spec.context - 1) // p.page_size) * p.page_size
-            tokens = min(int(free) // per_token, self.settings.schedule.max_requests * longest)
+            tokens = min(int(left if cuda else CPU_CACHE) // per_token, limits.max_requests * longest)
         if tokens < p.page_size:
-            raise ValueError(f"no memory is left for the cache: {tokens} tokens of {per_token} bytes each")
+            raise ValueError(self._too_large(f"nothing is left for the cache, of {per_token} bytes for each token"))
         return tokens // p.page_size * p.page_size
+
+    def _too_large(self, problem: str) -> str:
+        """The message where memory is short, with what would help."""
+        p, s, total = self.settings.pages, self.settings.schedule, 0
+        if self.device.type == "cuda":
+            total = torch.cuda.mem_get_info(self.device)[1]
+        weight = sum(w.nbytes for w in tree_leaves(self.params) if w is not None)
+        return (
+            f"{problem}: {p.cache_fraction:.0%} of {total / 1e9:.1f} GB, {weight / 1e9:.1f} GB of which are weights. "
+            f"Lower schedule.token_budget ({s.token_budget}) or schedule.max_requests ({s.max_requests}), "
+            "or raise pages.cache_fraction"
+        )
 
     # --- requests, one at a time ----------------------------------------------------------------------------------
 
@@ -152,40 +194,100 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Compute one step; what it added to each request. An error or interrupt aborts everything that was running."""
+        """Launch one step; what was added to each request. An error or interrupt aborts everything that was running.
+
+        With `overlap`, the events are those of the step before: it is waited for while the new one runs.
+        """
         try:
             self._step()
         except BaseException:
+            self._running = None
             self._abort_all()
             raise
         events, self._undelivered = self._undelivered, []
         return events
 
     def _step(self) -> None:
-        state, plan = schedule.plan(self.state, self.settings.schedule)
+        if self._running and any(s.looks_back for s in self._samples.values()):
+            self._receive()  # somebody's next token depends on what the last ones were
+        try:
+            launched = self._launch()
+        finally:
+            self._receive()  # of the step before
+        self._running = launched
+        if not self.settings.schedule.overlap:
+            self._receive()
+
+    def _launch(self) -> Launched | None:
+        """Plan the next step and set it going; the state is then as if it had been done, and nobody had stopped."""
+        before, limits = self.state, self.settings.schedule
+        state, plan = schedule.plan(before, limits)
         if not plan:
-            return
-        drawing = [self._samples[span.id] for span in plan if span.sample]
-        tokens = {span.id: self._samples[span.id].tokens for span in plan}
-        self.batch = batches.stage(plan, tokens, state.page, self.device)
-        settings = batches.stage_sampling(drawing, self.spec.vocab, self.device)
+            return None
+        self._stager.seat(state.running[len(before.running) :], self._samples)
+        samples = [self._samples[span.id] for span in plan]
+        scored = any(s.scores_prompt for s in samples)
+        count = sum(span.stop - span.start for span in plan)
+        decode = count == len(plan) and not scored
+        shape = self._stepper.shape(count, len(plan), decode=decode)
+        tokens = {span.id: s.tokens for span, s in zip(plan, samples, strict=True)}
+        self.batch, settings = self._stager.stage(plan, tokens, shape.tokens, shape.rows, self.steps)
+        computed = self._stepper.run(self.cache, self.batch, settings, shape)
+        if scored and computed.hidden is not None:
+            self._score_prompts(plan, computed.hidden)
+        launched = Launched(plan, *self._draw(plan, samples, computed, settings))
+        self.state = schedule.commit(state, plan, ())
+        self.steps += 1
+        return launched
+
+    def _draw(
+        self, plan: schedule.Plan, samples: list[Sample], computed: Computed, settings: Sampling
+    ) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
+        """Tokens and logprobs of the step, on their way to the host."""
+        n, drawing = len(plan), [s for span, s in zip(plan, samples, strict=True) if span.sample]
         top = max((s.params.logprobs for s in drawing if s.params.logprobs is not None), default=None)
-        x, drawn = compute(self.params, self.cache, self.batch, settings, self.spec, self._backend, top)
-        self._score_prompts(plan, x)
-        rows = zip(*(t.tolist() for t in drawn), strict=True)
+        if computed.token is not None and computed.logprob is not None and not any(s.special for s in drawing):
+            none = computed.logprob.new_empty(n, 0)
+            results = (computed.token[:n], computed.logprob[:n], none, none)
+        else:
+            t, seed, position, processed = (x[:n] for x in settings[:4])
+            filtered = settings.filter is not None and any(s.filters for s in drawing)
+            results = sample(
+                computed.logits[:n].float(),
+                Sampling(
+                    t,
+                    seed if any(s.params.temperature for s in drawing) else None,
+                    position,
+                    processed.bool(),
+                    Filter(*(x[:n] for x in settings.filter)) if filtered else None,
+                    edits(plan, self._samples, self.device),
+                ),
+                top,
+            )
+            self._stager.last[self.batch.seat[:n]] = results.token.int()
+        if self.device.type != "cuda":
+            return tuple(results), None
+        host = tuple(torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in results)
+        done = torch.cuda.Event()
+        done.record()
+        return host, done
+
+    def _receive(self) -> None:
+        """Wait for the step that runs, and hand out its tokens."""
+        launched, self._running = self._running, None
+        if launched is None:
+            return
         stopped = set()
-        for span in plan:
-            if span.sample:
-                token, logprob, top_token, top_logprob = next(rows)
-                sample = self._samples[span.id]
-                event = sample.push(token, logprob, list(zip(top_token, top_logprob, strict=True)))
+        for span, row in zip(launched.plan, launched.rows(), strict=False):
+            sample = self._samples.get(span.id) if span.sample else None
+            if sample is not None:  # it may have been aborted, or have stopped a step ago
+                event = sample.push(*row)
                 self._undelivered.append(event)
                 if event.finish_reason:
                     stopped.add(span.id)
-        self.state = schedule.commit(state, plan, stopped)
+        self.state = schedule.drop(self.state, stopped)
         for id in stopped:
             del self._samples[id]
-        self.steps += 1
 
     def _score_prompts(self, plan: schedule.Plan, x: Tensor) -> None:
         """Prompt logprobs of the step's spans, from the hidden states x [T, D]."""
@@ -283,7 +385,8 @@ class Engine:
     def close(self) -> None:
         """Abort everything and let go of cache and parameters."""
         self._abort_all()
-        for name in ("cache", "params"):
+        self._running = None
+        for name in ("_stepper", "cache", "params"):  # graphs before what they read
             self.__dict__.pop(name, None)
 
     def __enter__(self) -> "Engine":

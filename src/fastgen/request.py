@@ -108,6 +108,13 @@ class Sample:
         self.tokens = list(output.prompt_token_ids)
         self.seed = sample_seed(seed, index)
         self.ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+        p = params
+        self.filters = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+        penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        # Drawn by the general sampler, not by the one inside the step.
+        self.special = self.filters or penalised or bool(p.logit_bias) or p.min_tokens > 0 or (p.logprobs or 0) > 0
+        self.looks_back = penalised or p.min_tokens > 0  # what is drawn depends on what was
+        self.scores_prompt = p.prompt_logprobs is not None and index == 0
         self.text = Detokenizer(tokenizer, self.tokens, params.stop) if tokenizer is not None else None
         self.counts: Counter[int] = Counter()  # of generated tokens
         c = self.completion = output.completions[index]

@@ -25,6 +25,7 @@ def exponential(seed: Int[Tensor, " N"], position: Int[Tensor, " N"], vocab: int
 
     -log1p(-u) with u = (x + 1/2) / 2^32 keeps full relative precision for the small values, which decide the draw.
     """
+    position = position.long()
     low, high = _mix(seed & MASK), _mix((seed >> 32) & MASK)
     key = _mix(low ^ _mix((high + position) & MASK))
     other = _mix((low + 0x9E3779B9 * (position & MASK)) & MASK ^ high)

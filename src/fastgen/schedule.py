@@ -13,6 +13,8 @@ from typing import NamedTuple
 from fastgen.cache import pages
 from fastgen.config import Schedule
 
+SEATS = -2  # a pool of as many free seats as are ever needed; seat 0 is padding's
+
 
 class Sequence(NamedTuple):
     """One sequence being generated, in tokens."""
@@ -22,6 +24,7 @@ class Sequence(NamedTuple):
     limit: int  # prompt and the most it may generate
     cached: int = 0  # whose keys and values are computed
     pages: tuple[int, ...] = ()
+    seat: int = 0  # row of the device's tables while it runs
 
 
 class State(NamedTuple):
@@ -29,8 +32,9 @@ class State(NamedTuple):
 
     page: int  # tokens of a page
     free: int  # pool of free pages
+    seats: int = SEATS  # pool of free seats
     waiting: tuple[Sequence, ...] = ()  # in order of arrival
-    running: tuple[Sequence, ...] = ()
+    running: tuple[Sequence, ...] = ()  # in order of admission
 
 
 class Span(NamedTuple):
@@ -41,6 +45,7 @@ class Span(NamedTuple):
     stop: int
     sample: bool
     pages: tuple[int, ...]
+    seat: int = 0
 
 
 Plan = tuple[Span, ...]  # decoding sequences first
@@ -58,26 +63,29 @@ def add(state: State, sequence: Sequence) -> State:
 
 def drop(state: State, ids: Collection[int]) -> State:
     """Without the sequences `ids`, waiting or running; their pages are free again."""
-    free = state.free
+    if not ids:
+        return state
+    free, seats = state.free, state.seats
     for s in state.running:
         if s.id in ids:
-            free = pages.give(free, s.pages)
+            free, seats = pages.give(free, s.pages), pages.give(seats, (s.seat,))
     waiting, running = (tuple(s for s in group if s.id not in ids) for group in (state.waiting, state.running))
-    return state._replace(free=free, waiting=waiting, running=running)
+    return state._replace(free=free, seats=seats, waiting=waiting, running=running)
 
 
 def admit(state: State, most: int) -> State:
     """Move sequences from waiting to running, in order of arrival, while a place and all their pages are free."""
-    free, running = state.free, list(state.running)
+    free, seats, running = state.free, state.seats, list(state.running)
     admitted = 0
     for s in state.waiting:
         wanted = need(state, s.limit)
         if len(running) >= most or wanted > pages.count(free):
             break  # nobody overtakes: the first in line cannot starve
         held, free = pages.take(free, wanted)
-        running.append(s._replace(pages=held))
+        (seat,), seats = pages.take(seats, 1)
+        running.append(s._replace(pages=held, seat=seat))
         admitted += 1
-    return state._replace(free=free, running=tuple(running), waiting=state.waiting[admitted:])
+    return state._replace(free=free, seats=seats, running=tuple(running), waiting=state.waiting[admitted:])
 
 
 def _prefill(running: tuple[Sequence, ...], budget: int, chunk: int) -> list[Span]:
@@ -86,13 +94,13 @@ def _prefill(running: tuple[Sequence, ...], budget: int, chunk: int) -> list[Spa
     for s in running:
         n = min(s.known - s.cached, chunk, budget)
         if s.known - s.cached > 1 and n:
-            spans.append(Span(s.id, s.cached, s.cached + n, s.cached + n == s.known, s.pages))
+            spans.append(Span(s.id, s.cached, s.cached + n, s.cached + n == s.known, s.pages, s.seat))
             budget -= n
     return spans
 
 
 def _decode(running: tuple[Sequence, ...]) -> list[Span]:
-    return [Span(s.id, s.cached, s.known, True, s.pages) for s in running if s.known - s.cached == 1]
+    return [Span(s.id, s.cached, s.known, True, s.pages, s.seat) for s in running if s.known - s.cached == 1]
 
 
 def mixed(running: tuple[Sequence, ...], limits: Schedule) -> Plan:
@@ -141,6 +149,7 @@ def check(state: State, capacity: int, limits: Schedule) -> None:
     held = [page for s in state.running for page in s.pages]
     assert len(held) == len(set(held)), "a page has two owners"
     assert pages.give(state.free, tuple(held)) == pages.pool(capacity), "a page is lost"
+    assert pages.give(state.seats, tuple(s.seat for s in state.running)) == SEATS, "a seat is lost"
     assert len(state.running) <= limits.max_requests
     ids = [s.id for s in (*state.waiting, *state.running)]
     assert len(ids) == len(set(ids)), "a sequence is queued twice"

@@ -1,15 +1,19 @@
 """What a step computes: functions of parameters, cache and staged tensors."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgen.models.spec import Spec
-from fastgen.models.transformer import hidden, unembed
-from fastgen.ops.attention import Backend
-from fastgen.sampling import logprobs, sample
-from fastgen.types import Batch, Cache, Params, Sampled, Sampling
+from fastgen.models.transformer import PLAIN, Ops, blocks, table, unembed
+from fastgen.sampling import logprobs
+from fastgen.types import Batch, Cache, Params, Sampling
 
+# draw(logits, temperature, seed, position, processed) -> token, logprob; as `sampling.sample` without filters or edits
+Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK = 2**24  # logits held at once when prompts are scored: 64 MB in fp32
 
 
@@ -22,12 +26,47 @@ def new_cache(
     return Cache(k, v)
 
 
+class Computed(NamedTuple):
+    """What a step leaves behind, valid until the next one."""
+
+    hidden: Float[Tensor, "T D"] | None  # normed; None where every sequence has one token and no prompt is scored
+    logits: Float[Tensor, "N V"]  # in the parameters' dtype
+    token: Int[Tensor, " N"] | None  # drawn without filters or edits; None where `draw` is
+    logprob: Float[Tensor, " N"] | None
+
+
+def feed(token: Int[Tensor, " T"], last: Int[Tensor, " E"]) -> Int[Tensor, " T"]:
+    """The tokens of a step: those below 0 are taken from `last`, where the seat is their negative."""
+    return torch.where(token < 0, last[(-token).clamp_min(0)], token)
+
+
 def compute(
-    params: Params, cache: Cache, batch: Batch, sampling: Sampling, spec: Spec, backend: Backend, top: int | None
-) -> tuple[Float[Tensor, "T D"], Sampled]:
-    """Hidden states of all tokens, and the tokens drawn at `batch.output`. Writes `cache` at `batch.slot`."""
-    x = hidden(params, cache, batch, spec, backend)
-    return x, sample(unembed(params, x[batch.output]), sampling, top)
+    params: Params,
+    cache: Cache,
+    last: Int[Tensor, " E"],
+    batch: Batch,
+    sampling: Sampling,
+    spec: Spec,
+    ops: Ops = PLAIN,
+    draw: Draw | None = None,
+    out: Float[Tensor, "M V"] | None = None,
+    *,
+    decode: bool = False,
+) -> Computed:
+    """A step on the device. Writes `cache` at `batch.slot`, and the drawn tokens to `last` at `batch.seat`.
+
+    `decode`: token r is all of sequence r, and its logits are wanted. `out` takes the logits, where given.
+    """
+    x, y = blocks(params, cache, batch, spec, ops)
+    h = ops.leave(x, y, params.norm, spec.eps)
+    logits = ops.linear(h if decode else h[batch.output], table(params))
+    if out is not None:
+        logits = out[: len(logits)].copy_(logits)
+    if draw is None:
+        return Computed(h, logits, None, None)
+    token, logprob = draw(logits, sampling.temperature, sampling.seed, sampling.position, sampling.processed)
+    last[batch.seat] = token
+    return Computed(h, logits, token, logprob)
 
 
 def score(

@@ -6,6 +6,7 @@ Legend, used in all annotations of the package:
     R  sequences of one step    Q  query heads          F  feed-forward width
     N  sampled rows             K  key/value heads      S  cache slots (pages x page size)
     P  pages of a sequence      H  width of a head      L  layers
+    E  seats: places for running sequences; seat 0 is padding's
 """
 
 from typing import NamedTuple
@@ -51,15 +52,17 @@ class Cache(NamedTuple):
 class Batch(NamedTuple):
     """Everything one step needs to know. Sequence r owns tokens [start[r], start[r + 1]).
 
-    Those tokens are the last ones of a context of `length[r]` tokens, whose keys and values lie in `pages[r]`.
+    Those tokens are the last ones of a context of `length[r]` tokens, whose keys and values lie in the pages
+    `pages[seat[r]]`. A sequence may have no token: then it is padding.
     """
 
-    token: Int[Tensor, " T"]
+    token: Int[Tensor, " T"]  # as staged, -s is the token last drawn in seat s (see `step.feed`)
     position: Int[Tensor, " T"]
     slot: Int[Tensor, " T"]  # where this token's key and value are written
     start: Int[Tensor, " R1"]
     length: Int[Tensor, " R"]
-    pages: Int[Tensor, "R P"]
+    seat: Int[Tensor, " R"]
+    pages: Int[Tensor, "E P"]  # the page table, a row for each seat; a row's unused end points at scratch
     output: Int[Tensor, " N"]  # tokens whose next-token logits are wanted
 
 

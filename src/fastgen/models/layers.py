@@ -62,3 +62,20 @@ def rotate(
     """Rotate dimension i with dimension i + H/2 (the checkpoint layout of the Hugging Face families)."""
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def store(
+    qkv: Float[Tensor, "T Q2K H"],
+    cos: Float[Tensor, "T 1 half"],
+    sin: Float[Tensor, "T 1 half"],
+    slot: Int[Tensor, " T"],
+    k_cache: Float[Tensor, "S K H"],
+    v_cache: Float[Tensor, "S K H"],
+) -> Float[Tensor, "T Q H"]:
+    """Writes k_cache and v_cache at `slot`: rotated keys, and values. The rotated queries."""
+    kv_heads = k_cache.shape[1]
+    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+    # Full-index writes into the flat leaf: a write through a view would copy the whole cache on torch 2.11.
+    k_cache.index_put_((slot,), rotate(k, cos, sin))
+    v_cache.index_put_((slot,), v)
+    return rotate(q, cos, sin)

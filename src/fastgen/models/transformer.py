@@ -1,53 +1,112 @@
-"""The one forward of all families: a function of parameters, cache, batch and spec."""
+"""The one forward of all families: a function of parameters, cache, batch and spec.
 
+A block is five functions on rows of activations, and attention between them. `x` is the residual stream and `y` what
+the last sublayer adds to it: the sum is left to whoever reads it, so that it costs no pass of its own.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgen.models.layers import rms_norm, rotate, rotations, swiglu
+from fastgen.models import layers
+from fastgen.models.layers import rms_norm, rotations, swiglu
 from fastgen.models.spec import Spec
-from fastgen.ops.attention import Attend, Backend, sdpa
-from fastgen.types import Batch, Cache, Layer, Params
+from fastgen.ops.attention import Backend, sdpa
+from fastgen.types import Batch, Cache, Params
 
-Turn = tuple[Float[Tensor, "T 1 half"], Float[Tensor, "T 1 half"]]
-
-
-def block(
-    x: Float[Tensor, "T D"],
-    layer: Layer,
-    k_cache: Float[Tensor, "S K H"],
-    v_cache: Float[Tensor, "S K H"],
-    batch: Batch,
-    turn: Turn,
-    attend: Attend,
-    window: int | None,
-    spec: Spec,
-) -> Float[Tensor, "T D"]:
-    """One block. Writes k_cache and v_cache at `batch.slot`."""
-    h = F.linear(rms_norm(x, layer.attn_norm, spec.eps), layer.qkv, layer.qkv_bias).unflatten(-1, (-1, spec.head))
-    q, k, v = h.split((spec.q_heads, spec.kv_heads, spec.kv_heads), 1)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = rms_norm(q, layer.q_norm, spec.eps), rms_norm(k, layer.k_norm, spec.eps)
-    q, k = rotate(q, *turn), rotate(k, *turn)
-    # Full-index writes into the flat leaf: a write through a view would copy the whole cache on torch 2.11.
-    k_cache.index_put_((batch.slot,), k)
-    v_cache.index_put_((batch.slot,), v)
-    x = x + F.linear(attend(q, k_cache, v_cache, window).flatten(1), layer.out, layer.out_bias)
-    return x + F.linear(swiglu(F.linear(rms_norm(x, layer.ffn_norm, spec.eps), layer.gate_up)), layer.down)
+Rows = Float[Tensor, "T D"]
+Turn = Float[Tensor, "T 1 half"]
 
 
-def hidden(params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa) -> Float[Tensor, "T D"]:
-    """Normed last hidden state of every token. Writes `cache` at `batch.slot`; pure otherwise."""
-    x = F.embedding(batch.token, params.embed)
-    turn, attend = rotations(batch.position, spec), backend(batch, spec)
+def enter(
+    embed: Float[Tensor, "V D"], token: Int[Tensor, " T"], position: Int[Tensor, " T"], spec: Spec
+) -> tuple[Rows, Rows, Turn, Turn]:
+    """x and y of the first block; cosines and sines of the positions."""
+    x = F.embedding(token, embed)
+    return x, torch.zeros_like(x), *rotations(position, spec)
+
+
+def project(
+    x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float, w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None
+) -> tuple[Rows, Float[Tensor, "T N"]]:
+    """x + y, and a linear layer of its norm."""
+    x = x + y
+    return x, F.linear(rms_norm(x, norm, eps), w, bias)
+
+
+def project_swiglu(
+    x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"]
+) -> tuple[Rows, Float[Tensor, "T F"]]:
+    """x + y, and the gated activation of its norm."""
+    x = x + y
+    return x, swiglu(F.linear(rms_norm(x, norm, eps), gate_up))
+
+
+def norm_heads(
+    qkv: Float[Tensor, "T Q2K H"], q_norm: Float[Tensor, " H"], k_norm: Float[Tensor, " H"], spec: Spec
+) -> Float[Tensor, "T Q2K H"]:
+    """Norms of every query and key head; values as they are."""
+    q, k, v = qkv.split((spec.q_heads, spec.kv_heads, spec.kv_heads), 1)
+    return torch.cat((rms_norm(q, q_norm, spec.eps), rms_norm(k, k_norm, spec.eps), v), 1)
+
+
+def leave(x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float) -> Rows:
+    """The normed last hidden state."""
+    return rms_norm(x + y, norm, eps)
+
+
+class Ops(NamedTuple):
+    """What a forward is made of. Each may be replaced by a faster function of the same signature."""
+
+    attention: Backend = sdpa
+    enter: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = enter
+    project: Callable[..., tuple[Tensor, Tensor]] = project
+    project_swiglu: Callable[..., tuple[Tensor, Tensor]] = project_swiglu
+    norm_heads: Callable[..., Tensor] = norm_heads
+    store: Callable[..., Tensor] = layers.store
+    linear: Callable[..., Tensor] = F.linear
+    leave: Callable[..., Tensor] = leave
+
+
+PLAIN = Ops()
+
+
+def blocks(params: Params, cache: Cache, batch: Batch, spec: Spec, ops: Ops = PLAIN) -> tuple[Rows, Rows]:
+    """x and y after the last block. Writes `cache` at `batch.slot`; pure otherwise."""
+    x, y, cos, sin = ops.enter(params.embed, batch.token, batch.position, spec)
+    attend = ops.attention(batch, spec)
     for layer, k, v, window in zip(params.layers, cache.k, cache.v, spec.windows, strict=True):
-        x = block(x, layer, k, v, batch, turn, attend, window, spec)
-    return rms_norm(x, params.norm, spec.eps)
+        x, qkv = ops.project(x, y, layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
+        qkv = qkv.unflatten(-1, (-1, spec.head))
+        if layer.q_norm is not None:
+            qkv = ops.norm_heads(qkv, layer.q_norm, layer.k_norm, spec)
+        q = ops.store(qkv, cos, sin, batch.slot, k, v)
+        y = ops.linear(attend(q, k, v, window).flatten(1), layer.out, layer.out_bias)
+        x, gated = ops.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up)
+        y = ops.linear(gated, layer.down)
+    return x, y
+
+
+def hidden(
+    params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa, ops: Ops = PLAIN
+) -> Float[Tensor, "T D"]:
+    """Normed last hidden state of every token. Writes `cache` at `batch.slot`; pure otherwise."""
+    x, y = blocks(params, cache, batch, spec, ops._replace(attention=backend))
+    return ops.leave(x, y, params.norm, spec.eps)
+
+
+def table(params: Params) -> Float[Tensor, "V D"]:
+    """The weights that turn hidden states into logits."""
+    return params.embed if params.head is None else params.head
 
 
 def unembed(params: Params, x: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
     """fp32 logits of hidden states."""
-    return F.linear(x, params.embed if params.head is None else params.head).float()
+    return F.linear(x, table(params)).float()
 
 
 def forward(params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa) -> Float[Tensor, "N V"]:

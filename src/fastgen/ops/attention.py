@@ -30,7 +30,9 @@ def live(query: Int[Tensor, "..."], key: Int[Tensor, "..."], window: int | None)
 def reference(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     """The specification: every token gathers all pages of its own sequence and masks what it may not see."""
     row = torch.searchsorted(batch.start[1:], torch.arange(len(batch.token), device=batch.token.device), right=True)
-    slots = (batch.pages[row, :, None] * page + torch.arange(page, device=row.device)).flatten(1)
+    wide = -(-int(batch.length.max()) // page)
+    pages = batch.pages[batch.seat[row], :wide].long()
+    slots = (pages[:, :, None] * page + torch.arange(page, device=row.device)).flatten(1)
     key = torch.arange(slots.shape[1], device=row.device)
 
     def attend(
@@ -54,7 +56,7 @@ def sdpa(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     sequences of similar length. Runs anywhere; reads the metadata on the host, so it cannot be captured in a graph.
     """
     start, length = batch.start.tolist(), batch.length.tolist()
-    device, group = batch.token.device, spec.q_heads // spec.kv_heads
+    device, group, table = batch.token.device, spec.q_heads // spec.kv_heads, batch.pages[batch.seat]
     prefill: list[tuple[slice, Tensor, Tensor, Tensor]] = []  # tokens, page ids, query positions, key positions
     similar: dict[int, list[int]] = defaultdict(list)  # decoding rows by size class: padding at most doubles a read
     for r, n in enumerate(length):
@@ -63,12 +65,12 @@ def sdpa(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
             similar[(n - 1).bit_length()].append(r)
         elif span.stop > span.start:
             query = torch.arange(n - (span.stop - span.start), n, device=device)[:, None]
-            prefill.append((span, batch.pages[r, : -(-n // page)], query, torch.arange(n, device=device)))
+            prefill.append((span, table[r, : -(-n // page)], query, torch.arange(n, device=device)))
     decode = []
     for rows in similar.values():
         most = max(length[r] for r in rows)
         index = torch.tensor(rows, device=device)
-        pages = batch.pages[index, : -(-most // page)]
+        pages = table[index, : -(-most // page)]
         query = batch.length[index][:, None, None, None] - 1
         decode.append((batch.start[index].long(), pages, query, torch.arange(pages.shape[1] * page, device=device)))
 

@@ -73,64 +73,56 @@ def _tiles(
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=["wide", "window", "rows"])  # each value of theirs would be compiled anew
+@triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
 @no_type_check
 def _prefill(
-    q, k_cache, v_cache, out, start, length, pages, wide, window, scale, rows,
+    q, k_cache, v_cache, out, start, length, seat, pages, wide, window, scale, todo,
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = Q // KV
     BLOCK_Q: tl.constexpr = M // G
-    # The longest blocks first, so that none is left over at the end.
+    # The last blocks first: a prompt's last blocks are its longest, so that none is left over at the end.
     block, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    # Sequence r's blocks begin at start[r] // BLOCK_Q + r: enough room for each, found by bisection.
-    low, high = 0, rows
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if tl.load(start + middle) // BLOCK_Q + middle <= block:
-            low = middle
-        else:
-            high = middle
-    begin = tl.load(start + low)
-    count = tl.load(start + low + 1) - begin
-    t0 = (block - begin // BLOCK_Q - low) * BLOCK_Q
-    if count > 1:
-        if t0 < count:
-            r, d = tl.arange(0, M), tl.arange(0, D)
-            t = t0 + r // G
-            inside = (r < BLOCK_Q * G) & (t < count)
-            offset = ((begin + t).to(tl.int64) * Q + kv_head * G + r % G) * H
-            whole = inside[:, None] & (d < H)[None, :]
-            x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
-            context = tl.load(length + low) - count
-            row = context + t
-            last = context + tl.minimum(t0 + BLOCK_Q, count)
-            first = context * 0
-            if WINDOW:
-                first = tl.maximum(context + t0 - window + 1, 0) // N * N
-            m = tl.full([M], NOTHING, tl.float32)
-            l = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, D], tl.float32)
-            if not WINDOW:  # the keys that even the first row sees
-                whole_tiles = (context + t0 + 1) // N * N
-                m, l, acc = _tiles(
-                    x, k_cache, v_cache, pages + low * wide, first, whole_tiles, row, window, kv_head, m, l, acc, scale,
-                    KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=False,
-                )  # fmt: skip
-                first = whole_tiles
+    low, t0 = tl.load(todo + 2 * block), tl.load(todo + 2 * block + 1)
+    if low >= 0:
+        begin = tl.load(start + low)
+        count = tl.load(start + low + 1) - begin
+        table = pages + tl.load(seat + low).to(tl.int64) * wide
+        r, d = tl.arange(0, M), tl.arange(0, D)
+        t = t0 + r // G
+        inside = (r < BLOCK_Q * G) & (t < count)
+        offset = ((begin + t).to(tl.int64) * Q + kv_head * G + r % G) * H
+        whole = inside[:, None] & (d < H)[None, :]
+        x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
+        context = tl.load(length + low) - count
+        row = context + t
+        last = context + tl.minimum(t0 + BLOCK_Q, count)
+        first = context * 0
+        if WINDOW:
+            first = tl.maximum(context + t0 - window + 1, 0) // N * N
+        m = tl.full([M], NOTHING, tl.float32)
+        l = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D], tl.float32)
+        if not WINDOW:  # the keys that even the first row sees
+            whole_tiles = (context + t0 + 1) // N * N
             m, l, acc = _tiles(
-                x, k_cache, v_cache, pages + low * wide, first, last, row, window, kv_head, m, l, acc, scale,
-                KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True,
+                x, k_cache, v_cache, table, first, whole_tiles, row, window, kv_head, m, l, acc, scale,
+                KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=False,
             )  # fmt: skip
-            mean = acc / tl.where(l > 0, l, 1.0)[:, None]  # a row beyond the last may have seen none
-            tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=whole)
+            first = whole_tiles
+        m, l, acc = _tiles(
+            x, k_cache, v_cache, table, first, last, row, window, kv_head, m, l, acc, scale,
+            KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True,
+        )  # fmt: skip
+        mean = acc / tl.where(l > 0, l, 1.0)[:, None]  # a row beyond the last may have seen none
+        tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=whole)
 
 
 @triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
 @no_type_check
 def _decode(
-    q, k_cache, v_cache, out, part, stat, start, length, pages, wide, window, scale,
+    q, k_cache, v_cache, out, part, stat, start, length, seat, pages, wide, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +147,7 @@ def _decode(
         l = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
         m, l, acc = _tiles(
-            x, k_cache, v_cache, pages + r * wide, first, last, row, window, kv_head, m, l, acc, scale,
+            x, k_cache, v_cache, pages + tl.load(seat + r).to(tl.int64) * wide, first, last, row, window, kv_head, m, l, acc, scale,
             KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True,
         )  # fmt: skip
         if SPLITS == 1:
@@ -185,9 +177,24 @@ def _merge(out, part, stat, start, Q: tl.constexpr, H: tl.constexpr, D: tl.const
         tl.store(out + (token.to(tl.int64) * Q + head) * H + d, x.to(out.dtype.element_ty), mask=d < H)
 
 
-def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
-    """The Triton backend: shapes alone decide what is launched, so nothing is read on the host."""
+def _blocks(start: Tensor, size: int, blocks: int) -> Tensor:
+    """[blocks, 2]: sequence and first token of each `size` tokens of the sequences longer than one; -1 beyond."""
+    count = start.diff()
+    ends = torch.where(count > 1, (count + size - 1) // size, 0).cumsum(0)
+    block = torch.arange(blocks, device=start.device)
+    row = torch.searchsorted(ends, block, right=True).clamp_max(len(count) - 1)
+    first = torch.where(row > 0, ends[row - 1], 0)
+    return torch.stack((torch.where(block < ends[-1], row, -1), (block - first) * size), 1).to(torch.int32)
+
+
+def paged(batch: Batch, spec: Spec, page: int = PAGE, decode: bool | None = None) -> Attend:
+    """The Triton backend: shapes alone decide what is launched, so nothing is read on the host.
+
+    `decode` says that every sequence has one token; None: where there are as many sequences as tokens.
+    """
     tokens, rows, wide = len(batch.token), len(batch.length), batch.pages.shape[1]
+    if decode is None:
+        decode = tokens == rows
     group = spec.q_heads // spec.kv_heads
     device = batch.token.device
     processors, roomy = 4, False
@@ -198,20 +205,24 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     wanted = triton.cdiv(4 * processors, max(1, rows * spec.kv_heads))
     # A power of two: each number is a kernel of its own.
     splits = triton.next_power_of_2(max(1, min(wanted, triton.cdiv(wide * page, 256), 64)))
+    todo = list[Tensor]()
 
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         q = q.contiguous()
         out = torch.empty_like(q)
+        exact = q.dtype == torch.float32
         sizes = {
             "Q": spec.q_heads, "KV": spec.kv_heads, "H": spec.head, "D": max(16, triton.next_power_of_2(spec.head)),
-            "PAGE": page, "WINDOW": window is not None, "EXACT": q.dtype == torch.float32,
+            "PAGE": page, "WINDOW": window is not None, "EXACT": exact,
         }  # fmt: skip
         scale = spec.head**-0.5 * LOG2E
-        common = (batch.start, batch.length, batch.pages, wide, window or 0, scale)
-        if tokens > rows:  # some sequence has more than one token
-            tile = SMALL if sizes["EXACT"] or not roomy else PREFILL
-            blocks = tokens // (tile["M"] // group) + rows
-            _prefill[(blocks, spec.kv_heads)](q, k_cache, v_cache, out, *common, rows, **sizes, **tile)
+        common = (batch.start, batch.length, batch.seat, batch.pages, wide, window or 0, scale)
+        if not decode:
+            tile = SMALL if exact or not roomy else PREFILL
+            size = tile["M"] // group
+            if not todo:  # the same for all layers
+                todo.append(_blocks(batch.start, size, tokens // size + rows))
+            _prefill[(len(todo[0]), spec.kv_heads)](q, k_cache, v_cache, out, *common, todo[0], **sizes, **tile)
         m = max(16, triton.next_power_of_2(group))
         part = stat = q
         if splits > 1:

@@ -1,0 +1,190 @@
+"""The fused kernels on one GPU in bf16: linear layers of few rows in several tiles beside cuBLAS, store and draw.
+
+    python benchmarks/kernels_gpu.py               # writes $OUT or benchmarks/results, kernels_gpu.json
+
+Every time is of a CUDA graph of many calls, whose weights rotate over copies that L2 cannot hold; a median of replays.
+GB/s count the weights (linear layers), what is read and written (store) or the logits (draw).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+import fastgen
+from fastgen.models import layers
+from fastgen.ops import fused, skinny
+from fastgen.sampling import sample
+from fastgen.types import Sampling
+
+HERE = Path(__file__).parent
+MODELS = {  # (N, K)
+    "mistral-7b": {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336),
+                   "head": (32768, 4096)},
+    "qwen2.5-7b": {"qkv": (4608, 3584), "out": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
+    "llama-3.2-1b": {"qkv": (3072, 2048), "out": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192),
+                     "head": (128256, 2048)},
+}  # fmt: skip
+TILES = {  # (N, K, warps, stages)
+    "linear": [(16, 256, 1, 4), (16, 512, 1, 4), (16, 512, 1, 3), (16, 512, 2, 4), (32, 256, 2, 3), (32, 256, 2, 4),
+               (32, 512, 2, 3), (32, 128, 2, 6), (64, 128, 2, 4), (64, 128, 4, 5), (64, 256, 4, 4)],
+    "project": [(16, 256, 1, 4), (16, 512, 1, 3), (32, 256, 2, 3), (32, 256, 2, 4), (32, 128, 2, 5), (64, 128, 2, 4),
+                (64, 128, 4, 5), (64, 256, 4, 3)],
+    "project_swiglu": [(16, 128, 1, 5), (16, 256, 1, 3), (16, 256, 1, 4), (32, 128, 2, 4), (32, 256, 2, 3),
+                       (32, 128, 2, 3), (64, 128, 4, 4), (64, 64, 4, 5)],
+}  # fmt: skip
+KIND = {"device": "cuda", "dtype": torch.bfloat16}
+NAMES: tuple[str, ...] = ("N", "K", "num_warps", "num_stages")
+
+
+def seconds(f: Callable[[int], object], calls: int = 20, replays: int = 7) -> float:
+    """Of one f(i) in a graph of f(0), f(1), ..."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        f(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            f(i)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(times)
+
+
+def off(ours: Tensor, exact: Tensor) -> float:
+    """The largest error, relative to the largest entry."""
+    return float((ours.float() - exact).abs().max() / exact.abs().max())
+
+
+def matrices(n: int, k: int) -> Tensor:
+    """Enough copies of a weight that they do not fit into L2, in one tensor."""
+    copies = max(2, -(-(256 << 20) // (2 * n * k)))
+    return torch.empty(copies, n, k, **KIND).normal_(std=k**-0.5)
+
+
+def sweep(kind: str, w: Tensor, rows: int) -> dict:
+    """One shape of weights: the time of every tile, of the default one (also with PDL) and of torch."""
+    copies, n, k = w.shape
+    x, y = torch.randn(rows, k, **KIND), torch.randn(rows, k, **KIND)
+    norm, eps, swiglu = 1 + torch.randn(k, **KIND) / 8, 1e-5, kind == "project_swiglu"
+    extra = (None, None) if kind == "linear" else (y, norm)
+
+    def ours(config: dict[str, int] | None) -> Callable[[int], Tensor]:
+        return lambda i: skinny._launch(x, *extra, w[i % copies], None, eps, swiglu=swiglu, config=config)[1]
+
+    def plain(i: int) -> Tensor:
+        return F.linear(x, w[i % copies])
+
+    h = x.float() if kind == "linear" else layers.rms_norm((x + y).float(), norm.float(), eps)
+    exact = F.linear(h, w[0].float())
+    exact = layers.swiglu(exact) if swiglu else exact
+    gb = 2 * n * k / 1e9
+    row = {"kind": kind, "n": n, "k": k, "rows": rows, "cublas_gb_s": gb / seconds(plain)}
+    default = skinny.tile(n // 2 if swiglu else n, k, x.dtype, norm=kind != "linear", swiglu=swiglu)
+    reference = ours(None)(0)
+    row |= {"default": default, "error": off(reference, exact), "default_gb_s": gb / seconds(ours(None))}
+    assert row["error"] < 2**-7, row
+    skinny.PDL = True
+    try:
+        row["pdl_same"] = torch.equal(ours(None)(0), reference)
+        row["pdl_gb_s"] = gb / seconds(ours(None))
+    except Exception as error:  # an option that this Triton or driver lacks
+        row["pdl_error"] = repr(error)[:200]
+    skinny.PDL = False
+    row["tiles"] = {}
+    for values in TILES[kind]:
+        config: dict[str, int] = dict(zip(NAMES, values, strict=True))
+        try:
+            error = off(ours(config)(0), exact)
+            row["tiles"][str(values)] = gb / seconds(ours(config)) if error < 2**-7 else f"wrong: {error}"
+        except Exception as error:  # more shared memory or registers than there are
+            row["tiles"][str(values)] = repr(error)[:120]
+    speeds = {name: speed for name, speed in row["tiles"].items() if isinstance(speed, float)}
+    row["best"] = max(speeds, key=lambda name: speeds[name], default="none")
+    row["best_gb_s"] = speeds.get(row["best"], 0.0)
+    return row
+
+
+def stores() -> list[dict]:
+    rows = []
+    q, kv, head = 32, 8, 128
+    k, v = (torch.zeros(16384, kv, head, **KIND) for _ in "kv")
+    for tokens in (2, 512, 8192):
+        qkv = torch.randn(tokens, q + 2 * kv, head, **KIND)
+        angle = torch.rand(tokens, 1, head // 2, device="cuda")
+        args = (qkv, angle.cos(), angle.sin(), torch.randperm(16384, device="cuda")[:tokens], k, v)
+        same = torch.equal(fused.store(*args), layers.rotate(qkv[:, :q], *args[1:3]))
+        took, plain = seconds(lambda _: fused.store(*args)), seconds(lambda _: layers.store(*args))  # noqa: B023
+        rows.append({"kind": "store", "tokens": tokens, "same": same, "us": took * 1e6, "plain_us": plain * 1e6,
+                     "gb_s": 2 * qkv.nbytes / took / 1e9})  # fmt: skip
+    return rows
+
+
+def draws() -> list[dict]:
+    rows = []
+    for n, vocab in ((2, 32768), (512, 32768), (2, 152064), (512, 128256)):
+        logits = 4 * torch.randn(n, vocab, **KIND)
+        seed, flags = torch.arange(n, device="cuda"), torch.zeros(n, dtype=torch.bool, device="cuda")
+        for heat in (0.0, 1.0):
+            temperature = torch.full((n,), heat, device="cuda")
+            settings = Sampling(temperature, seed, seed, flags, None, None)
+            token, logprob = fused.draw(logits, temperature, seed, seed, flags)
+            plain = sample(logits.float(), settings, top=0)
+            took = seconds(lambda _: fused.draw(logits, temperature, seed, seed, flags))  # noqa: B023
+            slow = seconds(lambda _: sample(logits.float(), settings, top=0), calls=2)  # noqa: B023
+            rows.append({"kind": "draw", "rows": n, "vocab": vocab, "temperature": heat, "us": took * 1e6,
+                         "plain_us": slow * 1e6, "gb_s": logits.nbytes / took / 1e9,
+                         "other_tokens": int((token != plain.token).sum()),
+                         "logprob_error": float((logprob - plain.logprob).abs().max())})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    folder = Path(os.environ.get("OUT", HERE / "results"))
+    parser.add_argument("--out", type=Path, default=folder / "kernels_gpu.json")
+    args = parser.parse_args()
+    begin, rows = time.time(), []
+    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+              "fastgen": fastgen.__version__, "rows": rows}  # fmt: skip
+
+    def add(row: dict) -> None:
+        rows.append(row)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")  # what is there if the time runs out
+        hidden = ("tiles", "default")
+        print({a: round(b, 6) if isinstance(b, float) else b for a, b in row.items() if a not in hidden}, flush=True)
+
+    for row in (*stores(), *draws()):
+        add(row)
+    for model, shapes in MODELS.items():
+        for name, (n, k) in shapes.items():
+            w = matrices(n, k)
+            kinds = ["linear"] + (["project"] if name == "qkv" else ["project_swiglu"] if name == "gate_up" else [])
+            for kind in kinds:
+                for count in (2, 16):
+                    add({"model": model, "name": name} | sweep(kind, w, count))
+            del w
+    result["seconds"] = time.time() - begin
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{result['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Times of single steps on one GPU, and where their kernels' time goes.
+
+    python benchmarks/steps_gpu.py mistral-7b-instruct-v0.3 --out steps.json
+
+Random weights on a real config, distinct random prompts. Decoding: N sequences at a context of C tokens; prefilling:
+steps of the whole budget. `host` is how long the host is busy with a step, `step` the time from one to the next.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import fastgen
+
+HERE = Path(__file__).parent
+
+
+def prompts(count: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(100, vocab, (count, length), generator=generator).tolist()
+
+
+def kernels(engine: fastgen.Engine, steps: int) -> list[tuple[str, int, float]]:
+    """(name, calls a step, microseconds a step) of the kernels that take longest."""
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as p:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    rows = [(e.key[:90], e.count // steps, e.self_device_time_total / steps) for e in p.key_averages()]
+    return sorted((r for r in rows if r[2] > 0), key=lambda r: -r[2])[:16]
+
+
+def decode(engine: fastgen.Engine, count: int, context: int, steps: int = 24, *, table: bool = False) -> dict:
+    """Steps in which `count` sequences decode at `context` tokens."""
+    sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=steps + 80, ignore_eos=True)
+    ids = [engine.add(p, sampling) for p in prompts(count, context, engine.spec.vocab)]
+    while any(s.known - s.cached > 1 for s in engine.state.running) or engine.state.waiting:
+        engine.step()
+    for _ in range(5):
+        engine.step()
+    torch.cuda.synchronize()
+    start, busy = time.perf_counter(), []
+    wait = engine._receive
+    waited = [0.0]
+
+    def timed() -> None:
+        at = time.perf_counter()
+        if engine._running is not None and engine._running.done is not None:
+            engine._running.done.synchronize()
+        waited[0] += time.perf_counter() - at
+        wait()
+
+    engine._receive = timed
+    for _ in range(steps):
+        at, before = time.perf_counter(), waited[0]
+        engine.step()
+        busy.append(time.perf_counter() - at - (waited[0] - before))
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / steps
+    del engine._receive
+    found = kernels(engine, 10) if table else []
+    for id in ids:
+        engine.abort(id)
+    while engine.unfinished:
+        engine.step()
+    return {
+        "sequences": count, "context": context, "step_ms": 1e3 * seconds, "host_ms": 1e3 * statistics.median(busy),
+        "kernels": found,
+    }  # fmt: skip
+
+
+def prefill(engine: fastgen.Engine, count: int, length: int, *, table: bool = False) -> dict:
+    """All of `count` prompts, one token drawn for each."""
+    sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=1)
+    seconds, found = [], []
+    for repeat in range(3):
+        for p in prompts(count, length, engine.spec.vocab, repeat):
+            engine.add(p, sampling)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        if table and repeat == 2:
+            found = kernels(engine, 1)
+        while engine.unfinished:
+            engine.step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    best = statistics.median(seconds[:2] if table else seconds)
+    return {"prompts": count, "length": length, "tok_s": count * length / best, "kernels": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="+")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "steps_gpu.json")
+    parser.add_argument("--compile", default="graphs", help="eager, inductor or graphs")
+    parser.add_argument("--decode", nargs="*", default=["1x256", "8x1088", "64x1088", "256x1088", "512x1088"])
+    parser.add_argument("--prefill", nargs="*", default=["64x1024", "4x8192"])
+    parser.add_argument("--budget", type=int, default=8192)
+    parser.add_argument("--tables", action="store_true")
+    args = parser.parse_args()
+    rows = []
+    for model in args.model:
+        start = time.perf_counter()
+        engine = fastgen.Engine.from_pretrained(
+            HERE / "configs" / f"{model}.json", random=True, dtype="bfloat16", progress=False, compile=args.compile,
+            max_requests=512, token_budget=args.budget,
+        )  # fmt: skip
+        row = {"model": model, "compile": args.compile, "start_s": time.perf_counter() - start}
+        row |= {"capacity": engine.capacity, "memory_gb": torch.cuda.memory_reserved() / 1e9, "steps": []}
+        print(json.dumps(row), flush=True)
+        for what, loads in ((decode, args.decode), (prefill, args.prefill)):
+            for load in loads:
+                count, length = map(int, load.split("x"))
+                result = what(engine, count, length, table=args.tables)
+                row["steps"].append(result)
+                print(what.__name__, *(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
+                                       for k, v in result.items() if k != "kernels"), flush=True)  # fmt: skip
+                for name, calls, us in result["kernels"]:
+                    print(f"    {us:10.1f} us {calls:5d} x  {name}")
+        rows.append(row)
+        engine.close()
+        del engine
+        torch.cuda.empty_cache()
+    args.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

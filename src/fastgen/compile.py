@@ -1,0 +1,229 @@
+"""How a step is run: the only file that says torch.compile or CUDA graph.
+
+    eager      the plain functions one after the other, and the attention backend
+    inductor   what lies between two matrix products or attentions is one compiled kernel (a *region*)
+    graphs     the same, and steps of few tokens are captured in CUDA graphs, one for each bucket: replaying one costs
+               the host nothing, while launching its kernels would take longer than running them
+
+Regions see activations and weights only, never the cache, and are compiled once with a free number of tokens. So
+nothing about a cache can make them copy it or compile again, and start-up costs the compilation of one block.
+"""
+
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from tqdm.auto import tqdm
+
+from fastgen.batch import Stager
+from fastgen.config import Settings
+from fastgen.models import transformer
+from fastgen.models.spec import Spec
+from fastgen.models.transformer import PLAIN, Ops
+from fastgen.ops.attention import Backend
+from fastgen.ops.backends import choose
+from fastgen.step import Computed, Draw, compute, feed
+from fastgen.types import Batch, Cache, Params, Sampling
+
+FEW = 16  # rows up to which our own kernels read the weights faster than cuBLAS
+MIXED = (32, 64, 128, 256, 512, 1024)  # captured sizes of steps that prefill,
+SEQUENCES = 32  # with so many sequences, padding included
+# The arguments of each region whose first dimension is the step's tokens.
+REGIONS: dict[Callable[..., Any], tuple[int, ...]] = {
+    feed: (0,),
+    transformer.enter: (1, 2),
+    transformer.project: (0, 1),
+    transformer.project_swiglu: (0, 1),
+    transformer.norm_heads: (0,),
+    transformer.leave: (0, 1),
+}
+
+
+class Shape(NamedTuple):
+    """Of a step: tokens and sequences, padding included. `decode`: one token each."""
+
+    tokens: int
+    rows: int
+    decode: bool
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """Numbers of decoding sequences that have a graph: close together, since each padded row costs its share."""
+    steps = [*range(2, 8, 2), *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 32)]
+    return (*(n for n in steps if n < most), max(2, most))
+
+
+class Regions:
+    """Compiled versions of functions, with any number of tokens. Each shape of weights has a compilation of its own."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.open = True  # more may be compiled
+
+    def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        dynamic = REGIONS[f]
+
+        def call(*args: Any) -> Any:
+            fixed = tuple(a.shape if isinstance(a, Tensor) else a for i, a in enumerate(args) if i not in dynamic)
+            g = self._compiled.get((f, *fixed))
+            if g is None:
+                # A code object of its own, or the engines of a process would share one limit of recompilations.
+                code = f.__code__.replace(co_name=f"{f.__name__}_{len(self._compiled)}")
+                g = torch.compile(types.FunctionType(code, f.__globals__, code.co_name, f.__defaults__), fullgraph=True)
+                self._compiled[(f, *fixed)] = g
+                for i in dynamic:
+                    torch._dynamo.mark_dynamic(args[i], 0)
+            return g(*args)
+
+        return call
+
+
+def compilations() -> int:
+    """Graphs compiled in this process so far."""
+    return counters["stats"]["unique_graphs"]
+
+
+class Stepper:
+    """Runs the steps of one engine."""
+
+    def __init__(self, params: Params, spec: Spec, settings: Settings, stager: Stager) -> None:
+        self.params, self.spec, self.settings, self.stager = params, spec, settings, stager
+        self.device, self.how = params.embed.device, settings.compile.compile
+        self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Computed]] = {}
+        self.pool: Any = None
+        self.captures = 0  # so far
+        self.regions = Regions()
+        cuda = self.device.type == "cuda"
+        attention = choose(settings.compile.attention, self.device)
+        self.ops: dict[bool, Ops] = {}  # by `decode`
+        self.draw: Draw | None = None
+        # One buffer for all graphs' logits: they would each keep theirs.
+        rows = max(settings.schedule.max_requests + 1, SEQUENCES)
+        self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, spec.vocab)
+        for decode in (False, True):
+            backend = partial(attention, page=settings.pages.page_size)
+            if attention.__name__ == "paged":
+                backend = partial(backend, decode=decode)
+            self.ops[decode] = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
+        if self.how != "eager" and cuda:
+            from fastgen.ops.fused import draw  # Triton comes with the GPU builds of torch, and not with others
+
+            self.draw = draw
+
+    def _ops(self, attention: Backend, cuda: bool) -> Ops:
+        region = self.regions
+        ops = Ops(attention, *(region(f) if f in REGIONS else f for f in PLAIN[1:]))
+        if not cuda:
+            return ops
+        from fastgen.ops import fused, skinny
+
+        def few(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda x, *rest: (fast if len(x) <= FEW else plain)(x, *rest)
+
+        return ops._replace(
+            project=few(skinny.project, ops.project),
+            project_swiglu=few(skinny.project_swiglu, ops.project_swiglu),
+            linear=few(skinny.linear, ops.linear),
+            store=fused.store,
+        )
+
+    # --- shapes -----------------------------------------------------------------------------------------------------
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """Those that are captured, largest first: the others then fit into the memory of the first."""
+        if self.how != "graphs":
+            return ()
+        s = self.settings.schedule
+        decode = [Shape(n, n, True) for n in buckets(s.max_requests)]
+        mixed = [Shape(n, SEQUENCES, False) for n in MIXED if n <= s.token_budget]
+        return tuple(sorted((*decode, *mixed), reverse=True))
+
+    def shape(self, tokens: int, rows: int, *, decode: bool) -> Shape:
+        """The shape in which a step of so many tokens and sequences is run."""
+        if self.how == "eager":
+            return Shape(tokens, rows, decode)
+        if decode:
+            fits = [s for s in self.graphs if s.decode and s.rows >= rows]
+            n = max(2, rows)
+            return min(fits, default=Shape(n, n, True))
+        fits = [s for s in self.graphs if not s.decode and s.tokens >= tokens and s.rows > rows]
+        size = max(2, -(-tokens // 8) * 8)
+        return min(fits, default=Shape(size, rows + 1, False))
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def run(self, cache: Cache, batch: Batch, sampling: Sampling, shape: Shape) -> Computed:
+        """Compute a staged step; the result lives until the next one."""
+        if shape in self.graphs:
+            graph, computed = self.graphs[shape]
+            graph.replay()
+            return computed
+        return self._compute(cache, batch, sampling, shape.decode)
+
+    def _compute(self, cache: Cache, batch: Batch, sampling: Sampling, decode: bool) -> Computed:
+        feed_ = feed if self.how == "eager" else self.regions(feed)
+        batch = batch._replace(token=feed_(batch.token, self.stager.last))
+        return compute(
+            self.params, cache, self.stager.last, batch, sampling, self.spec, self.ops[decode], self.draw, self.logits,
+            decode=decode,
+        )  # fmt: skip
+
+    def _padding(self, shape: Shape) -> tuple[Batch, Sampling]:
+        return self.stager.stage((), {}, shape.tokens, shape.rows, 0)
+
+    @torch.no_grad()
+    def measure(self, cache: Cache) -> int:
+        """Compile, and run the largest step and capture the largest graphs on a cache of one page of scratch.
+
+        The bytes of device memory that are taken when all of that is there.
+        """
+        s = self.settings.schedule
+        largest = Shape(max(2, -(-s.token_budget // 8) * 8), s.max_requests + 1, False)
+        # Sizes that are no other's, so that nothing is compiled for equal ones.
+        for shape in (Shape(40, 3, False), Shape(24, 24, True), largest):
+            self._compute(cache, *self._padding(shape), shape.decode)
+        largest_graphs = {shape.decode: shape for shape in reversed(self.shapes())}
+        for shape in largest_graphs.values():
+            self._capture(cache, shape)
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info(self.device)
+        self.free()
+        return total - free
+
+    @torch.no_grad()
+    def warm_up(self, cache: Cache, *, progress: bool = True) -> None:
+        """Compile and capture everything that steps will need."""
+        if self.how == "eager":
+            return
+        shapes = self.shapes()
+        with tqdm(
+            total=len(shapes) + 1, desc="warm-up", unit="graph", delay=1, leave=False, disable=not progress
+        ) as bar:
+            for shape in (Shape(40, 3, False), Shape(24, 24, True)):
+                self._compute(cache, *self._padding(shape), shape.decode)
+            bar.update()
+            for shape in shapes:
+                self._capture(cache, shape)
+                bar.update()
+
+    def _capture(self, cache: Cache, shape: Shape) -> None:
+        batch, sampling = self._padding(shape)
+        self._compute(cache, batch, sampling, shape.decode)  # whatever is done once only is done before
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            computed = self._compute(cache, batch, sampling, shape.decode)
+        self.pool = self.pool or graph.pool()
+        self.graphs[shape] = graph, computed
+        self.captures += 1
+
+    def free(self) -> None:
+        """Let go of the graphs and their memory."""
+        self.graphs.clear()
+        self.pool = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

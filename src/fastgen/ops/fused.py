@@ -1,0 +1,194 @@
+"""Kernels in Triton for what surrounds the matrices: keys into their slots, and a token drawn in one pass."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+HEADS = 16  # of a program of `store`
+CHUNK = 1024  # tokens of the vocabulary that a program of `draw` looks at together
+PROGRAMS = 4 * 132  # of `draw` where rows are few: their vocabulary is shared out
+NOTHING = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
+
+
+@triton.jit
+@no_type_check  # pointers, numbers and constants, in Triton's own language
+def _store(
+    qkv, cos, sin, slot, k_cache, v_cache, out,
+    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    half: tl.constexpr = H // 2
+    t, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+    narrow = d < half
+    inside = (g < Q + 2 * KV)[:, None] & narrow[None, :]
+    at = (t * (Q + 2 * KV) + g)[:, None] * H + d[None, :]
+    low, high = tl.load(qkv + at, mask=inside), tl.load(qkv + at + half, mask=inside)
+    c = tl.load(cos + t * half + d, mask=narrow)[None, :]
+    s = tl.load(sin + t * half + d, mask=narrow)[None, :]
+    a, b = low.to(tl.float32), high.to(tl.float32)
+    x, y = (a * c - b * s).to(low.dtype), (b * c + a * s).to(low.dtype)
+    to = out + (t * Q + g)[:, None] * H + d[None, :]
+    mine = inside & (g < Q)[:, None]
+    tl.store(to, x, mask=mine)
+    tl.store(to + half, y, mask=mine)
+    place = tl.load(slot + t).to(tl.int64) * KV
+    to = k_cache + (place + g - Q)[:, None] * H + d[None, :]
+    mine = inside & ((g >= Q) & (g < Q + KV))[:, None]
+    tl.store(to, x, mask=mine)
+    tl.store(to + half, y, mask=mine)
+    to = v_cache + (place + g - Q - KV)[:, None] * H + d[None, :]
+    mine = inside & (g >= Q + KV)[:, None]
+    tl.store(to, low, mask=mine)
+    tl.store(to + half, high, mask=mine)
+
+
+def store(
+    qkv: Float[Tensor, "T Q2K H"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"],
+    slot: Int[Tensor, " T"], k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"],
+) -> Float[Tensor, "T Q H"]:  # fmt: skip
+    """Rotated queries; rotated keys, and values, are written into the caches at `slot`. As `layers.rotate`, bitwise.
+
+    qkv [T, Q + 2 K, H]: query heads, key heads, value heads; cos and sin fp32.
+    """
+    tokens, heads, head = qkv.shape
+    kv = k_cache.shape[1]
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("the caches must be contiguous: they are written in place")
+    out = qkv.new_empty(tokens, heads - 2 * kv, head)
+    _store[(tokens, triton.cdiv(heads, HEADS))](
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, k_cache, v_cache, out,
+        Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), HEADS=HEADS, num_warps=4,
+        enable_fp_fusion=False,  # a product and a sum each rounded, as torch does
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+@no_type_check
+def _mix(x):
+    """`sampling._mix` in 32 bits."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+@no_type_check
+def _log_noise(token, key, other):
+    """log(E) of `sampling.exponential`'s noise E = -log1p(-u). Kahan's log1p: log(w) * u / (1 - w) of w = 1 - u."""
+    x = _mix(_mix(token.to(tl.uint32) ^ key) ^ other)
+    u = tl.minimum((x.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    w = 1.0 - u
+    lost = 1.0 - w  # exactly: what of u the rounding of w has left
+    e = tl.where(lost > 0.0, -tl.log(w) * (u / tl.where(lost > 0.0, lost, 1.0)), u)
+    return tl.log(e)
+
+
+@triton.jit
+@no_type_check
+def _race(
+    logits, first, last, heat, scale, key, other, vocab, B: tl.constexpr, NOISE: tl.constexpr,
+):  # fmt: skip
+    """Of the tokens [first, last): each lane's best score and its token; the maximum, and the sum of exponentials."""
+    lane = tl.arange(0, B)
+    best = tl.full([B], float("-inf"), tl.float32)
+    index = first + lane
+    m = tl.full([B], NOTHING, tl.float32)
+    l = tl.zeros([B], tl.float32)
+    for at in tl.range(first, last, B):
+        token = at + lane
+        x = tl.load(logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        score = x
+        if NOISE:
+            score = tl.div_rn(x, heat)
+        v = tl.where(scale, score, x)
+        if NOISE:
+            score = score - _log_noise(token, key, other)
+        better = score > best  # of equals the first
+        best = tl.where(better, score, best)
+        index = tl.where(better, token, index)
+        # One of the two exponentials of the running sum is of 0.
+        top = tl.maximum(m, v)
+        e = tl.exp(tl.minimum(m, v) - top)
+        l = tl.where(v > m, l * e + 1.0, l + e)
+        m = top
+    return best, index, m, l
+
+
+@triton.jit(do_not_specialize=["share"])
+@no_type_check
+def _draw(
+    logits, temperature, seed, position, processed, score, token, top, total, vocab, share,
+    B: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0), tl.program_id(1)
+    first = split * share * B
+    last = tl.minimum(first + share * B, vocab)
+    at = logits + row.to(tl.int64) * vocab
+    heat = tl.load(temperature + row)
+    scale = tl.load(processed + row) != 0
+    s, p = tl.load(seed + row).to(tl.int64), tl.load(position + row).to(tl.uint32)
+    low, high = _mix(s.to(tl.uint32)), _mix((s >> 32).to(tl.uint32))
+    key = _mix(low ^ _mix(high + p))
+    other = _mix((low + p * 0x9E3779B9) ^ high)
+    if heat == 0:
+        best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, B, NOISE=False)
+    else:
+        best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, B, NOISE=True)
+    most = tl.max(best, 0)
+    peak = tl.max(m, 0)
+    to = row * SPLITS + split
+    tl.store(score + to, most)
+    tl.store(token + to, tl.min(tl.where(best == most, index, vocab), 0))
+    tl.store(top + to, peak)
+    tl.store(total + to, tl.sum(l * tl.exp(m - peak), 0))
+
+
+@triton.jit
+@no_type_check
+def _decide(logits, temperature, processed, score, token, top, total, drawn, logprob, vocab, SPLITS: tl.constexpr):
+    row, s = tl.program_id(0), tl.arange(0, SPLITS)
+    best = tl.load(score + row * SPLITS + s)
+    index = tl.load(token + row * SPLITS + s)
+    m = tl.load(top + row * SPLITS + s)
+    l = tl.load(total + row * SPLITS + s)
+    choice = tl.min(tl.where(best == tl.max(best, 0), index, vocab), 0)
+    x = tl.load(logits + row.to(tl.int64) * vocab + choice).to(tl.float32)
+    heat = tl.load(temperature + row)
+    x = tl.where((tl.load(processed + row) != 0) & (heat != 0), tl.div_rn(x, tl.where(heat == 0, 1.0, heat)), x)
+    peak = tl.max(m, 0)
+    tl.store(drawn + row, choice)
+    tl.store(logprob + row, (x - peak) - tl.log(tl.sum(l * tl.exp(m - peak), 0)))
+
+
+def draw(
+    logits: Float[Tensor, "N V"], temperature: Float[Tensor, " N"], seed: Int[Tensor, " N"],
+    position: Int[Tensor, " N"], processed: Bool[Tensor, " N"] | Int[Tensor, " N"],
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
+    """A token for each row (int32) and its natural-log probability (fp32): `sampling.sample` without filters or edits.
+
+    The probability is the model's, or of logits / temperature where `processed`. The token does not depend on how the
+    vocabulary is shared out; the probability does, by rounding.
+    """
+    rows, vocab = logits.shape
+    logits = logits.contiguous()
+    chunks = triton.cdiv(vocab, CHUNK)
+    wanted = max(1, min(PROGRAMS // max(1, rows), chunks))
+    splits = triton.next_power_of_2(wanted)  # a power of two: each number is a kernel of its own
+    share = triton.cdiv(chunks, splits)  # in chunks
+    token, logprob = (torch.empty(rows, dtype=kind, device=logits.device) for kind in (torch.int32, torch.float32))
+    score, top, total = torch.empty(3, rows, splits, dtype=torch.float32, device=logits.device)
+    index = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    _draw[(rows, splits)](
+        logits, temperature, seed, position, processed, score, index, top, total, vocab, share,
+        B=CHUNK, SPLITS=splits, num_warps=4,
+    )  # fmt: skip
+    _decide[(rows,)](
+        logits, temperature, processed, score, index, top, total, token, logprob, vocab, SPLITS=splits, num_warps=1
+    )
+    return token, logprob

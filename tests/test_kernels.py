@@ -1,0 +1,190 @@
+"""The fused kernels against the plain functions they replace."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.models.layers import rms_norm, rotate, swiglu
+from fastgen.sampling import sample
+from fastgen.types import Sampling
+
+pytest.importorskip("triton")
+from fastgen.ops import fused, skinny
+
+HALF = torch.float16 if torch.get_default_device().type == "cpu" else torch.bfloat16  # the interpreter has no bf16
+EPS = 1e-5
+SHAPES = [(2, 33, 100), (3, 20, 576), (16, 40, 300), (9, 16, 1), (2, 1, 512)]  # (rows, N, K)
+
+
+@pytest.fixture(autouse=True)
+def fixed() -> None:
+    torch.manual_seed(0)
+
+
+def weights(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix, its bias, a norm."""
+    return (torch.randn(n, k) * k**-0.5).to(dtype), torch.randn(n).to(dtype), (1 + torch.randn(k) / 4).to(dtype)
+
+
+def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """No further from the exact values than the plain computation, but for half a unit in the last place."""
+    assert ours.dtype == plain.dtype and ours.shape == plain.shape
+    unit = torch.finfo(ours.dtype).eps
+    ours, plain, exact = ours.double(), plain.double(), exact.double()
+    size = exact.abs().clamp(min=exact.square().mean().sqrt().item())  # of a typical entry at least
+    error = (ours - exact).abs() / size
+    assert error.max() <= 1.5 * ((plain - exact).abs() / size).max() + (4 if unit < 1e-5 else 1) * unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("rows", "n", "k"), SHAPES)
+def test_linear(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """With and without bias, whatever the shape."""
+    x, (w, bias, _) = torch.randn(rows, k).to(dtype), weights(n, k, dtype)
+    for b in (None, bias):
+        exact = F.linear(x.double(), w.double(), None if b is None else b.double())
+        close(skinny.linear(x, w, b), F.linear(x, w, b), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("rows", "n", "k"), SHAPES)
+def test_project(rows: int, n: int, k: int, add: bool, dtype: torch.dtype) -> None:
+    """Residual sum, norm and product; and with SwiGLU, whose gate and up are halves of the rows."""
+    x, y = (3 * torch.randn(rows, k).to(dtype) for _ in range(2))
+    w, bias, norm = weights(2 * n, k, dtype)
+    before = x.clone()
+    h = x + y if add else x
+    exact = h.double() * torch.rsqrt(h.double().square().mean(-1, keepdim=True) + EPS) * norm.double()
+    plain = rms_norm(h, norm, EPS)
+    for b in (None, bias):
+        total, out = skinny.project(x, y if add else None, norm, EPS, w, b)
+        assert torch.equal(total, h)
+        close(out, F.linear(plain, w, b), F.linear(exact, w.double(), None if b is None else b.double()))
+    total, out = skinny.project_swiglu(x, y if add else None, norm, EPS, w)
+    assert torch.equal(total, h) and torch.equal(x, before)
+    close(out, swiglu(F.linear(plain, w)), swiglu(F.linear(exact, w.double())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype, device: str) -> None:
+    """A row is bitwise the same alone, among others and in any place."""
+    picks = [[3], [7, 0], list(range(7, -1, -1)), list(range(15, 6, -1))]
+    shapes = [(64, 520), (1024, 896), (6144, 2048), (9000, 1000), (70000, 512)]  # every class of `tile`
+    if device == "cpu":  # the interpreter's products are numpy's, whose sums differ between paddings
+        picks, shapes = picks[:3], [(24, 300)]
+    for n, k in shapes:
+        x, y = (torch.randn(16 if device != "cpu" else 8, k).to(dtype) for _ in range(2))
+        w, bias, norm = weights(2 * n, k, dtype)
+
+        def all_of(pick: list[int] | slice) -> list[Tensor]:
+            a, b = x[pick], y[pick]  # noqa: B023
+            return [skinny.linear(a, w, bias), *skinny.project(a, b, norm, EPS, w, bias),  # noqa: B023
+                    *skinny.project_swiglu(a, b, norm, EPS, w)]  # fmt: skip  # noqa: B023
+
+        whole = all_of(slice(None))
+        for pick in picks:
+            assert all(torch.equal(part, full[pick]) for part, full in zip(all_of(pick), whole, strict=True))
+
+
+def test_every_tile() -> None:
+    """However the weights are cut; in fp16 also where a value times its norm weight overflows before it is scaled."""
+    x, (w, bias, norm) = torch.randn(5, 576).half(), weights(72, 576, torch.float16)
+    exact = F.linear(x.double(), w.double(), bias.double())
+    for config in ({"N": 16, "K": 512}, {"N": 32, "K": 64}, {"N": 64, "K": 128, "num_warps": 4}):
+        config = {"num_warps": 2, "num_stages": 3} | config
+        _, out = skinny._launch(x, None, None, w, bias, 0.0, config=config)
+        close(out, F.linear(x, w, bias), exact)
+    _, out = skinny.project(40000 * torch.ones_like(x), None, 4 * torch.ones_like(norm), EPS, w, None)
+    close(out, F.linear(torch.full_like(x, 4), w), F.linear(torch.full_like(x, 4).double(), w.double()))
+
+
+def test_dependent_launch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Kernels that start before the one they read from has ended give the same."""
+    if device == "cpu" or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    x, (w, bias, norm) = torch.randn(2, 2048).to(HALF), weights(4096, 2048, HALF)
+    results = []
+    for on in (False, True):
+        monkeypatch.setattr(skinny, "PDL", on)
+        h, y = x, x
+        for _ in range(50):
+            h, gated = skinny.project_swiglu(h, y, norm, EPS, w)
+            _, wide = skinny.project(h, gated, norm, EPS, w, bias)
+            y = skinny.linear(wide[:, 2048:].contiguous(), w[:2048])
+        results.append((h, y))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_too_many_rows() -> None:
+    """More rows than a tile has are refused, as are weights that do not lie in order."""
+    w = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match="rows"):
+        skinny.linear(torch.zeros(17, 8), w, None)
+    with pytest.raises(ValueError, match="contiguous"):
+        skinny.linear(torch.zeros(2, 4), w.T, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("q_heads", "kv", "head"), [(2, 2, 64), (10, 2, 96), (14, 2, 128), (7, 1, 16), (20, 4, 128)])
+def test_store(q_heads: int, kv: int, head: int, dtype: torch.dtype) -> None:
+    """Bitwise what rotation and two indexed writes do; slots in any order, others untouched."""
+    for tokens, kind in ((2, torch.int32), (37, torch.int64)):
+        qkv = torch.randn(tokens, q_heads + 2 * kv, head).to(dtype)
+        angle = 100 * torch.rand(tokens, 1, head // 2)
+        cos, sin = angle.cos(), angle.sin()
+        slot = torch.randperm(90)[:tokens].to(kind)
+        caches = [torch.randn(90, kv, head).to(dtype) for _ in "kv"]
+        expected = [cache.clone() for cache in caches]
+        q, k, v = qkv.split((q_heads, kv, kv), 1)
+        expected[0][slot.long()], expected[1][slot.long()] = rotate(k, cos, sin), v
+        ours = fused.store(qkv, cos, sin, slot, *caches)
+        assert ours.is_contiguous()
+        assert torch.equal(ours, rotate(q, cos, sin))
+        assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
+def compare(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A draw beside the plain one; they are the same. Seeds and positions of every size."""
+    rows = len(logits)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator(logits.device).manual_seed(seed))
+    position = torch.arange(rows) * 12345
+    token, logprob = fused.draw(logits, temperature, seeds, position, processed)
+    plain = sample(logits.float(), Sampling(temperature, seeds, position, processed, None, None), top=0)
+    assert token.dtype == torch.int32 and logprob.dtype == torch.float32
+    assert token.tolist() == plain.token.tolist()
+    torch.testing.assert_close(logprob, plain.logprob, atol=1e-5, rtol=1e-5)
+    return token, logprob
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (5, 2001), (64, 30), (3, 1024), (2, 20000)])
+def test_draw(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    """The very token that plain sampling draws, at every temperature, and its probability."""
+    logits = (4 * torch.randn(rows, vocab)).to(dtype)
+    logits[:, ::3] = float("-inf")
+    logits[:, -1] = 1.0
+    temperature = torch.tensor([0.0, 1.0, 0.3, 1.7, 30.0])[torch.arange(rows) % 5]
+    compare(logits, temperature, torch.arange(rows) % 2 == 1)
+    compare(logits, temperature.flip(0), torch.arange(rows) % 3 == 1, seed=1)
+
+
+def test_draw_ties() -> None:
+    """Of equal logits greedy takes the first, wherever its share of the vocabulary ends."""
+    logits = torch.zeros(3, 5000)
+    logits[0, [1500, 4999, 2600]] = logits[1, [4100, 4101]] = 2.0
+    token, _ = compare(logits, torch.zeros(3), torch.ones(3, dtype=torch.bool))
+    assert token.tolist() == [1500, 4100, 0]
+
+
+def test_draw_rows_do_not_depend_on_the_batch() -> None:
+    """The same token among others as alone; the same probability but for rounding."""
+    logits, flags = torch.randn(24, 1100), torch.zeros(24, dtype=torch.bool)
+    seed, temperature, position = torch.arange(24), torch.full((24,), 0.8), torch.arange(24)
+    args = (logits, temperature, seed, position, flags)
+    token, logprob = fused.draw(*args)
+    for pick in ([0], [23, 7], list(range(8, 14))):
+        t, p = fused.draw(*(x[pick] for x in args))
+        assert torch.equal(t, token[pick])
+        torch.testing.assert_close(p, logprob[pick], atol=1e-5, rtol=0)
