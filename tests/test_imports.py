@@ -11,10 +11,11 @@ ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
     ["types", "config", "cache.pages", "models.spec"],
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
-    + ["ops.skinny", "ops.fused"],
+    + ["ops.hopper", "ops.skinny", "ops.fused"],
     ["models.transformer", "models.weights", "tokenizer"],
     ["models.default", "request", "step"],
     ["batch", "profiler"],
+    ["compile"],
     ["engine"],
     ["__init__"],
     ["cli.config", "cli.run", "cli.bench"],

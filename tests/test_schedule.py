@@ -312,7 +312,10 @@ SOUND = State(4, 0b110000, schedule.SEATS ^ 0b110, (Sequence(2, 1, 5),), (FIRST,
         (None, {"running": (FIRST._replace(cached=-1), SECOND)}),
         (None, {"running": (FIRST._replace(known=6), SECOND)}),  # beyond its limit
         (None, {"running": (FIRST, SECOND._replace(pages=(2,))), "free": 0b111000}),  # too few pages
-        (None, {"running": (FIRST, SECOND, Sequence(3, 1, 2, 0, (4,), 3)), "free": 0b100000, "seats": ~0b1111}),  # too many run
+        (
+            None,
+            {"running": (FIRST, SECOND, Sequence(3, 1, 2, 0, (4,), 3)), "free": 0b100000, "seats": ~0b1111},
+        ),  # too many run
     ],
 )
 def test_check_finds(message: str | None, broken: dict[str, Any]) -> None:

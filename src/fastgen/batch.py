@@ -91,9 +91,13 @@ class Stager:
 
     On a GPU the tensors of a Batch are views of one buffer, the same for the same shape, so that captured graphs can
     read them: they change with the next step. A step costs one copy from pinned memory, which waits for nobody.
+
+    A step has at most `tokens` tokens and `rows` sequences, padding included; a sequence at most `width` pages.
     """
 
-    def __init__(self, seats: int, tokens: int, width: int, page: int, vocab: int, device: torch.device) -> None:
+    def __init__(
+        self, seats: int, tokens: int, rows: int, width: int, page: int, vocab: int, device: torch.device
+    ) -> None:
         self.page, self.vocab, self.device = page, vocab, device
         self.table = np.zeros((seats + 1, width), np.int32)
         self.rows = {name: np.zeros(seats + 1, np.float32 if name in FLOATS else np.int32) for name in ROWS[3:]}
@@ -102,8 +106,10 @@ class Stager:
         self.last = torch.zeros(seats + 1, dtype=torch.int32, device=device)  # token last drawn in each seat
         self.cuda = device.type == "cuda"
         if self.cuda:
-            most = self._sizes(tokens, seats + 2)
-            self._pinned = [torch.zeros(sum(most.values()), dtype=torch.int32).pin_memory() for _ in range(2)]
+            most = self._sizes(tokens, rows)
+            self._pinned = [
+                torch.zeros(sum(most.values()), dtype=torch.int32, device="cpu").pin_memory() for _ in range(2)
+            ]
             self._buffer = torch.zeros_like(self._pinned[0], device=device)
 
     @property
@@ -130,7 +136,7 @@ class Stager:
             values = (p.temperature, p.top_k or self.vocab, p.top_p, p.min_p, p.logprob_mode == "processed")
             for name, value in zip(self.rows, values, strict=True):
                 self.rows[name][s.seat] = value
-        index, part = torch.tensor([s.seat for s in arrivals]), torch.from_numpy(rows)
+        index, part = torch.tensor([s.seat for s in arrivals], device="cpu"), torch.from_numpy(rows)
         if self.cuda:  # from pinned memory, since other copies wait for the step that is running
             index, part = (x.pin_memory().to(self.device, non_blocking=True) for x in (index, part))
         self.pages[:, :wide].index_copy_(0, index, part)
@@ -160,7 +166,7 @@ class Stager:
         arrays |= {name: values[arrays["seat"]] for name, values in self.rows.items()}
         used = sum(self._sizes(size, rows).values())
         # Of the two pinned buffers, this step's was last read by a step that has been waited for.
-        host = self._pinned[step % 2] if self.cuda else torch.empty(used, dtype=torch.int32)
+        host = self._pinned[step % 2] if self.cuda else torch.empty(used, dtype=torch.int32, device="cpu")
         parts = self._split(host, size, rows)
         for name, part in parts.items():
             part.numpy()[:] = arrays[name]

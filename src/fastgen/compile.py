@@ -9,6 +9,7 @@ Regions see activations and weights only, never the cache, and are compiled once
 nothing about a cache can make them copy it or compile again, and start-up costs the compilation of one block.
 """
 
+import inspect
 import types
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from torch._dynamo.utils import counters
 from tqdm.auto import tqdm
 
 from fastgen.batch import Stager
-from fastgen.config import Settings
+from fastgen.config import Schedule, Settings
 from fastgen.models import transformer
 from fastgen.models.spec import Spec
 from fastgen.models.transformer import PLAIN, Ops
@@ -29,7 +30,6 @@ from fastgen.ops.backends import choose
 from fastgen.step import Computed, Draw, compute, feed
 from fastgen.types import Batch, Cache, Params, Sampling
 
-FEW = 16  # rows up to which our own kernels read the weights faster than cuBLAS
 MIXED = (32, 64, 128, 256, 512, 1024)  # captured sizes of steps that prefill,
 SEQUENCES = 32  # with so many sequences, padding included
 # The arguments of each region whose first dimension is the step's tokens.
@@ -57,6 +57,11 @@ def buckets(most: int) -> tuple[int, ...]:
     return (*(n for n in steps if n < most), max(2, most))
 
 
+def largest(limits: Schedule) -> Shape:
+    """The most tokens and sequences a step may have, padding included."""
+    return Shape(max(-(-limits.token_budget // 8) * 8, 2), max(limits.max_requests + 1, SEQUENCES), False)
+
+
 class Regions:
     """Compiled versions of functions, with any number of tokens. Each shape of weights has a compilation of its own."""
 
@@ -72,8 +77,10 @@ class Regions:
             g = self._compiled.get((f, *fixed))
             if g is None:
                 # A code object of its own, or the engines of a process would share one limit of recompilations.
-                code = f.__code__.replace(co_name=f"{f.__name__}_{len(self._compiled)}")
-                g = torch.compile(types.FunctionType(code, f.__globals__, code.co_name, f.__defaults__), fullgraph=True)
+                inner = inspect.unwrap(f)
+                code = inner.__code__.replace(co_name=f"{f.__name__}_{len(self._compiled)}")
+                fresh = types.FunctionType(code, inner.__globals__, code.co_name, inner.__defaults__, inner.__closure__)
+                g = torch.compile(fresh, fullgraph=True)
                 self._compiled[(f, *fixed)] = g
                 for i in dynamic:
                     torch._dynamo.mark_dynamic(args[i], 0)
@@ -102,7 +109,7 @@ class Stepper:
         self.ops: dict[bool, Ops] = {}  # by `decode`
         self.draw: Draw | None = None
         # One buffer for all graphs' logits: they would each keep theirs.
-        rows = max(settings.schedule.max_requests + 1, SEQUENCES)
+        rows = largest(settings.schedule).rows
         self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, spec.vocab)
         for decode in (False, True):
             backend = partial(attention, page=settings.pages.page_size)
@@ -121,13 +128,17 @@ class Stepper:
             return ops
         from fastgen.ops import fused, skinny
 
+        head = transformer.table(self.params)
+
         def few(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda x, *rest: (fast if len(x) <= FEW else plain)(x, *rest)
+            return lambda x, *rest: (fast if len(x) <= skinny.ROWS else plain)(x, *rest)
 
         return ops._replace(
             project=few(skinny.project, ops.project),
-            project_swiglu=few(skinny.project_swiglu, ops.project_swiglu),
+            # `ahead` is none of a compiled region's business: it would be an argument to guard.
+            project_swiglu=few(skinny.project_swiglu, lambda *args: ops.project_swiglu(*args[:-1], None)),
             linear=few(skinny.linear, ops.linear),
+            leave=few(lambda x, y, norm, eps: skinny.add_norm(x, y, norm, eps, head)[1], ops.leave),
             store=fused.store,
         )
 
@@ -181,10 +192,8 @@ class Stepper:
 
         The bytes of device memory that are taken when all of that is there.
         """
-        s = self.settings.schedule
-        largest = Shape(max(2, -(-s.token_budget // 8) * 8), s.max_requests + 1, False)
         # Sizes that are no other's, so that nothing is compiled for equal ones.
-        for shape in (Shape(40, 3, False), Shape(24, 24, True), largest):
+        for shape in (Shape(40, 3, False), Shape(24, 24, True), largest(self.settings.schedule)):
             self._compute(cache, *self._padding(shape), shape.decode)
         largest_graphs = {shape.decode: shape for shape in reversed(self.shapes())}
         for shape in largest_graphs.values():

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fastgen import schedule, tokenizer
 from fastgen.batch import Stager, edits
 from fastgen.cache import pages
-from fastgen.compile import Stepper
+from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
 from fastgen.models import default, weights
 from fastgen.models.spec import Spec, from_hf
@@ -71,7 +71,8 @@ class Engine:
         widest = -(
             -max(min(spec.context, self.settings.pages.cache_tokens or spec.context), limits.token_budget) // page
         )
-        self._stager = Stager(limits.max_requests, limits.token_budget + 8, widest, page, spec.vocab, self.device)
+        most = largest(limits)
+        self._stager = Stager(limits.max_requests, *most[:2], widest, page, spec.vocab, self.device)
         self._stepper = Stepper(params, spec, self.settings, self._stager)
         self.capacity = self._capacity()  # tokens
         self.cache = new_cache(spec, self.capacity + page, device=self.device, dtype=self.dtype)

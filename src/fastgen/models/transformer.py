@@ -39,7 +39,7 @@ def project(
 
 
 def project_swiglu(
-    x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"]
+    x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"], ahead: Tensor | None
 ) -> tuple[Rows, Float[Tensor, "T F"]]:
     """x + y, and the gated activation of its norm."""
     x = x + y
@@ -60,7 +60,10 @@ def leave(x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float) -> Rows:
 
 
 class Ops(NamedTuple):
-    """What a forward is made of. Each may be replaced by a faster function of the same signature."""
+    """What a forward is made of. Each may be replaced by a faster function of the same signature.
+
+    Some are told which weights are read next (`ahead`): a kernel may bring them nearer while the memory is idle.
+    """
 
     attention: Backend = sdpa
     enter: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = enter
@@ -84,9 +87,9 @@ def blocks(params: Params, cache: Cache, batch: Batch, spec: Spec, ops: Ops = PL
         qkv = qkv.unflatten(-1, (-1, spec.head))
         if layer.q_norm is not None:
             qkv = ops.norm_heads(qkv, layer.q_norm, layer.k_norm, spec)
-        q = ops.store(qkv, cos, sin, batch.slot, k, v)
+        q = ops.store(qkv, cos, sin, batch.slot, k, v, layer.out)
         y = ops.linear(attend(q, k, v, window).flatten(1), layer.out, layer.out_bias)
-        x, gated = ops.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up)
+        x, gated = ops.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up, layer.down)
         y = ops.linear(gated, layer.down)
     return x, y
 

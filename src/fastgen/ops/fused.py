@@ -10,59 +10,74 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastgen.ops import hopper
+from fastgen.ops.hopper import begin, fetch
+from fastgen.ops.skinny import ROWS
+
 HEADS = 16  # of a program of `store`
 CHUNK = 1024  # tokens of the vocabulary that a program of `draw` looks at together
 PROGRAMS = 4 * 132  # of `draw` where rows are few: their vocabulary is shared out
 NOTHING = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _store(
-    qkv, cos, sin, slot, k_cache, v_cache, out,
-    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    qkv, cos, sin, slot, k_cache, v_cache, out, ahead, tokens,
+    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    half: tl.constexpr = H // 2
-    t, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
-    narrow = d < half
-    inside = (g < Q + 2 * KV)[:, None] & narrow[None, :]
-    at = (t * (Q + 2 * KV) + g)[:, None] * H + d[None, :]
-    low, high = tl.load(qkv + at, mask=inside), tl.load(qkv + at + half, mask=inside)
-    c = tl.load(cos + t * half + d, mask=narrow)[None, :]
-    s = tl.load(sin + t * half + d, mask=narrow)[None, :]
-    a, b = low.to(tl.float32), high.to(tl.float32)
-    x, y = (a * c - b * s).to(low.dtype), (b * c + a * s).to(low.dtype)
-    to = out + (t * Q + g)[:, None] * H + d[None, :]
-    mine = inside & (g < Q)[:, None]
-    tl.store(to, x, mask=mine)
-    tl.store(to + half, y, mask=mine)
-    place = tl.load(slot + t).to(tl.int64) * KV
-    to = k_cache + (place + g - Q)[:, None] * H + d[None, :]
-    mine = inside & ((g >= Q) & (g < Q + KV))[:, None]
-    tl.store(to, x, mask=mine)
-    tl.store(to + half, y, mask=mine)
-    to = v_cache + (place + g - Q - KV)[:, None] * H + d[None, :]
-    mine = inside & (g >= Q + KV)[:, None]
-    tl.store(to, low, mask=mine)
-    tl.store(to + half, high, mask=mine)
+    if tl.program_id(0) < tokens:
+        begin(PDL)
+        half: tl.constexpr = H // 2
+        t, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+        narrow = d < half
+        inside = (g < Q + 2 * KV)[:, None] & narrow[None, :]
+        at = (t * (Q + 2 * KV) + g)[:, None] * H + d[None, :]
+        low, high = tl.load(qkv + at, mask=inside), tl.load(qkv + at + half, mask=inside)
+        c = tl.load(cos + t * half + d, mask=narrow)[None, :]
+        s = tl.load(sin + t * half + d, mask=narrow)[None, :]
+        a, b = low.to(tl.float32), high.to(tl.float32)
+        x, y = (a * c - b * s).to(low.dtype), (b * c + a * s).to(low.dtype)
+        to = out + (t * Q + g)[:, None] * H + d[None, :]
+        mine = inside & (g < Q)[:, None]
+        tl.store(to, x, mask=mine)
+        tl.store(to + half, y, mask=mine)
+        place = tl.load(slot + t).to(tl.int64) * KV
+        to = k_cache + (place + g - Q)[:, None] * H + d[None, :]
+        mine = inside & ((g >= Q) & (g < Q + KV))[:, None]
+        tl.store(to, x, mask=mine)
+        tl.store(to + half, y, mask=mine)
+        to = v_cache + (place + g - Q - KV)[:, None] * H + d[None, :]
+        mine = inside & (g >= Q + KV)[:, None]
+        tl.store(to, low, mask=mine)
+        tl.store(to + half, high, mask=mine)
+    elif AHEAD:
+        if tl.program_id(1) == 0:
+            fetch(ahead, tl.program_id(0) - tokens)
 
 
 def store(
     qkv: Float[Tensor, "T Q2K H"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"],
     slot: Int[Tensor, " T"], k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"],
+    ahead: Tensor | None = None,
 ) -> Float[Tensor, "T Q H"]:  # fmt: skip
     """Rotated queries; rotated keys, and values, are written into the caches at `slot`. As `layers.rotate`, bitwise.
 
-    qkv [T, Q + 2 K, H]: query heads, key heads, value heads; cos and sin fp32.
+    qkv [T, Q + 2 K, H]: query heads, key heads, value heads; cos and sin fp32. Where tokens are few, the first of
+    `ahead`, weights, are fetched into L2 meanwhile.
     """
     tokens, heads, head = qkv.shape
     kv = k_cache.shape[1]
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("the caches must be contiguous: they are written in place")
     out = qkv.new_empty(tokens, heads - 2 * kv, head)
-    _store[(tokens, triton.cdiv(heads, HEADS))](
-        qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, k_cache, v_cache, out,
-        Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), HEADS=HEADS, num_warps=4,
+    few = tokens <= ROWS
+    w, programs = hopper.ahead(ahead if few else None)
+    _store[(tokens + programs, triton.cdiv(heads, HEADS))](
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, k_cache, v_cache, out, qkv if w is None else w,
+        tokens, Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), HEADS=HEADS, num_warps=4,
+        AHEAD=programs > 0, **(hopper.dependent(qkv) if few else {"PDL": False}),
         enable_fp_fusion=False,  # a product and a sum each rounded, as torch does
     )  # fmt: skip
     return out

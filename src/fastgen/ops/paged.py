@@ -19,9 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.models.spec import Spec
+from fastgen.ops import hopper
 from fastgen.ops.attention import PAGE, Attend
+from fastgen.ops.hopper import begin
 from fastgen.types import Batch
 
+FEW = 16  # tokens up to which kernels are so short that their launches are worth hiding
 LOG2E = 1.4426950408889634
 NOTHING = tl.constexpr(-1.0e30)  # a score that no key has: finite, so that a row which has seen none stays finite
 # Tiles of M query rows and N keys: the fastest of those tried on an H200, at 1k to 32k tokens.
@@ -125,7 +128,9 @@ def _decode(
     q, k_cache, v_cache, out, part, stat, start, length, seat, pages, wide, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     G: tl.constexpr = Q // KV
     r, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(start + r)
@@ -146,8 +151,9 @@ def _decode(
         m = tl.full([M], NOTHING, tl.float32)
         l = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
+        table = pages + tl.load(seat + r).to(tl.int64) * wide
         m, l, acc = _tiles(
-            x, k_cache, v_cache, pages + tl.load(seat + r).to(tl.int64) * wide, first, last, row, window, kv_head, m, l, acc, scale,
+            x, k_cache, v_cache, table, first, last, row, window, kv_head, m, l, acc, scale,
             KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True,
         )  # fmt: skip
         if SPLITS == 1:
@@ -162,7 +168,10 @@ def _decode(
 
 @triton.jit
 @no_type_check
-def _merge(out, part, stat, start, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+def _merge(
+    out, part, stat, start, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    begin(PDL)
     r, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
@@ -205,6 +214,7 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, decode: bool | None = None
     wanted = triton.cdiv(4 * processors, max(1, rows * spec.kv_heads))
     # A power of two: each number is a kernel of its own.
     splits = triton.next_power_of_2(max(1, min(wanted, triton.cdiv(wide * page, 256), 64)))
+    launch = hopper.dependent(batch.token) if tokens <= FEW else {"PDL": False}
     todo = list[Tensor]()
 
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
@@ -229,11 +239,12 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, decode: bool | None = None
             part = q.new_empty((rows * spec.q_heads * splits, spec.head), dtype=torch.float32)
             stat = q.new_empty((rows * spec.q_heads * splits, 2), dtype=torch.float32)
         _decode[(rows, spec.kv_heads, splits)](
-            q, k_cache, v_cache, out, part, stat, *common, **sizes, M=m, SPLITS=splits, **DECODE
-        )
+            q, k_cache, v_cache, out, part, stat, *common, **sizes, M=m, SPLITS=splits, **DECODE,
+            **launch,
+        )  # fmt: skip
         if splits > 1:
             shape = {name: sizes[name] for name in ("Q", "H", "D")}
-            _merge[(rows, spec.q_heads)](out, part, stat, batch.start, **shape, SPLITS=splits, num_warps=2)
+            _merge[(rows, spec.q_heads)](out, part, stat, batch.start, **shape, SPLITS=splits, num_warps=2, **launch)
         return out
 
     return attend

@@ -1,9 +1,9 @@
-"""Linear layers for a few rows (T <= 16) in Triton: reading the weights is all that takes time, so nothing else may.
+"""A block's matrices and what lies between them for few rows (T <= 16), where reading the weights is all that should
+take time.
 
-One kernel. A program owns N columns of the result and streams its rows of the weights once, K wide at a time, through
-a few stages of shared memory; the activations come from L2. What precedes the product (residual sum, RMS norm) and
-follows it (bias, SwiGLU) happens in the same program. No program needs another's result, and the order of every sum
-depends on the weights' shape alone: a row is bitwise the same in any batch.
+A program of `linear` owns N columns of the result and streams its rows of the weights once, K wide at a time, through
+a few stages of shared memory; the activations come from L2. The order of every sum depends on shapes alone, so a
+row's result is the same in any company.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -16,157 +16,148 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from fastgen.ops import hopper
+from fastgen.ops.hopper import begin, fetch
+
 ROWS = 16  # the most rows; they are padded to 8 or to this
-# Programmatic dependent launch (Hopper): a kernel starts while the one before it ends, and meanwhile brings the first
-# weights into L2. Only where nothing rewrites the weights in the same stream.
-PDL = False
-PREFETCH = tl.constexpr(4)  # tiles of weights brought into L2 ahead
-
-
-@triton.jit
-@no_type_check  # pointers, numbers and constants, in Triton's own language
-def _ahead(at, depth, N: tl.constexpr, K: tl.constexpr):
-    """Ask L2 for the first tiles of the rows at `at` [N]: a request for each line of 128 bytes."""
-    step: tl.constexpr = 128 * 8 // at.dtype.element_ty.primitive_bitwidth
-    k = tl.arange(0, PREFETCH * K // step) * step
-    line = at[:, None] + tl.minimum(k, depth - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["rows"])  # each value of it would be compiled anew
-@no_type_check
-def _skinny(
-    x, y, norm, w, bias, total, out, rows, width, depth, eps,
-    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    SWIGLU: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+@no_type_check  # pointers, numbers and constants, in Triton's own language
+def _linear(
+    x, w, bias, out, rows, width, depth,
+    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, width] of x, y [rows, depth] and w [width, depth], twice as high with SWIGLU."""
-    dtype = x.dtype.element_ty
+    """out [rows, width] of x [rows, depth] and w [width, depth]."""
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    # The product of a value and its norm weight is taken before the row's scale is known: in fp16 it could overflow.
-    shrink: tl.constexpr = 0.0625 if x.dtype.element_ty == tl.float16 else 1.0
     t, n = tl.arange(0, T), tl.program_id(0) * N + tl.arange(0, N)
     row = tl.minimum(n, width - 1).to(tl.int64)  # beyond the last: the last again, so that loads need no mask
     w_at = w + row * depth
-    up_at = w_at + width.to(tl.int64) * depth  # only read with SWIGLU
-    if PDL:
-        _ahead(w_at, depth, N, K)
-        if SWIGLU:
-            _ahead(up_at, depth, N, K)
-        tl.extra.cuda.gdc_wait()  # all that the kernels before have written is there from here on
-        tl.extra.cuda.gdc_launch_dependents()
     live = (t < rows)[:, None]
     here = t[:, None] * depth
     acc = tl.zeros([N, T], tl.float32)
-    above = tl.zeros([N, T], tl.float32)
-    square = tl.zeros([T, K // 8], tl.float32)  # sums of 8 neighbours, which are one thread's
+    begin(PDL)
     for first in tl.range(0, depth, K):
         k = first + tl.arange(0, K)
         if EVEN:
-            seen = live
-            b = tl.load(w_at[:, None] + k[None, :], eviction_policy="evict_first")
+            b = tl.load(w_at[:, None] + k[None, :])
+            a = tl.load(x + here + k[None, :], mask=live, other=0)
         else:
-            seen = live & (k < depth)[None, :]
-            b = tl.load(w_at[:, None] + k[None, :], mask=(k < depth)[None, :], other=0, eviction_policy="evict_first")
-        a = tl.load(x + here + k[None, :], mask=seen, other=0)
-        if NORM:
-            if ADD:
-                a += tl.load(y + here + k[None, :], mask=seen, other=0)
-            if EVEN:
-                g = tl.load(norm + k)
-            else:
-                g = tl.load(norm + k, mask=k < depth, other=0)
-            a32 = a.to(tl.float32)
-            square += tl.sum(tl.reshape(a32 * a32, [T, K // 8, 8]), 2)
-            # In the dtype itself: one rounding each, as of the sum and product in fp32, and packed two to a register.
-            a = a * (g * shrink).to(dtype)[None, :]
+            b = tl.load(w_at[:, None] + k[None, :], mask=(k < depth)[None, :], other=0)
+            a = tl.load(x + here + k[None, :], mask=live & (k < depth)[None, :], other=0)
         acc = tl.dot(b, tl.trans(a), acc, input_precision=precision)
-        if SWIGLU:
-            if EVEN:
-                b = tl.load(up_at[:, None] + k[None, :], eviction_policy="evict_first")
-            else:
-                b = tl.load(
-                    up_at[:, None] + k[None, :], mask=(k < depth)[None, :], other=0, eviction_policy="evict_first"
-                )
-            above = tl.dot(b, tl.trans(a), above, input_precision=precision)
-    if NORM:
-        scale = (tl.rsqrt(tl.sum(square, 1) / depth + eps) / shrink)[None, :]
-        acc, above = acc * scale, above * scale
     if BIAS:
         acc += tl.load(bias + row)[:, None].to(tl.float32)
-    if SWIGLU:
-        acc = acc / (1.0 + tl.exp(-acc)) * above
-    tl.store(out + t[None, :] * width + n[:, None], acc.to(dtype), mask=(t < rows)[None, :] & (n < width)[:, None])
-    if ADD:  # each program writes its part of the sum
-        for first in tl.range(tl.program_id(0) * K, depth, tl.num_programs(0) * K, num_stages=1):
-            k = first + tl.arange(0, K)
-            seen = live & (k < depth)[None, :]
-            a = tl.load(x + here + k[None, :], mask=seen, other=0)
-            a += tl.load(y + here + k[None, :], mask=seen, other=0)
-            tl.store(total + here + k[None, :], a, mask=seen)
+    to = out + t[None, :] * width + n[:, None]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(t < rows)[None, :] & (n < width)[:, None])
 
 
-def tile(n: int, k: int, dtype: torch.dtype, *, norm: bool = False, swiglu: bool = False) -> dict[str, int]:
-    """How weights [n, k] are cut; of [2n, k] with swiglu. Never by the number of rows: results must not depend on it.
+def tile(n: int, k: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """How weights [n, k] are cut: the fastest of those tried on an H200 (`benchmarks/kernels_gpu.py`).
 
-    A program for every processor, and enough bytes on the way: 4 MB at a time hide the memory's latency. Every warp
-    has 16 columns of its own and repeats the norm's arithmetic for them, so that more a warp cost less of it.
+    A program for every processor, and enough bytes on the way: 4 MB at a time hide the memory's latency.
     """
     if dtype == torch.float32:  # no tensor cores: every step is unrolled
         return {"N": 16, "K": 64, "num_warps": 4, "num_stages": 3}
-    if swiglu:
-        return {"N": 32 if n >= 32 * 132 else 16, "K": 128, "num_warps": 2 if n >= 32 * 132 else 1, "num_stages": 4}
-    if n >= 32 * 132:
-        return {"N": 32, "K": 256, "num_warps": 2, "num_stages": 4}
-    return {"N": 16, "K": 512 if k % 512 == 0 and not norm else 256, "num_warps": 1, "num_stages": 4}
-
-
-def _launch(
-    x: Tensor, y: Tensor | None, norm: Tensor | None, w: Tensor, bias: Tensor | None, eps: float, *,
-    swiglu: bool = False, config: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(x + y, result); `config` overrides `tile`'s."""
-    rows, depth = x.shape
-    width = len(w) // 2 if swiglu else len(w)
-    if not 0 < rows <= ROWS:
-        raise ValueError(f"{rows} rows: these kernels are for 1 to {ROWS}")
-    if not w.is_contiguous():
-        raise ValueError("the weights must be contiguous")
-    x = x.contiguous()
-    total, out = x if y is None else torch.empty_like(x), x.new_empty(rows, width)
-    if config is None:
-        config = tile(width, depth, x.dtype, norm=norm is not None, swiglu=swiglu)
-    # Warpgroups and warps may sum in different ways: a shape's rows are all multiplied by the same kind.
-    group = config["N"] >= 64 and config["num_warps"] >= 4
-    _skinny[(triton.cdiv(width, config["N"]),)](
-        x, x if y is None else y.contiguous(), x if norm is None else norm, w, x if bias is None else bias, total, out,
-        rows, width, depth, eps, T=8 if rows <= 8 and not group else ROWS, ADD=y is not None, NORM=norm is not None,
-        BIAS=bias is not None, SWIGLU=swiglu, EVEN=depth % config["K"] == 0, EXACT=x.dtype == torch.float32,
-        PDL=PDL, launch_pdl=PDL, **config,
-    )  # fmt: skip
-    return total, out
+    if n >= 16384:
+        width, depth, warps = (32, 256, 2) if rows <= 8 else (64, 128, 2)
+    elif k > 8000:
+        width, depth, warps = 16, 512, 2
+    else:
+        width, depth, warps = (16, 256, 1) if rows <= 8 else (64, 256, 4)
+    return {"N": width, "K": depth, "num_warps": warps, "num_stages": 4}
 
 
 def linear(
     x: Float[Tensor, "T D"], w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None = None
 ) -> Float[Tensor, "T N"]:
-    """x @ w.T + bias for T <= 16, summed in fp32 and rounded once. All of one dtype."""
-    return _launch(x, None, None, w, bias, 0.0)[1]
+    """x @ w.T + bias for T <= 16, summed in fp32 and rounded once. All of one dtype; w contiguous."""
+    (rows, depth), width = x.shape, len(w)
+    if not 0 < rows <= ROWS or not w.is_contiguous():
+        raise ValueError(f"for 1 to {ROWS} rows and contiguous weights, got {rows} and strides {w.stride()}")
+    out, config = x.new_empty(rows, width), tile(width, depth, rows, x.dtype)
+    _linear[(triton.cdiv(width, config["N"]),)](
+        x.contiguous(), w, x if bias is None else bias, out, rows, width, depth, T=8 if rows <= 8 else ROWS,
+        BIAS=bias is not None, EVEN=depth % config["K"] == 0, EXACT=x.dtype == torch.float32,
+        **hopper.dependent(x), **config,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["rows"])
+@no_type_check
+def _add_norm(x, y, norm, total, out, ahead, rows, eps, D: tl.constexpr, B: tl.constexpr, AHEAD: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
+    t = tl.program_id(0)
+    if t < rows:
+        begin(PDL)
+        d = tl.arange(0, B)
+        at = t.to(tl.int64) * D + d
+        h = tl.load(x + at, mask=d < D, other=0) + tl.load(y + at, mask=d < D, other=0)
+        tl.store(total + at, h, mask=d < D)
+        h32 = h.to(tl.float32)
+        unit = (h32 * tl.rsqrt(tl.sum(h32 * h32, 0) / D + eps)).to(h.dtype)
+        tl.store(out + at, unit * tl.load(norm + d, mask=d < D, other=0), mask=d < D)
+    elif AHEAD:
+        fetch(ahead, t - rows)
+
+
+def add_norm(
+    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float, ahead: Tensor | None = None
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+    """x + y, and its RMS norm. The first of `ahead`, weights, are fetched into L2 meanwhile."""
+    rows, width = x.shape
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    w, programs = hopper.ahead(ahead)
+    _add_norm[(rows + programs,)](
+        x, y, norm, total, out, x if w is None else w, rows, eps, D=width, B=triton.next_power_of_2(width),
+        AHEAD=programs > 0, num_warps=4, **hopper.dependent(x),
+    )  # fmt: skip
+    return total, out
+
+
+@triton.jit(do_not_specialize=["rows"])
+@no_type_check
+def _swiglu(x, out, ahead, rows, width, B: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
+    t = tl.program_id(0)
+    if t < rows:
+        begin(PDL)
+        f = tl.program_id(1) * B + tl.arange(0, B)
+        at = x + t.to(tl.int64) * 2 * width + f
+        gate, up = tl.load(at, mask=f < width, other=0), tl.load(at + width, mask=f < width, other=0)
+        gate32 = gate.to(tl.float32)
+        gated = (gate32 / (1.0 + tl.exp(-gate32))).to(gate.dtype) * up
+        tl.store(out + t.to(tl.int64) * width + f, gated, mask=f < width)
+    elif AHEAD:
+        if tl.program_id(1) == 0:
+            fetch(ahead, t - rows)
+
+
+def swiglu(x: Float[Tensor, "T F2"], ahead: Tensor | None = None) -> Float[Tensor, "T F"]:
+    """silu(gate) * up of the halves of x; `ahead` as in `add_norm`."""
+    rows, width = len(x), x.shape[1] // 2
+    out = x.new_empty(rows, width)
+    w, programs = hopper.ahead(ahead)
+    _swiglu[(rows + programs, triton.cdiv(width, 1024))](
+        x, out, x if w is None else w, rows, width, B=1024, AHEAD=programs > 0, num_warps=4, **hopper.dependent(x)
+    )
+    return out
 
 
 def project(
-    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"] | None, norm: Float[Tensor, " D"], eps: float,
-    w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None = None,
+    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float,
+    w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None,
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T N"]]:  # fmt: skip
-    """(h, linear(rms_norm(h, norm, eps), w, bias)) of h = x + y, rounded; without y it is x itself."""
-    return _launch(x, y, norm, w, bias, eps)
+    """As `transformer.project`."""
+    x, h = add_norm(x, y, norm, eps, w)
+    return x, linear(h, w, bias)
 
 
 def project_swiglu(
-    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"] | None, norm: Float[Tensor, " D"], eps: float,
-    gate_up: Float[Tensor, "F2 D"],
+    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float,
+    gate_up: Float[Tensor, "F2 D"], ahead: Tensor | None = None,
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T F"]]:  # fmt: skip
-    """(h, silu(gate) * up) of h = x + y, rounded; gate and up are the halves of rms_norm(h, norm, eps) @ gate_up.T."""
-    return _launch(x, y, norm, gate_up, None, eps, swiglu=True)
+    """As `transformer.project_swiglu`."""
+    x, h = add_norm(x, y, norm, eps, gate_up)
+    return x, swiglu(linear(h, gate_up), ahead)

@@ -1,0 +1,54 @@
+"""How the token budget of mixed steps and the number of running requests move the headline workload.
+
+python benchmarks/budgets_gpu.py mistral-7b-instruct-v0.3 512x1024x128 --budget 2048 4096 8192
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import fastgen
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("workload", nargs="*", default=["512x1024x128"])
+    parser.add_argument("--budget", type=int, nargs="*", default=[8192, 4096, 2048])
+    parser.add_argument("--chunk", type=int, nargs="*", default=[0])
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "budgets_gpu.json")
+    args = parser.parse_args()
+    engine = fastgen.Engine.from_pretrained(
+        HERE / "configs" / f"{args.model}.json", random=True, dtype="bfloat16", progress=False,
+        max_requests=512, token_budget=max(args.budget),
+    )  # fmt: skip
+    limits, generator, results = engine.settings.schedule, torch.Generator().manual_seed(0), []
+    for workload in args.workload:
+        count, length, output = map(int, workload.split("x"))
+        sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=output, ignore_eos=True)
+        for budget in (max(args.budget), *args.budget):  # the first is the warm-up
+            for chunk in args.chunk:
+                changed = replace(limits, token_budget=budget, prefill_chunk=chunk or None)
+                engine.settings = replace(engine.settings, schedule=changed)
+                prompts = torch.randint(100, engine.spec.vocab, (count, length), generator=generator).tolist()
+                torch.cuda.synchronize()
+                start, steps = time.perf_counter(), engine.steps
+                engine.generate(prompts, sampling, progress=False)
+                seconds = time.perf_counter() - start
+                row = {
+                    "model": args.model, "workload": workload, "budget": budget, "chunk": chunk, "seconds": seconds,
+                    "output_tok_s": count * output / seconds, "steps": engine.steps - steps,
+                }  # fmt: skip
+                results.append(row)
+                print(json.dumps(row), flush=True)
+    args.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What the habits of few-row kernels bring to one stream's step: dependent launches, weights fetched ahead, cuBLAS.
+
+    python benchmarks/one_stream_gpu.py mistral-7b-instruct-v0.3 --out one_stream.json
+
+Random weights; captured steps of a short context are replayed back to back, so that only the GPU's time is measured.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastgen
+from fastgen.compile import Shape
+from fastgen.ops import hopper, skinny
+
+HERE = Path(__file__).parent
+MB = 2**20
+
+
+def step_us(engine: fastgen.Engine, rows: int) -> float:
+    """Microseconds of a captured step of `rows` sequences at one token of context."""
+    shape = Shape(rows, rows, True)
+    stepper = engine._stepper
+    stepper.graphs.pop(shape, None)
+    stepper._capture(engine.cache, shape)
+    graph = stepper.graphs[shape][0]
+    times = []
+    for _ in range(8):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(20):
+            graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / 20)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="+")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "one_stream_gpu.json")
+    args = parser.parse_args()
+    variants: list[tuple[str, dict[str, Any]]] = [
+        ("cuBLAS", {"rows": 0, "dependent": False, "ahead": 0}),
+        ("own", {"dependent": False, "ahead": 0}),
+        ("own, dependent", {"dependent": True, "ahead": 0}),
+        *((f"own, ahead {n} MB", {"dependent": False, "ahead": n * MB}) for n in (8, 16, 32)),
+        *((f"own, dependent, ahead {n} MB", {"dependent": True, "ahead": n * MB}) for n in (2, 4, 8, 16, 24, 32)),
+    ]
+    results = []
+    for model in args.model:
+        with torch.no_grad():
+            engine = fastgen.Engine.from_pretrained(
+                HERE / "configs" / f"{model}.json", random=True, dtype="bfloat16", progress=False, max_requests=8,
+                token_budget=512, cache_tokens=65536,
+            )  # fmt: skip
+            for rows in (2, 8):
+                for name, v in variants:
+                    hopper.DEPENDENT, hopper.AHEAD = v["dependent"], v["ahead"]
+                    skinny.ROWS = v.get("rows", 16)
+                    us = step_us(engine, rows)
+                    results.append({"model": model, "rows": rows, "variant": name, "us": us})
+                    print(f"{model} {rows} rows, {name}: {us:.0f} us, {1e6 / us:.0f} steps/s", flush=True)
+            engine.close()
+    args.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
