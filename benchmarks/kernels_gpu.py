@@ -33,14 +33,10 @@ MODELS = {  # (N, K)
     "llama-3.2-1b": {"qkv": (3072, 2048), "out": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192),
                      "head": (128256, 2048)},
 }  # fmt: skip
-TILES = {  # (N, K, warps, stages)
-    "linear": [(16, 256, 1, 4), (16, 512, 1, 4), (16, 512, 1, 3), (16, 512, 2, 4), (32, 256, 2, 3), (32, 256, 2, 4),
-               (32, 512, 2, 3), (32, 128, 2, 6), (64, 128, 2, 4), (64, 128, 4, 5), (64, 256, 4, 4)],
-    "project": [(16, 256, 1, 4), (16, 512, 1, 3), (32, 256, 2, 3), (32, 256, 2, 4), (32, 128, 2, 5), (64, 128, 2, 4),
-                (64, 128, 4, 5), (64, 256, 4, 3)],
-    "project_swiglu": [(16, 128, 1, 5), (16, 256, 1, 3), (16, 256, 1, 4), (32, 128, 2, 4), (32, 256, 2, 3),
-                       (32, 128, 2, 3), (64, 128, 4, 4), (64, 64, 4, 5)],
-}  # fmt: skip
+TILES = [  # (N, K, warps, stages)
+    (16, 256, 1, 4), (16, 512, 1, 4), (16, 512, 1, 3), (16, 512, 2, 4), (32, 256, 2, 3), (32, 256, 2, 4),
+    (32, 512, 2, 3), (32, 128, 2, 6), (64, 128, 2, 4), (64, 128, 4, 5), (64, 256, 4, 4),
+]  # fmt: skip
 KIND = {"device": "cuda", "dtype": torch.bfloat16}
 NAMES: tuple[str, ...] = ("N", "K", "num_warps", "num_stages")
 
@@ -79,43 +75,35 @@ def matrices(n: int, k: int) -> Tensor:
     return torch.empty(copies, n, k, **KIND).normal_(std=k**-0.5)
 
 
-def sweep(kind: str, w: Tensor, rows: int) -> dict:
-    """One shape of weights: the time of every tile, of the default one (also with PDL) and of torch."""
+def sweep(w: Tensor, rows: int) -> dict:
+    """One shape of weights: the time of every tile, of the default one and of torch."""
     copies, n, k = w.shape
-    x, y = torch.randn(rows, k, **KIND), torch.randn(rows, k, **KIND)
-    norm, eps, swiglu = 1 + torch.randn(k, **KIND) / 8, 1e-5, kind == "project_swiglu"
-    extra = (None, None) if kind == "linear" else (y, norm)
+    x = torch.randn(rows, k, **KIND)
+    rule = skinny.tile
 
     def ours(config: dict[str, int] | None) -> Callable[[int], Tensor]:
-        return lambda i: skinny._launch(x, *extra, w[i % copies], None, eps, swiglu=swiglu, config=config)[1]
+        skinny.tile = rule if config is None else lambda *_: config
+        return lambda i: skinny.linear(x, w[i % copies])
 
     def plain(i: int) -> Tensor:
         return F.linear(x, w[i % copies])
 
-    h = x.float() if kind == "linear" else layers.rms_norm((x + y).float(), norm.float(), eps)
-    exact = F.linear(h, w[0].float())
-    exact = layers.swiglu(exact) if swiglu else exact
+    exact = F.linear(x.float(), w[0].float())
     gb = 2 * n * k / 1e9
-    row = {"kind": kind, "n": n, "k": k, "rows": rows, "cublas_gb_s": gb / seconds(plain)}
-    default = skinny.tile(n // 2 if swiglu else n, k, x.dtype, norm=kind != "linear", swiglu=swiglu)
+    row = {"kind": "linear", "n": n, "k": k, "rows": rows, "cublas_gb_s": gb / seconds(plain)}
+    default = rule(n, k, rows, x.dtype)
     reference = ours(None)(0)
     row |= {"default": default, "error": off(reference, exact), "default_gb_s": gb / seconds(ours(None))}
     assert row["error"] < 2**-7, row
-    skinny.PDL = True
-    try:
-        row["pdl_same"] = torch.equal(ours(None)(0), reference)
-        row["pdl_gb_s"] = gb / seconds(ours(None))
-    except Exception as error:  # an option that this Triton or driver lacks
-        row["pdl_error"] = repr(error)[:200]
-    skinny.PDL = False
     row["tiles"] = {}
-    for values in TILES[kind]:
+    for values in TILES:
         config: dict[str, int] = dict(zip(NAMES, values, strict=True))
         try:
             error = off(ours(config)(0), exact)
             row["tiles"][str(values)] = gb / seconds(ours(config)) if error < 2**-7 else f"wrong: {error}"
         except Exception as error:  # more shared memory or registers than there are
             row["tiles"][str(values)] = repr(error)[:120]
+    skinny.tile = rule
     speeds = {name: speed for name, speed in row["tiles"].items() if isinstance(speed, float)}
     row["best"] = max(speeds, key=lambda name: speeds[name], default="none")
     row["best_gb_s"] = speeds.get(row["best"], 0.0)
@@ -145,9 +133,10 @@ def draws() -> list[dict]:
         for heat in (0.0, 1.0):
             temperature = torch.full((n,), heat, device="cuda")
             settings = Sampling(temperature, seed, seed, flags, None, None)
-            token, logprob = fused.draw(logits, temperature, seed, seed, flags)
+            last = torch.zeros(n + 1, dtype=torch.int32, device="cuda")
+            token, logprob = fused.draw(logits, temperature, seed, seed, flags, last, seed)
             plain = sample(logits.float(), settings, top=0)
-            took = seconds(lambda _: fused.draw(logits, temperature, seed, seed, flags))  # noqa: B023
+            took = seconds(lambda _: fused.draw(logits, temperature, seed, seed, flags, last, seed))  # noqa: B023
             slow = seconds(lambda _: sample(logits.float(), settings, top=0), calls=2)  # noqa: B023
             rows.append({"kind": "draw", "rows": n, "vocab": vocab, "temperature": heat, "us": took * 1e6,
                          "plain_us": slow * 1e6, "gb_s": logits.nbytes / took / 1e9,
@@ -176,10 +165,8 @@ def main() -> None:
     for model, shapes in MODELS.items():
         for name, (n, k) in shapes.items():
             w = matrices(n, k)
-            kinds = ["linear"] + (["project"] if name == "qkv" else ["project_swiglu"] if name == "gate_up" else [])
-            for kind in kinds:
-                for count in (2, 16):
-                    add({"model": model, "name": name} | sweep(kind, w, count))
+            for count in (2, 16):
+                add({"model": model, "name": name} | sweep(w, count))
             del w
     result["seconds"] = time.time() - begin
     args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -60,7 +60,7 @@ def lanes(params: Params, cache: Cache, halves: list[Batch], spec: fastgen.Spec,
     def begin(i: int, n: int) -> None:
         layer = params.layers[n]
         x[i], qkv = ops.project(x[i], y[i], layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
-        q[i] = ops.store(qkv.unflatten(-1, (-1, spec.head)), *turn[i], halves[i].slot, cache.k[n], cache.v[n], None)
+        q[i] = ops.store(qkv.unflatten(-1, (-1, spec.head)), *turn[i], halves[i].slot, cache.k[n], cache.v[n])
         side.wait_event(main.record_event())
         with torch.cuda.stream(side):
             o[i] = attend[i](q[i], cache.k[n], cache.v[n], None)
@@ -70,7 +70,7 @@ def lanes(params: Params, cache: Cache, halves: list[Batch], spec: fastgen.Spec,
         layer = params.layers[n]
         main.wait_event(ready[i])
         y[i] = ops.linear(o[i].flatten(1), layer.out, layer.out_bias)
-        x[i], gated = ops.project_swiglu(x[i], y[i], layer.ffn_norm, spec.eps, layer.gate_up, None)
+        x[i], gated = ops.project_swiglu(x[i], y[i], layer.ffn_norm, spec.eps, layer.gate_up)
         y[i] = ops.linear(gated, layer.down)
 
     for i in range(2):
@@ -128,7 +128,7 @@ def main() -> None:
     table = torch.cat((torch.zeros(1, wide), torch.randperm(most * wide).view(most, wide) + 1)).int().cuda()
     region = Regions()
     ops = PLAIN._replace(
-        attention=partial(paged, page=PAGE, decode=True), enter=region(transformer.enter), leave=region(transformer.leave),
+        attention=partial(paged, page=PAGE), enter=region(transformer.enter), leave=region(transformer.leave),
         project=region(transformer.project), project_swiglu=region(transformer.project_swiglu), store=fused.store,
     )  # fmt: skip
     with torch.no_grad():

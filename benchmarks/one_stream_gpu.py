@@ -1,4 +1,4 @@
-"""What the habits of few-row kernels bring to one stream's step: dependent launches, weights fetched ahead, cuBLAS.
+"""What the habits of few-row kernels bring to one stream's step: cuBLAS, own kernels, dependent launches.
 
     python benchmarks/one_stream_gpu.py mistral-7b-instruct-v0.3 --out one_stream.json
 
@@ -18,7 +18,6 @@ from fastgen.compile import Shape
 from fastgen.ops import hopper, skinny
 
 HERE = Path(__file__).parent
-MB = 2**20
 
 
 def step_us(engine: fastgen.Engine, rows: int) -> float:
@@ -46,11 +45,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "one_stream_gpu.json")
     args = parser.parse_args()
     variants: list[tuple[str, dict[str, Any]]] = [
-        ("cuBLAS", {"rows": 0, "dependent": False, "ahead": 0}),
-        ("own", {"dependent": False, "ahead": 0}),
-        ("own, dependent", {"dependent": True, "ahead": 0}),
-        *((f"own, ahead {n} MB", {"dependent": False, "ahead": n * MB}) for n in (8, 16, 32)),
-        *((f"own, dependent, ahead {n} MB", {"dependent": True, "ahead": n * MB}) for n in (2, 4, 8, 16, 24, 32)),
+        ("cuBLAS", {"rows": 0, "dependent": False}),
+        ("own", {"dependent": False}),
+        ("own, dependent", {"dependent": True, "early": False}),
+        ("own, dependent, early weights", {"dependent": True}),
     ]
     results = []
     for model in args.model:
@@ -61,8 +59,8 @@ def main() -> None:
             )  # fmt: skip
             for rows in (2, 8):
                 for name, v in variants:
-                    hopper.DEPENDENT, hopper.AHEAD = v["dependent"], v["ahead"]
-                    skinny.ROWS = v.get("rows", 16)
+                    hopper.DEPENDENT, skinny.EARLY = v["dependent"], v.get("early", True)
+                    hopper.FEW = v.get("rows", 16)
                     us = step_us(engine, rows)
                     results.append({"model": model, "rows": rows, "variant": name, "us": us})
                     print(f"{model} {rows} rows, {name}: {us:.0f} us, {1e6 / us:.0f} steps/s", flush=True)

@@ -31,10 +31,11 @@ def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     """No further from the exact values than the plain computation, but for half a unit in the last place."""
     assert ours.dtype == plain.dtype and ours.shape == plain.shape
     unit = torch.finfo(ours.dtype).eps
+    allowed = 1 if unit > 1e-5 else 16  # in fp32 sums round too: by the root of some hundred terms
     ours, plain, exact = ours.double(), plain.double(), exact.double()
     size = exact.abs().clamp(min=exact.square().mean().sqrt().item())  # of a typical entry at least
     error = (ours - exact).abs() / size
-    assert error.max() <= 1.5 * ((plain - exact).abs() / size).max() + (4 if unit < 1e-5 else 1) * unit
+    assert error.max() <= 1.5 * ((plain - exact).abs() / size).max() + allowed * unit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -88,21 +89,20 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype, device: str) -> Non
 
 
 def test_dependent_launch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Kernels that start before the one they read from has ended give the same; so do weights fetched ahead."""
+    """Kernels that start before the one they read from has ended give the same."""
     if device == "cpu" or torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a Hopper GPU")
     x, (w, bias, norm) = torch.randn(2, 2048).to(HALF), weights(4096, 2048, HALF)
     results = []
-    for on, ahead in ((False, None), (True, None), (True, w)):
+    for on in (False, True):
         monkeypatch.setattr(hopper, "DEPENDENT", on)
         h, y = x, x
         for _ in range(50):
-            h, gated = skinny.project_swiglu(h, y, norm, EPS, w, ahead)
+            h, gated = skinny.project_swiglu(h, y, norm, EPS, w)
             _, wide = skinny.project(h, gated, norm, EPS, w, bias)
             y = skinny.linear(wide[:, 2048:].contiguous(), w[:2048])
         results.append((h, y))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_too_many_rows() -> None:
@@ -138,7 +138,9 @@ def compare(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 
     rows = len(logits)
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator(logits.device).manual_seed(seed))
     position = torch.arange(rows) * 12345
-    token, logprob = fused.draw(logits, temperature, seeds, position, processed)
+    last, seat = torch.full((rows + 9,), -1, dtype=torch.int32), torch.randperm(rows + 8)[:rows].int() + 1
+    token, logprob = fused.draw(logits, temperature, seeds, position, processed, last, seat)
+    assert torch.equal(last[seat], token) and (last == -1).sum() == 9
     plain = sample(logits.float(), Sampling(temperature, seeds, position, processed, None, None), top=0)
     assert token.dtype == torch.int32 and logprob.dtype == torch.float32
     assert token.tolist() == plain.token.tolist()
@@ -170,9 +172,9 @@ def test_draw_rows_do_not_depend_on_the_batch() -> None:
     """The same token among others as alone; the same probability but for rounding."""
     logits, flags = torch.randn(24, 1100), torch.zeros(24, dtype=torch.bool)
     seed, temperature, position = torch.arange(24), torch.full((24,), 0.8), torch.arange(24)
-    args = (logits, temperature, seed, position, flags)
-    token, logprob = fused.draw(*args)
+    args, last = (logits, temperature, seed, position, flags), torch.zeros(24, dtype=torch.int32)
+    token, logprob = fused.draw(*args, last, seed)
     for pick in ([0], [23, 7], list(range(8, 14))):
-        t, p = fused.draw(*(x[pick] for x in args))
+        t, p = fused.draw(*(x[pick] for x in args), last, seed)
         assert torch.equal(t, token[pick])
         torch.testing.assert_close(p, logprob[pick], atol=1e-5, rtol=0)

@@ -30,7 +30,7 @@ from fastgen.ops.backends import choose
 from fastgen.step import Computed, Draw, compute, feed
 from fastgen.types import Batch, Cache, Params, Sampling
 
-MIXED = (32, 64, 128, 256, 512, 1024)  # captured sizes of steps that prefill,
+MIXED = (64, 128, 256, 512, 1024)  # captured sizes of steps that prefill,
 SEQUENCES = 32  # with so many sequences, padding included
 # The arguments of each region whose first dimension is the step's tokens.
 REGIONS: dict[Callable[..., Any], tuple[int, ...]] = {
@@ -105,17 +105,12 @@ class Stepper:
         self.captures = 0  # so far
         self.regions = Regions()
         cuda = self.device.type == "cuda"
-        attention = choose(settings.compile.attention, self.device)
-        self.ops: dict[bool, Ops] = {}  # by `decode`
         self.draw: Draw | None = None
         # One buffer for all graphs' logits: they would each keep theirs.
         rows = largest(settings.schedule).rows
         self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, spec.vocab)
-        for decode in (False, True):
-            backend = partial(attention, page=settings.pages.page_size)
-            if attention.__name__ == "paged":
-                backend = partial(backend, decode=decode)
-            self.ops[decode] = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
+        backend = partial(choose(settings.compile.attention, self.device), page=settings.pages.page_size)
+        self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
         if self.how != "eager" and cuda:
             from fastgen.ops.fused import draw  # Triton comes with the GPU builds of torch, and not with others
 
@@ -126,19 +121,17 @@ class Stepper:
         ops = Ops(attention, *(region(f) if f in REGIONS else f for f in PLAIN[1:]))
         if not cuda:
             return ops
-        from fastgen.ops import fused, skinny
-
-        head = transformer.table(self.params)
+        from fastgen.ops import fused, hopper, skinny
 
         def few(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda x, *rest: (fast if len(x) <= skinny.ROWS else plain)(x, *rest)
+            return lambda x, *rest: (fast if len(x) <= hopper.FEW else plain)(x, *rest)
 
         return ops._replace(
             project=few(skinny.project, ops.project),
-            # `ahead` is none of a compiled region's business: it would be an argument to guard.
-            project_swiglu=few(skinny.project_swiglu, lambda *args: ops.project_swiglu(*args[:-1], None)),
+            project_swiglu=few(skinny.project_swiglu, ops.project_swiglu),
             linear=few(skinny.linear, ops.linear),
-            leave=few(lambda x, y, norm, eps: skinny.add_norm(x, y, norm, eps, head)[1], ops.leave),
+            leave=few(lambda *args: skinny.add_norm(*args)[1], ops.leave),
+            head=few(lambda h, w, out=None: skinny.linear(h, w, None, out if out is None else out[: len(h)]), ops.head),
             store=fused.store,
         )
 
@@ -153,35 +146,35 @@ class Stepper:
         mixed = [Shape(n, SEQUENCES, False) for n in MIXED if n <= s.token_budget]
         return tuple(sorted((*decode, *mixed), reverse=True))
 
-    def shape(self, tokens: int, rows: int, *, decode: bool) -> Shape:
+    def shape(self, tokens: int, rows: int, *, scored: bool) -> Shape:
         """The shape in which a step of so many tokens and sequences is run."""
+        decode = tokens == rows
         if self.how == "eager":
             return Shape(tokens, rows, decode)
         if decode:
             fits = [s for s in self.graphs if s.decode and s.rows >= rows]
             n = max(2, rows)
             return min(fits, default=Shape(n, n, True))
-        fits = [s for s in self.graphs if not s.decode and s.tokens >= tokens and s.rows > rows]
-        size = max(2, -(-tokens // 8) * 8)
+        fits = [s for s in self.graphs if not (s.decode or scored) and s.tokens >= tokens and s.rows > rows]
+        size = -(-tokens // 8) * 8
+        size += 8 * (size == rows + 1)  # as many sequences as tokens would be taken to decode
         return min(fits, default=Shape(size, rows + 1, False))
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def run(self, cache: Cache, batch: Batch, sampling: Sampling, shape: Shape) -> Computed:
-        """Compute a staged step; the result lives until the next one."""
-        if shape in self.graphs:
+    def run(self, cache: Cache, batch: Batch, sampling: Sampling, shape: Shape, *, scored: bool = False) -> Computed:
+        """Compute a staged step; the result lives until the next one. `scored` steps want all hidden states."""
+        if shape in self.graphs and not scored:
             graph, computed = self.graphs[shape]
             graph.replay()
             return computed
-        return self._compute(cache, batch, sampling, shape.decode)
+        return self._compute(cache, batch, sampling, decode=shape.decode, scored=scored)
 
-    def _compute(self, cache: Cache, batch: Batch, sampling: Sampling, decode: bool) -> Computed:
+    def _compute(self, cache: Cache, batch: Batch, sampling: Sampling, **how: bool) -> Computed:
         feed_ = feed if self.how == "eager" else self.regions(feed)
         batch = batch._replace(token=feed_(batch.token, self.stager.last))
-        return compute(
-            self.params, cache, self.stager.last, batch, sampling, self.spec, self.ops[decode], self.draw, self.logits,
-            decode=decode,
-        )  # fmt: skip
+        last = self.stager.last
+        return compute(self.params, cache, last, batch, sampling, self.spec, self.ops, self.draw, self.logits, **how)
 
     def _padding(self, shape: Shape) -> tuple[Batch, Sampling]:
         return self.stager.stage((), {}, shape.tokens, shape.rows, 0)
@@ -194,7 +187,7 @@ class Stepper:
         """
         # Sizes that are no other's, so that nothing is compiled for equal ones.
         for shape in (Shape(40, 3, False), Shape(24, 24, True), largest(self.settings.schedule)):
-            self._compute(cache, *self._padding(shape), shape.decode)
+            self._compute(cache, *self._padding(shape), decode=shape.decode)
         largest_graphs = {shape.decode: shape for shape in reversed(self.shapes())}
         for shape in largest_graphs.values():
             self._capture(cache, shape)
@@ -213,7 +206,7 @@ class Stepper:
             total=len(shapes) + 1, desc="warm-up", unit="graph", delay=1, leave=False, disable=not progress
         ) as bar:
             for shape in (Shape(40, 3, False), Shape(24, 24, True)):
-                self._compute(cache, *self._padding(shape), shape.decode)
+                self._compute(cache, *self._padding(shape), decode=shape.decode)
             bar.update()
             for shape in shapes:
                 self._capture(cache, shape)
@@ -221,11 +214,11 @@ class Stepper:
 
     def _capture(self, cache: Cache, shape: Shape) -> None:
         batch, sampling = self._padding(shape)
-        self._compute(cache, batch, sampling, shape.decode)  # whatever is done once only is done before
+        self._compute(cache, batch, sampling, decode=shape.decode)  # whatever is done once only is done before
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            computed = self._compute(cache, batch, sampling, shape.decode)
+            computed = self._compute(cache, batch, sampling, decode=shape.decode)
         self.pool = self.pool or graph.pool()
         self.graphs[shape] = graph, computed
         self.captures += 1

@@ -229,11 +229,10 @@ class Engine:
         samples = [self._samples[span.id] for span in plan]
         scored = any(s.scores_prompt for s in samples)
         count = sum(span.stop - span.start for span in plan)
-        decode = count == len(plan) and not scored
-        shape = self._stepper.shape(count, len(plan), decode=decode)
+        shape = self._stepper.shape(count, len(plan), scored=scored)
         tokens = {span.id: s.tokens for span, s in zip(plan, samples, strict=True)}
         self.batch, settings = self._stager.stage(plan, tokens, shape.tokens, shape.rows, self.steps)
-        computed = self._stepper.run(self.cache, self.batch, settings, shape)
+        computed = self._stepper.run(self.cache, self.batch, settings, shape, scored=scored)
         if scored and computed.hidden is not None:
             self._score_prompts(plan, computed.hidden)
         launched = Launched(plan, *self._draw(plan, samples, computed, settings))

@@ -12,8 +12,9 @@ from fastgen.models.transformer import PLAIN, Ops, blocks, table, unembed
 from fastgen.sampling import logprobs
 from fastgen.types import Batch, Cache, Params, Sampling
 
-# draw(logits, temperature, seed, position, processed) -> token, logprob; as `sampling.sample` without filters or edits
-Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# draw(logits, temperature, seed, position, processed, last, seat) -> token, logprob: as `sampling.sample` without
+# filters or edits; the tokens are also written to `last` at `seat`
+Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK = 2**24  # logits held at once when prompts are scored: 64 MB in fp32
 
 
@@ -29,7 +30,7 @@ def new_cache(
 class Computed(NamedTuple):
     """What a step leaves behind, valid until the next one."""
 
-    hidden: Float[Tensor, "T D"] | None  # normed; None where every sequence has one token and no prompt is scored
+    hidden: Float[Tensor, "T D"] | None  # normed; None where they were not asked for
     logits: Float[Tensor, "N V"]  # in the parameters' dtype
     token: Int[Tensor, " N"] | None  # drawn without filters or edits; None where `draw` is
     logprob: Float[Tensor, " N"] | None
@@ -52,21 +53,22 @@ def compute(
     out: Float[Tensor, "M V"] | None = None,
     *,
     decode: bool = False,
+    scored: bool = False,
 ) -> Computed:
     """A step on the device. Writes `cache` at `batch.slot`, and the drawn tokens to `last` at `batch.seat`.
 
-    `decode`: token r is all of sequence r, and its logits are wanted. `out` takes the logits, where given.
+    `decode`: token r is all of sequence r. `scored`: the hidden states of all tokens are wanted. Logits are of the
+    sequences' last tokens; `out` takes them, where given.
     """
-    x, y = blocks(params, cache, batch, spec, ops)
+    x, y = blocks(params, cache, batch, spec, ops, last=not (decode or scored))
     h = ops.leave(x, y, params.norm, spec.eps)
-    logits = ops.linear(h if decode else h[batch.output], table(params))
-    if out is not None:
-        logits = out[: len(logits)].copy_(logits)
+    logits = ops.head(h[batch.output] if scored else h, table(params), out)
+    hidden = h if scored else None
     if draw is None:
-        return Computed(h, logits, None, None)
-    token, logprob = draw(logits, sampling.temperature, sampling.seed, sampling.position, sampling.processed)
-    last[batch.seat] = token
-    return Computed(h, logits, token, logprob)
+        return Computed(hidden, logits, None, None)
+    s = sampling
+    token, logprob = draw(logits, s.temperature, s.seed, s.position, s.processed, last, batch.seat)
+    return Computed(hidden, logits, token, logprob)
 
 
 def score(

@@ -71,7 +71,6 @@ def store(
     slot: Int[Tensor, " T"],
     k_cache: Float[Tensor, "S K H"],
     v_cache: Float[Tensor, "S K H"],
-    ahead: Tensor | None = None,
 ) -> Float[Tensor, "T Q H"]:
     """Writes k_cache and v_cache at `slot`: rotated keys, and values. The rotated queries."""
     kv_heads = k_cache.shape[1]

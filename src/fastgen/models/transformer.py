@@ -39,7 +39,7 @@ def project(
 
 
 def project_swiglu(
-    x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"], ahead: Tensor | None
+    x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"]
 ) -> tuple[Rows, Float[Tensor, "T F"]]:
     """x + y, and the gated activation of its norm."""
     x = x + y
@@ -59,11 +59,13 @@ def leave(x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float) -> Rows:
     return rms_norm(x + y, norm, eps)
 
 
-class Ops(NamedTuple):
-    """What a forward is made of. Each may be replaced by a faster function of the same signature.
+def head(h: Float[Tensor, "N D"], w: Float[Tensor, "V D"], out: Tensor | None = None) -> Float[Tensor, "N V"]:
+    """Logits, in the first rows of `out` where it is given."""
+    return F.linear(h, w) if out is None else torch.mm(h, w.T, out=out[: len(h)])
 
-    Some are told which weights are read next (`ahead`): a kernel may bring them nearer while the memory is idle.
-    """
+
+class Ops(NamedTuple):
+    """What a forward is made of. Each may be replaced by a faster function of the same signature."""
 
     attention: Backend = sdpa
     enter: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = enter
@@ -73,23 +75,39 @@ class Ops(NamedTuple):
     store: Callable[..., Tensor] = layers.store
     linear: Callable[..., Tensor] = F.linear
     leave: Callable[..., Tensor] = leave
+    head: Callable[..., Tensor] = head
 
 
 PLAIN = Ops()
 
 
-def blocks(params: Params, cache: Cache, batch: Batch, spec: Spec, ops: Ops = PLAIN) -> tuple[Rows, Rows]:
-    """x and y after the last block. Writes `cache` at `batch.slot`; pure otherwise."""
+def last_tokens(batch: Batch) -> Batch:
+    """The batch of the tokens `output` alone, one of each sequence."""
+    rows = batch.output
+    start = torch.arange(len(rows) + 1, dtype=batch.start.dtype, device=rows.device)
+    return batch._replace(token=batch.token[rows], position=batch.position[rows], slot=batch.slot[rows], start=start)
+
+
+def blocks(
+    params: Params, cache: Cache, batch: Batch, spec: Spec, ops: Ops = PLAIN, *, last: bool = False
+) -> tuple[Rows, Rows]:
+    """x and y after the last block. Writes `cache` at `batch.slot`; pure otherwise.
+
+    `last`: of the tokens `batch.output` only, which are the sequences' last ones. Of the others the last block needs
+    no more than keys and values.
+    """
     x, y, cos, sin = ops.enter(params.embed, batch.token, batch.position, spec)
     attend = ops.attention(batch, spec)
-    for layer, k, v, window in zip(params.layers, cache.k, cache.v, spec.windows, strict=True):
+    for i, (layer, k, v, window) in enumerate(zip(params.layers, cache.k, cache.v, spec.windows, strict=True)):
         x, qkv = ops.project(x, y, layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
         qkv = qkv.unflatten(-1, (-1, spec.head))
         if layer.q_norm is not None:
             qkv = ops.norm_heads(qkv, layer.q_norm, layer.k_norm, spec)
-        q = ops.store(qkv, cos, sin, batch.slot, k, v, layer.out)
+        q = ops.store(qkv, cos, sin, batch.slot, k, v)
+        if last and i == spec.layers - 1:
+            x, q, attend = x[batch.output], q[batch.output], ops.attention(last_tokens(batch), spec)
         y = ops.linear(attend(q, k, v, window).flatten(1), layer.out, layer.out_bias)
-        x, gated = ops.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up, layer.down)
+        x, gated = ops.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up)
         y = ops.linear(gated, layer.down)
     return x, y
 

@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastgen.ops import hopper
-from fastgen.ops.hopper import begin, fetch
-from fastgen.ops.skinny import ROWS
+from fastgen.ops.hopper import begin
 
 HEADS = 16  # of a program of `store`
 CHUNK = 1024  # tokens of the vocabulary that a program of `draw` looks at together
@@ -20,64 +19,55 @@ PROGRAMS = 4 * 132  # of `draw` where rows are few: their vocabulary is shared o
 NOTHING = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _store(
-    qkv, cos, sin, slot, k_cache, v_cache, out, ahead, tokens,
-    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    qkv, cos, sin, slot, k_cache, v_cache, out,
+    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(0) < tokens:
-        begin(PDL)
-        half: tl.constexpr = H // 2
-        t, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
-        narrow = d < half
-        inside = (g < Q + 2 * KV)[:, None] & narrow[None, :]
-        at = (t * (Q + 2 * KV) + g)[:, None] * H + d[None, :]
-        low, high = tl.load(qkv + at, mask=inside), tl.load(qkv + at + half, mask=inside)
-        c = tl.load(cos + t * half + d, mask=narrow)[None, :]
-        s = tl.load(sin + t * half + d, mask=narrow)[None, :]
-        a, b = low.to(tl.float32), high.to(tl.float32)
-        x, y = (a * c - b * s).to(low.dtype), (b * c + a * s).to(low.dtype)
-        to = out + (t * Q + g)[:, None] * H + d[None, :]
-        mine = inside & (g < Q)[:, None]
-        tl.store(to, x, mask=mine)
-        tl.store(to + half, y, mask=mine)
-        place = tl.load(slot + t).to(tl.int64) * KV
-        to = k_cache + (place + g - Q)[:, None] * H + d[None, :]
-        mine = inside & ((g >= Q) & (g < Q + KV))[:, None]
-        tl.store(to, x, mask=mine)
-        tl.store(to + half, y, mask=mine)
-        to = v_cache + (place + g - Q - KV)[:, None] * H + d[None, :]
-        mine = inside & (g >= Q + KV)[:, None]
-        tl.store(to, low, mask=mine)
-        tl.store(to + half, high, mask=mine)
-    elif AHEAD:
-        if tl.program_id(1) == 0:
-            fetch(ahead, tl.program_id(0) - tokens)
+    half: tl.constexpr = H // 2
+    t, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+    narrow = d < half
+    inside = (g < Q + 2 * KV)[:, None] & narrow[None, :]
+    begin(PDL)
+    at = (t * (Q + 2 * KV) + g)[:, None] * H + d[None, :]
+    low, high = tl.load(qkv + at, mask=inside), tl.load(qkv + at + half, mask=inside)
+    c = tl.load(cos + t * half + d, mask=narrow)[None, :]
+    s = tl.load(sin + t * half + d, mask=narrow)[None, :]
+    a, b = low.to(tl.float32), high.to(tl.float32)
+    x, y = (a * c - b * s).to(low.dtype), (b * c + a * s).to(low.dtype)
+    to = out + (t * Q + g)[:, None] * H + d[None, :]
+    mine = inside & (g < Q)[:, None]
+    tl.store(to, x, mask=mine)
+    tl.store(to + half, y, mask=mine)
+    place = tl.load(slot + t).to(tl.int64) * KV
+    to = k_cache + (place + g - Q)[:, None] * H + d[None, :]
+    mine = inside & ((g >= Q) & (g < Q + KV))[:, None]
+    tl.store(to, x, mask=mine)
+    tl.store(to + half, y, mask=mine)
+    to = v_cache + (place + g - Q - KV)[:, None] * H + d[None, :]
+    mine = inside & (g >= Q + KV)[:, None]
+    tl.store(to, low, mask=mine)
+    tl.store(to + half, high, mask=mine)
 
 
 def store(
     qkv: Float[Tensor, "T Q2K H"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"],
     slot: Int[Tensor, " T"], k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"],
-    ahead: Tensor | None = None,
 ) -> Float[Tensor, "T Q H"]:  # fmt: skip
     """Rotated queries; rotated keys, and values, are written into the caches at `slot`. As `layers.rotate`, bitwise.
 
-    qkv [T, Q + 2 K, H]: query heads, key heads, value heads; cos and sin fp32. Where tokens are few, the first of
-    `ahead`, weights, are fetched into L2 meanwhile.
+    qkv [T, Q + 2 K, H]: query heads, key heads, value heads; cos and sin fp32.
     """
     tokens, heads, head = qkv.shape
     kv = k_cache.shape[1]
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("the caches must be contiguous: they are written in place")
     out = qkv.new_empty(tokens, heads - 2 * kv, head)
-    few = tokens <= ROWS
-    w, programs = hopper.ahead(ahead if few else None)
-    _store[(tokens + programs, triton.cdiv(heads, HEADS))](
-        qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, k_cache, v_cache, out, qkv if w is None else w,
-        tokens, Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), HEADS=HEADS, num_warps=4,
-        AHEAD=programs > 0, **(hopper.dependent(qkv) if few else {"PDL": False}),
+    _store[(tokens, triton.cdiv(heads, HEADS))](
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, k_cache, v_cache, out,
+        Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), HEADS=HEADS, num_warps=4,
+        **hopper.dependent(qkv),
         enable_fp_fusion=False,  # a product and a sum each rounded, as torch does
     )  # fmt: skip
     return out
@@ -166,7 +156,9 @@ def _draw(
 
 @triton.jit
 @no_type_check
-def _decide(logits, temperature, processed, score, token, top, total, drawn, logprob, vocab, SPLITS: tl.constexpr):
+def _decide(
+    logits, temperature, processed, score, token, top, total, drawn, logprob, last, seat, vocab, SPLITS: tl.constexpr
+):  # fmt: skip
     row, s = tl.program_id(0), tl.arange(0, SPLITS)
     best = tl.load(score + row * SPLITS + s)
     index = tl.load(token + row * SPLITS + s)
@@ -178,14 +170,17 @@ def _decide(logits, temperature, processed, score, token, top, total, drawn, log
     x = tl.where((tl.load(processed + row) != 0) & (heat != 0), tl.div_rn(x, tl.where(heat == 0, 1.0, heat)), x)
     peak = tl.max(m, 0)
     tl.store(drawn + row, choice)
+    tl.store(last + tl.load(seat + row), choice)
     tl.store(logprob + row, (x - peak) - tl.log(tl.sum(l * tl.exp(m - peak), 0)))
 
 
 def draw(
     logits: Float[Tensor, "N V"], temperature: Float[Tensor, " N"], seed: Int[Tensor, " N"],
     position: Int[Tensor, " N"], processed: Bool[Tensor, " N"] | Int[Tensor, " N"],
+    last: Int[Tensor, " E"], seat: Int[Tensor, " N"],
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """A token for each row (int32) and its natural-log probability (fp32): `sampling.sample` without filters or edits.
+    The tokens are also written to `last` (int32) at `seat`.
 
     The probability is the model's, or of logits / temperature where `processed`. The token does not depend on how the
     vocabulary is shared out; the probability does, by rounding.
@@ -204,6 +199,19 @@ def draw(
         B=CHUNK, SPLITS=splits, num_warps=4,
     )  # fmt: skip
     _decide[(rows,)](
-        logits, temperature, processed, score, index, top, total, token, logprob, vocab, SPLITS=splits, num_warps=1
+        logits,
+        temperature,
+        processed,
+        score,
+        index,
+        top,
+        total,
+        token,
+        logprob,
+        last,
+        seat,
+        vocab,
+        SPLITS=splits,
+        num_warps=1,
     )
     return token, logprob

@@ -24,7 +24,6 @@ from fastgen.ops.attention import PAGE, Attend
 from fastgen.ops.hopper import begin
 from fastgen.types import Batch
 
-FEW = 16  # tokens up to which kernels are so short that their launches are worth hiding
 LOG2E = 1.4426950408889634
 NOTHING = tl.constexpr(-1.0e30)  # a score that no key has: finite, so that a row which has seen none stays finite
 # Tiles of M query rows and N keys: the fastest of those tried on an H200, at 1k to 32k tokens.
@@ -122,6 +121,24 @@ def _prefill(
         tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=whole)
 
 
+@triton.jit
+@no_type_check
+def _keys(length, r, window, N: tl.constexpr, WINDOW: tl.constexpr):
+    """The first key that the last token of sequence r may see, rounded down to a tile, and the number of keys."""
+    total = tl.load(length + r)
+    first = total * 0
+    if WINDOW:
+        first = tl.maximum(total - window, 0) // N * N
+    return first, total
+
+
+@triton.jit
+@no_type_check
+def _share(keys, N: tl.constexpr, SPLITS: tl.constexpr):
+    """Keys of each of the programs that share a sequence: two tiles at least, so few keys keep few programs busy."""
+    return tl.maximum(tl.cdiv(tl.cdiv(keys, N), SPLITS), 2) * N
+
+
 @triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
 @no_type_check
 def _decode(
@@ -130,57 +147,57 @@ def _decode(
     M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     G: tl.constexpr = Q // KV
     r, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
-        total = tl.load(length + r)
-        first = total * 0
-        if WINDOW:
-            first = tl.maximum(total - window, 0) // N * N
-        share = tl.cdiv(tl.cdiv(total - first, N), SPLITS) * N
-        first += split * share
+        begun, total = _keys(length, r, window, N, WINDOW)
+        share = _share(total - begun, N, SPLITS)
+        first = begun + split * share
         last = tl.minimum(first + share, total)
-        g, d = tl.arange(0, M), tl.arange(0, D)
-        head = kv_head * G + g
-        offset = (token.to(tl.int64) * Q + head) * H
-        whole = (g < G)[:, None] & (d < H)[None, :]
-        x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
-        row = total - 1 + g * 0
-        m = tl.full([M], NOTHING, tl.float32)
-        l = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, D], tl.float32)
-        table = pages + tl.load(seat + r).to(tl.int64) * wide
-        m, l, acc = _tiles(
-            x, k_cache, v_cache, table, first, last, row, window, kv_head, m, l, acc, scale,
-            KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True,
-        )  # fmt: skip
-        if SPLITS == 1:
-            mean = acc / tl.where(l > 0, l, 1.0)[:, None]  # a row beyond the last may have seen none
-            tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=whole)
-        else:
-            at = (r * Q + head) * SPLITS + split
-            tl.store(part + at[:, None].to(tl.int64) * H + d[None, :], acc, mask=whole)
-            tl.store(stat + at * 2, m, mask=g < G)
-            tl.store(stat + at * 2 + 1, l, mask=g < G)
+        if first < last:
+            g, d = tl.arange(0, M), tl.arange(0, D)
+            head = kv_head * G + g
+            offset = (token.to(tl.int64) * Q + head) * H
+            whole = (g < G)[:, None] & (d < H)[None, :]
+            row = total - 1 + g * 0
+            m = tl.full([M], NOTHING, tl.float32)
+            l = tl.zeros([M], tl.float32)
+            acc = tl.zeros([M, D], tl.float32)
+            table = pages + tl.load(seat + r).to(tl.int64) * wide
+            begin(PDL)
+            x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
+            m, l, acc = _tiles(
+                x, k_cache, v_cache, table, first, last, row, window, kv_head, m, l, acc, scale,
+                KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True,
+            )  # fmt: skip
+            if SPLITS == 1:
+                tl.store(out + offset[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=whole)
+            else:
+                at = (r * Q + head) * SPLITS + split
+                tl.store(part + at[:, None].to(tl.int64) * H + d[None, :], acc, mask=whole)
+                tl.store(stat + at * 2, m, mask=g < G)
+                tl.store(stat + at * 2 + 1, l, mask=g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 @no_type_check
 def _merge(
-    out, part, stat, start, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
+    out, part, stat, start, length, window, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     r, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
+        begun, total = _keys(length, r, window, N, WINDOW)
         s, d = tl.arange(0, SPLITS), tl.arange(0, D)
+        live = s * _share(total - begun, N, SPLITS) < total - begun
         at = (r * Q + head) * SPLITS + s
-        m = tl.load(stat + at * 2)
-        l = tl.load(stat + at * 2 + 1)
+        begin(PDL)
+        m = tl.load(stat + at * 2, mask=live, other=NOTHING)
+        l = tl.load(stat + at * 2 + 1, mask=live, other=0.0)
         weight = tl.exp2(m - tl.max(m, 0))
-        whole = (d < H)[None, :]
+        whole = live[:, None] & (d < H)[None, :]
         acc = tl.load(part + at[:, None].to(tl.int64) * H + d[None, :], mask=whole, other=0.0)
         x = tl.sum(acc * weight[:, None], 0) / tl.sum(l * weight, 0)
         tl.store(out + (token.to(tl.int64) * Q + head) * H + d, x.to(out.dtype.element_ty), mask=d < H)
@@ -196,14 +213,13 @@ def _blocks(start: Tensor, size: int, blocks: int) -> Tensor:
     return torch.stack((torch.where(block < ends[-1], row, -1), (block - first) * size), 1).to(torch.int32)
 
 
-def paged(batch: Batch, spec: Spec, page: int = PAGE, decode: bool | None = None) -> Attend:
+def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     """The Triton backend: shapes alone decide what is launched, so nothing is read on the host.
 
-    `decode` says that every sequence has one token; None: where there are as many sequences as tokens.
+    As many sequences as tokens are taken to have one each.
     """
     tokens, rows, wide = len(batch.token), len(batch.length), batch.pages.shape[1]
-    if decode is None:
-        decode = tokens == rows
+    decode = tokens == rows
     group = spec.q_heads // spec.kv_heads
     device = batch.token.device
     processors, roomy = 4, False
@@ -214,7 +230,7 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, decode: bool | None = None
     wanted = triton.cdiv(4 * processors, max(1, rows * spec.kv_heads))
     # A power of two: each number is a kernel of its own.
     splits = triton.next_power_of_2(max(1, min(wanted, triton.cdiv(wide * page, 256), 64)))
-    launch = hopper.dependent(batch.token) if tokens <= FEW else {"PDL": False}
+    launch = hopper.dependent(batch.token)
     todo = list[Tensor]()
 
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
@@ -243,8 +259,10 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, decode: bool | None = None
             **launch,
         )  # fmt: skip
         if splits > 1:
-            shape = {name: sizes[name] for name in ("Q", "H", "D")}
-            _merge[(rows, spec.q_heads)](out, part, stat, batch.start, **shape, SPLITS=splits, num_warps=2, **launch)
+            shape = {name: sizes[name] for name in ("Q", "H", "D", "WINDOW")} | {"N": DECODE["N"]}
+            _merge[(rows, spec.q_heads)](
+                out, part, stat, batch.start, batch.length, window or 0, **shape, SPLITS=splits, num_warps=2, **launch
+            )
         return out
 
     return attend

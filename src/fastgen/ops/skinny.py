@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastgen.ops import hopper
-from fastgen.ops.hopper import begin, fetch
+from fastgen.ops.hopper import FEW, begin
 
-ROWS = 16  # the most rows; they are padded to 8 or to this
+EARLY = True  # the first weights are asked for before what precedes has ended
 
 
 @triton.jit(do_not_specialize=["rows"])  # each value of it would be compiled anew
@@ -27,7 +27,7 @@ ROWS = 16  # the most rows; they are padded to 8 or to this
 def _linear(
     x, w, bias, out, rows, width, depth,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [rows, width] of x [rows, depth] and w [width, depth]."""
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -37,8 +37,17 @@ def _linear(
     live = (t < rows)[:, None]
     here = t[:, None] * depth
     acc = tl.zeros([N, T], tl.float32)
-    begin(PDL)
-    for first in tl.range(0, depth, K):
+    begun = 0
+    if EARLY and PDL:  # the first weights are on their way before the activations are there
+        k = tl.arange(0, K)
+        b = tl.load(w_at[:, None] + k[None, :], mask=(k < depth)[None, :], other=0)
+        begin(PDL)
+        a = tl.load(x + here + k[None, :], mask=live & (k < depth)[None, :], other=0)
+        acc = tl.dot(b, tl.trans(a), acc, input_precision=precision)
+        begun = K
+    else:
+        begin(PDL)
+    for first in tl.range(begun, depth, K):
         k = first + tl.arange(0, K)
         if EVEN:
             b = tl.load(w_at[:, None] + k[None, :])
@@ -70,78 +79,64 @@ def tile(n: int, k: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def linear(
-    x: Float[Tensor, "T D"], w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None = None
-) -> Float[Tensor, "T N"]:
+    x: Float[Tensor, "T D"], w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None = None,
+    out: Float[Tensor, "T N"] | None = None,
+) -> Float[Tensor, "T N"]:  # fmt: skip
     """x @ w.T + bias for T <= 16, summed in fp32 and rounded once. All of one dtype; w contiguous."""
     (rows, depth), width = x.shape, len(w)
-    if not 0 < rows <= ROWS or not w.is_contiguous():
-        raise ValueError(f"for 1 to {ROWS} rows and contiguous weights, got {rows} and strides {w.stride()}")
-    out, config = x.new_empty(rows, width), tile(width, depth, rows, x.dtype)
+    if not 0 < rows <= FEW or not w.is_contiguous():
+        raise ValueError(f"for 1 to {FEW} rows and contiguous weights, got {rows} and strides {w.stride()}")
+    out, config = x.new_empty(rows, width) if out is None else out, tile(width, depth, rows, x.dtype)
     _linear[(triton.cdiv(width, config["N"]),)](
-        x.contiguous(), w, x if bias is None else bias, out, rows, width, depth, T=8 if rows <= 8 else ROWS,
-        BIAS=bias is not None, EVEN=depth % config["K"] == 0, EXACT=x.dtype == torch.float32,
+        x.contiguous(), w, x if bias is None else bias, out, rows, width, depth, T=8 if rows <= 8 else FEW,
+        BIAS=bias is not None, EVEN=depth % config["K"] == 0, EXACT=x.dtype == torch.float32, EARLY=EARLY,
         **hopper.dependent(x), **config,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 @no_type_check
-def _add_norm(x, y, norm, total, out, ahead, rows, eps, D: tl.constexpr, B: tl.constexpr, AHEAD: tl.constexpr,
-              PDL: tl.constexpr):  # fmt: skip
-    t = tl.program_id(0)
-    if t < rows:
-        begin(PDL)
-        d = tl.arange(0, B)
-        at = t.to(tl.int64) * D + d
-        h = tl.load(x + at, mask=d < D, other=0) + tl.load(y + at, mask=d < D, other=0)
-        tl.store(total + at, h, mask=d < D)
-        h32 = h.to(tl.float32)
-        unit = (h32 * tl.rsqrt(tl.sum(h32 * h32, 0) / D + eps)).to(h.dtype)
-        tl.store(out + at, unit * tl.load(norm + d, mask=d < D, other=0), mask=d < D)
-    elif AHEAD:
-        fetch(ahead, t - rows)
+def _add_norm(x, y, norm, total, out, eps, D: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):
+    d = tl.arange(0, B)
+    at = tl.program_id(0).to(tl.int64) * D + d
+    weight = tl.load(norm + d, mask=d < D, other=0)
+    begin(PDL)
+    h = tl.load(x + at, mask=d < D, other=0) + tl.load(y + at, mask=d < D, other=0)
+    tl.store(total + at, h, mask=d < D)
+    h32 = h.to(tl.float32)
+    unit = (h32 * tl.rsqrt(tl.sum(h32 * h32, 0) / D + eps)).to(h.dtype)
+    tl.store(out + at, unit * weight, mask=d < D)
 
 
 def add_norm(
-    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float, ahead: Tensor | None = None
+    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-    """x + y, and its RMS norm. The first of `ahead`, weights, are fetched into L2 meanwhile."""
+    """x + y, and its RMS norm."""
     rows, width = x.shape
     total, out = torch.empty_like(x), torch.empty_like(x)
-    w, programs = hopper.ahead(ahead)
-    _add_norm[(rows + programs,)](
-        x, y, norm, total, out, x if w is None else w, rows, eps, D=width, B=triton.next_power_of_2(width),
-        AHEAD=programs > 0, num_warps=4, **hopper.dependent(x),
-    )  # fmt: skip
+    size = triton.next_power_of_2(width)
+    _add_norm[(rows,)](x, y, norm, total, out, eps, D=width, B=size, num_warps=8, **hopper.dependent(x))
     return total, out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 @no_type_check
-def _swiglu(x, out, ahead, rows, width, B: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    t = tl.program_id(0)
-    if t < rows:
-        begin(PDL)
-        f = tl.program_id(1) * B + tl.arange(0, B)
-        at = x + t.to(tl.int64) * 2 * width + f
-        gate, up = tl.load(at, mask=f < width, other=0), tl.load(at + width, mask=f < width, other=0)
-        gate32 = gate.to(tl.float32)
-        gated = (gate32 / (1.0 + tl.exp(-gate32))).to(gate.dtype) * up
-        tl.store(out + t.to(tl.int64) * width + f, gated, mask=f < width)
-    elif AHEAD:
-        if tl.program_id(1) == 0:
-            fetch(ahead, t - rows)
+def _swiglu(x, out, width, B: tl.constexpr, PDL: tl.constexpr):
+    t, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * B + tl.arange(0, B)
+    begin(PDL)
+    at = x + t * 2 * width + f
+    gate, up = tl.load(at, mask=f < width, other=0), tl.load(at + width, mask=f < width, other=0)
+    gate32 = gate.to(tl.float32)
+    gated = (gate32 / (1.0 + tl.exp(-gate32))).to(gate.dtype) * up
+    tl.store(out + t * width + f, gated, mask=f < width)
 
 
-def swiglu(x: Float[Tensor, "T F2"], ahead: Tensor | None = None) -> Float[Tensor, "T F"]:
-    """silu(gate) * up of the halves of x; `ahead` as in `add_norm`."""
+def swiglu(x: Float[Tensor, "T F2"]) -> Float[Tensor, "T F"]:
+    """silu(gate) * up of the halves of x."""
     rows, width = len(x), x.shape[1] // 2
     out = x.new_empty(rows, width)
-    w, programs = hopper.ahead(ahead)
-    _swiglu[(rows + programs, triton.cdiv(width, 1024))](
-        x, out, x if w is None else w, rows, width, B=1024, AHEAD=programs > 0, num_warps=4, **hopper.dependent(x)
-    )
+    _swiglu[(rows, triton.cdiv(width, 1024))](x, out, width, B=1024, num_warps=4, **hopper.dependent(x))
     return out
 
 
@@ -150,14 +145,14 @@ def project(
     w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None,
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T N"]]:  # fmt: skip
     """As `transformer.project`."""
-    x, h = add_norm(x, y, norm, eps, w)
+    x, h = add_norm(x, y, norm, eps)
     return x, linear(h, w, bias)
 
 
 def project_swiglu(
     x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float,
-    gate_up: Float[Tensor, "F2 D"], ahead: Tensor | None = None,
+    gate_up: Float[Tensor, "F2 D"],
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T F"]]:  # fmt: skip
     """As `transformer.project_swiglu`."""
-    x, h = add_norm(x, y, norm, eps, gate_up)
-    return x, swiglu(linear(h, gate_up), ahead)
+    x, h = add_norm(x, y, norm, eps)
+    return x, swiglu(linear(h, gate_up))
