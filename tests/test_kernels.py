@@ -175,6 +175,6 @@ def test_draw_rows_do_not_depend_on_the_batch() -> None:
     args, last = (logits, temperature, seed, position, flags), torch.zeros(24, dtype=torch.int32)
     token, logprob = fused.draw(*args, last, seed)
     for pick in ([0], [23, 7], list(range(8, 14))):
-        t, p = fused.draw(*(x[pick] for x in args), last, seed)
+        t, p = fused.draw(*(x[pick] for x in args), last, seed[pick])
         assert torch.equal(t, token[pick])
         torch.testing.assert_close(p, logprob[pick], atol=1e-5, rtol=0)

@@ -59,7 +59,8 @@ def buckets(most: int) -> tuple[int, ...]:
 
 def largest(limits: Schedule) -> Shape:
     """The most tokens and sequences a step may have, padding included."""
-    return Shape(max(-(-limits.token_budget // 8) * 8, 2), max(limits.max_requests + 1, SEQUENCES), False)
+    rows = max(limits.max_requests + 1, SEQUENCES)
+    return Shape(max(-(-limits.token_budget // 8) * 8 + 8, 2 * rows + 16), rows, False)
 
 
 class Regions:
@@ -176,6 +177,14 @@ class Stepper:
         last = self.stager.last
         return compute(self.params, cache, last, batch, sampling, self.spec, self.ops, self.draw, self.logits, **how)
 
+    def _kinds(self) -> list[Shape]:
+        """Shapes that together run every compiled kernel: some are compiled for each power of two of sequences."""
+        most = largest(self.settings.schedule)
+        rows = [1 + 2**i for i in range(most.rows.bit_length()) if 1 + 2**i <= most.rows]
+        # The first is compiled for: sizes that are no other's, so that nothing is compiled for equal ones.
+        mixed = [Shape(40, 3, False), *(Shape(2 * r // 8 * 8 + 16, r, False) for r in rows)]
+        return [*mixed, Shape(24, 24, True)]
+
     def _padding(self, shape: Shape) -> tuple[Batch, Sampling]:
         return self.stager.stage((), {}, shape.tokens, shape.rows, 0)
 
@@ -185,8 +194,7 @@ class Stepper:
 
         The bytes of device memory that are taken when all of that is there.
         """
-        # Sizes that are no other's, so that nothing is compiled for equal ones.
-        for shape in (Shape(40, 3, False), Shape(24, 24, True), largest(self.settings.schedule)):
+        for shape in (*self._kinds(), largest(self.settings.schedule)):
             self._compute(cache, *self._padding(shape), decode=shape.decode)
         largest_graphs = {shape.decode: shape for shape in reversed(self.shapes())}
         for shape in largest_graphs.values():
@@ -205,7 +213,7 @@ class Stepper:
         with tqdm(
             total=len(shapes) + 1, desc="warm-up", unit="graph", delay=1, leave=False, disable=not progress
         ) as bar:
-            for shape in (Shape(40, 3, False), Shape(24, 24, True)):
+            for shape in self._kinds():
                 self._compute(cache, *self._padding(shape), decode=shape.decode)
             bar.update()
             for shape in shapes:
