@@ -15,7 +15,7 @@ import torch
 
 import fastgen
 from fastgen.compile import Shape
-from fastgen.ops import hopper, skinny
+from fastgen.ops import hopper
 
 HERE = Path(__file__).parent
 
@@ -47,8 +47,7 @@ def main() -> None:
     variants: list[tuple[str, dict[str, Any]]] = [
         ("cuBLAS", {"rows": 0, "dependent": False}),
         ("own", {"dependent": False}),
-        ("own, dependent", {"dependent": True, "early": False}),
-        ("own, dependent, early weights", {"dependent": True}),
+        ("own, dependent", {"dependent": True}),
     ]
     results = []
     for model in args.model:
@@ -59,8 +58,7 @@ def main() -> None:
             )  # fmt: skip
             for rows in (2, 8):
                 for name, v in variants:
-                    hopper.DEPENDENT, skinny.EARLY = v["dependent"], v.get("early", True)
-                    hopper.FEW = v.get("rows", 16)
+                    hopper.DEPENDENT, hopper.FEW = v["dependent"], v.get("rows", 16)
                     us = step_us(engine, rows)
                     results.append({"model": model, "rows": rows, "variant": name, "us": us})
                     print(f"{model} {rows} rows, {name}: {us:.0f} us, {1e6 / us:.0f} steps/s", flush=True)

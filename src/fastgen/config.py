@@ -109,18 +109,17 @@ class Schedule:
     `prefill_first`: no decoding while there is prompt left to compute."""
 
     policy: str = "mixed"
-    max_requests: int = 256  # sequences running at once
-    token_budget: int = 2048  # tokens a step
+    max_requests: int = 512  # sequences running at once
+    token_budget: int = 8192  # tokens a step
     prefill_chunk: int | None = None  # tokens of one prompt a step; None: the budget
     # Launch a step while the one before still runs; None: on GPUs, where the host would else be waited for.
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
         _choice("schedule", "policy", self.policy, ("mixed", "prefill_first"))
-        _range("schedule", "max_requests", self.max_requests, 1, whole=True)
-        _range("schedule", "token_budget", self.token_budget, 1, whole=True)
-        if self.prefill_chunk is not None:
-            _range("schedule", "prefill_chunk", self.prefill_chunk, 1, whole=True)
+        for name in ("max_requests", "token_budget", "prefill_chunk"):
+            if getattr(self, name) is not None:
+                _range("schedule", name, getattr(self, name), 1, whole=True)
         if self.token_budget < self.max_requests:
             raise ValueError(
                 f"schedule.token_budget ({self.token_budget}) must be at least schedule.max_requests "

@@ -231,40 +231,42 @@ class Engine:
         count = sum(span.stop - span.start for span in plan)
         shape = self._stepper.shape(count, len(plan), scored=scored)
         tokens = {span.id: s.tokens for span, s in zip(plan, samples, strict=True)}
-        self.batch, settings = self._stager.stage(plan, tokens, shape.tokens, shape.rows, self.steps)
-        computed = self._stepper.run(self.cache, self.batch, settings, shape, scored=scored)
+        batch, settings = self._stager.stage(plan, tokens, shape.tokens, shape.rows, self.steps)
+        computed = self._stepper.run(self.cache, batch, settings, shape, scored=scored)
         if scored and computed.hidden is not None:
             self._score_prompts(plan, computed.hidden)
-        launched = Launched(plan, *self._draw(plan, samples, computed, settings))
+        launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings))
+        self.batch = batch
         self.state = schedule.commit(state, plan, ())
         self.steps += 1
         return launched
 
     def _draw(
-        self, plan: schedule.Plan, samples: list[Sample], computed: Computed, settings: Sampling
+        self, plan: schedule.Plan, samples: list[Sample], computed: Computed, batch: Batch, settings: Sampling
     ) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
         """Tokens and logprobs of the step, on their way to the host."""
-        n, drawing = len(plan), [s for span, s in zip(plan, samples, strict=True) if span.sample]
+        n, filter, drawing = (
+            len(plan),
+            settings.filter,
+            [s for span, s in zip(plan, samples, strict=True) if span.sample],
+        )
         top = max((s.params.logprobs for s in drawing if s.params.logprobs is not None), default=None)
         if computed.token is not None and computed.logprob is not None and not any(s.special for s in drawing):
             none = computed.logprob.new_empty(n, 0)
             results = (computed.token[:n], computed.logprob[:n], none, none)
         else:
-            t, seed, position, processed = (x[:n] for x in settings[:4])
-            filtered = settings.filter is not None and any(s.filters for s in drawing)
-            results = sample(
-                computed.logits[:n].float(),
-                Sampling(
-                    t,
-                    seed if any(s.params.temperature for s in drawing) else None,
-                    position,
-                    processed.bool(),
-                    Filter(*(x[:n] for x in settings.filter)) if filtered else None,
-                    edits(plan, self._samples, self.device),
-                ),
-                top,
+            drawn = any(s.params.temperature for s in drawing)
+            filtered = filter is not None and any(s.filters for s in drawing)
+            general = Sampling(
+                temperature=settings.temperature[:n],
+                seed=settings.seed[:n] if drawn and settings.seed is not None else None,
+                position=settings.position[:n],
+                processed=settings.processed[:n].bool(),
+                filter=Filter(*(x[:n] for x in filter)) if filtered and filter is not None else None,
+                edits=edits(plan, self._samples, self.device),
             )
-            self._stager.last[self.batch.seat[:n]] = results.token.int()
+            results = sample(computed.logits[:n].float(), general, top)
+            self._stager.last[batch.seat[:n]] = results.token.int()
         if self.device.type != "cuda":
             return tuple(results), None
         host = tuple(torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in results)

@@ -14,7 +14,7 @@ from fastgen.types import Batch, Cache, Params, Sampling
 
 # draw(logits, temperature, seed, position, processed, last, seat) -> token, logprob: as `sampling.sample` without
 # filters or edits; the tokens are also written to `last` at `seat`
-Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Draw = Callable[..., tuple[Tensor, Tensor]]
 CHUNK = 2**24  # logits held at once when prompts are scored: 64 MB in fp32
 
 

@@ -19,15 +19,13 @@ from torch import Tensor
 from fastgen.ops import hopper
 from fastgen.ops.hopper import FEW, begin
 
-EARLY = True  # the first weights are asked for before what precedes has ended
-
 
 @triton.jit(do_not_specialize=["rows"])  # each value of it would be compiled anew
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _linear(
     x, w, bias, out, rows, width, depth,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, width] of x [rows, depth] and w [width, depth]."""
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -37,17 +35,8 @@ def _linear(
     live = (t < rows)[:, None]
     here = t[:, None] * depth
     acc = tl.zeros([N, T], tl.float32)
-    begun = 0
-    if EARLY and PDL:  # the first weights are on their way before the activations are there
-        k = tl.arange(0, K)
-        b = tl.load(w_at[:, None] + k[None, :], mask=(k < depth)[None, :], other=0)
-        begin(PDL)
-        a = tl.load(x + here + k[None, :], mask=live & (k < depth)[None, :], other=0)
-        acc = tl.dot(b, tl.trans(a), acc, input_precision=precision)
-        begun = K
-    else:
-        begin(PDL)
-    for first in tl.range(begun, depth, K):
+    begin(PDL)
+    for first in tl.range(0, depth, K):
         k = first + tl.arange(0, K)
         if EVEN:
             b = tl.load(w_at[:, None] + k[None, :])
@@ -89,7 +78,7 @@ def linear(
     out, config = x.new_empty(rows, width) if out is None else out, tile(width, depth, rows, x.dtype)
     _linear[(triton.cdiv(width, config["N"]),)](
         x.contiguous(), w, x if bias is None else bias, out, rows, width, depth, T=8 if rows <= 8 else FEW,
-        BIAS=bias is not None, EVEN=depth % config["K"] == 0, EXACT=x.dtype == torch.float32, EARLY=EARLY,
+        BIAS=bias is not None, EVEN=depth % config["K"] == 0, EXACT=x.dtype == torch.float32,
         **hopper.dependent(x), **config,
     )  # fmt: skip
     return out
