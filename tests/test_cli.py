@@ -188,7 +188,7 @@ def test_help(fgrun: Run) -> None:
     assert code == 0
     for part in ('fgrun prompt="What is the capital of France?"', "+experiment=capitals", "--multirun", "llama31_8b"):
         assert part in out
-    assert "token_budget: 2048" in out
+    assert "token_budget: 8192" in out
 
 
 def test_cfg_shows_what_would_run(fgrun: Run) -> None:

@@ -39,8 +39,9 @@ BAD = [
     (Model, "dtype", ["fp16", "int8", None], "auto, float32, bfloat16, float16"),
     (Model, "random", [True], "model.path"),
     (Schedule, "policy", ["mix", None], "mixed, prefill_first"),
-    (Schedule, "max_requests", [0, -1, 1.5, 2049], "at least 1|2049"),
-    (Schedule, "token_budget", [0, 2.5, 255], "at least 1|at least schedule.max_requests"),
+    (Schedule, "max_requests", [0, -1, 1.5, 8193], "at least 1|8193"),
+    (Schedule, "overlap", ["yes", 1], "overlap must be"),
+    (Schedule, "token_budget", [0, 2.5, 511], "at least 1|at least schedule.max_requests"),
     (Schedule, "prefill_chunk", [0, 1.5], "at least 1"),
     (Pages, "page_size", [0, -16, 1.5], "at least 1"),
     (Pages, "cache_tokens", [15, 0, 1e4], "at least 16"),
@@ -80,8 +81,8 @@ def test_stop_is_a_tuple_of_texts() -> None:
 
 
 def test_settings_of() -> None:
-    flat = Settings.of(token_budget=512, page_size=32, attention="reference", seed=3)
-    assert flat.schedule == Schedule(token_budget=512)
+    flat = Settings.of(token_budget=600, page_size=32, attention="reference", seed=3)
+    assert flat.schedule == Schedule(token_budget=600)
     assert flat.pages == Pages(page_size=32)
     assert flat.compile.attention == "reference"
     assert flat.seed == 3

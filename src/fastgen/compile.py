@@ -11,7 +11,7 @@ nothing about a cache can make them copy it or compile again, and start-up costs
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -67,6 +67,9 @@ def largest(limits: Schedule) -> Shape:
 @contextmanager
 def _blas(name: str) -> Iterator[None]:
     """Matrix products by this library: of 512 rows cuBLASLt's are 8 % faster than cuBLAS's on an H200."""
+    if not torch.cuda.is_available():
+        yield
+        return
     before = torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.preferred_blas_library(name)
     try:
@@ -116,6 +119,7 @@ class Stepper:
         self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Computed]] = {}
         self.pool: Any = None
         self.captures = 0  # so far
+        self.held = 0  # bytes of the graphs
         self.regions = Regions()
         cuda = self.device.type == "cuda"
         self.draw: Draw | None = None
@@ -131,7 +135,9 @@ class Stepper:
 
     def _ops(self, attention: Backend, cuda: bool) -> Ops:
         region = self.regions
-        ops = Ops(attention, *(region(f) if f in REGIONS else f for f in PLAIN[1:]))
+        parts: dict[str, Any] = {name: region(f) if f in REGIONS else f for name, f in PLAIN._asdict().items()}
+        parts["attention"] = attention
+        ops = Ops(**parts)
         if not cuda:
             return ops
         from fastgen.ops import fused, hopper, skinny
@@ -237,16 +243,21 @@ class Stepper:
         batch, sampling = self._padding(shape)
         self._compute(cache, batch, sampling, decode=shape.decode)  # whatever is done once only is done before
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        before, graph = torch.cuda.memory_reserved(self.device), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             computed = self._compute(cache, batch, sampling, decode=shape.decode)
         self.pool = self.pool or graph.pool()
+        self.held += torch.cuda.memory_reserved(self.device) - before
         self.graphs[shape] = graph, computed
         self.captures += 1
+
+    def bytes(self) -> dict[str, int]:
+        """Of the device's memory: buffers, and what the graphs hold."""
+        return {"logits": 0 if self.logits is None else self.logits.nbytes, "graphs": self.held}
 
     def free(self) -> None:
         """Let go of the graphs and their memory."""
         self.graphs.clear()
-        self.pool = None
+        self.pool, self.held = None, 0
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -120,6 +120,8 @@ class Schedule:
         for name in ("max_requests", "token_budget", "prefill_chunk"):
             if getattr(self, name) is not None:
                 _range("schedule", name, getattr(self, name), 1, whole=True)
+        if self.overlap is not None and not isinstance(self.overlap, bool):
+            raise ValueError(f"schedule.overlap must be true, false or null, got {self.overlap!r}")
         if self.token_budget < self.max_requests:
             raise ValueError(
                 f"schedule.token_budget ({self.token_budget}) must be at least schedule.max_requests "

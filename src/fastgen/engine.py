@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
 from fastgen.models import default, weights
 from fastgen.models.spec import Spec, from_hf
+from fastgen.profiler import OFF, Profiler, Window
 from fastgen.request import Completion, Event, Output, Sample, longest
 from fastgen.sampling import sample
 from fastgen.step import Computed, new_cache, score
@@ -80,6 +82,7 @@ class Engine:
         self.state = schedule.State(page=page, free=pages.pool(self.capacity // page + 1))
         self.batch: Batch | None = None  # of the last step launched, to look at
         self.steps = 0  # launched
+        self.profiler = Profiler(spec, self.dtype, self.device, self._owners)
         self._running: Launched | None = None
         self._samples: dict[int, Sample] = {}  # by sequence
         self._ids, self._request_ids = itertools.count(), itertools.count()
@@ -117,7 +120,10 @@ class Engine:
             params = weights.init(spec, random_seed, device=device, dtype=kind)
         else:
             spec, params = weights.load(path, device=device, dtype=kind, progress=progress)
-        return cls(params, spec, tokenizer.load(path), progress=progress, **settings)
+        engine = cls(params, spec, tokenizer.load(path), progress=progress, **settings)
+        if progress and device != "cpu":
+            print(engine.table(), file=sys.stderr, flush=True)
+        return engine
 
     def _capacity(self) -> int:
         """Tokens the cache holds, in whole pages."""
@@ -211,33 +217,33 @@ class Engine:
     def _step(self) -> None:
         if self._running and any(s.looks_back for s in self._samples.values()):
             self._receive()  # somebody's next token depends on what the last ones were
-        try:
-            launched = self._launch()
-        finally:
-            self._receive()  # of the step before
-        self._running = launched
+        with self.profiler.range("plan"):
+            state, plan = schedule.plan(self.state, self.settings.schedule)
+        with self.profiler.step(plan) if plan else OFF:
+            try:
+                launched = self._launch(state, plan) if plan else None
+            finally:
+                self._receive()  # of the step before
+            self._running = launched
         if not self.settings.schedule.overlap:
             self._receive()
 
-    def _launch(self) -> Launched | None:
-        """Plan the next step and set it going; the state is then as if it had been done, and nobody had stopped."""
-        before, limits = self.state, self.settings.schedule
-        state, plan = schedule.plan(before, limits)
-        if not plan:
-            return None
-        self._stager.seat(state.running[len(before.running) :], self._samples)
+    def _launch(self, state: schedule.State, plan: schedule.Plan) -> Launched:
+        """Set a planned step going; the state is then as if it had been done, and nobody had stopped."""
         samples = [self._samples[span.id] for span in plan]
         scored = any(s.scores_prompt for s in samples)
         count = sum(span.stop - span.start for span in plan)
         shape = self._stepper.shape(count, len(plan), scored=scored)
-        tokens = {span.id: s.tokens for span, s in zip(plan, samples, strict=True)}
-        batch, settings = self._stager.stage(plan, tokens, shape.tokens, shape.rows, self.steps)
-        computed = self._stepper.run(self.cache, batch, settings, shape, scored=scored)
-        if scored and computed.hidden is not None:
-            self._score_prompts(plan, computed.hidden)
-        launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings))
-        self.batch = batch
-        self.state = schedule.commit(state, plan, ())
+        with self.profiler.range("stage"):
+            self._stager.seat(state.running[len(self.state.running) :], self._samples)
+            tokens = {span.id: s.tokens for span, s in zip(plan, samples, strict=True)}
+            batch, settings = self._stager.stage(plan, tokens, shape.tokens, shape.rows, self.steps)
+        with self.profiler.range("forward"):
+            computed = self._stepper.run(self.cache, batch, settings, shape, scored=scored)
+            if computed.hidden is not None:
+                self._score_prompts(plan, computed.hidden)
+            launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings))
+        self.state, self.batch = schedule.commit(state, plan, ()), batch
         self.steps += 1
         return launched
 
@@ -279,14 +285,17 @@ class Engine:
         launched, self._running = self._running, None
         if launched is None:
             return
+        with self.profiler.range("wait"):
+            rows = launched.rows()
         stopped = set()
-        for span, row in zip(launched.plan, launched.rows(), strict=False):
-            sample = self._samples.get(span.id) if span.sample else None
-            if sample is not None:  # it may have been aborted, or have stopped a step ago
-                event = sample.push(*row)
-                self._undelivered.append(event)
-                if event.finish_reason:
-                    stopped.add(span.id)
+        with self.profiler.range("commit"):
+            for span, row in zip(launched.plan, rows, strict=False):
+                sample = self._samples.get(span.id) if span.sample else None
+                if sample is not None:  # it may have been aborted, or have stopped a step ago
+                    event = sample.push(*row)
+                    self._undelivered.append(event)
+                    if event.finish_reason:
+                        stopped.add(span.id)
         self.state = schedule.drop(self.state, stopped)
         for id in stopped:
             del self._samples[id]
@@ -305,6 +314,35 @@ class Engine:
                 if out.prompt_top_logprobs is not None:
                     out.prompt_top_logprobs += best
             at += span.stop - span.start
+
+    def profile(self, steps: int = 8, path: str | Path | None = None, *, skip: int = 2) -> Window:
+        """`with engine.profile() as p:` traces the first `steps` steps inside, after `skip` others.
+
+        Then `print(p.summary)` says where their time went, and `p.trace` is a file for Perfetto or chrome://tracing,
+        written to `path` or the working directory.
+        """
+        return self.profiler.window(steps, path, skip)
+
+    def table(self) -> str:
+        """What the engine made of its settings and the memory, in a few lines."""
+        s, page, gb = self.settings.schedule, self.state.page, {k: v / 1e9 for k, v in self._owners().items()}
+        shapes = self._stepper.shapes()
+        sizes = {name: sorted({x.tokens for x in shapes if x.decode is d}) for name, d in (("decode", 1), ("mixed", 0))}
+        graphs = " ".join(f"{name} {x[0]}-{x[-1]} ({len(x)})" for name, x in sizes.items() if x)
+        rows = {
+            "weights": f"{gb['params']:.1f} GB {str(self.dtype).removeprefix('torch.')} on {self.device}",
+            "cache": f"{gb['cache']:.1f} GB: {self.capacity} tokens, {self.capacity // page} pages of {page}",
+            "steps": f"up to {s.token_budget} tokens, {s.max_requests} sequences; {self.settings.compile.compile}, "
+            f"{self.settings.compile.attention}{', overlapped' if s.overlap else ''}",
+            "graphs": f"{gb['graphs']:.1f} GB: {graphs}" if graphs else "none",
+        }
+        return "\n".join(f"{name:8s} {text}" for name, text in rows.items())
+
+    def _owners(self) -> dict[str, int]:
+        """Bytes of the device's memory by what they hold."""
+        params = {w.data_ptr(): w.nbytes for w in tree_leaves(self.params) if w is not None}
+        cache = sum(w.nbytes for w in tree_leaves(self.cache))
+        return {"params": sum(params.values()), "cache": cache, "tables": self._stager.bytes, **self._stepper.bytes()}
 
     # --- many at once -----------------------------------------------------------------------------------------------
 

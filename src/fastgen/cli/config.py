@@ -18,19 +18,23 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from fastgen.config import Model, SamplingParams, Settings, unknown
 
-TASKS = ("generate", "stream")
+TASKS = ("generate", "stream", "profile")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is done with the prompts, and a file of them."""
+    """What is done with the prompts, and a file of them. `steps` and `trace` are profile's."""
 
     name: str = "generate"
     prompts: str | None = None
+    steps: int = 8  # recorded, after two that are not
+    trace: str | None = None  # .json or .json.gz; None: a file in the working directory
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
             raise ValueError(unknown("task.name", self.name, list(TASKS)))
+        if self.steps < 1:
+            raise ValueError(f"task.steps must be at least 1, got {self.steps}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

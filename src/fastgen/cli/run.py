@@ -24,7 +24,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fastgen import Engine, Output, SamplingParams, Settings
-from fastgen.cli.config import Config, compose, conf_dir, explain, quote, typed
+from fastgen.cli.config import Config, Task, compose, conf_dir, explain, quote, typed
+from fastgen.profiler import listen
 from fastgen.tokenizer import Prompt, is_one
 
 __all__ = ["compose", "engine", "main", "run"]
@@ -55,6 +56,15 @@ def stream(engine: Engine, prompts: list[Prompt], sampling: SamplingParams) -> l
             outputs[event.request_id] = event.output
     print()
     return [outputs[i] for i in sorted(outputs)]
+
+
+def profile(engine: Engine, prompts: list[Prompt], sampling: SamplingParams, task: Task) -> list[Output]:
+    """Print where the time of some steps goes, and where their trace is."""
+    with engine.profile(task.steps, task.trace) as p:
+        outputs = engine.generate(prompts, sampling)
+    print(p.summary)
+    print(f"trace: {p.trace}")
+    return outputs
 
 
 def engine(config: Config) -> Engine:
@@ -97,10 +107,14 @@ def run(config: Config, folder: Path = Path()) -> list[Output]:
     if out and not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {out.parent}")
     with engine(config) as e:
+        listen(e.profiler, folder)  # kill -USR2 PID records what runs
         templated = config.chat and e.tokenizer is not None and e.tokenizer.chat_template
         asked = [[{"role": "user", "content": p}] if templated and isinstance(p, str) else p for p in prompts]
         start = time.perf_counter()
-        outputs = {"generate": generate, "stream": stream}[config.task.name](e, asked, config.sampling)
+        if config.task.name == "profile":
+            outputs = profile(e, asked, config.sampling, config.task)
+        else:
+            outputs = {"generate": generate, "stream": stream}[config.task.name](e, asked, config.sampling)
         seconds = time.perf_counter() - start
     if out:
         rows = ({"prompt": p} | asdict(o) for p, o in zip(prompts, outputs, strict=True))
