@@ -40,7 +40,7 @@ BAD = [
     (Model, "random", [True], "model.path"),
     (Schedule, "policy", ["mix", None], "mixed, prefill_first"),
     (Schedule, "max_requests", [0, -1, 1.5, 8193], "at least 1|8193"),
-    (Schedule, "overlap", ["yes", 1], "overlap must be"),
+    (Schedule, "overlap", ["yes", 1], "must be"),
     (Schedule, "token_budget", [0, 2.5, 511], "at least 1|at least schedule.max_requests"),
     (Schedule, "prefill_chunk", [0, 1.5], "at least 1"),
     (Pages, "page_size", [0, -16, 1.5], "at least 1"),

@@ -10,7 +10,10 @@ import fastgen
 from fastgen import SamplingParams, schedule
 from fastgen.compile import compilations
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU"),
+    pytest.mark.filterwarnings("default"),  # torch's compiler has some of its own
+]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 512,

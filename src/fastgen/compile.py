@@ -61,7 +61,7 @@ def buckets(most: int) -> tuple[int, ...]:
 def largest(limits: Schedule) -> Shape:
     """The most tokens and sequences a step may have, padding included."""
     rows = max(limits.max_requests + 1, SEQUENCES)
-    return Shape(max(-(-limits.token_budget // 8) * 8 + 8, 2 * rows + 16), rows, False)
+    return Shape(max(-(-limits.token_budget // 64) * 64 + 8, 2 * rows + 16), rows, False)
 
 
 @contextmanager
@@ -120,6 +120,7 @@ class Stepper:
         self.pool: Any = None
         self.captures = 0  # so far
         self.held = 0  # bytes of the graphs
+        self.side: Any = torch.cuda.Stream(self.device) if self.how == "graphs" else None
         self.regions = Regions()
         cuda = self.device.type == "cuda"
         self.draw: Draw | None = None
@@ -167,7 +168,7 @@ class Stepper:
 
     def shape(self, tokens: int, rows: int, *, scored: bool) -> Shape:
         """The shape in which a step of so many tokens and sequences is run."""
-        decode = tokens == rows
+        decode, limits = tokens == rows, self.settings.schedule
         if self.how == "eager":
             return Shape(tokens, rows, decode)
         if decode:
@@ -175,9 +176,11 @@ class Stepper:
             n = max(2, rows)
             return min(fits, default=Shape(n, n, True))
         fits = [s for s in self.graphs if not (s.decode or scored) and s.tokens >= tokens and s.rows > rows]
-        size = -(-tokens // 8) * 8
-        size += 8 * (size == rows + 1)  # as many sequences as tokens would be taken to decode
-        return min(fits, default=Shape(size, rows + 1, False))
+        # Few different sizes, each with kernels of its own in the libraries.
+        grain, wide = 64 if tokens > 512 else 8, 1 + min(n for n in buckets(limits.max_requests) if n >= rows)
+        size = -(-tokens // grain) * grain
+        size += 8 * (size == wide)  # as many sequences as tokens would be taken to decode
+        return min(fits, default=Shape(size, wide, False))
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -197,12 +200,13 @@ class Stepper:
         return compute(self.params, cache, last, batch, sampling, self.spec, self.ops, self.draw, self.logits, **how)
 
     def _kinds(self) -> list[Shape]:
-        """Shapes that together run every compiled kernel: some are compiled for each power of two of sequences."""
+        """Shapes that together run every kernel: a library's are loaded when first run, which waits for the device."""
         most = largest(self.settings.schedule)
-        rows = [1 + 2**i for i in range(most.rows.bit_length()) if 1 + 2**i <= most.rows]
+        rows = [n + 1 for n in buckets(self.settings.schedule.max_requests)] if self.draw is not None else []
+        tokens = [2**i for i in range(11, 17) if 2**i <= self.settings.schedule.token_budget] if rows else []
         # The first is compiled for: sizes that are no other's, so that nothing is compiled for equal ones.
         mixed = [Shape(40, 3, False), *(Shape(2 * r // 8 * 8 + 16, r, False) for r in rows)]
-        return [*mixed, Shape(24, 24, True)]
+        return [*mixed, *(Shape(n, min(65, most.rows), False) for n in tokens), Shape(24, 24, True)]
 
     def _padding(self, shape: Shape) -> tuple[Batch, Sampling]:
         return self.stager.stage((), {}, shape.tokens, shape.rows, 0)
@@ -238,16 +242,25 @@ class Stepper:
             for shape in shapes:
                 self._capture(cache, shape)
                 bar.update()
+        if shapes:
+            segments = torch.cuda.memory_snapshot()
+            self.held = sum(x["total_size"] for x in segments if tuple(x["segment_pool_id"]) == tuple(self.pool))
 
     def _capture(self, cache: Cache, shape: Shape) -> None:
         batch, sampling = self._padding(shape)
         self._compute(cache, batch, sampling, decode=shape.decode)  # whatever is done once only is done before
         torch.cuda.synchronize()
-        before, graph = torch.cuda.memory_reserved(self.device), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            computed = self._compute(cache, batch, sampling, decode=shape.decode)
+        graph = torch.cuda.CUDAGraph()
+        # Not by torch.cuda.graph, which empties the allocator's cache each time.
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            graph.capture_begin(*(() if self.pool is None else (self.pool,)))
+            try:
+                computed = self._compute(cache, batch, sampling, decode=shape.decode)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self.side)
         self.pool = self.pool or graph.pool()
-        self.held += torch.cuda.memory_reserved(self.device) - before
         self.graphs[shape] = graph, computed
         self.captures += 1
 

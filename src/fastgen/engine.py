@@ -327,7 +327,9 @@ class Engine:
         """What the engine made of its settings and the memory, in a few lines."""
         s, page, gb = self.settings.schedule, self.state.page, {k: v / 1e9 for k, v in self._owners().items()}
         shapes = self._stepper.shapes()
-        sizes = {name: sorted({x.tokens for x in shapes if x.decode is d}) for name, d in (("decode", 1), ("mixed", 0))}
+        sizes = {
+            name: sorted({x.tokens for x in shapes if x.decode is (name == "decode")}) for name in ("decode", "mixed")
+        }
         graphs = " ".join(f"{name} {x[0]}-{x[-1]} ({len(x)})" for name, x in sizes.items() if x)
         rows = {
             "weights": f"{gb['params']:.1f} GB {str(self.dtype).removeprefix('torch.')} on {self.device}",
