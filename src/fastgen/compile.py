@@ -120,7 +120,6 @@ class Stepper:
         self.pool: Any = None
         self.captures = 0  # so far
         self.held = 0  # bytes of the graphs
-        self.side: Any = torch.cuda.Stream(self.device) if self.how == "graphs" else None
         self.regions = Regions()
         cuda = self.device.type == "cuda"
         self.draw: Draw | None = None
@@ -244,22 +243,15 @@ class Stepper:
                 bar.update()
         if shapes:
             segments = torch.cuda.memory_snapshot()
-            self.held = sum(x["total_size"] for x in segments if tuple(x["segment_pool_id"]) == tuple(self.pool))
+            self.held = sum(x["total_size"] for x in segments if x.get("segment_pool_id") == self.pool)
 
     def _capture(self, cache: Cache, shape: Shape) -> None:
         batch, sampling = self._padding(shape)
         self._compute(cache, batch, sampling, decode=shape.decode)  # whatever is done once only is done before
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Not by torch.cuda.graph, which empties the allocator's cache each time.
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            graph.capture_begin(*(() if self.pool is None else (self.pool,)))
-            try:
-                computed = self._compute(cache, batch, sampling, decode=shape.decode)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self.side)
+        with torch.cuda.graph(graph, pool=self.pool):
+            computed = self._compute(cache, batch, sampling, decode=shape.decode)
         self.pool = self.pool or graph.pool()
         self.graphs[shape] = graph, computed
         self.captures += 1
