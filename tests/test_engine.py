@@ -834,3 +834,26 @@ def test_error_in_a_step(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert tokens([output]) == [WANTED[id]]
             assert len(output.prompt_logprobs) == len(PROMPTS[id])
     idle(e)
+
+
+# --- looking inside -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_profile(overlap: bool, tmp_path: Path) -> None:
+    """Some steps of what runs are traced, with the engine's own ranges; its tokens stay the same."""
+    e = engine(overlap=overlap)
+    with e.profile(steps=3, path=tmp_path / "trace.json", skip=1) as p:
+        assert tokens(e.generate(PROMPTS, GREEDY)) == WANTED
+    assert p.summary.steps == 3 and p.trace == tmp_path / "trace.json"
+    names = {event.get("name", "") for event in json.loads(p.trace.read_text())["traceEvents"]}
+    assert {"plan", "stage", "forward", "wait", "commit"} <= names
+    text = str(p.summary)
+    assert "linear" in text and "attention" in text and "params" in text
+    idle(e)
+
+
+def test_table() -> None:
+    """What the engine chose is told in a few lines."""
+    text = engine(cache_tokens=640, page_size=8).table()
+    assert "640 tokens, 80 pages of 8" in text and "512 sequences" in text and "eager" in text

@@ -1,0 +1,124 @@
+"""Shapes that steps are padded to, and compiled steps on a CPU. Captured ones are in test_graphs: they need a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastgen
+from fastgen import Settings
+from fastgen.batch import Stager
+from fastgen.compile import Shape, Stepper, buckets, largest
+from fastgen.config import Schedule
+from fastgen.step import feed
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 103,
+    "max_position_embeddings": 256,
+    "torch_dtype": "float32",
+}
+SPEC = fastgen.from_hf(CONFIG)
+
+
+@given(most=st.integers(1, 3000))
+def test_buckets(most: int) -> None:
+    """Rising, up to the most, and no more than a quarter more than is needed, but for the smallest."""
+    sizes = buckets(most)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max(2, most) and sizes[0] >= 2
+    for n in range(1, most + 1):
+        assert min(s for s in sizes if s >= n) <= max(2, n + 7, n * 1.25)
+
+
+def stepper(limits: Schedule) -> Stepper:
+    settings = Settings.of(compile="inductor", schedule=limits).on("cpu")
+    params = fastgen.init(SPEC, device="cpu")
+    device = params.embed.device
+    return Stepper(params, SPEC, settings, Stager(limits.max_requests, *largest(limits)[:2], 16, 16, 103, device))
+
+
+@given(data=st.data(), most=st.integers(1, 600), extra=st.integers(0, 3000))
+def test_a_plan_fits_its_shape(data: st.DataObject, most: int, extra: int) -> None:
+    """Every plan has room in its shape, with a row for the padding, and the buffers have room for the shape."""
+    limits = Schedule(max_requests=most, token_budget=most + extra)
+    run = STEPPERS.setdefault(limits, stepper(limits))
+    rows = data.draw(st.integers(1, most))
+    tokens = data.draw(st.one_of(st.just(rows), st.integers(rows, limits.token_budget)))
+    shape = run.shape(tokens, rows, scored=False)
+    assert shape.tokens >= tokens and shape.decode == (tokens == rows)
+    assert shape.rows >= rows if shape.decode else shape.rows > rows
+    assert (shape.tokens == shape.rows) == shape.decode, "attention would take it for the other kind"
+    assert shape.tokens <= largest(limits).tokens and shape.rows <= largest(limits).rows
+
+
+STEPPERS: dict[Schedule, Stepper] = {}
+
+
+def test_graphs_have_shapes_for_all_that_decode() -> None:
+    """Every number of decoding sequences has a graph, largest first: the others fit into its memory."""
+    run = stepper(Schedule(max_requests=100, token_budget=600))
+    run.how = "graphs"
+    shapes = run.shapes()
+    assert list(shapes) == sorted(shapes, reverse=True)
+    assert {s.rows for s in shapes if s.decode} == {*buckets(100)}
+    assert [s.tokens for s in shapes if not s.decode] == [512, 256, 128, 64]
+    run.graphs = dict.fromkeys(shapes)  # type: ignore[arg-type]
+    assert run.shape(33, 33, scored=False) == Shape(40, 40, True)
+    assert run.shape(70, 5, scored=False) == Shape(128, 32, False)
+    assert run.shape(70, 40, scored=False) not in shapes  # more sequences than the graph has
+    assert run.shape(70, 5, scored=True) not in shapes  # graphs keep no hidden states
+
+
+def test_feed() -> None:
+    """A token below 0 is the one last drawn in that seat."""
+    last = torch.tensor([0, 11, 22, 33], dtype=torch.int32)
+    token = torch.tensor([5, -3, 0, -1], dtype=torch.int32)
+    assert feed(token, last).tolist() == [5, 33, 0, 11]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"compile": "graphs"}, "needs a GPU"), ({"compile": "graphs", "attention": "sdpa"}, "triton only")],
+)
+def test_graphs_need_a_gpu_and_triton(settings: dict[str, str], message: str) -> None:
+    """What cannot be captured is refused, with what to use instead."""
+    with pytest.raises(ValueError, match=message):
+        Settings.of(**settings).on("cpu")
+
+
+COMPARE = f"""
+import fastgen, torch
+torch.set_num_threads(1)
+spec = fastgen.from_hf({CONFIG})
+params = fastgen.init(spec, 1, device="cpu")
+prompts = [[i] * (5 * i + 1) for i in range(1, 8)]
+sampling = [fastgen.SamplingParams(temperature=i % 2, seed=i, max_tokens=5 + i) for i in range(7)]
+from fastgen.compile import compilations
+def run(**settings):
+    with fastgen.Engine(params, spec, cache_tokens=1024, progress=False, token_budget=64, max_requests=4,
+                        **settings) as e:
+        before = compilations()
+        outputs = e.generate(prompts, sampling)
+        assert compilations() == before, "compiled after the start"
+        return [c.token_ids for o in outputs for c in o.completions]
+assert run() == run(compile="inductor", overlap=True)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="test_graphs compares on GPUs")
+def test_compiled_as_eager() -> None:
+    """In a process of its own: types that are checked at run time cannot be traced."""
+    root = Path(fastgen.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, cwd=root)
+    assert done.stdout == "equal\n", done.stderr[-3000:]
