@@ -114,6 +114,7 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Echo(Engine):
         tokenizer = SimpleNamespace(chat_template="{{ messages }}")
+        profiler = None
 
         def __init__(self) -> None: ...
 
@@ -124,6 +125,7 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             return [Output(i, [1], [Completion([2], f"answer {i}")]) for i in range(len(prompts))]
 
     monkeypatch.setattr(run, "engine", lambda _: Echo())
+    monkeypatch.setattr(run, "listen", lambda *_: None)
     code, out, _ = fgrun(f"chat={chat}", "prompt=[Hello,[1,2]]")
     assert (code, out) == (0, "[0.0] answer 0\n[1.0] answer 1\n")
     assert asked == [[{"role": "user", "content": "Hello"}] if chat else "Hello", [1, 2]]
@@ -194,3 +196,11 @@ def test_help(fgrun: Run) -> None:
 def test_cfg_shows_what_would_run(fgrun: Run) -> None:
     code, out, _ = fgrun("--cfg", "job", "sampling=nucleus")
     assert code == 0 and "top_p: 0.9" in out
+
+
+def test_profile(fgrun: Run, tmp_path: Path) -> None:
+    """The summary and the place of the trace are printed; there is a trace."""
+    trace = tmp_path / "trace.json"
+    code, out, _ = fgrun("task=profile", "task.steps=2", f"task.trace={trace}", "prompt=Hello", "sampling.max_tokens=6")
+    assert code == 0 and "2 steps" in out and "linear" in out and f"trace: {trace}" in out
+    assert trace.stat().st_size > 1000

@@ -104,6 +104,7 @@ def test_greedy_tokens_are_those_of_transformers(
     engine = fastgen.Engine(params, spec, **MODES[mode])
     sampling = fastgen.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     if mode == "alone":
+        prompts = prompts[::2]  # of every kind; all of them would take minutes
         outputs = [engine.generate([p], sampling)[0] for p in prompts]
     else:
         outputs = engine.generate(prompts, sampling)

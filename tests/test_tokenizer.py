@@ -105,7 +105,7 @@ def test_any_text(kind: str, prompt: str, text: str) -> None:
     """Whatever the text and the prompt, and where tokens cut the characters of both."""
     before, tokens = KINDS[kind](prompt).input_ids, KINDS[kind](text).input_ids
     got = pieces(Detokenizer(KINDS[kind], before), tokens)
-    assert "".join(got) == whole(KINDS[kind], before, tokens)
+    assert "".join(got) == whole(KINDS[kind], before, tokens) == Detokenizer(KINDS[kind], before).whole(tokens)
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -159,8 +159,10 @@ class Engine:
 
     # --- requests, one at a time ----------------------------------------------------------------------------------
 
-    def add(self, prompt: Prompt, sampling: SamplingParams | None = None) -> int:
+    def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, live: bool = True) -> int:
         """Queue a request; its id. `prompt` is text, token ids, or chat messages.
+
+        `live` false: the text comes with the last event only, which spares the host most of the work for it.
 
         ValueError, with the numbers, for what can never run; nothing else is disturbed.
         """
@@ -175,7 +177,7 @@ class Engine:
         try:
             for index in range(params.n):
                 id = next(self._ids)
-                self._samples[id] = Sample(output, index, params, seed, limit, self._eos, self.tokenizer)
+                self._samples[id] = Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live)
                 self.state = schedule.add(self.state, schedule.Sequence(id, len(prompt_ids), limit))
         except BaseException:
             self._abort([output.request_id])  # not a part of it stays
@@ -355,7 +357,7 @@ class Engine:
 
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        ids = self._add_all(prompts, sampling)
+        ids = self._add_all(prompts, sampling, live=True)
         events = self._events(ids)
         weakref.finalize(events, self._abort, ids).atexit = False  # dropped unread, it would never run its `finally`
         return events
@@ -371,7 +373,7 @@ class Engine:
 
         `progress` None shows a bar when it takes longer than two seconds.
         """
-        ids = self._add_all(prompts, sampling)
+        ids = self._add_all(prompts, sampling, live=False)
         done: dict[int, Output] = {}
         with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=progress is False) as bar:
             for event in self._events(ids):
@@ -381,7 +383,11 @@ class Engine:
         return [done[id] for id in ids]
 
     def _add_all(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        live: bool,
     ) -> list[int]:
         many: Sequence[Any] = [prompts] if tokenizer.is_one(prompts) else list(prompts)
         each = [sampling] * len(many) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
@@ -390,7 +396,7 @@ class Engine:
         ids: list[int] = []
         try:
             for prompt, params in zip(many, each, strict=True):
-                ids.append(self.add(prompt, params))
+                ids.append(self.add(prompt, params, live=live))
         except BaseException as e:
             self._abort(ids)
             if isinstance(e, ValueError) and len(many) > 1:

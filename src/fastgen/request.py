@@ -91,7 +91,11 @@ def longest(prompt: Sequence[int], params: SamplingParams, spec: Spec, capacity:
 
 
 class Sample:
-    """One completion in flight: its tokens, its text, and when it ends. `limit` counts prompt and output."""
+    """One completion in flight: its tokens, its text, and when it ends. `limit` counts prompt and output.
+
+    Where nobody reads along (`live` false) its text is made at its end: a decode for each token of hundreds of
+    requests would take the host longer than the step takes the GPU.
+    """
 
     def __init__(
         self,
@@ -102,7 +106,10 @@ class Sample:
         limit: int,
         eos: frozenset[int],
         tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        live: bool = True,
     ) -> None:
+        self.live = live or bool(params.stop)  # whether text is made as tokens come, and not at the end
         self.output, self.index, self.params, self.limit = output, index, params, limit
         self.prompt = len(output.prompt_token_ids)
         self.tokens = list(output.prompt_token_ids)
@@ -149,7 +156,7 @@ class Sample:
             event.top_logprobs = [dict(top[: p.logprobs])]
             c.top_logprobs += event.top_logprobs
         cut, early = False, len(c.token_ids) < p.min_tokens
-        if self.text is not None:
+        if self.text is not None and self.live:
             event.text, cut = self.text.push(token, may_stop=not early)
         if cut or (token in self.ends and not early):
             return self.end("stop", event, cut=cut)
@@ -161,7 +168,8 @@ class Sample:
         """Close the completion; the event that says so."""
         event = event or Event(self.output.request_id, self.index, [], "")
         if self.text is not None:
-            event.text += "" if cut else self.text.finish()
+            if not cut:
+                event.text += self.text.finish() if self.live else self.text.whole(self.completion.token_ids)
             self.completion.text = self.text.text
         event.finish_reason = self.completion.finish_reason = reason
         event.output = self.output if self.output.finished else None

@@ -114,6 +114,11 @@ class Detokenizer:
             return self._send(len(self.text)), True
         return self._send(len(self.text) - self._held()), False
 
+    def whole(self, tokens: Sequence[int]) -> str:
+        """The text of all tokens at once, where nobody reads along and no stop string may cut it."""
+        self.text = self._decode([*self.taken[0], *tokens])[self.decoded :]
+        return self._send(len(self.text))
+
     def finish(self) -> str:
         """What was held back, when nothing more comes."""
         self.text += self._window()[self.decoded :]
