@@ -108,6 +108,7 @@ class Stager:
         if self.cuda:
             most = self._sizes(tokens, rows)
             self._pinned = [
+            self._copied = [torch.cuda.Event() for _ in range(2)]
                 torch.zeros(sum(most.values()), dtype=torch.int32, device="cpu").pin_memory() for _ in range(2)
             ]
             self._buffer = torch.zeros_like(self._pinned[0], device=device)
@@ -165,7 +166,9 @@ class Stager:
         arrays["seed"] = self.seed[arrays["seat"]]
         arrays |= {name: values[arrays["seat"]] for name, values in self.rows.items()}
         used = sum(self._sizes(size, rows).values())
-        # Of the two pinned buffers, this step's was last read by a step that has been waited for.
+        # The two pinned buffers take turns: this one's last copy was of the step before last, and has long been made.
+        if self.cuda:
+            self._copied[step % 2].synchronize()
         host = self._pinned[step % 2] if self.cuda else torch.empty(used, dtype=torch.int32, device="cpu")
         parts = self._split(host, size, rows)
         for name, part in parts.items():
@@ -173,6 +176,7 @@ class Stager:
         if not self.cuda:
             return self._fields(parts)
         self._buffer[:used].copy_(host[:used], non_blocking=True)
+        self._copied[step % 2].record()
         return self.views(size, rows)
 
 

@@ -83,7 +83,6 @@ class Regions:
 
     def __init__(self) -> None:
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.open = True  # more may be compiled
 
     def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
         dynamic = REGIONS[f]

@@ -85,7 +85,10 @@ def last_tokens(batch: Batch) -> Batch:
     """The batch of the tokens `output` alone, one of each sequence."""
     rows = batch.output
     start = torch.arange(len(rows) + 1, dtype=batch.start.dtype, device=rows.device)
-    return batch._replace(token=batch.token[rows], position=batch.position[rows], slot=batch.slot[rows], start=start)
+    length = batch.length.clamp_min(1)  # padding may have none, but attention to nothing is no number
+    return batch._replace(
+        token=batch.token[rows], position=batch.position[rows], slot=batch.slot[rows], start=start, length=length
+    )
 
 
 def blocks(

@@ -164,7 +164,8 @@ def _decide(
     index = tl.load(token + row * SPLITS + s)
     m = tl.load(top + row * SPLITS + s)
     l = tl.load(total + row * SPLITS + s)
-    choice = tl.min(tl.where(best == tl.max(best, 0), index, vocab), 0)
+    # A row of no numbers has no best: its last token, so that nothing beyond the row is read.
+    choice = tl.minimum(tl.min(tl.where(best == tl.max(best, 0), index, vocab), 0), vocab - 1)
     x = tl.load(logits + row.to(tl.int64) * vocab + choice).to(tl.float32)
     heat = tl.load(temperature + row)
     x = tl.where((tl.load(processed + row) != 0) & (heat != 0), tl.div_rn(x, tl.where(heat == 0, 1.0, heat)), x)
