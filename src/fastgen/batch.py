@@ -107,10 +107,9 @@ class Stager:
         self.cuda = device.type == "cuda"
         if self.cuda:
             most = self._sizes(tokens, rows)
-            self._pinned = [
+            words = torch.zeros(sum(most.values()), dtype=torch.int32, device="cpu")
+            self._pinned = [words.pin_memory() for _ in range(2)]
             self._copied = [torch.cuda.Event() for _ in range(2)]
-                torch.zeros(sum(most.values()), dtype=torch.int32, device="cpu").pin_memory() for _ in range(2)
-            ]
             self._buffer = torch.zeros_like(self._pinned[0], device=device)
 
     @property
