@@ -857,3 +857,36 @@ def test_table() -> None:
     """What the engine chose is told in a few lines."""
     text = engine(cache_tokens=640, page_size=8).table()
     assert "640 tokens, 80 pages of 8" in text and "512 sequences" in text and "eager" in text
+
+
+def test_random_load() -> None:
+    """Arrivals and aborts in the middle of overlapped steps: each request's tokens are those it has alone."""
+    dice = random.Random(1)
+    kinds = [{}, {"temperature": 0}, {"top_p": 0.8, "top_k": 9}, {"repetition_penalty": 1.3, "logprobs": 2},
+             {"temperature": 0, "prompt_logprobs": 1}, {"min_tokens": 4, "logprobs": 0}]  # fmt: skip
+    e = engine(overlap=True, max_requests=9, token_budget=24, cache_tokens=640, page_size=8)
+    asked, done, aborted = dict[int, tuple[list[int], SamplingParams]](), list[Output](), set[int]()
+    for _ in range(200):
+        if len(asked) - len(done) < 12 and dice.random() < 0.5:
+            prompt = [dice.randrange(61) for _ in range(dice.choice((1, 2, 9, 30)))]
+            n, seed = dice.randrange(4, 20), dice.randrange(1000)
+            params = SamplingParams(**dice.choice(kinds), seed=seed, max_tokens=n, stop_token_ids=(7, 8))
+            asked[e.add(prompt, params)] = prompt, params
+        if dice.random() < 0.03 and e.state.running:
+            request = e._samples[dice.choice(e.state.running).id].output.request_id
+            aborted.add(request)
+            e.abort(request)
+        done += [event.output for event in e.step() if event.output is not None]
+    done += [event.output for event in drain(e) if event.output is not None]
+    idle(e)
+    assert sorted(o.request_id for o in done) == sorted(asked) and len(done) > 30 and aborted
+    alone = engine(max_requests=1)
+    for output in done[:50]:
+        (want,) = alone.generate([asked[output.request_id][0]], asked[output.request_id][1])
+        (got,), (whole,) = output.completions, want.completions
+        n = len(got.token_ids)
+        assert got.token_ids == whole.token_ids[:n] and (n == len(whole.token_ids) or output.request_id in aborted)
+        if got.logprobs is not None and whole.logprobs is not None:
+            assert got.logprobs == pytest.approx(whole.logprobs[:n], abs=1e-4)
+        if output.prompt_logprobs is not None and want.prompt_logprobs is not None and n:
+            assert output.prompt_logprobs[1:] == pytest.approx(want.prompt_logprobs[1:], abs=1e-4)
