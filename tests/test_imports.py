@@ -14,7 +14,7 @@ LAYERS = [  # each may import from its own line and those above
     + ["ops.hopper", "ops.skinny", "ops.fused"],
     ["models.transformer", "models.weights", "tokenizer"],
     ["models.default", "request", "step"],
-    ["batch", "profiler"],
+    ["batch", "trace", "profiler"],
     ["compile"],
     ["engine"],
     ["__init__"],

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from fastgen import limits
 from fastgen.models.spec import Spec
-from fastgen.profiler import Profiler, Summary, ceilings, kernels, layers, listen, part_of, row, summarize, work
+from fastgen.profiler import Profiler, listen
 from fastgen.schedule import Plan, Span
+from fastgen.trace import Summary, ceilings, kernels, layers, part_of, row, summarize, work
 
 SPEC = Spec(
     architecture="LlamaForCausalLM", dim=64, ffn=96, layers=3, q_heads=4, kv_heads=2, head=16, vocab=128, context=64,
