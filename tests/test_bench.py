@@ -11,8 +11,8 @@ import torch
 
 import fastgen
 from fastgen import Engine, from_hf
-from fastgen.cli import bench
-from fastgen.cli.bench import Workload
+from fastgen.cli import bench, machine
+from fastgen.cli.rows import Workload
 from fastgen.limits import KNOWN, Machine, Work, keys, limit, parts
 from fastgen.models.spec import Spec
 
@@ -261,9 +261,9 @@ def test_the_limit_of_a_known_machine(fgbench: Run, monkeypatch: pytest.MonkeyPa
 )
 def test_clocks(said: str, expected: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Medians of what nvidia-smi says, without a line that was cut; nothing where it cannot say."""
-    monkeypatch.setattr(bench.shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(bench, "_smi", lambda *_: ["printf", "%s", said])
-    with bench._clocks(torch.device("cuda")) as clocks:
+    monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(machine, "_smi", lambda *_: ["printf", "%s", said])
+    with machine.clocks_during(torch.device("cuda")) as clocks:
         time.sleep(0.2)
     assert clocks == expected
 

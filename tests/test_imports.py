@@ -18,7 +18,7 @@ LAYERS = [  # each may import from its own line and those above
     ["compile"],
     ["engine"],
     ["__init__"],
-    ["cli.config", "cli.run", "cli.bench"],
+    ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench"],
 ]
 EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__"}
 

@@ -3,35 +3,28 @@
 import argparse
 import json
 import os
-import platform
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-import fastgen
 from fastgen import Engine, SamplingParams, Settings, from_hf, limits
 from fastgen.cli.config import Config, compose
+from fastgen.cli.machine import clocks_during, hardware, memory, peak, probe, versions
+from fastgen.cli.rows import Row, Workload, merge, peer_rows, plot, read, table
 from fastgen.models import default, weights
-from fastgen.models.spec import Spec
 
-Row = dict[str, Any]
 bar = partial(tqdm, delay=2, leave=False, disable=None)  # None: on a terminal alone, so that logs stay short
-KEY = ("engine", "model", "workload", "hardware", "tp")  # a later row of the same replaces an earlier one
 EPILOG = """
 workloads: NxPROMPTxOUTPUT[xSAMPLES] is N prompts of PROMPT random tokens, new ones for each repeat, and exactly OUTPUT
   tokens for each of SAMPLES (default 1) completions
@@ -47,143 +40,6 @@ examples:
   fgbench mistral_7b --weights --workload 32x1024x256 --shared-prefix 768 --latency schedule=latency
   fgbench --out rows.json --peer-log vllm.txt --peer-version 0.23.0 --plot plot.png     # measures nothing
 """
-
-
-class Workload(NamedTuple):
-    """`requests` prompts of `prompt` tokens, whose first `shared` are the same, and what is asked for."""
-
-    requests: int
-    prompt: int
-    output: int
-    samples: int = 1
-    shared: int = 0
-
-    @classmethod
-    def of(cls, text: str) -> "Workload":
-        """From NxPROMPTxOUTPUT[xSAMPLES]."""
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2,3}", text):
-            raise ValueError(f"workload {text!r} is not NxPROMPTxOUTPUT[xSAMPLES] in positive numbers: 512x1024x128")
-        return cls(*map(int, text.split("x")))
-
-    def __str__(self) -> str:
-        numbers = self[:4] if self.samples > 1 else self[:3]
-        return "x".join(map(str, numbers)) + (f" shared {self.shared}" if self.shared else "")
-
-    def prompts(self, vocab: int, generator: torch.Generator) -> list[list[int]]:
-        """Random tokens."""
-        common = torch.randint(vocab, (self.shared,), generator=generator).tolist()
-        own = torch.randint(vocab, (self.requests, self.prompt - self.shared), generator=generator).tolist()
-        return [common + row for row in own]
-
-    def limit(self, spec: Spec, machine: limits.Machine, width: int) -> float:
-        """Most output tokens/s, with everything shared that can be."""
-        seconds = limits.limit(
-            spec, *self[:4], machine=machine, width=width, prefix_shared=self[3:] != (1, 0), common=self.shared
-        )
-        return self.requests * self.samples * self.output / seconds
-
-
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-
-def hardware(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
-
-
-def _smi(query: str, device: torch.device, *options: str) -> list[str]:
-    """nvidia-smi's command line for one GPU."""
-    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={gpu}", *options]
-
-
-@contextmanager
-def _clocks(device: torch.device) -> Iterator[dict[str, float]]:
-    """Medians of the GPU's clock and power while it is open; empty when it closes where nvidia-smi cannot say."""
-    found: dict[str, float] = {}
-    if device.type != "cuda" or not shutil.which("nvidia-smi"):
-        yield found
-        return
-    command = _smi("clocks.sm,power.draw", device, "-lms", "500")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            yield found
-        finally:
-            process.terminate()
-            with suppress(ValueError):
-                lines = process.communicate()[0].splitlines()[:-1]  # the last one may be cut
-                columns = zip(*([float(x) for x in line.split(",")] for line in lines), strict=True)
-                found |= dict(zip(("sm_mhz", "power_w"), map(statistics.median, columns), strict=False))
-
-
-def probe(device: torch.device, dtype: torch.dtype) -> Row:
-    """Sustained rates, right now: a matrix product of random data in `dtype`, and a copy (bytes read + written)."""
-    cuda = device.type == "cuda"
-    size, count, seconds = (8192, 2**30, 3.0) if cuda else (1024, 2**26, 0.2)
-    try:
-        a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in "abc")
-        source, target = (torch.ones(count, device=device, dtype=torch.uint8) for _ in "ab")
-    except torch.OutOfMemoryError:
-        return {"gemm_tflops": None, "copy_tb_s": None, "probe": "no memory was left"}
-
-    def rate(work: Callable[[], Any], seconds: float) -> float:
-        """Calls a second, once a third of the time has passed."""
-        begin = start = time.perf_counter()
-        calls, timed = 0, False
-        while (now := time.perf_counter()) < begin + seconds:
-            if not timed and now > begin + seconds / 3:
-                start, calls, timed = now, 0, True
-            for _ in range(10 if cuda else 1):
-                work()
-            calls += 10 if cuda else 1
-            if cuda:
-                torch.cuda.synchronize(device)
-        return calls / (time.perf_counter() - start)
-
-    return {
-        "gemm_tflops": 2 * size**3 * rate(lambda: torch.mm(a, b, out=out), seconds) / 1e12,
-        "copy_tb_s": 2 * count * rate(lambda: target.copy_(source), seconds / 3) / 1e12,
-        "probe": f"{size}^3 {str(dtype).removeprefix('torch.')} product, {count >> 20} MiB copy",
-    }
-
-
-def _memory(device: torch.device) -> float:
-    """All there is, bytes."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def _peak(device: torch.device) -> float:
-    """Most memory held so far by this process, bytes: the GPU's, or else the host's."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def _versions(device: torch.device) -> Row:
-    """What ran: versions, commit and driver; None for what cannot be told."""
-
-    def said(command: list[str]) -> str | None:
-        with suppress(OSError):
-            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-        return None
-
-    found: Row = {
-        "engine_version": fastgen.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    try:
-        found["triton"] = version("triton")
-    except PackageNotFoundError:
-        found["triton"] = None
-    root = Path(fastgen.__file__).parents[2]
-    checkout = (root / ".git").exists()
-    found["commit"] = said(["git", "-C", str(root), "describe", "--always", "--dirty"]) if checkout else None
-    found["driver"] = said(_smi("driver_version", device)) if device.type == "cuda" else None
-    return found
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -274,7 +130,7 @@ def measure(
     """One row: the median of `repeats` runs with prompts of their own."""
     engine, taken = started.engine, list[float]()
     drawn = work.requests * work.samples * work.output
-    with _clocks(engine.device) as clocks:
+    with clocks_during(engine.device) as clocks:
         for _ in bar(range(repeats), desc=str(work), unit="run"):
             prompts = work.prompts(engine.spec.vocab, generator)
             began = time.perf_counter()
@@ -294,7 +150,7 @@ def measure(
     known = limits.KNOWN.get(name) if engine.dtype.itemsize == 2 else None  # its FLOP/s are those of 16 bits
     machines = {"limit": known, "limit_measured": None}
     if row["gemm_tflops"]:
-        here = known or limits.Machine(name, 0, row["copy_tb_s"] * 1e12, _memory(engine.device))
+        here = known or limits.Machine(name, 0, row["copy_tb_s"] * 1e12, memory(engine.device))
         machines["limit_measured"] = here._replace(flops=row["gemm_tflops"] * 1e12)
     for name, machine in machines.items():
         tok_s = work.limit(engine.spec, machine.times(tp), engine.dtype.itemsize) if machine else None
@@ -308,118 +164,9 @@ def _row(started: Started, workload: str) -> Row:
     return {
         "engine": "fastgen", "model": started.model, "workload": workload, "hardware": hardware(engine.device),
         "tp": engine.settings.parallel.tensor_parallel, "dtype": str(engine.dtype).removeprefix("torch."),
-        **_versions(engine.device), "settings": asdict(engine.settings), "cache_tokens": engine.capacity,
-        "start_up": started.seconds, "threads": torch.get_num_threads(), "peak_memory_gb": _peak(engine.device) / 1e9,
+        **versions(engine.device), "settings": asdict(engine.settings), "cache_tokens": engine.capacity,
+        "start_up": started.seconds, "threads": torch.get_num_threads(), "peak_memory_gb": peak(engine.device) / 1e9,
     }  # fmt: skip
-
-
-# --- rows: files, the table, the plot ---------------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file. ValueError if it holds something else."""
-    try:
-        rows = json.loads(path.read_text())
-        if all(isinstance(row[k], str) for row in rows for k in KEY[:4]):
-            return rows
-    except (json.JSONDecodeError, TypeError, KeyError):
-        pass
-    raise ValueError(f"{path} does not hold fgbench's rows: a JSON list of objects with {', '.join(KEY[:4])}")
-
-
-def merge(rows: list[Row], new: list[Row]) -> list[Row]:
-    """`rows` with `new`, which replace those of the same engine, model, workload, hardware and number of devices."""
-
-    def key(row: Row) -> tuple:
-        return tuple(row.get(k) for k in KEY)
-
-    return list(({key(r): r for r in rows} | {key(r): r for r in new}).values())
-
-
-def peer_rows(text: str, release: str, machine: str) -> list[Row]:
-    """Rows from the lines `ENGINE MODEL tpN NxPxD repK: S.SSs TOKENS out tok/s` of another engine's benchmark."""
-    line = re.compile(r"^(\w+) (\S+) tp(\d+) (\d+x\d+x\d+(?:x\d+)?) rep\d+: ([\d.]+)s ([\d.]+) out tok/s", re.MULTILINE)
-    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for *who, seconds, rate in line.findall(text):
-        found.setdefault(tuple(who), []).append((seconds, rate))
-    if not found:
-        raise ValueError("no line like 'vllm mistral-7b tp1 512x1024x128 rep0: 16.3s 4026 out tok/s' is in it")
-    rows = []
-    for (engine, model, tp, workload), repeats in found.items():
-        w, taken = Workload.of(workload), [float(s) for s, _ in repeats]
-        rate = statistics.median(float(r) for _, r in repeats)
-        total = rate * (1 + w.prompt / (w.output * w.samples))
-        rows.append({
-            "engine": engine, "model": model.lower(), "workload": str(w), "hardware": machine, "tp": int(tp),
-            "dtype": None, "engine_version": release, "requests": w.requests, "prompt_len": w.prompt,
-            "output_len": w.output, "samples": w.samples, "seconds": statistics.median(taken), "seconds_all": taken,
-            "output_tok_s": rate, "total_tok_s": total,
-        })  # fmt: skip
-    return rows
-
-
-def _limit(row: Row, rows: list[Row]) -> float | None:
-    """The row's limit, tokens/s; for another engine's row, that of our row of the same."""
-    same = [row] + [r for r in rows if all(r.get(k) == row.get(k) for k in KEY[1:])]
-    values = (r.get("limit_tok_s") or r.get("limit_measured_tok_s") for r in same)
-    return next((v for v in values if v), None)
-
-
-def table(rows: list[Row]) -> str:
-    """Aligned text; a column for the ratio to each other engine."""
-    others = sorted({r["engine"] for r in rows} - {"fastgen"})
-    head = ["hardware", "model", "tp", "workload", "engine", "seconds", "out tok/s", "tok/s", "limit", "of limit"]
-    lines = [head + [f"/ {other}" for other in others]]
-    order = ("requests", "prompt_len", "output_len", "samples", "shared_prefix")
-    for row in sorted(
-        rows, key=lambda r: [[str(r.get(k)) for k in KEY[1:] if k != "workload"], [r.get(k) or 0 for k in order]]
-    ):
-        rate, limit = row.get("output_tok_s"), _limit(row, rows)
-        peers = {r["engine"]: r for r in rows if all(r.get(k) == row.get(k) for k in KEY[1:])}
-        values = [row.get("seconds"), rate, row.get("total_tok_s"), limit]
-        line = [str(row.get(k, "")) for k in ("hardware", "model", "tp", "workload", "engine")]
-        line += ["" if v is None else f"{v:,.2f}" if v < 100 else f"{v:,.0f}" for v in values]
-        line.append(f"{rate / limit:.1%}" if rate and limit else "")
-        for other in others:
-            theirs = peers.get(other, {}).get("output_tok_s")
-            line.append(f"{rate / theirs:.2f}" if rate and theirs and other != row["engine"] else "")
-        lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = (
-        [cell.ljust(w) if i < 5 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    )
-    return "\n".join("  ".join(line).rstrip() for line in text)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Output tokens/s over the output's length: a line for each engine, dashed for the limit."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    loads: dict[tuple, dict[str, list[Row]]] = {}
-    for row in sorted((r for r in rows if r.get("output_len")), key=lambda r: r["output_len"]):
-        same = tuple(row.get(k) or 0 for k in ("hardware", "model", "tp", "requests", "prompt_len", "samples"))
-        loads.setdefault((*same, row.get("shared_prefix") or 0), {}).setdefault(row["engine"], []).append(row)
-    for i, ((_, model, tp, requests, prompt, samples, shared), engines) in enumerate(loads.items()):
-        label = f"{model}{f' on {tp}' if tp > 1 else ''}, {Workload(requests, prompt, 0, samples, shared)}"
-        label = label.replace("x0", "x…", 1)
-        for j, (engine, points) in enumerate(sorted(engines.items())):
-            x, y = [p["output_len"] for p in points], [p["output_tok_s"] for p in points]
-            axes.plot(x, y, f"C{i}" + "osD^v"[j % 5] + "-", alpha=1 if engine == "fastgen" else 0.5,
-                      label=f"{engine}, {label}")  # fmt: skip
-        bound = {p["output_len"]: v for points in engines.values() for p in points if (v := _limit(p, rows))}
-        if bound:
-            axes.plot(*zip(*sorted(bound.items()), strict=True), f"C{i}--", marker="_", label=f"limit, {label}")
-    axes.set(xscale="log", yscale="log", xlabel="output tokens of a request", ylabel="output tokens/s")
-    lengths = sorted({row["output_len"] for row in rows if row.get("output_len")})
-    axes.set_xticks(lengths, [str(n) for n in lengths])
-    axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=150)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
