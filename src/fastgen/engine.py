@@ -70,10 +70,8 @@ class Engine:
         self.device, self.dtype = params.embed.device, params.embed.dtype
         self.settings = Settings.of(**settings).on(self.device.type)
         page, limits = self.settings.pages.page_size, self.settings.schedule
-        widest = -(
-            -max(min(spec.context, self.settings.pages.cache_tokens or spec.context), limits.token_budget) // page
-        )
-        most = largest(limits)
+        context, most = min(spec.context, self.settings.pages.cache_tokens or spec.context), largest(limits)
+        widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
         self._stager = Stager(limits.max_requests, *most[:2], widest, page, spec.vocab, self.device)
         self._stepper = Stepper(params, spec, self.settings, self._stager)
         self.capacity = self._capacity()  # tokens
@@ -253,11 +251,8 @@ class Engine:
         self, plan: schedule.Plan, samples: list[Sample], computed: Computed, batch: Batch, settings: Sampling
     ) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
         """Tokens and logprobs of the step, on their way to the host."""
-        n, filter, drawing = (
-            len(plan),
-            settings.filter,
-            [s for span, s in zip(plan, samples, strict=True) if span.sample],
-        )
+        n, filter = len(plan), settings.filter
+        drawing = [s for span, s in zip(plan, samples, strict=True) if span.sample]
         top = max((s.params.logprobs for s in drawing if s.params.logprobs is not None), default=None)
         if computed.token is not None and computed.logprob is not None and not any(s.special for s in drawing):
             none = computed.logprob.new_empty(n, 0)
