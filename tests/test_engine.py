@@ -1,5 +1,6 @@
 """The engine on a tiny random model: tokens do not depend on their company, and nothing is lost or leaked."""
 
+import gc
 import itertools
 import json
 import pkgutil
@@ -890,3 +891,17 @@ def test_random_load() -> None:
             assert got.logprobs == pytest.approx(whole.logprobs[:n], abs=1e-4)
         if output.prompt_logprobs is not None and want.prompt_logprobs is not None and n:
             assert output.prompt_logprobs[1:] == pytest.approx(want.prompt_logprobs[1:], abs=1e-4)
+
+
+def test_memory_is_given_back_at_once() -> None:
+    """An engine that nobody holds keeps its cache until Python looks for cycles: the next one finds no memory."""
+    e = engine()
+    e.generate(PROMPTS[0], GREEDY)
+    leaf = weakref.ref(e.cache.k[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del e
+        assert leaf() is None
+    finally:
+        gc.enable()

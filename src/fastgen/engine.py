@@ -80,7 +80,8 @@ class Engine:
         self.state = schedule.State(page=page, free=pages.pool(self.capacity // page + 1))
         self.batch: Batch | None = None  # of the last step launched, to look at
         self.steps = 0  # launched
-        self.profiler = Profiler(spec, self.dtype, self.device, self._owners)
+        me = weakref.ref(self)  # a reference back would keep the memory until Python looks for cycles
+        self.profiler = Profiler(spec, self.dtype, self.device, lambda: e._owners() if (e := me()) else {})
         self._running: Launched | None = None
         self._samples: dict[int, Sample] = {}  # by sequence
         self._ids, self._request_ids = itertools.count(), itertools.count()
