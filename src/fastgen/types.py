@@ -49,6 +49,18 @@ class Cache(NamedTuple):
     v: tuple[Float[Tensor, "S K H"], ...]
 
 
+class Share(NamedTuple):
+    """Groups of decoding sequences whose contexts begin with the same pages, which attention reads once for a group.
+
+    A sequence is in one group at most, and a group's sequences share the first `keys` tokens of their page tables,
+    whole pages. What is fixed is the number of groups and of members; groups that are not needed have no keys.
+    """
+
+    member: Int[Tensor, "groups W"]  # rows of the batch; -1: none
+    keys: Int[Tensor, " groups"]
+    skip: Int[Tensor, " R"]  # of each row, the tokens that its group covers; 0: it is in none
+
+
 class Batch(NamedTuple):
     """Everything one step needs to know. Sequence r owns tokens [start[r], start[r + 1]).
 
@@ -64,6 +76,7 @@ class Batch(NamedTuple):
     seat: Int[Tensor, " R"]
     pages: Int[Tensor, "E P"]  # the page table, a row for each seat; a row's unused end points at scratch
     output: Int[Tensor, " N"]  # tokens whose next-token logits are wanted
+    share: Share | None = None  # None: every sequence reads all its keys by itself
 
 
 class Edits(NamedTuple):
