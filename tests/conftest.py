@@ -1,6 +1,7 @@
 """Where tests run: `pytest --device cuda` puts every tensor that is not told otherwise on a GPU."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run as Python
     else:
+        # Types are checked while tests run on the CPU only: torch.compile cannot trace the checks.
+        sys.meta_path[:] = [x for x in sys.meta_path if type(x).__module__ != "jaxtyping._import_hook"]
         torch.set_default_device(config.getoption("--device"))
 
 

@@ -71,12 +71,17 @@ def test_graphs_have_shapes_for_all_that_decode() -> None:
     shapes = run.shapes()
     assert list(shapes) == sorted(shapes, reverse=True)
     assert {s.rows for s in shapes if s.decode} == {*buckets(100)}
-    assert [s.tokens for s in shapes if not s.decode] == [512, 256, 128, 64]
+    assert [s.tokens for s in shapes if not s.decode] == [640, 512, 256, 128, 64]
     run.graphs = dict.fromkeys(shapes)  # type: ignore[arg-type]
     assert run.shape(33, 33, scored=False) == Shape(40, 40, True)
     assert run.shape(70, 5, scored=False) == Shape(128, 32, False)
     assert run.shape(70, 40, scored=False) not in shapes  # more sequences than the graph has
     assert run.shape(70, 5, scored=True) not in shapes  # graphs keep no hidden states
+    assert run.shape(625, 90, scored=False) == Shape(640, 101, False)  # the whole budget, nearly
+    assert run.shape(600, 40, scored=False) not in shapes
+    assert run.shape(33, 33, scored=False, shared=True) == Shape(64, 64, True, True)
+    run.settings = Settings.of(schedule=run.settings.schedule, shared_attention=False)
+    assert not any(s.shared for s in run.shapes())
 
 
 def test_feed() -> None:

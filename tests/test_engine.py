@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 
 import fastgen
 from fastgen import Event, Output, SamplingParams, schedule
-from fastgen.cache import pages
 from fastgen.ops.attention import reference
 from fastgen.sampling import exponential
 from fastgen.schedule import Span
@@ -58,7 +57,7 @@ class Engine(fastgen.Engine):
 
     def step(self) -> list[Event]:
         before, events = self.state, super().step()
-        schedule.check(self.state, self.capacity // self.state.page + 1, self.settings.schedule)
+        schedule.check(self.state, self.settings.schedule)
         self.idle = 0 if events or self.state != before else self.idle + 1
         assert self.idle < 9, "nothing happens any more"
         return events
@@ -123,8 +122,10 @@ def drain(engine: Engine) -> list[Event]:
 def idle(engine: Engine) -> None:
     """Asserts that nothing runs, waits or is still to be reported, and that every page is free."""
     assert not engine.unfinished
-    page = engine.state.page
-    assert engine.state == schedule.State(page, pages.pool(engine.capacity // page + 1))
+    state = engine.state
+    assert not state.running and not state.waiting
+    schedule.check(state, engine.settings.schedule)
+    assert state.tree.available() == engine.capacity // state.page
 
 
 # --- the same tokens in any company -------------------------------------------------------------------------
@@ -717,7 +718,7 @@ def test_close_frees_the_cache() -> None:
         e.step()
         assert cache() is not None
     assert cache() is None
-    assert e.state.free == pages.pool(e.capacity // 16 + 1)
+    assert e.state.tree.available() == e.capacity // 16
 
 
 def test_close_after_an_error() -> None:

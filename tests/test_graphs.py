@@ -94,7 +94,7 @@ def test_many_mixed_steps() -> None:
                     e.abort(id)
             done += [event.output for event in e.step() if event.output is not None]
             if step % 100 == 0:
-                schedule.check(e.state, e.capacity // e.state.page + 1, e.settings.schedule)
+                schedule.check(e.state, e.settings.schedule)
             if step == 1000:
                 memory = torch.cuda.memory_allocated()
         while e.unfinished:

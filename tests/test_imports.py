@@ -9,12 +9,12 @@ import fastgen
 
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
-    ["types", "config", "cache.pages", "models.spec"],
+    ["types", "config", "cache.pages", "cache.prefix", "models.spec"],
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
-    + ["ops.hopper", "ops.skinny", "ops.fused"],
+    + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves"],
     ["models.transformer", "models.weights", "tokenizer"],
     ["models.default", "request", "step"],
-    ["batch", "trace", "profiler"],
+    ["batch", "trace", "profiler", "cache.host", "snapshot"],
     ["compile"],
     ["engine"],
     ["__init__"],
@@ -55,7 +55,7 @@ def test_imports_go_one_way() -> None:
 
 def test_the_scheduler_needs_no_torch() -> None:
     """Scheduling can be simulated without torch."""
-    for name in ("schedule", "cache/pages", "config", "limits", "models/spec"):
+    for name in ("schedule", "cache/pages", "cache/prefix", "config", "limits", "models/spec"):
         roots = {module.split(".")[0] for module in imports(ROOT / f"{name}.py")}
         assert not roots & {"torch", "numpy", "transformers", "hydra"}, name
 

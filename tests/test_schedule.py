@@ -1,20 +1,23 @@
-"""The scheduler, simulated without a model over random loads."""
+"""The scheduler and its tree of pages, simulated over random loads with a model that reads what the pages hold."""
 
 import hashlib
 import itertools
-from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgen import batch, schedule
-from fastgen.cache import pages
+from fastgen import Completion, Output, SamplingParams, schedule
+from fastgen.batch import Stager
+from fastgen.cache.prefix import Tree
 from fastgen.config import Schedule
-from fastgen.schedule import Plan, Sequence, Span, State
+from fastgen.request import Sample
+from fastgen.schedule import Moves, Plan, Sequence, State
 
-SLOW = [HealthCheck.too_slow]
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 RANDOM = settings(derandomize=True, database=None, deadline=None, suppress_health_check=SLOW)
 
 
@@ -22,14 +25,15 @@ class Job(NamedTuple):
     """A request of the simulation; times in steps."""
 
     arrival: int
-    prompt: int
+    prompt: tuple[int, ...]
     output: int  # tokens at most
-    stop: int | None = None  # ends by itself after so many tokens
     abort: int | None = None  # is dropped so long after its arrival
+    fork: int | None = None  # goes on twice, so long after its arrival
+    whole: bool = False
 
     @property
     def limit(self) -> int:
-        return self.prompt + self.output
+        return len(self.prompt) + self.output
 
 
 class Load(NamedTuple):
@@ -37,148 +41,59 @@ class Load(NamedTuple):
 
     page: int
     capacity: int  # pages, scratch included
+    host: int  # pages
+    tree: dict[str, bool]
     limits: dict[str, Any]
+    late: bool  # tokens are known a step after they are drawn
     jobs: tuple[Job, ...]
 
-
-def needed(page: int, limit: int) -> int:
-    """Pages of a sequence, counted position by position; the last token drawn is never written."""
-    return len({position // page for position in range(limit - 1)})
+    def state(self) -> State:
+        return State(Tree(self.page, self.capacity, self.host, **self.tree))
 
 
 @st.composite
 def loads(draw: st.DrawFn) -> Load:
-    """A load whose every job fits the cache when it is alone."""
-    page, most = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    """A load whose every job fits the cache when it is alone; prompts begin alike more often than not."""
+    page, most = draw(st.sampled_from((1, 2, 3, 4, 9))), draw(st.integers(1, 5))
     limits = {
         "policy": draw(st.sampled_from(sorted(schedule.POLICIES))),
         "max_requests": most,
-        "token_budget": most + draw(st.integers(0, 9)),
+        "token_budget": most + draw(st.integers(0, 12)),
         "prefill_chunk": draw(st.none() | st.integers(1, 6)),
     }
+    stems = draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=3))
+    prompt = st.builds(
+        lambda stem, n, end: tuple((*stem[:n], *end)) or (7,),
+        st.sampled_from(stems),
+        st.integers(0, 14),
+        st.lists(st.integers(0, 2), max_size=4),
+    )
     job = st.builds(
         Job,
         arrival=st.integers(0, 12),
-        prompt=st.integers(1, 16),
-        output=st.integers(1, 8),
-        stop=st.none() | st.integers(1, 8),
-        abort=st.none() | st.integers(0, 15),
+        prompt=prompt,
+        output=st.integers(1, 12),
+        abort=st.none() | st.none() | st.integers(0, 15),
+        fork=st.none() | st.none() | st.integers(0, 9),
+        whole=st.sampled_from((False, False, False, True)),
     )
     jobs = sorted(draw(st.lists(job, min_size=1, max_size=9)), key=lambda j: j.arrival)
-    biggest = max(needed(page, j.limit) for j in jobs)
-    return Load(page, 1 + biggest + draw(st.integers(0, 8)), limits, tuple(jobs))
-
-
-def ids(state: State) -> list[int]:
-    """Everyone the scheduler knows, first in line first."""
-    return [s.id for s in (*state.running, *state.waiting)]
-
-
-def audit(load: Load, before: State, after: State, plan: Plan) -> None:
-    """Asserts what has to be true of any plan."""
-    limits, running = Schedule(**load.limits), {s.id: s for s in after.running}
-    # Admission: in order of arrival, as many as fit, with all pages they will need.
-    assert ids(after) == ids(before)
-    assert after.running[: len(before.running)] == before.running
-    assert all(len(s.pages) == needed(load.page, load.jobs[s.id].limit) for s in after.running)
-    if after.waiting:
-        wanted = needed(load.page, after.waiting[0].limit)
-        assert len(after.running) == limits.max_requests or wanted > pages.count(after.free)
-    # Spans: one a sequence, of the tokens after those cached, in pages it holds.
-    spans = {span.id: span for span in plan}
-    assert len(spans) == len(plan)
-    for span in plan:
-        s = running[span.id]
-        assert s.cached == span.start < span.stop <= s.known
-        assert span.sample == (span.stop == s.known)
-        assert span.pages == s.pages and span.stop <= len(s.pages) * load.page
-    # Who: first those with one token left, who decode, then those with prompt left, in order of admission.
-    left = {s.id: s.known - s.cached for s in after.running}
-    decoding, prompts = [i for i in left if left[i] == 1], [i for i in left if left[i] > 1]
-    if limits.policy == "prefill_first" and prompts:
-        decoding = []
-    # How much: prompts share what decoding leaves of the budget, first come, first served.
-    sizes, budget = dict.fromkeys(decoding, 1), limits.token_budget - len(decoding)
-    for i in prompts:
-        if size := min(left[i], limits.prefill_chunk or limits.token_budget, budget):
-            sizes[i] = size
-            budget -= size
-    assert [(span.id, span.stop - span.start) for span in plan] == list(sizes.items())
-    assert sum(sizes.values()) <= limits.token_budget
-    # Progress: someone always, and the first in line always where decoding does not wait for prompts.
-    assert plan or not ids(after)
-    if plan and limits.policy == "mixed":
-        assert ids(after)[0] in spans
-
-
-def patience(load: Load, id: int) -> int:
-    """Steps within which a job ends: one for each token to compute, its own and those it may wait for."""
-    ahead = load.jobs[: id + 1] if load.limits["policy"] == "mixed" else load.jobs
-    return sum(job.limit - 1 for job in ahead)
-
-
-@settings(RANDOM, max_examples=1000)
-@given(load=loads())
-def test_any_load(load: Load) -> None:
-    """Pages leak, the budget breaks, someone starves or gets too much, under some arrivals, stops, aborts."""
-    limits, jobs = Schedule(**load.limits), load.jobs
-    state = State(load.page, pages.pool(load.capacity))
-    drawn, cached = Counter[int](), Counter[int]()
-    ended, aborted = set[int](), set[int]()
-
-    def check() -> None:
-        schedule.check(state, load.capacity, limits)
-
-    for step in itertools.count():
-        for id, job in enumerate(jobs):
-            if job.arrival == step:
-                state = schedule.add(state, Sequence(id, job.prompt, job.limit))
-        check()
-        late = {i for i, job in enumerate(jobs) if job.abort is not None and job.arrival + job.abort == step}
-        late -= ended
-        kept = [i for i in ids(state) if i not in late]
-        state = schedule.drop(state, late | ended)  # those gone before are not there any more
-        assert ids(state) == kept
-        check()
-        before = state
-        state, plan = schedule.plan(state, limits)
-        check()
-        audit(load, before, state, plan)
-        for span in plan:
-            cached[span.id] = span.stop
-            drawn[span.id] += span.sample
-        stopped = {span.id for span in plan if span.sample and drawn[span.id] == jobs[span.id].stop}
-        gone = stopped | {span.id for span in plan if drawn[span.id] == jobs[span.id].output}
-        kept = [i for i in ids(state) if i not in gone]
-        state = schedule.commit(state, plan, stopped)
-        check()
-        assert ids(state) == kept
-        for s in state.running:
-            assert (s.cached, s.known) == (cached[s.id], jobs[s.id].prompt + drawn[s.id])
-        aborted |= late
-        ended |= late | gone
-        assert {*ids(state)} == {i for i, job in enumerate(jobs) if job.arrival <= step} - ended
-        if len(ended) == len(jobs):
-            break
-        assert all(step - jobs[i].arrival + 1 < patience(load, i) for i in ids(state)), "someone starves"
-    assert state == State(load.page, pages.pool(load.capacity))
-    for id in set(range(len(jobs))) - aborted:
-        assert drawn[id] == min(jobs[id].output, jobs[id].stop or jobs[id].output)
-
-
-Memory = dict[int, tuple[int, int]]  # slot -> token, position
+    biggest = max(-(-(j.limit - 1) // page) for j in jobs)
+    tree = {"prefix": draw(st.sampled_from((True, True, False))), "only_parked": draw(st.booleans())}
+    capacity, host = 1 + biggest + draw(st.integers(0, 6)), draw(st.sampled_from((0, 0, 1, 2, 5, 30)))
+    return Load(page, capacity, host, tree, limits, draw(st.booleans()), tuple(jobs))
 
 
 def next_token(tokens: list[int]) -> int:
-    """A model: one of 256 tokens, decided by all before it."""
-    return hashlib.blake2b(bytes(tokens), digest_size=1).digest()[0]
+    """A model: a token of a small vocabulary, decided by all before it."""
+    return hashlib.blake2b(bytes(tokens), digest_size=1).digest()[0] % 5
 
 
 def ends(token: int) -> bool:
-    return token % 8 == 0
+    return token == 4
 
 
-def alone(prompt: list[int], limit: int) -> list[int]:
+def alone(prompt: tuple[int, ...], limit: int) -> list[int]:
     """What the model generates without a scheduler."""
     tokens = list(prompt)
     while len(tokens) < limit:
@@ -188,139 +103,464 @@ def alone(prompt: list[int], limit: int) -> list[int]:
     return tokens
 
 
-def step(plan: Plan, tokens: dict[int, list[int]], page: int, pad: int, memory: Memory) -> list[int]:
-    """Tokens drawn by a model that sees nothing but the Batch of a plan and the cache, which it writes."""
-    b = batch.stage(plan, tokens, page, pad=pad)
-    token, position, slot, start, length = (x.tolist() for x in b[:5])
-    assert len(token) == max(pad, sum(span.stop - span.start for span in plan)) == start[-1]
-    real = start[len(plan)]  # padding follows, a token a row
-    assert len({*slot[:real]}) == real, "a slot is written twice"
-    assert length[len(plan) :] == [1] * (len(token) - real)
-    assert all(x < page for x in slot[real:]) and not b.seat[len(plan) :].any(), "padding left the scratch page"
-    memory |= dict(zip(slot, zip(token, position, strict=True), strict=True))
-    drawn = []
-    for r, span in enumerate(plan):
-        assert {x // page for x in slot[start[r] : start[r + 1]]} <= {*span.pages}, "someone else's page"
-        table = b.pages[b.seat[r]].tolist()
-        seen = [memory[table[i // page] * page + i % page] for i in range(length[r])]
-        assert [at for _, at in seen] == list(range(span.stop))
-        if span.sample:
-            assert b.output[len(drawn)] == start[r + 1] - 1
-            drawn.append(next_token([t for t, _ in seen]))
-    assert len(drawn) == len(b.output)
-    return drawn
+def sample(tokens: list[int]) -> Sample:
+    """What staging wants of a request."""
+    made = Sample(Output(0, tokens, [Completion()]), 0, SamplingParams(), 0, 99, frozenset(), None)
+    made.tokens = tokens
+    return made
 
 
-@settings(RANDOM, max_examples=200)
-@given(load=loads(), pad=st.integers(0, 12))
-def test_tokens_do_not_depend_on_the_load(load: Load, pad: int) -> None:
-    """Limits, policy, neighbours or padding change what a sequence generates: its cache is not its own."""
-    state, limits = State(load.page, pages.pool(load.capacity)), Schedule(**load.limits)
-    tokens = {i: [next_token([i, j]) for j in range(job.prompt)] for i, job in enumerate(load.jobs)}
-    wanted = {i: alone(tokens[i], job.limit) for i, job in enumerate(load.jobs)}
-    memory: Memory = {}
-    aborted = set[int]()
-    for now in itertools.count():
-        for id, job in enumerate(load.jobs):
-            if job.arrival == now:
-                state = schedule.add(state, Sequence(id, job.prompt, job.limit))
-            if job.abort is not None and job.arrival + job.abort == now and id in ids(state):
-                state = schedule.drop(state, [id])
-                aborted.add(id)
-        state, plan = schedule.plan(state, limits)
-        drawing = [span.id for span in plan if span.sample]
+def ids(state: State) -> list[int]:
+    """Everyone the scheduler knows, first in line first."""
+    return [s.id for s in (*state.running, *state.waiting)]
+
+
+@dataclass
+class Run:
+    """A simulation: what an engine does, with a model that sees nothing but batches and pages."""
+
+    load: Load
+    state: State = field(init=False)
+    tokens: dict[int, list[int]] = field(default_factory=dict)  # known
+    seats: list[int] = field(init=False)  # token last drawn in each
+    flying: list[tuple[int, int]] | None = None  # sequence, token: drawn and not yet known
+    memory: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot -> token, position
+    host: dict[tuple[int, int], tuple[int, int] | None] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.limits = Schedule(**self.load.limits)
+        self.state = self.load.state()
+        most = self.limits.max_requests
+        self.seats = [0] * (most + 1)
+        wide = self.load.capacity
+        self.stager = Stager(most, self.limits.token_budget + 8, most + 1, wide, self.load.page, 9, torch.device("cpu"))
+
+    def check(self) -> None:
+        schedule.check(self.state, self.limits)
+
+    def add(self, id: int, prompt: list[int], limit: int, whole: bool = False) -> None:
+        self.tokens[id] = list(prompt)
+        self.state = schedule.add(self.state, Sequence(id, len(prompt), limit, whole))
+
+    def drop(self, ids: set[int]) -> None:
+        self.state = schedule.drop(self.state, ids, self.tokens)
+        self.ended |= ids
+        self.check()
+
+    def receive(self) -> None:
+        """What was drawn becomes known, and who stops is dropped."""
+        flying, self.flying = self.flying or [], None
         stopped = set()
-        for id, token in zip(drawing, step(plan, tokens, load.page, pad, memory), strict=True):
-            tokens[id].append(token)
-            stopped |= {id} if ends(token) else set()
-        state = schedule.commit(state, plan, stopped)
-        if not ids(state) and now >= load.jobs[-1].arrival:
+        for id, token in flying:
+            if id not in self.ended:
+                self.tokens[id].append(token)
+                if ends(token) or len(self.tokens[id]) == self.load.jobs[id % 100].limit:
+                    stopped.add(id)
+        self.drop(stopped)
+
+    def step(self) -> Plan:
+        before = self.state
+        self.state, plan, moves = schedule.plan(before, self.limits, self.tokens)
+        self.check()
+        self.audit(before, plan, moves)
+        drawn = self.compute(plan, moves) if plan else []
+        if plan:
+            self.state = schedule.commit(self.state, plan, (), self.tokens)
+            self.check()
+            self.steps += 1
+        self.receive()
+        self.flying = drawn
+        if not self.load.late:
+            self.receive()
+        return plan
+
+    def audit(self, before: State, plan: Plan, moves: Moves) -> None:
+        """Asserts what has to be true of any plan."""
+        limits, after = self.limits, self.state
+        running = {s.id: s for s in after.running}
+        assert sorted(ids(after)) == sorted(ids(before))
+        parked = [*moves.parked]
+        assert not (parked and moves.admitted)
+        kept = [s.id for s in before.running if s.id not in parked]
+        assert [s.id for s in after.running] == kept + [s.id for s in moves.admitted]
+        assert parked == [s.id for s in before.running][::-1][: len(parked)], "not the newest made way"
+        assert [s.id for s in after.waiting[: len(parked)]] == parked[::-1], "who made way does not come first"
+        spans = {span.id: span for span in plan}
+        assert len(spans) == len(plan) and sum(x.stop - x.start for x in plan) <= limits.token_budget
+        sizes = [x.stop - x.start > 1 for x in plan]
+        assert sizes == sorted(sizes), "those who decode do not come first"
+        for span in plan:
+            s = running[span.id]
+            assert s.cached == span.start < span.stop <= s.known and span.pages == s.pages
+            assert span.sample == (span.stop == s.known)
+            assert span.stop - span.start <= (limits.prefill_chunk or limits.token_budget)
+            assert span.stop <= len(s.pages) * self.load.page
+        if limits.policy == "prefill_first" and any(sizes):
+            assert not any(x.stop - x.start == 1 and x.id in kept and x.sample for x in plan if x.start > 0) or all(
+                running[x.id].known - x.start <= 1 for x in plan if x.stop - x.start == 1
+            )
+        assert plan or not ids(after), "nothing happens"
+        if plan and limits.policy == "mixed":
+            assert ids(before)[0] in spans, "the first in line does not advance"
+
+    def compute(self, plan: Plan, moves: Moves) -> list[tuple[int, int]]:
+        """Moves and writes on the memory; the tokens drawn from what each sequence then sees."""
+        page = self.load.page
+        places: list[int] = [t for _, t in moves.copies] + [t for _, t in moves.back]
+        assert len(places) == len(set(places)), "a page is filled twice"
+        assert not {s for s, _ in moves.copies} & set(places), "a page is copied while it is filled"
+        for p, h in moves.out:
+            assert 0 < h <= self.load.host
+            self.host |= {(h, i): self.memory.get(p * page + i) for i in range(page)}
+        for source, target in moves.copies:
+            for i in range(page):
+                self.memory.pop(target * page + i, None)
+                if (x := self.memory.get(source * page + i)) is not None:
+                    self.memory[target * page + i] = x
+        for h, target in moves.back:
+            for i in range(page):
+                self.memory.pop(target * page + i, None)
+                if (x := self.host.get((h, i))) is not None:
+                    self.memory[target * page + i] = x
+        size, rows = sum(x.stop - x.start for x in plan) + 3, self.limits.max_requests + 1
+        b, _ = self.stager.stage(plan, {x.id: sample(self.tokens[x.id]) for x in plan}, size, rows, self.steps)
+        token, position, slot, start, length, seat = (x.tolist() for x in b[:6])
+        token = [self.seats[-t] if t < 0 else t for t in token]
+        assert all(x < page for x in slot[start[len(plan)] :]), "padding left the scratch page"
+        for r, span in enumerate(plan):
+            for i in range(start[r], start[r + 1]):
+                if span.write:
+                    assert slot[i] >= page
+                    self.memory[slot[i]] = token[i], position[i]
+                else:
+                    assert slot[i] < page and span.stop - span.start == 1
+        drawn = []
+        for r, span in enumerate(plan):
+            table = b.pages[seat[r]].tolist()
+            assert table[: len(span.pages)] == list(span.pages), "the table is not what the sequence holds"
+            seen = [self.memory[table[i // page] * page + i % page] for i in range(length[r])]
+            assert [at for _, at in seen] == list(range(span.stop))
+            known = self.tokens[span.id]
+            assert [t for t, _ in seen][: len(known)] == known[: span.stop], "it reads somebody else's tokens"
+            if span.sample:
+                drawn.append((span.id, next_token([t for t, _ in seen])))
+                self.seats[span.seat] = drawn[-1][1]
+        self.groups(plan)
+        return drawn
+
+    def groups(self, plan: Plan) -> None:
+        """Groups read the same pages, whole ones, and leave each sequence something of its own to read."""
+        found = schedule.groups(self.state, plan, 3, 2)
+        rows = [r for members, _ in found for r in members]
+        assert len(rows) == len(set(rows)) and len(found) <= 2
+        for members, keys in found:
+            assert 1 < len(members) <= 3 and keys > 0 and keys % self.load.page == 0
+            assert len({plan[r].pages[: keys // self.load.page] for r in members}) == 1
+            assert all(keys < plan[r].stop == plan[r].start + 1 for r in members)
+
+
+@settings(RANDOM, max_examples=700)
+@given(load=loads())
+def test_any_load(load: Load) -> None:
+    """Pages leak or are mixed up, someone starves, or a token depends on its company, under some arrivals, sharing,
+    forks, stops, aborts, evictions and preemptions."""
+    run, jobs = Run(load), load.jobs
+    forked = set[int]()
+    for now in itertools.count():
+        for id, job in enumerate(jobs):
+            if job.arrival == now:
+                run.add(id, list(job.prompt), job.limit, job.whole)
+        for id, job in enumerate(jobs):
+            present = id in ids(run.state) and id not in run.ended
+            if job.fork is not None and job.arrival + job.fork == now and present:
+                run.receive()  # a fork goes on from what is known
+                if id not in run.ended:
+                    known = run.tokens[id]
+                    run.tokens[100 + id] = [*known]
+                    new = Sequence(100 + id, len(known), job.limit)
+                    run.state = schedule.fork(run.state, id, new, run.tokens)
+                    forked.add(100 + id)
+                    run.check()
+            if job.abort is not None and job.arrival + job.abort == now and present:
+                run.drop({id} - run.ended)
+        run.step()
+        if not ids(run.state) and not run.flying and now > jobs[-1].arrival:
             break
-        assert now < 1000, "nothing ends"
-    for id, expected in wanted.items():
-        assert tokens[id] == (expected[: len(tokens[id])] if id in aborted else expected)
+        assert now <= 13 + 2 * sum(job.limit + 2 for job in jobs) * 2, "someone starves"
+    for id, found in run.tokens.items():
+        job = jobs[id % 100]
+        wanted = alone(job.prompt, job.limit)
+        assert found == (wanted[: len(found)] if job.abort is not None else wanted)
+    tree = run.state.tree
+    assert tree.available() == load.capacity - 1, "a page is lost"
+    if not tree.active:
+        assert not tree.idle
 
 
-def running(*lengths: tuple[int, int]) -> State:
-    """Sequences (known, limit) admitted to a cache of 20 pages of 4 tokens."""
-    state = State(4, pages.pool(21))
-    for id, (known, limit) in enumerate(lengths):
-        state = schedule.add(state, Sequence(id, known, limit))
-    return schedule.admit(state, len(lengths))
+# --- single rules ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(2, 1), (5, 1), (6, 2), (9, 2), (10, 3)])
-def test_last_token_needs_no_room(limit: int, expected: int) -> None:
-    """The last token drawn is never fed back: a page for it would be wasted."""
-    assert schedule.need(State(4, 0), limit) == expected
+class Played:
+    """Plans of a few sequences on a tree of 20 pages of 4 tokens, unless told otherwise."""
+
+    def __init__(self, page: int = 4, pages: int = 21, host: int = 0, **limits: Any) -> None:
+        self.state = State(Tree(page, pages, host))
+        self.limits = Schedule(**{"max_requests": 8, "token_budget": 64} | limits)
+        self.tokens: dict[int, list[int]] = {}
+
+    def add(self, id: int, prompt: list[int], limit: int | None = None) -> None:
+        self.tokens[id] = prompt
+        self.state = schedule.add(self.state, Sequence(id, len(prompt), limit or len(prompt) + 5))
+
+    def step(self) -> tuple[list[tuple[int, int, int]], Moves]:
+        """(sequence, start, stop) of what is computed; every token drawn is 9."""
+        self.state, plan, moves = schedule.plan(self.state, self.limits, self.tokens)
+        schedule.check(self.state, self.limits)
+        for span in plan:
+            if span.sample:
+                self.tokens[span.id] = [*self.tokens[span.id], 9]
+        self.state = schedule.commit(self.state, plan, (), self.tokens)
+        schedule.check(self.state, self.limits)
+        return [(x.id, x.start, x.stop) for x in plan], moves
+
+
+def test_the_same_step_shares_whole_pages() -> None:
+    """A prompt that arrives twice is computed twice."""
+    p = Played()
+    p.add(0, [*range(10)])
+    p.add(1, [*range(8), 30, 31, 32])
+    spans, moves = p.step()
+    assert spans == [(0, 0, 10), (1, 8, 11)]
+    a, b = (s.pages for s in p.state.running)
+    assert a[:2] == b[:2] and a[2] != b[2] and not moves.copies
+
+
+def test_samples_wait_a_step_and_copy_the_last_page() -> None:
+    """Samples of a prompt compute its last page each, or keep those behind them waiting."""
+    p = Played()
+    for id in range(3):
+        p.add(id, [*range(10)])
+    p.add(3, [40, 41])
+    spans, moves = p.step()
+    assert spans == [(0, 0, 10), (3, 0, 2)] and not moves.copies
+    spans, moves = p.step()
+    assert spans == [(0, 10, 11), (1, 9, 10), (2, 9, 10), (3, 2, 3)][:1] + [(3, 2, 3), (1, 9, 10), (2, 9, 10)]
+    assert len(moves.copies) == 2 and len({source for source, _ in moves.copies}) == 1
+
+
+def test_a_prompt_that_is_all_cached_computes_its_last_token() -> None:
+    """Nothing to compute would leave nothing to draw from; its key is there, so it is not written again."""
+    p = Played()
+    p.add(0, [*range(8)])
+    p.step()
+    p.add(1, [*range(8)])
+    p.state, plan, moves = schedule.plan(p.state, p.limits, p.tokens)
+    assert [x[1:4] for x in plan] == [(8, 9, True), (7, 8, True)]
+    assert [x.write for x in plan] == [True, False] and not moves.copies
+    assert p.state.running[1].pages == p.state.running[0].pages[:2]
+
+
+def test_prompts_that_are_scored_are_computed() -> None:
+    """A prompt's logprobs need the hidden states of all its tokens."""
+    p = Played()
+    p.add(0, [*range(8)])
+    p.step()
+    p.tokens[1] = [*range(8)]
+    p.state = schedule.add(p.state, Sequence(1, 8, 12, whole=True))
+    assert (1, 0, 8) in p.step()[0]
+
+
+def test_conversation_goes_on() -> None:
+    """The next turn computes what is new alone, within the page where the last one ended."""
+    p = Played()
+    p.add(0, [*range(9)], limit=11)
+    while p.state.running or p.state.waiting:
+        p.step()
+    assert p.tokens[0] == [*range(9), 9, 9]
+    p.add(1, [*p.tokens[0], 50, 51, 52])
+    spans, moves = p.step()
+    assert spans == [(1, 10, 14)] and len(moves.copies) == 1  # the last token drawn was never computed
+    assert p.state.tree.counts.reused == 10
+
+
+def test_least_recently_used_go_first() -> None:
+    """A prompt in use all the time is forgotten before one that nobody asks for."""
+    p = Played(pages=5, max_requests=1)
+    for id, first in enumerate((10, 20, 10, 30)):  # two pages each
+        p.add(id, [first, 1, 2, 3, 4, 5, 6, 7], limit=9)
+        p.step()
+    for id, (first, hit) in enumerate(((10, 7), (30, 7), (20, 0)), 4):
+        p.add(id, [first, 1, 2, 3, 4, 5, 6, 7], limit=9)
+        assert p.step()[0] == [(id, hit, 8)]
+
+
+def test_other_parameters_find_nothing() -> None:
+    """After an update pages of the old parameters are served, or those in use are lost."""
+    p = Played()
+    p.add(0, [*range(12)])
+    p.step()
+    p.state.tree.reset()
+    schedule.check(p.state, p.limits)
+    p.add(1, [*range(12)])
+    assert (1, 0, 12) in p.step()[0]
+    p.add(2, [*range(12)])
+    assert (2, 11, 12) in p.step()[0]  # computed with the new ones
+    for _ in range(6):
+        p.step()
+    assert not p.state.running and p.state.tree.available() == 20
+
+
+def test_the_host_keeps_what_leaves() -> None:
+    """What does not fit the device is computed again though the host has it."""
+    p = Played(pages=5, host=8, max_requests=1)
+    out = []
+    for id, first in enumerate((10, 20, 30)):
+        p.add(id, [first, 1, 2, 3, 4, 5, 6, 7], limit=9)
+        out += p.step()[1].out
+    assert len(out) == 2
+    p.add(3, [10, 1, 2, 3, 4, 5, 6, 7, 8], limit=10)
+    spans, moves = p.step()
+    assert spans == [(3, 8, 9)] and [h for h, _ in moves.back] == [h for _, h in out][::-1]
+
+
+def test_who_came_last_makes_way() -> None:
+    """Two sequences that outgrow the cache: the first one is stopped, or both are."""
+    p = Played(pages=6)
+    p.add(0, [*range(7)], limit=17)
+    p.add(1, [*range(20, 25)], limit=15)
+    seen = [p.step() for _ in range(22)]
+    parked = [m.parked for _, m in seen if m.parked]
+    assert parked and all(x == (1,) for x in parked)
+    assert len(p.tokens[0]) == 17 and len(p.tokens[1]) == 15 and not p.state.running
 
 
 def test_nobody_overtakes() -> None:
     """A small request admitted before a big one that came first could keep it waiting for ever."""
-    state = State(4, pages.pool(6))  # 5 pages
-    for id, limit in enumerate([13, 13, 5]):  # 3, 3 and 1 pages
-        state = schedule.add(state, Sequence(id, 4, limit))
-    state = schedule.admit(state, 3)
-    assert [s.id for s in state.running] == [0]
-    assert [s.id for s in schedule.admit(schedule.drop(state, [0]), 3).running] == [1, 2]
+    p = Played(pages=7)  # 6 pages
+    for id, length in enumerate((13, 9, 3)):  # 4, 3 and 1 pages
+        p.add(id, [id * 20 + i for i in range(length)])
+    assert [x[0] for x in p.step()[0]] == [0]
 
 
 def test_mixed_decodes_before_prompts() -> None:
     """The order that `Plan` promises, with the prompts filling the budget in chunks."""
-    state = running((9, 20), (1, 9), (7, 9))
-    _, plan = schedule.plan(state, Schedule(max_requests=3, token_budget=8, prefill_chunk=4))
-    held = {s.id: (s.pages, s.seat) for s in state.running}
-    assert plan == (
-        Span(1, 0, 1, True, *held[1]),
-        Span(0, 0, 4, False, *held[0]),
-        Span(2, 0, 3, False, *held[2]),
-    )
+    p = Played(token_budget=8, prefill_chunk=4)
+    for id, length in enumerate((9, 1, 7)):
+        p.add(id, [id * 20 + i for i in range(length)])
+    assert p.step()[0] == [(1, 0, 1), (0, 0, 4), (2, 0, 3)]
 
 
 def test_prefill_first_does_not_decode_meanwhile() -> None:
     """Decoding beside prompts would make this policy the other one."""
-    state, limits = running((9, 20), (1, 9)), Schedule(policy="prefill_first", max_requests=2, token_budget=8)
-    plans = []
-    for _ in range(3):
-        state, plan = schedule.plan(state, limits)
-        plans.append([span[:4] for span in plan])
-        state = schedule.commit(state, plan, ())
+    p = Played(policy="prefill_first", token_budget=8)
+    p.add(0, [*range(9)])
+    p.add(1, [40])
+    plans = [p.step()[0] for _ in range(2)]
+    p.add(2, [*range(60, 66)])
+    plans += [p.step()[0] for _ in range(2)]
     assert plans == [
-        [(0, 0, 8, False)],
-        [(0, 8, 9, True), (1, 0, 1, True)],
-        [(0, 9, 10, True), (1, 1, 2, True)],
+        [(0, 0, 8)],
+        [(0, 8, 9), (1, 0, 1)],
+        [(2, 0, 6)],
+        [(0, 9, 10), (1, 1, 2), (2, 6, 7)],
     ]
 
 
-FIRST, SECOND = Sequence(0, 3, 5, 2, (1,), 1), Sequence(1, 6, 9, 0, (2, 3), 2)
-SOUND = State(4, 0b110000, schedule.SEATS ^ 0b110, (Sequence(2, 1, 5),), (FIRST, SECOND))
+def test_groups_read_what_they_share() -> None:
+    """Sequences of two prompts: each group reads its own prompt, and one that is alone is in none."""
+    p = Played(pages=90, max_requests=9, token_budget=300)
+    for id in range(7):
+        p.add(id, [100 * (id // 3) + i for i in range(32)], limit=50)
+    for _ in range(3):
+        p.step()
+    p.state, plan, _ = schedule.plan(p.state, p.limits, p.tokens)
+    who = [[plan[r].id for r in members] for members, _ in schedule.groups(p.state, plan, 16, 9)]
+    assert sorted(map(sorted, who)) == [[0, 1, 2], [3, 4, 5]]
+    assert {keys for _, keys in schedule.groups(p.state, plan, 16, 9)} == {32}
+    assert len(schedule.groups(p.state, plan, 2, 9)) == 2  # the third of each is alone
+    assert len(schedule.groups(p.state, plan, 16, 1)) == 1
+    few = Played()
+    few.add(0, [*range(6)], limit=20)
+    few.add(1, [*range(4), 50, *range(60, 79)], limit=40)
+    for _ in range(3):
+        few.step()
+    few.state, plan, _ = schedule.plan(few.state, few.limits, few.tokens)
+    assert few.state.running[0].path[0].refs == 2
+    assert schedule.groups(few.state, plan, 16, 9) == ()  # four keys of some thirty are not worth it
 
 
-@pytest.mark.parametrize(
-    ("message", "broken"),
-    [
-        ("two owners", {"running": (FIRST, SECOND._replace(pages=(1, 2))), "free": 0b111000}),
-        ("not taken", {"free": 0b110010}),  # a page is held and free
-        ("lost", {"free": 0b100000}),
-        ("lost", {"free": 0b110001}),  # scratch is free
-        ("lost", {"free": 0b1110000}),  # a page that is not in the cache
-        ("seat is lost", {"seats": schedule.SEATS ^ 0b1110}),
-        ("not taken", {"running": (FIRST, SECOND._replace(seat=1))}),  # two in a seat
-        ("queued twice", {"waiting": SOUND.waiting * 2}),
-        ("queued twice", {"waiting": (Sequence(1, 6, 9),)}),  # waiting and running
-        (None, {"running": (FIRST._replace(cached=3), SECOND)}),  # nothing left to compute
-        (None, {"running": (FIRST._replace(cached=-1), SECOND)}),
-        (None, {"running": (FIRST._replace(known=6), SECOND)}),  # beyond its limit
-        (None, {"running": (FIRST, SECOND._replace(pages=(2,))), "free": 0b111000}),  # too few pages
-        (
-            None,
-            {"running": (FIRST, SECOND, Sequence(3, 1, 2, 0, (4,), 3)), "free": 0b100000, "seats": ~0b1111},
-        ),  # too many run
-    ],
-)
-def test_check_finds(message: str | None, broken: dict[str, Any]) -> None:
+def sound() -> Played:
+    """Two that share a page, have nodes, tails and pages of their own, one that waits, idle pages on both sides."""
+    p = Played(pages=9, host=4, max_requests=2)
+    p.add(9, [*range(70, 78)], limit=9)
+    p.step()
+    p.add(0, [*range(6)], limit=20)
+    p.add(1, [*range(4), 50, 51, 52], limit=20)
+    p.add(2, [1], limit=2)
+    for _ in range(4):
+        p.step()
+    assert p.state.tree.idle and p.state.waiting
+    return p
+
+
+def _first(p: Played) -> Sequence:
+    return p.state.running[0]
+
+
+BREAKS: dict[str, tuple[str | None, Any]] = {
+    "two owners": ("two owners", lambda p: setattr(next(iter(p.state.tree.idle)), "page", _first(p).pages[0])),
+    "free and held": (
+        "not taken",
+        lambda p: setattr(p.state.tree, "free", p.state.tree.free | 1 << _first(p).pages[0]),
+    ),
+    "lost": ("lost", lambda p: p.state.tree.take()),
+    "scratch is free": ("lost", lambda p: setattr(p.state.tree, "free", p.state.tree.free | 1)),
+    "host page lost": ("host is lost", lambda p: setattr(p.state.tree, "host_free", 0)),
+    "a holder too many": ("other holders", lambda p: setattr(_first(p).path[0], "refs", 5)),
+    "not idle": ("not idle", lambda p: p.state.tree.idle.clear()),
+    "parent first": ("parent would go first", lambda p: _reverse(p.state.tree.idle)),
+    "waits with pages": (None, lambda p: setattr(p, "state", p.state._replace(waiting=(_first(p)._replace(id=7),)))),
+    "twice": ("queued twice", lambda p: setattr(p, "state", p.state._replace(waiting=p.state.waiting * 2))),
+    "seat": ("not taken", lambda p: setattr(p, "state", p.state._replace(seats=schedule.SEATS))),
+    "beyond its limit": (None, lambda p: _change(p, known=99)),
+    "nothing to compute": (None, lambda p: _change(p, cached=_first(p).known)),
+    "too few pages": ("without a page", lambda p: _change(p, cached=_first(p).known - 1, pages=_first(p).pages[:1])),
+}
+
+
+def _reverse(idle: dict) -> None:
+    nodes = [*idle][::-1]
+    idle.clear()
+    idle.update(dict.fromkeys(nodes))
+
+
+def _change(p: Played, **values: Any) -> None:
+    first, *rest = p.state.running
+    p.state = p.state._replace(running=(first._replace(**values), *rest))
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_check_finds(name: str) -> None:
     """A check that passes a broken state would make the tests above worth nothing."""
-    limits = Schedule(max_requests=2)
-    schedule.check(SOUND, 6, limits)
+    p = sound()
+    schedule.check(p.state, p.limits)
+    message, damage = BREAKS[name]
+    damage(p)
     with pytest.raises(AssertionError, match=message):
-        schedule.check(SOUND._replace(**broken), 6, limits)
+        schedule.check(p.state, p.limits)
+
+
+def test_planted_pages_are_found() -> None:
+    """Pages brought from elsewhere are not matched, or overwrite what is there."""
+    p = Played()
+    p.add(0, [*range(6)])
+    p.step()
+    filled = schedule.plant(p.state.tree, [*range(13)])
+    schedule.check(p.state, p.limits)
+    assert len(filled) == 3 and filled[0] == 0 and all(filled[1:])
+    assert schedule.plant(p.state.tree, [*range(13)]) == ()
+    p.add(1, [*range(13), 50])
+    assert (1, 12, 14) in p.step()[0]
+    assert schedule.plant(p.state.tree, [*range(200, 300)]) == ()  # no room

@@ -7,19 +7,22 @@ with fastgen.Engine.from_pretrained() as engine:
 """
 
 from fastgen.batch import stage
+from fastgen.cache.prefix import Counts
 from fastgen.config import SamplingParams, Settings
 from fastgen.engine import Engine
 from fastgen.models.spec import Rope, Spec, from_hf
 from fastgen.models.transformer import forward, hidden, unembed
 from fastgen.models.weights import init, load, save
 from fastgen.request import Completion, Event, Output
+from fastgen.snapshot import Snapshot
 from fastgen.step import new_cache
-from fastgen.types import Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling
+from fastgen.types import Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling, Share
 
 __all__ = [
     "Batch",
     "Cache",
     "Completion",
+    "Counts",
     "Edits",
     "Engine",
     "Event",
@@ -32,6 +35,8 @@ __all__ = [
     "Sampling",
     "SamplingParams",
     "Settings",
+    "Share",
+    "Snapshot",
     "Spec",
     "forward",
     "from_hf",

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from fastgen.request import Sample
-from fastgen.schedule import Plan
-from fastgen.schedule import Sequence as Running
-from fastgen.types import Batch, Edits, Filter, Sampling
+from fastgen.schedule import Group, Plan
+from fastgen.types import Batch, Edits, Filter, Sampling, Share
 
 INTS = ("token", "position", "slot")  # a number for each token of a step
 ROWS = ("length", "seat", "output", "temperature", "top_k", "top_p", "min_p", "processed")  # and for each sequence
@@ -28,7 +27,7 @@ def layout(
     """The arrays of a Batch of `size` tokens and `rows` sequences, int64.
 
     What the plan leaves free is padding, spread over the rows left, in the scratch page and seat 0. A token that is
-    not known yet, drawn by a step still running, is told by its seat.
+    not known yet, drawn by a step still running, is told by its seat. What is cached already is written to scratch.
     """
     first, stop = (np.fromiter((span[i] for span in plan), np.int64, len(plan)) for i in (1, 2))
     count = np.zeros(rows, np.int64)
@@ -43,6 +42,9 @@ def layout(
     position = begin[row] + np.arange(size) - start[row]
     page_of = position // page
     slot = table[seats[row], np.where(row < len(plan), page_of, 0)].astype(np.int64) * page + position % page
+    for r, span in enumerate(plan):
+        if not span.write:
+            slot[start[r]] %= page
     token = np.zeros(size, np.int64)
     token[start[: len(plan)]] = -seats[: len(plan)]
     for span, at, end in zip(plan, start.tolist(), start[1:].tolist(), strict=False):
@@ -86,27 +88,52 @@ def stage(
     return Batch(**{k: torch.from_numpy(x).to(place) for k, x in (arrays | {"pages": table}).items()})
 
 
+def sharing(groups: Sequence[Group], rows: int, width: int) -> dict[str, np.ndarray]:
+    """The arrays of a Share for a batch of `rows` sequences, with room for `places(rows)` groups of `width`."""
+    n = places(rows)
+    member, keys, skip = np.full((n, width), -1, np.int64), np.zeros(n, np.int64), np.zeros(rows, np.int64)
+    for i, (members, count) in enumerate(groups):
+        member[i, : len(members)], keys[i] = members, count
+        skip[list(members)] = count
+    return {"member": member.flatten(), "keys": keys, "skip": skip}
+
+
+def places(rows: int) -> int:
+    """Groups that share pages, at most, in a batch of so many sequences."""
+    return max(1, rows // 4)
+
+
 class Stager:
     """Puts the batches of an engine's steps on its device, and keeps what each running sequence brings in tables.
 
     On a GPU the tensors of a Batch are views of one buffer, the same for the same shape, so that captured graphs can
     read them: they change with the next step. A step costs one copy from pinned memory, which waits for nobody.
 
-    A step has at most `tokens` tokens and `rows` sequences, padding included; a sequence at most `width` pages.
+    A step has at most `tokens` tokens and `rows` sequences, padding included; a sequence at most `width` pages, a
+    group that shares pages at most `members` sequences.
     """
 
     def __init__(
-        self, seats: int, tokens: int, rows: int, width: int, page: int, vocab: int, device: torch.device
+        self,
+        seats: int,
+        tokens: int,
+        rows: int,
+        width: int,
+        page: int,
+        vocab: int,
+        device: torch.device,
+        members: int = 16,
     ) -> None:
-        self.page, self.vocab, self.device = page, vocab, device
+        self.page, self.vocab, self.device, self.members = page, vocab, device, members
         self.table = np.zeros((seats + 1, width), np.int32)
+        self.sitting: dict[int, tuple[int, tuple[int, ...]]] = {}  # seat -> sequence, and its pages in the table
         self.rows = {name: np.zeros(seats + 1, np.float32 if name in FLOATS else np.int32) for name in ROWS[3:]}
         self.seed = np.zeros(seats + 1, np.int64)
         self.pages = torch.zeros(seats + 1, width, dtype=torch.int32, device=device)
         self.last = torch.zeros(seats + 1, dtype=torch.int32, device=device)  # token last drawn in each seat
         self.cuda = device.type == "cuda"
         if self.cuda:
-            most = self._sizes(tokens, rows)
+            most = self._sizes(tokens, rows, share=True)
             words = torch.zeros(sum(most.values()), dtype=torch.int32, device="cpu")
             self._pinned = [words.pin_memory() for _ in range(2)]
             self._copied = [torch.cuda.Event() for _ in range(2)]
@@ -117,66 +144,86 @@ class Stager:
         """Of memory on the device."""
         return self.pages.nbytes + self.last.nbytes + (self._buffer.nbytes if self.cuda else 0)
 
-    def _sizes(self, tokens: int, rows: int) -> dict[str, int]:
+    def _sizes(self, tokens: int, rows: int, *, share: bool) -> dict[str, int]:
         """32-bit words of each field in the buffer; the seeds, of 64 bits, come first."""
-        return {"seed": 2 * rows} | dict.fromkeys(INTS, tokens) | {"start": rows + 1} | dict.fromkeys(ROWS, rows)
+        sizes = {"seed": 2 * rows} | dict.fromkeys(INTS, tokens) | {"start": rows + 1} | dict.fromkeys(ROWS, rows)
+        if share:
+            sizes |= {"member": places(rows) * self.members, "keys": places(rows), "skip": rows}
+        return sizes
 
-    def seat(self, arrivals: Iterable[Running], samples: Mapping[int, Sample]) -> None:
-        """Take in sequences that begin to run."""
-        arrivals = list(arrivals)
-        if not arrivals:
-            return
-        wide = max(len(s.pages) for s in arrivals)
-        rows = np.zeros((len(arrivals), wide), np.int32)
-        for row, s in zip(rows, arrivals, strict=True):
-            p = samples[s.id].params
-            row[: len(s.pages)] = s.pages
-            self.table[s.seat, :wide] = row
-            self.seed[s.seat] = samples[s.id].seed
-            values = (p.temperature, p.top_k or self.vocab, p.top_p, p.min_p, p.logprob_mode == "processed")
-            for name, value in zip(self.rows, values, strict=True):
-                self.rows[name][s.seat] = value
-        index, part = torch.tensor([s.seat for s in arrivals], device="cpu"), torch.from_numpy(rows)
-        if self.cuda:  # from pinned memory, since other copies wait for the step that is running
-            index, part = (x.pin_memory().to(self.device, non_blocking=True) for x in (index, part))
-        self.pages[:, :wide].index_copy_(0, index, part)
+    def _seat(self, plan: Plan, samples: Mapping[int, Sample]) -> None:
+        """Take in sequences that begin to run, and pages that they got."""
+        index, value = list[int](), list[int]()
+        for span in plan:
+            id, held = self.sitting.get(span.seat, (-1, ()))
+            if id != span.id:
+                p, held = samples[span.id].params, ()
+                self.seed[span.seat] = samples[span.id].seed
+                values = (p.temperature, p.top_k or self.vocab, p.top_p, p.min_p, p.logprob_mode == "processed")
+                for name, setting in zip(self.rows, values, strict=True):
+                    self.rows[name][span.seat] = setting
+            elif span.pages is held:
+                continue
+            same = len(held) if span.pages[: len(held)] == held else 0
+            self.table[span.seat, same : len(span.pages)] = span.pages[same:]
+            at = span.seat * self.table.shape[1]
+            index += range(at + same, at + len(span.pages))
+            value += span.pages[same:]
+            self.sitting[span.seat] = span.id, span.pages
+        if index:
+            words = torch.tensor([index, value], device="cpu")
+            if self.cuda:  # from pinned memory, since other copies wait for the step that is running
+                words = words.pin_memory().to(self.device, non_blocking=True)
+            self.pages.view(-1).index_copy_(0, words[0], words[1].int())
 
-    def views(self, tokens: int, rows: int) -> tuple[Batch, Sampling]:
-        """A batch of this shape, and its sampling settings, in the device's buffer."""
-        return self._fields(self._split(self._buffer, tokens, rows))
-
-    def _split(self, buffer: Tensor, tokens: int, rows: int) -> dict[str, Tensor]:
-        sizes = self._sizes(tokens, rows)
+    def _split(self, buffer: Tensor, tokens: int, rows: int, *, share: bool) -> dict[str, Tensor]:
+        sizes = self._sizes(tokens, rows, share=share)
         parts = dict(zip(sizes, buffer[: sum(sizes.values())].split(list(sizes.values())), strict=True))
         parts["seed"] = parts["seed"].view(torch.int64)
         return parts | {name: parts[name].view(torch.float32) for name in FLOATS}
 
     def _fields(self, x: dict[str, Tensor]) -> tuple[Batch, Sampling]:
-        batch = Batch(**{name: x[name] for name in (*INTS, "start", "length", "seat", "output")}, pages=self.pages)
+        share = Share(x["member"].view(-1, self.members), x["keys"], x["skip"]) if "member" in x else None
+        names = (*INTS, "start", "length", "seat", "output")
+        batch = Batch(**{name: x[name] for name in names}, pages=self.pages, share=share)
         filter = Filter(x["top_k"], x["top_p"], x["min_p"])
         return batch, Sampling(x["temperature"], x["seed"], x["length"], x["processed"], filter, None)
 
     def stage(
-        self, plan: Plan, tokens: Mapping[int, Sequence[int]], size: int, rows: int, step: int
+        self,
+        plan: Plan,
+        samples: Mapping[int, Sample],
+        size: int,
+        rows: int,
+        step: int,
+        groups: Sequence[Group] | None = None,
     ) -> tuple[Batch, Sampling]:
-        """Batch and sampling settings of a plan, padded to `size` tokens and `rows` sequences. `step` counts steps."""
+        """Batch and sampling settings of a plan, padded to `size` tokens and `rows` sequences. `step` counts steps.
+
+        `groups` None: the batch has no Share.
+        """
+        self._seat(plan, samples)
         seat = np.fromiter((span.seat for span in plan), np.int64, len(plan))
+        tokens = {span.id: samples[span.id].tokens for span in plan}
         arrays = layout(plan, tokens, seat, self.table, self.page, size, rows)
         arrays["seed"] = self.seed[arrays["seat"]]
         arrays |= {name: values[arrays["seat"]] for name, values in self.rows.items()}
-        used = sum(self._sizes(size, rows).values())
+        share = groups is not None
+        if groups is not None:
+            arrays |= sharing(groups, rows, self.members)
+        used = sum(self._sizes(size, rows, share=share).values())
         # The two pinned buffers take turns: this one's last copy was of the step before last, and has long been made.
         if self.cuda:
             self._copied[step % 2].synchronize()
         host = self._pinned[step % 2] if self.cuda else torch.empty(used, dtype=torch.int32, device="cpu")
-        parts = self._split(host, size, rows)
+        parts = self._split(host, size, rows, share=share)
         for name, part in parts.items():
             part.numpy()[:] = arrays[name]
         if not self.cuda:
             return self._fields(parts)
         self._buffer[:used].copy_(host[:used], non_blocking=True)
         self._copied[step % 2].record()
-        return self.views(size, rows)
+        return self._fields(self._split(self._buffer, size, rows, share=share))
 
 
 def edits(plan: Plan, samples: Mapping[int, Sample], device: torch.device) -> Edits | None:

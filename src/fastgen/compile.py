@@ -11,7 +11,7 @@ nothing about a cache can make them copy it or compile again, and start-up costs
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from fastgen.types import Batch, Cache, Params, Sampling
 
 MIXED = (64, 128, 256, 512, 1024)  # captured sizes of steps that prefill,
 SEQUENCES = 32  # with so many sequences, padding included
+SPARE = 1.03  # a step so much larger than needed costs no more than launching its kernels one by one
 # The arguments of each region whose first dimension is the step's tokens.
 REGIONS: dict[Callable[..., Any], tuple[int, ...]] = {
     feed: (0,),
@@ -45,11 +46,12 @@ REGIONS: dict[Callable[..., Any], tuple[int, ...]] = {
 
 
 class Shape(NamedTuple):
-    """Of a step: tokens and sequences, padding included. `decode`: one token each."""
+    """Of a step: tokens and sequences, padding included. `decode`: one token each; `shared`: in groups that share."""
 
     tokens: int
     rows: int
     decode: bool
+    shared: bool = False
 
 
 def buckets(most: int) -> tuple[int, ...]:
@@ -58,10 +60,21 @@ def buckets(most: int) -> tuple[int, ...]:
     return (*(n for n in steps if n < most), max(2, most))
 
 
+def shared_buckets(most: int) -> tuple[int, ...]:
+    """The same for steps in which sequences share pages: fewer, since a padded row costs them little."""
+    return tuple(n for n in buckets(most) if n >= 16 and (n % 64 == 0 or n in (16, 32, most)))
+
+
 def largest(limits: Schedule) -> Shape:
     """The most tokens and sequences a step may have, padding included."""
     rows = max(limits.max_requests + 1, SEQUENCES)
     return Shape(max(-(-limits.token_budget // 64) * 64 + 8, 2 * rows + 16), rows, False)
+
+
+def full(limits: Schedule) -> Shape:
+    """A step that spends its whole budget, as almost all do while many prompts wait."""
+    most = largest(limits)
+    return Shape(most.tokens - most.tokens % 64, most.rows, False)
 
 
 @contextmanager
@@ -162,18 +175,23 @@ class Stepper:
         s = self.settings.schedule
         decode = [Shape(n, n, True) for n in buckets(s.max_requests)]
         mixed = [Shape(n, SEQUENCES, False) for n in MIXED if n <= s.token_budget]
-        return tuple(sorted((*decode, *mixed), reverse=True))
+        p = self.settings.pages
+        shared = [
+            Shape(n, n, True, True) for n in shared_buckets(s.max_requests) if p.prefix_cache & p.shared_attention
+        ]
+        return tuple(sorted({*decode, *shared, *mixed, full(s)}, reverse=True))
 
-    def shape(self, tokens: int, rows: int, *, scored: bool) -> Shape:
+    def shape(self, tokens: int, rows: int, *, scored: bool, shared: bool = False) -> Shape:
         """The shape in which a step of so many tokens and sequences is run."""
         decode, limits = tokens == rows, self.settings.schedule
         if self.how == "eager":
-            return Shape(tokens, rows, decode)
+            return Shape(tokens, rows, decode, shared)
         if decode:
-            fits = [s for s in self.graphs if s.decode and s.rows >= rows]
+            fits = [s for s in self.graphs if s.decode and s.shared == shared and s.rows >= rows]
             n = max(2, rows)
-            return min(fits, default=Shape(n, n, True))
+            return min(fits, default=Shape(n, n, True, shared))
         fits = [s for s in self.graphs if not (s.decode or scored) and s.tokens >= tokens and s.rows > rows]
+        fits = [s for s in fits if s != full(limits) or s.tokens <= tokens * SPARE]
         # Few different sizes, each with kernels of its own in the libraries.
         grain, wide = 64 if tokens > 512 else 8, 1 + min(n for n in buckets(limits.max_requests) if n >= rows)
         size = -(-tokens // grain) * grain
@@ -182,20 +200,45 @@ class Stepper:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def run(self, cache: Cache, batch: Batch, sampling: Sampling, shape: Shape, *, scored: bool = False) -> Computed:
-        """Compute a staged step; the result lives until the next one. `scored` steps want all hidden states."""
-        if shape in self.graphs and not scored:
+    def run(
+        self,
+        cache: Cache,
+        batch: Batch,
+        sampling: Sampling,
+        shape: Shape,
+        *,
+        scored: bool = False,
+        ready: Sequence[torch.cuda.Event] = (),
+    ) -> Computed:
+        """Compute a staged step; the result lives until the next one. `scored` steps want all hidden states.
+
+        `ready`: what each layer waits for before it touches the cache, if anything.
+        """
+        if shape in self.graphs and not scored and (shape.decode or not ready):
+            if ready:
+                torch.cuda.current_stream(self.device).wait_event(ready[-1])
             graph, computed = self.graphs[shape]
             graph.replay()
             return computed
-        return self._compute(cache, batch, sampling, decode=shape.decode, scored=scored)
+        return self._compute(cache, batch, sampling, ready, decode=shape.decode, scored=scored)
 
     @_blas("cublaslt")
-    def _compute(self, cache: Cache, batch: Batch, sampling: Sampling, **how: bool) -> Computed:
+    def _compute(
+        self, cache: Cache, batch: Batch, sampling: Sampling, ready: Sequence[torch.cuda.Event] = (), **how: bool
+    ) -> Computed:
+        ops = self.ops
+        if ready:
+            layers, stream = iter(ready), torch.cuda.current_stream(self.device)
+
+            def store(*args: Any) -> Tensor:
+                stream.wait_event(next(layers))
+                return self.ops.store(*args)
+
+            ops = ops._replace(store=store)
         feed_ = feed if self.how == "eager" else self.regions(feed)
         batch = batch._replace(token=feed_(batch.token, self.stager.last))
         last = self.stager.last
-        return compute(self.params, cache, last, batch, sampling, self.spec, self.ops, self.draw, self.logits, **how)
+        return compute(self.params, cache, last, batch, sampling, self.spec, ops, self.draw, self.logits, **how)
 
     def _kinds(self) -> list[Shape]:
         """Shapes that together run every kernel: a library's are loaded when first run, which waits for the device."""
@@ -207,7 +250,7 @@ class Stepper:
         return [*mixed, *(Shape(n, min(65, most.rows), False) for n in tokens), Shape(24, 24, True)]
 
     def _padding(self, shape: Shape) -> tuple[Batch, Sampling]:
-        return self.stager.stage((), {}, shape.tokens, shape.rows, 0)
+        return self.stager.stage((), {}, shape.tokens, shape.rows, 0, () if shape.shared else None)
 
     @torch.no_grad()
     def measure(self, cache: Cache) -> int:
@@ -217,7 +260,7 @@ class Stepper:
         """
         for shape in (*self._kinds(), largest(self.settings.schedule)):
             self._compute(cache, *self._padding(shape), decode=shape.decode)
-        largest_graphs = {shape.decode: shape for shape in reversed(self.shapes())}
+        largest_graphs = {(shape.decode, shape.shared): shape for shape in reversed(self.shapes())}
         for shape in largest_graphs.values():
             self._capture(cache, shape)
         torch.cuda.synchronize()

@@ -20,6 +20,12 @@ def _choice(owner: str, name: str, value: object, options: tuple[str, ...]) -> N
         raise ValueError(f"{owner}.{name} must be one of {', '.join(options)}, got {value!r}")
 
 
+def _flag(owner: str, name: str, value: object, options: str = "true or false") -> None:
+    """ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}.{name} must be {options}, got {value!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request is sampled. Independent of the batch it runs in.
@@ -120,8 +126,8 @@ class Schedule:
         for name in ("max_requests", "token_budget", "prefill_chunk"):
             if getattr(self, name) is not None:
                 _range("schedule", name, getattr(self, name), 1, whole=True)
-        if self.overlap is not None and not isinstance(self.overlap, bool):
-            raise ValueError(f"schedule.overlap must be true, false or null, got {self.overlap!r}")
+        if self.overlap is not None:
+            _flag("schedule", "overlap", self.overlap, "true, false or null")
         if self.token_budget < self.max_requests:
             raise ValueError(
                 f"schedule.token_budget ({self.token_budget}) must be at least schedule.max_requests "
@@ -131,15 +137,19 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """Size of the paged cache."""
+    """The paged cache: its size, and what of it is used again."""
 
     page_size: int = 16  # tokens
+    prefix_cache: bool = True  # a request begins with the longest cached beginning of its prompt
+    shared_attention: bool = True  # pages that decoding sequences share are read once for all, where that pays
     cache_tokens: int | None = None  # capacity; None: from the memory that is free
     # Of the GPU's memory, for everything together, where cache_tokens is None (on a CPU the cache is then 1 GB).
     cache_fraction: float = 0.92
 
     def __post_init__(self) -> None:
         _range("pages", "page_size", self.page_size, 1, whole=True)
+        for name in ("prefix_cache", "shared_attention"):
+            _flag("pages", name, getattr(self, name))
         if self.cache_tokens is not None:
             _range("pages", "cache_tokens", self.cache_tokens, self.page_size, whole=True)
         _range("pages", "cache_fraction", self.cache_fraction, 0.01, 0.98, whole=False)
@@ -147,12 +157,16 @@ class Pages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offload:
-    """Where pages go that do not fit the device."""
+    """Where pages go that do not fit the device. `host`: to memory of the host, which is taken when the engine starts."""
 
     offload: str = "none"
+    host_gb: float = 8.0  # of pinned memory, 1e9 bytes
+    keep: str = "all"  # pages of everything that was computed, or of preempted requests alone (`parked`)
 
     def __post_init__(self) -> None:
-        _choice("offload", "offload", self.offload, ("none",))
+        _choice("offload", "offload", self.offload, ("none", "host"))
+        _choice("offload", "keep", self.keep, ("all", "parked"))
+        _range("offload", "host_gb", self.host_gb, 1e-6, whole=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,11 @@
 """The engine: parameters, a paged cache and a scheduler's state, advanced a step at a time."""
 
+import hashlib
 import itertools
 import random
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastgen import schedule, tokenizer
-from fastgen.batch import Stager, edits
-from fastgen.cache import pages
+from fastgen.batch import Stager, edits, places
+from fastgen.cache.host import Mover, page_bytes
+from fastgen.cache.prefix import Counts, Tree
 from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
 from fastgen.models import default, weights
@@ -25,6 +27,7 @@ from fastgen.models.spec import Spec, from_hf
 from fastgen.profiler import OFF, Profiler, Window
 from fastgen.request import Completion, Event, Output, Sample, longest
 from fastgen.sampling import sample
+from fastgen.snapshot import Snapshot
 from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
 from fastgen.types import Batch, Filter, Params, Sampling
@@ -46,6 +49,22 @@ class Launched(NamedTuple):
         token, logprob, top_token, top_logprob = (t.tolist() for t in self.results)
         tops = (list(zip(*pair, strict=True)) for pair in zip(top_token, top_logprob, strict=True))
         return zip(token, logprob, tops if top_token else itertools.repeat([]), strict=False)
+
+
+class _Tokens(Mapping[int, Sequence[int]]):
+    """The tokens of samples, by sequence."""
+
+    def __init__(self, samples: dict[int, Sample]) -> None:
+        self._samples = samples
+
+    def __getitem__(self, id: int) -> Sequence[int]:
+        return self._samples[id].tokens
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
 
 class Engine:
@@ -72,12 +91,19 @@ class Engine:
         page, limits = self.settings.pages.page_size, self.settings.schedule
         context, most = min(spec.context, self.settings.pages.cache_tokens or spec.context), largest(limits)
         widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
-        self._stager = Stager(limits.max_requests, *most[:2], widest, page, spec.vocab, self.device)
+        members = max(1, 64 // (spec.q_heads // spec.kv_heads))  # whose queries fill a tile of attention
+        self._stager = Stager(limits.max_requests, *most[:2], widest, page, spec.vocab, self.device, members)
         self._stepper = Stepper(params, spec, self.settings, self._stager)
+        host = self.settings.offload.host_gb * 1e9 if self.settings.offload.offload == "host" else 0
+        host_pages = int(host // page_bytes(spec, page, self.dtype.itemsize))
+        if host and not host_pages:
+            raise ValueError(f"offload.host_gb={self.settings.offload.host_gb} holds not even a page: raise it")
+        self._mover = Mover(spec, page, self.dtype, self.device, host_pages)
         self.capacity = self._capacity()  # tokens
         self.cache = new_cache(spec, self.capacity + page, device=self.device, dtype=self.dtype)
+        self._mover.attach(self.cache)
         self._stepper.warm_up(self.cache, progress=progress)
-        self.state = schedule.State(page=page, free=pages.pool(self.capacity // page + 1))
+        self.state = schedule.State(self._tree())
         self.batch: Batch | None = None  # of the last step launched, to look at
         self.steps = 0  # launched
         me = weakref.ref(self)  # a reference back would keep the memory until Python looks for cycles
@@ -123,6 +149,23 @@ class Engine:
         if progress and device != "cpu":
             print(engine.table(), file=sys.stderr, flush=True)
         return engine
+
+    def _tree(self, counts: Counts | None = None) -> Tree:
+        """A tree in which nothing is cached."""
+        s = self.settings
+        tree = Tree(
+            s.pages.page_size,
+            self.capacity // s.pages.page_size + 1,
+            self._mover.host_pages,
+            prefix=s.pages.prefix_cache,
+            only_parked=s.offload.keep == "parked",
+        )
+        tree.counts = counts or tree.counts
+        return tree
+
+    def _known(self) -> schedule.Known:
+        """Of each sequence, the tokens whose values are known."""
+        return _Tokens(self._samples)
 
     def _capacity(self) -> int:
         """Tokens the cache holds, in whole pages."""
@@ -176,8 +219,10 @@ class Engine:
         try:
             for index in range(params.n):
                 id = next(self._ids)
-                self._samples[id] = Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live)
-                self.state = schedule.add(self.state, schedule.Sequence(id, len(prompt_ids), limit))
+                sample = Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live)
+                self._samples[id] = sample
+                sequence = schedule.Sequence(id, len(prompt_ids), limit, sample.scores_prompt)
+                self.state = schedule.add(self.state, sequence)
         except BaseException:
             self._abort([output.request_id])  # not a part of it stays
             raise
@@ -188,7 +233,7 @@ class Engine:
         ids = [id for id, s in self._samples.items() if s.output.request_id == request_id]
         if not ids:
             return None
-        self.state = schedule.drop(self.state, ids)
+        self.state = schedule.drop(self.state, ids, self._known())
         samples = [self._samples.pop(id) for id in ids]
         self._undelivered += [s.end("abort") for s in samples if not s.completion.finish_reason]
         return samples[0].output
@@ -197,6 +242,106 @@ class Engine:
     def unfinished(self) -> bool:
         """Whether a step has anything left to do or to report."""
         return bool(self._samples or self._undelivered)
+
+    # --- values -----------------------------------------------------------------------------------------------------
+
+    def fork(self, request_id: int, n: int = 1, *, index: int = 0, seeds: Sequence[int] | None = None) -> list[int]:
+        """Go on from a request's present token in `n` further requests, each with a seed of its own; their ids.
+
+        They share the pages of what was computed and copy the one that is not full. Events tell what is new; their
+        outputs begin with the tokens that were there. `index` says which of several completions. ValueError if that
+        has ended, or `seeds` are not n.
+        """
+        going = self._unfinished(request_id)
+        given = [self._random.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
+        if n < 1 or len(given) != n:
+            raise ValueError(f"fork of request {request_id}: n={n} copies and {len(given)} seeds")
+        if index not in going:
+            raise ValueError(
+                f"fork of request {request_id}: completion {index} has ended; those that go on: {[*going]}"
+            )
+        source, new = going[index], list[int]()
+        sample = self._samples[source]
+        for seed in given:
+            id, copy = next(self._ids), sample.fork(next(self._request_ids), seed)
+            self._samples[id] = copy
+            sequence = schedule.Sequence(id, len(copy.tokens), copy.limit, copy.scores_prompt)
+            self.state = schedule.fork(self.state, source, sequence, self._known())
+            new.append(copy.output.request_id)
+        return new
+
+    @torch.no_grad()
+    def snapshot(self, request_id: int, *, pages: bool = False) -> Snapshot:
+        """A request as it stands, as a value that can be saved and restored, here or by another engine.
+
+        `pages`: with its keys and values, so that nothing has to be computed again. The request goes on.
+        ValueError if it has ended.
+        """
+        going = self._unfinished(request_id)
+        samples = {i: self._samples[id] for i, id in going.items()}
+        found = Snapshot.of(next(iter(samples.values())).output, samples)
+        if pages:
+            running = {s.id: s for s in self.state.running}
+            cached = {i: running[id] for i, id in going.items() if id in running and running[id].cached}
+            found.model = self._fingerprint()
+            found.pages = {
+                i: self._mover.read(s.pages[: schedule.need(self.state.page, s.cached)], s.cached)
+                for i, s in cached.items()
+            }
+        return found
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> int:
+        """Go on with a request that was saved; its id here. It gets the tokens that it would have got.
+
+        Pages are used if they are of this model and this engine keeps a prefix cache. ValueError for what cannot run.
+        """
+        has_text = self.tokenizer is not None
+        limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
+        output, samples = snapshot.revive(next(self._request_ids), limit, self._eos, self.tokenizer)
+        if snapshot.pages and self.state.tree.prefix and snapshot.model == self._fingerprint():
+            for i, values in snapshot.pages.items():
+                self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
+        for sample in samples:
+            id = next(self._ids)
+            self._samples[id] = sample
+            sequence = schedule.Sequence(id, len(sample.tokens), limit, sample.scores_prompt)
+            self.state = schedule.add(self.state, sequence)
+        return output.request_id
+
+    def touch(self) -> None:
+        """Say that the parameters have changed: nothing that is cached of the old ones is used any more.
+
+        What is running goes on with the keys and values it has.
+        """
+        self.state.tree.reset()
+
+    def _unfinished(self, request_id: int) -> dict[int, int]:
+        """A request's completions that go on, with all tokens drawn so far: index -> sequence. ValueError if none."""
+        self._receive()
+        found = {s.index: id for id, s in self._samples.items() if s.output.request_id == request_id}
+        if not found:
+            raise ValueError(f"request {request_id} is not running here: it has ended, or never was")
+        return found
+
+    def _fingerprint(self) -> str:
+        """Tells models apart, and one's parameters before and after training."""
+        p, last = self.params, self.params.layers[-1]
+        parts = (p.embed[:8], p.norm, last.qkv[:8], last.down[:8], last.ffn_norm)
+        digest = hashlib.blake2b(repr((self.spec, self.dtype)).encode(), digest_size=16)
+        for x in parts:
+            digest.update(x.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _adopt(self, tokens: Sequence[int], values: Tensor) -> None:
+        """Put keys and values of some tokens into the tree, as if a request had left them, if there is room."""
+        held = schedule.plant(self.state.tree, tokens)
+        if not held:
+            return
+        out, copies, back = self.state.tree.moves()
+        for event in self._mover.move(schedule.Moves(out, copies, back)):
+            torch.cuda.current_stream(self.device).wait_event(event)
+        self._mover.write(held, values[:, :, : len(held) * self.state.page])
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -209,8 +354,7 @@ class Engine:
         try:
             self._step()
         except BaseException:
-            self._running = None
-            self._abort_all()
+            self._fail()
             raise
         events, self._undelivered = self._undelivered, []
         return events
@@ -219,34 +363,45 @@ class Engine:
         if self._running and any(s.looks_back for s in self._samples.values()):
             self._receive()  # somebody's next token depends on what the last ones were
         with self.profiler.range("plan"):
-            state, plan = schedule.plan(self.state, self.settings.schedule)
+            self.state, plan, moves = schedule.plan(self.state, self.settings.schedule, self._known())
         with self.profiler.step(plan) if plan else OFF:
             try:
-                launched = self._launch(state, plan) if plan else None
+                launched = self._launch(plan, moves) if plan else None
             finally:
                 self._receive()  # of the step before
             self._running = launched
         if not self.settings.schedule.overlap:
             self._receive()
 
-    def _launch(self, state: schedule.State, plan: schedule.Plan) -> Launched:
+    def _launch(self, plan: schedule.Plan, moves: schedule.Moves) -> Launched:
         """Set a planned step going; the state is then as if it had been done, and nobody had stopped."""
         samples = [self._samples[span.id] for span in plan]
+        for s in moves.admitted:
+            self._samples[s.id].admitted(s.reused)
         scored = any(s.scores_prompt for s in samples)
         count = sum(span.stop - span.start for span in plan)
-        shape = self._stepper.shape(count, len(plan), scored=scored)
+        groups = self._groups(plan) if count == len(plan) and not scored else ()
+        shape = self._stepper.shape(count, len(plan), scored=scored, shared=bool(groups))
         with self.profiler.range("stage"):
-            self._stager.seat(state.running[len(self.state.running) :], self._samples)
-            tokens = {span.id: s.tokens for span, s in zip(plan, samples, strict=True)}
-            batch, settings = self._stager.stage(plan, tokens, shape.tokens, shape.rows, self.steps)
+            share = groups if shape.shared else None
+            batch, settings = self._stager.stage(plan, self._samples, shape.tokens, shape.rows, self.steps, share)
+        with self.profiler.range("move"):
+            ready = self._mover.move(moves)
         with self.profiler.range("forward"):
-            computed = self._stepper.run(self.cache, batch, settings, shape, scored=scored)
+            computed = self._stepper.run(self.cache, batch, settings, shape, scored=scored, ready=ready)
             if computed.hidden is not None:
                 self._score_prompts(plan, computed.hidden)
             launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings))
-        self.state, self.batch = schedule.commit(state, plan, ()), batch
+        self.state, self.batch = schedule.commit(self.state, plan, (), self._known()), batch
         self.steps += 1
         return launched
+
+    def _groups(self, plan: schedule.Plan) -> tuple[schedule.Group, ...]:
+        """Sequences whose shared pages are read together; none where the attention cannot."""
+        p = self.settings.pages
+        if not (p.prefix_cache and p.shared_attention and self.settings.compile.attention == "triton"):
+            return ()
+        return schedule.groups(self.state, plan, self._stager.members, places(len(plan)))
 
     def _draw(
         self, plan: schedule.Plan, samples: list[Sample], computed: Computed, batch: Batch, settings: Sampling
@@ -294,7 +449,7 @@ class Engine:
                     self._undelivered.append(event)
                     if event.finish_reason:
                         stopped.add(span.id)
-        self.state = schedule.drop(self.state, stopped)
+        self.state = schedule.drop(self.state, stopped, self._known())
         for id in stopped:
             del self._samples[id]
 
@@ -304,10 +459,14 @@ class Engine:
         for span in plan:
             sample = self._samples[span.id]
             out, top = sample.output, sample.params.prompt_logprobs
-            n = min(span.stop, len(out.prompt_token_ids) - 1) - span.start  # the last one predicts no prompt token
-            if out.prompt_logprobs is not None and top is not None and sample.index == 0 and n > 0:
-                target = out.prompt_token_ids[span.start + 1 : span.start + 1 + n]
-                value, best = score(self.params, x[at : at + n], target, top)
+            if out.prompt_logprobs is not None and top is not None and sample.index == 0:
+                first = max(span.start, len(out.prompt_logprobs) - 1)  # a parked request is computed again
+                stop = min(span.stop, len(out.prompt_token_ids) - 1)  # the last one predicts no prompt token
+                if first >= stop:
+                    at += span.stop - span.start
+                    continue
+                target = out.prompt_token_ids[first + 1 : stop + 1]
+                value, best = score(self.params, x[at + first - span.start : at + stop - span.start], target, top)
                 out.prompt_logprobs += value
                 if out.prompt_top_logprobs is not None:
                     out.prompt_top_logprobs += best
@@ -332,17 +491,29 @@ class Engine:
         rows = {
             "weights": f"{gb['params']:.1f} GB {str(self.dtype).removeprefix('torch.')} on {self.device}",
             "cache": f"{gb['cache']:.1f} GB: {self.capacity} tokens, {self.capacity // page} pages of {page}",
+            "host": self._hosted(),
             "steps": f"up to {s.token_budget} tokens, {s.max_requests} sequences; {self.settings.compile.compile}, "
             f"{self.settings.compile.attention}{', overlapped' if s.overlap else ''}",
             "graphs": f"{gb['graphs']:.1f} GB: {graphs}" if graphs else "none",
         }
-        return "\n".join(f"{name:8s} {text}" for name, text in rows.items())
+        return "\n".join(f"{name:8s} {text}" for name, text in rows.items() if text)
+
+    def _hosted(self) -> str:
+        mover = self._mover
+        size = mover.host_pages * page_bytes(self.spec, mover.page, self.dtype.itemsize) / 1e9
+        return f"{size:.1f} GB: {mover.host_pages} pages, taken in {mover.seconds:.1f} s" if mover.host_pages else ""
+
+    @property
+    def counts(self) -> Counts:
+        """What prefix reuse, host pages and preemption did so far."""
+        return self.state.tree.counts
 
     def _owners(self) -> dict[str, int]:
         """Bytes of the device's memory by what they hold."""
         params = {w.data_ptr(): w.nbytes for w in tree_leaves(self.params) if w is not None}
         cache = sum(w.nbytes for w in tree_leaves(self.cache))
-        return {"params": sum(params.values()), "cache": cache, "tables": self._stager.bytes, **self._stepper.bytes()}
+        found = {"params": sum(params.values()), "cache": cache, "tables": self._stager.bytes}
+        return found | {"staging": self._mover.bytes} | self._stepper.bytes()
 
     # --- many at once -----------------------------------------------------------------------------------------------
 
@@ -413,6 +584,13 @@ class Engine:
         finally:
             self._abort(left)
 
+    def _fail(self) -> None:
+        """After an error anywhere in a step: end everything. What was cached may never have been computed."""
+        self._running = None
+        self._undelivered += [s.end("abort") for s in self._samples.values() if not s.completion.finish_reason]
+        self._samples.clear()
+        self.state = schedule.State(self._tree(self.state.tree.counts))
+
     def _abort_all(self) -> None:
         """Abort everything; whoever waits for it hears of it."""
         for id in {s.output.request_id for s in self._samples.values()}:
@@ -430,7 +608,9 @@ class Engine:
         """Abort everything and let go of cache and parameters."""
         self._abort_all()
         self._running = None
-        for name in ("_stepper", "cache", "params"):  # graphs before what they read
+        if "_mover" in self.__dict__:
+            self._mover.close()
+        for name in ("_stepper", "_mover", "cache", "params"):  # graphs before what they read
             self.__dict__.pop(name, None)
 
     def __enter__(self) -> "Engine":

@@ -3,7 +3,8 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ class Output:
     completions: list[Completion]
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
+    cached_tokens: int = 0  # of the prompt, found in the cache; of all completions together
 
     @property
     def finished(self) -> bool:
@@ -124,10 +126,46 @@ class Sample:
         self.scores_prompt = p.prompt_logprobs is not None and index == 0
         self.text = Detokenizer(tokenizer, self.tokens, params.stop) if tokenizer is not None else None
         self.counts: Counter[int] = Counter()  # of generated tokens
+        self.started = False  # whether it ever ran
         c = self.completion = output.completions[index]
         if params.logprobs is not None:
             c.logprobs = []
             c.top_logprobs = [] if params.logprobs else None
+
+    def admitted(self, reused: int) -> None:
+        """It begins to run, with so many of its tokens found in the cache; after a preemption it does so again."""
+        if not self.started:
+            self.output.cached_tokens += min(reused, self.prompt)
+        self.started = True
+
+    def fork(self, request_id: int, seed: int) -> "Sample":
+        """Another one with the same past and a seed of its own, as the one completion of a new request."""
+        c, o = self.completion, self.output
+        other = copy(self)
+        other.index, other.seed, other.tokens, other.counts = 0, seed, [*self.tokens], Counter(self.counts)
+        other.text, other.started = None if self.text is None else self.text.copy(), False
+        other.completion = replace(
+            c,
+            token_ids=[*c.token_ids],
+            logprobs=None if c.logprobs is None else [*c.logprobs],
+            top_logprobs=None if c.top_logprobs is None else [*c.top_logprobs],
+        )
+        other.output = Output(request_id, o.prompt_token_ids, [other.completion])
+        if o.prompt_logprobs is not None and self.index == 0:
+            other.output.prompt_logprobs = [*o.prompt_logprobs]
+            other.output.prompt_top_logprobs = o.prompt_top_logprobs and [*o.prompt_top_logprobs]
+        other.scores_prompt = self.scores_prompt and len(o.prompt_logprobs or ()) < self.prompt
+        return other
+
+    def resume(self, past: Completion) -> None:
+        """Take up where an earlier completion of the same request was left."""
+        c = self.completion
+        c.token_ids, c.logprobs, c.top_logprobs = past.token_ids, past.logprobs, past.top_logprobs
+        self.tokens += c.token_ids
+        self.counts.update(c.token_ids)
+        if self.text is not None and self.live:
+            for token in c.token_ids:
+                self.text.push(token, may_stop=False)
 
     def edits(self) -> dict[int, tuple[float, int, bool]]:
         """token -> (bias, times generated, seen in prompt or output), where this sample changes logits."""

@@ -1,6 +1,7 @@
 """Text to tokens and back: any tokenizer of `transformers`, chat templates, and decoding as tokens arrive."""
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -85,6 +86,12 @@ class Detokenizer:
         self.taken = [next((end for end in ends if not self._decode(end).startswith("\ufffd")), ends[0])]
         self.pending: list[int] = []  # tokens after those
         self.decoded = len(self._window())  # characters taken of the text of both
+
+    def copy(self) -> "Detokenizer":
+        """One that goes on from here by itself."""
+        other = copy(self)
+        other.taken, other.pending = [*self.taken], [*self.pending]
+        return other
 
     def _window(self) -> str:
         return self._decode([*chain(*self.taken), *self.pending])

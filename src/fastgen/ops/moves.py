@@ -1,0 +1,35 @@
+"""Pages from place to place, for all layers in one kernel: a table of addresses says where each layer's pages begin."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+WORDS = 2048  # of 8 bytes, copied by a program
+
+
+@triton.jit
+@no_type_check  # pointers, numbers and constants, in Triton's own language
+def _move(source, target, index, pairs, words, source_stride, target_stride, B: tl.constexpr):
+    pair, leaf, at = tl.program_id(0), tl.program_id(1), tl.program_id(2) * B + tl.arange(0, B)
+    a = tl.load(source + leaf).to(tl.pointer_type(tl.int64)) + tl.load(index + pair) * source_stride
+    b = tl.load(target + leaf).to(tl.pointer_type(tl.int64)) + tl.load(index + pairs + pair) * target_stride
+    tl.store(b + at, tl.load(a + at, mask=at < words), mask=at < words)
+
+
+def move(
+    source: Int[Tensor, " leaves"], target: Int[Tensor, " leaves"], index: Int[Tensor, "2 pairs"], words: int,
+    source_stride: int, target_stride: int,
+) -> None:  # fmt: skip
+    """Copies `words` 8-byte words from page index[0, i] of every source leaf to page index[1, i] of its target.
+
+    `source` and `target` hold the leaves' addresses (int64), `*_stride` the words from one page to the next. No page
+    may be both read and written.
+    """
+    pairs = index.shape[1]
+    grid = (pairs, len(source), triton.cdiv(words, WORDS))
+    _move[grid](source, target, index, pairs, words, source_stride, target_stride, B=WORDS, num_warps=8)
