@@ -1,6 +1,7 @@
 """From a plan, in ints, to the tensors of a step."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,8 @@ def stage(
     arrays = layout(plan, tokens, np.arange(1, len(plan) + 1), table, page, max(pad, used), rows)
     arrays["output"] = arrays["output"][[r for r, span in enumerate(plan) if span.sample]]
     place = device or torch.get_default_device()
-    return Batch(**{k: torch.from_numpy(x).to(place) for k, x in (arrays | {"pages": table}).items()})
+    tensors: dict[str, Any] = {k: torch.from_numpy(x).to(place) for k, x in (arrays | {"pages": table}).items()}
+    return Batch(**tensors)
 
 
 def sharing(groups: Sequence[Group], rows: int, width: int) -> dict[str, np.ndarray]:

@@ -176,9 +176,8 @@ class Stepper:
         decode = [Shape(n, n, True) for n in buckets(s.max_requests)]
         mixed = [Shape(n, SEQUENCES, False) for n in MIXED if n <= s.token_budget]
         p = self.settings.pages
-        shared = [
-            Shape(n, n, True, True) for n in shared_buckets(s.max_requests) if p.prefix_cache & p.shared_attention
-        ]
+        groups = shared_buckets(s.max_requests) if p.prefix_cache and p.shared_attention else ()
+        shared = [Shape(n, n, True, True) for n in groups]
         return tuple(sorted({*decode, *shared, *mixed, full(s)}, reverse=True))
 
     def shape(self, tokens: int, rows: int, *, scored: bool, shared: bool = False) -> Shape:

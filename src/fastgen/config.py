@@ -157,7 +157,7 @@ class Pages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offload:
-    """Where pages go that do not fit the device. `host`: to memory of the host, which is taken when the engine starts."""
+    """Where pages go that do not fit the device. `host`: to memory of the host, taken when the engine starts."""
 
     offload: str = "none"
     host_gb: float = 8.0  # of pinned memory, 1e9 bytes

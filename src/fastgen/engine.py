@@ -257,9 +257,7 @@ class Engine:
         if n < 1 or len(given) != n:
             raise ValueError(f"fork of request {request_id}: n={n} copies and {len(given)} seeds")
         if index not in going:
-            raise ValueError(
-                f"fork of request {request_id}: completion {index} has ended; those that go on: {[*going]}"
-            )
+            raise ValueError(f"fork of request {request_id}: completion {index} has ended; {[*going]} go on")
         source, new = going[index], list[int]()
         sample = self._samples[source]
         for seed in given:
@@ -302,10 +300,10 @@ class Engine:
         if snapshot.pages and self.state.tree.prefix and snapshot.model == self._fingerprint():
             for i, values in snapshot.pages.items():
                 self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
-        for sample in samples:
+        for one in samples:
             id = next(self._ids)
-            self._samples[id] = sample
-            sequence = schedule.Sequence(id, len(sample.tokens), limit, sample.scores_prompt)
+            self._samples[id] = one
+            sequence = schedule.Sequence(id, len(one.tokens), limit, one.scores_prompt)
             self.state = schedule.add(self.state, sequence)
         return output.request_id
 

@@ -68,7 +68,7 @@ class Snapshot:
         p, samples = self.params, []
         if p.prompt_logprobs is not None:
             output.prompt_logprobs = [*self.prompt_logprobs] if self.prompt_logprobs else [None]
-            tops = [*self.prompt_top_logprobs] if self.prompt_top_logprobs else [None]
+            tops: list[TopLogprobs | None] = [*self.prompt_top_logprobs] if self.prompt_top_logprobs else [None]
             output.prompt_top_logprobs = tops if p.prompt_logprobs else None
         for i, seed in self.seeds.items():
             output.completions[i] = Completion()
@@ -104,7 +104,7 @@ class Snapshot:
                 about = f.metadata() or {}
                 if about.get("format") != FORMAT:
                     raise ValueError(f"{path} is not a snapshot: its format is {about.get('format')!r}, not {FORMAT!r}")
-                x = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - it is no mapping
+                x = {name: f.get_tensor(name) for name in f.keys()}
         except SafetensorError as e:
             raise ValueError(f"{path} is not a snapshot: {e}") from e
         a = json.loads(about["about"])

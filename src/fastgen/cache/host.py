@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def pinned(size: int) -> tuple[Tensor, mmap.mmap]:
     with ThreadPoolExecutor() as pool:
         list(pool.map(touch, whole.split(part)))
     if torch.cuda.is_available():
-        status = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), len(whole), 0)
+        driver: Any = torch.cuda.cudart()
+        status = driver.cudaHostRegister(whole.data_ptr(), len(whole), 0)
         if int(status):
             raise MemoryError(f"the GPU's driver refused {len(whole) / 1e9:.1f} GB of pinned memory: {status}")
     return whole[:size], memory
@@ -81,9 +83,9 @@ class Mover:
             shape = (self.slots if host_pages else 0, 2, self.elements)
             self._ring, self._inbox = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
             self._at = 0  # where the ring goes on
-            self._taken: list[tuple[int, int, torch.cuda.Event]] = []  # its parts that are still read
+            self._taken: list[tuple[int, int, Any]] = []  # its parts that are still read
             self._gather, self._out, self._in = (torch.cuda.Stream(device) for _ in range(3))
-            self._busy: dict[int, torch.cuda.Event] = {}  # pages of the host that were written or read last by this
+            self._busy: dict[int, Any] = {}  # pages of the host that were written or read last by this
 
     def attach(self, cache: Cache) -> None:
         """Say where the cache is."""
@@ -240,5 +242,6 @@ class Mover:
         """Let go of the host's pages."""
         if self._memory is not None and self.cuda:
             torch.cuda.synchronize(self.device)
-            torch.cuda.cudart().cudaHostUnregister(self.host[0].data_ptr())
+            driver: Any = torch.cuda.cudart()
+            driver.cudaHostUnregister(self.host[0].data_ptr())
         self.host, self._memory = (), None
