@@ -73,6 +73,93 @@ def test_same_as_eager(settings: dict[str, Any], wanted: list[fastgen.Output]) -
         assert a.prompt_logprobs == (None if b.prompt_logprobs is None else [None, *map(approx, b.prompt_logprobs[1:])])
 
 
+def related(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts that begin alike, each with several samples: pages are shared, copied, and read in groups."""
+    r = random.Random(seed)
+    stems = [[r.randrange(5003) for _ in range(n)] for n in (64, 256, 700)]
+    prompts = [[*r.choice(stems), *(r.randrange(5003) for _ in range(r.choice((0, 1, 30))))] for _ in range(24)]
+    return prompts, [
+        SamplingParams(temperature=r.choice((0, 1)), seed=i, n=r.choice((1, 6, 16)), max_tokens=r.randrange(8, 60))
+        for i in range(24)
+    ]
+
+
+HIERARCHY = {
+    "device": {},
+    "alone": {"shared_attention": False},
+    "host": {"offload": "host", "host_gb": 0.05, "cache_tokens": 4096},
+    "host only": {"offload": "host", "host_gb": 0.05, "cache_tokens": 8192, "prefix_cache": False},
+    "preempted": {"cache_tokens": 3072},
+}
+
+
+@pytest.mark.parametrize("name", HIERARCHY)
+def test_hierarchy_same_as_without(name: str) -> None:
+    """fp32: pages that are shared, copied, read in groups, evicted, paged out and in, or lost give the same tokens."""
+    load_ = related(3)
+    with engine(compile="eager", prefix_cache=False) as e:
+        wanted = e.generate(*load_, progress=False)
+    with engine(**HIERARCHY[name]) as e:
+        compiled, captured, grouped = compilations(), e._stepper.captures, 0
+        for _ in range(2):
+            for prompt, params in zip(*load_, strict=True):
+                e.add(prompt, params)
+            got = {}
+            while e.unfinished:
+                got |= {event.request_id: event.output for event in e.step() if event.output is not None}
+                grouped += e.batch is not None and e.batch.share is not None
+                schedule.check(e.state, e.settings.schedule)
+            for id, b in zip(sorted(got), wanted, strict=True):
+                assert [c.token_ids for c in got[id].completions] == [c.token_ids for c in b.completions]
+        assert (compilations(), e._stepper.captures) == (compiled, captured), "compiled or captured after the start"
+        n = e.counts
+        assert n.reused and (grouped > 0) is (name in ("device", "host", "preempted"))
+        if "host" in name:
+            assert n.paged_out > 20 and n.paged_in > 20
+        if name == "preempted":
+            assert n.parked and n.evicted
+
+
+def test_bf16_differs_by_rounding_only() -> None:
+    """Greedy tokens of captured and of eager bf16: both are as far from fp32, and part only where fp32 has a tie."""
+    params = fastgen.init(SPEC, 1, device="cuda")
+    for w in (params.embed, params.head, *(w for layer in params.layers for w in layer)):
+        if w is not None and w.ndim == 2:
+            w *= 3  # distributions that are not flat
+    half = torch.utils._pytree.tree_map(lambda w: w.bfloat16(), params)
+    exact = torch.utils._pytree.tree_map(lambda w: w.float(), half)
+    r = random.Random(5)
+    prompts = [[r.randrange(5003) for _ in range(r.choice((3, 60, 300)))] for _ in range(64)]
+    greedy, found, noise = SamplingParams(temperature=0, max_tokens=64, logprobs=0, ignore_eos=True), {}, {}
+    score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    with fastgen.Engine(exact, SPEC, progress=False, compile="eager", **SETTINGS) as fp32:
+        for how in ("eager", "graphs"):
+            with fastgen.Engine(half, SPEC, progress=False, compile=how, **SETTINGS) as e:
+                found[how] = [o.completions[0] for o in e.generate(prompts, greedy, progress=False)]
+            whole = [p + c.token_ids for p, c in zip(prompts, found[how], strict=True)]
+            scored = fp32.generate(whole, score, progress=False)
+            errors = [
+                abs(a - b)
+                for p, c, o in zip(prompts, found[how], scored, strict=True)
+                for a, b in zip(c.logprobs or (), (o.prompt_logprobs or ())[len(p) :], strict=True)
+                if b is not None
+            ]
+            noise[how] = sum(errors) / len(errors), max(errors)
+        print("mean and largest difference from fp32:", noise)
+        assert noise["graphs"][0] < 1.25 * noise["eager"][0] + 1e-4
+        parted = 0
+        for p, a, b in zip(prompts, found["eager"], found["graphs"], strict=True):
+            at = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y), None)
+            if at is None:
+                continue
+            parted += 1
+            common = p + a.token_ids[:at]
+            both = fp32.generate([[*common, x.token_ids[at]] for x in (a, b)], score, progress=False)
+            one, other = ((o.prompt_logprobs or [0.0])[-1] or 0.0 for o in both)
+            assert abs(one - other) < 2 * max(noise["eager"][1], noise["graphs"][1]), "not a tie"
+        print(f"{parted} of {len(prompts)} answers part")
+
+
 def approx(x: float | None) -> Any:
     return pytest.approx(x, abs=1e-4)
 
