@@ -40,17 +40,19 @@ PREFILL = {  # (all tokens, new tokens)
     "4096 after 28672": [(32768, 4096)],
 }
 RAGGED = [(300, 300), (129, 129), (500, 100), (640, 128), (700, 60), (513, 2), (200, 1), (1, 1)]
-DEFAULT = (paged.PREFILL, paged.TMA)
-VARIANTS: list[tuple[int, dict[str, int], bool]] = [  # page size, tile, copy engine
-    (16, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}, False),
+OWN = (paged.PREFILL, paged.LONG)  # the backend's tiles
+Variant = tuple[int, dict[str, int] | None, bool]  # page size, tile or the backend's own choice, copy engine
+VARIANTS: list[Variant] = [
+    (16, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2}, False),
+    (16, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}, False),
     (128, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}, True),
-    (64, {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2}, True),
-    (64, {"M": 128, "N": 64, "num_warps": 8, "num_stages": 4}, True),
+    (128, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 4}, True),
+    (128, {"M": 64, "N": 128, "num_warps": 4, "num_stages": 1}, True),
     (64, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}, True),
-    (64, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}, True),
     (64, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 168}, True),
     (64, {"M": 64, "N": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168}, True),
-    (64, {"M": 128, "N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 128}, True),
+    (64, {"M": 128, "N": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128}, True),
+    (64, {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3}, True),
 ]
 Case = tuple[fastgen.Batch, Tensor, Tensor, Tensor]
 
@@ -76,12 +78,13 @@ def case(shapes: list[tuple[int, int]], page: int, *, groups: int = 0, shared: i
     return batch, torch.randn(len(batch.token), SPEC.q_heads, SPEC.head, **kind), k, v
 
 
-def use(tile: dict[str, int], tma: bool) -> None:
+def use(tile: dict[str, int] | None, tma: bool) -> None:
     """What the backend prefills with from here on."""
-    paged.PREFILL, paged.TMA = tile, tma
+    paged.PREFILL, paged.LONG = (tile, tile) if tile else OWN
+    paged.TMA = tma
 
 
-def check(page: int, tile: dict[str, int], tma: bool) -> str:
+def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
     """Whether a variant gives what the reference gives, of a ragged batch; run in a process of its own, it compiles."""
     use(tile, tma)
     torch.manual_seed(0)
@@ -136,12 +139,12 @@ def peers(shapes: list[tuple[int, int]]) -> dict[str, float]:
     return rates
 
 
-def prefill(variants: list[tuple[int, dict[str, int], bool]]) -> list[dict[str, Any]]:
+def prefill(variants: list[Variant]) -> list[dict[str, Any]]:
     """A row for each variant that is right, with its rate at each shape."""
     with ProcessPoolExecutor(len(variants), multiprocessing.get_context("spawn")) as pool:
         wrong = list(pool.map(check, *zip(*variants, strict=True)))
     rows: list[dict[str, Any]] = [
-        {"kind": "prefill", "page": page, "tma": tma, **tile} | ({"wrong": error} if error else {})
+        {"kind": "prefill", "page": page, "tma": tma, **(tile or {"tile": "own"})} | ({"wrong": error} if error else {})
         for (page, tile, tma), error in zip(variants, wrong, strict=True)
     ]
     for page in sorted({page for page, *_ in variants}):
@@ -155,7 +158,7 @@ def prefill(variants: list[tuple[int, dict[str, int], bool]]) -> list[dict[str, 
                 row[name] = flops(shapes) / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
                 if name == "8 x 1024":
                     row["host_us"] = host_seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023
-    use(*DEFAULT)
+    use(None, True)
     return rows
 
 
@@ -189,14 +192,14 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="time every tile of VARIANTS")
     args = parser.parse_args()
     big = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    copy = 2 * big.nbytes / seconds(big.clone) / 1e12
+    copy = 2 * big.nbytes / triton.testing.do_bench(big.clone, return_mode="median") / 1e9
     del big
     rows: list[dict[str, Any]] = [
         {"kind": "peers", "shape": name, **peers(shapes)}
         for name, shapes in PREFILL.items()
         if shapes[0][0] == shapes[0][1]
     ]
-    rows += prefill([(page, *DEFAULT) for page in (16, 64, 128)] + (VARIANTS if args.variants else []))
+    rows += prefill([(page, None, True) for page in (16, 64, 128)] + (VARIANTS if args.variants else []))
     for page in (16, 64, 128):
         rows += decode(page, copy)
     rows += shared(64)

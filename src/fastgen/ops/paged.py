@@ -1,10 +1,12 @@
 """Attention over pages in Triton: the backend for GPUs. Reads the metadata on the device, so it can be captured.
 
-Two kernels over flash attention's online softmax (arXiv 2205.14135), both with the query heads of a kv head packed
-into one tile, so that keys are read once for all of them:
+Kernels over flash attention's online softmax (arXiv 2205.14135), all with the query heads of a kv head packed into one
+tile, so that keys are read once for all of them:
 
-    prefill   a program for BLOCK_Q tokens of a sequence and a kv head; keys beyond the last visible one are skipped
-    decode    a program for a sequence, a kv head and a share of its keys; `merge` joins the shares (flash decoding)
+    prefill        a program for some tokens of a sequence and a kv head; keys beyond the last visible one are skipped
+    decode         a program for a sequence, a kv head and a share of its keys; `merge` joins shares (flash decoding)
+    decode_shared  a program for a group of sequences, a kv head and a share of the keys that the group has in common;
+                   `decode` goes on from what it finds
 
 Sequences of one token are decode's, longer ones prefill's; each kernel passes over the other's.
 """
@@ -29,35 +31,26 @@ LOG2E = 1.4426950408889634
 # No key has a score this low. LEAST is what the running maximum starts from: finite, so that a row which has seen no
 # key stays finite, and so far above NOTHING, the score of a key that is not seen, that such a key weighs nothing.
 LEAST, NOTHING = tl.constexpr(-1.0e20), tl.constexpr(-1.0e30)
-# Tiles of M query rows and N keys: the fastest of those tried on an H200, at 1k to 32k tokens.
-TMA = True  # whether tiles are read by Hopper's copy engine, where they lie in one page
-PREFILL = {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2}
+# Tiles of M query rows and N keys: the fastest of those tried on an H200, at 1k to 32k tokens. Two programs of the
+# first fit a multiprocessor, so that one computes while the other starts, ends or takes exponentials.
+PREFILL = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
+LONG = {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}  # with many keys for a program, or small pages
 SMALL = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}  # where shared memory is less than Hopper's, and in fp32
+TMA = True  # whether tiles are read by Hopper's copy engine, where each lies in one page
 DECODE = {"N": 64, "num_warps": 4, "num_stages": 3}
 SHARED = {"N": DECODE["N"], "TILES": 8, "num_warps": 4}  # TILES: the fewest of a program
 
 
 @triton.jit
-@no_type_check
-def _masked(s, n, row, last, window, WINDOW: tl.constexpr):
-    """The scores of keys n, those that a query row does not see as good as none."""
-    seen = (n < last)[None, :] & (n[None, :] <= row[:, None])
-    if WINDOW:
-        seen = seen & (n[None, :] > row[:, None] - window)
-    return tl.where(seen, s, NOTHING)
-
-
-@triton.jit
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _tiles(
-    q, k_cache, v_cache, k_tiles, v_tiles, pages, first, last, seen_by_all, row, window, kv_head,
-    m, l, acc, scale,
+    q, k_cache, v_cache, k_tiles, v_tiles, pages, first, last, row, window, kv_head, m, l, acc, scale,
     KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
-    WINDOW: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Keys [first, last), N at a time, for the query rows at positions `row`: the running maximum m, sum l and output
-    acc after them. WHOLE: there are N keys in each tile, and every row sees those before `seen_by_all` unless a window
-    ends before. TMA: a tile is a block of the descriptors k_tiles and v_tiles.
+    acc after them. MASKED: not every row sees all of them. WHOLE: there are N keys in each tile. TMA: a tile is a
+    block of the descriptors k_tiles and v_tiles.
     """
     d = tl.arange(0, D)
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -79,10 +72,14 @@ def _tiles(
             k = tl.load(k_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
             v = tl.load(v_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=precision)
-        if WINDOW or not WHOLE:
-            s = _masked(s, n, row, last, window, WINDOW)
-        elif at >= seen_by_all:
-            s = _masked(s, n, row, last, window, WINDOW)
+        if MASKED:  # by what is constant, the place in the tile, against one number for a row
+            i = tl.arange(0, N)
+            seen = i[None, :] <= (row - at)[:, None]
+            if not WHOLE:
+                seen = seen & (i < last - at)[None, :]
+            if WINDOW:
+                seen = seen & (i[None, :] > (row - at - window)[:, None])
+            s = tl.where(seen, s, NOTHING)
         top = tl.maximum(m, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - top[:, None])
         shrink = tl.exp2(m - top)
@@ -120,16 +117,23 @@ def _prefill(
         l = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
         full = tl.minimum(tl.cdiv(last, N), total // N) * N
+        if not WINDOW:  # the keys that even the first row sees
+            seen_by_all = (context + 1) // N * N
+            m, l, acc = _tiles(
+                x, k_cache, v_cache, k_tiles, v_tiles, table, first, seen_by_all, row, window,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=False, WHOLE=True, TMA=TMA,
+            )  # fmt: skip
+            first = seen_by_all
         m, l, acc = _tiles(
-            x, k_cache, v_cache, k_tiles, v_tiles, table, first, full, (context + 1) // N * N, row, window,
-            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, WHOLE=True, TMA=TMA,
+            x, k_cache, v_cache, k_tiles, v_tiles, table, first, full, row, window,
+            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=True, TMA=TMA,
         )  # fmt: skip
-        # What follows the sequence's last key in its tile may be anything, so it is not even read.
-        m, l, acc = _tiles(
-            x, k_cache, v_cache, k_tiles, v_tiles, table, full, last, 0, row, window,
-            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, WHOLE=False, TMA=False,
-        )  # fmt: skip
-        mean = acc / tl.where(l > 0, l, 1.0)[:, None]  # a row beyond the last may have seen none
+        if full < last:  # what follows the sequence's last key in its tile may be anything, so it is not even read
+            m, l, acc = _tiles(
+                x, k_cache, v_cache, k_tiles, v_tiles, table, full, last, row, window,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
+            )  # fmt: skip
+        mean = acc * (1 / tl.where(l > 0, l, 1.0))[:, None]  # a row beyond the last may have seen none
         tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=whole)
 
 
@@ -142,7 +146,7 @@ def _share(keys, N: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
 @no_type_check
-def _shared(
+def _decode_shared(
     q, k_cache, v_cache, part, stat, member, keys, start, length, seat, pages, wide, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
@@ -171,8 +175,8 @@ def _shared(
         if WINDOW:  # the first key that any member sees, rounded down to a tile
             begun = tl.maximum(first, (tl.min(tl.where(taken, row, 2**30), 0) - window + 1) // N * N)
         m, l, acc = _tiles(
-            x, k_cache, v_cache, None, None, table, begun, last, 0, row, window,
-            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, WHOLE=False, TMA=False,
+            x, k_cache, v_cache, None, None, table, begun, last, row, window,
+            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
         )  # fmt: skip
         at = (r.to(tl.int64) * Q + head) * SPLITS + split
         tl.store(part + at[:, None] * H + d[None, :], acc, mask=whole)
@@ -234,8 +238,8 @@ def _decode(
                     acc = acc * shrink[:, None] + more * weight[:, None]
                     m = both
             m, l, acc = _tiles(
-                x, k_cache, v_cache, None, None, table, first, last, 0, row, window,
-                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, WHOLE=False, TMA=False,
+                x, k_cache, v_cache, None, None, table, first, last, row, window,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
             )  # fmt: skip
             if SPLITS == 1:
                 tl.store(out + offset[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=whole)
@@ -290,6 +294,12 @@ def _descriptor(cache: Tensor, n: int) -> TensorDescriptor:
     return TensorDescriptor(cache, [slots, kv_heads * head], [kv_heads * head, 1], [n, head])
 
 
+def _partial(q: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Outputs, and maxima with sums, of n rows' heads over a share of their keys."""
+    heads = n * q.shape[1]
+    return q.new_empty((heads, q.shape[2]), dtype=torch.float32), q.new_empty((heads, 2), dtype=torch.float32)
+
+
 def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     """The Triton backend: shapes alone decide what is launched, so nothing is read on the host.
 
@@ -329,34 +339,31 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
         end = (batch.pages, wide, window or 0, scale)
         common = (batch.start, batch.length, batch.seat, *end)
         if not decode:
-            tile = SMALL if exact or not roomy else PREFILL
+            whole = TMA and sizes["D"] == spec.head and page % PREFILL["N"] == 0
+            many = tokens >= 2048 * rows and page % LONG["N"] == 0
+            tile = SMALL if exact or not roomy else LONG if many or not whole else PREFILL
             size = tile["M"] // group
             if not todo:  # the same for all layers
                 todo.append(_blocks(batch, size, tokens // size + rows))
-            tma = TMA and page % tile["N"] == 0 and sizes["D"] == spec.head
+            tma = whole and (tile is not SMALL or device.type == "cpu")  # older GPUs have none
             tiles = (_descriptor(x, tile["N"]) for x in (k_cache, v_cache)) if tma else (None, None)
             _prefill[(len(todo[0]), spec.kv_heads)](
                 q, k_cache, v_cache, *tiles, out, todo[0], *end, **sizes, TMA=tma, **tile
             )
 
-        def partial(n: int) -> tuple[Tensor, Tensor]:
-            """Outputs, and maxima and sums, of n shares of each row and head; where there is but one, it is final."""
-            size = rows * spec.q_heads * n
-            return q.new_empty((size, spec.head), dtype=torch.float32), q.new_empty((size, 2), dtype=torch.float32)
-
-        found, skip = (q, q), batch.length
+        found, skip = (q, q), batch.length  # not read
         if share is not None:
-            found, skip = partial(shares), share.skip
+            found, skip = _partial(q, rows * shares), share.skip
             width = share.member.shape[1]
-            m = max(16, triton.next_power_of_2(width * group))
-            _shared[(len(share.keys), spec.kv_heads, shares)](
-                q, k_cache, v_cache, *found, share.member, share.keys, *common, **sizes, W=width, M=m, SPLITS=shares,
-                num_stages=3 if roomy and not exact else 2, **SHARED,
+            packed = max(16, triton.next_power_of_2(width * group))
+            _decode_shared[(len(share.keys), spec.kv_heads, shares)](
+                q, k_cache, v_cache, *found, share.member, share.keys, *common, **sizes, W=width, M=packed,
+                SPLITS=shares, num_stages=3 if roomy and not exact else 2, **SHARED,
             )  # fmt: skip
-        m = max(16, triton.next_power_of_2(group))
-        part = partial(splits) if splits > 1 else (q, q)
+        packed = max(16, triton.next_power_of_2(group))
+        part = _partial(q, rows * splits) if splits > 1 else (q, q)
         _decode[(rows, spec.kv_heads, splits)](
-            q, k_cache, v_cache, out, *part, skip, *found, *common, **sizes, M=m, SPLITS=splits, SHARES=shares,
+            q, k_cache, v_cache, out, *part, skip, *found, *common, **sizes, M=packed, SPLITS=splits, SHARES=shares,
             TILES=SHARED["TILES"], **DECODE, **launch,
         )  # fmt: skip
         if splits > 1:
