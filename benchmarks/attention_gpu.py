@@ -1,16 +1,22 @@
 """Attention over pages on one GPU, Llama 8B's heads in bf16: Triton against torch's kernels and the memory's rate.
 
     python benchmarks/attention_gpu.py             # writes benchmarks/results/attention_gpu.json
+    python benchmarks/attention_gpu.py --variants  # and every tile of VARIANTS
 
-Decode: bytes of keys and values read a second, beside a plain copy's. Prefill: FLOP/s of the causal half, beside
-cuDNN's on contiguous keys. Pages are in random order. Medians, after a warm-up.
+Decode: bytes of keys and values read a second, beside a plain copy's; of sequences that share their first keys, the
+time with and without their groups. Prefill: FLOP/s of the causal half, beside cuDNN's on contiguous keys. Pages are in
+random order. Each is checked against the reference on a ragged batch, then timed as a graph: medians, after a warm-up.
 """
 
 import argparse
 import json
+import multiprocessing
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -18,62 +24,185 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgen
-from fastgen.ops.backends import choose
+from fastgen.ops import paged
+from fastgen.ops.attention import reference
 from fastgen.schedule import Span
+from fastgen.types import Share
 
 HERE = Path(__file__).parent
 SPEC = fastgen.from_hf(json.loads((HERE / "configs" / "llama-3.1-8b-instruct.json").read_text()))
 DECODE = {"512 x 1088": [1088] * 512, "64 x 4096": [4096] * 64, "8 x 32768": [32768] * 8, "1 x 8192": [8192]}
-PREFILL = {"8 x 1024": [1024] * 8, "1 x 8192": [8192], "1 x 32768": [32768]}
+PREFILL = {  # (all tokens, new tokens)
+    "16 x 1024": [(1024, 1024)] * 16,
+    "8 x 1024": [(1024, 1024)] * 8,
+    "1 x 8192": [(8192, 8192)],
+    "1 x 32768": [(32768, 32768)],
+    "4096 after 28672": [(32768, 4096)],
+}
+RAGGED = [(300, 300), (129, 129), (500, 100), (640, 128), (700, 60), (513, 2), (200, 1), (1, 1)]
+OWN = (paged.PREFILL, paged.LONG)  # the backend's tiles
+Variant = tuple[int, dict[str, int] | None, bool]  # page size, tile or the backend's own choice, copy engine
+VARIANTS: list[Variant] = [
+    (16, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2}, False),
+    (16, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}, False),
+    (128, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}, True),
+    (128, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 4}, True),
+    (128, {"M": 64, "N": 128, "num_warps": 4, "num_stages": 1}, True),
+    (64, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}, True),
+    (64, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 168}, True),
+    (64, {"M": 64, "N": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168}, True),
+    (64, {"M": 128, "N": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128}, True),
+    (64, {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3}, True),
+]
+Case = tuple[fastgen.Batch, Tensor, Tensor, Tensor]
 
 
-def case(lengths: list[int], new: Callable[[int], int], page: int) -> tuple[fastgen.Batch, Tensor, Tensor, Tensor]:
-    """A batch of sequences of those lengths, the last `new(length)` tokens to be computed; queries, keys, values."""
-    needed = [-(-n // page) for n in lengths]
-    ids = list(range(1, sum(needed) + 1))
+def case(shapes: list[tuple[int, int]], page: int, *, groups: int = 0, shared: int = 0) -> Case:
+    """A batch of sequences of (all, new) tokens, in `groups` whose first `shared` are the same; queries and cache."""
+    needed = [-(-(n - shared) // page) for n, _ in shapes]
+    ids = list(range(1, sum(needed) + groups * (shared // page) + 1))
     random.Random(0).shuffle(ids)
+    common = [tuple(ids.pop() for _ in range(shared // page)) for _ in range(groups)]
     plan = []
-    for i, (n, count) in enumerate(zip(lengths, needed, strict=True)):
-        plan.append(Span(i, n - new(n), n, True, tuple(ids[:count])))
-        ids = ids[count:]
-    batch = fastgen.stage(tuple(plan), {i: [0] * n for i, n in enumerate(lengths)}, page, "cuda")
+    for i, ((n, new), count) in enumerate(zip(shapes, needed, strict=True)):
+        first = common[i * groups // len(shapes)] if groups else ()
+        plan.append(Span(i, n - new, n, True, first + tuple(ids.pop() for _ in range(count))))
+    batch = fastgen.stage(tuple(plan), {i: [0] * n for i, (n, _) in enumerate(shapes)}, page, "cuda")
     kind = {"device": "cuda", "dtype": torch.bfloat16}
-    k, v = (torch.randn((sum(needed) + 1) * page, SPEC.kv_heads, SPEC.head, **kind) for _ in "kv")
+    slots = (sum(needed) + groups * (shared // page) + 1) * page
+    k, v = (torch.randn(slots, SPEC.kv_heads, SPEC.head, **kind) for _ in "kv")
+    if groups:
+        member = torch.arange(len(shapes), device="cuda", dtype=torch.int32).view(groups, -1)
+        keys, skip = (torch.full((n,), shared, device="cuda", dtype=torch.int32) for n in (groups, len(shapes)))
+        batch = batch._replace(share=Share(member, keys, skip))
     return batch, torch.randn(len(batch.token), SPEC.q_heads, SPEC.head, **kind), k, v
 
 
+def use(tile: dict[str, int] | None, tma: bool) -> None:
+    """What the backend prefills with from here on."""
+    paged.PREFILL, paged.LONG = (tile, tile) if tile else OWN
+    paged.TMA = tma
+
+
+def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
+    """Whether a variant gives what the reference gives, of a ragged batch; run in a process of its own, it compiles."""
+    use(tile, tma)
+    torch.manual_seed(0)
+    batch, q, k, v = case(RAGGED, page)
+    worst = 0.0
+    for window in (None, 100):
+        try:
+            ours = paged.paged(batch, SPEC, page)(q, k, v, window).float()
+        except Exception as error:  # a tile that does not compile is a result
+            return f"{type(error).__name__}: {str(error)[:200]}"
+        exact = reference(batch, SPEC, page)(q, k, v, window).float()
+        worst = max(worst, float((ours - exact).norm() / exact.norm()), float((ours - exact).abs().max()) / 4)
+    return "" if worst < 1e-2 else f"differs from the reference by {worst}"
+
+
 def seconds(f: Callable[[], object]) -> float:
-    return triton.testing.do_bench(f, warmup=50, rep=200, return_mode="median") / 1e3
+    """Of one call among many, replayed as a graph."""
+    f()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    return triton.testing.do_bench(graph.replay, warmup=40, rep=150, return_mode="median") / 1e3
+
+
+def host_seconds(f: Callable[[], object]) -> float:
+    """That a call takes to launch."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        f()
+    spent = (time.perf_counter() - start) / 50
+    torch.cuda.synchronize()
+    return spent
+
+
+def flops(shapes: list[tuple[int, int]]) -> float:
+    return sum(4 * (new * (n - new) + new * new / 2) * SPEC.q_heads * SPEC.head for n, new in shapes)
+
+
+def peers(shapes: list[tuple[int, int]]) -> dict[str, float]:
+    """FLOP/s of torch's kernels, where all tokens are new."""
+    n, count = shapes[0][0], len(shapes)
+    x, y = (torch.randn(count, h, n, SPEC.head, device="cuda", dtype=torch.bfloat16)
+            for h in (SPEC.q_heads, SPEC.kv_heads))  # fmt: skip
+    rates = {}
+    for key, peer in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash2", SDPBackend.FLASH_ATTENTION)):
+        with sdpa_kernel(peer):
+            taken = seconds(
+                lambda: torch.nn.functional.scaled_dot_product_attention(x, y, y, is_causal=True, enable_gqa=True)
+            )
+        rates[f"{key}_tflop_s"] = flops(shapes) / taken / 1e12
+    return rates
+
+
+def prefill(variants: list[Variant]) -> list[dict[str, Any]]:
+    """A row for each variant that is right, with its rate at each shape."""
+    with ProcessPoolExecutor(len(variants), multiprocessing.get_context("spawn")) as pool:
+        wrong = list(pool.map(check, *zip(*variants, strict=True)))
+    rows: list[dict[str, Any]] = [
+        {"kind": "prefill", "page": page, "tma": tma, **(tile or {"tile": "own"})} | ({"wrong": error} if error else {})
+        for (page, tile, tma), error in zip(variants, wrong, strict=True)
+    ]
+    for page in sorted({page for page, *_ in variants}):
+        for name, shapes in PREFILL.items():
+            batch, q, k, v = case(shapes, page)
+            for (of, tile, tma), row in zip(variants, rows, strict=True):
+                if of != page or "wrong" in row:
+                    continue
+                use(tile, tma)
+                attend = paged.paged(batch, SPEC, page)
+                row[name] = flops(shapes) / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
+                if name == "8 x 1024":
+                    row["host_us"] = host_seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023
+    use(None, True)
+    return rows
+
+
+def decode(page: int, copy: float) -> list[dict[str, Any]]:
+    rows = []
+    for name, lengths in DECODE.items():
+        batch, q, k, v = case([(n, 1) for n in lengths], page)
+        attend = paged.paged(batch, SPEC, page)
+        rate = sum(lengths) * 2 * SPEC.kv_heads * SPEC.head * 2 / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
+        rows.append({"kind": "decode", "shape": name, "page": page, "triton_tb_s": rate, "of_copy": rate / copy})
+    return rows
+
+
+def shared(page: int) -> list[dict[str, Any]]:
+    """Decoding sequences of 1024 shared keys and 128 of their own, with and without their groups."""
+    rows = []
+    for groups, each in ((32, 16), (8, 16), (4, 8)):
+        batch, q, k, v = case([(1152, 1)] * (groups * each), page, groups=groups, shared=1024)
+        together, alone = (paged.paged(batch._replace(share=share), SPEC, page) for share in (batch.share, None))
+        x, y = (attend(q, k, v, None).float() for attend in (together, alone))
+        error = float((x - y).norm() / y.norm())
+        times = {name: seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023
+                 for name, attend in (("together_us", together), ("alone_us", alone))}  # fmt: skip
+        rows.append({"kind": "shared", "shape": f"{groups} x {each}", "page": page, "error": error, **times})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "attention_gpu.json")
+    parser.add_argument("--variants", action="store_true", help="time every tile of VARIANTS")
     args = parser.parse_args()
-    rows = []
     big = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    copy = 2 * big.nbytes / seconds(big.clone) / 1e12
+    copy = 2 * big.nbytes / triton.testing.do_bench(big.clone, return_mode="median") / 1e9
     del big
-    for page in (16, 128):
-        for name, lengths in DECODE.items():
-            batch, q, k, v = case(lengths, lambda _: 1, page)
-            attend = choose("triton", "cuda")(batch, SPEC, page)
-            rate = sum(lengths) * 2 * SPEC.kv_heads * SPEC.head * 2 / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
-            rows.append({"kind": "decode", "shape": name, "page": page, "triton_tb_s": rate, "of_copy": rate / copy})
-        for name, lengths in PREFILL.items():
-            batch, q, k, v = case(lengths, lambda n: n, page)
-            attend = choose("triton", "cuda")(batch, SPEC, page)
-            flops = sum(2 * n * n * SPEC.q_heads * SPEC.head for n in lengths)
-            ours = flops / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
-            x, y = (torch.randn(len(lengths), h, lengths[0], SPEC.head, device="cuda", dtype=torch.bfloat16)
-                    for h in (SPEC.q_heads, SPEC.kv_heads))  # fmt: skip
-            row = {"kind": "prefill", "shape": name, "page": page, "triton_tflop_s": ours}
-            for key, peer in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash2", SDPBackend.FLASH_ATTENTION)):
-                with sdpa_kernel(peer):
-                    theirs = seconds(lambda: torch.nn.functional.scaled_dot_product_attention(
-                        x, y, y, is_causal=True, enable_gqa=True))  # noqa: B023  # fmt: skip
-                row |= {f"{key}_tflop_s": flops / theirs / 1e12}
-            rows.append(row | {"of_cudnn": ours / row["cudnn_tflop_s"]})
+    rows: list[dict[str, Any]] = [
+        {"kind": "peers", "shape": name, **peers(shapes)}
+        for name, shapes in PREFILL.items()
+        if shapes[0][0] == shapes[0][1]
+    ]
+    rows += prefill([(page, None, True) for page in (16, 64, 128)] + (VARIANTS if args.variants else []))
+    for page in (16, 64, 128):
+        rows += decode(page, copy)
+    rows += shared(64)
     result = {"gpu": torch.cuda.get_device_name(), "copy_tb_s": copy, "rows": rows,
               "torch": torch.__version__, "triton": triton.__version__, "fastgen": fastgen.__version__}  # fmt: skip
     args.out.write_text(json.dumps(result, indent=2) + "\n")

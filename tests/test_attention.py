@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 import fastgen
 from fastgen import Batch, Spec
-from fastgen.ops.attention import PAGE, live
+from fastgen.ops import paged
+from fastgen.ops.attention import PAGE, live, reference
 from fastgen.ops.backends import NAMES, choose
 from fastgen.schedule import Span
+from fastgen.types import Share
 
 GARBAGE = 1e3  # in every slot that no query may see: one that leaks in shows
 KINDS = {  # (cached, new) tokens of a sequence
@@ -47,6 +50,44 @@ def make(seed: int, kind: str, spec: Spec, page: int, device: str, *, sequences:
     batch = fastgen.stage(tuple(plan), tokens, page, device, pad=count + pad)
     q = torch.randn(count + pad, spec.q_heads, spec.head, generator=normal)
     return batch, q.to(device), k.to(device), v.to(device), own
+
+
+def make_shared(seed: int, spec: Spec, page: int, device: str, width: int) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """A random batch of sequences in groups whose first pages are the same, among others that are in none; a group
+    for every `width` sequences of a prefix, and some unused. Queries and the cache.
+    """
+    r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
+    fresh = iter(r.sample(range(1, 4000), 3999))
+    rows: list[tuple[int, list[int], int, int]] = []  # group, its pages, own tokens, those of them that are new
+    groups = 0
+    for _ in range(r.randint(1, 2)):
+        common = [next(fresh) for _ in range(r.randint(1, max(1, r.choice([20, 130, 200]) // page)))]
+        for most in (width, r.randint(1, width)):
+            rows += [(groups, common, r.choice([1, page, r.randint(1, 90)]), 1) for _ in range(min(most, 3))]
+            groups += 1
+    rows += [(-1, [], new + r.randint(0, 70), new) for new in (1, 1, r.randint(2, 9))]
+    r.shuffle(rows)
+    share = Share(torch.full((groups + 2, width), -1), torch.zeros(groups + 2), torch.zeros(len(rows)))
+    plan, used = [], []
+    for i, (group, common, own, new) in enumerate(rows):
+        held = common + [next(fresh) for _ in range(-(-own // page))]
+        skip, total = len(common) * page, len(common) * page + own
+        plan.append(Span(i, total - new, total, True, tuple(held)))
+        used += [held[n // page] * page + n % page for n in range(total)]
+        if group >= 0:
+            share.keys[group] = share.skip[i] = skip
+            share.member[group, int((share.member[group] >= 0).sum())] = i
+    k, v = (torch.full((4000 * page, spec.kv_heads, spec.head), GARBAGE) for _ in "kv")
+    for x in (k, v):
+        x[used] = torch.randn(len(used), spec.kv_heads, spec.head, generator=normal)
+    pad = r.choice([0, 2])
+    batch = fastgen.stage(
+        tuple(plan), {span.id: [0] * span.stop for span in plan}, page, device, pad=sum(x[3] for x in rows) + pad
+    )
+    skip = torch.cat((share.skip, torch.zeros(pad)))
+    share = Share(*(x.to(device=device, dtype=torch.int32) for x in share._replace(skip=skip)))
+    q = torch.randn(len(batch.token), spec.q_heads, spec.head, generator=normal)
+    return batch._replace(share=share), q.to(device), k.to(device), v.to(device)
 
 
 def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: int | None) -> Tensor:
@@ -94,6 +135,52 @@ def test_backends_agree(seed: int, device: str) -> None:
     for window in WINDOWS:
         for other in others:
             torch.testing.assert_close(other(q, k, v, window), reference(q, k, v, window), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_shared_keys_are_read_once(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of sequences that share pages: every backend gives what it gives without them."""
+    r = random.Random(seed)
+    monkeypatch.setitem(paged.SHARED, "TILES", r.choice([1, 8]))  # one: several programs for few keys
+    ratio, kv_heads, head = ((1, 2, 64), (4, 1, 128), (5, 1, 96), (7, 2, 16), (8, 1, 64), (3, 1, 64))[seed % 6]
+    page, spec = (1, 16, 64, 128)[seed % 4], shape(ratio * kv_heads, kv_heads, head)
+    batch, q, k, v = make_shared(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
+    alone = batch._replace(share=None)
+    for window in (None, r.choice([1, r.randint(2, 90), 300])):
+        exact = reference(alone, spec, page)(q, k, v, window)
+        for backend in BACKENDS.values():
+            torch.testing.assert_close(backend(batch, spec, page)(q, k, v, window), exact, atol=1e-5, rtol=0)
+
+
+def test_what_no_group_covers_is_not_read(device: str) -> None:
+    """Sequences in no group never read what a group has left, whatever the memory held."""
+    spec = shape(4, 2, 16)
+    batch, q, k, v, _ = make(5, "decode", spec, 16, device)
+    zero = torch.zeros(len(batch.length), dtype=torch.int32, device=device)
+    share = Share(torch.full((3, 16), -1, dtype=torch.int32, device=device), zero[:3], zero)
+    empty = torch.Tensor.new_empty
+
+    def poisoned(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        new = empty(x, *args, **kwargs)
+        return new.fill_(float("nan")) if new.is_floating_point() else new
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        ours = BACKENDS["triton"](batch._replace(share=share), spec, 16)(q, k, v, None)
+    assert torch.equal(ours, BACKENDS["triton"](batch, spec, 16)(q, k, v, None))
+
+
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unused_slots_may_hold_anything(kind: str, page: int, device: str) -> None:
+    """Not even what is no number shows, in the rest of a sequence's last page or in pages of nobody."""
+    spec = shape(4, 2, 16)
+    batch, q, k, v, own = make(2, kind, spec, page, device)
+    for x in (k, v):
+        x[(x == GARBAGE).all(-1).all(-1)] = float("nan")
+    for window in (None, 6):
+        ours = BACKENDS["triton"](batch, spec, page)(q, k, v, window)
+        torch.testing.assert_close(ours.double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])

@@ -1,10 +1,12 @@
 """Attention over pages in Triton: the backend for GPUs. Reads the metadata on the device, so it can be captured.
 
-Two kernels over flash attention's online softmax (arXiv 2205.14135), both with the query heads of a kv head packed
-into one tile, so that keys are read once for all of them:
+Kernels over flash attention's online softmax (arXiv 2205.14135), all with the query heads of a kv head packed into one
+tile, so that keys are read once for all of them:
 
-    prefill   a program for BLOCK_Q tokens of a sequence and a kv head; keys beyond the last visible one are skipped
-    decode    a program for a sequence, a kv head and a share of its keys; `merge` joins the shares (flash decoding)
+    prefill        a program for some tokens of a sequence and a kv head; keys beyond the last visible one are skipped
+    decode         a program for a sequence, a kv head and a share of its keys; `merge` joins shares (flash decoding)
+    decode_shared  a program for a group of sequences, a kv head and a share of the keys that the group has in common;
+                   `decode` goes on from what it finds
 
 Sequences of one token are decode's, longer ones prefill's; each kernel passes over the other's.
 """
@@ -17,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgen.models.spec import Spec
 from fastgen.ops import hopper
@@ -25,49 +28,60 @@ from fastgen.ops.hopper import begin
 from fastgen.types import Batch
 
 LOG2E = 1.4426950408889634
-NOTHING = tl.constexpr(-1.0e30)  # a score that no key has: finite, so that a row which has seen none stays finite
-# Tiles of M query rows and N keys: the fastest of those tried on an H200, at 1k to 32k tokens.
-PREFILL = {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}
+# No key has a score this low. LEAST is what the running maximum starts from: finite, so that a row which has seen no
+# key stays finite, and so far above NOTHING, the score of a key that is not seen, that such a key weighs nothing.
+LEAST, NOTHING = tl.constexpr(-1.0e20), tl.constexpr(-1.0e30)
+# Tiles of M query rows and N keys: the fastest of those tried on an H200, at 1k to 32k tokens. Two programs of the
+# first fit a multiprocessor, so that one computes while the other starts, ends or takes exponentials.
+PREFILL = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
+LONG = {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}  # with many keys for a program, or small pages
 SMALL = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}  # where shared memory is less than Hopper's, and in fp32
+TMA = True  # whether tiles are read by Hopper's copy engine, where each lies in one page
 DECODE = {"N": 64, "num_warps": 4, "num_stages": 3}
+SHARED = {"N": DECODE["N"], "TILES": 8, "num_warps": 4}  # TILES: the fewest of a program
 
 
 @triton.jit
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _tiles(
-    q, k_cache, v_cache, pages, first, last, row, window, kv_head, m, l, acc, scale,
+    q, k_cache, v_cache, k_tiles, v_tiles, pages, first, last, row, window, kv_head, m, l, acc, scale,
     KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
-    WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Keys [first, last), N at a time, for the query rows at positions `row`: the running maximum m, sum l and output
-    acc after them. Unmasked, every row sees all of them and their number is a multiple of N.
+    acc after them. MASKED: not every row sees all of them. WHOLE: there are N keys in each tile. TMA: a tile is a
+    block of the descriptors k_tiles and v_tiles.
     """
     d = tl.arange(0, D)
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for at in tl.range(first, last, N):
         n = at + tl.arange(0, N)
-        if MASKED:
-            page = tl.load(pages + n // PAGE, mask=n < last, other=0)
-        else:
+        if TMA:
+            slot = tl.load(pages + at // PAGE).to(tl.int32) * PAGE + at % PAGE
+            k = k_tiles.load([slot, kv_head * H])
+            v = v_tiles.load([slot, kv_head * H])
+        elif WHOLE and D == H:
             page = tl.load(pages + n // PAGE)
-        slot = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
-        if MASKED or D != H:
-            inside = (n < last)[:, None] & (d < H)[None, :]
-            k = tl.load(k_cache + slot[:, None] + d[None, :], mask=inside, other=0.0)
-            v = tl.load(v_cache + slot[:, None] + d[None, :], mask=inside, other=0.0)
+            slots = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
+            k = tl.load(k_cache + slots[:, None] + d[None, :])
+            v = tl.load(v_cache + slots[:, None] + d[None, :])
         else:
-            k = tl.load(k_cache + slot[:, None] + d[None, :])
-            v = tl.load(v_cache + slot[:, None] + d[None, :])
-        s = tl.dot(q, tl.trans(k), input_precision=precision) * scale
-        if MASKED:
-            seen = (n < last)[None, :] & (n[None, :] <= row[:, None])
+            page = tl.load(pages + n // PAGE, mask=n < last, other=0)
+            slots = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
+            inside = (n < last)[:, None] & (d < H)[None, :]
+            k = tl.load(k_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
+            v = tl.load(v_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=precision)
+        if MASKED:  # by what is constant, the place in the tile, against one number for a row
+            i = tl.arange(0, N)
+            seen = i[None, :] <= (row - at)[:, None]
+            if not WHOLE:
+                seen = seen & (i < last - at)[None, :]
             if WINDOW:
-                seen = seen & (n[None, :] > row[:, None] - window)
+                seen = seen & (i[None, :] > (row - at - window)[:, None])
             s = tl.where(seen, s, NOTHING)
-        top = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - top[:, None])
-        if MASKED:
-            p = tl.where(seen, p, 0.0)
+        top = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - top[:, None])
         shrink = tl.exp2(m - top)
         l = l * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
@@ -78,81 +92,126 @@ def _tiles(
 @triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
 @no_type_check
 def _prefill(
-    q, k_cache, v_cache, out, start, length, seat, pages, wide, window, scale, todo,
+    q, k_cache, v_cache, k_tiles, v_tiles, out, todo, pages, wide, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = Q // KV
-    BLOCK_Q: tl.constexpr = M // G
     # The last blocks first: a prompt's last blocks are its longest, so that none is left over at the end.
-    block, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    low, t0 = tl.load(todo + 2 * block), tl.load(todo + 2 * block + 1)
-    if low >= 0:
-        begin = tl.load(start + low)
-        count = tl.load(start + low + 1) - begin
-        table = pages + tl.load(seat + low).to(tl.int64) * wide
+    at, kv_head = todo + (tl.num_programs(0) - 1 - tl.program_id(0)) * 5, tl.program_id(1)
+    token, count, context = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    seat, total = tl.load(at + 3), tl.load(at + 4)
+    if count > 0:
+        table = pages + seat.to(tl.int64) * wide
         r, d = tl.arange(0, M), tl.arange(0, D)
-        t = t0 + r // G
-        inside = (r < BLOCK_Q * G) & (t < count)
-        offset = ((begin + t).to(tl.int64) * Q + kv_head * G + r % G) * H
-        whole = inside[:, None] & (d < H)[None, :]
+        t = r // G
+        offset = ((token + t).to(tl.int64) * Q + kv_head * G + r % G) * H
+        whole = (t < count)[:, None] & (d < H)[None, :]
         x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
-        context = tl.load(length + low) - count
         row = context + t
-        last = context + tl.minimum(t0 + BLOCK_Q, count)
+        last = context + count
         first = context * 0
         if WINDOW:
-            first = tl.maximum(context + t0 - window + 1, 0) // N * N
-        m = tl.full([M], NOTHING, tl.float32)
+            first = tl.maximum(context - window + 1, 0) // N * N
+        m = tl.full([M], LEAST, tl.float32)
         l = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
+        full = tl.minimum(tl.cdiv(last, N), total // N) * N
         if not WINDOW:  # the keys that even the first row sees
-            whole_tiles = (context + t0 + 1) // N * N
+            seen_by_all = (context + 1) // N * N
             m, l, acc = _tiles(
-                x, k_cache, v_cache, table, first, whole_tiles, row, window, kv_head, m, l, acc, scale,
-                KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=False,
+                x, k_cache, v_cache, k_tiles, v_tiles, table, first, seen_by_all, row, window,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=False, WHOLE=True, TMA=TMA,
             )  # fmt: skip
-            first = whole_tiles
+            first = seen_by_all
         m, l, acc = _tiles(
-            x, k_cache, v_cache, table, first, last, row, window, kv_head, m, l, acc, scale,
-            KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True,
+            x, k_cache, v_cache, k_tiles, v_tiles, table, first, full, row, window,
+            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=True, TMA=TMA,
         )  # fmt: skip
-        mean = acc / tl.where(l > 0, l, 1.0)[:, None]  # a row beyond the last may have seen none
+        if full < last:  # what follows the sequence's last key in its tile may be anything, so it is not even read
+            m, l, acc = _tiles(
+                x, k_cache, v_cache, k_tiles, v_tiles, table, full, last, row, window,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
+            )  # fmt: skip
+        mean = acc * (1 / tl.where(l > 0, l, 1.0))[:, None]  # a row beyond the last may have seen none
         tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=whole)
 
 
 @triton.jit
 @no_type_check
-def _keys(length, r, window, N: tl.constexpr, WINDOW: tl.constexpr):
-    """The first key that the last token of sequence r may see, rounded down to a tile, and the number of keys."""
-    total = tl.load(length + r)
-    first = total * 0
-    if WINDOW:
-        first = tl.maximum(total - window, 0) // N * N
-    return first, total
+def _share(keys, N: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr):
+    """Keys of each of the programs that share some: TILES tiles at least, so few keys keep few programs busy."""
+    return tl.maximum(tl.cdiv(tl.cdiv(keys, N), SPLITS), TILES) * N
+
+
+@triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
+@no_type_check
+def _decode_shared(
+    q, k_cache, v_cache, part, stat, member, keys, start, length, seat, pages, wide, window, scale,
+    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = Q // KV
+    group, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    total = tl.load(keys + group)
+    share = _share(total, N, SPLITS, TILES)
+    first = split * share
+    if first < total:
+        i, d = tl.arange(0, M), tl.arange(0, D)
+        r = tl.load(member + group * W + i // G, mask=i < W * G, other=-1).to(tl.int32)
+        taken = r >= 0
+        table = pages + tl.load(seat + tl.max(r, 0)).to(tl.int64) * wide  # any member's pages begin alike
+        head = kv_head * G + i % G
+        token = tl.load(start + r, mask=taken, other=0).to(tl.int64)
+        whole = taken[:, None] & (d < H)[None, :]
+        x = tl.load(q + ((token * Q + head) * H)[:, None] + d[None, :], mask=whole, other=0.0)
+        row = tl.load(length + r, mask=taken, other=0).to(tl.int32) - 1
+        m = tl.full([M], LEAST, tl.float32)
+        l = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D], tl.float32)
+        last = tl.minimum(first + share, total)
+        begun = first
+        if WINDOW:  # the first key that any member sees, rounded down to a tile
+            begun = tl.maximum(first, (tl.min(tl.where(taken, row, 2**30), 0) - window + 1) // N * N)
+        m, l, acc = _tiles(
+            x, k_cache, v_cache, None, None, table, begun, last, row, window,
+            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
+        )  # fmt: skip
+        at = (r.to(tl.int64) * Q + head) * SPLITS + split
+        tl.store(part + at[:, None] * H + d[None, :], acc, mask=whole)
+        tl.store(stat + at * 2, m, mask=taken)
+        tl.store(stat + at * 2 + 1, l, mask=taken)
 
 
 @triton.jit
 @no_type_check
-def _share(keys, N: tl.constexpr, SPLITS: tl.constexpr):
-    """Keys of each of the programs that share a sequence: two tiles at least, so few keys keep few programs busy."""
-    return tl.maximum(tl.cdiv(tl.cdiv(keys, N), SPLITS), 2) * N
+def _keys(length, skip, r, window, N: tl.constexpr, WINDOW: tl.constexpr, SHARES: tl.constexpr):
+    """The keys that a group has read for sequence r, the first that r itself reads, and the number of all."""
+    total = tl.load(length + r)
+    covered = total * 0
+    if SHARES:
+        covered = tl.load(skip + r).to(tl.int32)
+    first = covered
+    if WINDOW:  # the first that its last token may see, rounded down to a tile
+        first = tl.maximum(covered, (total - window) // N * N)
+    return covered, first, total
 
 
 @triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
 @no_type_check
 def _decode(
-    q, k_cache, v_cache, out, part, stat, start, length, seat, pages, wide, window, scale,
-    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
-    PDL: tl.constexpr,
+    q, k_cache, v_cache, out, part, stat, skip, shared_part, shared_stat, start, length, seat, pages, wide, window,
+    scale, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = Q // KV
     r, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
-        begun, total = _keys(length, r, window, N, WINDOW)
-        share = _share(total - begun, N, SPLITS)
+        covered, begun, total = _keys(length, skip, r, window, N, WINDOW, SHARES)
+        share = _share(total - begun, N, SPLITS, 2)
         first = begun + split * share
         last = tl.minimum(first + share, total)
         if first < last:
@@ -161,15 +220,26 @@ def _decode(
             offset = (token.to(tl.int64) * Q + head) * H
             whole = (g < G)[:, None] & (d < H)[None, :]
             row = total - 1 + g * 0
-            m = tl.full([M], NOTHING, tl.float32)
+            m = tl.full([M], LEAST, tl.float32)
             l = tl.zeros([M], tl.float32)
             acc = tl.zeros([M, D], tl.float32)
             table = pages + tl.load(seat + r).to(tl.int64) * wide
             begin(PDL)
             x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
+            if SHARES:  # the first split goes on from what the group has found
+                found = tl.where(split == 0, tl.cdiv(covered, _share(covered, N, SHARES, TILES)), 0)
+                for i in range(0, found):
+                    at = (r.to(tl.int64) * Q + head) * SHARES + i
+                    top = tl.load(shared_stat + at * 2, mask=g < G, other=LEAST)
+                    both = tl.maximum(m, top)
+                    shrink, weight = tl.exp2(m - both), tl.exp2(top - both)
+                    l = l * shrink + tl.load(shared_stat + at * 2 + 1, mask=g < G, other=0.0) * weight
+                    more = tl.load(shared_part + at[:, None] * H + d[None, :], mask=whole, other=0.0)
+                    acc = acc * shrink[:, None] + more * weight[:, None]
+                    m = both
             m, l, acc = _tiles(
-                x, k_cache, v_cache, table, first, last, row, window, kv_head, m, l, acc, scale,
-                KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True,
+                x, k_cache, v_cache, None, None, table, first, last, row, window,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
             )  # fmt: skip
             if SPLITS == 1:
                 tl.store(out + offset[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=whole)
@@ -183,18 +253,18 @@ def _decode(
 @triton.jit(do_not_specialize=["window"])
 @no_type_check
 def _merge(
-    out, part, stat, start, length, window, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    out, part, stat, skip, start, length, window, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    SPLITS: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     r, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
-        begun, total = _keys(length, r, window, N, WINDOW)
+        _, begun, total = _keys(length, skip, r, window, N, WINDOW, SHARES)
         s, d = tl.arange(0, SPLITS), tl.arange(0, D)
-        live = s * _share(total - begun, N, SPLITS) < total - begun
+        live = s * _share(total - begun, N, SPLITS, 2) < total - begun
         at = (r * Q + head) * SPLITS + s
         begin(PDL)
-        m = tl.load(stat + at * 2, mask=live, other=NOTHING)
+        m = tl.load(stat + at * 2, mask=live, other=LEAST)
         l = tl.load(stat + at * 2 + 1, mask=live, other=0.0)
         weight = tl.exp2(m - tl.max(m, 0))
         whole = live[:, None] & (d < H)[None, :]
@@ -203,20 +273,38 @@ def _merge(
         tl.store(out + (token.to(tl.int64) * Q + head) * H + d, x.to(out.dtype.element_ty), mask=d < H)
 
 
-def _blocks(start: Tensor, size: int, blocks: int) -> Tensor:
-    """[blocks, 2]: sequence and first token of each `size` tokens of the sequences longer than one; -1 beyond."""
-    count = start.diff()
+def _blocks(batch: Batch, size: int, blocks: int) -> Tensor:
+    """[blocks, 5]: of each `size` tokens of the sequences longer than one: the first token, how many, the first one's
+    position, the sequence's seat and its keys. No tokens beyond.
+    """
+    count = batch.start.diff()
     ends = torch.where(count > 1, (count + size - 1) // size, 0).cumsum(0)
-    block = torch.arange(blocks, device=start.device)
+    block = torch.arange(blocks, device=count.device)
     row = torch.searchsorted(ends, block, right=True).clamp_max(len(count) - 1)
-    first = torch.where(row > 0, ends[row - 1], 0)
-    return torch.stack((torch.where(block < ends[-1], row, -1), (block - first) * size), 1).to(torch.int32)
+    first = (block - torch.where(row > 0, ends[row - 1], 0)) * size
+    tokens = torch.where(block < ends[-1], (count[row] - first).clamp_max(size), 0)
+    total = batch.length[row]
+    of = (batch.start[row] + first, tokens, total - count[row] + first, batch.seat[row], total)
+    return torch.stack(of, 1).to(torch.int32)
+
+
+def _descriptor(cache: Tensor, n: int) -> TensorDescriptor:
+    """Blocks of n slots and a head, as Hopper's copy engine reads them."""
+    slots, kv_heads, head = cache.shape
+    return TensorDescriptor(cache, [slots, kv_heads * head], [kv_heads * head, 1], [n, head])
+
+
+def _partial(q: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Outputs, and maxima with sums, of n rows' heads over a share of their keys."""
+    heads = n * q.shape[1]
+    return q.new_empty((heads, q.shape[2]), dtype=torch.float32), q.new_empty((heads, 2), dtype=torch.float32)
 
 
 def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     """The Triton backend: shapes alone decide what is launched, so nothing is read on the host.
 
-    As many sequences as tokens are taken to have one each.
+    As many sequences as tokens are taken to have one each. A group of `batch.share` leaves every member keys of its
+    own, the last token's at least.
     """
     tokens, rows, wide = len(batch.token), len(batch.length), batch.pages.shape[1]
     decode = tokens == rows
@@ -226,10 +314,16 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         processors, roomy = properties.multi_processor_count, properties.shared_memory_per_block_optin > 200_000
-    # As many shares as keep every processor busy, but none of fewer than 256 keys.
-    wanted = triton.cdiv(4 * processors, max(1, rows * spec.kv_heads))
-    # A power of two: each number is a kernel of its own.
-    splits = triton.next_power_of_2(max(1, min(wanted, triton.cdiv(wide * page, 256), 64)))
+
+    def programs(each: int, keys: int, most: int, *, waves: int) -> int:
+        """Shares of some keys: as many as keep every processor busy, but none of fewer than `keys` keys."""
+        wanted = triton.cdiv(waves * processors, max(1, each * spec.kv_heads))
+        # A power of two: each number is a kernel of its own.
+        return triton.next_power_of_2(max(1, min(wanted, triton.cdiv(wide * page, keys), most)))
+
+    splits = programs(rows, 256, 64, waves=4)
+    share = batch.share
+    shares = programs(len(share.keys), SHARED["TILES"] * SHARED["N"], 16, waves=2) if share is not None else 0
     launch = hopper.dependent(batch.token)
     todo = list[Tensor]()
 
@@ -242,26 +336,40 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
             "PAGE": page, "WINDOW": window is not None, "EXACT": exact,
         }  # fmt: skip
         scale = spec.head**-0.5 * LOG2E
-        common = (batch.start, batch.length, batch.seat, batch.pages, wide, window or 0, scale)
+        end = (batch.pages, wide, window or 0, scale)
+        common = (batch.start, batch.length, batch.seat, *end)
         if not decode:
-            tile = SMALL if exact or not roomy else PREFILL
+            whole = TMA and sizes["D"] == spec.head and page % PREFILL["N"] == 0
+            many = tokens >= 2048 * rows and page % LONG["N"] == 0
+            tile = SMALL if exact or not roomy else LONG if many or not whole else PREFILL
             size = tile["M"] // group
             if not todo:  # the same for all layers
-                todo.append(_blocks(batch.start, size, tokens // size + rows))
-            _prefill[(len(todo[0]), spec.kv_heads)](q, k_cache, v_cache, out, *common, todo[0], **sizes, **tile)
-        m = max(16, triton.next_power_of_2(group))
-        part = stat = q
-        if splits > 1:
-            part = q.new_empty((rows * spec.q_heads * splits, spec.head), dtype=torch.float32)
-            stat = q.new_empty((rows * spec.q_heads * splits, 2), dtype=torch.float32)
+                todo.append(_blocks(batch, size, tokens // size + rows))
+            tma = whole and (tile is not SMALL or device.type == "cpu")  # older GPUs have none
+            tiles = (_descriptor(x, tile["N"]) for x in (k_cache, v_cache)) if tma else (None, None)
+            _prefill[(len(todo[0]), spec.kv_heads)](
+                q, k_cache, v_cache, *tiles, out, todo[0], *end, **sizes, TMA=tma, **tile
+            )
+
+        found, skip = (q, q), batch.length  # not read
+        if share is not None:
+            found, skip = _partial(q, rows * shares), share.skip
+            width = share.member.shape[1]
+            packed = max(16, triton.next_power_of_2(width * group))
+            _decode_shared[(len(share.keys), spec.kv_heads, shares)](
+                q, k_cache, v_cache, *found, share.member, share.keys, *common, **sizes, W=width, M=packed,
+                SPLITS=shares, num_stages=3 if roomy and not exact else 2, **SHARED,
+            )  # fmt: skip
+        packed = max(16, triton.next_power_of_2(group))
+        part = _partial(q, rows * splits) if splits > 1 else (q, q)
         _decode[(rows, spec.kv_heads, splits)](
-            q, k_cache, v_cache, out, part, stat, *common, **sizes, M=m, SPLITS=splits, **DECODE,
-            **launch,
+            q, k_cache, v_cache, out, *part, skip, *found, *common, **sizes, M=packed, SPLITS=splits, SHARES=shares,
+            TILES=SHARED["TILES"], **DECODE, **launch,
         )  # fmt: skip
         if splits > 1:
-            shape = {name: sizes[name] for name in ("Q", "H", "D", "WINDOW")} | {"N": DECODE["N"]}
+            shape = {name: sizes[name] for name in ("Q", "H", "D", "WINDOW")} | {"N": DECODE["N"], "SHARES": shares}
             _merge[(rows, spec.q_heads)](
-                out, part, stat, batch.start, batch.length, window or 0, **shape, SPLITS=splits, num_warps=2, **launch
+                out, *part, skip, batch.start, batch.length, window or 0, **shape, SPLITS=splits, num_warps=2, **launch
             )
         return out
 
