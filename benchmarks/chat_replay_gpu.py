@@ -2,9 +2,9 @@
 
     python benchmarks/chat_replay_gpu.py mistral-7b-instruct-v0.3 --out chat.json
 
-64 conversations of 8 turns, each with a system prompt of its own of 1,024 tokens; a turn adds 128 tokens and is
-answered with 64. The turns of all conversations take turns, so that when one comes again the others have used the
-cache, which holds a quarter of what all of them need. Random weights.
+64 conversations of 8 turns, each with a system prompt of its own of 1,024 tokens; a turn adds 256 tokens and is
+answered with 32. The turns of all conversations take turns, so that when one comes again the others have used the
+cache, which holds a quarter of what all of them need in the end. Random weights.
 """
 
 import argparse
@@ -101,22 +101,22 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=64)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--system", type=int, default=1024)
-    parser.add_argument("--turn", type=int, default=128)
-    parser.add_argument("--answer", type=int, default=64)
-    parser.add_argument("--together", type=int, default=8, help="conversations that wait for an answer at once")
+    parser.add_argument("--turn", type=int, default=256)
+    parser.add_argument("--answer", type=int, default=32)
+    parser.add_argument("--together", type=int, default=64, help="conversations that wait for an answer at once")
     parser.add_argument("--trace", type=Path, help="of steps in which pages come back")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "chat_replay_gpu.json")
     args = parser.parse_args()
     spec = fastgen.from_hf(json.loads((HERE / "configs" / f"{args.model}.json").read_text()))
     with torch.no_grad():
         params = fastgen.init(spec, 0, device="cuda", dtype=torch.bfloat16)
-    # What all conversations hold half-way through, of which a quarter fits.
-    tokens = args.conversations * (args.system + args.turns * (args.turn + args.answer) // 2) // 4
+    # A quarter of what all conversations hold in the end.
+    tokens = args.conversations * (args.system + args.turns * (args.turn + args.answer)) // 4
     per_token = 2 * spec.layers * spec.kv_heads * spec.head * 2
     found: dict[str, Any] = {"model": args.model, "gpu": torch.cuda.get_device_name(), "copies": copy_rates()}
     found |= {"settings": {k: v for k, v in vars(args).items() if isinstance(v, int)}, "cache_tokens": tokens}
     for name, mode in MODES.items():
-        host = {"host_gb": 8 * tokens * per_token / 1e9} if "offload" in mode else {}
+        host = {"host_gb": 5 * tokens * per_token / 1e9} if "offload" in mode else {}
         with fastgen.Engine(
             params, spec, progress=False, max_requests=64, token_budget=4096, cache_tokens=tokens, **mode, **host
         ) as engine:

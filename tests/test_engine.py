@@ -718,7 +718,7 @@ def test_close_frees_the_cache() -> None:
         e.step()
         assert cache() is not None
     assert cache() is None
-    assert e.state.tree.available() == e.capacity // 16
+    assert e.state.tree.available() == e.capacity // e.state.page
 
 
 def test_close_after_an_error() -> None:

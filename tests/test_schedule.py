@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +20,14 @@ from fastgen.schedule import Moves, Plan, Sequence, State
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 RANDOM = settings(derandomize=True, database=None, deadline=None, suppress_health_check=SLOW)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_is_worth() -> Iterator[None]:
+    """Groups of few keys, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "LEAST", 1)
+        yield
 
 
 class Job(NamedTuple):
