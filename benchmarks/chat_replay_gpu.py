@@ -126,11 +126,12 @@ def main() -> None:
             found[name] = replay(engine, args)
             c = engine.counts
             found[name]["counts"] = {k: getattr(c, k) for k in c.__slots__}
+            print(name, json.dumps(found[name]), flush=True)
             if "offload" in mode and args.trace:
-                with engine.profile(steps=12, path=args.trace, skip=4) as p:
-                    replay(engine, argparse.Namespace(**vars(args) | {"turns": 2}))
+                with engine.profile(steps=6, path=args.trace, skip=1) as p:
+                    replay(engine, argparse.Namespace(**vars(args) | {"turns": 1}))
                 found["profile"] = str(p.summary)
-        print(name, json.dumps({k: v for k, v in found[name].items()}), flush=True)
+                print(p.summary)
     found["speedup"] = {name: found["no reuse"]["seconds"] / found[name]["seconds"] for name in MODES}
     print(json.dumps({k: found.get(k) for k in ("speedup", "copies", "page_in_gb_s", "host")}, indent=1))
     args.out.write_text(json.dumps(found, indent=1) + "\n")

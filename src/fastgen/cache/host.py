@@ -143,7 +143,7 @@ class Mover:
                     paged[target] = self.host[layer][source, kv]
 
     def _index(self, pairs: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(pairs, dtype=torch.int64).pin_memory().to(self.device, non_blocking=True)
+        return torch.tensor(pairs, dtype=torch.int64, device="cpu").pin_memory().to(self.device, non_blocking=True)
 
     def _kernel(self, source: Tensor, target: Tensor, pairs: Sequence[Sequence[int]] | Tensor, *strides: int) -> None:
         from fastgen.ops.moves import move  # Triton comes with the GPU builds of torch, and not with others
