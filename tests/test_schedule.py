@@ -135,6 +135,7 @@ class Run:
     flying: list[tuple[int, int]] | None = None  # sequence, token: drawn and not yet known
     memory: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot -> token, position
     host: dict[tuple[int, int], tuple[int, int] | None] = field(default_factory=dict)
+    early: dict[int, tuple[int, int] | None] = field(default_factory=dict)  # on its way to the memory
     ended: set[int] = field(default_factory=set)
     steps: int = 0
 
@@ -217,6 +218,12 @@ class Run:
     def compute(self, plan: Plan, moves: Moves) -> list[tuple[int, int]]:
         """Moves and writes on the memory; the tokens drawn from what each sequence then sees."""
         page = self.load.page
+        for slot, value in self.early.items():  # what the step before did not wait for
+            if value is None:
+                self.memory.pop(slot, None)
+            else:
+                self.memory[slot] = value
+        self.early.clear()
         places: list[int] = [t for _, t in moves.copies] + [t for _, t in moves.back]
         assert len(places) == len(set(places)), "a page is filled twice"
         assert not {s for s, _ in moves.copies} & set(places), "a page is copied while it is filled"
@@ -231,7 +238,9 @@ class Run:
         for h, target in moves.back:
             for i in range(page):
                 self.memory.pop(target * page + i, None)
-                if (x := self.host.get((h, i))) is not None:
+                if moves.early:
+                    self.early[target * page + i] = self.host.get((h, i))
+                elif (x := self.host.get((h, i))) is not None:
                     self.memory[target * page + i] = x
         size, rows = sum(x.stop - x.start for x in plan) + 3, self.limits.max_requests + 1
         b, _ = self.stager.stage(plan, {x.id: sample(self.tokens[x.id]) for x in plan}, size, rows, self.steps)

@@ -72,11 +72,13 @@ class Span(NamedTuple):
 
 class Moves(NamedTuple):
     """What happens besides computing, in this order: pages are copied to the host (`out`), on the device (`copies`),
-    and from the host (`back`), which only has to be done when the step's layers read them."""
+    and from the host (`back`). What comes back is wanted by the step's layers, one after the other, or, where `early`,
+    not before the next step: whoever waits for it has no part in this one."""
 
     out: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
     back: tuple[tuple[int, int], ...] = ()
+    early: bool = False
     admitted: tuple[Sequence, ...] = ()
     parked: tuple[int, ...] = ()
 
@@ -110,8 +112,8 @@ def extend(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequence:
                 tree.rename(node, block)
             else:
                 node = tree.insert(parent, block, s.pages[i])
-        elif (i + 1) * page > s.cached:
-            break  # the step being planned fills both; the next one may choose
+        elif (i + 1) * page > s.cached or node in tree.arriving:
+            break  # the step being planned fills both, or one is on its way; the next one may choose
         else:
             if s.tail is not None:
                 tree.disown(s.tail)
@@ -197,6 +199,7 @@ class _Planner:
     def __init__(self, state: State, limits: Schedule, tokens: Known) -> None:
         self.tree, self.seats, self.limits, self.tokens = state.tree, state.seats, limits, tokens
         self.running, self.waiting = list(state.running), state.waiting
+        self.busy = False  # whether the step has something to compute meanwhile when pages come back
         self.parked: list[Sequence] = []
         self.admitted: list[Sequence] = []
         self.chunk = limits.prefill_chunk or limits.token_budget
@@ -259,18 +262,23 @@ class _Planner:
                 self.waiting = (*delayed, *self.waiting[at:])
                 return
             s, span = new
-            left -= span.stop - span.start
-            self.spans[s.id] = span
-            self.running.append(self._shown(s, span))
-            self.admitted.append(self.running[-1])
+            if span is not None:
+                left -= span.stop - span.start
+                self.spans[s.id] = span
+                s = self._shown(s, span)
+            self.running.append(s)
+            self.admitted.append(s)
         self.waiting = tuple(delayed)
 
     def _match(self, s: Sequence) -> Match:
         return self.tree.match(self.tokens[s.id], s.known) if self.tree.active else Match(())
 
-    def _enter(self, s: Sequence, found: Match, left: int) -> tuple[Sequence, Span] | None:
-        """The sequence as a running one, and its first span. None: there are not the pages for it."""
-        tree, path = self.tree, found.path
+    def _enter(self, s: Sequence, found: Match, left: int) -> tuple[Sequence, Span | None] | None:
+        """The sequence as a running one, and its first span. None: there are not the pages for it.
+
+        It has no span yet where its pages are on their way and others compute meanwhile.
+        """
+        tree, path, coming = self.tree, found.path, len(self.tree.back)
         own = need(tree.page, s.known) - len(path)
         free = tree.available() - sum(n in tree.idle for n in path) - len(self.running)  # each may want one more soon
         wanted = own + sum(not n.page for n in path)
@@ -293,6 +301,8 @@ class _Planner:
         )
         tree.counts.asked += s.known
         tree.counts.reused += start
+        if self.busy and (len(tree.back) > coming or any(n in tree.arriving for n in path)):
+            return s, None
         return s, Span(s.id, start, start + n, start + n == s.known, s.pages, seat, start == reached)
 
 
@@ -307,6 +317,7 @@ def plan(state: State, limits: Schedule, tokens: Known) -> tuple[State, Plan, Mo
     p.room()
     # Where prompts come first, those who decode do so only if nobody is admitted with a prompt to compute.
     patient = limits.policy == "prefill_first" and all(x.stop - x.start == 1 for x in p.spans.values())
+    p.busy = bool(p.spans)
     others, p.spans = (p.spans, {}) if patient else ({}, p.spans)
     p.show()
     if not p.parked:
@@ -316,7 +327,7 @@ def plan(state: State, limits: Schedule, tokens: Known) -> tuple[State, Plan, Mo
         p.show()
     spans = tuple(sorted(p.spans.values(), key=lambda x: x.stop - x.start > 1))
     out, copies, back = tree.moves() if spans else ((), (), ())
-    moves = Moves(out, copies, back, tuple(p.admitted), tuple(s.id for s in p.parked))
+    moves = Moves(out, copies, back, p.busy, tuple(p.admitted), tuple(s.id for s in p.parked))
     return State(tree, p.seats, (*reversed(p.parked), *p.waiting), tuple(p.running)), spans, moves
 
 

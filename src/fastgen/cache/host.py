@@ -6,7 +6,7 @@ one copy. On the way they pass through staging buffers of the device:
     out   gather pages of a layer -> staging ring -> host     the ring's part is free when the copy is done
     back  host -> staging -> scatter to a layer's pages       a layer at a time, an event after each
 
-A step that follows waits, before each of its layers, until that layer's pages are safe or there.
+What a step itself reads is waited for layer by layer; what the next step reads comes while this one computes.
 """
 
 import mmap
@@ -85,6 +85,7 @@ class Mover:
             self._at = 0  # where the ring goes on
             self._taken: list[tuple[int, int, Any]] = []  # its parts that are still read
             self._gather, self._out, self._in = (torch.cuda.Stream(device) for _ in range(3))
+            self._early: torch.cuda.Event | None = None  # what the next step has to wait for
             self._busy: dict[int, Any] = {}  # pages of the host that were written or read last by this
 
     def attach(self, cache: Cache) -> None:
@@ -111,22 +112,29 @@ class Mover:
     def move(self, moves: Moves) -> list[torch.cuda.Event]:
         """Set the moves of a step going. Its layers must each wait for their event; none: there is nothing to wait for.
 
-        Copies within the device are made on the current stream.
+        Copies within the device are made on the current stream, which waits itself for what needs no layer's patience.
         """
         if not self.cuda:
             self._at_once(moves)
             return []
-        if not (moves.out or moves.copies or moves.back):
-            return []
         compute = torch.cuda.current_stream(self.device)
-        events = self._page_out(moves.out, compute) if moves.out else []
+        if self._early is not None:
+            compute.wait_event(self._early)
+            self._early = None
+        gathered = self._page_out(moves.out, compute) if moves.out else []
         if moves.copies:
-            if events:
-                compute.wait_event(events[-1])  # gathered in the order of the layers
+            if gathered:
+                compute.wait_event(gathered[-1])  # they are in the order of the layers
             self._kernel(self._table, self._table, list(zip(*moves.copies, strict=True)), self._words, self._words)
-        if moves.back:
-            events = self._page_in(moves.back, compute, events)
-        return events
+        arrived = self._page_in(moves.back, compute, gathered) if moves.back else []
+        if arrived and not moves.early:
+            return arrived
+        if arrived:
+            self._early = arrived[-1]
+        if gathered and len(moves.out) * self.spec.layers <= self.slots:  # the ring takes all at once
+            compute.wait_event(gathered[-1])
+            return []
+        return gathered
 
     def _at_once(self, moves: Moves) -> None:
         for layer, pair in enumerate(self.leaves):

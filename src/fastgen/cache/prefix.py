@@ -89,6 +89,7 @@ class Tree:
         self.out: list[tuple[int, int]] = []  # (page of the device, page of the host)
         self.copies: list[tuple[int, int]] = []  # (page, page)
         self.back: list[tuple[int, int]] = []  # (page of the host, page of the device)
+        self.arriving: set[Node] = set()  # whose pages `back` fills
         self._pinned: set[Node] = set()  # read by one of these: their pages stay
 
     @property
@@ -99,6 +100,7 @@ class Tree:
     def begin(self) -> None:
         """A new plan."""
         self.clock += 1
+        self.arriving.clear()
         self._pinned.clear()
 
     def moves(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -208,6 +210,7 @@ class Tree:
                 node.page, node.born = self.take(), self.clock
                 assert node.page, "held more than there is room for"
                 self.back.append((node.host, node.page))
+                self.arriving.add(node)
                 self.counts.paged_in += 1
         for node in reversed(path):
             if node.host:
