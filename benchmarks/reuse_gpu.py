@@ -1,0 +1,200 @@
+"""What the hierarchy of pages brings and costs: samples of a prompt, conversations, and prompts that share nothing.
+
+    python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --out reuse.json --trace chat.json.gz
+    python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --out reuse.json --peer-log vllm.txt --peer-version 0.23.0
+
+Samples: 32 prompts of 1,024 tokens, 16 samples of 256 tokens each, with and without attention that reads shared pages
+once for a group. Cost: 512 distinct prompts of 1,024 tokens, 128 tokens each, with and without the tree of prefixes.
+Conversations: 64 of 8 turns, each with a system prompt of its own of 1,024 tokens; a turn adds 256 tokens and is
+answered with 32. All conversations take turns, so that when one comes again the others have used the cache, which
+holds a quarter of what they need in the end. Random weights. The second form adds the rows of another engine that ran
+in the same session.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastgen
+from fastgen.cli.rows import peer_rows
+
+HERE = Path(__file__).parent
+MODES: dict[str, dict[str, Any]] = {
+    "no reuse": {"prefix_cache": False},
+    "device": {},
+    "device + host": {"offload": "host"},
+}
+
+
+def copy_rates(size: int = 2**30) -> dict[str, float]:
+    """GB/s of plain copies between pinned memory and the device."""
+    host, device = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8, device=0)
+    rates = {}
+    for name, to, source in (("host to device", device, host), ("device to host", host, device)):
+        to.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(4):
+            to.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        rates[name] = 4 * size / (time.perf_counter() - start) / 1e9
+    return rates
+
+
+def page_in_rate(engine: fastgen.Engine) -> float:
+    """GB/s of the mover alone, bringing back pages that it took away."""
+    mover, page = engine._mover, engine.state.page
+    n = min(mover.host_pages, engine.capacity // page, 256)
+    pairs = tuple((i + 1, i + 1) for i in range(n))
+    mover.move(fastgen.schedule.Moves(out=pairs))
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        mover.move(fastgen.schedule.Moves(back=pairs))
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    size = n * page * engine.spec.layers * 2 * engine.spec.kv_heads * engine.spec.head * engine.dtype.itemsize
+    return size / statistics.median(times) / 1e9
+
+
+def replay(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """All turns of all conversations; at most `args.together` at once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(n: int) -> list[int]:
+        return torch.randint(100, engine.spec.vocab, (n,), generator=generator).tolist()
+
+    sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=args.answer, ignore_eos=True, seed=1)
+    talks = [words(args.system) for _ in range(args.conversations)]
+    due = [(turn, i) for turn in range(args.turns) for i in range(args.conversations)]
+    added: dict[int, tuple[int, int, float]] = {}
+    first: dict[int, float] = {}
+    waits: list[list[float]] = [[] for _ in range(args.turns)]
+    start, made, prompt, reused = time.perf_counter(), 0, 0, 0
+    while due or engine.unfinished:
+        while due and len(added) < args.together:
+            turn, i = due.pop(0)
+            talks[i] += words(args.turn)
+            added[engine.add(talks[i], sampling, live=False)] = turn, i, time.perf_counter()
+            prompt += len(talks[i])
+        for event in engine.step():
+            turn, i, asked = added[event.request_id]
+            if event.request_id not in first:
+                first[event.request_id] = time.perf_counter() - asked
+                waits[turn].append(first[event.request_id])
+            if event.output is not None:
+                talks[i] += event.output.completions[0].token_ids
+                made += len(event.output.completions[0].token_ids)
+                reused += event.output.cached_tokens
+                del added[event.request_id]
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds, "output_tok_s": made / seconds, "total_tok_s": (made + prompt) / seconds,
+        "first_token_ms": [1e3 * statistics.median(x) for x in waits], "prompt_tokens": prompt, "reused": reused,
+    }  # fmt: skip
+
+
+def run(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats: int) -> list[float]:
+    """Output tokens/s of each repeat, with new random prompts of 1,024 tokens."""
+    rates = []
+    sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=output, n=samples, ignore_eos=True)
+    for _ in range(repeats):
+        asked = torch.randint(100, engine.spec.vocab, (prompts, 1024)).tolist()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        engine.generate(asked, sampling, progress=False)
+        rates.append(prompts * samples * output / (time.perf_counter() - start))
+    return rates
+
+
+def share(engine: fastgen.Engine) -> dict[str, Any]:
+    """Rates of samples, and of distinct prompts."""
+    settings, found = engine.settings, {}
+    run(engine, 32, 256, 16, 1)  # warm
+    for name, on in (("shared attention", True), ("each by itself", False)):
+        engine.settings = replace(settings, pages=replace(settings.pages, shared_attention=on))
+        found[name] = run(engine, 32, 256, 16, 2)
+        print("32 x 1024, 16 samples -> 256,", name, found[name], flush=True)
+    engine.settings = settings
+    tree = engine.state.tree
+    for name, on in (("without", False), ("with", True)):
+        engine.state = engine.state._replace(tree=type(tree)(tree.page, tree.pages, prefix=on))
+        found[f"distinct prompts, {name} the tree"] = run(engine, 512, 128, 1, 1)
+        print(
+            f"512 x 1024 -> 128, {name} the tree of prefixes", found[f"distinct prompts, {name} the tree"], flush=True
+        )
+    return found
+
+
+def converse(params: fastgen.Params, spec: fastgen.Spec, args: argparse.Namespace) -> dict[str, Any]:
+    """The replay in each mode."""
+    tokens = args.conversations * (args.system + args.turns * (args.turn + args.answer)) // 4
+    per_token = 2 * spec.layers * spec.kv_heads * spec.head * 2
+    found: dict[str, Any] = {"copies": copy_rates(), "cache_tokens": tokens}
+    found["settings"] = {k: v for k, v in vars(args).items() if isinstance(v, int)}
+    for name in args.modes:
+        host = {"host_gb": 5 * tokens * per_token / 1e9} if "offload" in MODES[name] else {}
+        with fastgen.Engine(
+            params, spec, progress=False, max_requests=64, token_budget=4096, cache_tokens=tokens, **MODES[name], **host
+        ) as engine:
+            if host:
+                found["host"] = {"gb": host["host_gb"], "seconds": engine._mover.seconds}
+                found["page_in_gb_s"] = page_in_rate(engine)
+            found[name] = replay(engine, args)
+            c = engine.counts
+            found[name]["counts"] = {k: getattr(c, k) for k in c.__slots__}
+            print(name, json.dumps(found[name]), flush=True)
+            if host and args.trace:
+                with engine.profile(steps=8, path=args.trace, skip=args.answer + 1) as p:
+                    replay(engine, argparse.Namespace(**vars(args) | {"turns": 1}))
+                found["profile"] = str(p.summary)
+                print(p.summary)
+    found["speedup"] = {name: found[args.modes[0]]["seconds"] / found[name]["seconds"] for name in args.modes}
+    print(json.dumps({k: found.get(k) for k in ("speedup", "copies", "page_in_gb_s", "host")}, indent=1), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--conversations", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--system", type=int, default=1024)
+    parser.add_argument("--turn", type=int, default=256)
+    parser.add_argument("--answer", type=int, default=32)
+    parser.add_argument("--together", type=int, default=64, help="conversations that wait for an answer at once")
+    parser.add_argument("--modes", nargs="+", default=[*MODES], choices=[*MODES], help="the first is what others beat")
+    parser.add_argument("--trace", type=Path, help="of steps in which pages come back")
+    parser.add_argument("--peer-log", type=Path, help="another engine's lines, to be added to --out")
+    parser.add_argument("--peer-version", default="unknown")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "reuse_gpu.json")
+    args = parser.parse_args()
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
+
+    def save() -> None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+    if args.peer_log:
+        found["peer"] = peer_rows(args.peer_log.read_text(), args.peer_version, found["gpu"])
+        save()
+        return
+    spec = fastgen.from_hf(json.loads((HERE / "configs" / f"{args.model}.json").read_text()))
+    with torch.no_grad():
+        params = fastgen.init(spec, 0, device="cuda", dtype=torch.bfloat16)
+    found = {"model": args.model, "gpu": torch.cuda.get_device_name()}
+    with fastgen.Engine(params, spec, progress=False) as engine:
+        found["share"] = share(engine)
+    save()
+    found["conversations"] = converse(params, spec, args)
+    save()
+
+
+if __name__ == "__main__":
+    main()
