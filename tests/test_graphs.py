@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import fastgen
 from fastgen import SamplingParams, schedule
@@ -127,8 +128,8 @@ def test_bf16_differs_by_rounding_only() -> None:
     for w in (params.embed, params.head, *(w for layer in params.layers for w in layer)):
         if w is not None and w.ndim == 2:
             w *= 3  # distributions that are not flat
-    half = torch.utils._pytree.tree_map(lambda w: w.bfloat16(), params)
-    exact = torch.utils._pytree.tree_map(lambda w: w.float(), half)
+    half = tree_map_only(torch.Tensor, lambda w: w.bfloat16(), params)
+    exact = tree_map_only(torch.Tensor, lambda w: w.float(), half)
     r = random.Random(5)
     prompts = [[r.randrange(5003) for _ in range(r.choice((3, 60, 300)))] for _ in range(64)]
     greedy, found, noise = SamplingParams(temperature=0, max_tokens=64, logprobs=0, ignore_eos=True), {}, {}
