@@ -44,7 +44,7 @@ BAD = [
     (Schedule, "token_budget", [0, 2.5, 511], "at least 1|at least schedule.max_requests"),
     (Schedule, "prefill_chunk", [0, 1.5], "at least 1"),
     (Pages, "page_size", [0, -16, 1.5], "at least 1"),
-    (Pages, "cache_tokens", [15, 0, 1e4], "at least 16"),
+    (Pages, "cache_tokens", [15, 0, 1e4], "at least 64"),
     (Pages, "cache_fraction", [0, 0.99, 1.5, NAN], "between 0.01 and 0.98"),
     (Offload, "offload", ["disk", None], "none, host"),
     (Offload, "keep", ["some", None], "all, parked"),
@@ -74,7 +74,7 @@ def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
 
 def test_every_field_is_tested_or_free() -> None:
     """A new knob without a bad value here is noticed."""
-    free = {"path", "device", "random_seed", "ignore_eos"}
+    free = {"path", "device", "random_seed", "ignore_eos", "grammar"}
     kinds = (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Compile)
     assert {f.name for kind in kinds for f in fields(kind)} == {name for _, name, _, _ in BAD} | free
 

@@ -13,7 +13,7 @@ LAYERS = [  # each may import from its own line and those above
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
     + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves"],
     ["models.transformer", "models.weights", "tokenizer"],
-    ["models.default", "request", "step"],
+    ["models.default", "grammar", "request", "step"],
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
     ["compile"],
     ["engine"],

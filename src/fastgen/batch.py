@@ -90,6 +90,11 @@ def stage(
     return Batch(**tensors)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; from pinned memory, since other copies wait for the step that is running."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def sharing(groups: Sequence[Group], rows: int, width: int) -> dict[str, np.ndarray]:
     """The arrays of a Share for a batch of `rows` sequences, with room for `places(rows)` groups of `width`."""
     n = places(rows)
@@ -173,9 +178,7 @@ class Stager:
             value += span.pages[same:]
             self.sitting[span.seat] = span.id, span.pages
         if index:
-            words = torch.tensor([index, value], device="cpu")
-            if self.cuda:  # from pinned memory, since other copies wait for the step that is running
-                words = words.pin_memory().to(self.device, non_blocking=True)
+            words = to_device(torch.tensor([index, value], device="cpu"), self.device)
             self.pages.view(-1).index_copy_(0, words[0], words[1].int())
 
     def _split(self, buffer: Tensor, tokens: int, rows: int, *, share: bool) -> dict[str, Tensor]:
@@ -230,14 +233,14 @@ class Stager:
 
 def edits(plan: Plan, samples: Mapping[int, Sample], device: torch.device) -> Edits | None:
     """The changes to logits that the plan's sequences ask for; rows are the plan's. None where there are none."""
-    drawing = [(r, samples[span.id]) for r, span in enumerate(plan) if span.sample]
+    drawing = [(r, samples[span.id]) for r, span in enumerate(plan) if span.sample and span.id in samples]
     found = [(r, token, *edit, s.params) for r, s in drawing for token, edit in s.edits().items()]
     if not found:
         return None
     row, token, bias, count, seen, p = zip(*found, strict=True)
 
     def tensor(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=device)
+        return to_device(torch.tensor(list(values), dtype=dtype, device="cpu"), device)
 
     return Edits(
         row=tensor(row, torch.long),

@@ -30,7 +30,7 @@ def _flag(owner: str, name: str, value: object, options: str = "true or false") 
 class SamplingParams:
     """How one request is sampled. Independent of the batch it runs in.
 
-    The order is: logit_bias and min_tokens, penalties, temperature, top_k, top_p, min_p, draw. top_p keeps the
+    The order is: grammar, logit_bias and min_tokens, penalties, temperature, top_k, top_p, min_p, draw. top_p keeps the
     smallest set of tokens whose probability, renormalised after top_k, reaches it; min_p is relative to the most
     likely token. Presence and frequency penalties count generated tokens, the repetition penalty prompt and output.
 
@@ -57,9 +57,15 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprob_mode: str = "raw"
+    grammar: str | None = None  # regex:…, json:… or lark:…, which the output follows; see `fastgen.grammar`
 
     def __post_init__(self) -> None:
         me = "SamplingParams"
+        if self.grammar is not None:
+            if not isinstance(self.grammar, str):
+                raise ValueError(f"{me}.grammar must be a text, got {self.grammar!r}")
+            if self.min_tokens or self.ignore_eos:
+                raise ValueError(f"{me}.grammar says where the output ends: min_tokens must be 0 and ignore_eos false")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))

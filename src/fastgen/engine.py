@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastgen import schedule, tokenizer
-from fastgen.batch import Stager, edits, places
+from fastgen.batch import Stager, edits, places, to_device
 from fastgen.cache.host import Mover, page_bytes
 from fastgen.cache.prefix import Counts, Tree
 from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
+from fastgen.grammar import Guides
 from fastgen.models import default, weights
 from fastgen.models.spec import Spec, from_hf
 from fastgen.profiler import OFF, Profiler, Window
@@ -115,6 +116,7 @@ class Engine:
         self._random = random.Random(self.settings.seed)
         eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self._eos = frozenset(spec.eos) | frozenset(eos if isinstance(eos, list) else [eos])
+        self._guides = Guides(tokenizer, spec.vocab, self._eos)
 
     @classmethod
     def from_pretrained(
@@ -219,7 +221,8 @@ class Engine:
         try:
             for index in range(params.n):
                 id = next(self._ids)
-                sample = Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live)
+                guide = None if params.grammar is None else self._guides.guide(params.grammar)
+                sample = Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live, guide=guide)
                 self._samples[id] = sample
                 sequence = schedule.Sequence(id, len(prompt_ids), limit, sample.scores_prompt)
                 self.state = schedule.add(self.state, sequence)
@@ -296,7 +299,7 @@ class Engine:
         """
         has_text = self.tokenizer is not None
         limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
-        output, samples = snapshot.revive(next(self._request_ids), limit, self._eos, self.tokenizer)
+        output, samples = snapshot.revive(next(self._request_ids), limit, self._eos, self.tokenizer, self._guides)
         if snapshot.pages and self.state.tree.prefix and snapshot.model == self._fingerprint():
             for i, values in snapshot.pages.items():
                 self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
@@ -358,8 +361,6 @@ class Engine:
         return events
 
     def _step(self) -> None:
-        if self._running and any(s.looks_back for s in self._samples.values()):
-            self._receive()  # somebody's next token depends on what the last ones were
         with self.profiler.range("plan"):
             self.state, plan, moves = schedule.plan(self.state, self.settings.schedule, self._known())
         with self.profiler.step(plan) if plan else OFF:
@@ -389,6 +390,8 @@ class Engine:
             computed = self._stepper.run(self.cache, batch, settings, shape, scored=scored, ready=ready)
             if computed.hidden is not None:
                 self._score_prompts(plan, computed.hidden)
+            if any(s.looks_back for s in samples):
+                self._receive()  # what is drawn depends on the last tokens; the forward computes meanwhile
             launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings))
         self.state, self.batch = schedule.commit(self.state, plan, (), self._known()), batch
         self.steps += 1
@@ -406,7 +409,7 @@ class Engine:
     ) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
         """Tokens and logprobs of the step, on their way to the host."""
         n, filter = len(plan), settings.filter
-        drawing = [s for span, s in zip(plan, samples, strict=True) if span.sample]
+        drawing = [s for span, s in zip(plan, samples, strict=True) if span.sample and not s.completion.finish_reason]
         top = max((s.params.logprobs for s in drawing if s.params.logprobs is not None), default=None)
         if computed.token is not None and computed.logprob is not None and not any(s.special for s in drawing):
             none = computed.logprob.new_empty(n, 0)
@@ -421,6 +424,7 @@ class Engine:
                 processed=settings.processed[:n].bool(),
                 filter=Filter(*(x[:n] for x in filter)) if filtered and filter is not None else None,
                 edits=edits(plan, self._samples, self.device),
+                allowed=self._allowed(plan),
             )
             results = sample(computed.logits[:n].float(), general, top)
             self._stager.last[batch.seat[:n]] = results.token.int()
@@ -430,6 +434,11 @@ class Engine:
         done = torch.cuda.Event()
         done.record()
         return host, done
+
+    def _allowed(self, plan: schedule.Plan) -> Tensor | None:
+        """Tokens that grammars allow, as bits; None where nobody has one."""
+        rows = [(r, s.guide) for r, x in enumerate(plan) if x.sample and (s := self._samples.get(x.id)) and s.guide]
+        return to_device(torch.from_numpy(self._guides.masks(rows, len(plan))), self.device) if rows else None
 
     def _receive(self) -> None:
         """Wait for the step that runs, and hand out its tokens."""

@@ -10,6 +10,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from fastgen.config import SamplingParams
+from fastgen.grammar import Guide
 from fastgen.models.spec import Spec
 from fastgen.tokenizer import Detokenizer
 
@@ -110,7 +111,9 @@ class Sample:
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         live: bool = True,
+        guide: Guide | None = None,
     ) -> None:
+        self.guide = guide  # the grammar's, where there is one
         self.live = live or bool(params.stop)  # whether text is made as tokens come, and not at the end
         self.output, self.index, self.params, self.limit = output, index, params, limit
         self.prompt = len(output.prompt_token_ids)
@@ -122,7 +125,8 @@ class Sample:
         penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         # Drawn by the general sampler, not by the one inside the step.
         self.special = self.filters or penalised or bool(p.logit_bias) or p.min_tokens > 0 or (p.logprobs or 0) > 0
-        self.looks_back = penalised or p.min_tokens > 0  # what is drawn depends on what was
+        self.special |= guide is not None
+        self.looks_back = penalised or p.min_tokens > 0 or guide is not None  # what is drawn depends on what was
         self.scores_prompt = p.prompt_logprobs is not None and index == 0
         self.text = Detokenizer(tokenizer, self.tokens, params.stop) if tokenizer is not None else None
         self.counts: Counter[int] = Counter()  # of generated tokens
@@ -143,6 +147,7 @@ class Sample:
         c, o = self.completion, self.output
         other = copy(self)
         other.index, other.seed, other.tokens, other.counts = 0, seed, [*self.tokens], Counter(self.counts)
+        other.guide = None if self.guide is None else self.guide.copy()
         other.text, other.started = None if self.text is None else self.text.copy(), False
         other.completion = replace(
             c,
@@ -163,6 +168,9 @@ class Sample:
         c.token_ids, c.logprobs, c.top_logprobs = past.token_ids, past.logprobs, past.top_logprobs
         self.tokens += c.token_ids
         self.counts.update(c.token_ids)
+        if self.guide is not None:
+            for token in c.token_ids:
+                self.guide.push(token)
         if self.text is not None and self.live:
             for token in c.token_ids:
                 self.text.push(token, may_stop=False)
@@ -193,6 +201,10 @@ class Sample:
         if c.top_logprobs is not None:
             event.top_logprobs = [dict(top[: p.logprobs])]
             c.top_logprobs += event.top_logprobs
+        if self.guide is not None:
+            self.guide.push(token)
+            if self.guide.failed and token not in self.ends:
+                return self.end("abort", event)
         cut, early = False, len(c.token_ids) < p.min_tokens
         if self.text is not None and self.live:
             event.text, cut = self.text.push(token, may_stop=not early)

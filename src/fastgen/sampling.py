@@ -46,6 +46,12 @@ def edit(logits: Float[Tensor, "N V"], e: Edits) -> Float[Tensor, "N V"]:
     return logits.index_put((e.row, e.token), z + e.bias)
 
 
+def restrict(logits: Float[Tensor, "N V"], allowed: Int[Tensor, "N words"]) -> Float[Tensor, "N V"]:
+    """Logits with -inf where a token's bit is not set; a copy."""
+    token = torch.arange(logits.shape[1], device=logits.device)
+    return logits.masked_fill((allowed[:, token >> 5] >> (token & 31)) & 1 == 0, float("-inf"))
+
+
 def _floor(p: Float[Tensor, "N V"], reaches: Callable[[Tensor], Tensor]) -> Float[Tensor, "N 1"]:
     """The largest threshold t for which `reaches(p >= t)` holds, exactly, without a sort.
 
@@ -77,7 +83,8 @@ def sample(logits: Float[Tensor, "N V"], s: Sampling, top: int | None = None) ->
 
     Sampling by the exponential race: argmax of p / E equals a draw from p (Gumbel's trick in linear form).
     """
-    z = logits if s.edits is None else edit(logits, s.edits)
+    z = logits if s.allowed is None else restrict(logits, s.allowed)
+    z = z if s.edits is None else edit(z, s.edits)
     if s.seed is None:
         token = z.argmax(-1)
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastgen.config import SamplingParams
+from fastgen.grammar import Guides
 from fastgen.request import Completion, Output, Sample, TopLogprobs
 
 FORMAT = "fastgen snapshot 1"
@@ -61,7 +62,12 @@ class Snapshot:
         )
 
     def revive(
-        self, request_id: int, limit: int, eos: frozenset[int], tokenizer: PreTrainedTokenizerBase | None
+        self,
+        request_id: int,
+        limit: int,
+        eos: frozenset[int],
+        tokenizer: PreTrainedTokenizerBase | None,
+        guides: Guides,
     ) -> tuple[Output, list[Sample]]:
         """The request again, and the completions that go on. `limit` counts prompt and output."""
         output = Output(request_id, [*self.prompt], [replace(c) for c in self.completions])
@@ -72,7 +78,8 @@ class Snapshot:
             output.prompt_top_logprobs = tops if p.prompt_logprobs else None
         for i, seed in self.seeds.items():
             output.completions[i] = Completion()
-            sample = Sample(output, i, p, 0, limit, eos, tokenizer)
+            guide = None if p.grammar is None else guides.guide(p.grammar)
+            sample = Sample(output, i, p, 0, limit, eos, tokenizer, guide=guide)
             sample.seed = seed
             sample.scores_prompt &= self.prompt_logprobs is None
             sample.resume(replace(self.completions[i], token_ids=[*self.completions[i].token_ids]))

@@ -109,6 +109,7 @@ class Sampling(NamedTuple):
     processed: Bool[Tensor, " N"]  # logprobs of the sampled distribution instead of the model's
     filter: Filter | None
     edits: Edits | None
+    allowed: Int[Tensor, "N words"] | None = None  # bit t % 32 of word t // 32: token t may be drawn
 
 
 class Sampled(NamedTuple):
