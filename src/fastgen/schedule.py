@@ -398,7 +398,8 @@ def groups(state: State, plan: Plan, width: int, most: int) -> tuple[Group, ...]
             break
         total += span.stop
         path = by_id[span.id].path
-        d = min(len(path), (span.stop - 1) // state.page)
+        # Whoever holds a node holds those before it.
+        d = min(len(path), (span.stop - 1) // state.page) if path and path[0].refs > 1 else 0
         while d and path[d - 1].refs < 2:
             d -= 1
         if d:
