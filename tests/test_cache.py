@@ -184,7 +184,7 @@ def load() -> list[tuple[list[int], SamplingParams]]:
     found = list[tuple[list[int], SamplingParams]]()
     for seed, kind in enumerate(kinds + kinds[:3]):
         prompt = STEM[: dice.randrange(2, 22)] + [dice.randrange(61) for _ in range(dice.randrange(4))]
-        found.append((prompt, SamplingParams(**kind, seed=seed, max_tokens=dice.randrange(5, 11))))
+        found.append((prompt, SamplingParams(**kind, seed=seed, max_tokens=dice.randrange(4, 8))))
     found.append(found[0])  # one that is the same, and a next turn
     first = plain(*found[0]).completions[0].token_ids
     found.append((found[0][0] + first + [5, 6, 7], GREEDY))
@@ -209,8 +209,10 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("force", ["", "evict", "park", "evict park"])
-@pytest.mark.parametrize("name", HIERARCHIES)
+@pytest.mark.parametrize(
+    ("name", "force"),
+    [(name, force) for i, name in enumerate(HIERARCHIES) for force in (("", "evict park"), ("evict", "park"))[i % 2]],
+)
 def test_results_never_change(name: str, force: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody reads pages of others, or pages that were moved badly, or is not what it was after it made way."""
     at = 4 * [*HIERARCHIES].index(name) + ["", "evict", "park", "evict park"].index(force)
@@ -221,10 +223,9 @@ def test_results_never_change(name: str, force: str, monkeypatch: pytest.MonkeyP
     if "park" in force:
         park_at_random(monkeypatch, random.Random(at), 0.15)
     prompts, params = zip(*LOAD, strict=True)
-    for _ in range(2):
-        for got, (prompt, how) in zip(e.generate([*prompts], [*params]), LOAD, strict=True):
-            same(got, plain(prompt, how))
-        idle(e)
+    for got, (prompt, how) in zip(e.generate([*prompts], [*params]), LOAD, strict=True):
+        same(got, plain(prompt, how))
+    idle(e)
     c = e.counts
     kept = name != "none" and not ("evict" in force and name == "device")
     assert (c.reused > 0) == (name != "none") or not kept
@@ -235,8 +236,7 @@ def test_results_never_change(name: str, force: str, monkeypatch: pytest.MonkeyP
         assert not c.paged_out and not c.paged_in
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("name", ["device", "device and host", "host", "none"])
+@pytest.mark.parametrize(("name", "way"), [*zip(("device", "device and host", "host", "none"), WAYS, strict=True)])
 def test_forks_and_aborts_at_random_steps(name: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork with its source's seed is another request than its source, or somebody suffers from it or from aborts."""
     dice = random.Random(f"{name}{way}")
@@ -276,13 +276,12 @@ def test_forks_and_aborts_at_random_steps(name: str, way: dict[str, Any], monkey
             close(done[id].prompt_logprobs, want.prompt_logprobs)
 
 
-@pytest.mark.parametrize("host", [0, 64])
-def test_512_requests_through_a_cache_for_four(host: int) -> None:
+def test_512_requests_through_a_cache_for_four() -> None:
     """A request is dropped, starves, or gets something else where hundreds wait for the pages of a few."""
-    dice = random.Random(host)
-    asked = [(STEM[: dice.randrange(4, 14)] + [dice.randrange(61)], replace(GREEDY, max_tokens=dice.randrange(2, 6)))
+    dice = random.Random(0)
+    asked = [(STEM[: dice.randrange(4, 14)] + [dice.randrange(61)], replace(GREEDY, max_tokens=dice.randrange(1, 5)))
              for _ in range(512)]  # fmt: skip
-    e, free = engine(20, host=host), engine(512 * 5, **OFF)  # the longest takes 5 pages
+    e, free = engine(20, host=64), engine(512 * 5, **OFF)  # the longest takes 5 pages
     outputs = e.generate([p for p, _ in asked], [s for _, s in asked])
     assert len(outputs) == 512
     for got, want in zip(outputs, free.generate([p for p, _ in asked], [s for _, s in asked]), strict=True):
@@ -428,7 +427,7 @@ TARGETS: dict[str, tuple[bool, dict[str, Any], int]] = {  # with pages, the othe
 def test_snapshot(target: str, tmp_path: Path) -> None:
     """A request that was saved goes on otherwise than it would have; text, logprobs or pages get lost on the way."""
     (with_pages, given, found), overlap = TARGETS[target], [*TARGETS].index(target) % 2 == 1
-    kinds = {**KINDS, "stop": replace(KINDS["drawn"], stop=("zzz",))}
+    kinds = {k: KINDS[k] for k in ("greedy", "penalties")} | {"stop": replace(KINDS["drawn"], stop=("zzz",))}
     e, other = engine(60, overlap=overlap), engine(**{"pages": 40, **given}, overlap=overlap)
     for kind, params in kinds.items():
         prompt, file = STEM[:10], tmp_path / f"{kind}.safetensors"
@@ -659,7 +658,7 @@ OPS = st.one_of(
 )
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=[*HealthCheck])
+@settings(derandomize=True, database=None, deadline=None, max_examples=20, suppress_health_check=[*HealthCheck])
 @given(
     ops=st.lists(OPS, min_size=4, max_size=24),
     page=st.sampled_from((1, 3, 4)),
