@@ -300,6 +300,10 @@ class Engine:
         has_text = self.tokenizer is not None
         limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
         output, samples = snapshot.revive(next(self._request_ids), limit, self._eos, self.tokenizer, self._guides)
+        going = [len(s.tokens) for s in samples]
+        if max(going, default=0) >= limit:
+            place = f"model's context of {self.spec.context} or cache of {self.capacity}"
+            raise ValueError(f"{max(going)} tokens and one more do not fit the {place} tokens")
         if snapshot.pages and self.state.tree.prefix and snapshot.model == self._fingerprint():
             for i, values in snapshot.pages.items():
                 self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
@@ -327,11 +331,14 @@ class Engine:
 
     def _fingerprint(self) -> str:
         """Tells models apart, and one's parameters before and after training."""
-        p, last = self.params, self.params.layers[-1]
-        parts = (p.embed[:8], p.norm, last.qkv[:8], last.down[:8], last.ffn_norm)
         digest = hashlib.blake2b(repr((self.spec, self.dtype)).encode(), digest_size=16)
-        for x in parts:
-            digest.update(x.float().cpu().numpy().tobytes())
+        leaves = [x for x in tree_leaves(self.params) if x is not None]
+        words = {2: torch.int16, 4: torch.int32}
+        # Sums of bits, all of them: training may have changed any one. The first rows tell orders apart.
+        sums = torch.stack([x.view(words[x.itemsize]).sum(dtype=torch.int64) for x in leaves])
+        digest.update(sums.cpu().numpy().tobytes())
+        for x in leaves:
+            digest.update(x[:8].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _adopt(self, tokens: Sequence[int], values: Tensor) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +23,14 @@ def _tops(rows: list[TopLogprobs] | None) -> list[list[tuple[int, float]]] | Non
     return None if rows is None else [list(row.items()) for row in rows]
 
 
-def _dicts(rows: list[list[tuple[int, float]]] | None) -> list[TopLogprobs] | None:
+def _dicts(rows: list[list[list[Any]]] | None) -> list[TopLogprobs] | None:
     return None if rows is None else [{int(t): x for t, x in row} for row in rows]
+
+
+def _own(c: Completion) -> Completion:
+    """A copy with lists of its own: the request goes on and fills its lists, empty ones too."""
+    logprobs, tops = (None if x is None else [*x] for x in (c.logprobs, c.top_logprobs))
+    return replace(c, token_ids=[*c.token_ids], logprobs=logprobs, top_logprobs=tops)
 
 
 @dataclass(slots=True)
@@ -46,16 +53,11 @@ class Snapshot:
     def of(cls, output: Output, samples: Mapping[int, Sample]) -> "Snapshot":
         """Of a request, and those of its completions that go on."""
         o = output
-
-        def kept(c: Completion) -> Completion:
-            logprobs, tops = c.logprobs and [*c.logprobs], c.top_logprobs and [*c.top_logprobs]
-            return replace(c, token_ids=[*c.token_ids], logprobs=logprobs, top_logprobs=tops)
-
         scored = o.prompt_logprobs is not None and len(o.prompt_logprobs) == len(o.prompt_token_ids)
         return cls(
             tuple(o.prompt_token_ids),
             next(iter(samples.values())).params,
-            [kept(c) for c in o.completions],
+            [_own(c) for c in o.completions],
             {i: s.seed for i, s in samples.items()},
             [*o.prompt_logprobs] if scored and o.prompt_logprobs else None,
             [*o.prompt_top_logprobs] if scored and o.prompt_top_logprobs else None,
@@ -70,7 +72,7 @@ class Snapshot:
         guides: Guides,
     ) -> tuple[Output, list[Sample]]:
         """The request again, and the completions that go on. `limit` counts prompt and output."""
-        output = Output(request_id, [*self.prompt], [replace(c) for c in self.completions])
+        output = Output(request_id, [*self.prompt], [_own(c) for c in self.completions])
         p, samples = self.params, []
         if p.prompt_logprobs is not None:
             output.prompt_logprobs = [*self.prompt_logprobs] if self.prompt_logprobs else [None]
@@ -82,7 +84,7 @@ class Snapshot:
             sample = Sample(output, i, p, 0, limit, eos, tokenizer, guide=guide)
             sample.seed = seed
             sample.scores_prompt &= self.prompt_logprobs is None
-            sample.resume(replace(self.completions[i], token_ids=[*self.completions[i].token_ids]))
+            sample.resume(_own(self.completions[i]))
             samples.append(sample)
         return output, samples
 

@@ -105,7 +105,8 @@ class Tree:
 
     def moves(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """`out`, `copies` and `back`, which are empty then."""
-        found = tuple(map(tuple, (self.out, self.copies, self.back)))
+        last = {host: page for page, host in self.out}  # one that was given to another meanwhile is written once
+        found = tuple((page, host) for host, page in last.items()), (*self.copies,), (*self.back,)
         self.out, self.copies, self.back = [], [], []
         return found
 
