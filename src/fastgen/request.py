@@ -156,10 +156,10 @@ class Sample:
             top_logprobs=None if c.top_logprobs is None else [*c.top_logprobs],
         )
         other.output = Output(request_id, o.prompt_token_ids, [other.completion])
-        if o.prompt_logprobs is not None and self.index == 0:
+        if o.prompt_logprobs is not None:
             other.output.prompt_logprobs = [*o.prompt_logprobs]
             other.output.prompt_top_logprobs = o.prompt_top_logprobs and [*o.prompt_top_logprobs]
-        other.scores_prompt = self.scores_prompt and len(o.prompt_logprobs or ()) < self.prompt
+            other.scores_prompt = len(o.prompt_logprobs) < self.prompt
         return other
 
     def resume(self, past: Completion) -> None:
