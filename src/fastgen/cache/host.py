@@ -118,9 +118,7 @@ class Mover:
             self._at_once(moves)
             return []
         compute = torch.cuda.current_stream(self.device)
-        if self._early is not None:
-            compute.wait_event(self._early)
-            self._early = None
+        self._settle()
         gathered = self._page_out(moves.out, compute) if moves.out else []
         if moves.copies:
             if gathered:
@@ -135,6 +133,12 @@ class Mover:
             compute.wait_event(gathered[-1])
             return []
         return gathered
+
+    def _settle(self) -> None:
+        """The current stream waits for what the step before did not."""
+        if self.cuda and self._early is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._early)
+            self._early = None
 
     def _at_once(self, moves: Moves) -> None:
         for layer, pair in enumerate(self.leaves):
@@ -233,6 +237,7 @@ class Mover:
 
     def read(self, pages: Sequence[int], tokens: int) -> Tensor:
         """Keys and values of the first `tokens` tokens in `pages`, on the host: [layers, 2, tokens, kv heads, head]."""
+        self._settle()
         index = torch.tensor(pages, device=self.device)
         layers = [torch.stack([x.view(-1, self.elements)[index] for x in pair]) for pair in self.leaves]
         return torch.stack(layers).view(len(layers), 2, -1, *self.leaves[0][0].shape[1:])[:, :, :tokens].cpu()
