@@ -21,6 +21,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.shortcuts import CompleteStyle
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -125,7 +126,10 @@ class Terminal:
 
     def __init__(self, talk: Conversation, console: Console) -> None:
         self.talk, self.console = talk, console
-        self.session: PromptSession[str] = PromptSession(history=_history(), completer=Complete())
+        self.session: PromptSession[str] = PromptSession(
+            history=_history(), completer=Complete(), complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,  # a menu would want eight empty lines below every prompt
+        )  # fmt: skip
         self.does: dict[str, Callable[[str], None]] = {
             "/r": self._reset, "/m": self._lines, "/s": self._sampling, "/system": self._system,
             "/p": self._alternatives, "/save": self._save, "/load": self._load, "/h": self._help, "/help": self._help,
