@@ -361,6 +361,7 @@ def test_every_command(model: Path, tmp_path: Path) -> None:
         child.send(f"{text}\r")
         expect(*texts)
 
+    (tmp_path / "tiny.txt").touch()
     with closing(child):
         expect("loading tiny", "B/s]", "tiny: 0.0 GB, float32 on cpu, a context of 1000 tokens")
         expect("Ready to chat!", "/q quit", "1>")
@@ -379,6 +380,8 @@ def test_every_command(model: Path, tmp_path: Path) -> None:
         line("third", "--- [6 tokens", "4>")
         line("/p", "probability", "%", "of the prompt's", "tokens were cached", "4>")
         line("/save talk.json", "3 rounds in talk.json", "4>")
+        line("/save talk.json", "3 rounds in talk.json", "4>")
+        line("/save tiny.txt", "tiny.txt is there already", "4>")
         line("/r 2", "2>")
         line("/r 7", "there is no round 7: the next one is 2", "2>")
         line("/r", "which round? /r 1 begins anew", "2>")

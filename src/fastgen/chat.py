@@ -43,8 +43,9 @@ class Round:
         return len(self.answer.token_ids) / self.seconds if self.seconds else 0.0
 
 
-def check(tokenizer: PreTrainedTokenizerBase | None, model: str) -> None:
-    """ValueError, with what to do, for a model that cannot chat."""
+def check(tokenizer: PreTrainedTokenizerBase | None, model: str, sampling: SamplingParams) -> None:
+    """ValueError, with what to do, for a model that cannot chat, or settings that are none of a conversation's."""
+    _fitting(asdict(sampling))
     if tokenizer is None:
         raise ValueError(f"{model} came without a tokenizer: put its tokenizer.json beside the weights")
     if not tokenizer.chat_template:
@@ -52,6 +53,12 @@ def check(tokenizer: PreTrainedTokenizerBase | None, model: str) -> None:
             f"{model}: its tokenizer has no chat template, as of a base model. Take the model's chat variant "
             "(-Instruct, -Chat), put its chat_template.jinja beside the weights, or complete texts: fgrun prompt=…"
         )
+
+
+def _fitting(sampling: dict[str, Any]) -> None:
+    for name in FIXED:
+        if (value := sampling.get(name, getattr(DEFAULT, name))) != getattr(DEFAULT, name):
+            raise ValueError(f"{name}={value}: a conversation has one answer, and shows no more; leave {name} out")
 
 
 class TooLong(ValueError):
@@ -160,11 +167,10 @@ class Conversation:
 
     def set(self, **changes: Any) -> None:
         """Change sampling settings; ValueError for one that does not exist or has no place here."""
-        for name, value in changes.items():
+        _fitting(changes)
+        for name in changes:
             if not hasattr(DEFAULT, name):
                 raise ValueError(unknown("sampling setting", name, [f.name for f in fields(SamplingParams)]))
-            if name in FIXED and value != getattr(DEFAULT, name):
-                raise ValueError(f"{name}={value}: a conversation has one answer, and shows no more; leave {name} out")
         try:
             self.sampling = replace(self.sampling, **changes)
         except TypeError as e:

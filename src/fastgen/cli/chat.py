@@ -126,6 +126,7 @@ class Terminal:
 
     def __init__(self, talk: Conversation, console: Console) -> None:
         self.talk, self.console = talk, console
+        self.file: Path | None = None  # that was saved or loaded, and may be written again
         self.session: PromptSession[str] = PromptSession(
             history=_history(), completer=Complete(), complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,  # a menu would want eight empty lines below every prompt
@@ -207,11 +208,17 @@ class Terminal:
         self.console.print(Text(self.talk.system or "no system prompt of yours; the model's template may bring one"))
 
     def _save(self, rest: str) -> None:
-        self.talk.save(rest or _missing("/save"))
-        self._note(f"{len(self.talk.rounds)} rounds in {rest}")
+        file = Path(rest or _missing("/save")).expanduser()
+        if file.exists() and file != self.file:
+            raise ValueError(f"{file} is there already: choose another name, or remove it first")
+        self.talk.save(file)
+        self.file = file
+        self._note(f"{len(self.talk.rounds)} rounds in {file}")
 
     def _load(self, rest: str) -> None:
-        self.talk.load(rest or _missing("/load"))
+        file = Path(rest or _missing("/load")).expanduser()
+        self.talk.load(file)
+        self.file = file
         for number, r in enumerate(self.talk.rounds, 1):
             self.console.print(Text(_clean(f"{number}> {r.message}\n{r.answer.text}")))
 
@@ -301,10 +308,10 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _started(config: Config) -> Engine:
-    """The engine, after a look at the tokenizer: weights take longer to load than it takes to say no."""
+    """The engine, after a look at what a chat needs: weights take longer to load than it takes to say no."""
     m = config.model
     path = default.default_path() if m.path is None else weights.resolve(m.path)
-    check(tokenizer.load(path), str(m.path or default.REPO))
+    check(tokenizer.load(path), str(m.path or default.REPO), config.sampling)
     return engine(config, progress=sys.stderr.isatty())
 
 
