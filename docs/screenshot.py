@@ -12,7 +12,7 @@ from rich.style import Style
 from rich.text import Text
 
 COLUMNS, ROWS = 100, 60
-PROMPTS = ["What is the capital of France?", "And of Germany?", "/s max_tokens=60", "Write two sentences about the sea.",
+PROMPTS = ["What is the capital of France?", "And of Germany?", "Write two sentences about the sea.",
            "/r 2", "And of Japan?", "/p"]  # fmt: skip
 NAMES = {"brown": "yellow", "brightblack": "bright_black", "default": None}  # pyte's colours as rich calls them
 

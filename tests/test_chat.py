@@ -332,13 +332,14 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pipe(model: Path) -> None:
-    """`echo hello | fgchat`, as a process; a reader that leaves early is no error to be shown."""
-    command = f"echo hello | {sys.executable} -m fastgen.cli.chat {model} {' '.join(TINY)}"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout
-    assert done.stderr.count("\n") == 1 and "--- [6 tokens" in done.stderr
+    """As a process between two others; a reader that leaves early is no error to be shown."""
+    options = " ".join([*TINY, "sampling.max_tokens=300", "sampling.ignore_eos=true"])
+    command = f"echo hello | {sys.executable} -m fastgen.cli.chat {model} {options} | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=60)
+    assert len(done.stdout) == 1 and done.stderr == b""
 
 
+@pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")  # torch has threads; the child begins anew at once
 def test_every_command(model: Path, tmp_path: Path) -> None:
     """A session in a terminal, from the loading bar to /q."""
     options = ("pages.cache_tokens=2048", "sampling.max_tokens=6", "seed=0", "sampling.ignore_eos=true")
