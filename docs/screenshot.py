@@ -1,7 +1,9 @@
 """Draws docs/fgchat.svg from a real session with the default model. Needs fastgen[dev]: python docs/screenshot.py"""
 
+import re
 import sys
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 
 import pexpect
@@ -48,9 +50,9 @@ def session() -> pyte.Screen:
 def line(row: dict[int, Char]) -> Text:
     """A row of the screen with its colours."""
     text = Text()
-    for column in range(COLUMNS):
-        c = row[column]
-        text.append(c.data, Style(color=NAMES.get(c.fg, c.fg), bold=c.bold))
+    for (color, bold), cells in groupby((row[i] for i in range(COLUMNS)), lambda c: (c.fg, c.bold)):
+        for part in re.findall(r" +|\S+(?: \S+)*", "".join(c.data for c in cells)):  # some drop leading spaces
+            text.append(part, Style(color=NAMES.get(color, color), bold=bold))
     text.rstrip()
     return text
 

@@ -60,6 +60,7 @@ COMMANDS = {  # command -> (what follows it, what it does)
     "/h": ("", "this list; also /help"),
     "/q": ("", "quit; also Ctrl-D"),
 }
+SLIGHT = math.log(0.0005)  # what would be shown as 0.0%
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model should not do to a terminal
 
 
@@ -230,7 +231,7 @@ class Terminal:
         for token, logprob, top in zip(
             last.answer.token_ids, last.answer.logprobs, last.answer.top_logprobs, strict=True
         ):
-            others = "  ".join(f"{coder.decode([t])!r} {math.exp(p):.1%}" for t, p in top.items())
+            others = "  ".join(f"{coder.decode([t])!r} {math.exp(p):.1%}" for t, p in top.items() if p > SLIGHT)
             style = "green" if (p := math.exp(logprob)) > 0.5 else "yellow" if p > 0.1 else "red"
             table.add_row(Text(repr(coder.decode([token])), style), f"{p:.1%}", Text(others, "dim"))
         self.console.print(table)
