@@ -17,8 +17,9 @@ LAYERS = [  # each may import from its own line and those above
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
     ["compile"],
     ["engine"],
+    ["chat"],
     ["__init__"],
-    ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench"],
+    ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench", "cli.chat"],
 ]
 EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__"}
 

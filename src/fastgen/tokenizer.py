@@ -55,6 +55,17 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
         if not (tokens := tokenizer(prompt).input_ids):
             raise ValueError(f"the prompt {prompt!r} is no token for this tokenizer: it needs at least one")
         return tokens
+    return _templated(tokenizer, prompt, tokenize=True, return_dict=True)["input_ids"]
+
+
+def render(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message]) -> str:
+    """The text that the chat template makes of messages, up to the model's turn; `encode` gives its tokens."""
+    if tokenizer is None:
+        raise ValueError("this model came without a tokenizer: give prompts as token ids")
+    return _templated(tokenizer, messages, tokenize=False)
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], **options: bool) -> Any:
     for message in prompt:
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
@@ -62,10 +73,9 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
         raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
     messages: list[Any] = list(prompt)
     try:
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)  # type: ignore[arg-type]
     except TemplateError as e:
         raise ValueError(f"the model's chat template refuses these messages: {e}") from e
-    return encoded["input_ids"]
 
 
 class Detokenizer:

@@ -67,12 +67,11 @@ def profile(engine: Engine, prompts: list[Prompt], sampling: SamplingParams, tas
     return outputs
 
 
-def engine(config: Config) -> Engine:
+def engine(config: Config, *, progress: bool = True) -> Engine:
     """The engine of a configuration, its model loaded."""
     m, settings = config.model, {f.name: getattr(config, f.name) for f in fields(Settings)}
-    return Engine.from_pretrained(
-        m.path, dtype=m.dtype, device=m.device, random=m.random, random_seed=m.random_seed, **settings
-    )
+    loading = {"dtype": m.dtype, "device": m.device, "random": m.random, "random_seed": m.random_seed}
+    return Engine.from_pretrained(m.path, progress=progress, **loading, **settings)
 
 
 def _prompts(config: Config) -> list[Prompt]:

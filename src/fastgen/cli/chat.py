@@ -1,0 +1,359 @@
+"""`fgchat`: a conversation with a model in the terminal. `fgchat --help`, and docs/chat.md."""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from platformdirs import user_state_path
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.shortcuts import CompleteStyle
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch.utils._pytree import tree_leaves
+
+from fastgen import Engine, SamplingParams, tokenizer
+from fastgen.chat import Conversation, TooLong, check
+from fastgen.cli.config import Config, compose, explain
+from fastgen.cli.run import engine
+from fastgen.config import unknown
+from fastgen.models import default, weights
+
+EPILOG = """
+In the terminal, /h lists the commands. With -p, or when stdin is no terminal, the whole of it is one message: the
+answer alone goes to stdout, its figures to stderr.
+
+The settings are those of fgrun (fgrun --help), with sampling=chat and schedule=latency unless told otherwise:
+temperature 0.7 (0.2 for the small default model), top_p 0.9, and answers of at most 2048 tokens.
+
+examples:
+  fgchat
+  fgchat qwen3_8b sampling.temperature=0.6 sampling.top_p=0.95
+  fgchat path/to/checkpoint sampling=greedy model.dtype=bfloat16
+  fgchat mistral.gguf --system "Answer in French."
+  fgchat -p "Name three kinds of bread."
+  git diff | fgchat llama31_8b --system "Write a commit message for this diff."
+"""
+COMMANDS = {  # command -> (what follows it, what it does)
+    "/r": ("N", "go back to before round N, to ask something else; /r 1 begins anew"),
+    "/m": ("", "a message of several lines, ended by a line with a single '.'"),
+    "/s": ("NAME=VALUE …", "set sampling, such as temperature=0.7 top_p=0.9; alone, show it"),
+    "/system": ("TEXT", "set the system prompt; - removes it; alone, show it"),
+    "/p": ("", "the last answer's tokens: their probabilities, and what else could have come"),
+    "/save": ("FILE", "write the conversation, JSON of messages and sampling"),
+    "/load": ("FILE", "take up a conversation that was saved"),
+    "/h": ("", "this list; also /help"),
+    "/q": ("", "quit; also Ctrl-D"),
+}
+SLIGHT = math.log(0.0005)  # what would be shown as 0.0%
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model should not do to a terminal
+
+
+class Complete(Completer):
+    """Commands at the start of a line, then names of sampling settings, or files."""
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        command, space, rest = document.text_before_cursor.partition(" ")
+        if not command.startswith("/"):
+            return
+        if command in ("/save", "/load") and space:
+            yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
+            return
+        words = [f"{name}=" for name in SamplingParams.__slots__] if command == "/s" and space else []
+        word = rest.rpartition(" ")[2] if space else command
+        for known in words if space else [*COMMANDS, "/help"]:
+            if known.startswith(word):
+                about = COMMANDS.get(known, ("", ""))[1]
+                yield Completion(known, -len(word), display_meta=about)
+
+
+def answer(talk: Conversation, message: str, write: Callable[[str], None]) -> bool:
+    """Write the answer as it comes; whether Ctrl-C ended it, which what is cached survives.
+
+    A step is not interrupted, since the engine would have to forget everything; the second Ctrl-C does that.
+    """
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+
+    before, last = signal.signal(signal.SIGINT, stop), ""
+    try:
+        with closing(talk.ask(message)) as pieces:
+            for piece in pieces:
+                if piece:
+                    write(piece)
+                    last = piece
+                if stopped:
+                    break
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if last and not last.endswith("\n"):
+            write("\n")
+    return stopped
+
+
+def figures(talk: Conversation) -> tuple[str, str]:
+    """The line below the last answer, and what there is to say about how it ended."""
+    last = talk.rounds[-1]
+    drawn = len(last.answer.token_ids)
+    line, note = f"--- [{drawn} tokens, {last.rate:.3f}toks/s]", ""
+    if last.answer.finish_reason == "length":
+        full = len(last.prompt) + drawn >= talk.context
+        note = f"the {talk.context} tokens of the context are full" if full else f"max_tokens={drawn} ended the answer"
+    return line, note
+
+
+class Terminal:
+    """The conversation on a terminal: `run` reads lines until /q."""
+
+    def __init__(self, talk: Conversation, console: Console) -> None:
+        self.talk, self.console = talk, console
+        self.file: Path | None = None  # that was saved or loaded, and may be written again
+        self.session: PromptSession[str] = PromptSession(
+            history=_history(), completer=Complete(), complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,  # a menu would want eight empty lines below every prompt
+        )  # fmt: skip
+        self.does: dict[str, Callable[[str], None]] = {
+            "/r": self._reset, "/m": self._lines, "/s": self._sampling, "/system": self._system,
+            "/p": self._alternatives, "/save": self._save, "/load": self._load, "/h": self._help, "/help": self._help,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Rounds until /q or the end of input. What goes wrong is said in a line, and the conversation goes on."""
+        self.console.print("[bold]Ready to chat![/] /r N back to round N, /m several lines, /q quit, /h all commands")
+        while True:
+            try:
+                line = self.session.prompt(f"{len(self.talk.rounds) + 1}> ").strip()
+                if line == "/q":
+                    return
+                self._do(line)
+            except KeyboardInterrupt:
+                self._note("stopped; /q quits")
+            except EOFError:
+                return
+            except TooLong as e:
+                self._error(f"{e}. /r N goes back to before round N, /r 1 begins anew, /save FILE keeps it")
+            except (ValueError, OSError, torch.OutOfMemoryError) as e:
+                self._error(str(e))
+
+    def _do(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        if not line.startswith("/"):
+            self._ask(line)
+        elif name in self.does:
+            self.does[name](rest.strip())
+        else:
+            raise ValueError(f"{unknown('command', name, [*self.does, '/q'])}; a message that begins with / goes by /m")
+
+    def _ask(self, message: str) -> None:
+        if not message:
+            return
+        rounds = len(self.talk.rounds)
+        stopped = answer(self.talk, message, lambda text: self.console.out(_clean(text), end="", highlight=False))
+        if len(self.talk.rounds) == rounds:
+            return self._note("stopped before the first token; the message is not kept")
+        line, note = figures(self.talk)
+        self._note(line)
+        if stopped:
+            self._note("stopped; what there is counts as the answer")
+        elif note:
+            self._note(
+                f"{note}: {'/s max_tokens=null' if 'max_tokens' in note else '/r N goes back to before round N'}"
+            )
+
+    def _lines(self, _: str) -> None:
+        lines: list[str] = []
+        try:
+            while (line := self.session.prompt("... ")) != ".":
+                lines.append(line)
+        except EOFError:
+            pass
+        self._ask("\n".join(lines).strip())
+
+    def _reset(self, rest: str) -> None:
+        if not rest.isdecimal():
+            raise ValueError("/r N: which round? /r 1 begins anew")
+        self.talk.reset(int(rest))
+
+    def _sampling(self, rest: str) -> None:
+        try:
+            given = [OverridesParser.create().parse_override(word) for word in re.split(r"\s+(?=\w+=)", rest) if word]
+            self.talk.set(**{o.key_or_group: o.value() for o in given})
+        except HydraException as e:
+            raise ValueError(f"/s {rest}: settings are NAME=VALUE, such as temperature=0.7 stop=[END]") from e
+        shown = " ".join(f"{name}={json.dumps(value)}" for name, value in self.talk.settings().items())
+        self.console.print(Text(shown))
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self.talk.system = None if rest == "-" else rest
+        self.console.print(Text(self.talk.system or "no system prompt of yours; the model's template may bring one"))
+
+    def _save(self, rest: str) -> None:
+        file = Path(rest or _missing("/save")).expanduser()
+        if file.exists() and file != self.file:
+            raise ValueError(f"{file} is there already: choose another name, or remove it first")
+        self.talk.save(file)
+        self.file = file
+        self._note(f"{len(self.talk.rounds)} rounds in {file}")
+
+    def _load(self, rest: str) -> None:
+        file = Path(rest or _missing("/load")).expanduser()
+        self.talk.load(file)
+        self.file = file
+        for number, r in enumerate(self.talk.rounds, 1):
+            self.console.print(Text(_clean(f"{number}> {r.message}\n{r.answer.text}")))
+
+    def _alternatives(self, _: str) -> None:
+        last, coder = self.talk.rounds[-1] if self.talk.rounds else None, self.talk.engine.tokenizer
+        if last is None or last.answer.logprobs is None or last.answer.top_logprobs is None or coder is None:
+            raise ValueError("there is no answer of this session to show the tokens of")
+        table = Table("token", "probability", "the likeliest there", box=None)
+        for token, logprob, top in zip(
+            last.answer.token_ids, last.answer.logprobs, last.answer.top_logprobs, strict=True
+        ):
+            others = "  ".join(f"{coder.decode([t])!r} {math.exp(p):.1%}" for t, p in top.items() if p > SLIGHT)
+            style = "green" if (p := math.exp(logprob)) > 0.5 else "yellow" if p > 0.1 else "red"
+            table.add_row(Text(repr(coder.decode([token])), style), f"{p:.1%}", Text(others, "dim"))
+        self.console.print(table)
+        self._note(f"{last.cached} of the prompt's {len(last.prompt)} tokens were cached")
+
+    def _help(self, _: str) -> None:
+        table = Table(box=None, show_header=False)
+        for name, (follows, about) in COMMANDS.items():
+            table.add_row(Text(f"{name} {follows}", "bold"), Text(about))
+        self.console.print(table)
+        self._note("Ctrl-C stops an answer; Tab completes, ↑ brings back earlier lines")
+
+    def _note(self, text: str) -> None:
+        self.console.print(Text(text, "dim"))
+
+    def _error(self, text: str) -> None:
+        self.console.print(Text(text, "red"))
+
+
+def _missing(command: str) -> str:
+    raise ValueError(f"{command} FILE: which file?")
+
+
+def _clean(text: str) -> str:
+    """Text of a model without what would move the cursor or change colours."""
+    return CONTROL.sub("\ufffd", text.replace("\r", ""))
+
+
+def _history() -> History:
+    """Of the lines typed, in a file that only the user can read; in memory where there can be none."""
+    file = user_state_path("fastgen") / "chat_history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(file)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "fgchat", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("words", nargs="*", metavar="MODEL KEY=VALUE", help="at most one folder, hub id, .gguf or "
+                   ".safetensors file or name of conf/model (none: a small default model); settings")  # fmt: skip
+    p.add_argument("--tensor-parallel", type=int, metavar="N", help="GPUs to spread the model over")
+    p.add_argument("--system", metavar="TEXT", help="the system prompt")
+    p.add_argument("-p", "--prompt", metavar="TEXT", help="answer this once, and exit")
+    return p
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """The model and settings. ValueError for what fgrun would refuse too."""
+    given = [w for w in args.words if ("=" in w or w.startswith("~")) and not Path(w).expanduser().exists()]
+    models = [w for w in args.words if w not in given]
+    if len(models) > 1:
+        raise ValueError(f"one model, not {' and '.join(models)}; settings are KEY=VALUE")
+    for override in given:
+        if re.match(r"(prompt|chat|task|out)\b", override):
+            raise ValueError(f"{override}: is fgrun's; messages are typed, piped or given with -p")
+    model = models[0] if models else "default"
+    local = Path(model).expanduser().exists() or "/" in model or model.endswith((".gguf", ".safetensors"))
+    chosen = [] if local or not models else [f"model={model}"]
+    for group, choice in (("sampling", "chat"), ("schedule", "latency")):
+        chosen += [] if any(o.startswith(f"{group}=") for o in given) else [f"{group}={choice}"]
+    if not models and "sampling=chat" in chosen:
+        chosen.append("sampling.temperature=0.2")  # the small default model wanders at 0.7
+    if args.tensor_parallel is not None:
+        given = [*given, f"parallel.tensor_parallel={args.tensor_parallel}"]
+    config = compose(*chosen, *given)
+    return replace(config, model=replace(config.model, path=model)) if local else config
+
+
+def _started(config: Config) -> Engine:
+    """The engine, after a look at what a chat needs: weights take longer to load than it takes to say no."""
+    m = config.model
+    path = default.default_path() if m.path is None else weights.resolve(m.path)
+    check(tokenizer.load(path), str(m.path or default.REPO), config.sampling)
+    return engine(config, progress=sys.stderr.isatty())
+
+
+def _once(talk: Conversation, message: str) -> int:
+    """One answer: the text on stdout, figures on stderr."""
+    clean = _clean if sys.stdout.isatty() else str
+    stopped = answer(talk, message, lambda text: print(clean(text), end="", flush=True))
+    if talk.rounds:
+        print(" ".join(filter(None, figures(talk))), file=sys.stderr)
+    return 130 if stopped else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script; the exit status: 2 for a command that is wrong, 1 for what failed."""
+    args = _parser().parse_intermixed_args(argv)
+    try:
+        config = _config(args)
+        message = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read().strip()
+        if message is not None and not message.strip():
+            raise ValueError("the message is empty: give it with -p or on stdin")
+        with _started(config) as e:
+            talk = Conversation(e, config.sampling, args.system)
+            if message is not None:
+                return _once(talk, message)
+            size = sum(w.nbytes for w in tree_leaves(e.params) if w is not None)
+            dtype, console = str(e.dtype).removeprefix("torch."), Console(highlight=False)
+            name = Path(config.model.path or default.FOLDER).name
+            about = f"{name}: {size / 1e9:.1f} GB, {dtype} on {e.device}, a context of {talk.context} tokens"
+            console.print(Text(about, "dim"))
+            Terminal(talk, console).run()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # head, or a pager that was left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        form = isinstance(e.__cause__, HydraException | OmegaConfBaseException)
+        print(f"fgchat: {explain(e) if isinstance(e, HydraException) else e}", file=sys.stderr)
+        return 2 if form else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
