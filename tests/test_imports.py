@@ -18,9 +18,13 @@ LAYERS = [  # each may import from its own line and those above
     ["compile"],
     ["engine"],
     ["__init__"],
-    ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench"],
+    ["serve.protocol", "serve.core", "serve.metrics"],
+    ["serve.client"],
+    ["serve.answer"],
+    ["serve.app"],
+    ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench", "cli.serve"],
 ]
-EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__"}
+EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__", "serve.__init__"}
 
 
 def imports(file: Path) -> set[str]:
