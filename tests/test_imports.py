@@ -19,9 +19,13 @@ LAYERS = [  # each may import from its own line and those above
     ["engine"],
     ["chat"],
     ["__init__"],
-    ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench", "cli.chat"],
+    ["serve.protocol", "serve.core", "serve.metrics"],
+    ["serve.client"],
+    ["serve.answer"],
+    ["serve.app"],
+    ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench", "cli.chat", "cli.serve"],
 ]
-EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__"}
+EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__", "serve.__init__"}
 
 
 def imports(file: Path) -> set[str]:

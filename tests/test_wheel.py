@@ -40,7 +40,10 @@ def test_contents(dist: Path) -> None:
     with ZipFile(next(dist.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     conf = {f"fastgen/{f.relative_to(ROOT)}" for f in (ROOT / "conf").rglob("*") if f.suffix in (".yaml", ".json")}
-    assert conf | {"fastgen/py.typed", "fastgen/conf/__init__.py", "fastgen/cli/run.py"} <= names
+    assert (
+        conf | {"fastgen/py.typed", "fastgen/conf/__init__.py", "fastgen/cli/run.py", "fastgen/serve/page.html"}
+        <= names
+    )
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastgen"}
     assert not [name for name in names if "__pycache__" in name]
     with TarFile.open(next(dist.glob("*.tar.gz"))) as sdist:

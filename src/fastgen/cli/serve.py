@@ -1,0 +1,309 @@
+"""`fgserve`: an OpenAI-compatible server. `fgserve --help`.
+
+    supervisor ── one engine process       fastgen.serve.core: token ids in, token ids out
+               └─ some HTTP workers        fastgen.serve.app: text, forms, limits; they share the listening socket
+
+This process only watches the others: a worker that dies is replaced, and what it asked for is ended; the engine's
+death ends everything.
+"""
+
+import argparse
+import functools
+import math
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from fastgen import Engine
+from fastgen.cli import run
+from fastgen.cli.config import Config, compose, conf_dir
+from fastgen.models import default, weights
+
+NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
+DEATHS = 5  # of workers within a minute; then something is broken for good
+EPILOG = """
+MODEL is a folder, a hub id, a .safetensors or .gguf file, or a name of conf/model; without one, the embedded default.
+Settings are KEY=VALUE as for fgrun (fgrun --help lists them). docs/serving.md has the endpoints and their parameters.
+
+examples:
+  fgserve
+  fgserve mistral_7b --port 8000 --api-key "$KEY" schedule=latency
+  fgserve path/to/checkpoint --served-model-name mine --workers 4 pages.cache_fraction=0.9
+  curl localhost:5678/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}'
+"""
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port between 0 and 65535, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(
+        prog="fgserve", description="An OpenAI-compatible server.", epilog=EPILOG, formatter_class=form
+    )
+    p.add_argument("model", nargs="?", metavar="MODEL")
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is every one (%(default)s)")
+    p.add_argument("--port", type=_port, default=5678, help="0 takes one that is free (%(default)s)")
+    p.add_argument("--workers", type=_whole, default=1, metavar="N", help="HTTP processes (%(default)s)")
+    p.add_argument("--tensor-parallel", type=_whole, metavar="N", help="GPUs; the same as parallel.tensor_parallel=N")
+    p.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be repeated; or FGSERVE_API_KEY")
+    p.add_argument(
+        "--served-model-name", action="append", default=[], metavar="NAME", help="may be repeated (the model's own)"
+    )
+    p.add_argument("--grace", type=_seconds, default=30, metavar="S", help="seconds to finish at SIGTERM (%(default)s)")
+    p.add_argument("--max-queue", type=_whole, metavar="N", help="completions at a time (four times max_requests)")
+    p.add_argument("--max-body", type=_whole, default=16 * 2**20, metavar="BYTES", help="of a request (%(default)s)")
+    return p
+
+
+def configure(args: argparse.Namespace) -> tuple[Config, str]:
+    """The engine's configuration, and the model's own name. ValueError for what fgrun would refuse too."""
+    for override in args.overrides:
+        if re.match(r"(prompt|chat|task|out|sampling)\b", override):
+            raise ValueError(f"{override}: requests bring this themselves")
+    given = [*args.overrides]
+    if args.tensor_parallel is not None:
+        given.append(f"parallel.tensor_parallel={args.tensor_parallel}")
+    known = args.model is not None and (conf_dir() / "model" / f"{args.model}.yaml").is_file()
+    config = compose(*([f"model={args.model}"] if known else []), *given)
+    if args.model is None or known:
+        return config, args.model or default.FOLDER
+    config = replace(config, model=replace(config.model, path=args.model))
+    is_path = Path(args.model).expanduser().exists()
+    if not is_path and args.model.count("/") != 1:  # no hub id: that is known before anything starts
+        weights.resolve(args.model)
+    return config, Path(args.model).expanduser().resolve().name if is_path else args.model
+
+
+def load(config: Config) -> tuple[Engine, str]:
+    """The engine of a configuration, which works on tokens alone, and where its model is."""
+    m = config.model
+    path = default.default_path() if m.path is None else weights.resolve(m.path)
+    engine = run.engine(replace(config, model=replace(m, path=str(path))))
+    engine.tokenizer = None  # it has told what ends a text; the workers have their own
+    return engine, str(path)
+
+
+@dataclass(slots=True)
+class Child:
+    """A process of ours, and our end of its pipe."""
+
+    process: BaseProcess
+    control: Connection
+    name: str
+
+    def end(self, seconds: float) -> None:
+        """Wait for it, and not for longer."""
+        self.process.join(max(0.0, seconds))
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+class Supervisor:
+    """Starts the others and watches them."""
+
+    def __init__(self, config: Config, options: Any, listener: socket.socket, workers: int, most: int | None) -> None:
+        self.config, self.options, self.listener, self.most = config, options, listener, most
+        # Workers are forks of a process that has imported everything and done nothing: one that is replaced is there
+        # at once, and memory is shared. The engine is no fork, which GPU drivers do not forgive.
+        self.forks = multiprocessing.get_context("forkserver")
+        self.forks.set_forkserver_preload(["fastgen.serve.app", "fastgen.cli.run"])
+        self.spawns = multiprocessing.get_context("spawn")
+        self.woken, self.waker = socket.socketpair()
+        self.waker.setblocking(False)
+        self.signals = 0
+        self.deaths: list[float] = []
+        self.count = 0  # workers started
+        self.ready = False
+        self.workers: list[Child] = []
+        self.wanted = workers
+        self.engine: Child | None = None
+
+    def _child(self, context: Any, target: Any, *arguments: Any, name: str) -> Child:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(*arguments, theirs), name=name)
+        process.start()
+        theirs.close()  # so that its death is the pipe's end
+        _say(f"{name} has process id {process.pid}")
+        return Child(process, ours, name)
+
+    def _worker(self) -> None:
+        name = f"worker-{self.count}"
+        self.count += 1
+        self.workers.append(self._child(self.forks, _run_worker, self.options, name, self.listener, name=name))
+
+    def _signal(self, number: int, frame: Any) -> None:
+        self.signals += 1
+
+    def run(self) -> int:
+        """Serve; the exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # inherited: who stops a whole group of processes means this one
+        try:
+            told = self.config, self.options.address, self.most
+            self.engine = self._child(self.spawns, _run_engine, *told, name="engine")
+            forkserver.ensure_running()
+            signal.set_wakeup_fd(self.waker.fileno())
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._signal)
+            for _ in range(self.wanted):
+                self._worker()
+            return self._watch(self.engine)
+        finally:
+            for child in (*self.workers, *([self.engine] if self.engine else [])):
+                child.process.kill()
+                child.process.join()
+
+    def _watch(self, engine: Child) -> int:
+        while True:
+            heard = [engine.control] if not self.ready else []
+            wait([self.woken, engine.process.sentinel, *heard, *(w.process.sentinel for w in self.workers)])
+            if self.signals:
+                return self._drain(engine)
+            if not self.ready and engine.control.poll():
+                with suppress(EOFError):
+                    self.ready = engine.control.recv() == "ready"
+                    _say(f"{', '.join(self.options.names)} is ready")
+            if not engine.process.is_alive():
+                return self._engine_died()
+            for worker in [w for w in self.workers if not w.process.is_alive()]:
+                self.workers.remove(worker)
+                now = time.monotonic()
+                self.deaths = [t for t in self.deaths if t > now - 60] + [now]
+                _say(f"{worker.name} ended with {worker.process.exitcode}; its requests are lost")
+                if len(self.deaths) >= DEATHS:
+                    _say(f"{DEATHS} workers ended within a minute: giving up")
+                    return 1
+                with suppress(OSError):  # it may be dying as well
+                    engine.control.send(worker.name.encode())
+                self._worker()
+
+    def _engine_died(self) -> int:
+        """Whoever waits is told before this is over."""
+        if self.ready:
+            _say("the engine died")
+        self.listener.close()
+        for worker in self.workers:
+            worker.control.close()
+        end = time.monotonic() + 5
+        for worker in self.workers:
+            worker.end(end - time.monotonic())
+        return 1
+
+    def _drain(self, engine: Child) -> int:
+        """Let the workers finish, then end the engine. A second signal ends everything at once."""
+        self.listener.close()
+        if not self.ready:
+            return 0
+        _say("shutting down")
+        for worker in self.workers:
+            with suppress(OSError, ValueError):
+                os.kill(worker.process.pid or 0, signal.SIGTERM)
+        before, end = self.signals, time.monotonic() + self.options.grace + 5
+        self.woken.setblocking(False)
+        while alive := [w.process.sentinel for w in self.workers if w.process.is_alive()]:
+            with suppress(BlockingIOError):
+                self.woken.recv(64)
+            wait([self.woken, engine.process.sentinel, *alive], max(0.0, end - time.monotonic()))
+            if not engine.process.is_alive():
+                return self._engine_died()
+            if self.signals > before or time.monotonic() >= end:
+                return 1
+        engine.control.close()
+        engine.end(10)
+        return 0
+
+
+def _run_engine(config: Config, address: str, most: int | None, control: Connection) -> None:
+    from fastgen.serve import core
+
+    core.run(functools.partial(load, config), address, control, most)
+
+
+def _run_worker(options: Any, name: str, listener: socket.socket, control: Connection) -> None:
+    from fastgen.serve import app
+
+    app.run(options, name, listener, control)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"fgserve: {text}\n")  # at once, unlike print: other processes write there too
+    sys.stderr.flush()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen(2048)
+    listener.setblocking(False)
+    return listener
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script; the exit status: 2 for a command that is wrong, 1 for a server that failed."""
+    words = sys.argv[1:] if argv is None else argv
+    overrides = [w for w in words if re.match(r"[+~]{0,2}[\w.]+=", w)]  # anywhere, even after an option
+    args = _parser().parse_intermixed_args([w for w in words if w not in overrides])
+    args.overrides += overrides
+    if missing := [name for name in NEEDED if not find_spec(name)]:
+        print(f"fgserve needs {', '.join(missing)}: pip install fastgen[serve]", file=sys.stderr)
+        return 1
+    keys = (*args.api_key, *filter(None, [os.environ.pop("FGSERVE_API_KEY", "")]))
+    try:
+        config, name = configure(args)
+        listener = _listen(args.host, args.port)
+    except (ValueError, OSError) as e:
+        _say(str(e))
+        return 2
+    with tempfile.TemporaryDirectory(prefix="fgserve-") as folder:  # 0700: nobody else reaches the sockets in it
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        from fastgen.serve.app import Options
+
+        options = Options(
+            address=f"ipc://{folder}/engine",
+            names=tuple(args.served_model_name) or (name,),
+            keys=keys,
+            grace=args.grace,
+            max_body=args.max_body,
+        )
+        host, port = listener.getsockname()[:2]
+        _say(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        return Supervisor(config, options, listener, args.workers, args.max_queue).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

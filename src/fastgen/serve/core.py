@@ -1,0 +1,233 @@
+"""The engine's process: one loop that takes requests from a socket, steps the engine, and sends what each step gave.
+
+It knows token ids only. Messages are pickled tuples: both ends are processes of the same program, on a socket that
+lies in a folder only its user can enter, so that nobody else can send one.
+
+    worker -> engine   ("hello",)  ("add", key, call, prompts, params)  ("abort", call, slot or None)
+                       ("stats", key)  ("kill", key, call)
+    engine -> worker   ("info", {...})  ("reply", key, value)  ("events", {call: [Piece, ...]})
+
+A call is what one HTTP request asks for. Each of its completions is a request of its own to the engine, its *slot*,
+so that one can end at a stop string while the others go on; the prefix cache computes their prompt once.
+"""
+
+import contextlib
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import zmq
+
+from fastgen import Engine, SamplingParams
+from fastgen.request import Event, sample_seed
+
+FAILURES = 3  # steps in a row that may fail; then something is broken for good
+
+
+class Piece(NamedTuple):
+    """What a step added to a slot. The counts and the prompt's logprobs come with the last one."""
+
+    slot: int
+    tokens: list[int]
+    logprobs: list[float] | None
+    top: list[dict[int, float]] | None
+    reason: str | None  # stop, length, abort or error
+    cached: int = 0
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top: list[dict[int, float] | None] | None = None
+
+
+def pack(message: tuple) -> bytes:
+    """A message on its way."""
+    return pickle.dumps(message, protocol=5)
+
+
+class Core:
+    """The engine, and whose requests it runs."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket, most: int, info: dict[str, Any]) -> None:
+        self.engine, self.socket, self.most, self.info = engine, socket, most, info
+        self.calls: dict[str, tuple[bytes, dict[int, int]]] = {}  # call -> its worker, and slot -> request
+        self.owner: dict[int, tuple[bytes, str, int]] = {}  # request -> worker, call, slot
+        self.began, self.requests, self.prompt_tokens, self.tokens = time.time(), 0, 0, 0
+
+    def send(self, worker: bytes, *message: Any) -> None:
+        """To a worker; one that is gone is not missed."""
+        self.socket.send_multipart([worker, pack(message)])
+
+    def drain(self) -> None:
+        """Take every message that has come."""
+        while True:
+            try:
+                worker, raw = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            kind, *rest = pickle.loads(raw)
+            getattr(self, f"on_{kind}")(worker, *rest)
+
+    def on_hello(self, worker: bytes) -> None:
+        self.send(worker, "info", self.info)
+
+    def on_stats(self, worker: bytes, key: str) -> None:
+        self.send(worker, "reply", key, self.stats())
+
+    def on_add(self, worker: bytes, key: str, call: str, prompts: list[list[int]], params: SamplingParams) -> None:
+        """All of a call's completions, or none; the reply is None, or (status, message)."""
+        try:
+            self.send(worker, "reply", key, self._add(worker, call, prompts, params))
+        except ValueError as e:
+            self._end(call)
+            self.send(worker, "reply", key, (400, str(e)))
+
+    def _add(
+        self, worker: bytes, call: str, prompts: list[list[int]], params: SamplingParams
+    ) -> tuple[int, str] | None:
+        count = len(prompts) * params.n
+        if call in self.calls:
+            return 409, f"the request id {call} is in use"
+        if len(self.owner) + count > self.most:
+            return 429, f"{len(self.owner)} completions are running or waiting, of {self.most} at most: try again later"
+        slots: dict[int, int] = {}
+        self.calls[call] = worker, slots
+        for prompt in prompts:
+            for i in range(params.n):
+                seed = None if params.seed is None else sample_seed(params.seed, i)
+                scored = params.prompt_logprobs if i == 0 else None
+                id = self.engine.add(prompt, replace(params, n=1, seed=seed, prompt_logprobs=scored), live=False)
+                self.owner[id] = worker, call, len(slots)
+                slots[len(slots)] = id
+        self.requests += 1
+        self.prompt_tokens += sum(map(len, prompts))
+        return None
+
+    def on_abort(self, worker: bytes, call: str, slot: int | None) -> None:
+        """End a worker's call, or one slot of it; nobody waits for its events."""
+        if call in self.calls and self.calls[call][0] == worker:
+            self._end(call, slot)
+
+    def on_kill(self, worker: bytes, key: str, call: str) -> None:
+        """End a call, of whichever worker: that one hears of it. The reply says whether there was one."""
+        found = self.calls.get(call)
+        if found is not None:
+            for id in list(found[1].values()):
+                self.engine.abort(id)  # its events come with the next step
+        self.send(worker, "reply", key, found is not None)
+
+    def _end(self, call: str, slot: int | None = None) -> None:
+        _, slots = self.calls.get(call, (b"", {}))
+        for i in [*slots] if slot is None else [slot] * (slot in slots):
+            id = slots.pop(i)
+            self.owner.pop(id, None)
+            self.engine.abort(id)
+        if not slots:
+            self.calls.pop(call, None)
+
+    def gone(self, worker: bytes) -> None:
+        """A worker died: end what it asked for."""
+        for call in [call for call, (who, _) in self.calls.items() if who == worker]:
+            self._end(call)
+
+    def step(self) -> None:
+        """One step, and its events on their way, a message for each worker."""
+        found: dict[bytes, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
+        for event in self.engine.step():
+            if event.request_id in self.owner:  # else nobody waits for it any more
+                worker, call, slot = self.owner[event.request_id]
+                found[worker][call].append(self._piece(event, slot))
+                self.tokens += len(event.token_ids)
+                if event.finish_reason:
+                    self._forget(event.request_id)
+        for worker, calls in found.items():
+            self.send(worker, "events", dict(calls))
+
+    def _piece(self, event: Event, slot: int) -> Piece:
+        piece = Piece(slot, event.token_ids, event.logprobs, event.top_logprobs, event.finish_reason)
+        if (o := event.output) is None:
+            return piece
+        return piece._replace(
+            cached=o.cached_tokens, prompt_logprobs=o.prompt_logprobs, prompt_top=o.prompt_top_logprobs
+        )
+
+    def _forget(self, id: int) -> None:
+        _, call, slot = self.owner.pop(id)
+        del self.calls[call][1][slot]
+        if not self.calls[call][1]:
+            del self.calls[call]
+
+    def failed(self) -> None:
+        """A step raised, which ended everything: say so to whoever waits."""
+        for worker, call, slot in self.owner.values():
+            self.send(worker, "events", {call: [Piece(slot, [], None, None, "error")]})
+        self.owner.clear()
+        self.calls.clear()
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the moment, and totals since the start."""
+        state = self.engine.state
+        tree, pages = state.tree, state.tree.pages - 1
+        held = pages - tree.available()
+        return {
+            "running": len(state.running),
+            "waiting": len(state.waiting),
+            "pages": pages,
+            "held_pages": held,
+            "cache_usage": held / pages,
+            "requests": self.requests,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.tokens,
+            "prefix_queries": tree.counts.asked,
+            "prefix_hits": tree.counts.reused,
+            "preemptions": tree.counts.parked,
+            "steps": self.engine.steps,
+            "uptime": time.time() - self.began,
+        }
+
+
+def run(build: Callable[[], tuple[Engine, str]], address: str, control: Connection, most: int | None) -> None:
+    """The process: `build` gives the engine and the path of its model; `control` is the supervisor's.
+
+    Over `control` come the names of workers that died; its end is this process's.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # the supervisor says when, after the last request
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        engine, path = build()
+    except (ValueError, OSError) as e:
+        print(f"fgserve: {e}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.set_hwm(0)  # what a worker has not read yet is bounded by what it asked for
+    socket.linger = 0
+    socket.bind(address)
+    limits, spec = engine.settings.schedule, engine.spec
+    most = most or 4 * limits.max_requests
+    info = {"path": path, "context": min(spec.context, engine.capacity + 1), "most": most}
+    core = Core(engine, socket, most, info)
+    control.send("ready")
+    poller, failures = zmq.Poller(), 0
+    poller.register(socket, zmq.POLLIN)
+    poller.register(control.fileno(), zmq.POLLIN)
+    with engine, contextlib.suppress(EOFError, ConnectionError):  # the supervisor closed its end, or is gone
+        while True:
+            if not engine.unfinished:
+                poller.poll()
+            while control.poll():
+                core.gone(control.recv())
+            core.drain()
+            if engine.unfinished:
+                try:
+                    core.step()
+                    failures = 0
+                except Exception:
+                    traceback.print_exc()
+                    core.failed()
+                    failures += 1
+                    if failures == FAILURES:
+                        sys.exit(1)

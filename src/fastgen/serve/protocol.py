@@ -1,0 +1,312 @@
+"""What clients may send: OpenAI's requests as pydantic models, and what they mean as SamplingParams.
+
+Every field is checked without conversion ("5" is no number), an unknown one is refused by name, and one that is null
+counts as not given.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from fastgen.config import SamplingParams
+
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# Fields of OpenAI's and vLLM's requests that are not supported, with the values that ask for nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "best_of": (),
+    "suffix": (),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+MOST = 128  # completions of a prompt, as OpenAI's limit
+TOP = 20  # most likely tokens beside each, likewise
+
+
+class Refused(Exception):
+    """A request that is answered by an error, in OpenAI's form. `param` is the field that is wrong."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+
+    def body(self) -> dict[str, Any]:
+        """What the client gets."""
+        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class Strict(BaseModel):
+    """No conversions, no unknown fields; null is the default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+def _encodable(text: str) -> str:
+    """JSON's escapes can spell half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError("this is no text: half of a surrogate pair is in it") from e
+    return text
+
+
+Word = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[Word, Field(min_length=1)]
+Tokens = Annotated[list[int], Field(min_length=1)]
+
+
+class StreamOptions(Strict):
+    """`include_usage`: a last chunk with the number of tokens."""
+
+    include_usage: bool = False
+
+
+class Common(Strict):
+    """What chat and text completions have in common."""
+
+    model: Word | None = None
+    n: Annotated[int, Field(ge=1, le=MOST)] = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 and -1 are off
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: Text | list[Text] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] = {}
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Word | None = None  # accepted, and not used
+
+    # Declared so that they are refused with a reason, and not as unknown.
+    best_of: Any = None
+    suffix: Any = None
+    response_format: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+    def _sampling(self, longest: tuple[str, int | None], logprobs: int | None, echo: bool = False) -> SamplingParams:
+        unsupported(self)
+        if self.stream_options is not None and not self.stream:
+            raise Refused(400, "stream_options needs stream=true", param="stream_options")
+        return checked(
+            {"max_tokens": longest[0]},
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.seed,
+            max_tokens=longest[1],
+            min_tokens=self.min_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_bias(self.logit_bias),
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if echo else None,
+        )
+
+
+class Part(Strict):
+    """A part of a message. Only text is supported."""
+
+    type: Literal["text"]
+    text: Word
+
+
+class Message(Strict):
+    """What somebody said. A developer is the system to chat templates."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Word | list[Part] = ""
+    name: Word | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template wants it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        who = "system" if self.role == "developer" else self.role
+        return {"role": who, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class ChatRequest(Common):
+    """POST /chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None  # the newer name of max_tokens
+    logprobs: bool = False
+    top_logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
+
+    def sampling(self) -> SamplingParams:
+        """ValueError-free: what is wrong is Refused, by name. No limit means the rest of the context."""
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            problem = "max_tokens and max_completion_tokens are two names of the same: give one"
+            raise Refused(400, problem, param="max_completion_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise Refused(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        new = self.max_completion_tokens is not None
+        most = ("max_completion_tokens", self.max_completion_tokens) if new else ("max_tokens", self.max_tokens)
+        return self._sampling(most, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+class CompletionRequest(Common):
+    """POST /completions"""
+
+    prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(min_length=1)]
+    echo: bool = False
+    logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or many, as many."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else list(self.prompt)  # type: ignore[return-value]
+
+    def sampling(self) -> SamplingParams:
+        """What is wrong is Refused, by name."""
+        if self.echo and self.stream and self.logprobs is not None:
+            raise Refused(400, "echo with logprobs cannot be streamed: the prompt's come at the end", param="echo")
+        most = 16 if self.max_tokens is None else self.max_tokens
+        return self._sampling(("max_tokens", most), self.logprobs, self.echo)
+
+
+class GenerateSampling(Strict):
+    """The library's own SamplingParams, without text."""
+
+    n: Annotated[int, Field(ge=1, le=MOST)] = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] = {}
+    logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
+    logprob_mode: Literal["raw", "processed"] = "raw"
+
+
+class GenerateRequest(Strict):
+    """POST /inference/v1/generate: token ids in, token ids out."""
+
+    model: Word | None = None
+    token_ids: Tokens
+    sampling_params: GenerateSampling = GenerateSampling()
+    stream: bool = False
+
+    def sampling(self) -> SamplingParams:
+        """What is wrong is Refused, by name."""
+        given = self.sampling_params.model_dump()
+        if self.stream and given["prompt_logprobs"] is not None:
+            problem = "prompt_logprobs cannot be streamed: they come at the end"
+            raise Refused(400, problem, param="sampling_params.prompt_logprobs")
+        given["logit_bias"] = _bias(given["logit_bias"])
+        names = {name: f"sampling_params.{name}" for name in given}
+        return checked(names, **given)
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: a text, or messages as the chat template has them."""
+
+    model: Word | None = None
+    prompt: Word | None = None
+    messages: Annotated[list[Message] | None, Field(min_length=1)] = None
+    add_special_tokens: bool = True  # of a prompt
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize"""
+
+    model: Word | None = None
+    tokens: list[int]
+
+
+class AbortRequest(Strict):
+    """POST /abort: the id that a response or its header x-request-id names."""
+
+    request_id: Word
+
+
+def unsupported(request: Common) -> None:
+    """Refuse, by name, what asks for something that is not there. The one place that decides it."""
+    for name, harmless in REFUSED.items():
+        value = getattr(request, name)
+        if value is not None and value not in harmless:
+            raise Refused(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+
+
+def checked(names: dict[str, str], **given: Any) -> SamplingParams:
+    """SamplingParams, or a 400 for the field that is out of range; `names` has those that clients call otherwise."""
+    if given["top_k"] == -1 or given["top_k"] > 2**31 - 1:  # more than any vocabulary is all of it
+        given["top_k"] = 0
+    if 0 < given["top_p"] < 1e-6:  # in single precision no token might be left
+        given["top_p"] = 1e-6
+    try:
+        return SamplingParams(**given)
+    except ValueError as e:
+        raise refusal(str(e), names) from e
+
+
+def refusal(message: str, names: dict[str, str] | None = None) -> Refused:
+    """A 400 for a message of the library; the field is its first word."""
+    message = message.removeprefix("SamplingParams.")
+    name = message.replace("[", " ").replace(":", " ").replace("=", " ").split()[0]
+    if " max_tokens=" in message:  # the message about what does not fit
+        name = "max_tokens"
+    if new := (names or {}).get(name):
+        message, name = message.replace(name, new), new
+    known = (*SamplingParams.__dataclass_fields__, *(names or {}).values(), "prompt")
+    return Refused(400, message, param=name if name in known else None)
+
+
+def _bias(given: dict[str, float]) -> dict[int, float]:
+    """Tokens are texts in JSON's objects. int() takes more than digits: 1_0, spaces, other scripts."""
+    for token in given:
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise Refused(400, f"logit_bias: {token[:20]!r} is no token id", param="logit_bias")
+    return {int(token): bias for token, bias in given.items()}

@@ -1,0 +1,114 @@
+"""A tiny checkpoint with a tokenizer and a chat template, and `fgserve` on it, in processes of its own."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from test_tokenizer import BYTE_LEVEL
+
+import fastgen
+
+CONFIG = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 330,
+    "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+    "eos_token_id": BYTE_LEVEL.eos_token_id,
+}
+SETTINGS = ("pages.page_size=16", "pages.cache_tokens=4096", "schedule.max_requests=24", "schedule.token_budget=256")
+
+
+def checkpoint(folder: Path) -> Path:
+    """Random weights, large enough that every token of the context matters for the next one."""
+    spec = fastgen.from_hf(CONFIG)
+    params = fastgen.init(spec, device="cpu")
+    with torch.no_grad():
+        for weight in (params.embed, params.head, *(w for layer in params.layers for w in layer)):
+            if weight is not None and weight.ndim == 2:
+                weight *= 10
+    fastgen.save(folder, spec, params)
+    BYTE_LEVEL.save_pretrained(folder)
+    return folder
+
+
+class Server:
+    """`fgserve` on a free port, and what it says on stderr."""
+
+    def __init__(self, *arguments: str, key: str = "") -> None:
+        command = [sys.executable, "-m", "fastgen.cli.serve", *arguments, "--port", "0"]
+        environment = os.environ | {"FGSERVE_API_KEY": key, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = self.line("loading; ").rpartition("loading; ")[2].strip().removesuffix("/v1")
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(base_url=self.url, headers=self.headers, timeout=60)
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.lines.append(line)
+            self._queue.put(line)
+        self._queue.put("")
+
+    def line(self, text: str, seconds: float = 90) -> str:
+        """The next line of stderr with `text`."""
+        end = time.monotonic() + seconds
+        while line := self._queue.get(timeout=max(0.01, end - time.monotonic())):
+            if text in line:
+                return line
+        raise AssertionError(f"the server ended without {text!r}: {''.join(self.lines)}")
+
+    def ready(self) -> "Server":
+        """When it is."""
+        self.line("is ready")
+        self.until(lambda: self.http.get("/health").status_code == 200)
+        return self
+
+    def until(self, condition: Any, seconds: float = 60) -> None:
+        """Wait for something to become true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end and self.process.poll() is None, "".join(self.lines)
+            time.sleep(0.05)
+
+    def status(self) -> dict[str, Any]:
+        """The live figures."""
+        return self.http.get("/status.json").raise_for_status().json()
+
+    def children(self) -> dict[str, int]:
+        """Process ids by name: "engine", "worker-0" and so on."""
+        said = (line.split() for line in self.lines if "has process id" in line)
+        return {words[1]: int(words[-1]) for words in said}
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines about requests."""
+        return [json.loads(line) for line in self.lines if line.startswith("{")]
+
+    def stop(self, *, ask: bool = True) -> int:
+        """SIGTERM, if it is to be asked; the exit status."""
+        self.http.close()
+        if ask and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            self._reader.join(10)
+            self.process.stderr.close()  # type: ignore[union-attr]

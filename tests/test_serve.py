@@ -1,0 +1,841 @@
+"""`fgserve`, as its clients see it: what it answers is what the library gives, whatever happens around it."""
+
+import asyncio
+import json
+import os
+import pickle
+import random
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import httpx
+import openai
+import pytest
+import zmq
+from serving import SETTINGS, Server, checkpoint
+from test_tokenizer import BYTE_LEVEL
+
+import fastgen
+from fastgen import Output, SamplingParams
+from fastgen.cli import serve
+from fastgen.serve.answer import dump
+from fastgen.serve.core import Core
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+KEY = "sesame"
+QUESTION = [{"role": "user", "content": "Hello, world!"}]
+GREEDY = {"temperature": 0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def library(tiny: Path) -> Iterator[fastgen.Engine]:
+    """The engine that is not behind a server."""
+    settings: dict[str, Any] = dict(page_size=16, cache_tokens=4096, max_requests=24, token_budget=256)
+    with fastgen.Engine.from_pretrained(tiny, progress=False, **settings) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def servers(tiny: Path) -> Iterator[tuple[Server, Server]]:
+    """One of two workers and one key, one whose model has no tokenizer. They start side by side."""
+    options = ("--workers", "2", "--max-queue", "160", "--max-body", "200000", "--grace", "8")
+    names = ("--served-model-name", "tiny", "--served-model-name", "alias")
+    made = Server(str(tiny), *SETTINGS, *options, *names, key=KEY), Server("debug", *SETTINGS)
+    yield made
+    for one in made:
+        one.stop()
+
+
+@pytest.fixture(scope="module")
+def server(servers: tuple[Server, Server]) -> Server:
+    """The first; the test of its end is its last."""
+    return servers[0].ready()
+
+
+@pytest.fixture(scope="module")
+def bare(servers: tuple[Server, Server]) -> Server:
+    """The second; the test of its engine's death is its last."""
+    return servers[1].ready()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:
+        yield made
+
+
+def ask(library: fastgen.Engine, prompt: Any, **sampling: Any) -> Output:
+    return library.generate([prompt], SamplingParams(**sampling), progress=False)[0]
+
+
+def texts(output: Output) -> list[str]:
+    return [c.text for c in output.completions]
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The values of a stream, which has to end with [DONE] or an error."""
+    last = None
+    for line in response.iter_lines():
+        if line:
+            assert line.startswith("data: "), line
+            last = line.removeprefix("data: ")
+            if last != "[DONE]":
+                yield json.loads(last)
+    assert last == "[DONE]" or "error" in json.loads(last or "{}")
+
+
+def quiet(server: Server) -> None:
+    """Nothing runs or waits any more, and no page is held."""
+
+    def idle() -> bool:
+        now = server.status()
+        return (now["running"], now["waiting"], now["held_pages"]) == (0, 0, 0)
+
+    server.until(idle, 20)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_chat(client: openai.OpenAI, library: fastgen.Engine) -> None:
+    """The library's text, and what it cost."""
+    wanted = ask(library, QUESTION, **GREEDY)
+    answer = client.chat.completions.create(model="tiny", messages=QUESTION, **GREEDY)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == texts(wanted)[0]
+    assert answer.choices[0].message.role == "assistant" and answer.choices[0].finish_reason == "length"
+    assert answer.model == "tiny" and answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
+    usage = answer.usage
+    assert usage and usage.prompt_tokens == len(wanted.prompt_token_ids) and usage.completion_tokens == 12
+    assert usage.total_tokens == usage.prompt_tokens + 12
+
+
+def test_chat_without_a_limit_ends_with_the_context(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=QUESTION, temperature=0, extra_body={"ignore_eos": True}
+    )  # type: ignore[call-overload]
+    assert answer.usage and answer.usage.total_tokens == 512 and answer.choices[0].finish_reason == "length"
+
+
+def test_chat_content_in_parts_and_from_a_developer(client: openai.OpenAI, library: fastgen.Engine) -> None:
+    said = [{"role": "system", "content": "ab c"}, {"role": "user", "content": "Hello"}]
+    wanted = texts(ask(library, said, **GREEDY))
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    messages: Any = [{"role": "developer", "content": "ab c"}, {"role": "user", "content": parts}]
+    answer = client.chat.completions.create(model="alias", messages=messages, **GREEDY)
+    assert [answer.choices[0].message.content] == wanted and answer.model == "alias"
+
+
+def test_streams_are_what_whole_answers_are(client: openai.OpenAI, library: fastgen.Engine) -> None:
+    """Chat and completions; with a last chunk that counts, if asked for, and none else."""
+    wanted = ask(library, QUESTION, **GREEDY)
+    stream = client.chat.completions.create(
+        model="tiny", messages=QUESTION, stream=True, stream_options={"include_usage": True}, **GREEDY
+    )  # type: ignore[call-overload]
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == texts(wanted)[0]
+    assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == ["length"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 12
+    assert all(c.usage is None for c in chunks[:-1]) and len({c.id for c in chunks}) == 1
+
+    parts = list(client.completions.create(model="tiny", prompt="Hello", stream=True, n=2, seed=3))
+    found = ["".join(c.choices[0].text for c in parts if c.choices[0].index == i) for i in range(2)]
+    assert found == texts(ask(library, "Hello", n=2, seed=3, max_tokens=16))
+
+
+PROMPTS: list[Any] = ["Hello", ["Hello", "abc abc"], [41, 70, 77], [[41, 70, 77], [5, 6]]]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["text", "texts", "tokens", "lists of tokens"])
+def test_forms_of_prompts(client: openai.OpenAI, library: fastgen.Engine, prompt: Any) -> None:
+    """Each gives the library's completions, in order; two of each here."""
+    many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    wanted = [t for p in many for t in texts(ask(library, p, n=2, seed=7, max_tokens=9))]
+    answer = client.completions.create(model="tiny", prompt=prompt, n=2, seed=7, max_tokens=9)
+    assert [c.text for c in answer.choices] == wanted
+    assert [c.index for c in answer.choices] == list(range(len(wanted)))
+    assert answer.usage and answer.usage.completion_tokens == 9 * len(wanted)
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"seed": 1},
+    {"seed": -(2**63), "temperature": 0.5, "top_p": 0.8},
+    {"seed": 2, "top_k": 3},
+    {"seed": 3, "min_p": 0.3},
+    {"seed": 4, "presence_penalty": 2.0, "frequency_penalty": -1.5},
+    {"temperature": 0, "repetition_penalty": 1.7},
+    {"temperature": 0, "logit_bias": {11: 100}},
+    {"temperature": 0, "stop_token_ids": [11], "logit_bias": {11: 100}, "min_tokens": 5},
+    {"temperature": 0, "logit_bias": {BYTE_LEVEL.eos_token_id: 100}},
+    {"temperature": 0, "logit_bias": {BYTE_LEVEL.eos_token_id: 100}, "ignore_eos": True},
+    {"seed": 5, "n": 3},
+    {"seed": 6, "max_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=lambda s: " ".join(s))
+def test_sampling(server: Server, library: fastgen.Engine, sampling: dict[str, Any]) -> None:
+    """Each parameter does what it does in the library: the same tokens, and the same text."""
+    given = {"max_tokens": 16} | sampling
+    wanted = ask(library, [41, 70, 77], **given).completions
+    for path, body in (
+        ("/inference/v1/generate", {"token_ids": [41, 70, 77], "sampling_params": given}),
+        ("/v1/completions", {"prompt": [41, 70, 77]} | given),
+    ):
+        choices = server.http.post(path, json=body).raise_for_status().json()["choices"]
+        assert [c["finish_reason"] for c in choices] == [c.finish_reason for c in wanted]
+        if "generate" in path:
+            assert [c["token_ids"] for c in choices] == [c.token_ids for c in wanted]
+        else:
+            assert [c["text"] for c in choices] == [c.text for c in wanted]
+
+
+def test_stop_strings(server: Server, client: openai.OpenAI, library: fastgen.Engine) -> None:
+    """They cut the text, alone of several completions, whole and streamed, and the engine stops computing."""
+    given: dict[str, Any] = {"n": 3, "seed": 1, "max_tokens": 100}
+    plain = texts(ask(library, "Hello", **given))
+    stop = [plain[0][4:6], plain[1][30:32]]
+    wanted = ask(library, "Hello", stop=tuple(stop), **given).completions
+    assert {c.finish_reason for c in wanted[:2]} == {"stop"}
+    before = server.status()["generation_tokens"]
+    answer = client.completions.create(model="tiny", prompt="Hello", stop=stop, **given)
+    assert [(c.text, c.finish_reason) for c in answer.choices] == [(c.text, c.finish_reason) for c in wanted]
+    assert answer.usage and answer.usage.completion_tokens == sum(len(c.token_ids) for c in wanted)
+    assert server.status()["generation_tokens"] - before <= answer.usage.completion_tokens + 3 * 10
+    chunks = list(client.completions.create(model="tiny", prompt="Hello", stop=stop, stream=True, **given))
+    assert ["".join(c.choices[0].text for c in chunks if c.choices[0].index == i) for i in range(3)] == [
+        c.text for c in wanted
+    ]
+    quiet(server)
+
+
+def test_logprobs_of_chats(client: openai.OpenAI, library: fastgen.Engine) -> None:
+    """One for each token, with the likeliest beside it; streams have the same."""
+    wanted = ask(library, QUESTION, logprobs=2, seed=1, max_tokens=6).completions[0]
+    ask_for: dict[str, Any] = {"messages": QUESTION, "logprobs": True, "top_logprobs": 2, "seed": 1, "max_tokens": 6}
+    whole = client.chat.completions.create(model="tiny", **ask_for).choices[0].logprobs.content
+    stream = client.chat.completions.create(model="tiny", stream=True, **ask_for)
+    pieces = [x for c in stream if c.choices[0].logprobs for x in c.choices[0].logprobs.content]
+    assert wanted.logprobs and wanted.top_logprobs
+    for found in (whole, pieces):
+        assert [x.token for x in found] == [BYTE_LEVEL.decode([t]) for t in wanted.token_ids]
+        assert [x.logprob for x in found] == pytest.approx(wanted.logprobs, abs=1e-4)
+        tops = [[y.logprob for y in x.top_logprobs] for x in found]
+        assert tops == [pytest.approx(list(x.values()), abs=1e-4) for x in wanted.top_logprobs]
+        assert all(bytes(x.bytes).decode() == x.token for x in found if x.bytes is not None)
+
+
+def test_logprobs_of_completions_and_echo(client: openai.OpenAI, library: fastgen.Engine) -> None:
+    """The prompt's come first; the first token has none. Offsets say where tokens lie in the text."""
+    wanted = ask(library, "Hello, world!", logprobs=1, prompt_logprobs=1, temperature=0, max_tokens=6)
+    answer = client.completions.create(
+        model="tiny", prompt="Hello, world!", echo=True, logprobs=1, n=2, temperature=0, max_tokens=6
+    )
+    for choice in answer.choices:
+        assert choice.text == "Hello, world!" + texts(wanted)[0]
+        found = choice.logprobs
+        assert found and found.tokens and found.token_logprobs and found.text_offset and found.top_logprobs
+        values = [*(wanted.prompt_logprobs or []), *(wanted.completions[0].logprobs or [])]
+        assert found.token_logprobs[0] is None
+        assert found.token_logprobs[1:] == pytest.approx(values[1:], abs=1e-4)
+        assert found.tokens == [
+            BYTE_LEVEL.decode([t]) for t in wanted.prompt_token_ids + wanted.completions[0].token_ids
+        ]
+        assert len(found.tokens) == len(found.text_offset) == len(found.top_logprobs)
+        for token, at in zip(found.tokens, found.text_offset, strict=True):
+            assert "\ufffd" in token or choice.text[at:].startswith(token)
+    plain = client.completions.create(model="tiny", prompt="Hello, world!", echo=True, temperature=0, stream=True)
+    assert "".join(c.choices[0].text for c in plain).startswith("Hello, world!" + texts(wanted)[0])
+
+
+def test_generate_gives_tokens_and_logprobs(server: Server, library: fastgen.Engine) -> None:
+    """The library's numbers, whole and streamed; the prompt's too."""
+    given = {"seed": 2, "max_tokens": 7, "logprobs": 0}
+    wanted = ask(library, [5, 6, 7], prompt_logprobs=0, **given)
+    body = {"token_ids": [5, 6, 7], "sampling_params": given | {"prompt_logprobs": 0}}
+    found = server.http.post("/inference/v1/generate", json=body).json()["choices"][0]
+    assert found["prompt_logprobs"][1:] == pytest.approx((wanted.prompt_logprobs or [])[1:], abs=1e-4)
+    with server.http.stream(
+        "POST", "/v1/inference/v1/generate", json={"token_ids": [5, 6, 7], "sampling_params": given, "stream": True}
+    ) as stream:
+        parts = [e["choices"][0] for e in events(stream)]
+    for tokens, logprobs in (
+        (found["token_ids"], found["logprobs"]["content"]),
+        (
+            [t for p in parts for t in p["token_ids"]],
+            [x for p in parts if p["logprobs"] for x in p["logprobs"]["content"]],
+        ),
+    ):
+        assert tokens == wanted.completions[0].token_ids
+        assert [x["logprob"] for x in logprobs] == pytest.approx(wanted.completions[0].logprobs, abs=1e-4)
+        assert [x["token"] for x in logprobs] == [f"token_id:{t}" for t in tokens]
+
+
+def test_no_text_breaks_a_line() -> None:
+    """Whatever a reader takes for an end of line is escaped in JSON, and comes back."""
+    text = "".join(map(chr, range(0x3000))) + "\U0001f600"
+    assert len(dump(text).decode().splitlines()) == 1 and json.loads(dump(text)) == text
+    assert json.loads(dump("a\ud800")) == "a?"
+
+
+def test_cached_tokens(client: openai.OpenAI) -> None:
+    prompt = [*range(100, 180)]
+    used = [client.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage for _ in range(2)]
+    cached = [u.prompt_tokens_details.cached_tokens for u in used if u and u.prompt_tokens_details]
+    assert cached[0] == 0 and cached[1] is not None and 64 <= cached[1] < 80
+
+
+def test_fields_that_are_null_are_not_given(server: Server, library: fastgen.Engine) -> None:
+    """Clients send whole objects back, with null for what is not there."""
+    messages = [{**QUESTION[0], "name": None}, {"role": "assistant", "content": None, "tool_calls": None}]
+    names = ("stop", "tools", "top_p", "seed", "logit_bias", "stream_options", "max_completion_tokens", "user", "n")
+    body = {"messages": messages, "response_format": {"type": "text"}, **GREEDY, **dict.fromkeys(names)}
+    answer = server.http.post("/chat/completions", json=body).raise_for_status().json()
+    said = [QUESTION[0], {"role": "assistant", "content": ""}]
+    assert answer["choices"][0]["message"]["content"] == texts(ask(library, said, **GREEDY))[0]
+
+
+def test_tokens_and_models(server: Server, client: openai.OpenAI) -> None:
+    http = server.http
+    assert [m.id for m in client.models.list()] == ["tiny", "alias"]
+    assert client.models.retrieve("alias").id == "alias"
+    for root in ("", "/v1"):
+        found = http.post(f"{root}/tokenize", json={"prompt": "Hello, world!"}).json()
+        assert found["tokens"] == BYTE_LEVEL("Hello, world!").input_ids and found["count"] == len(found["tokens"])
+        assert found["max_model_len"] == 512
+        assert http.post(f"{root}/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "Hello, world!"}
+    chat = http.post("/tokenize", json={"messages": QUESTION}).json()["tokens"]
+    assert BYTE_LEVEL.decode(chat) == "<|im_start|>user: Hello, world!<|im_end|><|im_start|>assistant: "
+    assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["param"] == "tokens"
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+COMPLETION = {"prompt": "Hello", "max_tokens": 4}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "0.5"}, "temperature"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 1.5}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": True}, "n"),
+    ({"n": 129}, "n"),
+    ({"seed": 2**64}, "seed"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": 4.0}, "max_tokens"),
+    ({"min_tokens": 5}, "min_tokens"),
+    ({"stop": ""}, "stop"),
+    ({"stop_token_ids": [10**20]}, "stop_token_ids"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"400": 1}}, "logit_bias"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [330]}, "prompt"),
+    ({"prompt": [1] * 512}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"suffix": "x"}, "suffix"),
+    ({"best_of": 2}, "best_of"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [{}]}, "tools"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"guided_regex": "a"}, "guided_regex"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+    ({"stream": True, "echo": True, "logprobs": 1}, "echo"),
+    ({"temprature": 1}, "temprature"),
+]
+
+
+@pytest.mark.parametrize("body, param", REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_400_names_the_field(server: Server, body: dict[str, Any], param: str) -> None:
+    data = json.dumps(COMPLETION | body)
+    reply = server.http.post("/v1/completions", content=data, headers={"content-type": "application/json"})
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and error["param"] == param, error
+    assert param.split(".")[0] in error["message"] and error["type"] == "invalid_request_error"
+    assert reply.headers["x-request-id"]
+
+
+def test_refusals_of_chats(client: openai.OpenAI) -> None:
+    """By the field's own name, also where it is far inside."""
+    for given, param in (
+        ({"max_completion_tokens": 600}, "max_completion_tokens"),
+        ({"max_completion_tokens": 5, "max_tokens": 5}, "max_completion_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
+    ):
+        with pytest.raises(openai.BadRequestError) as e:
+            client.chat.completions.create(**({"model": "tiny", "messages": QUESTION} | given))  # type: ignore[arg-type]
+        assert e.value.param == param and param in str(e.value), given
+
+
+def test_other_errors(server: Server, client: openai.OpenAI) -> None:
+    """Keys, models, paths and sizes: OpenAI's form, each with its status."""
+    for key in ("wrong", "sesam", "sesame2", "sésame"):
+        reply = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+        assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=server.url, api_key="x", max_retries=0).models.list()
+    for path in ("/metrics", "/status.json", "/openapi.json", "/v1/completions"):
+        assert httpx.get(server.url + path).status_code == 401
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    page = httpx.get(server.url)
+    assert page.status_code == 200 and "<table" in page.text and "tiny" not in page.text
+    with pytest.raises(openai.NotFoundError) as e:
+        client.completions.create(model="gpt-4", prompt="x")
+    assert e.value.code == "model_not_found" and e.value.param == "model"
+    http = server.http
+    assert http.get("/v1/nothing").status_code == 404 and http.get("/v1/nothing").json()["error"]["message"]
+    assert http.get("/v1/completions").status_code == 405
+    big = b'{"prompt": "' + b"x" * 200_000 + b'"}'
+    as_json = {"content-type": "application/json"}
+    assert http.post("/v1/completions", content=big, headers=as_json).status_code == 413
+    in_chunks = http.post("/v1/completions", content=iter([big[:150_000], big[150_000:]]), headers=as_json)
+    assert in_chunks.status_code == 413 and in_chunks.json()["error"]["message"]
+    assert http.post("/v1/completions", content=b'{"prompt": "x"}').status_code == 400  # not said to be JSON
+    many = http.post("/v1/completions", json={"prompt": ["x", "y"], "n": 128})
+    assert many.status_code == 400 and "160" in many.json()["error"]["message"]
+
+
+def test_more_than_the_queue_holds(server: Server, library: fastgen.Engine) -> None:
+    """429 with Retry-After while others run, who notice nothing; then there is room again."""
+    body = {"prompt": "Hello", "n": 128, "seed": 1, "max_tokens": 20, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as stream:
+        chunks = events(stream)
+        first = next(chunks)
+        reply = server.http.post("/v1/completions", json={"prompt": "Hello", "n": 33})
+        assert reply.status_code == 429 and int(reply.headers["retry-after"]) >= 1
+        assert reply.json()["error"]["type"] == "rate_limit_error"
+        assert server.http.post("/v1/completions", json={"prompt": "Hello", "n": 32}).status_code == 200
+        parts = [c["choices"][0] for c in (first, *chunks)]
+    wanted = texts(ask(library, "Hello", n=128, seed=1, max_tokens=20))
+    assert ["".join(p["text"] for p in parts if p["index"] == i) for i in range(128)] == wanted
+    quiet(server)
+
+
+JUNK = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'"text"',
+    b"{\xff\xfe}",
+    b'{"prompt": "\xc3"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": ["\\udfff"]}',
+    b"[" * 100_000,
+    b'{"prompt": ' + b"[" * 50_000 + b"1" + b"]" * 50_000 + b"}",
+    b'{"prompt": [' + b"9" * 5000 + b"]}",
+    b'{"prompt": [1e400]}',
+    b'{"prompt": "x", "seed": ' + b"9" * 4000 + b"}",
+    b'{"prompt": "x", "\\ud800": 1}',
+    b'{"prompt": "x", "logit_bias": {"\xd9\xa1": 1}}',
+    b'{"prompt": "x", "model": "\\ud800"}',
+    b'{"prompt": "x", "max_tokens": NaN}',
+    b"\x00" * 1000,
+]
+
+
+def test_junk_is_refused_and_disturbs_nobody(server: Server, library: fastgen.Engine) -> None:
+    """Always a 4xx, in JSON; what runs meanwhile goes on as if alone. One client never completes its request."""
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port or 80)) as slow, ThreadPoolExecutor(1) as pool:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n")
+        body = {"prompt": "Hello", "temperature": 0, "max_tokens": 150, "ignore_eos": True}
+        beside = pool.submit(lambda: httpx.post(f"{server.url}/completions", json=body, headers=server.headers))
+        for junk in JUNK:
+            for path in ("/v1/completions", "/v1/chat/completions", "/inference/v1/generate", "/tokenize", "/abort"):
+                reply = server.http.post(path, content=junk, headers={"content-type": "application/json"})
+                assert 400 <= reply.status_code < 500, (junk[:40], path, reply.text)
+                assert reply.json()["error"]["message"] and "Traceback" not in reply.text
+        for raw in (b"\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9\r\n\r\n", b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n"):
+            with socket.create_connection((address.host, address.port or 80)) as s:
+                s.sendall(raw)
+        slow.sendall(b"\r\n{")
+        wanted = ask(library, "Hello", temperature=0, max_tokens=150, ignore_eos=True)
+        assert beside.result().json()["choices"][0]["text"] == texts(wanted)[0]
+    quiet(server)
+    assert not any("Traceback" in line for line in server.lines)
+
+
+def test_whatever_the_schema_allows(server: Server) -> None:
+    """Requests made from the OpenAPI schema, valid or not, never meet an error of the server's."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    schema = schemathesis.openapi.from_dict(server.http.get("/openapi.json").json())
+    quick = settings(
+        max_examples=6,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    seen = set()
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if not operation.path.startswith("/v1") and "generate" not in operation.path:
+            continue
+
+        @quick
+        @given(case=operation.as_strategy())
+        def check(case: Any) -> None:
+            case.headers = {**(case.headers or {}), **server.headers}
+            reply = case.call(base_url=server.url)
+            seen.add((case.operation.path, reply.status_code))
+            assert reply.status_code < 500 and "Traceback" not in reply.text, reply.text
+
+        check()
+    assert {path for path, _ in seen} >= {"/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/models"}
+    assert {status for _, status in seen} >= {200, 400}
+    quiet(server)
+
+
+def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for, and not for ever."""
+    from fastgen.serve import app
+    from fastgen.serve.protocol import Refused
+
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
+    gate = app.Gate(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
+
+    async def never() -> Any:
+        await asyncio.sleep(60)
+
+    with pytest.raises(Refused) as e:
+        asyncio.run(gate._body({}, never, 100))
+    assert e.value.status == 408
+
+
+# --- clients that leave, and many at once -----------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_takes_its_requests_along(server: Server, client: openai.OpenAI) -> None:
+    """Of a stream, and of an answer that is waited for; pages are free at once, and the log says what happened."""
+    started = server.status()["generation_tokens"]
+    stream = client.completions.create(
+        model="tiny", prompt="Hello", max_tokens=480, n=8, stream=True, extra_body={"ignore_eos": True}
+    )
+    id = next(iter(stream)).id
+    assert server.status()["held_pages"] > 0
+    stream.close()
+    quiet(server)
+    body = {"prompt": "Hello", "max_tokens": 480, "n": 8, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        server.http.post("/completions", json=body, timeout=0.3, headers={"x-request-id": "left"})
+    quiet(server)
+    assert server.status()["generation_tokens"] - started < 2 * 8 * 480 / 2
+    server.until(lambda: {id, "cmpl-left"} <= {e["id"] for e in server.logged()}, 10)
+    lines = {e["id"]: e for e in server.logged()}
+    for name in (id, "cmpl-left"):
+        assert lines[name]["status"] == 499 and lines[name]["output_tokens"] < 8 * 480
+        assert lines[name]["prompt_tokens"] == 3 and lines[name]["duration"] > 0
+
+
+def test_abort_by_id(server: Server, library: fastgen.Engine) -> None:
+    """Whichever worker is asked. The stream ends with what there was; an id is somebody's until then."""
+    body = {"prompt": "Hello", "max_tokens": 300, "stream": True, "ignore_eos": True, "temperature": 0}
+    with server.http.stream("POST", "/v1/completions", json=body, headers={"x-request-id": "mine"}) as stream:
+        assert stream.headers["x-request-id"] == "cmpl-mine"
+        chunks = events(stream)
+        first = next(chunks)
+        again = httpx.post(f"{server.url}/completions", json=body, headers=server.headers | {"x-request-id": "mine"})
+        assert again.status_code == 409
+        assert server.http.post("/abort", json={"request_id": first["id"]}).json() == {"aborted": True}
+        parts = [c["choices"][0] for c in (first, *chunks)]
+    assert parts[-1]["finish_reason"] == "abort"
+    text = "".join(p["text"] for p in parts)
+    whole = texts(ask(library, "Hello", max_tokens=300, ignore_eos=True, temperature=0))[0]
+    assert len(text) < len(whole) and whole.startswith(text.rstrip("\ufffd"))
+    assert server.http.post("/abort", json={"request_id": "cmpl-mine"}).json() == {"aborted": False}
+    quiet(server)
+
+
+def test_a_hundred_streams_of_which_many_break_off(server: Server, library: fastgen.Engine) -> None:
+    """Each gets its own tokens, in order, none twice; those who stay get all. Afterwards nothing is left of them."""
+    dice = random.Random(0)
+    prompts = [[dice.randrange(2, 330) for _ in range(dice.randrange(1, 60))] for _ in range(100)]
+    length = 30
+    sampling = [SamplingParams(seed=i, max_tokens=length, ignore_eos=True) for i in range(100)]
+    wanted = [o.completions[0] for o in library.generate(prompts, sampling, progress=False)]
+    leaves = [dice.randrange(1, length) if dice.random() < 0.4 else None for _ in range(100)]
+
+    async def tokens(http: httpx.AsyncClient, i: int) -> list[int]:
+        body = {
+            "token_ids": prompts[i],
+            "stream": True,
+            "sampling_params": {"seed": i, "max_tokens": length, "ignore_eos": True},
+        }
+        found = []
+        async with http.stream("POST", "/inference/v1/generate", json=body) as stream:
+            async for line in stream.aiter_lines():
+                if line.startswith("data: {"):
+                    found += json.loads(line[6:])["choices"][0]["token_ids"]
+                    if leaves[i] and len(found) >= (leaves[i] or 0):
+                        break
+        return found
+
+    async def text(api: openai.AsyncOpenAI, i: int) -> str:
+        stream = await api.completions.create(
+            model="tiny", prompt=prompts[i], seed=i, max_tokens=length, stream=True, extra_body={"ignore_eos": True}
+        )
+        found, count = "", 0
+        async for chunk in stream:
+            found, count = found + chunk.choices[0].text, count + 1
+            if leaves[i] and count >= (leaves[i] or 0):
+                await stream.close()
+                break
+        return found
+
+    async def all() -> list[Any]:
+        limits = httpx.Limits(max_connections=None)
+        async with (
+            httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=90, limits=limits) as http,
+            openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=90) as api,
+        ):
+            return await asyncio.gather(*(tokens(http, i) if i % 2 else text(api, i) for i in range(100)))
+
+    for i, found in enumerate(asyncio.run(all())):
+        whole = wanted[i].token_ids if i % 2 else wanted[i].text
+        if leaves[i] is None:
+            assert found == whole, i
+        else:
+            assert found == whole[: len(found)] and found, i
+    quiet(server)
+
+
+def test_metrics(server: Server, client: openai.OpenAI) -> None:
+    """Counters of all workers together grow by what was asked, under vLLM's names."""
+
+    def read() -> dict[str, float]:
+        lines = server.http.get("/metrics").text.splitlines()
+        return {x.rpartition(" ")[0]: float(x.rpartition(" ")[2]) for x in lines if not x.startswith("#")}
+
+    before = read()
+    for i in range(6):
+        with openai.OpenAI(base_url=server.url, api_key=KEY) as other:  # connections of their own, to either worker
+            other.completions.create(
+                model="tiny", prompt=[5, 6, 7, 8, i], max_tokens=4, n=2, extra_body={"ignore_eos": True}
+            )
+    after = read()
+    label = '{model_name="tiny"}'
+    grown = {
+        f"vllm:prompt_tokens_total{label}": 30,
+        f"vllm:generation_tokens_total{label}": 48,
+        'vllm:request_success_total{finished_reason="length",model_name="tiny"}': 12,
+        f"vllm:time_to_first_token_seconds_count{label}": 6,
+        f"vllm:inter_token_latency_seconds_count{label}": 36,
+        f"vllm:e2e_request_latency_seconds_count{label}": 6,
+        f"vllm:prefix_cache_queries_total{label}": 60,
+    }
+    assert {name: after[name] - before.get(name, 0) for name in grown} == grown
+    assert after[f"vllm:prefix_cache_hits_total{label}"] >= before[f"vllm:prefix_cache_hits_total{label}"]
+    for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert after[f"vllm:{gauge}{label}"] == 0
+
+
+# --- processes that die, and the end ----------------------------------------------------------------------------------
+
+
+def worker_of(server: Server, stream: httpx.Response) -> str:
+    """The worker at the other end of a connection: who holds the socket of these two ports."""
+    port = stream.extensions["network_stream"].get_extra_info("client_addr")[1]
+    there = httpx.URL(server.url).port
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    inode = next(r[9] for r in rows if int(r[1].split(":")[1], 16) == there and int(r[2].split(":")[1], 16) == port)
+    for name, pid in server.children().items():
+        try:
+            links = [os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            continue
+        if f"socket:[{inode}]" in links:
+            return name
+    raise AssertionError("nobody's")
+
+
+def test_a_worker_that_is_killed(server: Server, library: fastgen.Engine) -> None:
+    """Its streams break and its requests end; those of the other go on, and a new worker takes its place."""
+    given = {"temperature": 0, "max_tokens": 250, "ignore_eos": True}
+    wanted = texts(ask(library, "Hello", **given))[0]
+    streams: list[tuple[str, httpx.Response, Iterator[dict[str, Any]]]] = []
+    with httpx.Client(base_url=server.url, headers=server.headers, timeout=60) as http:
+        while len({who for who, *_ in streams}) < 2 or len(streams) < 6:
+            request = http.build_request("POST", "/completions", json={"prompt": "Hello", "stream": True} | given)
+            response = http.send(request, stream=True)
+            streams.append((worker_of(server, response), response, events(response)))
+            assert len(streams) < 24
+        victim = streams[0][0]
+        os.kill(server.children()[victim], signal.SIGKILL)
+        for who, response, chunks in streams:
+            if who == victim:
+                with pytest.raises(httpx.RemoteProtocolError):
+                    list(chunks)
+            else:
+                assert "".join(c["choices"][0]["text"] for c in chunks) == wanted
+            response.close()
+    quiet(server)
+    server.until(lambda: len(server.children()) == 4)  # the engine, two workers and the dead one
+    short, wanted = given | {"max_tokens": 9}, texts(ask(library, "Hello", **given | {"max_tokens": 9}))[0]
+    for _ in range(8):
+        reply = httpx.post(f"{server.url}/completions", json={"prompt": "Hello"} | short, headers=server.headers)
+        if reply.status_code != 503:  # the new one may not have its tokenizer yet
+            assert reply.json()["choices"][0]["text"] == wanted
+
+
+def test_a_model_without_a_tokenizer(bare: Server) -> None:
+    """Tokens are served; what needs text is refused."""
+    given = {"temperature": 0, "max_tokens": 5}
+    answer = bare.http.post("/completions", json={"prompt": [1, 2, 3]} | given).json()
+    tokens = bare.http.post("/inference/v1/generate", json={"token_ids": [1, 2, 3], "sampling_params": given}).json()
+    assert answer["choices"][0]["text"] == "" and answer["usage"]["completion_tokens"] == 5
+    assert len(tokens["choices"][0]["token_ids"]) == 5
+    for path, body, param in (
+        ("/chat/completions", {"messages": QUESTION}, "messages"),
+        ("/completions", {"prompt": "x"}, "prompt"),
+        ("/completions", {"prompt": [1], "stop": "x"}, "stop"),
+        ("/tokenize", {"prompt": "x"}, "prompt"),
+    ):
+        reply = bare.http.post(path, json=body)
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == param, reply.text
+
+
+def test_the_engine_is_killed(bare: Server) -> None:
+    """Streams end with an error, others get one, and the server ends, non-zero."""
+    body = {"prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": True}
+    with bare.http.stream("POST", "/completions", json=body | {"stream": True, "logprobs": 0}) as stream:
+        chunks = events(stream)
+        next(chunks)
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(lambda: httpx.post(f"{bare.url}/completions", json=body | {"n": 4}, timeout=60))
+            bare.until(lambda: bare.status()["running"] == 5)
+            os.kill(bare.children()["engine"], signal.SIGKILL)
+            assert [*chunks][-1]["error"]["code"] == "engine_error"
+        assert whole.result().status_code == 500 and whole.result().json()["error"]["code"] == "engine_error"
+    assert bare.stop(ask=False) == 1
+    assert any("the engine died" in line for line in bare.lines)
+    for pid in bare.children().values():
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_end(server: Server, library: fastgen.Engine) -> None:
+    """SIGTERM: nothing new is taken, what ends within the grace time is finished, the rest is told, and all is well."""
+    given = {"temperature": 0, "max_tokens": 100, "ignore_eos": True}
+    wanted = texts(ask(library, "Hello", **given))[0]
+    long = {"prompt": "Hello", "n": 128, "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with (
+        server.http.stream("POST", "/completions", json={"prompt": "Hello", "stream": True} | given) as stream,
+        httpx.stream("POST", f"{server.url}/completions", json=long, headers=server.headers) as too_long,
+    ):
+        chunks, others = events(stream), events(too_long)
+        found = next(chunks)["choices"][0]["text"]
+        next(others)
+        server.process.send_signal(signal.SIGTERM)
+        server.line("shutting down")
+        time.sleep(0.1)
+        reply = server.http.post("/completions", json={"prompt": "Hello"})
+        assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
+        assert reply.json()["error"]["message"] == "the server is shutting down"
+        assert found + "".join(c["choices"][0]["text"] for c in chunks) == wanted
+        assert [*others][-1]["error"]["code"] == "shutting_down"
+    assert server.stop(ask=False) == 0
+    assert not any("Traceback" in line for line in server.lines)
+
+
+def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs is told; the next one is computed. What a dead worker asked for ends, and only that."""
+    post = MagicMock(spec=zmq.Socket)
+    core = Core(library, post, 8, {})
+
+    def sent() -> list[Any]:
+        found = [(worker, pickle.loads(raw)) for ((worker, raw),), _ in post.send_multipart.call_args_list]
+        post.reset_mock()
+        return found
+
+    params = SamplingParams(temperature=0, max_tokens=3, n=2)
+    core.on_add(b"a", "key", "call", [[5, 6]], params)
+    with monkeypatch.context() as m:
+        m.setattr(library._stepper, "run", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            core.step()
+    core.failed()
+    reply, *rest = sent()
+    assert reply == (b"a", ("reply", "key", None))
+    assert [(p.slot, p.reason) for _, (_, e) in rest for p in e["call"]] == [(0, "error"), (1, "error")]
+    core.on_add(b"a", "key", "one", [[5, 6]], params)
+    core.on_add(b"b", "key", "two", [[5, 6]], params)
+    core.on_abort(b"b", "one", None)  # not its own
+    core.gone(b"b")
+    while library.unfinished:
+        core.step()
+    pieces = [(who, p) for who, (kind, *e) in sent() if kind == "events" for x in e[0].values() for p in x]
+    assert {who for who, _ in pieces} == {b"a"}
+    wanted = ask(library, [5, 6], temperature=0, max_tokens=3).completions[0].token_ids
+    for slot in range(2):
+        assert [t for _, p in pieces if p.slot == slot for t in p.tokens] == wanted
+    assert core.stats()["held_pages"] == 0 and not core.calls and not core.owner
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["model=debug", "prompt=x"], "requests bring this themselves"),
+        (["schedule.max_request=4"], "max_requests"),
+        (["no/such/folder/at/all"], "neither"),
+        (["--port", "70000"], "port"),
+        (["--workers", "0"], "at least 1"),
+    ],
+)
+def test_commands_that_are_wrong(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line that says what, before anything starts."""
+    try:
+        code = serve.main(words)
+    except SystemExit as e:
+        code = e.code
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and "Traceback" not in err
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "zmq" else name)
+    assert serve.main([]) == 1
+    assert re.fullmatch(r"fgserve needs zmq: pip install fastgen\[serve\]\n", capsys.readouterr().err)
+
+
+def test_a_model_by_any_name(tiny: Path) -> None:
+    """A path, a name of conf/model, or none; the name is the last part of a path."""
+    for words, name, path in (
+        ([str(tiny)], "tiny", str(tiny)),
+        (["debug"], "debug", None),
+        ([], "smollm2-135m-instruct", None),
+    ):
+        config, found = serve.configure(serve._parser().parse_args(words))
+        assert found == name and (path is None or config.model.path == path)
+    config, _ = serve.configure(serve._parser().parse_args(["debug", "--tensor-parallel", "1"]))
+    assert config.model.random and config.parallel.tensor_parallel == 1
