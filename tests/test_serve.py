@@ -1,6 +1,7 @@
 """`fgserve`, as its clients see it: what it answers is what the library gives, whatever happens around it."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pickle
@@ -9,14 +10,15 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from unittest.mock import MagicMock
 
 import httpx
 import openai
+import pydantic
 import pytest
 import zmq
 from serving import SETTINGS, Server, checkpoint
@@ -119,6 +121,48 @@ def test_chat(client: openai.OpenAI, library: fastgen.Engine) -> None:
     usage = answer.usage
     assert usage and usage.prompt_tokens == len(wanted.prompt_token_ids) and usage.completion_tokens == 12
     assert usage.total_tokens == usage.prompt_tokens + 12
+
+
+class Person(pydantic.BaseModel):
+    """What an answer has to be."""
+
+    name: Literal["Ann", "Bo"]
+    age: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+
+def test_answers_that_follow_a_schema(client: openai.OpenAI) -> None:
+    """A Pydantic model, through the official client."""
+    parsed = []
+    for seed in range(6):
+        with contextlib.suppress(openai.LengthFinishReasonError):  # a random model may go on with white space
+            answer = client.chat.completions.parse(
+                model="tiny", messages=QUESTION, response_format=Person, seed=seed, max_tokens=120
+            )  # type: ignore[call-overload]
+            parsed.append(answer.choices[0].message.parsed)
+    assert parsed and all(isinstance(p, Person) for p in parsed)
+
+
+GUIDED: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
+    ({"guided_regex": "[0-9]{3}(ab|cd)"}, lambda text: re.fullmatch("[0-9]{3}(ab|cd)", text)),
+    ({"guided_choice": ['say "yes"', "no\n"]}, lambda text: text in ('say "yes"', "no\n")),
+    ({"guided_grammar": 'start: "a" | "(" start ")"'}, lambda text: re.fullmatch(r"\(*a\)*", text)),
+    ({"guided_json": {"enum": [1, "x"]}}, lambda text: json.loads(text) in (1, "x")),
+    ({"response_format": {"type": "json_object"}, "max_tokens": 300}, lambda text: isinstance(json.loads(text), dict)),
+]
+
+
+@pytest.mark.parametrize("body, fits", GUIDED, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+def test_answers_that_follow_a_grammar(server: Server, body: dict[str, Any], fits: Callable[[str], Any]) -> None:
+    """Drawn from a random model: whatever ends by itself fits; streamed, it is the same."""
+    given = {"prompt": "Hello", "n": 6, "seed": 3, "max_tokens": 60} | body
+    whole = server.http.post("/v1/completions", json=given).raise_for_status().json()["choices"]
+    ended = [c["text"] for c in whole if c["finish_reason"] == "stop"]
+    assert ended and all(fits(text) for text in ended), ended
+    parts = [""] * 6
+    with server.http.stream("POST", "/v1/completions", json=given | {"stream": True}) as stream:
+        for event in events(stream):
+            parts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert parts == [c["text"] for c in whole]
 
 
 def test_chat_without_a_limit_ends_with_the_context(client: openai.OpenAI) -> None:
@@ -351,14 +395,24 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [330]}, "prompt"),
+    ({"prompt": [[1, 10**23], [-(10**23)]]}, "prompt"),
     ({"prompt": [1] * 512}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 2}, "best_of"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}}, "response_format"),
     ({"tools": [{}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
-    ({"guided_regex": "a"}, "guided_regex"),
+    ({"guided_regex": "["}, "guided_regex"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_grammar": "nothing"}, "guided_grammar"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+    ({"guided_regex": "a", "min_tokens": 1}, "guided_regex"),
+    ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
     ({"stream": True, "echo": True, "logprobs": 1}, "echo"),

@@ -321,6 +321,10 @@ class Engine:
         """
         self.state.tree.reset()
 
+    def prepare_grammars(self) -> None:
+        """Do now what the first grammar would wait for, a second or two, if grammars can be used at all."""
+        self._guides.prepare()
+
     def _unfinished(self, request_id: int) -> dict[int, int]:
         """A request's completions that go on, with all tokens drawn so far: index -> sequence. ValueError if none."""
         self._receive()

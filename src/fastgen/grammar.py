@@ -8,6 +8,8 @@
 
 import json
 import os
+import threading
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,6 +55,17 @@ class Guides:
         """`vocab`: the model's, which may be larger than the tokenizer's."""
         self.tokenizer, self.vocab, self.eos = tokenizer, vocab, eos
         self._tokens: Any = None  # made when first wanted: it takes a second
+        self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Read the tokenizer now; not if that is in vain."""
+        with suppress(ValueError):
+            if self.tokenizer is not None and find_spec("llguidance"):
+                self._ready()
+
+    def _ready(self) -> Any:
+        with self._lock:  # whoever comes second waits for the first
+            return self._tokens or self._start()
 
     def guide(self, grammar: str) -> Guide:
         """At the beginning of a grammar. ValueError if it cannot be used, with the reason."""
@@ -63,7 +76,7 @@ class Guides:
             raise ValueError("a grammar needs llguidance: pip install fastgen[guide]")
         from llguidance import LLMatcher
 
-        tokens = self._tokens or self._start()
+        tokens = self._ready()
         try:
             if kind == "json":
                 schema = json.loads(text) if text.strip() else {"type": "object"}

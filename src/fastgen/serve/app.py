@@ -42,6 +42,7 @@ from fastgen.serve.protocol import (
     GenerateSampling,
     Part,
     Refused,
+    ResponseFormat,
     StreamOptions,
     TokenizeRequest,
 )
@@ -50,7 +51,9 @@ from fastgen.serve.protocol import Message as ChatMessage
 REQUESTS = (ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, AbortRequest)
 # Names of fields: pydantic's paths to what is wrong hold those of types as well.
 FIELDS = {
-    name for kind in (*REQUESTS, GenerateSampling, ChatMessage, Part, StreamOptions) for name in kind.model_fields
+    name
+    for kind in (*REQUESTS, GenerateSampling, ChatMessage, Part, StreamOptions, ResponseFormat)
+    for name in kind.model_fields
 }
 OPEN = ("/", "/health", "/v1/health")  # without a key: they tell nothing but that there is a server
 BODY_SECONDS = 60.0  # to send a request's body
@@ -78,7 +81,7 @@ class Service:
         self.vocabulary = Vocabulary(None)
         self.encoder: Any = None  # a tokenizer for the thread's own use: two threads may not share one
         self.thread = ThreadPoolExecutor(1, "tokenizer")
-        self.context = self.most = 0
+        self.context = self.most = self.vocab = 0
         self.ready = self.draining = False
         self.active = 0  # requests being answered
         self.created = int(time.time())
@@ -88,7 +91,7 @@ class Service:
         info = await self.client.info
         loaded = await self.in_thread(tokenizer.load, Path(info["path"]))
         self.vocabulary, self.context = Vocabulary(loaded), info["context"]
-        self.most = info["most"]
+        self.most, self.vocab = info["most"], info["vocab"]
         self.encoder = copy.deepcopy(loaded)
         self.ready = True
 
@@ -114,11 +117,14 @@ class Service:
             raise Refused(400, problem, param=param)
 
     async def encode(self, prompt: Any, param: str) -> list[int]:
-        """A prompt's tokens, of which there may not be more than the context."""
+        """A prompt's tokens, which the model has to know, and of which there may not be more than the context."""
         try:
             tokens = await self.in_thread(tokenizer.encode, self.encoder, prompt)
         except ValueError as e:
             raise Refused(400, f"{param}: {e}", param=param) from e
+        if wrong := [t for t in tokens if not 0 <= t < self.vocab]:
+            problem = f"{param}: token {wrong[0]} is outside the vocabulary of {self.vocab}"
+            raise Refused(400, problem, param=param)
         if len(tokens) >= self.context:
             problem = f"{param}: {len(tokens)} tokens leave no room for output in the context of {self.context}"
             raise Refused(400, problem, param=param, code="context_length_exceeded")
@@ -161,6 +167,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service.fits(params.n)
     tokens = await service.encode([m.plain() for m in body.messages], "messages")
     names = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}
+    names |= body.names()
     usage = bool(body.stream_options and body.stream_options.include_usage)
     form = Chat(service.vocabulary)
     return await service.start(request, form, model, [tokens], params, names, stream=body.stream, usage=usage)
@@ -181,7 +188,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         return prompt if isinstance(prompt, str) else service.vocabulary.decode(prompt)
 
     form = Completion(service.vocabulary, echo if body.echo else None)
-    return await service.start(request, form, model, tokens, params, {}, stream=body.stream, usage=usage)
+    return await service.start(request, form, model, tokens, params, body.names(), stream=body.stream, usage=usage)
 
 
 @router.post("/inference/v1/generate", response_model=None)

@@ -15,6 +15,7 @@ import contextlib
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import defaultdict
@@ -208,6 +209,8 @@ def run(build: Callable[[], tuple[Engine, str]], address: str, control: Connecti
     socket.bind(address)
     limits, spec = engine.settings.schedule, engine.spec
     most = most or 4 * limits.max_requests
+    # Grammars want a second before the first one; whoever comes until then waits for it.
+    threading.Thread(target=engine.prepare_grammars, daemon=True).start()
     info = {"path": path, "context": min(spec.context, engine.capacity + 1), "most": most}
     core = Core(engine, socket, most, info)
     control.send("ready")

@@ -4,6 +4,7 @@ Every field is checked without conversion ("5" is no number), an unknown one is 
 counts as not given.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -15,17 +16,12 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 REFUSED: dict[str, tuple[Any, ...]] = {
     "best_of": (),
     "suffix": (),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
 MOST = 128  # completions of a prompt, as OpenAI's limit
 TOP = 20  # most likely tokens beside each, likewise
@@ -77,6 +73,28 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+class JsonSchema(Strict):
+    """A schema and what OpenAI's clients say about it; it is followed whether `strict` or not."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default={"type": "object"}, alias="schema")
+    strict: bool = True
+
+
+class ResponseFormat(Strict):
+    """`json_schema` is given with the type of that name, and only then."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given for type json_schema, and for no other")
+        return self
+
+
 class Common(Strict):
     """What chat and text completions have in common."""
 
@@ -99,28 +117,54 @@ class Common(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Word | None = None  # accepted, and not used
+    response_format: ResponseFormat | None = None
+    guided_json: Word | dict[str, Any] | None = None  # these four are vLLM's
+    guided_regex: Word | None = None
+    guided_choice: Annotated[list[Word] | None, Field(min_length=1)] = None
+    guided_grammar: Word | None = None
 
     # Declared so that they are refused with a reason, and not as unknown.
     best_of: Any = None
     suffix: Any = None
-    response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
     structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+
+    def guide(self) -> tuple[str, str] | None:
+        """The field that wants the output to follow a grammar, and the grammar. Refused if there are several."""
+        found, form = dict[str, str](), self.response_format
+        if form is not None and form.type != "text":
+            schema = form.json_schema.schema_ if form.json_schema else {"type": "object"}
+            found["response_format"] = f"json:{json.dumps(schema)}"
+        if self.guided_json is not None:
+            given = self.guided_json
+            found["guided_json"] = f"json:{given if isinstance(given, str) else json.dumps(given)}"
+        if self.guided_regex is not None:
+            found["guided_regex"] = f"regex:{self.guided_regex}"
+        if self.guided_choice is not None:
+            found["guided_choice"] = "lark:start: " + " | ".join(json.dumps(text) for text in self.guided_choice)
+        if self.guided_grammar is not None:
+            found["guided_grammar"] = f"lark:{self.guided_grammar}"
+        if len(found) > 1:
+            raise Refused(400, f"{' and '.join(found)} both say what the output follows: give one", param=[*found][1])
+        return next(iter(found.items()), None)
+
+    def names(self) -> dict[str, str]:
+        """How clients call what the library calls otherwise."""
+        guide = self.guide()
+        return dict.fromkeys(("grammar", "json", "regex", "lark"), guide[0]) if guide else {}
 
     def _sampling(self, longest: tuple[str, int | None], logprobs: int | None, echo: bool = False) -> SamplingParams:
         unsupported(self)
         if self.stream_options is not None and not self.stream:
             raise Refused(400, "stream_options needs stream=true", param="stream_options")
+        guide = self.guide()
         return checked(
-            {"max_tokens": longest[0]},
+            {"max_tokens": longest[0]} | self.names(),
+            grammar=guide[1] if guide else None,
             n=self.n,
             temperature=self.temperature,
             top_p=self.top_p,
