@@ -175,7 +175,8 @@ def test_merge_and_sweep(fgbench: Run) -> None:
     after = rows()
     assert after[:2] == before[:2] and after[2] != before[2] and after[3]["workload"] == "1x6x2"
     assert after[3]["temperature"] == 0
-    assert fgbench("tiny.json", "--workload", "9x9x9", *quick, "cache_tokens=16", "page_size=16")[0] == 1  # 18 tokens do not fit
+    small = ("cache_tokens=16", "page_size=16")  # 18 tokens do not fit
+    assert fgbench("tiny.json", "--workload", "9x9x9", *quick, *small)[0] == 1
     assert rows() == after
 
 
