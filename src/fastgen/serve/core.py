@@ -211,7 +211,7 @@ def run(build: Callable[[], tuple[Engine, str]], address: str, control: Connecti
     most = most or 4 * limits.max_requests
     # Grammars want a second before the first one; whoever comes until then waits for it.
     threading.Thread(target=engine.prepare_grammars, daemon=True).start()
-    info = {"path": path, "context": min(spec.context, engine.capacity + 1), "most": most}
+    info = {"path": path, "context": min(spec.context, engine.capacity + 1), "vocab": spec.vocab, "most": most}
     core = Core(engine, socket, most, info)
     control.send("ready")
     poller, failures = zmq.Poller(), 0
