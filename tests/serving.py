@@ -67,7 +67,7 @@ class Server:
             self._queue.put(line)
         self._queue.put("")
 
-    def line(self, text: str, seconds: float = 90) -> str:
+    def line(self, text: str, seconds: float = 180) -> str:
         """The next line of stderr with `text`."""
         end = time.monotonic() + seconds
         while line := self._queue.get(timeout=max(0.01, end - time.monotonic())):
@@ -76,9 +76,9 @@ class Server:
         raise AssertionError(f"the server ended without {text!r}: {''.join(self.lines)}")
 
     def ready(self) -> "Server":
-        """When it is."""
+        """When it says so, it has to be true."""
         self.line("is ready")
-        self.until(lambda: self.http.get("/health").status_code == 200)
+        assert self.http.get("/health").status_code == 200
         return self
 
     def until(self, condition: Any, seconds: float = 60) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -27,6 +28,7 @@ from test_tokenizer import BYTE_LEVEL
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.cli import serve
+from fastgen.serve import app
 from fastgen.serve.answer import dump
 from fastgen.serve.core import Core
 
@@ -851,6 +853,28 @@ def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, mo
     for slot in range(2):
         assert [t for _, p in pieces if p.slot == slot for t in p.tokens] == wanted
     assert core.stats()["held_pages"] == 0 and not core.calls and not core.owner
+
+
+def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a traceback, instead of a 503 for good. Here the engine says nothing of its model."""
+
+    class Client:
+        dead = False
+
+        def __init__(self, *_: str) -> None:
+            self.info = asyncio.get_running_loop().create_future()
+
+        async def run(self) -> None:
+            self.info.set_result({})
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(app, "Client", Client)
+    ours, theirs = multiprocessing.Pipe()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ours, theirs:
+        with pytest.raises(SystemExit, match="1"):
+            app.run(app.Options(address="", names=("x",)), "worker-0", listener, theirs)
+        assert not ours.poll()
+    assert "KeyError: 'path'" in capsys.readouterr().err
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

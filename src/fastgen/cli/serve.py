@@ -122,6 +122,12 @@ class Child:
     process: BaseProcess
     control: Connection
     name: str
+    ready: bool = False  # the engine when its model is loaded, a worker when it takes requests
+
+    def hear(self) -> None:
+        """Take its word that it is ready."""
+        with suppress(EOFError, OSError):  # it ended instead
+            self.ready = self.control.recv() == "ready"
 
     def end(self, seconds: float) -> None:
         """Wait for it, and not for longer."""
@@ -146,7 +152,6 @@ class Supervisor:
         self.signals = 0
         self.deaths: list[float] = []
         self.count = 0  # workers started
-        self.ready = False
         self.workers: list[Child] = []
         self.wanted = workers
         self.engine: Child | None = None
@@ -187,17 +192,21 @@ class Supervisor:
                 child.process.join()
 
     def _watch(self, engine: Child) -> int:
+        said = False
         while True:
-            heard = [engine.control] if not self.ready else []
-            wait([self.woken, engine.process.sentinel, *heard, *(w.process.sentinel for w in self.workers)])
+            children = (engine, *self.workers)
+            awaited = [child for child in children if not child.ready]
+            wait([self.woken, *(c.process.sentinel for c in children), *(c.control for c in awaited)])
             if self.signals:
                 return self._drain(engine)
-            if not self.ready and engine.control.poll():
-                with suppress(EOFError):
-                    self.ready = engine.control.recv() == "ready"
-                    _say(f"{', '.join(self.options.names)} is ready")
+            for child in awaited:
+                if child.control.poll():
+                    child.hear()
+            if not said and all(child.ready for child in children):  # a connection may be any worker's
+                said = True
+                _say(f"{', '.join(self.options.names)} is ready")
             if not engine.process.is_alive():
-                return self._engine_died()
+                return self._engine_died(engine)
             for worker in [w for w in self.workers if not w.process.is_alive()]:
                 self.workers.remove(worker)
                 now = time.monotonic()
@@ -210,9 +219,9 @@ class Supervisor:
                     engine.control.send(worker.name.encode())
                 self._worker()
 
-    def _engine_died(self) -> int:
+    def _engine_died(self, engine: Child) -> int:
         """Whoever waits is told before this is over."""
-        if self.ready:
+        if engine.ready:
             _say("the engine died")
         self.listener.close()
         for worker in self.workers:
@@ -225,7 +234,7 @@ class Supervisor:
     def _drain(self, engine: Child) -> int:
         """Let the workers finish, then end the engine. A second signal ends everything at once."""
         self.listener.close()
-        if not self.ready:
+        if not engine.ready:
             return 0
         _say("shutting down")
         for worker in self.workers:
@@ -238,7 +247,7 @@ class Supervisor:
                 self.woken.recv(64)
             wait([self.woken, engine.process.sentinel, *alive], max(0.0, end - time.monotonic()))
             if not engine.process.is_alive():
-                return self._engine_died()
+                return self._engine_died(engine)
             if self.signals > before or time.monotonic() >= end:
                 return 1
         engine.control.close()

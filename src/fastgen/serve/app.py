@@ -11,9 +11,9 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -449,12 +449,24 @@ def _log(scope: Scope, entry: dict[str, Any]) -> None:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def create(service: Service) -> ASGIApp:
-    """The app, with everything around it."""
+def create(service: Service, loaded: Callable[[], None]) -> ASGIApp:
+    """The app, with everything around it. `loaded` is called once requests are taken."""
+
+    async def load() -> None:
+        await service.load()
+        loaded()
+
+    async def vital(part: Awaitable[None]) -> None:
+        """What fails here would leave a worker that answers 503 for good; the supervisor replaces one that ends."""
+        try:
+            await part
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(service.client.run()), asyncio.create_task(service.load())]
+        tasks = [asyncio.create_task(vital(part)) for part in (service.client.run(), load())]
         yield
         for task in tasks:
             task.cancel()
@@ -484,8 +496,13 @@ class _Server(uvicorn.Server):
 
 async def _serve(options: Options, name: str, listener: socket.socket, control: Connection) -> None:
     service = Service(options, name)
+
+    def loaded() -> None:
+        with suppress(OSError):  # the supervisor is gone, which `told` hears
+            control.send("ready")
+
     config = uvicorn.Config(
-        create(service),
+        create(service, loaded),
         log_level="warning",
         access_log=False,
         server_header=False,
