@@ -348,6 +348,8 @@ def test_every_command(model: Path, tmp_path: Path) -> None:
         "TERM": "xterm",
         "PROMPT_TOOLKIT_NO_CPR": "1",
     }
+    for name in ("COLUMNS", "LINES"):  # readline sets them for what pytest-xdist starts; rich believes them
+        environment.pop(name, None)
     screen = StringIO()
     child = pexpect.spawn(
         sys.executable, ["-m", "fastgen.cli.chat", str(model), *options], env=environment, cwd=tmp_path,
