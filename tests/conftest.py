@@ -9,16 +9,6 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch's default device for the tests: cpu or cuda")
-    parser.addoption("--processes", action="store_true", help="also test servers and terminals (with -n 0)")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Those that drive servers and terminals in processes of their own are asked for: they depend on the machine."""
-    if config.getoption("--processes"):
-        return
-    for item in items:
-        if item.path.name == "test_serve.py" or item.name == "test_every_command":
-            item.add_marker(pytest.mark.skip(reason="drives other processes: pytest --processes -n 0"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
