@@ -12,9 +12,12 @@ in the same session.
 """
 
 import argparse
+import gzip
 import json
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +67,10 @@ def page_in_rate(engine: fastgen.Engine) -> float:
     return size / statistics.median(times) / 1e9
 
 
-def replay(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
-    """All turns of all conversations; at most `args.together` at once."""
+def replay(
+    engine: fastgen.Engine, args: argparse.Namespace, watch: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """All turns of all conversations; at most `args.together` at once. `watch` is called before each step."""
     generator = torch.Generator().manual_seed(0)
 
     def words(n: int) -> list[int]:
@@ -84,6 +89,7 @@ def replay(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
             talks[i] += words(args.turn)
             added[engine.add(talks[i], sampling, live=False)] = turn, i, time.perf_counter()
             prompt += len(talks[i])
+        watch()
         for event in engine.step():
             turn, i, asked = added[event.request_id]
             if event.request_id not in first:
@@ -99,6 +105,40 @@ def replay(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds, "output_tok_s": made / seconds, "total_tok_s": (made + prompt) / seconds,
         "first_token_ms": [1e3 * statistics.median(x) for x in waits], "prompt_tokens": prompt, "reused": reused,
     }  # fmt: skip
+
+
+def trace(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """A trace of steps while pages come back, and the part of the copies' time in which the GPU computed."""
+    before, windows = engine.counts.paged_in, list[Any]()
+    engine.touch()  # the same conversations again, from nothing
+    with ExitStack() as stack:
+
+        def watch() -> None:
+            if not windows and engine.counts.paged_in > before + 256:
+                windows.append(stack.enter_context(engine.profile(steps=32, path=args.trace, skip=0)))
+
+        replay(engine, argparse.Namespace(**vars(args) | {"turns": 4}), watch)
+    summary = windows[0].summary
+    with gzip.open(args.trace) as file:
+        events = json.load(file)["traceEvents"]
+    copies, kernels = [], []
+    for e in events:
+        if e.get("cat") == "gpu_memcpy" and "HtoD" in e["name"] and e["args"].get("bytes", 0) > 2**18:
+            copies.append((e["ts"], e["ts"] + e["dur"]))
+        elif e.get("cat") == "kernel" and e["name"] != "_move":
+            kernels.append((e["ts"], e["ts"] + e["dur"]))
+    kernels.sort()
+    both, at = 0.0, 0
+    for begin, end in sorted(copies):
+        while at < len(kernels) and kernels[at][1] <= begin:
+            at += 1
+        covered, i = begin, at
+        while i < len(kernels) and kernels[i][0] < end:
+            both += max(0.0, min(end, kernels[i][1]) - max(covered, kernels[i][0]))
+            covered, i = max(covered, kernels[i][1]), i + 1
+    total = sum(end - begin for begin, end in copies)
+    print(summary)
+    return {"summary": str(summary), "copies_ms": total / 1e3, "copies_beside_kernels": both / total}
 
 
 def run(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats: int) -> list[float]:
@@ -120,7 +160,7 @@ def share(engine: fastgen.Engine) -> dict[str, Any]:
     run(engine, 32, 256, 16, 1)  # warm
     for name, on in (("shared attention", True), ("each by itself", False)):
         engine.settings = replace(settings, pages=replace(settings.pages, shared_attention=on))
-        found[name] = run(engine, 32, 256, 16, 2)
+        found[name] = run(engine, 32, 256, 16, 5 if on else 3)
         print("32 x 1024, 16 samples -> 256,", name, found[name], flush=True)
     engine.settings = settings
     tree = engine.state.tree
@@ -152,10 +192,8 @@ def converse(params: fastgen.Params, spec: fastgen.Spec, args: argparse.Namespac
             found[name]["counts"] = {k: getattr(c, k) for k in c.__slots__}
             print(name, json.dumps(found[name]), flush=True)
             if host and args.trace:
-                with engine.profile(steps=8, path=args.trace, skip=args.answer + 1) as p:
-                    replay(engine, argparse.Namespace(**vars(args) | {"turns": 1}))
-                found["profile"] = str(p.summary)
-                print(p.summary)
+                found["trace"] = trace(engine, args)
+                print({k: v for k, v in found["trace"].items() if k != "summary"}, flush=True)
     found["speedup"] = {name: found[args.modes[0]]["seconds"] / found[name]["seconds"] for name in args.modes}
     print(json.dumps({k: found.get(k) for k in ("speedup", "copies", "page_in_gb_s", "host")}, indent=1), flush=True)
     return found
