@@ -160,7 +160,7 @@ def share(engine: fastgen.Engine) -> dict[str, Any]:
     run(engine, 32, 256, 16, 1)  # warm
     for name, on in (("shared attention", True), ("each by itself", False)):
         engine.settings = replace(settings, pages=replace(settings.pages, shared_attention=on))
-        found[name] = run(engine, 32, 256, 16, 5 if on else 3)
+        found[name] = run(engine, 32, 256, 16, 4 if on else 2)
         print("32 x 1024, 16 samples -> 256,", name, found[name], flush=True)
     engine.settings = settings
     tree = engine.state.tree

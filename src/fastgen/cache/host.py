@@ -117,7 +117,7 @@ class Mover:
     # --- moves ------------------------------------------------------------------------------------------------------
 
     def move(self, moves: Moves) -> list[torch.cuda.Event]:
-        """Set the moves of a step going. Each group of layers must wait for its event; none: there is nothing to wait for.
+        """Set the moves of a step going. Each group of layers must wait for its event, if there are any.
 
         Copies within the device are made on the current stream, which waits itself for what needs no layer's patience.
         """
