@@ -38,8 +38,9 @@ LONG = {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}  # with many keys f
 SMALL = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}  # where shared memory is less than Hopper's, and in fp32
 TMA = True  # whether tiles are read by Hopper's copy engine, where each lies in one page
 DECODE = {"N": 64, "num_warps": 4, "num_stages": 3}
+OWN = {"N": 64, "num_warps": 2, "num_stages": 2}  # of members of groups, whose own keys are few
 MERGED = (4, 16, 64)  # shares that a merge is compiled for
-SHARED = {"N": DECODE["N"], "TILES": 8, "num_warps": 4}  # TILES: the fewest of a program
+SHARED = {"N": DECODE["N"], "TILES": 16, "num_warps": 4}  # TILES: the fewest of a program
 # Each value of these, and whether they are multiples of 16, would be compiled anew.
 FREE: dict[str, Any] = {
     "do_not_specialize": ["wide", "window", "splits", "shares"],
@@ -369,7 +370,8 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
         part = _partial(q, rows * splits) if splits > 1 else (q, q)
         _decode[(rows, spec.kv_heads, splits)](
             q, k_cache, v_cache, out, *part, skip, *found, *common, splits, shares, scale, **sizes, M=packed,
-            WHOLE=splits == 1, SHARED=share is not None, TILES=SHARED["TILES"], **DECODE, **launch,
+            WHOLE=splits == 1, SHARED=share is not None, TILES=SHARED["TILES"], **launch,
+            **(DECODE if share is None else OWN),
         )  # fmt: skip
         if splits > 1:
             shape = {name: sizes[name] for name in ("Q", "H", "D", "WINDOW")} | {"SHARED": share is not None}
