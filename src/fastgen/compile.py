@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from tqdm.auto import tqdm
 
 from fastgen.batch import Stager
@@ -130,6 +129,8 @@ class Regions:
 
 def compilations() -> int:
     """Graphs compiled in this process so far."""
+    from torch._dynamo.utils import counters  # takes more than a second to import
+
     return counters["stats"]["unique_graphs"]
 
 
