@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--grace", type=_seconds, default=30, metavar="S", help="seconds to finish at SIGTERM (%(default)s)")
     p.add_argument("--max-queue", type=_whole, metavar="N", help="completions at a time (four times max_requests)")
     p.add_argument("--max-body", type=_whole, default=16 * 2**20, metavar="BYTES", help="of a request (%(default)s)")
+    p.add_argument("--profile-dir", type=Path, metavar="FOLDER", help="where POST /profile may write traces (nowhere)")
     return p
 
 
@@ -293,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     keys = (*args.api_key, *filter(None, [os.environ.pop("FGSERVE_API_KEY", "")]))
     try:
+        if args.profile_dir and not args.profile_dir.is_dir():
+            raise ValueError(f"--profile-dir: there is no folder {args.profile_dir}")
         config, name = configure(args)
         listener = _listen(args.host, args.port)
     except (ValueError, OSError) as e:
@@ -308,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
             keys=keys,
             grace=args.grace,
             max_body=args.max_body,
+            profiles=None if args.profile_dir is None else str(args.profile_dir.resolve()),
         )
         host, port = listener.getsockname()[:2]
         _say(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")
