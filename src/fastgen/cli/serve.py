@@ -29,7 +29,7 @@ from typing import Any
 
 from fastgen import Engine
 from fastgen.cli import run
-from fastgen.cli.config import Config, compose, conf_dir
+from fastgen.cli.config import Config, chosen, compose
 from fastgen.models import default, weights
 
 NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
@@ -96,11 +96,12 @@ def configure(args: argparse.Namespace) -> tuple[Config, str]:
     given = [*args.overrides]
     if args.tensor_parallel is not None:
         given.append(f"parallel.tensor_parallel={args.tensor_parallel}")
-    known = args.model is not None and (conf_dir() / "model" / f"{args.model}.yaml").is_file()
-    config = compose(*([f"model={args.model}"] if known else []), *given)
-    if args.model is None or known:
-        return config, args.model or default.FOLDER
-    config = replace(config, model=replace(config.model, path=args.model))
+    if args.model is None:
+        return compose(*given), default.FOLDER
+    choice = chosen(args.model)
+    config = compose(choice, *given)
+    if choice == f"model={args.model}":
+        return config, args.model
     is_path = Path(args.model).expanduser().exists()
     if not is_path and args.model.count("/") != 1:  # no hub id: that is known before anything starts
         weights.resolve(args.model)
