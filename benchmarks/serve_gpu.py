@@ -51,10 +51,11 @@ def make(folder: Path, config: Path) -> int:
     """A model's folder without weights, with a tokenizer in which each word is a token; the vocabulary's size."""
     folder.joinpath("config.json").write_text(config.read_text())
     vocab = json.loads(config.read_text())["vocab_size"]
-    model = tokenizers.models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
+    names = {"<unk>": 0, "</s>": 2} | {f"w{i}": i for i in range(vocab) if i not in (0, 2)}
+    model = tokenizers.models.WordLevel(names, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", chat_template=TEMPLATE)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=TEMPLATE)
     fast.save_pretrained(folder)
     return vocab
 
