@@ -15,6 +15,7 @@ LAYERS = [  # each may import from its own line and those above
     ["models.transformer", "models.weights", "tokenizer"],
     ["models.default", "grammar", "request", "step"],
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
+    ["parallel"],
     ["compile"],
     ["engine"],
     ["chat"],

@@ -25,10 +25,11 @@ from tqdm.auto import tqdm
 from fastgen.batch import Stager
 from fastgen.config import Schedule, Settings
 from fastgen.models import transformer
-from fastgen.models.spec import Spec
+from fastgen.models.spec import Spec, split
 from fastgen.models.transformer import PLAIN, Ops
 from fastgen.ops.attention import Backend
 from fastgen.ops.backends import choose
+from fastgen.parallel import Group, sharded
 from fastgen.step import Computed, Draw, compute, feed
 from fastgen.types import Batch, Cache, Params, Sampling
 
@@ -137,8 +138,11 @@ def compilations() -> int:
 class Stepper:
     """Runs the steps of one engine."""
 
-    def __init__(self, params: Params, spec: Spec, settings: Settings, stager: Stager) -> None:
-        self.params, self.spec, self.settings, self.stager = params, spec, settings, stager
+    def __init__(
+        self, params: Params, spec: Spec, settings: Settings, stager: Stager, group: Group | None = None
+    ) -> None:
+        self.params, self.settings, self.stager = params, settings, stager
+        self.spec = spec if group is None else split(spec, group.place.size)  # what runs here
         self.device, self.how = params.embed.device, settings.compile.compile
         self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Computed]] = {}
         self.pool: Any = None
@@ -155,6 +159,8 @@ class Stepper:
         self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, spec.vocab)
         backend = partial(choose(settings.compile.attention, self.device), page=settings.pages.page_size)
         self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
+        if group is not None:
+            self.ops = sharded(self.ops, group, spec)
         if self.how != "eager" and cuda:
             from fastgen.ops.fused import draw  # Triton comes with the GPU builds of torch, and not with others
 

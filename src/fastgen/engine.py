@@ -24,7 +24,8 @@ from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
 from fastgen.grammar import Guides
 from fastgen.models import default, weights
-from fastgen.models.spec import Spec, from_hf
+from fastgen.models.spec import Spec, from_hf, split
+from fastgen.parallel import Group
 from fastgen.profiler import OFF, Profiler, Window
 from fastgen.request import Completion, Event, Output, Sample, longest
 from fastgen.sampling import sample
@@ -74,6 +75,9 @@ class Engine:
     `params` are used as they are, without a copy, on the device and in the dtype they have. Settings are the names
     in `fastgen.config` (`token_budget=512, page_size=32, …`).
 
+    With a `group` this is one of several ranks: `params` are this rank's (`init` and `load` take its place), `spec` is
+    the whole model's, and every rank makes the same calls in the same order (see `fastgen.parallel`).
+
     Not for several threads at once. `close()` (or `with`) frees the cache.
     """
 
@@ -84,36 +88,40 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         progress: bool = True,
+        group: Group | None = None,
         **settings: Any,
     ) -> None:
-        self.params, self.spec, self.tokenizer = params, spec, tokenizer
+        self.params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
+        here = spec if group is None else split(spec, group.place.size)
         self.device, self.dtype = params.embed.device, params.embed.dtype
         self.settings = Settings.of(**settings).on(self.device.type)
         page, limits = self.settings.pages.page_size, self.settings.schedule
         context, most = min(spec.context, self.settings.pages.cache_tokens or spec.context), largest(limits)
         widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
-        members = max(1, 64 // (spec.q_heads // spec.kv_heads))  # whose queries fill a tile of attention
+        members = max(1, 64 // (here.q_heads // here.kv_heads))  # whose queries fill a tile of attention
         self._stager = Stager(limits.max_requests, *most[:2], widest, page, spec.vocab, self.device, members)
-        self._stepper = Stepper(params, spec, self.settings, self._stager)
+        self._stepper = Stepper(params, spec, self.settings, self._stager, group)
         host = self.settings.offload.host_gb * 1e9 if self.settings.offload.offload == "host" else 0
-        host_pages = int(host // page_bytes(spec, page, self.dtype.itemsize))
+        host_pages = int(host // page_bytes(here, page, self.dtype.itemsize))
         if host and not host_pages:
             raise ValueError(f"offload.host_gb={self.settings.offload.host_gb} holds not even a page: raise it")
-        self._mover = Mover(spec, page, self.dtype, self.device, host_pages)
+        self._mover = Mover(here, page, self.dtype, self.device, host_pages)
         self.capacity = self._capacity()  # tokens
-        self.cache = new_cache(spec, self.capacity + page, device=self.device, dtype=self.dtype)
+        self.cache = new_cache(here, self.capacity + page, device=self.device, dtype=self.dtype)
         self._mover.attach(self.cache)
         self._stepper.warm_up(self.cache, progress=progress)
         self.state = schedule.State(self._tree())
         self.batch: Batch | None = None  # of the last step launched, to look at
         self.steps = 0  # launched
         me = weakref.ref(self)  # a reference back would keep the memory until Python looks for cycles
-        self.profiler = Profiler(spec, self.dtype, self.device, lambda: e._owners() if (e := me()) else {})
+        self.profiler = Profiler(here, self.dtype, self.device, lambda: e._owners() if (e := me()) else {})
         self._running: Launched | None = None
         self._samples: dict[int, Sample] = {}  # by sequence
         self._ids, self._request_ids = itertools.count(), itertools.count()
         self._undelivered: list[Event] = []
-        self._random = random.Random(self.settings.seed)
+        seed = random.getrandbits(62) if self.settings.seed is None else self.settings.seed
+        self._random = random.Random(seed if group is None else group.least(seed))
+        self._drawn = 0  # a digest of the tokens of the last step, for the other ranks
         eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self._eos = frozenset(spec.eos) | frozenset(eos if isinstance(eos, list) else [eos])
         self._guides = Guides(tokenizer, spec.vocab, self._eos)
@@ -171,7 +179,7 @@ class Engine:
 
     def _capacity(self) -> int:
         """Tokens the cache holds, in whole pages."""
-        p, spec, limits = self.settings.pages, self.spec, self.settings.schedule
+        p, spec, limits = self.settings.pages, self._stepper.spec, self.settings.schedule
         per_token = 2 * spec.layers * spec.kv_heads * spec.head * self.dtype.itemsize
         tokens = p.cache_tokens
         if tokens is None:
@@ -187,6 +195,7 @@ class Engine:
             tokens = min(int(left if cuda else CPU_CACHE) // per_token, limits.max_requests * longest)
         if tokens < p.page_size:
             raise ValueError(self._too_large(f"nothing is left for the cache, of {per_token} bytes for each token"))
+        tokens = tokens if self.group is None else self.group.least(tokens)
         return tokens // p.page_size * p.page_size
 
     def _too_large(self, problem: str) -> str:
@@ -374,6 +383,9 @@ class Engine:
     def _step(self) -> None:
         with self.profiler.range("plan"):
             self.state, plan, moves = schedule.plan(self.state, self.settings.schedule, self._known())
+        if self.group is not None:
+            paged = moves.out, moves.copies, moves.back, moves.early, moves.parked
+            self.group.agree(self.steps, hash((plan, paged, self._drawn)))
         with self.profiler.step(plan) if plan else OFF:
             try:
                 launched = self._launch(plan, moves) if plan else None
@@ -457,7 +469,9 @@ class Engine:
         if launched is None:
             return
         with self.profiler.range("wait"):
-            rows = launched.rows()
+            rows = list(launched.rows())
+        if self.group is not None:
+            self._drawn = hash(tuple(row[0] for row in rows))
         stopped = set()
         with self.profiler.range("commit"):
             for span, row in zip(launched.plan, rows, strict=False):
@@ -484,7 +498,8 @@ class Engine:
                     at += span.stop - span.start
                     continue
                 target = out.prompt_token_ids[first + 1 : stop + 1]
-                value, best = score(self.params, x[at + first - span.start : at + stop - span.start], target, top)
+                some = x[at + first - span.start : at + stop - span.start]
+                value, best = score(self.params, some, target, top, self._stepper.ops)
                 out.prompt_logprobs += value
                 if out.prompt_top_logprobs is not None:
                     out.prompt_top_logprobs += best
@@ -518,7 +533,7 @@ class Engine:
 
     def _hosted(self) -> str:
         mover = self._mover
-        size = mover.host_pages * page_bytes(self.spec, mover.page, self.dtype.itemsize) / 1e9
+        size = mover.host_pages * page_bytes(mover.spec, mover.page, self.dtype.itemsize) / 1e9
         return f"{size:.1f} GB: {mover.host_pages} pages, taken in {mover.seconds:.1f} s" if mover.host_pages else ""
 
     @property

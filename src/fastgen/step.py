@@ -72,7 +72,7 @@ def compute(
 
 
 def score(
-    params: Params, x: Float[Tensor, "T D"], target: list[int], top: int
+    params: Params, x: Float[Tensor, "T D"], target: list[int], top: int, ops: Ops = PLAIN
 ) -> tuple[list[float], list[dict[int, float]]]:
     """Logprob of each row's target token, and the `top` most likely ones; few rows of the vocabulary at a time."""
     rows = max(1, CHUNK // len(params.embed))
@@ -80,7 +80,7 @@ def score(
     best: list[dict[int, float]] = []
     for i in range(0, len(target), rows):
         token = torch.tensor(target[i : i + rows], device=x.device)
-        got, top_token, top_value = (t.tolist() for t in logprobs(unembed(params, x[i : i + rows]), token, top))
+        got, top_token, top_value = (t.tolist() for t in logprobs(unembed(params, x[i : i + rows], ops), token, top))
         value += got
         best += [dict(zip(*pair, strict=True)) for pair in zip(top_token, top_value, strict=True)]
     return value, best

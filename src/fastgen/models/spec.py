@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,42 @@ class Spec:
     eos: tuple[int, ...] = ()
     bos: int | None = None
     dtype: str = "bfloat16"  # of the checkpoint
+
+
+class Place(NamedTuple):
+    """Which of how many equal parts of a model."""
+
+    rank: int = 0
+    size: int = 1
+
+
+WHOLE = Place()
+
+
+def share_of(n: int, place: Place) -> tuple[int, int]:
+    """First and number of the rows that are a rank's; the last ones may have fewer, and are padded to the first's."""
+    each = -(-n // place.size)
+    first = min(place.rank * each, n)
+    return first, min(each, n - first)
+
+
+def split(spec: Spec, size: int) -> Spec:
+    """The shape of one of `size` parts: its heads and its share of the feed-forward width; the vocabulary is whole.
+
+    Where there are fewer key heads than parts, several have the same one. ValueError says which sizes would do.
+    """
+
+    def fits(n: int) -> bool:
+        return not (spec.q_heads % n or spec.ffn % n or (spec.kv_heads % n and n % spec.kv_heads))
+
+    if size < 1 or not fits(size):
+        possible = [n for n in range(1, spec.q_heads + 1) if fits(n)]
+        raise ValueError(
+            f"tensor parallelism of {size} does not divide {spec.q_heads} query heads, {spec.kv_heads} key heads and a "
+            f"feed-forward width of {spec.ffn}; possible: {', '.join(map(str, possible))}"
+        )
+    kv_heads = max(1, spec.kv_heads // size)
+    return replace(spec, q_heads=spec.q_heads // size, kv_heads=kv_heads, ffn=spec.ffn // size)
 
 
 FAMILIES = {  # architecture -> model_type

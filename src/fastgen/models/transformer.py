@@ -128,14 +128,17 @@ def table(params: Params) -> Float[Tensor, "V D"]:
     return params.embed if params.head is None else params.head
 
 
-def unembed(params: Params, x: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+def unembed(params: Params, x: Float[Tensor, "N D"], ops: Ops = PLAIN) -> Float[Tensor, "N V"]:
     """fp32 logits of hidden states."""
-    return F.linear(x, table(params)).float()
+    return ops.head(x, table(params)).float()
 
 
-def forward(params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa) -> Float[Tensor, "N V"]:
+def forward(
+    params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa, ops: Ops = PLAIN
+) -> Float[Tensor, "N V"]:
     """fp32 next-token logits at `batch.output`. Writes `cache` at `batch.slot`; pure otherwise.
 
-    The written leaves are the donated buffers: returning a new cache would copy all of it at every step.
+    The written leaves are the donated buffers: returning a new cache would copy all of it at every step. On one of
+    several ranks, `ops` are `parallel.sharded` ones, `params` and `cache` are the rank's, and so is `spec` (`split`).
     """
-    return unembed(params, hidden(params, cache, batch, spec, backend)[batch.output])
+    return unembed(params, hidden(params, cache, batch, spec, backend, ops)[batch.output], ops)

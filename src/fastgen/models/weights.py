@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,32 +13,73 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm.auto import tqdm
 
 from fastgen.models import gguf
-from fastgen.models.spec import Spec, from_hf, to_hf
+from fastgen.models.spec import WHOLE, Place, Spec, from_hf, share_of, split, to_hf
 from fastgen.types import Layer, Params
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old checkpoints carry
 
 
+class Cut(NamedTuple):
+    """What a rank has of a dimension: [first, first + count) of `whole`."""
+
+    whole: int
+    first: int
+    count: int
+
+
+class Part(NamedTuple):
+    """Rows of a leaf that come from one tensor of the checkpoint: a cut of each of its dimensions."""
+
+    name: str
+    cuts: tuple[Cut, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the checkpoint."""
+        return tuple(cut.whole for cut in self.cuts)
+
+    def of(self, tensor: Any) -> Tensor:
+        """The cut of a tensor, or of a file's slice, of which no more is read."""
+        return tensor[tuple(slice(c.first, c.first + c.count) for c in self.cuts)]
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A weight: `parts` are (checkpoint name, rows) packed along the first dimension, in order."""
+    """A weight: `parts` are packed along the first dimension, in order; rows beyond them are padding."""
 
-    parts: tuple[tuple[str, int], ...]
+    parts: tuple[Part, ...]
     shape: tuple[int, ...]
-    split: int | None = None  # dimension that tensor parallelism divides
     fill: float | None = None  # constant initial value; None draws from a normal
 
 
-def declare(spec: Spec) -> Params:
-    """The tree of all weights of a model, with a Leaf in the place of every tensor."""
-    q, kv = spec.q_heads * spec.head, spec.kv_heads * spec.head
+def declare(spec: Spec, place: Place = WHOLE) -> Params:
+    """The tree of all weights of a model, or of a rank's, with a Leaf in the place of every tensor."""
+    rank, size = place
+    split(spec, size)  # a size that does not divide the model is a ValueError
 
-    def leaf(rows: dict[str, int], *rest: int, split: int | None = None, fill: float | None = None) -> Any:
-        return Leaf(tuple(rows.items()), (sum(rows.values()), *rest), split, fill)
+    def all_of(n: int) -> Cut:
+        return Cut(n, 0, n)
+
+    def heads(n: int) -> Cut:
+        """A rank's share, or, where there are fewer heads than ranks, the one that its queries belong to."""
+        return Cut(n * spec.head, rank * n // size * spec.head, max(1, n // size) * spec.head)
+
+    q, kv, dim = heads(spec.q_heads), heads(spec.kv_heads), all_of(spec.dim)
+    ffn = Cut(spec.ffn, rank * (spec.ffn // size), spec.ffn // size)
+    vocab = Cut(spec.vocab, *share_of(spec.vocab, place))
+    padded = share_of(spec.vocab, Place(0, size))[1]
+
+    def leaf(
+        rows: dict[str, Cut], columns: Cut | None = None, *, padded: int | None = None, fill: float | None = None
+    ) -> Any:
+        rest = () if columns is None else (columns,)
+        count = padded or sum(cut.count for cut in rows.values())
+        parts = tuple(Part(name, (cut, *rest)) for name, cut in rows.items())
+        return Leaf(parts, (count, *(cut.count for cut in rest)), fill)
 
     def layer(i: int) -> Layer:
         def at(name: str) -> str:
@@ -47,34 +88,40 @@ def declare(spec: Spec) -> Params:
         heads = {"q": q, "k": kv, "v": kv}
         weight = {at(f"self_attn.{n}_proj.weight"): rows for n, rows in heads.items()}
         bias = {at(f"self_attn.{n}_proj.bias"): rows for n, rows in heads.items()}
-        gate_up = {at(f"mlp.{n}_proj.weight"): spec.ffn for n in ("gate", "up")}
+        gate_up = {at(f"mlp.{n}_proj.weight"): ffn for n in ("gate", "up")}
+        norm = all_of(spec.head)
         return Layer(
-            attn_norm=leaf({at("input_layernorm.weight"): spec.dim}, fill=1.0),
-            qkv=leaf(weight, spec.dim, split=0),
-            qkv_bias=leaf(bias, split=0, fill=0.0) if spec.qkv_bias else None,
-            q_norm=leaf({at("self_attn.q_norm.weight"): spec.head}, fill=1.0) if spec.qk_norm else None,
-            k_norm=leaf({at("self_attn.k_norm.weight"): spec.head}, fill=1.0) if spec.qk_norm else None,
-            out=leaf({at("self_attn.o_proj.weight"): spec.dim}, q, split=1),
-            out_bias=leaf({at("self_attn.o_proj.bias"): spec.dim}, fill=0.0) if spec.out_bias else None,
-            ffn_norm=leaf({at("post_attention_layernorm.weight"): spec.dim}, fill=1.0),
-            gate_up=leaf(gate_up, spec.dim, split=0),
-            down=leaf({at("mlp.down_proj.weight"): spec.dim}, spec.ffn, split=1),
+            attn_norm=leaf({at("input_layernorm.weight"): dim}, fill=1.0),
+            qkv=leaf(weight, dim),
+            qkv_bias=leaf(bias, fill=0.0) if spec.qkv_bias else None,
+            q_norm=leaf({at("self_attn.q_norm.weight"): norm}, fill=1.0) if spec.qk_norm else None,
+            k_norm=leaf({at("self_attn.k_norm.weight"): norm}, fill=1.0) if spec.qk_norm else None,
+            out=leaf({at("self_attn.o_proj.weight"): dim}, q),
+            out_bias=leaf({at("self_attn.o_proj.bias"): dim}, fill=0.0) if spec.out_bias else None,
+            ffn_norm=leaf({at("post_attention_layernorm.weight"): dim}, fill=1.0),
+            gate_up=leaf(gate_up, dim),
+            down=leaf({at("mlp.down_proj.weight"): dim}, ffn),
         )
 
     return Params(
-        embed=leaf({"model.embed_tokens.weight": spec.vocab}, spec.dim, split=0),
+        embed=leaf({"model.embed_tokens.weight": vocab}, dim, padded=padded),
         layers=tuple(layer(i) for i in range(spec.layers)),
-        norm=leaf({"model.norm.weight": spec.dim}, fill=1.0),
-        head=None if spec.tied else leaf({"lm_head.weight": spec.vocab}, spec.dim, split=0),
+        norm=leaf({"model.norm.weight": dim}, fill=1.0),
+        head=None if spec.tied else leaf({"lm_head.weight": vocab}, dim, padded=padded),
     )
 
 
 def init(
-    spec: Spec, seed: int = 0, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    spec: Spec,
+    seed: int = 0,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    place: Place = WHOLE,
 ) -> Params:
     """Random parameters, normal with deviation 0.02, made on `device` directly (None: torch's default device).
 
-    The same for the same seed and kind of device.
+    The same for the same seed and kind of device; a rank's at `place` are its share of them.
     """
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
 
@@ -82,37 +129,71 @@ def init(
         weight = torch.empty(leaf.shape, device=device, dtype=dtype or getattr(torch, spec.dtype))
         return weight.normal_(0, 0.02, generator=generator) if leaf.fill is None else weight.fill_(leaf.fill)
 
-    return tree_map_only(Leaf, make, declare(spec))
+    whole, tree = tree_flatten(declare(spec))
+    made = []
+    for leaf, mine in zip(whole, tree_leaves(declare(spec, place)), strict=True):
+        if leaf is None:
+            made.append(None)
+            continue
+        weight = make(leaf)
+        if place != WHOLE:  # all of it is drawn, so that it is the same numbers
+            cut = weight.new_zeros(mine.shape)
+            for (_, source), (part, target) in zip(_views(leaf, weight), _views(mine, cut), strict=True):
+                target.copy_(part.of(source))
+            weight = cut
+        made.append(weight)
+    return tree_unflatten(made, tree)
+
+
+def _views(leaf: Leaf, tensor: Tensor) -> Iterator[tuple[Part, Tensor]]:
+    """The parts of a leaf, as views of its tensor."""
+    if tuple(tensor.shape) != leaf.shape:
+        problem = f"a parameter of shape {tuple(tensor.shape)} where {leaf.shape} is declared, for {leaf.parts[0].name}"
+        raise ValueError(f"{problem}: are these another model's, or one rank's?")
+    start = 0
+    for part in leaf.parts:
+        yield part, tensor[start : start + part.cuts[0].count]
+        start += part.cuts[0].count
+
+
+def _parts(params: Params, spec: Spec, place: Place) -> Iterator[tuple[Part, Tensor]]:
+    for leaf, tensor in zip(tree_leaves(declare(spec, place)), tree_leaves(params), strict=True):
+        if leaf is not None:
+            yield from _views(leaf, tensor)
 
 
 def named(params: Params, spec: Spec) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, tensor) of every weight; packed leaves are given as views of their parts."""
-    for leaf, tensor in zip(tree_leaves(declare(spec)), tree_leaves(params), strict=True):
-        if leaf is None:
-            continue
-        start = 0
-        for name, rows in leaf.parts:
-            yield name, tensor[start : start + rows]
-            start += rows
+    for part, tensor in _parts(params, spec, WHOLE):
+        yield part.name, tensor
 
 
 @torch.no_grad()
-def update(params: Params, spec: Spec, tensors: Iterable[tuple[str, Tensor]], *, source: str = "update") -> None:
+def update(
+    params: Params,
+    spec: Spec,
+    tensors: Iterable[tuple[str, Any]],
+    *,
+    source: str = "update",
+    place: Place = WHOLE,
+) -> None:
     """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each leaf's dtype; every weight once.
 
+    The tensors are whole ones, or slices of a safetensors file; a rank's parameters at `place` take their cuts.
     Raises ValueError naming the tensors that are mis-shaped, unexpected or missing.
     """
-    targets = dict(named(params, spec))
+    targets = {part.name: (part, view) for part, view in _parts(params, spec, place)}
     left, unexpected = set(targets), []
     for name, tensor in tensors:
         if name not in targets:
             if not (IGNORED.search(name) or (spec.tied and name == "lm_head.weight")):
                 unexpected.append(name)
             continue
-        if tensor.shape != targets[name].shape:
-            want = tuple(targets[name].shape)
-            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, the config says {want}")
-        targets[name].copy_(tensor)
+        part, view = targets[name]
+        shape = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+        if shape != part.shape:
+            raise ValueError(f"{source}: {name} has shape {shape}, the config says {part.shape}")
+        view.copy_(part.of(tensor))
         left.discard(name)
     if left or unexpected:
         found = [f"{what}: {', '.join(sorted(names)[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -155,8 +236,8 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def _tensors(path: Path, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a checkpoint one by one; only one file is mapped at a time."""
+def _tensors(path: Path, bar: tqdm, place: Place) -> Iterator[tuple[str, Any]]:
+    """Tensors of a checkpoint one by one, as slices that are not read yet for a rank; one file is mapped at a time."""
     path = path.parent if path.suffix == ".json" else path  # named by its config
     one = path if path.is_file() else path / "model.safetensors"  # there may be others, in other formats
     files = [one] if one.is_file() else sorted(path.glob("*.safetensors"))
@@ -167,10 +248,14 @@ def _tensors(path: Path, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
         files = [path / name for name in sorted(set(index.values()))]
         if absent := [f.name for f in files if not f.is_file()]:
             raise ValueError(f"{path}: the index names {', '.join(absent)}, which are not there")
-    bar.reset(total=sum(f.stat().st_size for f in files))
+    bar.reset(total=sum(f.stat().st_size for f in files) // place.size)
     for file in files:
         with safe_open(file, "pt") as f:
             for name in f.keys():
+                if place != WHOLE:
+                    yield name, f.get_slice(name)
+                    bar.update(file.stat().st_size // place.size // len(f.keys()))
+                    continue
                 tensor = f.get_tensor(name)
                 yield name, tensor
                 bar.update(tensor.nbytes)
@@ -182,19 +267,21 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    place: Place = WHOLE,
 ) -> tuple[Spec, Params]:
     """Spec and parameters of a checkpoint: a Hugging Face directory, hub id, `.safetensors` or `.gguf` file.
 
     `device` None is torch's default device, `dtype` None the checkpoint's own. Host memory beyond the parameters
-    stays about one tensor plus the mapped file. ValueError names what is missing, unexpected or mis-shaped.
+    stays about one tensor plus the mapped file. ValueError names what is missing, unexpected or mis-shaped. The spec
+    is the whole model's; parameters are a rank's at `place`, of which alone the files are read.
     """
     path = resolve(model)
     with tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-        config, tensors = gguf.read(path) if path.suffix == ".gguf" else (read_config(path), _tensors(path, bar))
+        config, tensors = gguf.read(path) if path.suffix == ".gguf" else (read_config(path), _tensors(path, bar, place))
         spec = from_hf(config)
         kind = dtype or getattr(torch, spec.dtype)
-        params = tree_map_only(Leaf, lambda x: torch.empty(x.shape, device=device, dtype=kind), declare(spec))
-        update(params, spec, tensors, source=str(path))
+        params = tree_map_only(Leaf, lambda x: torch.zeros(x.shape, device=device, dtype=kind), declare(spec, place))
+        update(params, spec, tensors, source=str(path), place=place)
     return spec, params
 
 

@@ -1,0 +1,274 @@
+"""A model over several ranks: the same logits, tokens and plans as on one. Ranks are threads that meet at a barrier."""
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_models import CASES, PAGE, build, empty, prompt
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastgen
+from fastgen import SamplingParams, schedule
+from fastgen.models import weights
+from fastgen.models.spec import WHOLE, Place, Spec, split
+from fastgen.models.transformer import PLAIN
+from fastgen.models.weights import named, update
+from fastgen.ops.attention import reference
+from fastgen.parallel import Ranks, check, sharded
+from fastgen.schedule import Span
+
+
+class Meeting:
+    """What the threads share."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.shown = size, threading.Barrier(size, timeout=120), [None] * size
+
+
+class Rank:
+    """A group whose ranks are threads."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.place, self.steps = meeting, Place(rank, meeting.size), 0
+
+    def _all(self, x: Any) -> list[Any]:
+        m = self.meeting
+        m.shown[self.place.rank] = x
+        m.barrier.wait()
+        found = [*m.shown]
+        m.barrier.wait()
+        return found
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.copy_(torch.stack(self._all(x.clone())).sum(0))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack(self._all(x))
+
+    def least(self, n: int) -> int:
+        return min(self._all(n))
+
+    def agree(self, step: int, digest: int) -> None:
+        self.steps += 1
+        check(self.place.rank, step, self._all(digest))
+
+
+def together(size: int, run: Callable[[Rank], Any]) -> list[Any]:
+    """What each rank's thread returns; one that raises lets the others go."""
+    meeting = Meeting(size)
+
+    def guarded(rank: int) -> Any:
+        try:
+            with torch.no_grad():
+                return run(Rank(meeting, rank))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(guarded, rank) for rank in range(size)]
+        errors = [e for f in futures if (e := f.exception()) and not isinstance(e, threading.BrokenBarrierError)]
+        if errors:
+            raise errors[0]
+        return [f.result() for f in futures]
+
+
+def spread(params: fastgen.Params, spec: Spec, place: Place) -> fastgen.Params:
+    """A rank's share of parameters."""
+    mine = fastgen.init(spec, dtype=torch.float32, place=place)
+    update(mine, spec, named(params, spec), place=place)
+    return mine
+
+
+DIVISIBLE = [(name, n) for name, (_, q, kv, *_) in CASES.items() for n in (2, 4)
+             if not (q % n or (kv % n and n % kv))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size"), DIVISIBLE)
+def test_logits(name: str, size: int) -> None:
+    """Of a prompt, on every rank: all families, tied or not, key heads fewer than ranks, a vocabulary that is odd."""
+    _, spec, params = build(name)
+    tokens = {0: prompt(30, 1), 1: prompt(9, 2)}
+    plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
+    batch = fastgen.stage(plan, tokens, PAGE)
+    backend = partial(reference, page=PAGE)
+    want = fastgen.forward(params, empty(spec, 23), batch, spec, backend)
+
+    def run(rank: Rank) -> Tensor:
+        local, ops = split(spec, size), sharded(PLAIN, rank, spec)
+        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, backend, ops)
+
+    for got in together(size, run):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
+SPEC = fastgen.from_hf({
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+})  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "page_size": 8, "cache_tokens": 136, "max_requests": 6, "token_budget": 40, "offload": "host", "host_gb": 1e-4,
+    "seed": 5, "progress": False,
+}  # fmt: skip
+
+
+def weights_(seed: int = 0, place: Place = WHOLE) -> fastgen.Params:
+    """With distributions that are not flat."""
+    params = fastgen.init(SPEC, seed, device="cpu", dtype=torch.float32, place=place)
+    return tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, params)
+
+
+def load(seed: int, count: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts that begin alike, of several samples, of all kinds."""
+    r = random.Random(seed)
+    stems = [[r.randrange(131) for _ in range(n)] for n in (16, 40)]
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0}, {"temperature": 0.8, "n": 3}, {"temperature": 1, "logprobs": 2, "top_k": 9},
+        {"temperature": 0, "repetition_penalty": 1.2}, {"temperature": 0, "prompt_logprobs": 1},
+    ]  # fmt: skip
+    prompts = [r.choice(stems) + [r.randrange(131) for _ in range(r.randrange(1, 20))] for _ in range(count)]
+    return prompts, [SamplingParams(**r.choice(kinds), seed=i, max_tokens=r.randrange(1, 24)) for i in range(count)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_outputs(size: int) -> None:
+    """The whole engine, with prefixes shared, pages on the host and preemption: what one rank alone gives."""
+    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as engine:
+        want = 2 * engine.generate(*load(1, 12), progress=False)
+
+    def run(rank: Rank) -> tuple[list[fastgen.Output], fastgen.Counts]:
+        with fastgen.Engine(weights_(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            assert engine.cache.k[0].shape[1] == max(1, 2 // size)
+            outputs = [o for _ in range(2) for o in engine.generate(*load(1, 12), progress=False)]
+            return outputs, engine.counts
+
+    for outputs, counts in together(size, run):
+        assert counts.reused and counts.paged_out and counts.paged_in and counts.parked
+        for a, b in zip(outputs, want, strict=True):
+            assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
+            for x, y in zip(a.completions, b.completions, strict=True):
+                assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-4))
+            if b.prompt_logprobs is not None:
+                assert a.prompt_logprobs is not None
+                assert a.prompt_logprobs[1:] == pytest.approx(b.prompt_logprobs[1:], abs=1e-4)
+
+
+def test_a_thousand_steps() -> None:
+    """Random arrivals and aborts. All ranks plan the same and draw the same, which `agree` looks at in each step."""
+
+    def run(rank: Rank) -> tuple[list[Any], Any]:
+        r, seen = random.Random(3), list[Any]()
+        with fastgen.Engine(weights_(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            ids = list[int]()
+            for step in range(1000):
+                if r.random() < 0.3 and len(engine.state.waiting) < 20:
+                    (prompt,), (params,) = load(step, 1)
+                    ids.append(engine.add(prompt, params))
+                if r.random() < 0.05 and ids:
+                    engine.abort(ids.pop(r.randrange(len(ids))))
+                seen += [(e.request_id, e.index, e.token_ids, e.finish_reason) for e in engine.step()]
+                if step % 50 == 0:
+                    schedule.check(engine.state, engine.settings.schedule)
+            assert rank.steps == 1000 and engine.counts.parked and engine.counts.paged_in
+            return seen, (engine.state.tree.counts.asked, [s[:4] for s in engine.state.running])
+
+    one, other = together(2, run)
+    assert one == other and len(one[0]) > 1000
+
+
+def test_ranks_that_part() -> None:
+    """A rank that is asked for something else is named, by all."""
+
+    def run(rank: Rank) -> None:
+        with fastgen.Engine(weights_(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            engine.add([1] * (5 + rank.place.rank // 3), SamplingParams(temperature=0, max_tokens=30))
+            while engine.unfinished:
+                engine.step()
+
+    parted = r"parted at step 0: (3 planned or drew .* than rank [012]|0, 1, 2 planned or drew .* than rank 3)"
+    with pytest.raises(RuntimeError, match=parted):
+        together(4, run)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (3, "3 does not divide 4 query heads, 2 key heads and a feed-forward width of 48; possible: 1, 2, 4"),
+        (0, "of 0"),
+    ],
+)
+def test_sizes_that_do_not_divide(size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastgen.init(SPEC, place=Place(0, size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank reads its own rows and columns, and no tensor whole; together they are the checkpoint."""
+    whole = weights_()
+    fastgen.save(tmp_path, SPEC, whole)
+    if size > 1:
+        opened = weights.safe_open
+
+        class Sliced:
+            def __init__(self, *args: Any) -> None:
+                self.file = opened(*args)
+
+            def __enter__(self) -> "Sliced":
+                self.inner = self.file.__enter__()
+                return self
+
+            def __exit__(self, *args: Any) -> None:
+                self.file.__exit__(*args)
+
+            def keys(self) -> list[str]:
+                return self.inner.keys()
+
+            def get_slice(self, name: str) -> Any:
+                return self.inner.get_slice(name)
+
+        monkeypatch.setattr(weights, "safe_open", Sliced)
+    loaded = [fastgen.load(tmp_path, device="cpu", progress=False, place=Place(r, size))[1] for r in range(size)]
+    for r, params in enumerate(loaded):
+        for a, b in zip(tree_leaves(params), tree_leaves(spread(whole, SPEC, Place(r, size))), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    rows = torch.cat([p.embed for p in loaded])
+    assert torch.equal(rows[:131], whole.embed) and not rows[131:].any() and len(rows) == size * -(-131 // size)
+    assert sum(p.layers[0].down.shape[1] for p in loaded) == 48
+    if size > 1:
+        with pytest.raises(ValueError, match="another model's, or one rank's"):
+            fastgen.save(tmp_path / "no", SPEC, loaded[0])
+
+
+def ranks_of_processes(rank: int, size: int, file: str) -> None:
+    """A process of a real group."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
+    group = Ranks()
+    with fastgen.Engine(weights_(place=group.place), SPEC, group=group, **SETTINGS) as engine:
+        outputs = engine.generate(*load(1, 6), progress=False)
+        torch.save([[c.token_ids for c in o.completions] for o in outputs], f"{file}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_processes(tmp_path: Path) -> None:
+    """torch.distributed carries the same."""
+    file = str(tmp_path / "group")
+    mp.spawn(ranks_of_processes, (2, file), nprocs=2)  # type: ignore[attr-defined]
+    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as engine:
+        want = [[c.token_ids for c in o.completions] for o in engine.generate(*load(1, 6), progress=False)]
+    assert torch.load(f"{file}.0") == torch.load(f"{file}.1") == want
+
+
+def test_no_group() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        Ranks()
