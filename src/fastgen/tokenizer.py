@@ -76,7 +76,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], **opti
     messages: list[Any] = list(prompt)
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)  # type: ignore[arg-type]
-    except (TemplateError, TypeError) as e:  # a TypeError: it adds a text to what is none
+    except (TemplateError, TypeError, RecursionError) as e:  # of a text and what is none, of objects far too deep
         raise ValueError(f"the model's chat template refuses these messages: {e}") from e
 
 

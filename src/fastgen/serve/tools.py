@@ -6,7 +6,7 @@
     hermes    <tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>...      Qwen's too
 
 https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1/#json-based-tool-calling
-https://github.com/mistralai/mistral-common/blob/main/docs/usage/tools.md
+https://github.com/mistralai/mistral-common/blob/main/src/mistral_common/tokens/tokenizers/instruct.py
 https://qwen.readthedocs.io/en/latest/framework/function_call.html
 https://github.com/NousResearch/Hermes-Function-Calling#prompt-format-for-function-calling
 """
@@ -114,7 +114,7 @@ class Reader:
         """Text that is no call, and what is new of calls: OpenAI's deltas, one for each call."""
         self.rest += text
         self.text, self.calls = "", {}
-        while self.rest and getattr(self, f"_{self.state}")(last):
+        while self.rest and getattr(self, f"_{self.state}")():
             pass
         if last:
             self.text, self.rest = self.text + self.rest * (not self.rest.isspace() or not self.count), ""
@@ -122,14 +122,14 @@ class Reader:
 
     # Each state takes what it can of `rest`, and says whether another one may go on.
 
-    def _start(self, last: bool) -> bool:
+    def _start(self) -> bool:
         match = self.first.match(self.rest, partial=True) if self.first else None
         if match is None:
             self.state = "text"
             return True
         return self._enter(match)
 
-    def _text(self, last: bool) -> bool:
+    def _text(self) -> bool:
         match = self.begin.search(self.rest, partial=True)
         self.text += self.rest[: match.start()] if match else self.rest
         self.rest = self.rest[match.start() :] if match else ""
@@ -155,7 +155,7 @@ class Reader:
             new = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
         self.calls.setdefault(index, new)["function"]["arguments"] += arguments
 
-    def _arguments(self, last: bool) -> bool:
+    def _arguments(self) -> bool:
         for i, c in enumerate(self.rest):
             if self.escaped:
                 self.escaped = False
@@ -173,7 +173,7 @@ class Reader:
         self.rest = ""
         return False
 
-    def _after(self, last: bool) -> bool:
+    def _after(self) -> bool:
         """Another call of a list, or what closes one; each of these may be missing."""
         match = self.again.match(self.rest, partial=True) if self.again else None
         if match is not None and not match.partial:
