@@ -2,19 +2,24 @@
 
     python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --out reuse.json --trace chat.json.gz
     python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --out reuse.json --peer-log vllm.txt --peer-version 0.23.0
+    python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --trace chat.json.gz --plot paging.svg    # measures nothing
 
 Samples: 32 prompts of 1,024 tokens, 16 samples of 256 tokens each, with and without attention that reads shared pages
-once for a group. Cost: 512 distinct prompts of 1,024 tokens, 128 tokens each, with and without the tree of prefixes.
+once for a group. Cost: 256 distinct prompts of 1,024 tokens, 128 tokens each, with and without the tree of prefixes in
+turns, since a card that works gets slower than the tree could make it.
 Conversations: 64 of 8 turns, each with a system prompt of its own of 1,024 tokens; a turn adds 256 tokens and is
 answered with 32. All conversations take turns, so that when one comes again the others have used the cache, which
 holds a quarter of what they need in the end. Random weights. The second form adds the rows of another engine that ran
-in the same session.
+in the same session, the third draws a trace.
 """
 
 import argparse
+import gzip
 import json
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +69,10 @@ def page_in_rate(engine: fastgen.Engine) -> float:
     return size / statistics.median(times) / 1e9
 
 
-def replay(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
-    """All turns of all conversations; at most `args.together` at once."""
+def replay(
+    engine: fastgen.Engine, args: argparse.Namespace, watch: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """All turns of all conversations; at most `args.together` at once. `watch` is called before each step."""
     generator = torch.Generator().manual_seed(0)
 
     def words(n: int) -> list[int]:
@@ -84,6 +91,7 @@ def replay(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
             talks[i] += words(args.turn)
             added[engine.add(talks[i], sampling, live=False)] = turn, i, time.perf_counter()
             prompt += len(talks[i])
+        watch()
         for event in engine.step():
             turn, i, asked = added[event.request_id]
             if event.request_id not in first:
@@ -99,6 +107,62 @@ def replay(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds, "output_tok_s": made / seconds, "total_tok_s": (made + prompt) / seconds,
         "first_token_ms": [1e3 * statistics.median(x) for x in waits], "prompt_tokens": prompt, "reused": reused,
     }  # fmt: skip
+
+
+def intervals(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """When the GPU computed and when pages travelled, µs of a trace."""
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    rows = {"pages come back": [], "pages go": [], "kernels": []}
+    for e in events:
+        span = e.get("ts", 0), e.get("ts", 0) + e.get("dur", 0)
+        if e.get("cat") == "gpu_memcpy" and e["args"].get("bytes", 0) > 2**18:
+            rows["pages come back" if "HtoD" in e["name"] else "pages go"].append(span)
+        elif e.get("cat") == "kernel" and e["name"] != "_move":
+            rows["kernels"].append(span)
+    return {name: sorted(spans) for name, spans in rows.items()}
+
+
+def draw(trace: Path, path: Path, milliseconds: float = 100) -> None:
+    """The first part of a trace as bars."""
+    from matplotlib.figure import Figure
+
+    rows = intervals(trace)
+    start = rows["kernels"][0][0]
+    figure = Figure(figsize=(9, 2.2), layout="constrained")
+    axes = figure.subplots()
+    for y, (name, spans) in enumerate(reversed(rows.items())):
+        bars = [((a - start) / 1e3, (b - a) / 1e3) for a, b in spans]
+        axes.broken_barh([x for x in bars if x[0] < milliseconds], (y - 0.35, 0.7), color=f"C{y}", label=name)
+    axes.set(yticks=range(len(rows)), yticklabels=[*reversed(rows)], xlabel="ms", xlim=(0, milliseconds))
+    figure.savefig(path)
+
+
+def trace(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """A trace of steps while pages come back, and the part of the copies' time in which the GPU computed."""
+    before, windows = engine.counts.paged_in, list[Any]()
+    engine.touch()  # the same conversations again, from nothing
+    with ExitStack() as stack:
+
+        def watch() -> None:
+            if not windows and engine.counts.paged_in > before + 256:
+                windows.append(stack.enter_context(engine.profile(steps=32, path=args.trace, skip=0)))
+
+        replay(engine, argparse.Namespace(**vars(args) | {"turns": 4}), watch)
+    summary = windows[0].summary
+    rows = intervals(args.trace)
+    copies, kernels = rows["pages come back"], rows["kernels"]
+    both, at = 0.0, 0
+    for begin, end in copies:
+        while at < len(kernels) and kernels[at][1] <= begin:
+            at += 1
+        covered, i = begin, at
+        while i < len(kernels) and kernels[i][0] < end:
+            both += max(0.0, min(end, kernels[i][1]) - max(covered, kernels[i][0]))
+            covered, i = max(covered, kernels[i][1]), i + 1
+    total = sum(end - begin for begin, end in copies)
+    print(summary)
+    return {"summary": str(summary), "copies_ms": total / 1e3, "copies_beside_kernels": both / total}
 
 
 def run(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats: int) -> list[float]:
@@ -120,17 +184,15 @@ def share(engine: fastgen.Engine) -> dict[str, Any]:
     run(engine, 32, 256, 16, 1)  # warm
     for name, on in (("shared attention", True), ("each by itself", False)):
         engine.settings = replace(settings, pages=replace(settings.pages, shared_attention=on))
-        found[name] = run(engine, 32, 256, 16, 2)
+        found[name] = run(engine, 32, 256, 16, 4 if on else 2)
         print("32 x 1024, 16 samples -> 256,", name, found[name], flush=True)
     engine.settings = settings
-    tree = engine.state.tree
-    for name, on in (("without", False), ("with", True)):
-        engine.state = engine.state._replace(tree=type(tree)(tree.page, tree.pages, prefix=on))
-        found[f"distinct prompts, {name} the tree"] = run(engine, 512, 128, 1, 1)
-        print(
-            f"512 x 1024 -> 128, {name} the tree of prefixes", found[f"distinct prompts, {name} the tree"], flush=True
-        )
-    return found
+    tree, rates = engine.state.tree, {"without": [], "with": []}
+    for name in ("without", "with", "with", "without") * 2:
+        engine.state = engine.state._replace(tree=type(tree)(tree.page, tree.pages, prefix=name == "with"))
+        rates[name] += run(engine, 256, 128, 1, 1)
+    print("256 x 1024 -> 128, without and with the tree of prefixes", rates, flush=True)
+    return found | {f"distinct prompts, {name} the tree": x for name, x in rates.items()}
 
 
 def converse(params: fastgen.Params, spec: fastgen.Spec, args: argparse.Namespace) -> dict[str, Any]:
@@ -152,10 +214,8 @@ def converse(params: fastgen.Params, spec: fastgen.Spec, args: argparse.Namespac
             found[name]["counts"] = {k: getattr(c, k) for k in c.__slots__}
             print(name, json.dumps(found[name]), flush=True)
             if host and args.trace:
-                with engine.profile(steps=8, path=args.trace, skip=args.answer + 1) as p:
-                    replay(engine, argparse.Namespace(**vars(args) | {"turns": 1}))
-                found["profile"] = str(p.summary)
-                print(p.summary)
+                found["trace"] = trace(engine, args)
+                print({k: v for k, v in found["trace"].items() if k != "summary"}, flush=True)
     found["speedup"] = {name: found[args.modes[0]]["seconds"] / found[name]["seconds"] for name in args.modes}
     print(json.dumps({k: found.get(k) for k in ("speedup", "copies", "page_in_gb_s", "host")}, indent=1), flush=True)
     return found
@@ -172,6 +232,7 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=64, help="conversations that wait for an answer at once")
     parser.add_argument("--modes", nargs="+", default=[*MODES], choices=[*MODES], help="the first is what others beat")
     parser.add_argument("--trace", type=Path, help="of steps in which pages come back")
+    parser.add_argument("--plot", type=Path, help="draw --trace, and do nothing else")
     parser.add_argument("--peer-log", type=Path, help="another engine's lines, to be added to --out")
     parser.add_argument("--peer-version", default="unknown")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "reuse_gpu.json")
@@ -181,6 +242,8 @@ def main() -> None:
     def save() -> None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
+    if args.plot:
+        return draw(args.trace, args.plot)
     if args.peer_log:
         found["peer"] = peer_rows(args.peer_log.read_text(), args.peer_version, found["gpu"])
         save()

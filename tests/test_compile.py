@@ -71,7 +71,7 @@ def test_graphs_have_shapes_for_all_that_decode() -> None:
     shapes = run.shapes()
     assert list(shapes) == sorted(shapes, reverse=True)
     assert {s.rows for s in shapes if s.decode} == {*buckets(100)}
-    assert [s.tokens for s in shapes if not s.decode] == [640, 512, 256, 128, 64]
+    assert [s.tokens for s in shapes if not s.decode] == [640, 512, 384, 320, 256, 192, 128, 64]
     run.graphs = dict.fromkeys(shapes)  # type: ignore[arg-type]
     assert run.shape(33, 33, scored=False) == Shape(40, 40, True)
     assert run.shape(70, 5, scored=False) == Shape(128, 32, False)

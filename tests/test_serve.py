@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import multiprocessing
 import os
@@ -59,11 +60,20 @@ def library(tiny: Path) -> Iterator[fastgen.Engine]:
 
 
 @pytest.fixture(scope="module")
-def servers(tiny: Path) -> Iterator[tuple[Server, Server]]:
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first server may write."""
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture(scope="module")
+def servers(tiny: Path, profiles: Path) -> Iterator[tuple[Server, Server]]:
     """One of two workers and one key, one whose model has no tokenizer. They start side by side."""
     options = ("--workers", "2", "--max-queue", "160", "--max-body", "200000", "--grace", "8")
     names = ("--served-model-name", "tiny", "--served-model-name", "alias")
-    made = Server(str(tiny), *SETTINGS, *options, *names, key=KEY), Server("debug", *SETTINGS)
+    made = (
+        Server(str(tiny), *SETTINGS, *options, *names, key=KEY),
+        Server("debug", *SETTINGS, "--profile-dir", str(profiles)),
+    )
     yield made
     for one in made:
         one.stop()
@@ -713,6 +723,22 @@ def test_a_client_that_leaves_takes_its_requests_along(server: Server, client: o
     for name in (id, "cmpl-left"):
         assert lines[name]["status"] == 499 and lines[name]["output_tokens"] < 8 * 480
         assert lines[name]["prompt_tokens"] == 3 and lines[name]["duration"] > 0
+
+
+def test_profile(server: Server, bare: Server, profiles: Path) -> None:
+    """A trace of steps to come, where the server was told that it may write; one at a time."""
+    assert server.http.post("/profile", json={}).status_code == 403
+    assert bare.http.post("/profile", json={"steps": 0}).status_code == 400
+    found = bare.http.post("/v1/profile", json={"steps": 3, "skip": 1}).raise_for_status().json()
+    refused = bare.http.post("/profile", json={})
+    assert refused.status_code == 409 and "already" in refused.json()["error"]["message"]
+    body = {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 12, "ignore_eos": True}}
+    bare.http.post("/inference/v1/generate", json=body).raise_for_status()
+    summary = Path(found["summary"])
+    bare.until(summary.is_file, 30)
+    assert summary.parent == profiles.resolve() and summary.read_text().startswith("3 steps of ")
+    with gzip.open(found["trace"]) as file:
+        assert json.load(file)["traceEvents"]
 
 
 def test_abort_by_id(server: Server, library: fastgen.Engine) -> None:

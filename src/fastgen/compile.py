@@ -10,6 +10,8 @@ nothing about a cache can make them copy it or compile again, and start-up costs
 """
 
 import inspect
+import itertools
+import os
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from tqdm.auto import tqdm
 
 from fastgen.batch import Stager
@@ -31,7 +32,7 @@ from fastgen.ops.backends import choose
 from fastgen.step import Computed, Draw, compute, feed
 from fastgen.types import Batch, Cache, Params, Sampling
 
-MIXED = (64, 128, 256, 512, 1024)  # captured sizes of steps that prefill,
+MIXED = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # captured sizes of steps that prefill,
 SEQUENCES = 32  # with so many sequences, padding included
 SPARE = 1.03  # a step so much larger than needed costs no more than launching its kernels one by one
 # The arguments of each region whose first dimension is the step's tokens.
@@ -77,6 +78,15 @@ def full(limits: Schedule) -> Shape:
     return Shape(most.tokens - most.tokens % 64, most.rows, False)
 
 
+def _one_cache() -> None:
+    """Say where Triton keeps its kernels. Torch's compiler says so itself, but only once it has something to compile:
+    the next process, which has not, would look for them elsewhere and compile all of them again.
+    """
+    from triton import knobs  # it comes with the GPU builds of torch, and not with others
+
+    os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
+
+
 @contextmanager
 def _blas(name: str) -> Iterator[None]:
     """Matrix products by this library: see docs/performance.md for why cuBLASLt."""
@@ -119,6 +129,8 @@ class Regions:
 
 def compilations() -> int:
     """Graphs compiled in this process so far."""
+    from torch._dynamo.utils import counters  # takes more than a second to import
+
     return counters["stats"]["unique_graphs"]
 
 
@@ -133,7 +145,10 @@ class Stepper:
         self.captures = 0  # so far
         self.held = 0  # bytes of the graphs
         self.regions = Regions()
+        self._measured = False
         cuda = self.device.type == "cuda"
+        if cuda:
+            _one_cache()
         self.draw: Draw | None = None
         # One buffer for all graphs' logits: they would each keep theirs.
         rows = largest(settings.schedule).rows
@@ -211,7 +226,7 @@ class Stepper:
     ) -> Computed:
         """Compute a staged step; the result lives until the next one. `scored` steps want all hidden states.
 
-        `ready`: what each layer waits for before it touches the cache, if anything.
+        `ready`: what each group of as many layers waits for before it touches the cache, if anything.
         """
         if shape in self.graphs and not scored and (shape.decode or not ready):
             if ready:
@@ -227,10 +242,10 @@ class Stepper:
     ) -> Computed:
         ops = self.ops
         if ready:
-            layers, stream = iter(ready), torch.cuda.current_stream(self.device)
+            layers, stream = itertools.count(), torch.cuda.current_stream(self.device)
 
             def store(*args: Any) -> Tensor:
-                stream.wait_event(next(layers))
+                stream.wait_event(ready[next(layers) * len(ready) // self.spec.layers])
                 return self.ops.store(*args)
 
             ops = ops._replace(store=store)
@@ -264,6 +279,7 @@ class Stepper:
             self._capture(cache, shape)
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info(self.device)
+        self._measured = True
         self.free()
         return total - free
 
@@ -276,7 +292,7 @@ class Stepper:
         with tqdm(
             total=len(shapes) + 1, desc="warm-up", unit="graph", delay=1, leave=False, disable=not progress
         ) as bar:
-            for shape in self._kinds():
+            for shape in () if self._measured else self._kinds():
                 self._compute(cache, *self._padding(shape), decode=shape.decode)
             bar.update()
             for shape in shapes:

@@ -60,12 +60,15 @@ class Profiler:
         """
         return Window(self, steps, skip, Path(path) if path is not None else Path(_stamp() + ".json.gz"))
 
-    def request(self, steps: int = 8, folder: str | Path = ".", skip: int = 2) -> None:
+    def request(self, steps: int = 8, folder: str | Path = ".", skip: int = 2) -> Path:
         """Trace the next steps, from any thread; trace and summary go to `folder`, their paths to stderr.
 
-        The engine's thread writes them after the last step, which takes a few seconds.
+        The engine's thread writes them after the last step, which takes a few seconds. The trace's path; the summary
+        ends in .txt instead of .json.gz. ValueError while another profile is being taken.
         """
-        self._open(Window(self, steps, skip, Path(folder) / (_stamp() + ".json.gz"), told=True))
+        window = Window(self, steps, skip, Path(folder) / (_stamp() + ".json.gz"), told=True)
+        self._open(window)
+        return window._path
 
     def _open(self, window: "Window") -> None:
         if vars(self).setdefault("_window", window) is not window:  # one operation, so that two threads cannot both

@@ -1,12 +1,13 @@
 """Pages on their way: copied within the device, to the host's memory, and back, behind and ahead of the steps.
 
-A page of the host holds keys and values of all layers, layer by layer, so that pages which lie side by side travel in
-one copy. On the way they pass through staging buffers of the device:
+Layers travel in groups: keys and values of a group lie together in a page of the host, so that a page, or several
+side by side, is one copy, and few calls set a step's moves going. On the way they pass through staging buffers of the
+device:
 
-    out   gather pages of a layer -> staging ring -> host     the ring's part is free when the copy is done
-    back  host -> staging -> scatter to a layer's pages       a layer at a time, an event after each
+    out   gather pages of a group -> staging ring -> host     the ring's part is free when the copy is done
+    back  host -> staging -> scatter to the group's pages     a group at a time, an event after each
 
-What a step itself reads is waited for layer by layer; what the next step reads comes while this one computes.
+What a step itself reads is waited for group by group; what the next step reads comes while this one computes.
 """
 
 import mmap
@@ -24,6 +25,7 @@ from fastgen.schedule import Moves
 from fastgen.types import Cache
 
 STAGING = 2**28  # bytes of the ring and of the buffer for what comes back, each
+LAYERS = 8  # of a group, at most
 ALIGN = 2**21  # of host memory, bytes: huge pages are registered faster
 
 
@@ -68,19 +70,21 @@ class Mover:
         self.spec, self.page, self.device, self.host_pages = spec, page, device, host_pages
         self.cuda = device.type == "cuda"
         self.elements = page * spec.kv_heads * spec.head  # of a page in one leaf
+        self.together = max(n for n in range(1, LAYERS + 1) if spec.layers % n == 0)  # layers of a group
+        self.groups = spec.layers // self.together
         self.seconds = 0.0  # that it took to make the host's pages
-        self.host: tuple[Tensor, ...] = ()  # [pages, keys and values, elements] of each layer
+        self.host: tuple[Tensor, ...] = ()  # [pages, leaves, elements] of each group; leaves as in `attach`
         self._memory: mmap.mmap | None = None
         if host_pages:
             start = time.perf_counter()
             size = (host_pages + 1) * page_bytes(spec, page, dtype.itemsize)
             whole, self._memory = pinned(size)
-            self.host = tuple(whole.view(dtype).view(spec.layers, host_pages + 1, 2, self.elements))
+            self.host = tuple(whole.view(dtype).view(self.groups, host_pages + 1, 2 * self.together, self.elements))
             self.seconds = time.perf_counter() - start
         if self.cuda:
-            pair = 2 * self.elements * dtype.itemsize  # bytes of a page in one layer
-            self.slots = max(1, STAGING // pair)  # pages of a layer in a buffer
-            shape = (self.slots if host_pages else 0, 2, self.elements)
+            leaves = 2 * self.together
+            self.slots = max(1, STAGING // (leaves * self.elements * dtype.itemsize))  # pages of a group in a buffer
+            shape = (self.slots if host_pages else 0, leaves, self.elements)
             self._ring, self._inbox = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
             self._at = 0  # where the ring goes on
             self._taken: list[tuple[int, int, Any]] = []  # its parts that are still read
@@ -91,14 +95,17 @@ class Mover:
     def attach(self, cache: Cache) -> None:
         """Say where the cache is."""
         self.leaves = tuple(zip(cache.k, cache.v, strict=True))
+        flat = [leaf for pair in self.leaves for leaf in pair]
+        n = 2 * self.together
+        self._of = [flat[i : i + n] for i in range(0, len(flat), n)]  # leaves of each group
         if self.cuda:
             self._words = self.elements * cache.k[0].itemsize // 8
+            self._slot = n * self._words  # words of a slot of the buffers
             if self.elements * cache.k[0].itemsize % 8:
                 raise ValueError("a page must be a multiple of 8 bytes: raise pages.page_size")
-            flat = [leaf.data_ptr() for pair in self.leaves for leaf in pair]
-            self._table = torch.tensor(flat, dtype=torch.int64, device=self.device)
+            self._table = torch.tensor([x.data_ptr() for x in flat], dtype=torch.int64, device=self.device)
             self._buffers = {
-                name: torch.tensor([x.data_ptr(), x.data_ptr() + 8 * self._words], device=self.device)
+                name: torch.tensor([x.data_ptr() + 8 * self._words * i for i in range(n)], device=self.device)
                 for name, x in (("ring", self._ring), ("inbox", self._inbox))
             }
 
@@ -110,7 +117,7 @@ class Mover:
     # --- moves ------------------------------------------------------------------------------------------------------
 
     def move(self, moves: Moves) -> list[torch.cuda.Event]:
-        """Set the moves of a step going. Its layers must each wait for their event; none: there is nothing to wait for.
+        """Set the moves of a step going. Each group of layers must wait for its event, if there are any.
 
         Copies within the device are made on the current stream, which waits itself for what needs no layer's patience.
         """
@@ -122,14 +129,14 @@ class Mover:
         gathered = self._page_out(moves.out, compute) if moves.out else []
         if moves.copies:
             if gathered:
-                compute.wait_event(gathered[-1])  # they are in the order of the layers
+                compute.wait_event(gathered[-1])  # they are in order
             self._kernel(self._table, self._table, list(zip(*moves.copies, strict=True)), self._words, self._words)
         arrived = self._page_in(moves.back, compute, gathered) if moves.back else []
         if arrived and not moves.early:
             return arrived
         if arrived:
             self._early = arrived[-1]
-        if gathered and len(moves.out) * self.spec.layers <= self.slots:  # the ring takes all at once
+        if gathered and len(moves.out) * self.groups <= self.slots:  # the ring takes all at once
             compute.wait_event(gathered[-1])
             return []
         return gathered
@@ -141,18 +148,18 @@ class Mover:
             self._early = None
 
     def _at_once(self, moves: Moves) -> None:
-        for layer, pair in enumerate(self.leaves):
-            for kv, leaf in enumerate(pair):
+        for group, leaves in enumerate(self._of):
+            for i, leaf in enumerate(leaves):
                 paged = leaf.view(-1, self.elements)
                 if moves.out:
                     source, target = map(list, zip(*moves.out, strict=True))
-                    self.host[layer][target, kv] = paged[source]
+                    self.host[group][target, i] = paged[source]
                 if moves.copies:
                     source, target = map(list, zip(*moves.copies, strict=True))
                     paged[target] = paged[source]
                 if moves.back:
                     source, target = map(list, zip(*moves.back, strict=True))
-                    paged[target] = self.host[layer][source, kv]
+                    paged[target] = self.host[group][source, i]
 
     def _index(self, pairs: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(pairs, dtype=torch.int64, device="cpu").pin_memory().to(self.device, non_blocking=True)
@@ -162,6 +169,11 @@ class Mover:
 
         index = pairs if isinstance(pairs, Tensor) else self._index(pairs)
         move(source, target, index, self._words, *strides)
+
+    def _leaves(self, group: int) -> Tensor:
+        """Addresses of a group's leaves."""
+        n = 2 * self.together
+        return self._table[group * n : group * n + n]
 
     def _await(self, stream: torch.cuda.Stream, hosts: Sequence[int]) -> None:
         """Let a stream wait for whatever else reads or writes these pages of the host."""
@@ -190,19 +202,18 @@ class Mover:
         events = []
         with torch.cuda.stream(self._gather):
             pages = self._index(([page for page, _ in out], list(range(len(out)))))
-        for layer in range(self.spec.layers):
+        for group in range(self.groups):
             for first in range(0, len(out), self.slots):
                 part = hosts[first : first + self.slots]
                 at = self._room(len(part))
                 with torch.cuda.stream(self._gather):
                     index = torch.stack((pages[0, first : first + len(part)], pages[1, : len(part)] + at))
-                    here = self._table[2 * layer : 2 * layer + 2]
-                    self._kernel(here, self._buffers["ring"], index, self._words, 2 * self._words)
+                    self._kernel(self._leaves(group), self._buffers["ring"], index, self._words, self._slot)
                     gathered = self._gather.record_event()
                 self._out.wait_event(gathered)
                 with torch.cuda.stream(self._out):
                     for i, host, n in runs(part):
-                        self.host[layer][host : host + n].copy_(self._ring[at + i : at + i + n], non_blocking=True)
+                        self.host[group][host : host + n].copy_(self._ring[at + i : at + i + n], non_blocking=True)
                     self._taken.append((at, at + len(part), self._out.record_event()))
             events.append(gathered)
         done = self._out.record_event()
@@ -219,16 +230,15 @@ class Mover:
         events = []
         with torch.cuda.stream(self._in):
             pages = self._index((list(range(len(back))), [page for _, page in back]))
-            for layer in range(self.spec.layers):
+            for group in range(self.groups):
                 if gathered:
-                    self._in.wait_event(gathered[layer])
+                    self._in.wait_event(gathered[group])
                 for first in range(0, len(back), self.slots):
                     part = hosts[first : first + self.slots]
                     for i, host, n in runs(part):
-                        self._inbox[i : i + n].copy_(self.host[layer][host : host + n], non_blocking=True)
+                        self._inbox[i : i + n].copy_(self.host[group][host : host + n], non_blocking=True)
                     index = torch.stack((pages[0, : len(part)], pages[1, first : first + len(part)]))
-                    here = self._table[2 * layer : 2 * layer + 2]
-                    self._kernel(self._buffers["inbox"], here, index, 2 * self._words, self._words)
+                    self._kernel(self._buffers["inbox"], self._leaves(group), index, self._slot, self._words)
                 events.append(self._in.record_event())
         self._busy |= dict.fromkeys(hosts, events[-1])
         return events

@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from fastgen import Engine, SamplingParams, Settings, from_hf, limits
-from fastgen.cli.config import Config, compose
+from fastgen.cli.config import Config, chosen, compose
 from fastgen.cli.machine import clocks_during, hardware, memory, peak, probe, versions
 from fastgen.cli.rows import Row, Workload, merge, peer_rows, plot, read, table
 from fastgen.models import default, weights
@@ -209,11 +209,7 @@ def _config(args: argparse.Namespace) -> Config:
         if re.match(r"(prompt|chat|task|out)\b", override):
             raise ValueError(f"{override}: fgbench makes its own prompts and keeps no text")
     given = [owner.get(key := o.partition("=")[0], key) + o[len(key) :] for o in args.overrides]
-    local = Path(args.model).expanduser().exists() or "/" in args.model
-    chosen = [] if local else [f"model={args.model}"]
-    config = compose(*chosen, f"sampling.temperature={args.temperature}", *given)
-    model = replace(config.model, path=args.model) if local else config.model
-    return replace(config, model=model)
+    return compose(chosen(args.model), f"sampling.temperature={args.temperature}", *given)
 
 
 def _works(args: argparse.Namespace) -> list[Workload]:

@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen import Engine, SamplingParams, tokenizer
 from fastgen.chat import Conversation, TooLong, check
-from fastgen.cli.config import Config, compose, explain
+from fastgen.cli.config import Config, chosen, compose, explain
 from fastgen.cli.run import engine
 from fastgen.config import unknown
 from fastgen.models import default, weights
@@ -295,17 +294,14 @@ def _config(args: argparse.Namespace) -> Config:
     for override in given:
         if re.match(r"(prompt|chat|task|out)\b", override):
             raise ValueError(f"{override}: is fgrun's; messages are typed, piped or given with -p")
-    model = models[0] if models else "default"
-    local = Path(model).expanduser().exists() or "/" in model or model.endswith((".gguf", ".safetensors"))
-    chosen = [] if local or not models else [f"model={model}"]
+    first = [chosen(m) for m in models]
     for group, choice in (("sampling", "chat"), ("schedule", "latency")):
-        chosen += [] if any(o.startswith(f"{group}=") for o in given) else [f"{group}={choice}"]
-    if not models and "sampling=chat" in chosen:
-        chosen.append("sampling.temperature=0.2")  # the small default model wanders at 0.7
+        first += [] if any(o.startswith(f"{group}=") for o in given) else [f"{group}={choice}"]
+    if not models and "sampling=chat" in first:
+        first.append("sampling.temperature=0.2")  # the small default model wanders at 0.7
     if args.tensor_parallel is not None:
         given = [*given, f"parallel.tensor_parallel={args.tensor_parallel}"]
-    config = compose(*chosen, *given)
-    return replace(config, model=replace(config.model, path=model)) if local else config
+    return compose(*first, *given)
 
 
 def _started(config: Config) -> Engine:

@@ -85,10 +85,17 @@ def compose(*overrides: str) -> Config:
         raise ValueError(explain(e)) from e
 
 
+def chosen(model: str) -> str:
+    """The override for a command's MODEL: a name of conf/model, or a folder, file or hub id."""
+    named = (conf_dir() / "model" / f"{model}.yaml").is_file()
+    path = Path(model).expanduser().exists() or "/" in model or model.endswith((".gguf", ".safetensors"))
+    return f"model.path={model}" if path and not named else f"model={model}"
+
+
 def quote(argument: str) -> str:
-    """`prompt=any text` in the quotes that Hydra's grammar wants; null, lists and quoted text stay as they are."""
+    """`prompt=any text` in the quotes that Hydra's grammar wants, and paths; null, lists and quoted text stay as is."""
     key, _, text = argument.partition("=")
-    if key != "prompt" or text == "null":
+    if key not in ("prompt", "model.path") or text == "null":
         return argument
     if text.startswith(("[", "{", "'", '"')):
         try:
@@ -97,7 +104,7 @@ def quote(argument: str) -> str:
         except HydraException:  # a text that begins with one of these
             pass
     text = text.replace("${", r"\${")  # not an interpolation
-    return f"prompt={QuotedString(text, Quote.double).with_quotes()}"
+    return f"{key}={QuotedString(text, Quote.double).with_quotes()}"
 
 
 def _unknown_key(key: str) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 
 from fastgen import Engine
 from fastgen.cli import run
-from fastgen.cli.config import Config, compose, conf_dir
+from fastgen.cli.config import Config, chosen, compose
 from fastgen.models import default, weights
 
 NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the form of the model's calls of functions (by its chat template)",
     )
     p.add_argument("--max-body", type=_whole, default=16 * 2**20, metavar="BYTES", help="of a request (%(default)s)")
+    p.add_argument("--profile-dir", type=Path, metavar="FOLDER", help="where POST /profile may write traces (nowhere)")
     return p
 
 
@@ -100,11 +101,12 @@ def configure(args: argparse.Namespace) -> tuple[Config, str]:
     given = [*args.overrides]
     if args.tensor_parallel is not None:
         given.append(f"parallel.tensor_parallel={args.tensor_parallel}")
-    known = args.model is not None and (conf_dir() / "model" / f"{args.model}.yaml").is_file()
-    config = compose(*([f"model={args.model}"] if known else []), *given)
-    if args.model is None or known:
-        return config, args.model or default.FOLDER
-    config = replace(config, model=replace(config.model, path=args.model))
+    if args.model is None:
+        return compose(*given), default.FOLDER
+    choice = chosen(args.model)
+    config = compose(choice, *given)
+    if choice == f"model={args.model}":
+        return config, args.model
     is_path = Path(args.model).expanduser().exists()
     if not is_path and args.model.count("/") != 1:  # no hub id: that is known before anything starts
         weights.resolve(args.model)
@@ -298,6 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     keys = (*args.api_key, *filter(None, [os.environ.pop("FGSERVE_API_KEY", "")]))
     try:
+        if args.profile_dir and not args.profile_dir.is_dir():
+            raise ValueError(f"--profile-dir: there is no folder {args.profile_dir}")
         config, name = configure(args)
         listener = _listen(args.host, args.port)
     except (ValueError, OSError) as e:
@@ -314,6 +318,7 @@ def main(argv: list[str] | None = None) -> int:
             grace=args.grace,
             max_body=args.max_body,
             tool_parser=args.tool_parser,
+            profiles=None if args.profile_dir is None else str(args.profile_dir.resolve()),
         )
         host, port = listener.getsockname()[:2]
         _say(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")

@@ -16,10 +16,11 @@ from fastgen.ops.hopper import begin
 HEADS = 16  # of a program of `store`
 CHUNK = 1024  # tokens of the vocabulary that a program of `draw` looks at together
 PROGRAMS = 4 * 132  # of `draw` where rows are few: their vocabulary is shared out
+STAGED = ["temperature", "seed", "position", "processed", "last", "seat"]  # parts of one buffer: aligned by chance
 NOTHING = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot"])  # or each would be compiled for those that are and are not
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _store(
     qkv, cos, sin, slot, k_cache, v_cache, out,
@@ -125,11 +126,10 @@ def _race(
     return best, index, m, l
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["share", "splits"], do_not_specialize_on_alignment=STAGED)
 @no_type_check
 def _draw(
-    logits, temperature, seed, position, processed, score, token, top, total, vocab, share,
-    B: tl.constexpr, SPLITS: tl.constexpr,
+    logits, temperature, seed, position, processed, score, token, top, total, vocab, share, splits, B: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     first = split * share * B
@@ -147,23 +147,25 @@ def _draw(
         best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, B, NOISE=True)
     most = tl.max(best, 0)
     peak = tl.max(m, 0)
-    to = row * SPLITS + split
+    to = row * splits + split
     tl.store(score + to, most)
     tl.store(token + to, tl.min(tl.where(best == most, index, vocab), 0))
     tl.store(top + to, peak)
     tl.store(total + to, tl.sum(l * tl.exp(m - peak), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=STAGED)
 @no_type_check
 def _decide(
-    logits, temperature, processed, score, token, top, total, drawn, logprob, last, seat, vocab, SPLITS: tl.constexpr
+    logits, temperature, processed, score, token, top, total, drawn, logprob, last, seat, vocab, splits,
+    MOST: tl.constexpr,
 ):  # fmt: skip
-    row, s = tl.program_id(0), tl.arange(0, SPLITS)
-    best = tl.load(score + row * SPLITS + s)
-    index = tl.load(token + row * SPLITS + s)
-    m = tl.load(top + row * SPLITS + s)
-    l = tl.load(total + row * SPLITS + s)
+    row, s = tl.program_id(0), tl.arange(0, MOST)
+    at, live = row * splits + s, s < splits
+    best = tl.load(score + at, mask=live, other=float("-inf"))
+    index = tl.load(token + at, mask=live, other=vocab)
+    m = tl.load(top + at, mask=live, other=NOTHING)
+    l = tl.load(total + at, mask=live, other=0.0)
     # A row of no numbers has no best: its last token, so that nothing beyond the row is read.
     choice = tl.minimum(tl.min(tl.where(best == tl.max(best, 0), index, vocab), 0), vocab - 1)
     x = tl.load(logits + row.to(tl.int64) * vocab + choice).to(tl.float32)
@@ -190,29 +192,17 @@ def draw(
     logits = logits.contiguous()
     chunks = triton.cdiv(vocab, CHUNK)
     wanted = max(1, min(PROGRAMS // max(1, rows), chunks))
-    splits = triton.next_power_of_2(wanted)  # a power of two: each number is a kernel of its own
+    splits = triton.next_power_of_2(wanted)
     share = triton.cdiv(chunks, splits)  # in chunks
     token, logprob = (torch.empty(rows, dtype=kind, device=logits.device) for kind in (torch.int32, torch.float32))
     score, top, total = torch.empty(3, rows, splits, dtype=torch.float32, device=logits.device)
     index = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
     _draw[(rows, splits)](
-        logits, temperature, seed, position, processed, score, index, top, total, vocab, share,
-        B=CHUNK, SPLITS=splits, num_warps=4,
+        logits, temperature, seed, position, processed, score, index, top, total, vocab, share, splits,
+        B=CHUNK, num_warps=4,
     )  # fmt: skip
     _decide[(rows,)](
-        logits,
-        temperature,
-        processed,
-        score,
-        index,
-        top,
-        total,
-        token,
-        logprob,
-        last,
-        seat,
-        vocab,
-        SPLITS=splits,
-        num_warps=1,
-    )
+        logits, temperature, processed, score, index, top, total, token, logprob, last, seat, vocab, splits,
+        MOST=triton.next_power_of_2(min(PROGRAMS, chunks)), num_warps=1,
+    )  # fmt: skip
     return token, logprob

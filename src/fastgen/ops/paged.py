@@ -13,7 +13,7 @@ Sequences of one token are decode's, longer ones prefill's; each kernel passes o
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -38,7 +38,14 @@ LONG = {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}  # with many keys f
 SMALL = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}  # where shared memory is less than Hopper's, and in fp32
 TMA = True  # whether tiles are read by Hopper's copy engine, where each lies in one page
 DECODE = {"N": 64, "num_warps": 4, "num_stages": 3}
-SHARED = {"N": DECODE["N"], "TILES": 8, "num_warps": 4}  # TILES: the fewest of a program
+OWN = {"N": 64, "num_warps": 2, "num_stages": 2}  # of members of groups, whose own keys are few
+MERGED = (4, 16, 64)  # shares that a merge is compiled for
+SHARED = {"N": DECODE["N"], "TILES": 16, "num_warps": 4}  # TILES: the fewest of a program
+# Each value of these, and whether they are multiples of 16, would be compiled anew.
+FREE: dict[str, Any] = {
+    "do_not_specialize": ["wide", "window", "splits", "shares"],
+    "do_not_specialize_on_alignment": ["todo", "skip", "member", "keys", "start", "length", "seat", "pages"],
+}
 
 
 @triton.jit
@@ -89,7 +96,7 @@ def _tiles(
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
+@triton.jit(**FREE)
 @no_type_check
 def _prefill(
     q, k_cache, v_cache, k_tiles, v_tiles, out, todo, pages, wide, window, scale,
@@ -139,23 +146,23 @@ def _prefill(
 
 @triton.jit
 @no_type_check
-def _share(keys, N: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr):
+def _share(keys, N: tl.constexpr, splits, TILES: tl.constexpr):
     """Keys of each of the programs that share some: TILES tiles at least, so few keys keep few programs busy."""
-    return tl.maximum(tl.cdiv(tl.cdiv(keys, N), SPLITS), TILES) * N
+    return tl.maximum(tl.cdiv(tl.cdiv(keys, N), splits), TILES) * N
 
 
-@triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
+@triton.jit(**FREE)
 @no_type_check
 def _decode_shared(
-    q, k_cache, v_cache, part, stat, member, keys, start, length, seat, pages, wide, window, scale,
+    q, k_cache, v_cache, part, stat, member, keys, start, length, seat, pages, wide, window, splits, scale,
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = Q // KV
     group, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     total = tl.load(keys + group)
-    share = _share(total, N, SPLITS, TILES)
+    share = _share(total, N, splits, TILES)
     first = split * share
     if first < total:
         i, d = tl.arange(0, M), tl.arange(0, D)
@@ -178,7 +185,7 @@ def _decode_shared(
             x, k_cache, v_cache, None, None, table, begun, last, row, window,
             kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
         )  # fmt: skip
-        at = (r.to(tl.int64) * Q + head) * SPLITS + split
+        at = (r.to(tl.int64) * Q + head) * splits + split
         tl.store(part + at[:, None] * H + d[None, :], acc, mask=whole)
         tl.store(stat + at * 2, m, mask=taken)
         tl.store(stat + at * 2 + 1, l, mask=taken)
@@ -186,11 +193,11 @@ def _decode_shared(
 
 @triton.jit
 @no_type_check
-def _keys(length, skip, r, window, N: tl.constexpr, WINDOW: tl.constexpr, SHARES: tl.constexpr):
+def _keys(length, skip, r, window, N: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr):
     """The keys that a group has read for sequence r, the first that r itself reads, and the number of all."""
     total = tl.load(length + r)
     covered = total * 0
-    if SHARES:
+    if SHARED:
         covered = tl.load(skip + r).to(tl.int32)
     first = covered
     if WINDOW:  # the first that its last token may see, rounded down to a tile
@@ -198,20 +205,20 @@ def _keys(length, skip, r, window, N: tl.constexpr, WINDOW: tl.constexpr, SHARES
     return covered, first, total
 
 
-@triton.jit(do_not_specialize=["wide", "window"])  # each value of theirs would be compiled anew
+@triton.jit(**FREE)
 @no_type_check
 def _decode(
     q, k_cache, v_cache, out, part, stat, skip, shared_part, shared_stat, start, length, seat, pages, wide, window,
-    scale, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr,
+    splits, shares, scale, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = Q // KV
     r, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
-        covered, begun, total = _keys(length, skip, r, window, N, WINDOW, SHARES)
-        share = _share(total - begun, N, SPLITS, 2)
+        covered, begun, total = _keys(length, skip, r, window, N, WINDOW, SHARED)
+        share = _share(total - begun, N, splits, 2)
         first = begun + split * share
         last = tl.minimum(first + share, total)
         if first < last:
@@ -226,10 +233,10 @@ def _decode(
             table = pages + tl.load(seat + r).to(tl.int64) * wide
             begin(PDL)
             x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
-            if SHARES:  # the first split goes on from what the group has found
-                found = tl.where(split == 0, tl.cdiv(covered, _share(covered, N, SHARES, TILES)), 0)
+            if SHARED:  # the first split goes on from what the group has found
+                found = tl.where(split == 0, tl.cdiv(covered, _share(covered, N, shares, TILES)), 0)
                 for i in range(0, found):
-                    at = (r.to(tl.int64) * Q + head) * SHARES + i
+                    at = (r.to(tl.int64) * Q + head) * shares + i
                     top = tl.load(shared_stat + at * 2, mask=g < G, other=LEAST)
                     both = tl.maximum(m, top)
                     shrink, weight = tl.exp2(m - both), tl.exp2(top - both)
@@ -241,28 +248,28 @@ def _decode(
                 x, k_cache, v_cache, None, None, table, first, last, row, window,
                 kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
             )  # fmt: skip
-            if SPLITS == 1:
+            if WHOLE:
                 tl.store(out + offset[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=whole)
             else:
-                at = (r * Q + head) * SPLITS + split
+                at = (r * Q + head) * splits + split
                 tl.store(part + at[:, None].to(tl.int64) * H + d[None, :], acc, mask=whole)
                 tl.store(stat + at * 2, m, mask=g < G)
                 tl.store(stat + at * 2 + 1, l, mask=g < G)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(**FREE)
 @no_type_check
 def _merge(
-    out, part, stat, skip, start, length, window, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    out, part, stat, skip, start, length, window, splits, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    N: tl.constexpr, MOST: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     r, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
-        _, begun, total = _keys(length, skip, r, window, N, WINDOW, SHARES)
-        s, d = tl.arange(0, SPLITS), tl.arange(0, D)
-        live = s * _share(total - begun, N, SPLITS, 2) < total - begun
-        at = (r * Q + head) * SPLITS + s
+        _, begun, total = _keys(length, skip, r, window, N, WINDOW, SHARED)
+        s, d = tl.arange(0, MOST), tl.arange(0, D)
+        live = (s < splits) & (s * _share(total - begun, N, splits, 2) < total - begun)
+        at = (r * Q + head) * splits + s
         begin(PDL)
         m = tl.load(stat + at * 2, mask=live, other=LEAST)
         l = tl.load(stat + at * 2 + 1, mask=live, other=0.0)
@@ -318,7 +325,6 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     def programs(each: int, keys: int, most: int, *, waves: int) -> int:
         """Shares of some keys: as many as keep every processor busy, but none of fewer than `keys` keys."""
         wanted = triton.cdiv(waves * processors, max(1, each * spec.kv_heads))
-        # A power of two: each number is a kernel of its own.
         return triton.next_power_of_2(max(1, min(wanted, triton.cdiv(wide * page, keys), most)))
 
     splits = programs(rows, 256, 64, waves=4)
@@ -336,7 +342,7 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
             "PAGE": page, "WINDOW": window is not None, "EXACT": exact,
         }  # fmt: skip
         scale = spec.head**-0.5 * LOG2E
-        end = (batch.pages, wide, window or 0, scale)
+        end = (batch.pages, wide, window or 0)
         common = (batch.start, batch.length, batch.seat, *end)
         if not decode:
             whole = TMA and sizes["D"] == spec.head and page % PREFILL["N"] == 0
@@ -348,7 +354,7 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
             tma = whole and (tile is not SMALL or device.type == "cpu")  # older GPUs have none
             tiles = (_descriptor(x, tile["N"]) for x in (k_cache, v_cache)) if tma else (None, None)
             _prefill[(len(todo[0]), spec.kv_heads)](
-                q, k_cache, v_cache, *tiles, out, todo[0], *end, **sizes, TMA=tma, **tile
+                q, k_cache, v_cache, *tiles, out, todo[0], *end, scale, **sizes, TMA=tma, **tile
             )
 
         found, skip = (q, q), batch.length  # not read
@@ -357,20 +363,22 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
             width = share.member.shape[1]
             packed = max(16, triton.next_power_of_2(width * group))
             _decode_shared[(len(share.keys), spec.kv_heads, shares)](
-                q, k_cache, v_cache, *found, share.member, share.keys, *common, **sizes, W=width, M=packed,
-                SPLITS=shares, num_stages=3 if roomy and not exact else 2, **SHARED,
+                q, k_cache, v_cache, *found, share.member, share.keys, *common, shares, scale, **sizes, W=width,
+                M=packed, num_stages=3 if roomy and not exact else 2, **SHARED,
             )  # fmt: skip
         packed = max(16, triton.next_power_of_2(group))
         part = _partial(q, rows * splits) if splits > 1 else (q, q)
         _decode[(rows, spec.kv_heads, splits)](
-            q, k_cache, v_cache, out, *part, skip, *found, *common, **sizes, M=packed, SPLITS=splits, SHARES=shares,
-            TILES=SHARED["TILES"], **DECODE, **launch,
+            q, k_cache, v_cache, out, *part, skip, *found, *common, splits, shares, scale, **sizes, M=packed,
+            WHOLE=splits == 1, SHARED=share is not None, TILES=SHARED["TILES"], **launch,
+            **(DECODE if share is None else OWN),
         )  # fmt: skip
         if splits > 1:
-            shape = {name: sizes[name] for name in ("Q", "H", "D", "WINDOW")} | {"N": DECODE["N"], "SHARES": shares}
+            shape = {name: sizes[name] for name in ("Q", "H", "D", "WINDOW")} | {"SHARED": share is not None}
             _merge[(rows, spec.q_heads)](
-                out, *part, skip, batch.start, batch.length, window or 0, **shape, SPLITS=splits, num_warps=2, **launch
-            )
+                out, *part, skip, batch.start, batch.length, window or 0, splits, **shape, N=DECODE["N"],
+                MOST=next(n for n in MERGED if n >= splits), num_warps=2, **launch,
+            )  # fmt: skip
         return out
 
     return attend

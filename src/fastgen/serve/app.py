@@ -48,6 +48,7 @@ from fastgen.serve.protocol import (
     GenerateSampling,
     NamedTool,
     Part,
+    ProfileRequest,
     Refused,
     ResponseFormat,
     StreamOptions,
@@ -58,7 +59,9 @@ from fastgen.serve.protocol import (
 from fastgen.serve.protocol import Message as ChatMessage
 
 TOOLS = (Tool, Function, NamedTool, FunctionName, Call, CalledFunction)
-REQUESTS = (ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, AbortRequest)
+REQUESTS = (
+    ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, AbortRequest, ProfileRequest,
+)  # fmt: skip
 # Names of fields: pydantic's paths to what is wrong hold those of types as well.
 FIELDS = {
     name
@@ -80,6 +83,7 @@ class Options:
     grace: float = 30.0
     max_body: int = 16 * 2**20
     tool_parser: calls.FamilyName | None = None  # None: by the chat template
+    profiles: str | None = None  # the folder of traces
 
 
 class Service:
@@ -271,6 +275,19 @@ async def abort(body: AbortRequest, request: Request) -> Response:
     service = _service(request)
     service.check(None)
     return _json({"aborted": await service.client.ask("kill", body.request_id)})
+
+
+@router.post("/profile", response_model=None)
+async def profile(body: ProfileRequest, request: Request) -> Response:
+    """Trace the engine's next steps. The files are there when those have run, on the server's machine."""
+    service = _service(request)
+    service.check(None)
+    if service.options.profiles is None:
+        raise Refused(403, "this server was not started with --profile-dir FOLDER")
+    found = await service.client.ask("profile", service.options.profiles, body.steps, body.skip)
+    if isinstance(found, tuple):
+        raise Refused(*found)
+    return _json({"trace": found, "summary": found.removesuffix(".json.gz") + ".txt"})
 
 
 @router.get("/models", response_model=None)

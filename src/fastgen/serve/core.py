@@ -4,7 +4,7 @@ It knows token ids only. Messages are pickled tuples: both ends are processes of
 lies in a folder only its user can enter, so that nobody else can send one.
 
     worker -> engine   ("hello",)  ("add", key, call, prompts, params)  ("abort", call, slot or None)
-                       ("stats", key)  ("kill", key, call)
+                       ("stats", key)  ("kill", key, call)  ("profile", key, folder, steps, skip)
     engine -> worker   ("info", {...})  ("reply", key, value)  ("events", {call: [Piece, ...]})
 
 A call is what one HTTP request asks for. Each of its completions is a request of its own to the engine, its *slot*,
@@ -120,6 +120,13 @@ class Core:
             for id in list(found[1].values()):
                 self.engine.abort(id)  # its events come with the next step
         self.send(worker, "reply", key, found is not None)
+
+    def on_profile(self, worker: bytes, key: str, folder: str, steps: int, skip: int) -> None:
+        """Trace the next steps; the reply is the path of the trace to come, or (status, message)."""
+        try:
+            self.send(worker, "reply", key, str(self.engine.profiler.request(steps, folder, skip)))
+        except ValueError as e:
+            self.send(worker, "reply", key, (409, str(e)))
 
     def _end(self, call: str, slot: int | None = None) -> None:
         _, slots = self.calls.get(call, (b"", {}))

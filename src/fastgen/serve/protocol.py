@@ -438,6 +438,13 @@ class AbortRequest(Strict):
     request_id: Word
 
 
+class ProfileRequest(Strict):
+    """POST /profile: how many steps are traced, after how many others."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 8
+    skip: Annotated[int, Field(ge=0, le=100_000)] = 2
+
+
 def unsupported(request: Common) -> None:
     """Refuse, by name, what asks for something that is not there. The one place that decides it."""
     for name, harmless in REFUSED.items():
