@@ -21,7 +21,7 @@ LAYERS = [  # each may import from its own line and those above
     ["chat"],
     ["__init__"],
     ["serve.protocol", "serve.core", "serve.metrics"],
-    ["serve.client"],
+    ["serve.client", "serve.tools"],
     ["serve.answer"],
     ["serve.app"],
     ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench", "cli.chat", "cli.serve"],

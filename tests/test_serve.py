@@ -24,7 +24,7 @@ import pydantic
 import pytest
 import zmq
 from serving import SETTINGS, Server, checkpoint
-from test_tokenizer import BYTE_LEVEL
+from test_tokenizer import BYTE_LEVEL, TEMPLATE
 
 import fastgen
 from fastgen import Output, SamplingParams
@@ -41,7 +41,14 @@ GREEDY = {"temperature": 0, "max_tokens": 12}
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    """Its template is the tokenizer's, with a place for tools, which models of Qwen's kind call."""
+    folder = checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    names = "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}<tool_call>{% endif %}"
+    said = TEMPLATE.replace("m['content']", "m['content'] or ''").replace(
+        "<|im_end|>", "{{ m.tool_calls }}<|im_end|>", 1
+    )
+    (folder / "chat_template.jinja").write_text(names + said)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +182,76 @@ def test_answers_that_follow_a_grammar(server: Server, body: dict[str, Any], fit
         for event in events(stream):
             parts[event["choices"][0]["index"]] += event["choices"][0]["text"]
     assert parts == [c["text"] for c in whole]
+
+
+def function(name: str, **more: Any) -> Any:
+    """What a client sends of a function."""
+    return {"type": "function", "function": {"name": name} | more}
+
+
+PARAMETERS = Person.model_json_schema() | {"additionalProperties": False}
+FUNCTIONS = [function("meet", parameters=PARAMETERS, strict=True), function("wave")]
+
+
+def called(calls: Any) -> list[tuple[str, str]]:
+    """Names and arguments, which follow the schema."""
+    for call in calls:
+        assert call.id.startswith("call_") and call.type == "function"
+        value = json.loads(call.function.arguments)
+        assert call.function.name in ("meet", "wave")
+        assert Person.model_validate(value) if call.function.name == "meet" else value == {}
+    return [(call.function.name, call.function.arguments) for call in calls]
+
+
+@pytest.mark.parametrize("choice", ["required", function("meet")], ids=["required", "named"])
+def test_calls(client: openai.OpenAI, server: Server, choice: Any) -> None:
+    """Drawn from a random model, they follow their schemas. Streams have the same ones, and the official client's
+    helper puts them together; then their results are told."""
+    ask_for: dict[str, Any] = dict(model="tiny", messages=QUESTION, tools=FUNCTIONS, tool_choice=choice, n=2, seed=4)
+    ask_for |= {"max_tokens": 300, "parallel_tool_calls": False, "logprobs": True}
+    whole = client.chat.completions.create(**ask_for)
+    ended = "tool_calls" if choice == "required" else "stop"
+    wanted = [called(c.message.tool_calls) for c in whole.choices]
+    assert [len(calls) for calls in wanted] == [1, 1]
+    assert all(c.finish_reason == ended and c.message.content is None for c in whole.choices)
+    with client.chat.completions.stream(**ask_for, stream_options={"include_usage": True}) as stream:
+        found = stream.get_final_completion()
+    assert [called(c.message.tool_calls) for c in found.choices] == wanted
+    assert [c.finish_reason for c in found.choices] == [ended] * 2 and found.usage and whole.usage
+    assert found.usage.completion_tokens == whole.usage.completion_tokens
+    for a, b in zip(found.choices, whole.choices, strict=True):
+        assert a.logprobs and b.logprobs and a.logprobs.content and b.logprobs.content and not a.message.content
+        assert [x.token for x in a.logprobs.content] == [x.token for x in b.logprobs.content]
+
+    async def streamed() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as api:
+            arguments = ""
+            async for chunk in await api.chat.completions.create(**ask_for | {"n": 1}, stream=True):
+                for call in chunk.choices[0].delta.tool_calls or ():
+                    arguments += call.function.arguments
+            return arguments
+
+    assert asyncio.run(streamed()) == wanted[0][0][1]
+    message = whole.choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "done"}
+    answer = client.chat.completions.create(model="tiny", messages=[*QUESTION, message, result], **GREEDY)  # type: ignore[list-item]
+    assert answer.choices[0].message.content and answer.choices[0].finish_reason == "length"
+
+
+def test_calls_that_may_be_or_are_cut(client: openai.OpenAI) -> None:
+    """Several at once; text where they are not required; and what there is of one at the limit."""
+    ask_for: dict[str, Any] = dict(model="tiny", messages=QUESTION, tools=FUNCTIONS, seed=1)
+    unending: dict[str, Any] = {"logit_bias": {str(BYTE_LEVEL.eos_token_id): -100}, "max_tokens": 250}
+    many = client.chat.completions.create(**ask_for, tool_choice="required", **unending).choices[0]
+    assert many.finish_reason == "length" and len(called(many.message.tool_calls[:-1])) > 1
+    free = client.chat.completions.create(**ask_for, max_tokens=20).choices[0]
+    assert free.message.content and free.message.tool_calls is None
+    cut = client.chat.completions.create(**ask_for, tool_choice=function("meet"), max_tokens=50).choices[0]
+    assert cut.finish_reason == "length" and cut.message.tool_calls
+    assert '{"name": "'.startswith(cut.message.tool_calls[0].function.arguments[:4])
+    none = client.chat.completions.create(**ask_for, tool_choice="none", max_tokens=8)
+    told = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
+    assert none.usage and told.usage and none.usage.prompt_tokens == told.usage.prompt_tokens
 
 
 def test_chat_without_a_limit_ends_with_the_context(client: openai.OpenAI) -> None:
@@ -375,6 +452,9 @@ def test_tokens_and_models(server: Server, client: openai.OpenAI) -> None:
         assert http.post(f"{root}/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "Hello, world!"}
     chat = http.post("/tokenize", json={"messages": QUESTION}).json()["tokens"]
     assert BYTE_LEVEL.decode(chat) == "<|im_start|>user: Hello, world!<|im_end|><|im_start|>assistant: "
+    told = http.post("/tokenize", json={"messages": QUESTION, "tools": [function("wave")]}).json()["tokens"]
+    assert BYTE_LEVEL.decode(told).startswith("wave <tool_call><|im_start|>user: Hello")
+    assert http.post("/tokenize", json={"prompt": "x", "tools": [function("wave")]}).status_code == 400
     assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["param"] == "tokens"
 
 
@@ -442,6 +522,10 @@ def test_a_400_names_the_field(server: Server, body: dict[str, Any], param: str)
     assert reply.headers["x-request-id"]
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NO_SCHEMA = {"type": "object", "properties": {"a": {"type": 3}}}
+
+
 def test_refusals_of_chats(client: openai.OpenAI) -> None:
     """By the field's own name, also where it is far inside."""
     for given, param in (
@@ -449,7 +533,26 @@ def test_refusals_of_chats(client: openai.OpenAI) -> None:
         ({"max_completion_tokens": 5, "max_tokens": 5}, "max_completion_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"id": 3}]}]}, "messages.0.tool_calls.0.id"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "["}}]}]},
+            "messages.0.tool_calls.0.function.arguments",
+        ),
+        ({"tools": [{}]}, "tools.0.type"),
+        ({"tools": [function("two words")]}, "tools.0.function.name"),
+        ({"tools": [function("f"), function("f")]}, "tools"),
+        ({"tools": [function("f", parameters={"type": "array"})]}, "tools.0.function.parameters"),
+        ({"tools": [function("f", parameters=NO_SCHEMA)], "tool_choice": "required"}, "tools"),
+        ({"tools": [function("f")], "tool_choice": "required", "extra_body": {"ignore_eos": True}}, "tools"),
+        ({"tools": [function("f")], "tool_choice": "always"}, "tool_choice"),
+        ({"tools": [function("f")], "tool_choice": function("g")}, "tool_choice"),
+        ({"tools": [function("f")], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": "auto"}, "function_call"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
     ):

@@ -1,10 +1,11 @@
 """Text to tokens and back: any tokenizer of `transformers`, chat templates, and decoding as tokens arrive."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -16,6 +17,7 @@ Message = dict[str, Any]
 CONTEXT = 6  # tokens decoded again with each new one, or a few more
 LONGEST = 8  # tokens that text is held back for: more than any character has
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids (also an array), or chat messages
+Tools = list[dict[str, Any]] | None  # functions that the chat template tells the model of
 
 
 def load(path: Path) -> PreTrainedTokenizerBase | None:
@@ -38,7 +40,7 @@ def is_one(prompts: object) -> bool:
     return getattr(prompts, "ndim", 0) == 1  # an array or tensor of token ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, tools: Tools = None) -> list[int]:
     """Token ids of a prompt; chat messages go through the tokenizer's chat template, up to the model's turn."""
     if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
         prompt = cast(Any, prompt).tolist()
@@ -55,17 +57,17 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
         if not (tokens := tokenizer(prompt).input_ids):
             raise ValueError(f"the prompt {prompt!r} is no token for this tokenizer: it needs at least one")
         return tokens
-    return _templated(tokenizer, prompt, tokenize=True, return_dict=True)["input_ids"]
+    return _templated(tokenizer, prompt, tools=tools, tokenize=True, return_dict=True)["input_ids"]
 
 
-def render(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message]) -> str:
+def render(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message], tools: Tools = None) -> str:
     """The text that the chat template makes of messages, up to the model's turn; `encode` gives its tokens."""
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
-    return _templated(tokenizer, messages, tokenize=False)
+    return _templated(tokenizer, messages, tools=tools, tokenize=False)
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], **options: bool) -> Any:
+def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], **options: Any) -> Any:
     for message in prompt:
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
@@ -74,7 +76,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], **opti
     messages: list[Any] = list(prompt)
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)  # type: ignore[arg-type]
-    except TemplateError as e:
+    except (TemplateError, TypeError, RecursionError) as e:  # of a text and what is none, of objects far too deep
         raise ValueError(f"the model's chat template refuses these messages: {e}") from e
 
 
@@ -85,8 +87,15 @@ class Detokenizer:
     UTF-8 character, or the beginning of a stop string.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        shown: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """`shown`: special tokens that the text has all the same, and how."""
+        self.tokenizer, self.stop, self.shown = tokenizer, stop, shown
         self.text = ""  # everything decoded, held-back part included
         self.sent = 0  # characters already returned
         # Tokens whose text is taken, a list for each piece of it: the first of them must begin a character, since
@@ -107,8 +116,13 @@ class Detokenizer:
         return self._decode([*chain(*self.taken), *self.pending])
 
     def _decode(self, tokens: list[int]) -> str:
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(tokens, **options)  # type: ignore[return-value]
+        options: Any = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        text, begin = "", 0
+        for i, token in enumerate(tokens) if self.shown else ():
+            if token in self.shown:
+                text += cast(str, self.tokenizer.decode(tokens[begin:i], **options)) + self.shown[token]
+                begin = i + 1
+        return text + cast(str, self.tokenizer.decode(tokens[begin:], **options))
 
     def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
         """The text that became certain with `token`, and whether a stop string ends it."""

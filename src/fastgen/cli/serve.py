@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--grace", type=_seconds, default=30, metavar="S", help="seconds to finish at SIGTERM (%(default)s)")
     p.add_argument("--max-queue", type=_whole, metavar="N", help="completions at a time (four times max_requests)")
+    p.add_argument(
+        "--tool-parser",
+        choices=("llama", "mistral", "hermes"),
+        help="the form of the model's calls of functions (by its chat template)",
+    )
     p.add_argument("--max-body", type=_whole, default=16 * 2**20, metavar="BYTES", help="of a request (%(default)s)")
     p.add_argument("--profile-dir", type=Path, metavar="FOLDER", help="where POST /profile may write traces (nowhere)")
     return p
@@ -312,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
             keys=keys,
             grace=args.grace,
             max_body=args.max_body,
+            tool_parser=args.tool_parser,
             profiles=None if args.profile_dir is None else str(args.profile_dir.resolve()),
         )
         host, port = listener.getsockname()[:2]

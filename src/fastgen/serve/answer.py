@@ -17,6 +17,7 @@ from fastgen.serve.client import Client
 from fastgen.serve.core import Piece
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import Refused
+from fastgen.serve.tools import Reader
 from fastgen.tokenizer import Detokenizer
 
 Json = dict[str, Any]
@@ -76,12 +77,19 @@ class Choice:
     """One completion on its way. The same rules as `request.Sample`'s, which works without the socket between."""
 
     def __init__(
-        self, index: int, vocabulary: Vocabulary, prompt: list[int], params: SamplingParams, *, live: bool
+        self,
+        index: int,
+        vocabulary: Vocabulary,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        live: bool,
+        shown: dict[int, str],
     ) -> None:
         self.index, self.prompt, self.params = index, prompt, params
         self.live = live or bool(params.stop)  # whether text is made as tokens come
         tokenizer = vocabulary.tokenizer
-        self.detokenizer = Detokenizer(tokenizer, prompt, params.stop) if tokenizer is not None else None
+        self.detokenizer = Detokenizer(tokenizer, prompt, params.stop, shown) if tokenizer is not None else None
         with_logprobs = params.logprobs is not None
         self.whole = Delta(logprobs=[] if with_logprobs else None, top=[] if params.logprobs else None)
         self.last: Piece | None = None  # with the counts
@@ -124,6 +132,7 @@ class Form:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
+        self.shown: dict[int, str] = {}  # special tokens that belong to the text
 
     def frame(self, call: str, created: int, model: str, *, chunk: bool) -> Json:
         """What surrounds choices."""
@@ -133,8 +142,8 @@ class Form:
         """A choice's first chunk, before any token."""
         return None
 
-    def part(self, choice: Choice, new: Delta) -> Json:
-        """A choice's part of a chunk."""
+    def part(self, choice: Choice, new: Delta) -> Json | None:
+        """A choice's part of a chunk; None if there is nothing to say yet."""
         raise NotImplementedError
 
     def full(self, choice: Choice, scored: Piece | None) -> Json:
@@ -143,9 +152,26 @@ class Form:
 
 
 class Chat(Form):
-    """/chat/completions"""
+    """/chat/completions; `reader` makes what tells calls from a choice's text, if there may be calls."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        reader: Callable[[], Reader] | None = None,
+        shown: dict[int, str] | None = None,
+        *,
+        named: bool = False,
+    ) -> None:
+        """`named`: the client chose the function, which OpenAI's finish_reason does not tell it again."""
+        super().__init__(vocabulary)
+        self.reader, self.shown, self.named = reader, shown or {}, named
+        self.readers: dict[int, Reader] = {}  # of choices that are streamed
+
+    def _reason(self, reason: str | None, reader: Reader | None) -> str | None:
+        called = reason == "stop" and reader is not None and reader.count > 0 and not self.named
+        return "tool_calls" if called else reason
 
     def _logprobs(self, new: Delta) -> Json | None:
         if new.logprobs is None:
@@ -158,24 +184,38 @@ class Chat(Form):
 
     def first(self, choice: Choice) -> Json | None:
         """Who speaks."""
-        delta = {"role": "assistant", "content": ""}
+        delta = {"role": "assistant", "content": None if self.reader else ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def part(self, choice: Choice, new: Delta) -> Json:
-        """Text that is new."""
-        delta = {"content": new.text} if new.text or not new.reason else {}
+    def part(self, choice: Choice, new: Delta) -> Json | None:
+        """Text that is new, and calls."""
+        text, calls, reader = new.text, list[Json](), None
+        if self.reader:
+            reader = self.readers.setdefault(choice.index, self.reader())
+            text, calls = reader.push(text, last=bool(new.reason))
         logprobs = self._logprobs(new) if new.tokens else None
-        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": new.reason}
+        if not (text or calls or new.reason or logprobs):
+            return None
+        delta: Json = {"content": text} if text or not (calls or new.reason) else {}
+        reason = self._reason(new.reason, reader)
+        delta |= {"tool_calls": calls} if calls else {}
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def full(self, choice: Choice, scored: Piece | None) -> Json:
         """The message."""
         all = choice.whole
-        message = {"role": "assistant", "content": all.text, "refusal": None}
+        message: Json = {"role": "assistant", "content": all.text, "refusal": None}
+        reader = self.reader() if self.reader else None
+        if reader:
+            text, calls = reader.push(all.text, last=True)
+            if calls:
+                given = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
+                message |= {"content": text or None, "tool_calls": given}
         return {
             "index": choice.index,
             "message": message,
             "logprobs": self._logprobs(all),
-            "finish_reason": all.reason,
+            "finish_reason": self._reason(all.reason, reader),
         }
 
 
@@ -316,7 +356,7 @@ class Answer(Response):
         live = form.live and (stream or params.logprobs is not None)
         vocabulary = form.vocabulary if form.live else Vocabulary(None)
         self.choices = [
-            Choice(p * params.n + i, vocabulary, prompt, params, live=live)
+            Choice(p * params.n + i, vocabulary, prompt, params, live=live, shown=form.shown)
             for p, prompt in enumerate(prompts)
             for i in range(params.n)
         ]
@@ -425,7 +465,7 @@ class Answer(Response):
             async with aclosing(self._steps()) as steps:
                 async for found in steps:
                     told = [(c, d) for c, d in found if d.text or d.reason or d.logprobs or not self.form.live]
-                    parts = [self.form.part(c, d) for c, d in told]
+                    parts = [part for c, d in told if (part := self.form.part(c, d))]
                     if parts:
                         await emit(*(self._frame([part], chunk=True) | blank for part in parts))
             final = [self._frame([], chunk=True) | {"usage": self._usage()}] if self.usage else []

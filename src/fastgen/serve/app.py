@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,32 +31,41 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen import tokenizer
 from fastgen.config import SamplingParams
+from fastgen.serve import tools as calls
 from fastgen.serve.answer import Answer, Chat, Choice, Completion, Form, Generate, Vocabulary, dump, refuse
 from fastgen.serve.client import Client
 from fastgen.serve.metrics import Metrics, exposition
 from fastgen.serve.protocol import (
     AbortRequest,
+    Call,
+    CalledFunction,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Function,
+    FunctionName,
     GenerateRequest,
     GenerateSampling,
+    NamedTool,
     Part,
     ProfileRequest,
     Refused,
     ResponseFormat,
     StreamOptions,
     TokenizeRequest,
+    Tool,
+    plain,
 )
 from fastgen.serve.protocol import Message as ChatMessage
 
+TOOLS = (Tool, Function, NamedTool, FunctionName, Call, CalledFunction)
 REQUESTS = (
     ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, AbortRequest, ProfileRequest,
 )  # fmt: skip
 # Names of fields: pydantic's paths to what is wrong hold those of types as well.
 FIELDS = {
     name
-    for kind in (*REQUESTS, GenerateSampling, ChatMessage, Part, StreamOptions, ResponseFormat)
+    for kind in (*REQUESTS, *TOOLS, GenerateSampling, ChatMessage, Part, StreamOptions, ResponseFormat)
     for name in kind.model_fields
 }
 OPEN = ("/", "/health", "/v1/health")  # without a key: they tell nothing but that there is a server
@@ -72,6 +82,7 @@ class Options:
     keys: tuple[str, ...] = ()
     grace: float = 30.0
     max_body: int = 16 * 2**20
+    tool_parser: calls.FamilyName | None = None  # None: by the chat template
     profiles: str | None = None  # the folder of traces
 
 
@@ -85,6 +96,9 @@ class Service:
         self.vocabulary = Vocabulary(None)
         self.encoder: Any = None  # a tokenizer for the thread's own use: two threads may not share one
         self.thread = ThreadPoolExecutor(1, "tokenizer")
+        self.family: calls.FamilyName | None = None  # whose form calls have
+        self.markers: dict[str, int] = {}  # of calls, that are special tokens
+        self.tooled = False  # whether the chat template was seen to tell of tools
         self.context = self.most = self.vocab = 0
         self.ready = self.draining = False
         self.active = 0  # requests being answered
@@ -97,6 +111,7 @@ class Service:
         self.vocabulary, self.context = Vocabulary(loaded), info["context"]
         self.most, self.vocab = info["most"], info["vocab"]
         self.encoder = copy.deepcopy(loaded)
+        self.family, self.markers = self.options.tool_parser or calls.family(loaded), calls.special(loaded)
         self.ready = True
 
     async def in_thread(self, function: Callable, *arguments: Any) -> Any:
@@ -120,12 +135,38 @@ class Service:
             problem = f"{param}: {count} completions are more than this server takes at all, {self.most}"
             raise Refused(400, problem, param=param)
 
+    def coder(self, param: str) -> Any:
+        """The tokenizer. Refused if there is none."""
+        if self.encoder is None:
+            raise Refused(400, "this model came without a tokenizer", param=param)
+        return self.encoder
+
+    async def chat(self, messages: list[ChatMessage], tools: list[Tool]) -> list[int]:
+        """The tokens of messages. Refused if the chat template does not tell the model of the tools."""
+        said, told = calls.for_template(plain(messages), self.family), [tool.plain() for tool in tools] or None
+
+        def encode() -> list[int]:
+            if told and not self.tooled:
+                self.tooled = tokenizer.render(self.encoder, said, told) != tokenizer.render(self.encoder, said)
+                if not self.tooled:
+                    raise Refused(400, "tools: this model's chat template has no place for tools", param="tools")
+            return tokenizer.encode(self.encoder, said, told)
+
+        try:
+            return await self.in_thread(encode)
+        except ValueError as e:
+            raise Refused(400, f"messages: {e}", param="messages") from e
+
     async def encode(self, prompt: Any, param: str) -> list[int]:
-        """A prompt's tokens, which the model has to know, and of which there may not be more than the context."""
+        """A prompt's tokens."""
         try:
             tokens = await self.in_thread(tokenizer.encode, self.encoder, prompt)
         except ValueError as e:
             raise Refused(400, f"{param}: {e}", param=param) from e
+        return self.taken(tokens, param)
+
+    def taken(self, tokens: list[int], param: str) -> list[int]:
+        """Tokens that the model knows, and of which there are not more than the context. Refused if not."""
         if wrong := [t for t in tokens if not 0 <= t < self.vocab]:
             problem = f"{param}: token {wrong[0]} is outside the vocabulary of {self.vocab}"
             raise Refused(400, problem, param=param)
@@ -166,15 +207,35 @@ router = APIRouter()
 async def chat(body: ChatRequest, request: Request) -> Response:
     """An answer to messages, through the model's chat template."""
     service = _service(request)
-    params = body.sampling()
     model = service.check(body.model)
+    choice, many = body.choice, body.parallel_tool_calls is not False
+    form = Chat(service.vocabulary)
+    tools = body.tools if choice != "none" else []  # a model that is told of tools would call them
+    if tools:
+        form = _calling(service, body, choice, many=many)
+    params = body.sampling()
     service.fits(params.n)
-    tokens = await service.encode([m.plain() for m in body.messages], "messages")
+    tokens = service.taken(await service.chat(body.messages, tools), "messages")
     names = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}
     names |= body.names()
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    form = Chat(service.vocabulary)
     return await service.start(request, form, model, [tokens], params, names, stream=body.stream, usage=usage)
+
+
+def _calling(service: Service, body: ChatRequest, choice: str, *, many: bool) -> Chat:
+    """The form of an answer with calls, which are enforced if they are required, named, or strict."""
+    tools, family = body.tools, service.family
+    if choice == "auto" and family is None:
+        problem = "tools: the form of this model's calls is not known: start the server with --tool-parser, or give "
+        raise Refused(400, problem + "tool_choice=required or a function's name", param="tools")
+    if isinstance(body.tool_choice, NamedTool):
+        tools, many = [tool for tool in tools if tool.function.name == body.tool_choice.function.name], False
+    enforced = choice != "auto" or any(tool.function.strict for tool in tools)
+    body.enforce(calls.grammar(family, tools, choice, service.markers, many=many) if enforced else None)
+    names = [tool.function.name for tool in tools]
+    shown = {id: text for text, id in service.markers.items()}
+    reader = partial(calls.Reader, family or "llama", names, None if many else 1)
+    return Chat(service.vocabulary, reader, shown, named=choice == "named")
 
 
 @router.post("/completions", response_model=None)
@@ -248,17 +309,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The tokens of a text or of messages."""
     service = _service(request)
     service.check(body.model)
-    if service.encoder is None:
-        raise Refused(400, "this model came without a tokenizer", param="prompt")
-    prompt = body.prompt
-    if prompt is None and body.messages is not None:
-        try:
-            tokens = await service.in_thread(tokenizer.encode, service.encoder, [m.plain() for m in body.messages])
-        except ValueError as e:
-            raise Refused(400, str(e), param="messages") from e
+    coder, prompt = service.coder("prompt"), body.prompt
+    if body.messages is not None:
+        tokens = await service.chat(body.messages, body.tools)
     else:
-        special = body.add_special_tokens
-        tokens = await service.in_thread(lambda: service.encoder(prompt, add_special_tokens=special).input_ids)
+        tokens = await service.in_thread(lambda: coder(prompt, add_special_tokens=body.add_special_tokens).input_ids)
     return _json({"count": len(tokens), "max_model_len": service.context, "tokens": tokens})
 
 
@@ -267,12 +322,11 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of tokens, special ones included."""
     service = _service(request)
     service.check(body.model)
-    if service.encoder is None:
-        raise Refused(400, "this model came without a tokenizer", param="tokens")
-    vocab = len(service.encoder)
+    coder = service.coder("tokens")
+    vocab = len(coder)
     if wrong := [t for t in body.tokens if not 0 <= t < vocab]:
         raise Refused(400, f"tokens: {wrong[0]} is outside the tokenizer's {vocab}", param="tokens")
-    text = await service.in_thread(lambda: Vocabulary(service.encoder).decode(body.tokens, special=True))
+    text = await service.in_thread(lambda: Vocabulary(coder).decode(body.tokens, special=True))
     return _json({"prompt": text})
 
 
@@ -342,14 +396,16 @@ async def _on_invalid(request: Request, e: Exception) -> Response:
     where = [str(x) for i, x in enumerate(first["loc"][1:]) if isinstance(x, int) or not i or x in FIELDS]
     if first["type"] == "json_invalid":
         return refuse(Refused(400, f"the body is not valid JSON: {first['ctx']['error']}"))
+    said = first["msg"].removeprefix("Value error, ")
     if not where:
-        return refuse(Refused(400, f"the body must be a JSON object: {first['msg']}"))
+        problem = "" if first["type"] == "value_error" else "the body must be a JSON object: "
+        return refuse(Refused(400, problem + said))
     if first["type"] == "extra_forbidden":
         where = [str(x) for x in first["loc"][1:]]
     name = ".".join(where)
     got = "" if first["type"] == "missing" else f", got {str(first.get('input'))[:60]!r}"
     problems = {"extra_forbidden": "there is no such parameter", "missing": "is required"}
-    return refuse(Refused(400, f"{name}: {problems.get(first['type'], first['msg'] + got)}", param=name))
+    return refuse(Refused(400, f"{name}: {problems.get(first['type'], said + got)}", param=name))
 
 
 async def _on_error(request: Request, e: Exception) -> Response:

@@ -5,9 +5,10 @@ counts as not given.
 """
 
 import json
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from fastgen.config import SamplingParams
 
@@ -16,9 +17,6 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 REFUSED: dict[str, tuple[Any, ...]] = {
     "best_of": (),
     "suffix": (),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "structured_outputs": (),
@@ -95,10 +93,9 @@ class ResponseFormat(Strict):
         return self
 
 
-class Common(Strict):
-    """What chat and text completions have in common."""
+class Drawing(Strict):
+    """How tokens are drawn, and how many: fields of SamplingParams, by its names."""
 
-    model: Word | None = None
     n: Annotated[int, Field(ge=1, le=MOST)] = 1
     temperature: float = 1.0
     top_p: float = 1.0
@@ -107,13 +104,24 @@ class Common(Strict):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
-    stop: Text | list[Text] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] = {}
+
+    def drawn(self) -> dict[str, Any]:
+        """As SamplingParams has them."""
+        given = {name: getattr(self, name) for name in Drawing.model_fields}
+        return given | {"stop_token_ids": tuple(self.stop_token_ids), "logit_bias": _bias(self.logit_bias)}
+
+
+class Common(Drawing):
+    """What chat and text completions have in common."""
+
+    model: Word | None = None
+    stop: Text | list[Text] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Word | None = None  # accepted, and not used
@@ -126,12 +134,11 @@ class Common(Strict):
     # Declared so that they are refused with a reason, and not as unknown.
     best_of: Any = None
     suffix: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
     structured_outputs: Any = None
+
+    _calls: str | None = PrivateAttr(None)  # the grammar of calls, where they are enforced
 
     def guide(self) -> tuple[str, str] | None:
         """The field that wants the output to follow a grammar, and the grammar. Refused if there are several."""
@@ -148,6 +155,8 @@ class Common(Strict):
             found["guided_choice"] = "lark:start: " + " | ".join(json.dumps(text) for text in self.guided_choice)
         if self.guided_grammar is not None:
             found["guided_grammar"] = f"lark:{self.guided_grammar}"
+        if self._calls is not None:
+            found["tools"] = self._calls
         if len(found) > 1:
             raise Refused(400, f"{' and '.join(found)} both say what the output follows: give one", param=[*found][1])
         return next(iter(found.items()), None)
@@ -162,27 +171,10 @@ class Common(Strict):
         if self.stream_options is not None and not self.stream:
             raise Refused(400, "stream_options needs stream=true", param="stream_options")
         guide = self.guide()
-        return checked(
-            {"max_tokens": longest[0]} | self.names(),
-            grammar=guide[1] if guide else None,
-            n=self.n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            seed=self.seed,
-            max_tokens=longest[1],
-            min_tokens=self.min_tokens,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias=_bias(self.logit_bias),
-            logprobs=logprobs,
-            prompt_logprobs=logprobs if echo else None,
-        )
+        given = self.drawn() | {"max_tokens": longest[1], "grammar": guide[1] if guide else None}
+        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        prompt = logprobs if echo else None
+        return checked({"max_tokens": longest[0]} | self.names(), **given, logprobs=logprobs, prompt_logprobs=prompt)
 
 
 class Part(Strict):
@@ -192,27 +184,169 @@ class Part(Strict):
     text: Word
 
 
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]  # of a function, as OpenAI has it
+
+
+def _of_object(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type", "object") != "object":
+        raise ValueError('this must be a JSON schema of an object, {"type": "object", ...}')
+    return schema
+
+
+def _object(text: str) -> str:
+    try:
+        if isinstance(json.loads(text or "{}"), dict):
+            return text
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("this must be the JSON text of an object")
+
+
+class Function(Strict):
+    """What may be called. No parameters means that it takes none."""
+
+    name: Name
+    description: Word | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_of_object)] = {}
+    strict: bool = False
+
+
+class Tool(Strict):
+    """Only functions are supported."""
+
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """As a chat template wants it: `strict` is ours to know."""
+        f = self.function
+        told: dict[str, Any] = {"name": f.name, "description": f.description or ""}  # templates may print either
+        told["parameters"] = f.parameters or {"type": "object", "properties": {}}
+        return {"type": self.type, "function": told}
+
+
+class FunctionName(Strict):
+    """The one that is to be called."""
+
+    name: Name
+
+
+class NamedTool(Strict):
+    """A `tool_choice` of one function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class CalledFunction(Strict):
+    """A function's name, and the JSON of its arguments."""
+
+    name: Name
+    arguments: Annotated[Word, AfterValidator(_object)]
+
+
+class Call(Strict):
+    """A call that the model made before."""
+
+    id: Text
+    type: Literal["function"]
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """Templates want an object, where clients have its text."""
+        called = {"name": self.function.name, "arguments": json.loads(self.function.arguments or "{}")}
+        return {"id": self.id, "type": self.type, "function": called}
+
+
 class Message(Strict):
     """What somebody said. A developer is the system to chat templates."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Word | list[Part] = ""
     name: Word | None = None
+    tool_calls: Annotated[list[Call] | None, Field(min_length=1)] = None
+    tool_call_id: Text | None = None
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _fits(self) -> "Message":
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id must be given for the role tool, and for no other")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are the assistant's")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """As a chat template wants it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        who = "system" if self.role == "developer" else self.role
-        return {"role": who, "content": text} | ({} if self.name is None else {"name": self.name})
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.name is not None:
+            found["name"] = self.name
+        if self.tool_calls:
+            found["content"] = text or None
+            found["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            found["tool_call_id"] = self.tool_call_id
+        return found
 
 
-class ChatRequest(Common):
+def plain(messages: list[Message]) -> list[dict[str, Any]]:
+    """All of them; a tool's get the name of what was called, which some templates ask for."""
+    found, called = list[dict[str, Any]](), dict[str, str]()
+    for i, message in enumerate(messages):
+        called |= {c.id: c.function.name for c in message.tool_calls or ()}
+        found.append(message.plain())
+        if message.tool_call_id is not None:
+            param = f"messages.{i}.tool_call_id"
+            if message.tool_call_id not in called:
+                raise Refused(400, f"{param}: no call before it has the id {message.tool_call_id!r}", param=param)
+            found[-1].setdefault("name", called[message.tool_call_id])
+    return found
+
+
+def _distinct(tools: list[Tool]) -> list[Tool]:
+    count = Counter(tool.function.name for tool in tools)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise ValueError(f"there is more than one function {twice[0]}")
+    return tools
+
+
+class Tooled(Strict):
+    """What has messages, and tools beside them."""
+
+    tools: Annotated[list[Tool], AfterValidator(_distinct)] = []
+
+
+class ChatRequest(Common, Tooled):
     """POST /chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = None  # the newer name of max_tokens
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
+
+    @property
+    def choice(self) -> str:
+        """`none`, `auto`, `required`, or `named`; what does not go together is Refused, by name."""
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if not self.tools and getattr(self, name) not in (None, "none"):
+                raise Refused(400, f"{name} needs tools", param=name)
+        if isinstance(self.tool_choice, NamedTool):
+            wanted, names = self.tool_choice.function.name, [tool.function.name for tool in self.tools]
+            if wanted not in names:
+                problem = f"tool_choice: no function {wanted} is among the tools: {', '.join(names)}"
+                raise Refused(400, problem, param="tool_choice")
+            return "named"
+        return self.tool_choice or ("auto" if self.tools else "none")
+
+    def enforce(self, grammar: str | None) -> None:
+        """Have the output follow the grammar of calls. A form of all output leaves no room for calls."""
+        other = self.guide()
+        if other is not None:
+            problem = f"{other[0]} is the form of all output, and calls have another: leave it out, or tool_choice=none"
+            raise Refused(400, problem, param=other[0])
+        self._calls = grammar
 
     def sampling(self) -> SamplingParams:
         """ValueError-free: what is wrong is Refused, by name. No limit means the rest of the context."""
@@ -247,23 +381,10 @@ class CompletionRequest(Common):
         return self._sampling(("max_tokens", most), self.logprobs, self.echo)
 
 
-class GenerateSampling(Strict):
+class GenerateSampling(Drawing):
     """The library's own SamplingParams, without text."""
 
-    n: Annotated[int, Field(ge=1, le=MOST)] = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
     max_tokens: int | None = 16
-    min_tokens: int = 0
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[str, float] = {}
     logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
     logprob_mode: Literal["raw", "processed"] = "raw"
@@ -279,17 +400,16 @@ class GenerateRequest(Strict):
 
     def sampling(self) -> SamplingParams:
         """What is wrong is Refused, by name."""
-        given = self.sampling_params.model_dump()
-        if self.stream and given["prompt_logprobs"] is not None:
+        asked = self.sampling_params
+        if self.stream and asked.prompt_logprobs is not None:
             problem = "prompt_logprobs cannot be streamed: they come at the end"
             raise Refused(400, problem, param="sampling_params.prompt_logprobs")
-        given["logit_bias"] = _bias(given["logit_bias"])
-        names = {name: f"sampling_params.{name}" for name in given}
-        return checked(names, **given)
+        names = {name: f"sampling_params.{name}" for name in GenerateSampling.model_fields}
+        return checked(names, **(asked.model_dump() | asked.drawn()))
 
 
-class TokenizeRequest(Strict):
-    """POST /tokenize: a text, or messages as the chat template has them."""
+class TokenizeRequest(Tooled):
+    """POST /tokenize: a text, or messages as the chat template has them, with tools or without."""
 
     model: Word | None = None
     prompt: Word | None = None
@@ -300,6 +420,8 @@ class TokenizeRequest(Strict):
     def _one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        if self.tools and self.messages is None:
+            raise ValueError("tools go with messages")
         return self
 
 

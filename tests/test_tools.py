@@ -1,0 +1,443 @@
+"""Calls of functions: read from scripted output, enforced by grammars, and told to models by templates."""
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from test_tokenizer import BYTE_LEVEL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastgen import SamplingParams, tokenizer
+from fastgen.serve import app, tools
+from fastgen.serve.answer import Answer, Chat, Choice, Vocabulary
+from fastgen.serve.client import Client
+from fastgen.serve.core import Piece
+from fastgen.serve.metrics import Metrics
+from fastgen.serve.protocol import ChatRequest, Message, Refused, Tool, plain
+from fastgen.serve.tools import Reader
+from fastgen.tokenizer import Detokenizer
+
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", 'a "b" \\ }{']}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+GIVEN: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "get", "description": "The weather.", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "get_time"}},
+]
+TOOLS = [Tool.model_validate(tool) for tool in GIVEN]
+NAMES = ("get", "get_time")
+HARD = '{"city": "a \\"b\\" \\\\ }{", "more": {"x": [{}, "{"]}}'
+
+# family, text, the content it leaves, and the calls in it
+TEXTS: list[tuple[tools.FamilyName, str, str, list[tuple[str, str]]]] = [
+    ("hermes", "Hello <b>there</b>, 1 < 2 <tool", "Hello <b>there</b>, 1 < 2 <tool", []),
+    ("hermes", '<tool_call>\n{"name": "get", "arguments": {"a": 1}}\n</tool_call>', "", [("get", '{"a": 1}')]),
+    (
+        "hermes",
+        f'Let me see.\n\n<tool_call>{{"name":"get","arguments":{HARD}}}</tool_call>\n'
+        '<tool_call>\n{"name": "get_time"}\n</tool_call>\n',
+        "Let me see.",
+        [("get", HARD), ("get_time", "{}")],
+    ),
+    ("hermes", '<tool_call>{"name": "get", "arguments": {}} and more', " and more", [("get", "{}")]),
+    ("hermes", '<tool_call>{"name": "get", "arguments": {"a": [1, "b', "", [("get", '{"a": [1, "b')]),
+    ("hermes", '<tool_call>{"name": "got", "arguments": {}}', '<tool_call>{"name": "got", "arguments": {}}', []),
+    ("hermes", '<tool_call>{"name": "get", "argum', '<tool_call>{"name": "get", "argum', []),
+    ("hermes", '<tool_call>\n<tool_call>{"name": "get"}', "<tool_call>", [("get", "{}")]),
+    ("hermes", '{"name": "get", "arguments": {}}', '{"name": "get", "arguments": {}}', []),
+    ("hermes", "  \n\n ", "  \n\n ", []),
+    ("llama", '{"name": "get", "parameters": {"a": 1}}', "", [("get", '{"a": 1}')]),
+    ("llama", f'\n<|python_tag|>{{"type": "function", "name": "get", "parameters": {HARD}}}', "", [("get", HARD)]),
+    ("llama", 'Now: <|python_tag|>{"name": "get_time", "parameters": {}}', "Now:", [("get_time", "{}")]),
+    ("llama", '{"name": "get", "parameters": {}}; {"name": "get_time", "parameters": {}}', "", [("get", "{}")]),
+    ("llama", '{"city": "Paris"}', '{"city": "Paris"}', []),
+    ("llama", 'So {"name": "get", "parameters": {}}', 'So {"name": "get", "parameters": {}}', []),
+    ("llama", '<|python_tag|>search.call(query="x")', '<|python_tag|>search.call(query="x")', []),
+    ("mistral", '[TOOL_CALLS] [{"name": "get", "arguments": {"a": 1}}]', "", [("get", '{"a": 1}')]),
+    (
+        "mistral",
+        f'Well. [TOOL_CALLS][{{"name": "get", "arguments": {HARD}, "id": "abcdef123"}}, '
+        '{"name": "get_time", "arguments": {}}]',
+        "Well.",
+        [("get", HARD), ("get_time", "{}")],
+    ),
+    (
+        "mistral",
+        '[TOOL_CALLS]get[ARGS]{"a": 1}[TOOL_CALLS]get_time[CALL_ID]x1[ARGS]{}',
+        "",
+        [("get", '{"a": 1}'), ("get_time", "{}")],
+    ),
+    ("mistral", 'get{"a": 1} [TOOL_CALLS]get{"a": 1}', 'get{"a": 1}', [("get", '{"a": 1}')]),
+    ("mistral", "[TOOL_CALLS] [] and [1, 2]", "[TOOL_CALLS] [] and [1, 2]", []),
+    ("mistral", '[TOOL_CALLS] [{"name": "get", "arguments": {}}, {"name": "g', ', {"name": "g', [("get", "{}")]),
+]
+
+
+def read(form: tools.FamilyName, parts: Sequence[str], most: int | None = None) -> tuple[str, list[tuple[str, str]]]:
+    """What a client puts together from the deltas, which have to be OpenAI's."""
+    reader, content, found = Reader(form, NAMES, most), "", list[list[str]]()
+    for i in range(len(parts) + 1):
+        text, calls = reader.push("".join(parts[i : i + 1]), last=i == len(parts))
+        content += text
+        assert len({c["index"] for c in calls}) == len(calls)
+        for call in calls:
+            if call["index"] == len(found):
+                assert call["id"].startswith("call_") and call["type"] == "function"
+                found.append([call["function"].pop("name"), ""])
+            else:
+                assert call.keys() == {"index", "function"} and call["index"] == len(found) - 1
+            assert call["function"].keys() == {"arguments"}
+            found[-1][1] += call["function"]["arguments"]
+    return content, [(name, arguments) for name, arguments in found]
+
+
+@pytest.mark.parametrize("form, text, content, calls", TEXTS, ids=lambda x: x[:24] if isinstance(x, str) else "")
+def test_calls_are_read_wherever_the_text_is_split(
+    form: tools.FamilyName, text: str, content: str, calls: list[tuple[str, str]]
+) -> None:
+    """Whole, in two parts, and by character."""
+    assert read(form, [text]) == (content, calls)
+    assert read(form, list(text)) == (content, calls)
+    for i in range(len(text)):
+        assert read(form, [text[:i], text[i:]]) == (content, calls), i
+
+
+WORDS = sorted(
+    {w for _, text, _, _ in TEXTS for w in (text[:13], text[-9:], text[5:30])} | {*tools.MARKERS, *'{}"\\,; \n'}
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    form=st.sampled_from(tools.FAMILIES),
+    parts=st.lists(st.sampled_from(WORDS) | st.sampled_from([t for _, t, _, _ in TEXTS]), max_size=6),
+    cuts=st.lists(st.integers(0, 400), max_size=12),
+)
+def test_any_split_of_any_text_reads_the_same(form: tools.FamilyName, parts: list[str], cuts: list[int]) -> None:
+    text = "".join(parts)
+    ends = sorted({min(c, len(text)) for c in cuts} | {0, len(text)})
+    assert read(form, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]) == read(form, [text])
+
+
+def test_text_is_held_back_only_while_it_may_begin_a_call() -> None:
+    """And arguments are passed on as they come."""
+    reader = Reader("hermes", NAMES)
+    for new, sent in (
+        ("Hi", "Hi"),
+        (" the", " the"),
+        ("re\n", "re"),
+        ("<", ""),
+        ("b>", "\n<b>"),
+        (" <tool_call>", ""),
+        ("{x", " <tool_call>{x"),
+    ):
+        assert reader.push(new) == (sent, [])
+    said = [
+        reader.push(part)[1] for part in ('<tool_call>{"name": "get", "arguments": ', '{"a', '": 1', "}}</tool_call>")
+    ]
+    assert [[call["function"]["arguments"] for call in calls] for calls in said] == [[], ['{"a'], ['": 1'], ["}"]]
+
+
+def test_calls_beyond_the_most_are_dropped() -> None:
+    two = '<tool_call>{"name": "get", "arguments": {"a": 1}}</tool_call>' * 2
+    assert read("hermes", list(two), most=1) == ("", [("get", '{"a": 1}')])
+
+
+# --- grammars ---------------------------------------------------------------------------------------------------------
+
+
+def coder(*added: str) -> PreTrainedTokenizerFast:
+    """Bytes, with special tokens beside them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | {"</s>": 256}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    found = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    found.add_special_tokens({"additional_special_tokens": list(added)})
+    return found
+
+
+CODERS = {
+    "plain": coder(),
+    "llama": coder(tools.PYTHON),
+    "mistral": coder(tools.CALLS),
+    "mistral 11": coder(tools.CALLS, tools.ARGS, tools.ID),
+    "hermes": coder(tools.OPEN, tools.CLOSE),
+}
+SETUPS = [("llama", "plain"), ("mistral", "plain"), ("hermes", "plain"), *((n.split()[0], n) for n in list(CODERS)[1:])]
+
+
+@pytest.fixture(scope="module")
+def guides() -> dict[str, Any]:
+    pytest.importorskip("llguidance")
+    from fastgen.grammar import Guides
+
+    return {name: Guides(c, len(c), frozenset([256])) for name, c in CODERS.items()}
+
+
+def strict(*names: str) -> list[Tool]:
+    return [
+        t.model_copy(update={"function": t.function.model_copy(update={"strict": t.function.name in names})})
+        for t in TOOLS
+    ]
+
+
+@pytest.mark.parametrize("form, name", SETUPS)
+@pytest.mark.parametrize("many", [True, False])
+def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: bool, guides: dict[str, Any]) -> None:
+    """Tokens drawn at random from what it allows: arguments that follow the schema, and no other text."""
+    dice, vocabulary = random.Random(0), CODERS[name]
+    markers = tools.special(vocabulary)
+    grammar = tools.grammar(form, TOOLS, "required", markers, many=many)
+    counts = set()
+    for _ in range(4):
+        guide, tokens = guides[name].guide(grammar), list[int]()
+        while not guide.matcher.is_stopped():
+            bits = guides[name].masks([(0, guide)], 1)[0]
+            tokens.append(dice.choice([t for t in range(len(vocabulary)) if bits[t // 32] >> t % 32 & 1]))
+            guide.push(tokens[-1])
+        shown = {id: text for text, id in markers.items()}
+        decoder = Detokenizer(vocabulary, [], shown=shown)
+        text = "".join(decoder.push(t)[0] for t in tokens) + decoder.finish()
+        assert text == Detokenizer(vocabulary, [], shown=shown).whole(tokens)
+        content, calls = read(form, [text])
+        assert content == "" and calls, text
+        counts.add(len(calls))
+        for function, arguments in calls:
+            value = json.loads(arguments)
+            if function == "get":
+                assert value.keys() == {"city", "days"} and value["city"] in WEATHER["properties"]["city"]["enum"]
+                assert value["days"] in range(1, 10)
+            else:
+                assert value == {}
+    assert counts == {1} if not many or form == "llama" else max(counts) > 1
+
+
+def allows(guides: Any, vocabulary: Any, grammar: str, text: str) -> bool:
+    guide = guides.guide(grammar)
+    tokens = vocabulary(text, add_special_tokens=False).input_ids
+    return guide.matcher.validate_tokens(tokens) == len(tokens)
+
+
+GOOD = {
+    "llama": '{"name": "get", "parameters": {"city": "Paris", "days": 3}}',
+    "mistral": '[TOOL_CALLS] [{"name": "get", "arguments": {"city": "Paris", "days": 3}}]',
+    "mistral 11": '[TOOL_CALLS]get[ARGS]{"city": "Paris", "days": 3}',
+    "hermes": '<tool_call>\n{"name": "get", "arguments": {"city": "Paris", "days": 3}}\n</tool_call>',
+}
+
+
+@pytest.mark.parametrize("form, name", SETUPS)
+def test_strict_functions_are_enforced_also_where_text_may_come(form: Any, name: str, guides: dict[str, Any]) -> None:
+    """Any text, and calls that follow; arguments of the others are any object."""
+    grammar = tools.grammar(form, strict("get"), "auto", tools.special(CODERS[name]), many=True)
+    check, good = partial(allows, guides[name], CODERS[name], grammar), GOOD.get(name, GOOD[form])
+    before = "" if form == "llama" else "Well, 1 < 2 [or so].\n"
+    assert check("Just\n\n text <, [TOOL.") and check(before + good)
+    assert not check(before + good.replace("Paris", "Rome")) and not check(before + good.replace("get", "got"))
+    assert check(before + good.replace("get", "get_time")) and check(
+        before + good.replace("get", "get_time").replace("Paris", "Rome")
+    )
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+
+BODY = "{{ {'name': c.function.name, %r: c.function.arguments} | tojson }}"
+TEMPLATES: dict[str, str] = {
+    "llama": "{% for m in messages %}{{ m.role }}:{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('one call at a time') }}{% endif %}{% for c in m.tool_calls %}"
+    + BODY % "parameters"
+    + "{% endfor %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}{# <|python_tag|> #}",
+    "mistral": "{% for m in messages %}{{ m.role }}:{% if m.tool_calls %}[TOOL_CALLS] [{% for c in m.tool_calls %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif %}"
+    + BODY % "arguments"
+    + "{{ ', ' if not loop.last }}{% endfor %}]{% else %}{{ m.content }}{% endif %}{{ m.tool_call_id }}\n{% endfor %}",
+    "hermes": "{% for m in messages %}{{ m.role }}:{{ m.content or '' }}{% for c in m.tool_calls %}<tool_call>\n"
+    + BODY % "arguments"
+    + "\n</tool_call>{% endfor %}{% if m.role == 'tool' %}({{ m.name }}){% endif %}\n{% endfor %}",
+}
+TOLD = "{% for t in tools or () %}{{ t | tojson }}\n{% endfor %}"
+TEMPLATES = {form: TOLD + text for form, text in TEMPLATES.items()}
+
+
+@pytest.mark.parametrize("form", tools.FAMILIES)
+def test_a_call_goes_to_the_model_and_comes_back(form: tools.FamilyName) -> None:
+    """What the template makes of a call is read as that call; its result is told with the same id."""
+    vocabulary = coder()
+    vocabulary.chat_template = TEMPLATES[form]
+    assert tools.family(vocabulary) == form
+    asked: dict[str, Any] = {
+        "id": "call_0123456789abcdef",
+        "type": "function",
+        "function": {"name": "get", "arguments": HARD},
+    }
+    messages = [
+        Message.model_validate({"role": "user", "content": "How is it?"}),
+        Message.model_validate({"role": "assistant", "content": None, "tool_calls": [asked]}),
+        Message.model_validate({"role": "tool", "tool_call_id": asked["id"], "content": "Sunny."}),
+    ]
+    said = tools.for_template(plain(messages), form)
+    lines = tokenizer.render(vocabulary, said, [tool.plain() for tool in TOOLS]).split("\n")
+    assert json.loads(lines[0]) == GIVEN[0] and json.loads(lines[1])["function"]["parameters"]["type"] == "object"
+    text = "\n".join(lines).partition("assistant:")[2].partition("tool:")[0]
+    content, [(name, arguments)] = read(form, [text])
+    assert (content.strip(), name, json.loads(arguments)) == ("", "get", json.loads(HARD))
+    assert said[2]["name"] == "get" and said[2]["tool_call_id"] == said[1]["tool_calls"][0]["id"]
+
+
+@pytest.mark.parametrize("name", CODERS)
+def test_families_by_their_tokens(name: str) -> None:
+    """Where the template says nothing."""
+    assert tools.family(CODERS[name]) == (None if name == "plain" else name.split()[0])
+    assert tools.family(None) is None and tools.special(None) == {}
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+SCRIPT = 'Well.\n<tool_call>\n{"name": "get", "arguments": {"city": "Paris"}}\n</tool_call>\n'
+SCRIPT += '<tool_call>{"name": "get_time"}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "reason, named, wanted", [("stop", False, "tool_calls"), ("stop", True, "stop"), ("length", False, "length")]
+)
+@pytest.mark.parametrize("length", [len(SCRIPT), 70, 12, 5])
+def test_chunks_add_up_to_the_whole_answer(reason: str, named: bool, wanted: str, length: int) -> None:
+    """For each of several choices; every token's logprob is told once."""
+    vocabulary = Vocabulary(BYTE_LEVEL)
+    tokens = BYTE_LEVEL(SCRIPT[:length], add_special_tokens=False).input_ids
+    params = SamplingParams(n=2, logprobs=0, max_tokens=500)
+    form = Chat(vocabulary, partial(Reader, "hermes", NAMES), named=named)
+    choices = [Choice(i, vocabulary, [], params, live=True, shown={}) for i in range(2)]
+    for i, token in enumerate(tokens):
+        for choice in choices:
+            end = reason if i == len(tokens) - 1 else None
+            part = form.part(choice, choice.push(Piece(choice.index, [token], [-1.0], None, end)))
+            found = choice.__dict__.setdefault("found", {"content": "", "calls": [], "logprobs": 0})
+            assert part is not None
+            found["logprobs"] += len(part["logprobs"]["content"])
+            found["content"] += part["delta"].get("content") or ""
+            for call in part["delta"].get("tool_calls", ()):
+                if call["index"] == len(found["calls"]):
+                    found["calls"].append(call["function"])
+                else:
+                    found["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
+            found["reason"] = part["finish_reason"]
+    for choice in choices:
+        full, found = form.full(choice, None), choice.__dict__["found"]
+        calls = [call["function"] for call in full["message"].get("tool_calls", ())]
+        assert calls == found["calls"] and len(calls) == {12: 0, 5: 0, 70: 1}.get(length, 2)
+        assert (full["message"]["content"] or "") == found["content"]
+        assert full["finish_reason"] == found["reason"] == (wanted if calls else reason)
+        assert found["logprobs"] == len(full["logprobs"]["content"]) == len(tokens)
+
+
+def test_markers_that_are_special_tokens_are_seen() -> None:
+    """Other special tokens are not; nothing changes without calls."""
+    vocabulary = CODERS["mistral"]
+    id = tools.special(vocabulary)[tools.CALLS]
+    tokens = vocabulary('é[TOOL_CALLS] [{"name"').input_ids + [256]
+    assert Detokenizer(vocabulary, []).whole(tokens) == 'é [{"name"'
+    for decoder in (
+        Detokenizer(vocabulary, [1, id, 2], shown={id: tools.CALLS}),
+        Detokenizer(vocabulary, [], shown={id: tools.CALLS}),
+    ):
+        assert "".join(decoder.push(t)[0] for t in tokens) + decoder.finish() == 'é[TOOL_CALLS] [{"name"'
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def worker(vocabulary: PreTrainedTokenizerFast | None) -> app.Service:
+    """What the endpoints use, without an engine. The form of its model's calls is not known."""
+    made = app.Service.__new__(app.Service)
+    made.encoder, made.vocabulary, made.family, made.markers = vocabulary, Vocabulary(vocabulary), None, {}
+    made.tooled, made.thread = False, ThreadPoolExecutor(1)
+    return made
+
+
+def asks(**given: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]} | given)
+
+
+def test_what_does_not_go_together() -> None:
+    """By the name of the field."""
+    service, form = worker(None), {"type": "json_object"}
+    for body, param in (
+        (asks(tool_choice="auto"), "tool_choice"),
+        (asks(parallel_tool_calls=True), "parallel_tool_calls"),
+        (asks(tools=GIVEN, tool_choice={"type": "function", "function": {"name": "got"}}), "tool_choice"),
+        (asks(tools=GIVEN), "tools"),  # with a family that is not known
+        (asks(tools=GIVEN, tool_choice="required", response_format=form), "response_format"),
+    ):
+        with pytest.raises(Refused) as e:
+            app._calling(service, body, body.choice, many=True)
+        assert e.value.param == param and param in e.value.message
+    assert asks(tools=GIVEN).choice == "auto" and asks(tool_choice="none").choice == "none" and asks().choice == "none"
+
+
+def test_functions_are_checked() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "get", "arguments": "{}"}}
+    for wrong in (
+        {"tools": [GIVEN[0], GIVEN[0]]},
+        {"tools": [{"type": "function", "function": {"name": "two words"}}]},
+        {"tools": [{"type": "function", "function": {"name": "x" * 65}}]},
+        {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "array"}}}]},
+        {"tools": [{"type": "custom", "custom": {"name": "x"}}]},
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [call]}]},
+        {"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [call | {"function": {"name": "get", "arguments": "[]"}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [call | {"function": {"name": "get", "arguments": "{"}}]}]},
+    ):
+        with pytest.raises(ValidationError):
+            asks(**wrong)
+    with pytest.raises(Refused, match="tool_call_id: no call before it"):
+        plain([Message.model_validate({"role": "tool", "content": "x", "tool_call_id": "b"})])
+
+
+def test_templates_that_cannot_have_it() -> None:
+    """A template that ignores tools, and one that fails on what calls are made of."""
+    vocabulary = coder()
+    service = worker(vocabulary)
+    user = Message.model_validate({"role": "user", "content": "x"})
+    for template, param in (
+        ("{{ messages[0].content }}", "tools"),
+        ("{{ 'a' + tools[0] }}", "messages"),
+        ("{{ raise_exception('no tools') if tools }}", "messages"),
+    ):
+        vocabulary.chat_template = template
+        with pytest.raises(Refused) as e:
+            asyncio.run(service.chat([user], TOOLS))
+        assert e.value.status == 400 and e.value.param == param, e.value.message
+
+
+def test_special_tokens_of_calls_reach_their_reader() -> None:
+    """From the tokenizer's markers to the answer, as a server has it."""
+    vocabulary = CODERS["mistral 11"]
+    service = worker(vocabulary)
+    service.family, service.markers = tools.family(vocabulary), tools.special(vocabulary)
+    body = asks(tools=GIVEN, parallel_tool_calls=False)
+    form = app._calling(service, body, body.choice, many=False)
+    assert body.sampling().grammar is None
+    client, metrics = MagicMock(spec=Client), MagicMock(spec=Metrics)
+    [choice] = Answer(client, metrics, form, "", "", [[1]], body.sampling(), {}, stream=False).choices
+    text = 'Hm.[TOOL_CALLS]get[ARGS]{"a": 1}[TOOL_CALLS]get_time[ARGS]{}'
+    choice.push(Piece(0, [*vocabulary(text).input_ids, 256], None, None, "stop"))
+    message = form.full(choice, None)["message"]
+    [call] = message["tool_calls"]
+    assert message["content"] == "Hm." and call["function"] == {"name": "get", "arguments": '{"a": 1}'}
+    strictly = asks(tools=[GIVEN[0] | {"function": GIVEN[0]["function"] | {"strict": True}}])
+    app._calling(service, strictly, strictly.choice, many=True)
+    assert (strictly.sampling().grammar or "").startswith("lark:") and strictly.names()["lark"] == "tools"
