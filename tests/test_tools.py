@@ -421,6 +421,8 @@ def test_templates_that_cannot_have_it() -> None:
         with pytest.raises(Refused) as e:
             asyncio.run(service.chat([user], TOOLS))
         assert e.value.status == 400 and e.value.param == param, e.value.message
+    vocabulary.chat_template = "{{ messages[0].content }}"  # grammars need no template's help
+    assert asyncio.run(service.chat([user], TOOLS, enforced=True)) == vocabulary("x").input_ids
 
 
 def test_special_tokens_of_calls_reach_their_reader() -> None:

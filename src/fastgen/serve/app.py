@@ -141,12 +141,12 @@ class Service:
             raise Refused(400, "this model came without a tokenizer", param=param)
         return self.encoder
 
-    async def chat(self, messages: list[ChatMessage], tools: list[Tool]) -> list[int]:
-        """The tokens of messages. Refused if the chat template does not tell the model of the tools."""
+    async def chat(self, messages: list[ChatMessage], tools: list[Tool], *, enforced: bool = False) -> list[int]:
+        """The tokens of messages. Refused if the template does not tell of the tools; enforced calls come anyhow."""
         said, told = calls.for_template(plain(messages), self.family), [tool.plain() for tool in tools] or None
 
         def encode() -> list[int]:
-            if told and not self.tooled:
+            if told and not enforced and not self.tooled:
                 self.tooled = tokenizer.render(self.encoder, said, told) != tokenizer.render(self.encoder, said)
                 if not self.tooled:
                     raise Refused(400, "tools: this model's chat template has no place for tools", param="tools")
@@ -215,7 +215,9 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         form = _calling(service, body, choice, many=many)
     params = body.sampling()
     service.fits(params.n)
-    tokens = service.taken(await service.chat(body.messages, tools), "messages")
+    tokens = service.taken(
+        await service.chat(body.messages, tools, enforced=choice in ("required", "named")), "messages"
+    )
     names = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}
     names |= body.names()
     usage = bool(body.stream_options and body.stream_options.include_usage)
