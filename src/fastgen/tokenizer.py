@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastgen.models import gguf
+from fastgen.types import Tokenizer
 
 Message = dict[str, Any]
 CONTEXT = 6  # tokens decoded again with each new one, or a few more
@@ -18,7 +18,7 @@ LONGEST = 8  # tokens that text is held back for: more than any character has
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids (also an array), or chat messages
 
 
-def load(path: Path) -> PreTrainedTokenizerBase | None:
+def load(path: Path) -> Tokenizer | None:
     """The tokenizer beside a checkpoint (or inside a `.gguf`); None if there is none."""
     if path.suffix == ".gguf":
         return gguf.tokenizer(path)
@@ -26,6 +26,8 @@ def load(path: Path) -> PreTrainedTokenizerBase | None:
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
     if not any((folder / name).is_file() for name in files):
         return None
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -38,7 +40,7 @@ def is_one(prompts: object) -> bool:
     return getattr(prompts, "ndim", 0) == 1  # an array or tensor of token ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
+def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; chat messages go through the tokenizer's chat template, up to the model's turn."""
     if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
         prompt = cast(Any, prompt).tolist()
@@ -58,14 +60,14 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
     return _templated(tokenizer, prompt, tokenize=True, return_dict=True)["input_ids"]
 
 
-def render(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message]) -> str:
+def render(tokenizer: Tokenizer | None, messages: Sequence[Message]) -> str:
     """The text that the chat template makes of messages, up to the model's turn; `encode` gives its tokens."""
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
     return _templated(tokenizer, messages, tokenize=False)
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], **options: bool) -> Any:
+def _templated(tokenizer: Tokenizer, prompt: Sequence[Any], **options: bool) -> Any:
     for message in prompt:
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
@@ -85,7 +87,7 @@ class Detokenizer:
     UTF-8 character, or the beginning of a stop string.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.text = ""  # everything decoded, held-back part included
         self.sent = 0  # characters already returned
