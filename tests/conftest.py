@@ -11,8 +11,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch's default device for the tests: cpu or cuda")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, though its tests are few: no other process waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_smollm2.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # most tensors here are tiny: more threads cost more than they give
+    # Most tensors here are tiny, and threads that wait for a core spin: one for each process, those of tests included.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for processes that tests start
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run as Python
     else:

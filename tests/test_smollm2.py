@@ -35,9 +35,9 @@ NEW = 64
 
 @pytest.fixture(scope="module", autouse=True)
 def threads() -> Iterator[None]:
-    """All cores: the tensors here are large."""
+    """This process's share of the cores: the tensors here are large, and threads that wait for a core spin."""
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
     yield
     torch.set_num_threads(before)
 
@@ -104,7 +104,7 @@ def test_greedy_tokens_are_those_of_transformers(
     engine = fastgen.Engine(params, spec, **MODES[mode])
     sampling = fastgen.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     if mode == "alone":
-        prompts = prompts[::2]  # of every kind; all of them would take minutes
+        prompts = prompts[1::4]  # of every kind; all of them would take minutes
         outputs = [engine.generate([p], sampling)[0] for p in prompts]
     else:
         outputs = engine.generate(prompts, sampling)

@@ -12,13 +12,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
-
 from fastgen import tokenizer
 from fastgen.config import SamplingParams, unknown
 from fastgen.engine import Engine
 from fastgen.request import Completion
 from fastgen.tokenizer import Message
+from fastgen.types import Tokenizer
 
 FIXED = ("n", "prompt_logprobs")  # settings that make no sense in a conversation
 COMMON = ("temperature", "top_p", "max_tokens")
@@ -43,7 +42,7 @@ class Round:
         return len(self.answer.token_ids) / self.seconds if self.seconds else 0.0
 
 
-def check(tokenizer: PreTrainedTokenizerBase | None, model: str, sampling: SamplingParams) -> None:
+def check(tokenizer: Tokenizer | None, model: str, sampling: SamplingParams) -> None:
     """ValueError, with what to do, for a model that cannot chat, or settings that are none of a conversation's."""
     _fitting(asdict(sampling))
     if tokenizer is None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from fastgen import schedule, tokenizer
 from fastgen.batch import Stager, edits, places, to_device
@@ -32,7 +31,7 @@ from fastgen.sampling import sample
 from fastgen.snapshot import Snapshot
 from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
-from fastgen.types import Batch, Filter, Params, Sampling
+from fastgen.types import Batch, Filter, Params, Sampling, Tokenizer
 
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
 
@@ -85,7 +84,7 @@ class Engine:
         self,
         params: Params,
         spec: Spec,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         *,
         progress: bool = True,
         group: Group | None = None,

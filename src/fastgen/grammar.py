@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+
+from fastgen.types import Tokenizer
 
 KINDS = ("regex", "json", "lark")
 
@@ -51,7 +52,7 @@ class Guide:
 class Guides:
     """Makes guides for the tokens of a tokenizer, and their masks, all cores at once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocab: int, eos: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, vocab: int, eos: frozenset[int]) -> None:
         """`vocab`: the model's, which may be larger than the tokenizer's."""
         self.tokenizer, self.vocab, self.eos = tokenizer, vocab, eos
         self._tokens: Any = None  # made when first wanted: it takes a second

@@ -7,12 +7,11 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from fastgen.config import SamplingParams
 from fastgen.grammar import Guide
 from fastgen.models.spec import Spec
 from fastgen.tokenizer import Detokenizer
+from fastgen.types import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
 TopLogprobs = dict[int, float]  # token -> logprob, most likely first
@@ -108,7 +107,7 @@ class Sample:
         seed: int,
         limit: int,
         eos: frozenset[int],
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         *,
         live: bool = True,
         guide: Guide | None = None,

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fastgen.config import SamplingParams
 from fastgen.grammar import Guides
 from fastgen.request import Completion, Output, Sample, TopLogprobs
+from fastgen.types import Tokenizer
 
 FORMAT = "fastgen snapshot 1"
 
@@ -68,7 +68,7 @@ class Snapshot:
         request_id: int,
         limit: int,
         eos: frozenset[int],
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         guides: Guides,
     ) -> tuple[Output, list[Sample]]:
         """The request again, and the completions that go on. `limit` counts prompt and output."""

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastgen.models import gguf
+from fastgen.types import Tokenizer
 
 Message = dict[str, Any]
 CONTEXT = 6  # tokens decoded again with each new one, or a few more
@@ -20,7 +20,7 @@ Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids (also an arr
 Tools = list[dict[str, Any]] | None  # functions that the chat template tells the model of
 
 
-def load(path: Path) -> PreTrainedTokenizerBase | None:
+def load(path: Path) -> Tokenizer | None:
     """The tokenizer beside a checkpoint (or inside a `.gguf`); None if there is none."""
     if path.suffix == ".gguf":
         return gguf.tokenizer(path)
@@ -28,6 +28,8 @@ def load(path: Path) -> PreTrainedTokenizerBase | None:
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
     if not any((folder / name).is_file() for name in files):
         return None
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -40,7 +42,7 @@ def is_one(prompts: object) -> bool:
     return getattr(prompts, "ndim", 0) == 1  # an array or tensor of token ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, tools: Tools = None) -> list[int]:
+def encode(tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None) -> list[int]:
     """Token ids of a prompt; chat messages go through the tokenizer's chat template, up to the model's turn."""
     if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
         prompt = cast(Any, prompt).tolist()
@@ -60,14 +62,14 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, tools: Too
     return _templated(tokenizer, prompt, tools=tools, tokenize=True, return_dict=True)["input_ids"]
 
 
-def render(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message], tools: Tools = None) -> str:
+def render(tokenizer: Tokenizer | None, messages: Sequence[Message], tools: Tools = None) -> str:
     """The text that the chat template makes of messages, up to the model's turn; `encode` gives its tokens."""
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
     return _templated(tokenizer, messages, tools=tools, tokenize=False)
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], **options: Any) -> Any:
+def _templated(tokenizer: Tokenizer, prompt: Sequence[Any], **options: Any) -> Any:
     for message in prompt:
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
@@ -89,7 +91,7 @@ class Detokenizer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         prompt: Sequence[int],
         stop: Sequence[str] = (),
         shown: Mapping[int, str] = MappingProxyType({}),

@@ -9,10 +9,15 @@ Legend, used in all annotations of the package:
     E  seats: places for running sequences; seat 0 is padding's
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = object  # transformers takes as long to import as torch, and is needed only by who has text
 
 
 class Layer(NamedTuple):

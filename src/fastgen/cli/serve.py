@@ -152,7 +152,8 @@ class Supervisor:
         # Workers are forks of a process that has imported everything and done nothing: one that is replaced is there
         # at once, and memory is shared. The engine is no fork, which GPU drivers do not forgive.
         self.forks = multiprocessing.get_context("forkserver")
-        self.forks.set_forkserver_preload(["fastgen.serve.app", "fastgen.cli.run"])
+        tokenizers = "transformers.models.auto.tokenization_auto"
+        self.forks.set_forkserver_preload(["fastgen.serve.app", "fastgen.cli.run", tokenizers])
         self.spawns = multiprocessing.get_context("spawn")
         self.woken, self.waker = socket.socketpair()
         self.waker.setblocking(False)

@@ -9,7 +9,8 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 from tokenizers import normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+
+from fastgen.types import Tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the rest is quantized
@@ -116,8 +117,10 @@ def read(path: str | Path) -> tuple[dict, Iterator[tuple[str, torch.Tensor]]]:
     return config, _tensors(path, reader, config)
 
 
-def tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a GGUF file, with its chat template. Raises ValueError where the file has none."""
+    from transformers import PreTrainedTokenizerFast
+
     path, meta = Path(path), _open(path)[1]
     if "tokenizer.ggml.model" not in meta:
         raise ValueError(f"{path}: no tokenizer in this file; name one beside the model")

@@ -10,7 +10,6 @@ from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-from transformers import PreTrainedTokenizerBase
 
 from fastgen.config import SamplingParams
 from fastgen.serve.client import Client
@@ -19,6 +18,7 @@ from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import Refused
 from fastgen.serve.tools import Reader
 from fastgen.tokenizer import Detokenizer
+from fastgen.types import Tokenizer
 
 Json = dict[str, Any]
 LEAST = -9999.0  # JSON has no -inf
@@ -37,7 +37,7 @@ def dump(value: Any) -> bytes:
 class Vocabulary:
     """A tokenizer, or none; and what single tokens look like."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self._seen: dict[int, str] = {}
 

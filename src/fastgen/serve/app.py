@@ -5,6 +5,7 @@ import copy
 import hmac
 import json
 import re
+import resource
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from fastgen import tokenizer
 from fastgen.config import SamplingParams
@@ -70,6 +72,7 @@ FIELDS = {
 }
 OPEN = ("/", "/health", "/v1/health")  # without a key: they tell nothing but that there is a server
 BODY_SECONDS = 60.0  # to send a request's body
+HEAD_SECONDS = 30.0  # to send what comes before it, and to be idle between two requests
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
 
@@ -569,6 +572,37 @@ class _Server(uvicorn.Server):
         return nullcontext()
 
 
+class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+    """One that is closed where no request comes: uvicorn waits for a first one, and for the rest of one, for ever."""
+
+    cycle: Any  # the request that is answered, or was last
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Of asyncio.Protocol, as the others."""
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        """Perhaps the last byte of a request's head."""
+        super().data_received(data)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """No timer outlives it."""
+        self._expect(False)
+        super().connection_lost(exc)
+
+    def _expect(self, more: bool = True) -> None:
+        if more and (self.cycle is None or self.cycle.response_complete):
+            self.late = self.late or self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif self.late:
+            self.late.cancel()
+            self.late = None
+
+
 async def _serve(options: Options, name: str, listener: socket.socket, control: Connection) -> None:
     service = Service(options, name)
 
@@ -581,7 +615,8 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_keep_alive=30,
+        http=_Connection,
+        timeout_keep_alive=round(HEAD_SECONDS),
         timeout_graceful_shutdown=1,  # what runs has ended before
     )
     server, loop = _Server(config), asyncio.get_running_loop()
@@ -618,4 +653,7 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
 
 def run(options: Options, name: str, listener: socket.socket, control: Connection) -> None:
     """The process."""
+    with suppress(ValueError, OSError):  # a connection is a file, and 1024 are soon taken
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     asyncio.run(_serve(options, name, listener, control))
