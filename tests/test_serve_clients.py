@@ -3,25 +3,19 @@
 import asyncio
 import json
 import math
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import openai
 import pydantic
 import pytest
-import uvicorn
 from serving import SETTINGS, Server, checkpoint
 from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.serve import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -169,7 +163,8 @@ def test_lm_eval(server: Server, library: fastgen.Engine, tiny: Path, tmp_path: 
         "doc_to_choice: options\ntarget_delimiter: ''\n"
     )
     (tmp_path / "write.yaml").write_text(
-        f"task: write\n{data}output_type: generate_until\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: '{{{{options[0]}}}}'\n"
+        f"task: write\n{data}output_type: generate_until\n"
+        "doc_to_text: '{{q}}'\ndoc_to_target: '{{options[0]}}'\n"
         "generation_kwargs: {until: ['\\n\\n'], max_gen_toks: 12, temperature: 0}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
