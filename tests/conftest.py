@@ -20,7 +20,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Most tensors here are tiny, and threads that wait for a core spin: one for each process, those of tests included.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for processes that tests start
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run as Python
     else:
