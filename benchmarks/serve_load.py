@@ -5,8 +5,8 @@
 
 Clients ask for greedy continuations, as tokens or as text, one request after the other. What they get has to be what
 the library gives for the same prompts, token for token; prompts at which two tokens are nearly as likely are not used.
-Then nothing may run, wait or hold a page any more, and the processes may not have grown since the first minute. --idle opens
-connections that send nothing, or a request's head byte by byte, beside a stream; the server has to close them all.
+Then nothing may run, wait or hold a page any more, and the processes may not have grown since the first minute. --idle
+opens connections that send nothing, or a request's head byte by byte, beside requests; the server has to close them.
 
 The server is the embedded model in float32, started here. The exit status is 1 if anything is wrong.
 """

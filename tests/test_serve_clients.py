@@ -1,21 +1,26 @@
 """Programs that people point at `fgserve`: scripts with OpenAI's client, LangChain, lm-eval; and clients that idle."""
 
 import asyncio
+import contextlib
 import json
 import math
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import openai
 import pydantic
 import pytest
+import uvicorn
 from serving import SETTINGS, Server, checkpoint
 from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import SamplingParams
+from fastgen.serve import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -193,3 +198,50 @@ def test_lm_eval(server: Server, library: fastgen.Engine, tiny: Path, tmp_path: 
     written = {s["doc"]["q"]: s["resps"][0][0] for s in results["samples"]["write"]}
     assert [written[row["q"]] for row in rows] == [text.split("\n\n")[0] for text in texts]
     assert not math.isnan(results["results"]["choose"]["acc,none"])
+
+
+# --- clients that idle ------------------------------------------------------------------------------------------------
+
+
+def test_connections_that_ask_for_nothing(server: Server, library: fastgen.Engine) -> None:
+    """500 of them, some in the middle of a request's head: a stream goes on, and new requests are answered."""
+    [question] = chats(1)
+    url = httpx.URL(server.url)
+    with contextlib.ExitStack() as stack, openai.OpenAI(base_url=server.url, api_key="x", timeout=60) as client:
+        stream = client.chat.completions.create(model="tiny", messages=question, stream=True, **GREEDY)  # type: ignore[call-overload]
+        parts = [next(stream).choices[0].delta.content or ""]
+        for i in range(500):
+            one = stack.enter_context(socket.create_connection((url.host, url.port or 80)))
+            one.sendall(b"" if i % 5 else b"POST /v1/completions HTTP/1.1\r\nHost")
+        parts += [chunk.choices[0].delta.content or "" for chunk in stream]
+        again = client.chat.completions.create(model="tiny", messages=question, **GREEDY)  # type: ignore[call-overload]
+        assert ["".join(parts), again.choices[0].message.content] == greedy(library, [question]) * 2
+
+
+@pytest.mark.parametrize("sent", [[], [b"GET / HT", b"TP/1.1\r\n"], [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /"]])
+def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is closed, be it new, in the middle of a head, or in that of a second request; an answer that
+    takes longer is waited for."""
+    monkeypatch.setattr(app, "HEAD_SECONDS", 0.2)
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.4)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def run() -> bytes:
+        config = uvicorn.Config(slow, http=app._Connection, lifespan="off", log_level="warning", timeout_keep_alive=9)
+        service = app._Server(config)
+        listener = socket.create_server(("127.0.0.1", 0))
+        task = asyncio.create_task(service.serve([listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        for part in sent:
+            writer.write(part)
+            await asyncio.sleep(0.1 if len(sent[0]) < 12 else 0.5)
+        found = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        service.should_exit = True
+        await task
+        return found
+
+    assert asyncio.run(run()).endswith(b"ok") == (len(sent) == 2 and sent[0].endswith(b"\r\n\r\n"))
