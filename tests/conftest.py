@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import typecheck  # noqa: F401, before the first module of fastgen
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -119,7 +119,10 @@ def test_matches_the_formula(backend: str, ratio: int, head: int, page: int, kin
     spec = shape(2 * ratio, 2, head)
     batch, q, k, v, own = make(ratio * page + head, kind, spec, page, device)
     attend = BACKENDS[backend](batch, spec, page)
-    for window in WINDOWS:
+    # Interpreted, a kernel takes a while: there, each case has three of the five, and each of them is in most cases.
+    few = backend == "triton" and device == "cpu"
+    turn = ratio + page + len(kind)
+    for window in [WINDOWS[(turn + 2 * i) % len(WINDOWS)] for i in range(3)] if few else WINDOWS:
         ours = attend(q, k, v, window)
         torch.testing.assert_close(ours.double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
 

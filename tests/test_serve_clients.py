@@ -1,23 +1,34 @@
 """Programs that people point at `fgserve`: scripts with OpenAI's client, LangChain, lm-eval; and clients that idle."""
 
 import asyncio
+import contextlib
 import json
 import math
+import re
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import openai
 import pydantic
 import pytest
+import uvicorn
 from serving import SETTINGS, Server, checkpoint
 from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import SamplingParams
+from fastgen.serve import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+KEY = "sesame"
+# Debian's package chromium, for one.
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 
 
@@ -28,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Server]:
-    made = Server(str(tiny), *SETTINGS)
+    made = Server(str(tiny), *SETTINGS, key=KEY)
     yield made.ready()
     made.stop()
 
@@ -54,10 +65,10 @@ def greedy(library: fastgen.Engine, prompts: list[Any]) -> list[str]:
 
 
 def test_a_script_with_many_threads(server: Server, library: fastgen.Engine) -> None:
-    """An address without /v1, any key, the name that /models gives, and 32 threads with one client."""
+    """An address without /v1, the name that /models gives, and 32 threads with one client."""
     questions = chats(32)
     url = server.url.replace("127.0.0.1", "localhost")
-    with openai.OpenAI(base_url=url, api_key="x", timeout=60) as client, ThreadPoolExecutor(32) as pool:
+    with openai.OpenAI(base_url=url, api_key=KEY, timeout=60) as client, ThreadPoolExecutor(32) as pool:
         [model] = [m.id for m in client.models.list()]
 
         def whole(messages: Any) -> str | None:
@@ -84,7 +95,7 @@ class Person(pydantic.BaseModel):
 def test_langchain(server: Server, library: fastgen.Engine) -> None:
     """ChatOpenAI: one answer, a stream of it, a batch, and an answer that is an object."""
     ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
-    model = ChatOpenAI(model="tiny", base_url=f"{server.url}/v1", api_key="x", temperature=0, max_tokens=12)
+    model = ChatOpenAI(model="tiny", base_url=f"{server.url}/v1", api_key=KEY, temperature=0, max_tokens=12)
     questions = chats(6)
     wanted = greedy(library, questions)
     answer = model.invoke(questions[0])
@@ -100,7 +111,7 @@ def test_langchain(server: Server, library: fastgen.Engine) -> None:
     found = []
     for seed in range(6):
         drawn = ChatOpenAI(
-            model="tiny", base_url=f"{server.url}/v1", api_key="x", temperature=1, seed=seed, max_tokens=200
+            model="tiny", base_url=f"{server.url}/v1", api_key=KEY, temperature=1, seed=seed, max_tokens=200
         )
         try:
             found.append(drawn.with_structured_output(Person, method="json_schema").invoke(questions[0]))
@@ -149,9 +160,12 @@ def test_likelihoods_as_lm_eval_asks_for_them(server: Server, library: fastgen.E
             assert top[token] == value and max(top.values()) >= value
 
 
-def test_lm_eval(server: Server, library: fastgen.Engine, tiny: Path, tmp_path: Path) -> None:
+def test_lm_eval(
+    server: Server, library: fastgen.Engine, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The program itself, where it is installed: a task of likelihoods and one of texts, from files."""
     lm_eval = pytest.importorskip("lm_eval")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     from lm_eval.models.openai_completions import LocalCompletionsAPI
     from lm_eval.tasks import TaskManager
 
@@ -193,3 +207,80 @@ def test_lm_eval(server: Server, library: fastgen.Engine, tiny: Path, tmp_path: 
     written = {s["doc"]["q"]: s["resps"][0][0] for s in results["samples"]["write"]}
     assert [written[row["q"]] for row in rows] == [text.split("\n\n")[0] for text in texts]
     assert not math.isnan(results["results"]["choose"]["acc,none"])
+
+
+# --- clients that idle ------------------------------------------------------------------------------------------------
+
+
+def test_connections_that_ask_for_nothing(server: Server, library: fastgen.Engine) -> None:
+    """500 of them, some in the middle of a request's head: a stream goes on, and new requests are answered."""
+    [question] = chats(1)
+    url = httpx.URL(server.url)
+    with contextlib.ExitStack() as stack, openai.OpenAI(base_url=server.url, api_key=KEY, timeout=60) as client:
+        stream = client.chat.completions.create(model="tiny", messages=question, stream=True, **GREEDY)  # type: ignore[call-overload]
+        parts = [next(stream).choices[0].delta.content or ""]
+        for i in range(500):
+            one = stack.enter_context(socket.create_connection((url.host, url.port or 80)))
+            one.sendall(b"" if i % 5 else b"POST /v1/completions HTTP/1.1\r\nHost")
+        parts += [chunk.choices[0].delta.content or "" for chunk in stream]
+        again = client.chat.completions.create(model="tiny", messages=question, **GREEDY)  # type: ignore[call-overload]
+        assert ["".join(parts), again.choices[0].message.content] == greedy(library, [question]) * 2
+
+
+@pytest.mark.parametrize("sent", [[], [b"GET / HT", b"TP/1.1\r\n"], [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /"]])
+def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is closed, be it new, in the middle of a head, or in that of a second request; an answer that
+    takes longer is waited for."""
+    monkeypatch.setattr(app, "HEAD_SECONDS", 0.2)
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.4)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def run() -> bytes:
+        config = uvicorn.Config(slow, http=app._Connection, lifespan="off", log_level="warning", timeout_keep_alive=9)
+        service = app._Server(config)
+        listener = socket.create_server(("127.0.0.1", 0))
+        task = asyncio.create_task(service.serve([listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        for part in sent:
+            writer.write(part)
+            await asyncio.sleep(0.1 if len(sent[0]) < 12 else 0.5)
+        found = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        service.should_exit = True
+        await task
+        return found
+
+    assert asyncio.run(run()).endswith(b"ok") == (len(sent) == 2 and sent[0].endswith(b"\r\n\r\n"))
+
+
+# --- the status page, in a browser ----------------------------------------------------------------------------------
+
+
+def browse(url: str, profile: Path) -> tuple[dict[str, str], str]:
+    """The page's table after three seconds of its time, and what it complains about."""
+    # As root, as in containers, there is no sandbox; /dev/shm may be small there.
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}")
+    command = [str(BROWSER), *options, "--virtual-time-budget=3000", "--dump-dom", url]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    problem = re.search(r'<p id="problem">(.*?)</p>', page, re.DOTALL)
+    assert problem, page
+    return dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", page)), problem[1]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+def test_the_page(server: Server, tmp_path: Path) -> None:
+    """Without the key it says so; with it, its figures are those of a server that idles, and then of one that works."""
+    assert browse(server.url, tmp_path)[1].startswith("a valid API key is needed")
+    idle, problem = browse(f"{server.url}/#{KEY}", tmp_path)
+    assert not problem and idle["model"] == "tiny" and idle["output tokens/s"] == "0.0"
+    assert (idle["running"], idle["waiting"], idle["cache in use"]) == ("0", "0", "0.0 %")
+    body = {"prompt": "Hello", "n": 90, "max_tokens": 480, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/completions", json=body):
+        busy, problem = browse(f"{server.url}/#{KEY}", tmp_path)
+        assert server.status()["running"], "the request was over before the page was there"
+    assert not problem and int(busy["running"]) > 0 and int(busy["waiting"]) > 0
+    assert float(busy["cache in use"].split()[0]) > 0 and float(busy["output tokens/s"]) > 0
+    assert int(busy["output tokens"]) > int(idle["output tokens"])
