@@ -10,7 +10,7 @@ turns, since a card that works gets slower than the tree could make it.
 Conversations: 64 of 8 turns, each with a system prompt of its own of 1,024 tokens; a turn adds 256 tokens and is
 answered with 32. All conversations take turns, so that when one comes again the others have used the cache, which
 holds a quarter of what they need in the end. Random weights. The second form adds the rows of another engine that ran
-in the same session, the third draws a trace.
+on the same machine, the third draws a trace.
 """
 
 import argparse
