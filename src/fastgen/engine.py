@@ -118,7 +118,7 @@ class Engine:
         self._samples: dict[int, Sample] = {}  # by sequence
         self._ids, self._request_ids = itertools.count(), itertools.count()
         self._undelivered: list[Event] = []
-        seed = random.getrandbits(62) if self.settings.seed is None else self.settings.seed
+        seed = random.SystemRandom().getrandbits(62) if self.settings.seed is None else self.settings.seed
         self._random = random.Random(seed if group is None else group.least(seed))
         self._drawn = 0  # a digest of the tokens of the last step, for the other ranks
         eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
