@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 PORT = 5679
@@ -49,6 +47,9 @@ def words(n: int, rng: random.Random, vocab: int) -> str:
 
 def make(folder: Path, config: Path) -> int:
     """A model's folder without weights, with a tokenizer in which each word is a token; the vocabulary's size."""
+    import tokenizers  # here, since clients read this file too
+    from transformers import PreTrainedTokenizerFast
+
     folder.joinpath("config.json").write_text(config.read_text())
     vocab = json.loads(config.read_text())["vocab_size"]
     names = {"<unk>": 0, "</s>": 2} | {f"w{i}": i for i in range(vocab) if i not in (0, 2)}
@@ -102,17 +103,24 @@ def client(task: tuple[str, list[str], int, float | None, float]) -> list[dict[s
     return asyncio.run(run())
 
 
-def send(url: str, vocab: int, load: Load, processes: int, seconds: float | None, seed: int) -> tuple[float, list]:
-    """Seconds from the first request to the last answer, and what the clients saw."""
-    count, length, output = load
-    rng = random.Random(seed)
-    prompts = [words(length, rng, vocab) for _ in range(count)]
-    used = min(processes, count)
-    start = time.time() + 2 + used / 4  # when all processes are there
-    tasks = [(url, prompts[i::used], output, seconds, start) for i in range(used)]
-    with multiprocessing.get_context("spawn").Pool(used) as pool:
-        rows = [row for found in pool.map(client, tasks, chunksize=1) for row in found]
-    return max(row["end"] for row in rows) - start, rows
+class Clients:
+    """Processes that send requests, all there before the first is sent."""
+
+    def __init__(self, url: str, vocab: int, processes: int):
+        self.url, self.vocab, self.processes = url, vocab, processes
+        self.pool = multiprocessing.get_context("spawn").Pool(processes)
+        self.pool.map(time.sleep, [1] * processes, chunksize=1)
+
+    def send(self, load: Load, seconds: float | None, seed: int) -> tuple[float, list[dict[str, Any]]]:
+        """Seconds from the first request to the last answer, and what the clients saw."""
+        count, length, output = load
+        rng = random.Random(seed)
+        prompts = [words(length, rng, self.vocab) for _ in range(count)]
+        used = min(self.processes, count)
+        start = time.time() + 1
+        tasks = [(self.url, prompts[i::used], output, seconds, start) for i in range(used)]
+        rows = [row for found in self.pool.map(client, tasks, chunksize=1) for row in found]
+        return max(row["end"] for row in rows) - start, rows
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -121,22 +129,22 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def measure(url: str, vocab: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    send(url, vocab, (args.loads[0][0] // 2 or 1, *args.loads[0][1:]), args.processes, None, 1)  # warm
+    rows, clients = [], Clients(url, vocab, args.processes)
+    clients.send(args.loads[0], None, 1)  # warm
     for load in args.loads:
         runs = []
         for i in tqdm(range(args.repeats), desc="x".join(map(str, load)), disable=None):
-            seconds, answers = send(url, vocab, load, args.processes, None, 2 + i)
+            seconds, answers = clients.send(load, None, 2 + i)
             assert sum(row["tokens"] for row in answers) == load[0] * load[2]
             runs.append(seconds)
         rate = load[0] * load[2] / statistics.median(runs)
         rows.append({"kind": "rate", "workload": "x".join(map(str, load)), "seconds_all": runs, "output_tok_s": rate})
         print(rows[-1], flush=True)
     length, output = args.latency
-    for clients in tqdm(args.clients, desc="clients", disable=None):
-        seconds, answers = send(url, vocab, (clients, length, output), args.processes, args.seconds, 100 + clients)
+    for count in tqdm(args.clients, desc="clients", disable=None):
+        seconds, answers = clients.send((count, length, output), args.seconds, 100 + count)
         rows.append({
-            "kind": "latency", "workload": f"{length}x{output}", "clients": clients, "requests": len(answers),
+            "kind": "latency", "workload": f"{length}x{output}", "clients": count, "requests": len(answers),
             "first_token_ms": quantiles([row["first"] for row in answers]),
             "inter_token_ms": quantiles([gap for row in answers for gap in row["gaps"]]),
             "output_tok_s": sum(row["tokens"] for row in answers) / seconds,
