@@ -5,7 +5,7 @@ import itertools
 import random
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -218,7 +218,10 @@ class Engine:
 
         ValueError, with the numbers, for what can never run; nothing else is disturbed.
         """
-        params = sampling or SamplingParams()
+        return self._queue([self._new(prompt, sampling or SamplingParams(), live)])[0]
+
+    def _new(self, prompt: Prompt, params: SamplingParams, live: bool) -> list[Sample]:
+        """A request's completions, not yet queued. ValueError for what can never run."""
         prompt_ids = tokenizer.encode(self.tokenizer, prompt)
         limit = longest(prompt_ids, params, self.spec, self.capacity, self.tokenizer is not None)
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
@@ -226,28 +229,34 @@ class Engine:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if params.prompt_logprobs else None
-        try:
-            for index in range(params.n):
-                id = next(self._ids)
-                guide = None if params.grammar is None else self._guides.guide(params.grammar)
-                sample = Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live, guide=guide)
-                self._samples[id] = sample
-                sequence = schedule.Sequence(id, len(prompt_ids), limit, sample.scores_prompt)
-                self.state = schedule.add(self.state, sequence)
-        except BaseException:
-            self._abort([output.request_id])  # not a part of it stays
-            raise
-        return output.request_id
+        guides = [None if params.grammar is None else self._guides.guide(params.grammar) for _ in range(params.n)]
+        return [
+            Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live, guide=guide)
+            for index, guide in enumerate(guides)
+        ]
+
+    def _queue(self, requests: Sequence[list[Sample]]) -> list[int]:
+        """Requests join the others, all at once: the queue is a value, and a copy of it for each takes seconds."""
+        new = {next(self._ids): sample for samples in requests for sample in samples}
+        self._samples |= new
+        sequences = (schedule.Sequence(id, len(s.tokens), s.limit, s.scores_prompt) for id, s in new.items())
+        self.state = schedule.add(self.state, *sequences)
+        return [samples[0].output.request_id for samples in requests]
 
     def abort(self, request_id: int) -> Output | None:
         """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
-        ids = [id for id, s in self._samples.items() if s.output.request_id == request_id]
-        if not ids:
-            return None
-        self.state = schedule.drop(self.state, ids, self._known())
-        samples = [self._samples.pop(id) for id in ids]
-        self._undelivered += [s.end("abort") for s in samples if not s.completion.finish_reason]
-        return samples[0].output
+        return self._end({request_id}).get(request_id)
+
+    def _end(self, requests: Container[int]) -> dict[int, Output]:
+        """Abort those of the requests that run; what each has so far."""
+        gone = {id: s for id, s in self._samples.items() if s.output.request_id in requests}
+        if gone:
+            self.state = schedule.drop(self.state, [*gone], self._known())
+        for id, one in gone.items():
+            del self._samples[id]
+            if not one.completion.finish_reason:
+                self._undelivered.append(one.end("abort"))
+        return {s.output.request_id: s.output for s in gone.values()}
 
     @property
     def unfinished(self) -> bool:
@@ -315,12 +324,7 @@ class Engine:
         if snapshot.pages and self.state.tree.prefix and snapshot.model == self._fingerprint():
             for i, values in snapshot.pages.items():
                 self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
-        for one in samples:
-            id = next(self._ids)
-            self._samples[id] = one
-            sequence = schedule.Sequence(id, len(one.tokens), limit, one.scores_prompt)
-            self.state = schedule.add(self.state, sequence)
-        return output.request_id
+        return self._queue([samples])[0]
 
     def touch(self) -> None:
         """Say that the parameters have changed: nothing that is cached of the old ones is used any more.
@@ -592,16 +596,15 @@ class Engine:
         each = [sampling] * len(many) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
         if len(each) != len(many):
             raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")
-        ids: list[int] = []
+        new: list[list[Sample]] = []
         try:
             for prompt, params in zip(many, each, strict=True):
-                ids.append(self.add(prompt, params, live=live))
-        except BaseException as e:
-            self._abort(ids)
-            if isinstance(e, ValueError) and len(many) > 1:
-                raise ValueError(f"prompt {len(ids)}: {e}") from e
+                new.append(self._new(prompt, params or SamplingParams(), live))
+        except ValueError as e:
+            if len(many) > 1:
+                raise ValueError(f"prompt {len(new)}: {e}") from e
             raise
-        return ids
+        return self._queue(new)
 
     def _events(self, ids: list[int]) -> Iterator[Event]:
         """Steps until the requests `ids` have ended; what others receive meanwhile waits for their next step."""
@@ -625,14 +628,13 @@ class Engine:
 
     def _abort_all(self) -> None:
         """Abort everything; whoever waits for it hears of it."""
-        for id in {s.output.request_id for s in self._samples.values()}:
-            self.abort(id)
+        self._end({s.output.request_id for s in self._samples.values()})
 
     def _abort(self, ids: Iterable[int]) -> None:
         """Abort requests whose events nobody waits for."""
-        for id in ids:
-            self.abort(id)
-            self._undelivered = [e for e in self._undelivered if e.request_id != id]
+        if gone := set(ids):
+            self._end(gone)
+            self._undelivered = [e for e in self._undelivered if e.request_id not in gone]
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -75,8 +75,9 @@ def longest(prompt: Sequence[int], params: SamplingParams, spec: Spec, capacity:
     n = len(prompt)
     used = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
     for name, tokens in used.items():
-        if wrong := [t for t in tokens if not 0 <= t < spec.vocab]:
-            raise ValueError(f"{name}: token {wrong[0]} is outside the vocabulary of {spec.vocab}")
+        if tokens and not 0 <= min(tokens) <= max(tokens) < spec.vocab:
+            wrong = next(t for t in tokens if not 0 <= t < spec.vocab)
+            raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {spec.vocab}")
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > spec.vocab:
             raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary of {spec.vocab}")

@@ -91,9 +91,9 @@ def need(page: int, tokens: int) -> int:
     return -(-tokens // page)
 
 
-def add(state: State, sequence: Sequence) -> State:
-    """Queue a sequence; the caller has checked that it fits the cache at all."""
-    return state._replace(waiting=(*state.waiting, sequence))
+def add(state: State, *sequences: Sequence) -> State:
+    """Queue sequences; the caller has checked that each fits the cache at all."""
+    return state._replace(waiting=(*state.waiting, *sequences))
 
 
 # --- what a sequence holds ------------------------------------------------------------------------------------------

@@ -51,8 +51,10 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None) -> 
         raise ValueError(f"a prompt is a text, a list of token ids or a list of chat messages, not {kind}")
     if not len(prompt):
         raise ValueError("the prompt is empty: it needs at least one token")
-    if not isinstance(prompt, str) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
-        return [int(t) for t in prompt]  # type: ignore[call-overload]
+    if not isinstance(prompt, str):
+        kinds = set(map(type, prompt))  # not token by token: hundreds of prompts are added before a first step
+        if all(issubclass(kind, Integral) and kind is not bool for kind in kinds):
+            return list(prompt) if kinds == {int} else [int(t) for t in prompt]  # type: ignore[arg-type, call-overload]
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
     if isinstance(prompt, str):
