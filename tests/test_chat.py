@@ -271,7 +271,7 @@ def test_once(fgchat: Run, model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--tensor-parallel", "2"], 1, "tensor_parallel must be"),
+        (["--tensor-parallel", "2"], 1, "possible: 1, 3"),
         (["model.foo=1"], 2, "unknown key 'model.foo'"),
         (["qwen3_8"], 2, "unknown model 'qwen3_8'; did you mean qwen3_8b"),
         (["nowhere.gguf"], 1, "model 'nowhere.gguf' is neither"),

@@ -51,7 +51,7 @@ BAD = [
     (Offload, "host_gb", [0, -1, "8"], "at least"),
     (Pages, "prefix_cache", [1, "yes", None], "true or false"),
     (Pages, "shared_attention", [0, None], "true or false"),
-    (Parallel, "tensor_parallel", [0, 2, True], "between 1 and 1"),
+    (Parallel, "tensor_parallel", [0, 65, True], "between 1 and 64"),
     (Compile, "compile", ["reduce-overhead"], "eager"),
     (Compile, "attention", ["flash", None], "sdpa, reference"),
 ]

@@ -182,7 +182,7 @@ class Parallel:
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        _range("parallel", "tensor_parallel", self.tensor_parallel, 1, 1, whole=True)
+        _range("parallel", "tensor_parallel", self.tensor_parallel, 1, 64, whole=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@ import random
 import sys
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from fastgen import schedule, tokenizer
+from fastgen import launch, schedule, tokenizer
 from fastgen.batch import Stager, edits, places, to_device
 from fastgen.cache.host import Mover, page_bytes
 from fastgen.cache.prefix import Counts, Tree
@@ -23,7 +25,7 @@ from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
 from fastgen.grammar import Guides
 from fastgen.models import default, weights
-from fastgen.models.spec import Spec, from_hf, split
+from fastgen.models.spec import WHOLE, Place, Spec, from_hf, split
 from fastgen.parallel import Group
 from fastgen.profiler import OFF, Profiler, Window
 from fastgen.request import Completion, Event, Output, Sample, longest
@@ -34,6 +36,18 @@ from fastgen.tokenizer import Prompt
 from fastgen.types import Batch, Filter, Params, Sampling, Tokenizer
 
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
+
+
+def _load(
+    path: Path, dtype: torch.dtype | None, seed: int | None, place: Place, device: str, *, progress: bool = False
+) -> tuple[Spec, Params, Tokenizer | None]:
+    """A model as one rank has it; a `seed` draws its weights."""
+    if seed is None:
+        spec, params = weights.load(path, device=device, dtype=dtype, progress=progress, place=place)
+    else:
+        spec = from_hf(weights.read_config(path))
+        params = weights.init(spec, seed, device=device, dtype=dtype, place=place)
+    return spec, params, tokenizer.load(path)
 
 
 class Launched(NamedTuple):
@@ -90,40 +104,50 @@ class Engine:
         group: Group | None = None,
         **settings: Any,
     ) -> None:
-        self.params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
-        here = spec if group is None else split(spec, group.place.size)
-        self.device, self.dtype = params.embed.device, params.embed.dtype
-        self.settings = Settings.of(**settings).on(self.device.type)
-        page, limits = self.settings.pages.page_size, self.settings.schedule
-        context, most = min(spec.context, self.settings.pages.cache_tokens or spec.context), largest(limits)
-        widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
-        members = max(1, 64 // (here.q_heads // here.kv_heads))  # whose queries fill a tile of attention
-        self._stager = Stager(limits.max_requests, *most[:2], widest, page, spec.vocab, self.device, members)
-        self._stepper = Stepper(params, spec, self.settings, self._stager, group)
-        host = self.settings.offload.host_gb * 1e9 if self.settings.offload.offload == "host" else 0
-        host_pages = int(host // page_bytes(here, page, self.dtype.itemsize))
-        if host and not host_pages:
-            raise ValueError(f"offload.host_gb={self.settings.offload.host_gb} holds not even a page: raise it")
-        self._mover = Mover(here, page, self.dtype, self.device, host_pages)
-        self.capacity = self._capacity()  # tokens
-        self.cache = new_cache(here, self.capacity + page, device=self.device, dtype=self.dtype)
-        self._mover.attach(self.cache)
-        self._stepper.warm_up(self.cache, progress=progress)
-        self.state = schedule.State(self._tree())
-        self.batch: Batch | None = None  # of the last step launched, to look at
-        self.steps = 0  # launched
-        me = weakref.ref(self)  # a reference back would keep the memory until Python looks for cycles
-        self.profiler = Profiler(here, self.dtype, self.device, lambda: e._owners() if (e := me()) else {})
-        self._running: Launched | None = None
-        self._samples: dict[int, Sample] = {}  # by sequence
-        self._ids, self._request_ids = itertools.count(), itertools.count()
-        self._undelivered: list[Event] = []
-        seed = random.SystemRandom().getrandbits(62) if self.settings.seed is None else self.settings.seed
-        self._random = random.Random(seed if group is None else group.least(seed))
-        self._drawn = 0  # a digest of the tokens of the last step, for the other ranks
-        eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        self._eos = frozenset(spec.eos) | frozenset(eos if isinstance(eos, list) else [eos])
-        self._guides = Guides(tokenizer, spec.vocab, self._eos)
+        chosen = Settings.of(**settings)
+        if chosen.parallel.tensor_parallel > 1 and group is None:
+            split(spec, chosen.parallel.tensor_parallel)  # a ValueError before anything is started
+            load = launch.spread(params, spec, tokenizer, chosen.parallel.tensor_parallel)
+            group = launch.group(chosen.parallel.tensor_parallel, params.embed.device.type, load, settings)
+            params = load(group.place, str(params.embed.device))[1]
+        self._crew = group if isinstance(group, launch.Crew) else None
+        if self._crew is not None:
+            weakref.finalize(self, self._crew.close)
+        with launch.guard(self._crew):
+            self.params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
+            here = spec if group is None else split(spec, group.place.size)
+            self.device, self.dtype = params.embed.device, params.embed.dtype
+            self.settings = chosen.on(self.device.type)
+            page, limits = self.settings.pages.page_size, self.settings.schedule
+            context, most = min(spec.context, self.settings.pages.cache_tokens or spec.context), largest(limits)
+            widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
+            members = max(1, 64 // (here.q_heads // here.kv_heads))  # whose queries fill a tile of attention
+            self._stager = Stager(limits.max_requests, *most[:2], widest, page, spec.vocab, self.device, members)
+            self._stepper = Stepper(params, spec, self.settings, self._stager, group)
+            host = self.settings.offload.host_gb * 1e9 if self.settings.offload.offload == "host" else 0
+            host_pages = int(host // page_bytes(here, page, self.dtype.itemsize))
+            if host and not host_pages:
+                raise ValueError(f"offload.host_gb={self.settings.offload.host_gb} holds not even a page: raise it")
+            self._mover = Mover(here, page, self.dtype, self.device, host_pages)
+            self.capacity = self._capacity()  # tokens
+            self.cache = new_cache(here, self.capacity + page, device=self.device, dtype=self.dtype)
+            self._mover.attach(self.cache)
+            self._stepper.warm_up(self.cache, progress=progress)
+            self.state = schedule.State(self._tree())
+            self.batch: Batch | None = None  # of the last step launched, to look at
+            self.steps = 0  # launched
+            me = weakref.ref(self)  # a reference back would keep the memory until Python looks for cycles
+            self.profiler = Profiler(here, self.dtype, self.device, lambda: e._owners() if (e := me()) else {})
+            self._running: Launched | None = None
+            self._samples: dict[int, Sample] = {}  # by sequence
+            self._ids, self._request_ids = itertools.count(), itertools.count()
+            self._undelivered: list[Event] = []
+            seed = random.SystemRandom().getrandbits(62) if self.settings.seed is None else self.settings.seed
+            self._random = random.Random(seed if group is None else group.least(seed))
+            self._drawn = 0  # a digest of the tokens of the last step, for the other ranks
+            eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
+            self._eos = frozenset(spec.eos) | frozenset(eos if isinstance(eos, list) else [eos])
+            self._guides = Guides(tokenizer, spec.vocab, self._eos)
 
     @classmethod
     def from_pretrained(
@@ -147,14 +171,18 @@ class Engine:
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
-        Settings.of(**settings)  # a mistyped setting should not cost the time of loading
+        size = Settings.of(**settings).parallel.tensor_parallel  # and a mistyped one should not cost the loading
         path = default.default_path() if model is None else weights.resolve(model)
-        if random:
-            spec = from_hf(weights.read_config(path))
-            params = weights.init(spec, random_seed, device=device, dtype=kind)
+        load = partial(_load, path, kind, random_seed if random else None)
+        if size > 1:
+            split(from_hf(weights.read_config(path)), size)
+            group = launch.group(size, device.partition(":")[0], load, settings)
+            device = launch.device(device, group.place.rank) if device == "cuda" else device
         else:
-            spec, params = weights.load(path, device=device, dtype=kind, progress=progress)
-        engine = cls(params, spec, tokenizer.load(path), progress=progress, **settings)
+            group = None
+        with launch.guard(group):
+            spec, params, words = load(WHOLE if group is None else group.place, device, progress=progress)
+        engine = cls(params, spec, words, progress=progress, group=group, **settings)
         if progress and device != "cpu":
             print(engine.table(), file=sys.stderr, flush=True)
         return engine
@@ -218,14 +246,14 @@ class Engine:
 
         ValueError, with the numbers, for what can never run; nothing else is disturbed.
         """
-        return self._queue([self._new(prompt, sampling or SamplingParams(), live)])[0]
+        return self._submit([self._new(prompt, sampling or SamplingParams(), live)])[0]
 
     def _new(self, prompt: Prompt, params: SamplingParams, live: bool) -> list[Sample]:
         """A request's completions, not yet queued. ValueError for what can never run."""
         prompt_ids = tokenizer.encode(self.tokenizer, prompt)
         limit = longest(prompt_ids, params, self.spec, self.capacity, self.tokenizer is not None)
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
-        output = Output(next(self._request_ids), prompt_ids, [Completion() for _ in range(params.n)])
+        output = Output(-1, prompt_ids, [Completion() for _ in range(params.n)])
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if params.prompt_logprobs else None
@@ -235,8 +263,21 @@ class Engine:
             for index, guide in enumerate(guides)
         ]
 
+    def _submit(self, requests: Sequence[list[Sample]]) -> list[int]:
+        """New requests, on every rank."""
+        if self._crew is not None:
+            many = [(s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed)) for s in requests]
+            self._crew.tell("_join", many)
+        return self._queue(requests)
+
+    def _join(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
+        """What rank 0 has submitted; nobody reads along here."""
+        self._queue([self._new(prompt, params, False) for prompt, params in requests])
+
     def _queue(self, requests: Sequence[list[Sample]]) -> list[int]:
         """Requests join the others, all at once: the queue is a value, and a copy of it for each takes seconds."""
+        for samples in requests:
+            samples[0].output.request_id = next(self._request_ids)
         new = {next(self._ids): sample for samples in requests for sample in samples}
         self._samples |= new
         sequences = (schedule.Sequence(id, len(s.tokens), s.limit, s.scores_prompt) for id, s in new.items())
@@ -250,6 +291,8 @@ class Engine:
     def _end(self, requests: Container[int]) -> dict[int, Output]:
         """Abort those of the requests that run; what each has so far."""
         gone = {id: s for id, s in self._samples.items() if s.output.request_id in requests}
+        if gone and self._crew is not None:
+            self._crew.tell("_end", {s.output.request_id for s in gone.values()})
         if gone:
             self.state = schedule.drop(self.state, [*gone], self._known())
         for id, one in gone.items():
@@ -272,8 +315,10 @@ class Engine:
         outputs begin with the tokens that were there. `index` says which of several completions. ValueError if that
         has ended, or `seeds` are not n.
         """
-        going = self._unfinished(request_id)
         given = [self._random.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
+        if self._crew is not None:
+            self._crew.tell("fork", request_id, n, index=index, seeds=given)
+        going = self._unfinished(request_id)
         if n < 1 or len(given) != n:
             raise ValueError(f"fork of request {request_id}: n={n} copies and {len(given)} seeds")
         if index not in going:
@@ -295,6 +340,10 @@ class Engine:
         `pages`: with its keys and values, so that nothing has to be computed again. The request goes on.
         ValueError if it has ended.
         """
+        if self._crew is not None:
+            if pages:
+                raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
+            self._crew.tell("_receive")
         going = self._unfinished(request_id)
         samples = {i: self._samples[id] for i, id in going.items()}
         found = Snapshot.of(next(iter(samples.values())).output, samples)
@@ -314,9 +363,12 @@ class Engine:
 
         Pages are used if they are of this model and this engine keeps a prefix cache. ValueError for what cannot run.
         """
+        if self._crew is not None:
+            snapshot = replace(snapshot, pages={})
+            self._crew.tell("restore", snapshot)
         has_text = self.tokenizer is not None
         limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
-        output, samples = snapshot.revive(next(self._request_ids), limit, self._eos, self.tokenizer, self._guides)
+        output, samples = snapshot.revive(limit, self._eos, self.tokenizer, self._guides)
         going = [len(s.tokens) for s in samples]
         if max(going, default=0) >= limit:
             place = f"model's context of {self.spec.context} or cache of {self.capacity}"
@@ -331,6 +383,8 @@ class Engine:
 
         What is running goes on with the keys and values it has.
         """
+        if self._crew is not None:
+            self._crew.tell("touch")
         self.state.tree.reset()
 
     def prepare_grammars(self) -> None:
@@ -376,9 +430,17 @@ class Engine:
         With `overlap`, the events are those of the step before: it is waited for while the new one runs.
         """
         try:
-            self._step()
+            if self._crew is None:
+                self._step()
+            else:
+                self._crew.tell("step")
+                with self._crew.call():
+                    self._step()
         except BaseException:
-            self._fail()
+            if self._crew is None or self._crew.cause:
+                self._fail()
+            else:  # an interrupt: the step was done as a whole
+                self._abort_all()
             raise
         events, self._undelivered = self._undelivered, []
         return events
@@ -604,7 +666,7 @@ class Engine:
             if len(many) > 1:
                 raise ValueError(f"prompt {len(new)}: {e}") from e
             raise
-        return self._queue(new)
+        return self._submit(new)
 
     def _events(self, ids: list[int]) -> Iterator[Event]:
         """Steps until the requests `ids` have ended; what others receive meanwhile waits for their next step."""
@@ -639,13 +701,16 @@ class Engine:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Abort everything and let go of cache and parameters."""
+        """Abort everything and let go of cache, parameters and other ranks."""
+        crew, self._crew = self._crew, None
         self._abort_all()
         self._running = None
         if "_mover" in self.__dict__:
             self._mover.close()
         for name in ("_stepper", "_mover", "cache", "params"):  # graphs before what they read
             self.__dict__.pop(name, None)
+        if crew is not None:
+            crew.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -65,14 +65,13 @@ class Snapshot:
 
     def revive(
         self,
-        request_id: int,
         limit: int,
         eos: frozenset[int],
         tokenizer: Tokenizer | None,
         guides: Guides,
     ) -> tuple[Output, list[Sample]]:
         """The request again, and the completions that go on. `limit` counts prompt and output."""
-        output = Output(request_id, [*self.prompt], [_own(c) for c in self.completions])
+        output = Output(-1, [*self.prompt], [_own(c) for c in self.completions])
         p, samples = self.params, []
         if p.prompt_logprobs is not None:
             output.prompt_logprobs = [*self.prompt_logprobs] if self.prompt_logprobs else [None]

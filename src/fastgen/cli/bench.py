@@ -78,7 +78,11 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
             raise ValueError(f"workload {w}: prompt and output are longer than the context of {spec.context}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if m.device == "auto" else m.device
     dtype = m.dtype if m.dtype != "auto" else "float32" if device == "cpu" else spec.dtype
-    kind = getattr(torch, dtype)
+    kind, settings = getattr(torch, dtype), {f.name: getattr(config, f.name) for f in fields(Settings)}
+    if config.parallel.tensor_parallel > 1:  # each rank makes its share for itself
+        loading = {"dtype": dtype, "device": device, "random": not real, "random_seed": m.random_seed}
+        engine = Engine.from_pretrained(path, progress=sys.stderr.isatty(), **loading, **settings)
+        return _started(engine, model, {"load_and_engine": time.perf_counter() - began})
     if real:
         params = weights.load(path, device=device, dtype=kind, progress=sys.stderr.isatty())[1]
     else:
@@ -86,10 +90,15 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
     if device != "cpu":
         torch.cuda.synchronize(device)
     loaded = time.perf_counter()
-    engine = Engine(params, spec, **{f.name: getattr(config, f.name) for f in fields(Settings)})
-    made = time.perf_counter()
+    engine = Engine(params, spec, **settings)
+    return _started(engine, model, {"load": loaded - began, "engine": time.perf_counter() - loaded})
+
+
+def _started(engine: Engine, model: str, seconds: dict[str, float]) -> Started:
+    """With the time to a first token."""
+    began = time.perf_counter()
     engine.generate([[1] * 8], SamplingParams(max_tokens=1, ignore_eos=True), progress=False)
-    seconds = {"load": loaded - began, "engine": made - loaded, "first_token": time.perf_counter() - made}
+    seconds["first_token"] = time.perf_counter() - began
     return Started(engine, re.sub(r"\.(json|gguf|safetensors)$", "", model.lower()), seconds)
 
 

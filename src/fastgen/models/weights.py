@@ -135,14 +135,23 @@ def init(
         if leaf is None:
             made.append(None)
             continue
-        weight = make(leaf)
-        if place != WHOLE:  # all of it is drawn, so that it is the same numbers
-            cut = weight.new_zeros(mine.shape)
-            for (_, source), (part, target) in zip(_views(leaf, weight), _views(mine, cut), strict=True):
-                target.copy_(part.of(source))
-            weight = cut
-        made.append(weight)
+        weight = make(leaf)  # all of it is drawn, so that it is the same numbers
+        made.append(weight if place == WHOLE else _cut(leaf, mine, weight))
     return tree_unflatten(made, tree)
+
+
+def share(params: Params, spec: Spec, place: Place) -> Params:
+    """A rank's copy of its share of parameters."""
+    leaves = zip(tree_leaves(declare(spec)), tree_leaves(declare(spec, place)), tree_leaves(params), strict=True)
+    made = [None if leaf is None else _cut(leaf, mine, weight) for leaf, mine, weight in leaves]
+    return tree_unflatten(made, tree_flatten(params)[1])
+
+
+def _cut(leaf: Leaf, mine: Leaf, weight: Tensor) -> Tensor:
+    cut = weight.new_zeros(mine.shape)
+    for (_, source), (part, target) in zip(_views(leaf, weight), _views(mine, cut), strict=True):
+        target.copy_(part.of(source))
+    return cut
 
 
 def _views(leaf: Leaf, tensor: Tensor) -> Iterator[tuple[Part, Tensor]]:

@@ -1,0 +1,216 @@
+"""Ranks as processes: the same tokens, and one that ends ends all, quickly and with its cause."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_parallel import SETTINGS, SPEC, load, weights_
+
+import fastgen
+from fastgen import SamplingParams, launch
+
+LIMIT = 10  # seconds within which everything ends
+Tokens = list[list[list[int]]]
+
+
+def engine(size: int = 2, **more: Any) -> fastgen.Engine:
+    return fastgen.Engine(weights_(), SPEC, tensor_parallel=size, **SETTINGS | more)
+
+
+def tokens(outputs: list[fastgen.Output]) -> Tokens:
+    return [[c.token_ids for c in o.completions] for o in outputs]
+
+
+@pytest.fixture(autouse=True)
+def nobody_left() -> Iterator[None]:
+    """No process outlives its engine."""
+    yield
+    end = time.monotonic() + 5
+    while (
+        left := [p for p in multiprocessing.active_children() if p.name.startswith("rank")]
+    ) and time.monotonic() < end:
+        time.sleep(0.05)
+    crew = launch.Crew.active
+    if crew is not None:  # a test that failed
+        crew.close()
+    assert not left and crew is None
+
+
+def test_outputs(tmp_path: Path, size: int = 4) -> None:
+    """Of one process, whatever is called: what one rank alone gives."""
+
+    def calls(e: fastgen.Engine) -> list[Any]:
+        found: list[Any] = [tokens(e.generate(*load(1, 8), progress=False))]
+        with pytest.raises(ValueError, match="do not fit"):
+            e.generate([[1, 2], [1] * 500], progress=False)
+        first = e.add([5, 6, 7], SamplingParams(max_tokens=30, temperature=0.8))  # a seed of the engine's own
+        second = e.add([5, 6, 9], SamplingParams(max_tokens=30))
+        third = e.add([5, 6, 8], SamplingParams(max_tokens=10))
+        for _ in range(4):
+            e.step()
+        aborted = e.abort(second)
+        assert aborted is not None
+        with pytest.raises(ValueError, match="not running"):
+            e.fork(99)
+        copies, saved = e.fork(first, 2, seeds=[1, 2]), e.snapshot(first)
+        again = e.restore(saved)
+        e.touch()
+        outputs = {}
+        while e.unfinished:
+            outputs |= {x.request_id: x.output for x in e.step() if x.output}
+        found += [first, copies, again, third, sorted(outputs)]
+        found += [tokens([outputs[i]]) for i in (first, *copies, again, third)]
+        return [*found, tokens(e.generate(*load(2, 4), progress=False))]
+
+    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as alone:
+        want = calls(alone)
+    with engine(size) as e:
+        assert e.group is not None and e.group.place.size == size
+        with pytest.raises(ValueError, match="already runs an engine"):
+            engine(size)
+        got = calls(e)
+    assert got == want
+
+    fastgen.save(tmp_path, SPEC, weights_())
+    with fastgen.Engine.from_pretrained(tmp_path, device="cpu", tensor_parallel=2, **SETTINGS) as e:
+        assert tokens(e.generate(*load(1, 8), progress=False)) == want[0]
+
+
+def endless(e: fastgen.Engine) -> None:
+    prompts, _ = load(3, 6)
+    while True:
+        e.generate(prompts, SamplingParams(max_tokens=20), progress=False)
+
+
+def test_a_rank_is_killed(which: int = 3) -> None:
+    """In the middle of steps."""
+    e, began = engine(4), [0.0]
+    victim = next(p for p in multiprocessing.active_children() if p.name == f"rank {which}")
+
+    def kill() -> None:
+        began[0] = time.monotonic()
+        os.kill(victim.pid or 0, signal.SIGKILL)
+
+    threading.Timer(0.7, kill).start()
+    with pytest.raises(RuntimeError, match=rf"rank {which} \(process {victim.pid}\) was killed by SIGKILL"):
+        endless(e)
+    assert time.monotonic() - began[0] < LIMIT
+    with pytest.raises(RuntimeError, match=f"rank {which} "):  # and so does whatever is tried later
+        e.generate([[1, 2]], SamplingParams(max_tokens=2), progress=False)
+    e.close()
+
+
+def test_a_rank_raises() -> None:
+    e = engine()
+    assert e._crew is not None
+    e._crew.tell("no_such_call")
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 .* failed: .*no_such_call"):
+        endless(e)
+    assert time.monotonic() - began < LIMIT
+    e.close()
+
+
+def test_rank_0_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error, and the others are gone."""
+    e = engine()
+    e.generate([[1, 2]], SamplingParams(max_tokens=2), progress=False)
+    monkeypatch.setattr(e._stepper, "run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        endless(e)
+    with pytest.raises(RuntimeError, match="rank 0 failed: division by zero"):
+        e.generate([[1, 2]], SamplingParams(max_tokens=2), progress=False)
+    e.close()
+
+
+def broken(place: Any, device: str) -> Any:
+    """Parameters that only rank 0 gets."""
+    if place.rank:
+        raise OSError("no such disk")
+    return SPEC, weights_(place=place), None
+
+
+def test_a_rank_cannot_load() -> None:
+    crew = launch.group(2, "cpu", broken, {})
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 .*no such disk"), launch.guard(crew):
+        crew.least(1)
+    assert time.monotonic() - began < LIMIT
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_launch
+if __name__ == "__main__":
+    e = test_launch.engine()
+    import multiprocessing
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    test_launch.endless(e)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_first_ends(number: signal.Signals, tmp_path: Path) -> None:
+    """The process that started the others, by whatever: they are gone too."""
+    script = tmp_path / "it.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    other = Path("/proc") / process.stdout.readline().strip()
+    assert other.is_dir()
+    time.sleep(0.5)
+    process.send_signal(number)
+    end = time.monotonic() + LIMIT
+    _, said = process.communicate(timeout=LIMIT)
+    if number is signal.SIGINT:
+        assert said.rstrip().endswith("KeyboardInterrupt")
+    while other.is_dir() and "Z" not in (other / "stat").read_text().rpartition(")")[2][:3] and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not other.is_dir() or time.monotonic() < end
+
+
+def test_an_interrupt_leaves_the_ranks_in_step() -> None:
+    """Ctrl-C aborts what runs; the engine goes on."""
+    with engine() as e:
+        want = tokens(e.generate(*load(1, 3), progress=False))
+        threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            endless(e)
+        assert not e.state.running and tokens(e.generate(*load(1, 3), progress=False)) == want
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "tensor_parallel=2, but .* WORLD_SIZE=4"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK='2' is no rank of WORLD_SIZE='2'"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK='first' is no rank"),
+    ],
+)
+def test_environments(environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That say the wrong thing: refused before anybody waits."""
+    if "WORLD_SIZE" in environment:
+        environment = environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        engine()
+
+
+def test_sizes() -> None:
+    with pytest.raises(ValueError, match="possible: 1, 2, 4"):
+        engine(3)
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(ValueError, match="needs as many GPUs"):
+            launch.group(2, "cuda", broken, {})
