@@ -185,6 +185,7 @@ class Crew(Ranks):
         `whole`: an interrupt waits until it is done. RuntimeError with the cause, if a rank ends meanwhile.
         """
         main = whole and threading.current_thread() is threading.main_thread()
+        main = main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)  # as a server's engine has it
         interrupted: list[Any] = []
         before = signal.signal(signal.SIGINT, lambda *given: interrupted.append(given)) if main else None
         self._since = time.monotonic()
