@@ -16,7 +16,7 @@ LAYERS = [  # each may import from its own line and those above
     ["models.default", "grammar", "request", "step"],
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
     ["parallel"],
-    ["compile"],
+    ["launch", "compile"],
     ["engine"],
     ["chat"],
     ["__init__"],

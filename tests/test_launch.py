@@ -140,7 +140,7 @@ def broken(place: Any, device: str) -> Any:
 
 
 def test_a_rank_cannot_load() -> None:
-    crew = launch.group(2, "cpu", broken, {})
+    crew = launch.group(2, "cpu", broken, {}, fastgen.Engine)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?s)rank 1 .*no such disk"), launch.guard(crew):
         crew.least(1)
@@ -213,4 +213,4 @@ def test_sizes() -> None:
         engine(3)
     if torch.cuda.device_count() < 2:
         with pytest.raises(ValueError, match="needs as many GPUs"):
-            launch.group(2, "cuda", broken, {})
+            launch.group(2, "cuda", broken, {}, fastgen.Engine)

@@ -108,7 +108,7 @@ class Engine:
         if chosen.parallel.tensor_parallel > 1 and group is None:
             split(spec, chosen.parallel.tensor_parallel)  # a ValueError before anything is started
             load = launch.spread(params, spec, tokenizer, chosen.parallel.tensor_parallel)
-            group = launch.group(chosen.parallel.tensor_parallel, params.embed.device.type, load, settings)
+            group = launch.group(chosen.parallel.tensor_parallel, params.embed.device.type, load, settings, type(self))
             params = load(group.place, str(params.embed.device))[1]
         self._crew = group if isinstance(group, launch.Crew) else None
         if self._crew is not None:
@@ -176,7 +176,7 @@ class Engine:
         load = partial(_load, path, kind, random_seed if random else None)
         if size > 1:
             split(from_hf(weights.read_config(path)), size)
-            group = launch.group(size, device.partition(":")[0], load, settings)
+            group = launch.group(size, device.partition(":")[0], load, settings, cls)
             device = launch.device(device, group.place.rank) if device == "cuda" else device
         else:
             group = None

@@ -46,11 +46,12 @@ def device(kind: str, rank: int) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', rank % torch.cuda.device_count())}" if kind == "cuda" else kind
 
 
-def group(size: int, kind: str, load: Load, settings: dict[str, Any]) -> Ranks:
+def group(size: int, kind: str, load: Load, settings: dict[str, Any], make: Any) -> Ranks:
     """The ranks of an engine of `size`: those of the process group that is there, or new processes.
 
     A process group is there if this program has initialised one, or if torchrun has started this process. Then every
-    process of it makes this call. ValueError says what is wrong with the environment or the machine.
+    process of it makes this call. New ones call `make`, the engine's class, as this one does.
+    ValueError says what is wrong with the environment or the machine.
     """
     if dist.is_initialized():
         if Crew.active is not None:
@@ -64,7 +65,7 @@ def group(size: int, kind: str, load: Load, settings: dict[str, Any]) -> Ranks:
     count = torch.cuda.device_count()
     if kind == "cuda" and count < size:
         raise ValueError(f"parallel.tensor_parallel={size} needs as many GPUs, and this machine shows {count}")
-    return Crew(size, kind, load, settings)
+    return Crew(size, kind, load, settings, make)
 
 
 def _of_environment(size: int, kind: str) -> Ranks:
@@ -127,7 +128,7 @@ class Crew(Ranks):
 
     active: "Crew | None" = None
 
-    def __init__(self, size: int, kind: str, load: Load, settings: dict[str, Any]) -> None:
+    def __init__(self, size: int, kind: str, load: Load, settings: dict[str, Any], make: Any) -> None:
         self.size, self.cause = size, ""
         self.place = WHOLE  # until all have met
         self._ending = threading.Event()
@@ -141,7 +142,7 @@ class Crew(Ranks):
         try:
             for rank in range(1, size):
                 ours, theirs = context.Pipe()
-                arguments = theirs, rank, size, store.port, kind, load, settings
+                arguments = theirs, rank, size, store.port, kind, load, settings, make
                 process = context.Process(target=_rank, args=arguments, name=f"rank {rank}", daemon=True)
                 process.start()
                 theirs.close()
@@ -293,7 +294,9 @@ class Crew(Ranks):
         Crew.active = None
 
 
-def _rank(pipe: Connection, rank: int, size: int, port: int, kind: str, load: Load, settings: dict[str, Any]) -> None:
+def _rank(
+    pipe: Connection, rank: int, size: int, port: int, kind: str, load: Load, settings: dict[str, Any], make: Any
+) -> None:
     """The process of another rank: its engine makes the calls that rank 0's makes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too, and decides
     calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], dict[str, Any]]] = queue.SimpleQueue()
@@ -306,15 +309,13 @@ def _rank(pipe: Connection, rank: int, size: int, port: int, kind: str, load: Lo
             os._exit(1)  # rank 0 is gone, and a collective may wait for it
 
     try:
-        from fastgen.engine import Engine  # which imports this file
-
         threading.Thread(target=read, daemon=True).start()
         pipe.send((0.0, ""))
         limit = timedelta(minutes=30)
         _connect(kind, rank, size, TCPStore("127.0.0.1", port, is_master=False), limit)
         ranks = Ranks()
         spec, params, tokenizer = load(ranks.place, device(kind, rank))
-        with Engine(params, spec, tokenizer, progress=False, group=ranks, **settings) as engine:
+        with make(params, spec, tokenizer, progress=False, group=ranks, **settings) as engine:
             del params
             while (call := calls.get())[0] != "close":
                 with suppress(*(ValueError,) if call[0] in RULES else ()):
