@@ -88,8 +88,10 @@ class Engine:
     `params` are used as they are, without a copy, on the device and in the dtype they have. Settings are the names
     in `fastgen.config` (`token_budget=512, page_size=32, …`).
 
-    With a `group` this is one of several ranks: `params` are this rank's (`init` and `load` take its place), `spec` is
-    the whole model's, and every rank makes the same calls in the same order (see `fastgen.parallel`).
+    `tensor_parallel=N` spreads `params`, the whole model's, over N ranks (see `fastgen.launch`): this process, and
+    others that end with it. With a `group` this is one of several ranks: `params` are this rank's (`init` and `load`
+    take its place), `spec` is the whole model's, and every rank makes the same calls in the same order (see
+    `fastgen.parallel`).
 
     Not for several threads at once. `close()` (or `with`) frees the cache.
     """

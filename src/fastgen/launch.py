@@ -129,7 +129,7 @@ class Crew(Ranks):
     active: "Crew | None" = None
 
     def __init__(self, size: int, kind: str, load: Load, settings: dict[str, Any], make: Any) -> None:
-        self.size, self.cause = size, ""
+        self.cause = ""  # of the end of them all
         self.place = WHOLE  # until all have met
         self._ending = threading.Event()
         self._here, self._failed = set[int](), dict[int, tuple[float, str]]()
