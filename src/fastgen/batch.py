@@ -114,7 +114,8 @@ class Stager:
     """Puts the batches of an engine's steps on its device, and keeps what each running sequence brings in tables.
 
     On a GPU the tensors of a Batch are views of one buffer, the same for the same shape, so that captured graphs can
-    read them: they change with the next step. A step costs one copy from pinned memory, which waits for nobody.
+    read them: they change with the next step. A step costs one copy from pinned memory, made while the step before
+    runs: on its stream it would begin only after that has ended, and a small model's step would wait for it.
 
     A step has at most `tokens` tokens and `rows` sequences, padding included; a sequence at most `width` pages, a
     group that shares pages at most `members` sequences.
@@ -143,13 +144,15 @@ class Stager:
             most = self._sizes(tokens, rows, share=True)
             words = torch.zeros(sum(most.values()), dtype=torch.int32, device="cpu")
             self._pinned = [words.pin_memory() for _ in range(2)]
-            self._copied = [torch.cuda.Event() for _ in range(2)]
-            self._buffer = torch.zeros_like(self._pinned[0], device=device)
+            self._arrived = [torch.zeros_like(words, device=device) for _ in range(2)]
+            self._taken = [torch.cuda.Event() for _ in range(2)]
+            self._side = torch.cuda.Stream(device)
+            self._buffer = torch.zeros_like(words, device=device)
 
     @property
     def bytes(self) -> int:
         """Of memory on the device."""
-        return self.pages.nbytes + self.last.nbytes + (self._buffer.nbytes if self.cuda else 0)
+        return self.pages.nbytes + self.last.nbytes + (3 * self._buffer.nbytes if self.cuda else 0)
 
     def _sizes(self, tokens: int, rows: int, *, share: bool) -> dict[str, int]:
         """32-bit words of each field in the buffer; the seeds, of 64 bits, come first."""
@@ -177,9 +180,16 @@ class Stager:
             index += range(at + same, at + len(span.pages))
             value += span.pages[same:]
             self.sitting[span.seat] = span.id, span.pages
-        if index:
-            words = to_device(torch.tensor([index, value], device="cpu"), self.device)
-            self.pages.view(-1).index_copy_(0, words[0], words[1].int())
+        if not index:
+            return
+        words = torch.tensor([index, value], device="cpu")
+        if self.cuda:
+            main = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(self._side):
+                words = to_device(words, self.device)
+            main.wait_stream(self._side)
+            words.record_stream(main)
+        self.pages.view(-1).index_copy_(0, words[0], words[1].int())
 
     def _split(self, buffer: Tensor, tokens: int, rows: int, *, share: bool) -> dict[str, Tensor]:
         sizes = self._sizes(tokens, rows, share=share)
@@ -217,17 +227,21 @@ class Stager:
         if groups is not None:
             arrays |= sharing(groups, rows, self.members)
         used = sum(self._sizes(size, rows, share=share).values())
-        # The two pinned buffers take turns: this one's last copy was of the step before last, and has long been made.
+        # The buffers take turns: these were last used by the step before last, which has long begun.
         if self.cuda:
-            self._copied[step % 2].synchronize()
+            self._taken[step % 2].synchronize()
         host = self._pinned[step % 2] if self.cuda else torch.empty(used, dtype=torch.int32, device="cpu")
         parts = self._split(host, size, rows, share=share)
         for name, part in parts.items():
             part.numpy()[:] = arrays[name]
         if not self.cuda:
             return self._fields(parts)
-        self._buffer[:used].copy_(host[:used], non_blocking=True)
-        self._copied[step % 2].record()
+        arrived = self._arrived[step % 2][:used]
+        with torch.cuda.stream(self._side):
+            arrived.copy_(host[:used], non_blocking=True)
+        torch.cuda.current_stream(self.device).wait_stream(self._side)
+        self._buffer[:used].copy_(arrived)
+        self._taken[step % 2].record()
         return self._fields(self._split(self._buffer, size, rows, share=share))
 
 
