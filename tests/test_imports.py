@@ -13,9 +13,9 @@ LAYERS = [  # each may import from its own line and those above
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
     + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves"],
     ["models.transformer", "models.weights", "tokenizer"],
-    ["models.default", "grammar", "request", "step"],
+    ["models.default", "models.invariant", "grammar", "request", "step"],
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
-    ["parallel"],
+    ["parallel", "scoring"],
     ["launch", "compile"],
     ["engine"],
     ["chat"],

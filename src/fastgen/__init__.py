@@ -14,6 +14,7 @@ from fastgen.models.spec import Rope, Spec, from_hf
 from fastgen.models.transformer import forward, hidden, unembed
 from fastgen.models.weights import init, load, save
 from fastgen.request import Completion, Event, Output
+from fastgen.scoring import Mismatch, compare, mismatch, score
 from fastgen.snapshot import Snapshot
 from fastgen.step import new_cache
 from fastgen.types import Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling, Share
@@ -28,6 +29,7 @@ __all__ = [
     "Event",
     "Filter",
     "Layer",
+    "Mismatch",
     "Output",
     "Params",
     "Rope",
@@ -38,13 +40,16 @@ __all__ = [
     "Share",
     "Snapshot",
     "Spec",
+    "compare",
     "forward",
     "from_hf",
     "hidden",
     "init",
     "load",
+    "mismatch",
     "new_cache",
     "save",
+    "score",
     "stage",
     "unembed",
 ]

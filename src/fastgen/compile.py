@@ -24,12 +24,13 @@ from tqdm.auto import tqdm
 
 from fastgen.batch import Stager
 from fastgen.config import Schedule, Settings
-from fastgen.models import transformer
+from fastgen.models import invariant, transformer
 from fastgen.models.spec import Spec, split
 from fastgen.models.transformer import PLAIN, Ops
 from fastgen.ops.attention import Backend
 from fastgen.ops.backends import choose
 from fastgen.parallel import Group, sharded
+from fastgen.sampling import sample
 from fastgen.step import Computed, Draw, compute, feed
 from fastgen.types import Batch, Cache, Params, Sampling
 
@@ -157,14 +158,19 @@ class Stepper:
         # One buffer for all graphs' logits: they would each keep theirs.
         rows = largest(settings.schedule).rows
         self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, spec.vocab)
-        backend = partial(choose(settings.compile.attention, self.device), page=settings.pages.page_size)
-        self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
+        page, fixed = settings.pages.page_size, settings.compile.deterministic
+        backend = partial(choose(settings.compile.attention, self.device), page=page)
+        if fixed:
+            self.ops = invariant.ops(self.device, page)
+        else:
+            self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
+        self.sample = partial(invariant.sample, measure=self.ops.logprobs) if fixed else sample
         if group is not None:
             self.ops = sharded(self.ops, group, spec)
         if self.how != "eager" and cuda:
             from fastgen.ops.fused import draw  # Triton comes with the GPU builds of torch, and not with others
 
-            self.draw = draw
+            self.draw = partial(draw, fixed=True) if fixed else draw
 
     def _ops(self, attention: Backend, cuda: bool) -> Ops:
         region = self.regions
@@ -197,7 +203,8 @@ class Stepper:
         decode = [Shape(n, n, True) for n in buckets(s.max_requests)]
         mixed = [Shape(n, SEQUENCES, False) for n in MIXED if n <= s.token_budget]
         p = self.settings.pages
-        groups = shared_buckets(s.max_requests) if p.prefix_cache and p.shared_attention else ()
+        together = p.prefix_cache and p.shared_attention and not self.settings.compile.deterministic
+        groups = shared_buckets(s.max_requests) if together else ()
         shared = [Shape(n, n, True, True) for n in groups]
         return tuple(sorted({*decode, *shared, *mixed, full(s)}, reverse=True))
 
@@ -242,8 +249,11 @@ class Stepper:
             return computed
         return self._compute(cache, batch, sampling, ready, decode=shape.decode, scored=scored)
 
-    @_blas("cublaslt")
-    def _compute(
+    def _compute(self, *args: Any, **how: bool) -> Computed:
+        with invariant.exact() if self.settings.compile.deterministic else _blas("cublaslt"):
+            return self._forward(*args, **how)
+
+    def _forward(
         self, cache: Cache, batch: Batch, sampling: Sampling, ready: Sequence[torch.cuda.Event] = (), **how: bool
     ) -> Computed:
         ops = self.ops

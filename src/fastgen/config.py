@@ -191,8 +191,13 @@ class Compile:
 
     compile: str = "auto"  # graphs on a GPU, eager elsewhere
     attention: str = "auto"  # triton on a GPU, sdpa elsewhere
+    # A token's logits and logprobs are the same, bit for bit, in any batch, chunk or bucket, and in `fastgen.score`.
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
+        _flag("compile", "deterministic", self.deterministic)
+        if self.deterministic and self.attention == "reference":
+            raise ValueError("compile.deterministic=true has an attention of its own: leave compile.attention=auto")
         _choice("compile", "compile", self.compile, ("auto", "eager", "inductor", "graphs"))
         if self.compile == "graphs" and self.attention not in ("auto", "triton"):
             raise ValueError(
@@ -212,6 +217,13 @@ class Settings:
     parallel: Parallel = Parallel()
     compile: Compile = Compile()
     seed: int | None = None  # of requests that bring none; None: from the operating system
+
+    def __post_init__(self) -> None:
+        if self.compile.deterministic and self.parallel.tensor_parallel > 1:
+            raise ValueError(
+                "compile.deterministic=true holds for one device: sums over ranks have no fixed order. "
+                "Use parallel.tensor_parallel=1"
+            )
 
     @classmethod
     def of(cls, **flat: Any) -> "Settings":

@@ -29,7 +29,6 @@ from fastgen.models.spec import WHOLE, Place, Spec, from_hf, split
 from fastgen.parallel import Group
 from fastgen.profiler import OFF, Profiler, Window
 from fastgen.request import Completion, Event, Output, Sample, longest
-from fastgen.sampling import sample
 from fastgen.snapshot import Snapshot
 from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
@@ -490,7 +489,8 @@ class Engine:
     def _groups(self, plan: schedule.Plan) -> tuple[schedule.Group, ...]:
         """Sequences whose shared pages are read together; none where the attention cannot."""
         p = self.settings.pages
-        if not (p.prefix_cache and p.shared_attention and self.settings.compile.attention == "triton"):
+        c = self.settings.compile
+        if not (p.prefix_cache and p.shared_attention and c.attention == "triton") or c.deterministic:
             return ()
         return schedule.groups(self.state, plan, self._stager.members, places(len(plan)))
 
@@ -516,7 +516,7 @@ class Engine:
                 edits=edits(plan, self._samples, self.device),
                 allowed=self._allowed(plan),
             )
-            results = sample(computed.logits[:n].float(), general, top)
+            results = self._stepper.sample(computed.logits[:n].float(), general, top)
             self._stager.last[batch.seat[:n]] = results.token.int()
         if self.device.type != "cuda":
             return tuple(results), None

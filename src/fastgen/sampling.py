@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastgen.types import Edits, Filter, Sampled, Sampling
 
@@ -78,13 +79,36 @@ def keep(logits: Float[Tensor, "N V"], f: Filter) -> Float[Tensor, "N V"]:
     return logits.masked_fill(~(kept | off), float("-inf"))
 
 
-def sample(logits: Float[Tensor, "N V"], s: Sampling, top: int | None = None) -> Sampled:
+Measure = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]  # as `logprobs`
+
+
+def sample(
+    logits: Float[Tensor, "N V"],
+    s: Sampling,
+    top: int | None = None,
+    measure: Measure | None = None,
+    *,
+    rows: int | None = None,
+) -> Sampled:
     """Draws one token a row. `logits` fp32; `top` None skips logprobs (returned as 0), k adds the k most likely.
 
-    Sampling by the exponential race: argmax of p / E equals a draw from p (Gumbel's trick in linear form).
+    `measure` computes the logprobs; `rows`: so many rows are drawn at once, always.
     """
     z = logits if s.allowed is None else restrict(logits, s.allowed)
     z = z if s.edits is None else edit(z, s.edits)
+    if rows is None:
+        return _pick(z, logits, s, top, measure or logprobs)
+    found = []
+    for i in range(0, len(z), rows):
+        at = torch.arange(i, i + rows, device=z.device).clamp_max(len(z) - 1)
+        some = tree_map_only(Tensor, lambda x, at=at: x[at], s._replace(edits=None, allowed=None))
+        found.append(_pick(z[at], logits[at], some, top, measure or logprobs))
+    return Sampled(*(torch.cat(x)[: len(z)] for x in zip(*found, strict=True)))
+
+
+def _pick(z: Float[Tensor, "N V"], logits: Float[Tensor, "N V"], s: Sampling, top: int | None, of: Measure) -> Sampled:
+    """From edited logits z. By the exponential race: argmax of p / E equals a draw from p (Gumbel's trick in linear
+    form)."""
     if s.seed is None:
         token = z.argmax(-1)
     else:
@@ -97,7 +121,7 @@ def sample(logits: Float[Tensor, "N V"], s: Sampling, top: int | None = None) ->
     if top is None:
         none = logits.new_zeros(len(logits), 0)
         return Sampled(token, logits.new_zeros(len(logits)), none.long(), none)
-    return Sampled(token, *logprobs(torch.where(s.processed[:, None], z, logits), token, top))
+    return Sampled(token, *of(torch.where(s.processed[:, None], z, logits), token, top))
 
 
 def logprobs(

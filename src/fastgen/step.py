@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastgen.models.spec import Spec
 from fastgen.models.transformer import PLAIN, Ops, blocks, table, unembed
-from fastgen.sampling import logprobs
 from fastgen.types import Batch, Cache, Params, Sampling
 
 # draw(logits, temperature, seed, position, processed, last, seat) -> token, logprob: as `sampling.sample` without
@@ -80,7 +79,9 @@ def score(
     best: list[dict[int, float]] = []
     for i in range(0, len(target), rows):
         token = torch.tensor(target[i : i + rows], device=x.device)
-        got, top_token, top_value = (t.tolist() for t in logprobs(unembed(params, x[i : i + rows], ops), token, top))
+        got, top_token, top_value = (
+            t.tolist() for t in ops.logprobs(unembed(params, x[i : i + rows], ops), token, top)
+        )
         value += got
         best += [dict(zip(*pair, strict=True)) for pair in zip(top_token, top_value, strict=True)]
     return value, best

@@ -15,8 +15,9 @@ from torch import Tensor
 from fastgen.models import layers
 from fastgen.models.layers import rms_norm, rotations, swiglu
 from fastgen.models.spec import Spec
-from fastgen.ops.attention import Backend, sdpa
-from fastgen.types import Batch, Cache, Params
+from fastgen.ops.attention import Attend, Backend, sdpa
+from fastgen.sampling import logprobs
+from fastgen.types import Batch, Cache, Layer, Params
 
 Rows = Float[Tensor, "T D"]
 Turn = Float[Tensor, "T 1 half"]
@@ -76,6 +77,7 @@ class Ops(NamedTuple):
     linear: Callable[..., Tensor] = F.linear
     leave: Callable[..., Tensor] = leave
     head: Callable[..., Tensor] = head
+    logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = logprobs
 
 
 PLAIN = Ops()
@@ -91,27 +93,50 @@ def last_tokens(batch: Batch) -> Batch:
     )
 
 
+def block(
+    x: Rows,
+    y: Rows,
+    layer: Layer,
+    k: Float[Tensor, "S K H"],
+    v: Float[Tensor, "S K H"],
+    window: int | None,
+    turn: tuple[Turn, Turn],
+    slot: Int[Tensor, " T"],
+    attend: Attend,
+    spec: Spec,
+    ops: Ops = PLAIN,
+    output: Int[Tensor, " N"] | None = None,
+) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
+    """x and y after a block. Writes k and v at `slot`; pure otherwise.
+
+    `output`: of these tokens only, which `attend` is then made for. Of the others no more than keys and values is
+    computed.
+    """
+    x, qkv = ops.project(x, y, layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
+    qkv = qkv.unflatten(-1, (-1, spec.head))
+    if layer.q_norm is not None:
+        qkv = ops.norm_heads(qkv, layer.q_norm, layer.k_norm, spec)
+    q = ops.store(qkv, *turn, slot, k, v)
+    if output is not None:
+        x, q = x[output], q[output]
+    y = ops.linear(attend(q, k, v, window).flatten(1), layer.out, layer.out_bias)
+    x, gated = ops.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up)
+    return x, ops.linear(gated, layer.down)
+
+
 def blocks(
     params: Params, cache: Cache, batch: Batch, spec: Spec, ops: Ops = PLAIN, *, last: bool = False
-) -> tuple[Rows, Rows]:
+) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
     """x and y after the last block. Writes `cache` at `batch.slot`; pure otherwise.
 
-    `last`: of the tokens `batch.output` only, which are the sequences' last ones. Of the others the last block needs
-    no more than keys and values.
+    `last`: of the tokens `batch.output` only, which are the sequences' last ones.
     """
-    x, y, cos, sin = ops.enter(params.embed, batch.token, batch.position, spec)
-    attend = ops.attention(batch, spec)
+    x, y, *turn = ops.enter(params.embed, batch.token, batch.position, spec)
+    attend, output = ops.attention(batch, spec), None
     for i, (layer, k, v, window) in enumerate(zip(params.layers, cache.k, cache.v, spec.windows, strict=True)):
-        x, qkv = ops.project(x, y, layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
-        qkv = qkv.unflatten(-1, (-1, spec.head))
-        if layer.q_norm is not None:
-            qkv = ops.norm_heads(qkv, layer.q_norm, layer.k_norm, spec)
-        q = ops.store(qkv, cos, sin, batch.slot, k, v)
         if last and i == spec.layers - 1:
-            x, q, attend = x[batch.output], q[batch.output], ops.attention(last_tokens(batch), spec)
-        y = ops.linear(attend(q, k, v, window).flatten(1), layer.out, layer.out_bias)
-        x, gated = ops.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up)
-        y = ops.linear(gated, layer.down)
+            attend, output = ops.attention(last_tokens(batch), spec), batch.output
+        x, y = block(x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot, attend, spec, ops, output)
     return x, y
 
 

@@ -16,6 +16,7 @@ from fastgen.ops.hopper import begin
 HEADS = 16  # of a program of `store`
 CHUNK = 1024  # tokens of the vocabulary that a program of `draw` looks at together
 PROGRAMS = 4 * 132  # of `draw` where rows are few: their vocabulary is shared out
+FIXED = 16  # of those for each row, where the sum must not depend on how many rows there are
 STAGED = ["temperature", "seed", "position", "processed", "last", "seat"]  # parts of one buffer: aligned by chance
 NOTHING = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
 
@@ -180,20 +181,18 @@ def _decide(
 def draw(
     logits: Float[Tensor, "N V"], temperature: Float[Tensor, " N"], seed: Int[Tensor, " N"],
     position: Int[Tensor, " N"], processed: Bool[Tensor, " N"] | Int[Tensor, " N"],
-    last: Int[Tensor, " E"], seat: Int[Tensor, " N"],
+    last: Int[Tensor, " E"], seat: Int[Tensor, " N"], *, fixed: bool = False,
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """A token for each row (int32) and its natural-log probability (fp32): `sampling.sample` without filters or edits.
     The tokens are also written to `last` (int32) at `seat`.
 
     The probability is the model's, or of logits / temperature where `processed`. The token does not depend on how the
-    vocabulary is shared out; the probability does, by rounding.
+    vocabulary is shared out; the probability does, by rounding, unless that is `fixed`.
     """
     rows, vocab = logits.shape
     logits = logits.contiguous()
     chunks = triton.cdiv(vocab, CHUNK)
-    wanted = max(1, min(PROGRAMS // max(1, rows), chunks))
-    splits = triton.next_power_of_2(wanted)
-    share = triton.cdiv(chunks, splits)  # in chunks
+    splits, share = _shares(rows, chunks, fixed)
     token, logprob = (torch.empty(rows, dtype=kind, device=logits.device) for kind in (torch.int32, torch.float32))
     score, top, total = torch.empty(3, rows, splits, dtype=torch.float32, device=logits.device)
     index = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
@@ -206,3 +205,47 @@ def draw(
         MOST=triton.next_power_of_2(min(PROGRAMS, chunks)), num_warps=1,
     )  # fmt: skip
     return token, logprob
+
+
+def _shares(rows: int, chunks: int, fixed: bool) -> tuple[int, int]:
+    """Programs that share a row, and chunks of each."""
+    splits = triton.next_power_of_2(max(1, min(FIXED if fixed else PROGRAMS // max(1, rows), chunks)))
+    return splits, triton.cdiv(chunks, splits)
+
+
+@triton.jit(do_not_specialize=["splits"])
+@no_type_check
+def _measure(logits, token, top, total, logprob, vocab, splits, each, MOST: tl.constexpr):
+    row, s = tl.program_id(0), tl.arange(0, MOST)
+    at, live = row * splits + s, s < splits
+    m = tl.load(top + at, mask=live, other=NOTHING)
+    l = tl.load(total + at, mask=live, other=0.0)
+    to = row * each + tl.program_id(1)
+    x = tl.load(logits + row.to(tl.int64) * vocab + tl.load(token + to)).to(tl.float32)
+    peak = tl.max(m, 0)
+    tl.store(logprob + to, (x - peak) - tl.log(tl.sum(l * tl.exp(m - peak), 0)))
+
+
+def logprobs(
+    logits: Float[Tensor, "N V"], token: Int[Tensor, " N"], top: int
+) -> tuple[Float[Tensor, " N"], Int[Tensor, "N k"], Float[Tensor, "N k"]]:
+    """As `sampling.logprobs`; for a token that `draw` with `fixed` drew, its logprob bit for bit."""
+    (rows, vocab), device = logits.shape, logits.device
+    logits, chunks = logits.contiguous(), triton.cdiv(vocab, CHUNK)
+    splits, share = _shares(rows, chunks, fixed=True)
+    best = logits.topk(min(top, vocab), -1).indices
+    tokens = torch.cat((token[:, None].long(), best), 1).contiguous()
+    value = torch.empty(tokens.shape, dtype=torch.float32, device=device)
+    score, peak, total = torch.empty(3, rows, splits, dtype=torch.float32, device=device)
+    index = torch.empty(rows, splits, dtype=torch.int32, device=device)
+    none = torch.zeros(rows, dtype=torch.int64, device=device)
+    if rows:
+        _draw[(rows, splits)](
+            logits, none.float(), none, none.int(), none.int(), score, index, peak, total, vocab, share, splits,
+            B=CHUNK, num_warps=4,
+        )  # fmt: skip
+        _measure[tokens.shape](
+            logits, tokens, peak, total, value, vocab, splits, tokens.shape[1],
+            MOST=triton.next_power_of_2(min(PROGRAMS, chunks)), num_warps=1,
+        )  # fmt: skip
+    return value[:, 0], best, value[:, 1:]

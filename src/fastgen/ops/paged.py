@@ -280,12 +280,12 @@ def _merge(
         tl.store(out + (token.to(tl.int64) * Q + head) * H + d, x.to(out.dtype.element_ty), mask=d < H)
 
 
-def _blocks(batch: Batch, size: int, blocks: int) -> Tensor:
-    """[blocks, 5]: of each `size` tokens of the sequences longer than one: the first token, how many, the first one's
-    position, the sequence's seat and its keys. No tokens beyond.
+def _blocks(batch: Batch, size: int, blocks: int, longer: int) -> Tensor:
+    """[blocks, 5]: of each `size` tokens of the sequences longer than `longer`: the first token, how many, the first
+    one's position, the sequence's seat and its keys. No tokens beyond.
     """
     count = batch.start.diff()
-    ends = torch.where(count > 1, (count + size - 1) // size, 0).cumsum(0)
+    ends = torch.where(count > longer, (count + size - 1) // size, 0).cumsum(0)
     block = torch.arange(blocks, device=count.device)
     row = torch.searchsorted(ends, block, right=True).clamp_max(len(count) - 1)
     first = (block - torch.where(row > 0, ends[row - 1], 0)) * size
@@ -307,11 +307,14 @@ def _partial(q: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return q.new_empty((heads, q.shape[2]), dtype=torch.float32), q.new_empty((heads, 2), dtype=torch.float32)
 
 
-def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
+def paged(batch: Batch, spec: Spec, page: int = PAGE, *, fixed: bool = False) -> Attend:
     """The Triton backend: shapes alone decide what is launched, so nothing is read on the host.
 
     As many sequences as tokens are taken to have one each. A group of `batch.share` leaves every member keys of its
     own, the last token's at least.
+
+    `fixed`: a token's sums have the same order in every batch. All tokens are then prefill's, of one tile, and
+    `batch.share` is not looked at.
     """
     tokens, rows, wide = len(batch.token), len(batch.length), batch.pages.shape[1]
     decode = tokens == rows
@@ -344,18 +347,20 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
         scale = spec.head**-0.5 * LOG2E
         end = (batch.pages, wide, window or 0)
         common = (batch.start, batch.length, batch.seat, *end)
-        if not decode:
+        if fixed or not decode:
             whole = TMA and sizes["D"] == spec.head and page % PREFILL["N"] == 0
             many = tokens >= 2048 * rows and page % LONG["N"] == 0
-            tile = SMALL if exact or not roomy else LONG if many or not whole else PREFILL
+            tile = SMALL if exact or not roomy else LONG if (many or not whole) and not fixed else PREFILL
             size = tile["M"] // group
             if not todo:  # the same for all layers
-                todo.append(_blocks(batch, size, tokens // size + rows))
+                todo.append(_blocks(batch, size, tokens // size + rows, 0 if fixed else 1))
             tma = whole and (tile is not SMALL or device.type == "cpu")  # older GPUs have none
             tiles = (_descriptor(x, tile["N"]) for x in (k_cache, v_cache)) if tma else (None, None)
             _prefill[(len(todo[0]), spec.kv_heads)](
                 q, k_cache, v_cache, *tiles, out, todo[0], *end, scale, **sizes, TMA=tma, **tile
             )
+        if fixed:
+            return out
 
         found, skip = (q, q), batch.length  # not read
         if share is not None:

@@ -86,13 +86,15 @@ def linear(
 
 @triton.jit
 @no_type_check
-def _add_norm(x, y, norm, total, out, eps, D: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):
+def _add_norm(x, y, norm, total, out, eps, D: tl.constexpr, B: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
     d = tl.arange(0, B)
     at = tl.program_id(0).to(tl.int64) * D + d
     weight = tl.load(norm + d, mask=d < D, other=0)
     begin(PDL)
-    h = tl.load(x + at, mask=d < D, other=0) + tl.load(y + at, mask=d < D, other=0)
-    tl.store(total + at, h, mask=d < D)
+    h = tl.load(x + at, mask=d < D, other=0)
+    if ADD:
+        h += tl.load(y + at, mask=d < D, other=0)
+        tl.store(total + at, h, mask=d < D)
     h32 = h.to(tl.float32)
     unit = (h32 * tl.rsqrt(tl.sum(h32 * h32, 0) / D + eps)).to(h.dtype)
     tl.store(out + at, unit * weight, mask=d < D)
@@ -105,8 +107,16 @@ def add_norm(
     rows, width = x.shape
     total, out = torch.empty_like(x), torch.empty_like(x)
     size = triton.next_power_of_2(width)
-    _add_norm[(rows,)](x, y, norm, total, out, eps, D=width, B=size, num_warps=8, **hopper.dependent(x))
+    _add_norm[(rows,)](x, y, norm, total, out, eps, D=width, B=size, ADD=True, num_warps=8, **hopper.dependent(x))
     return total, out
+
+
+def norm(x: Float[Tensor, "T D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "T D"]:
+    """RMS norm of each row, D being a few hundred."""
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    size = triton.next_power_of_2(x.shape[1])
+    _add_norm[(len(x),)](x, x, weight, x, out, eps, D=x.shape[1], B=size, ADD=False, num_warps=1, PDL=False)
+    return out
 
 
 @triton.jit

@@ -1,0 +1,269 @@
+"""Logprobs of tokens that are given, by the functions that generate: for references, old policies, and gradients."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastgen.batch import stage
+from fastgen.models import invariant
+from fastgen.models.spec import Spec
+from fastgen.models.transformer import PLAIN, Ops, block, table
+from fastgen.ops.attention import sdpa
+from fastgen.request import Output
+from fastgen.schedule import Span
+from fastgen.step import CHUNK
+from fastgen.types import Batch, Params
+
+PAGE = 64  # tokens; of the cache that lives as long as a call
+
+
+def score(
+    params: Params,
+    spec: Spec,
+    sequences: Sequence[Sequence[int]],
+    *,
+    first: int | Sequence[int] = 1,
+    temperature: float = 1.0,
+    deterministic: bool = False,
+    checkpointed: bool = False,
+    token_budget: int = 8192,
+    ops: Ops | None = None,
+) -> list[Float[Tensor, " n"]]:
+    """Natural-log probability of each sequence's tokens from `first` on, given those before: fp32, a tensor each.
+
+    `first` is one index for all or one for each, 1 at least: a prompt's length scores what was generated. The
+    probabilities are of logits / temperature.
+
+    Differentiable: where gradients are enabled and a leaf of `params` requires one, so do the results; `checkpointed`
+    computes each block again on the way back instead of keeping its activations. Logits are never held for more than
+    2**24 entries at once, with gradients or without.
+
+    `deterministic`: with the kernels of an engine's `compile.deterministic`, so that the results are its logprobs, bit
+    for bit. Sequences are computed whole, as many at once as fit `token_budget`. ValueError for what cannot be scored.
+    """
+    many, each = [[*s] for s in sequences], [first] * len(sequences) if isinstance(first, int) else list(first)
+    check(many, each, spec, temperature)
+    device = params.embed.device
+    grad = torch.is_grad_enabled() and any(w.requires_grad for w in leaves(params))
+    if ops is None:
+        ops = invariant.ops(device, PAGE) if deterministic else default(device)
+    if grad:
+        ops = differentiable(ops, deterministic or device.type == "cuda")
+    found: list[Tensor] = []
+    with invariant.exact() if deterministic else nullcontext():
+        for some in batches([len(s) for s in many], token_budget):
+            found += _scores(params, spec, [many[i] for i in some], [each[i] for i in some], temperature, ops,
+                             checkpointed=grad and checkpointed, grad=grad)  # fmt: skip
+    return found
+
+
+def check(sequences: list[list[int]], first: list[int], spec: Spec, temperature: float) -> None:
+    """ValueError for what cannot be scored."""
+    if len(first) != len(sequences):
+        raise ValueError(f"{len(first)} values of `first` for {len(sequences)} sequences")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    for i, (tokens, start) in enumerate(zip(sequences, first, strict=True)):
+        if not 1 <= start <= len(tokens):
+            problem = "it has no tokens" if not tokens else f"first={start} is not within 1 to {len(tokens)}"
+            raise ValueError(f"sequence {i}: {problem}; the first token has no probability")
+        if len(tokens) > spec.context:
+            raise ValueError(f"sequence {i}: {len(tokens)} tokens do not fit the model's context of {spec.context}")
+        if wrong := next((t for t in tokens if not 0 <= t < spec.vocab), None):
+            raise ValueError(f"sequence {i}: token {wrong} is outside the vocabulary of {spec.vocab}")
+
+
+def leaves(params: Params) -> Iterator[Tensor]:
+    """The weights that are there."""
+    yield from (w for w in (params.embed, params.norm, params.head) if w is not None)
+    yield from (w for layer in params.layers for w in layer if w is not None)
+
+
+def default(device: torch.device) -> Ops:
+    """The functions of a forward that nobody compiled."""
+    if device.type != "cuda":
+        return PLAIN._replace(attention=partial(sdpa, page=PAGE))
+    from fastgen.ops.fused import store  # Triton comes with the GPU builds of torch, and not with others
+    from fastgen.ops.paged import paged
+
+    return PLAIN._replace(attention=partial(paged, page=PAGE), store=store)
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in order, as many at once as have `budget` tokens together; one at least."""
+    some, total = list[int](), 0
+    for i, n in enumerate(lengths):
+        if some and total + n > budget:
+            yield some
+            some, total = [], 0
+        some.append(i)
+        total += n
+    if some:
+        yield some
+
+
+def _scores(
+    params: Params, spec: Spec, sequences: list[list[int]], first: list[int], temperature: float, ops: Ops, *,
+    checkpointed: bool, grad: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Of sequences that are one batch."""
+    device = params.embed.device
+    x, y = _blocks(params, spec, _batch(sequences, device), ops, checkpointed=checkpointed)
+    start = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0).tolist()
+    row = [i for at, f, s in zip(start, first, sequences, strict=False) for i in range(at + f - 1, at + len(s) - 1)]
+    h = ops.leave(x, y, params.norm, spec.eps)[torch.tensor(row, dtype=torch.long, device=device)]
+    target = torch.tensor([t for f, s in zip(first, sequences, strict=True) for t in s[f:]], device=device).long()
+
+    def part(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        logits = ops.head(h, w).float()
+        return ops.logprobs(logits if temperature == 1 else logits / temperature, target, 0)[0]
+
+    rows, w, value = max(1, CHUNK // spec.vocab), table(params), []
+    for some, t in zip(h.split(rows), target.split(rows), strict=True):
+        value.append(checkpoint(part, some, w, t, use_reentrant=False) if grad else part(some, w, t))
+    return list(torch.cat(value).split([len(s) - f for f, s in zip(first, sequences, strict=True)]))
+
+
+def _batch(sequences: list[list[int]], device: torch.device) -> Batch:
+    """Whole sequences in one step, in pages that follow each other after scratch."""
+    pages, plan = 1, list[Span]()
+    for i, s in enumerate(sequences):
+        more = -(-len(s) // PAGE)
+        plan.append(Span(i, 0, len(s), True, tuple(range(pages, pages + more))))
+        pages += more
+    return stage(tuple(plan), dict(enumerate(sequences)), PAGE, device)
+
+
+def _blocks(
+    params: Params, spec: Spec, batch: Batch, ops: Ops, *, checkpointed: bool
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+    """As `transformer.blocks`, with keys and values that live as long as their block."""
+    x, y, *turn = ops.enter(params.embed, batch.token, batch.position, spec)
+    attend = ops.attention(batch, spec)
+    shape = ((int(batch.pages.max()) + 1) * PAGE, spec.kv_heads, spec.head)
+
+    def one(x: Tensor, y: Tensor, layer: Any, window: int | None) -> tuple[Tensor, Tensor]:
+        k, v = x.new_zeros(shape), x.new_zeros(shape)
+        return block(x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot, attend, spec, ops)
+
+    for layer, window in zip(params.layers, spec.windows, strict=True):
+        if checkpointed:
+            x, y = checkpoint(one, x, y, layer, window, use_reentrant=False)
+        else:
+            x, y = one(x, y, layer, window)
+    return x, y
+
+
+# --- gradients of kernels -------------------------------------------------------------------------------------------
+
+
+class _Through(torch.autograd.Function):
+    """A fast function forward, and its plain twin's gradient, computed from the inputs, backward."""
+
+    @staticmethod
+    def forward(ctx: Any, fast: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Any:
+        ctx.plain, ctx.rest = plain, [None if isinstance(a, Tensor) else a for a in args]
+        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args))
+        return fast(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        wanted = ctx.needs_input_grad[2:]
+        saved = [None if x is None else x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted,
+                                                                                     strict=True)]  # fmt: skip
+        with torch.enable_grad():
+            found = ctx.plain(*(r if x is None else x for x, r in zip(saved, ctx.rest, strict=True)))
+        outs = found if isinstance(found, tuple) else (found,)
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+        inputs = [x for x, w in zip(saved, wanted, strict=True) if x is not None and w]
+        got = iter(torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True))
+        return None, None, *(next(got) if w else None for w in wanted)
+
+
+class _Store(torch.autograd.Function):
+    """`ops.store`, whose caches take part: written keys and values carry gradients to attention."""
+
+    @staticmethod
+    def forward(ctx: Any, fast: Any, qkv: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> Any:
+        ctx.save_for_backward(cos, sin, slot)
+        q = fast(qkv, cos, sin, slot, k, v)
+        ctx.mark_dirty(k, v)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        cos, sin, slot = ctx.saved_tensors
+
+        def back(g: Tensor) -> Tensor:  # a rotation's gradient is the rotation back
+            a, b = g.float().chunk(2, -1)
+            return torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(g.dtype)
+
+        return None, torch.cat((back(q), back(k[slot]), v[slot]), 1), None, None, None, None, None
+
+
+def differentiable(ops: Ops, kernels: bool) -> Ops:
+    """`ops` with gradients, those of their plain twins; `kernels`: they have none themselves."""
+    if not kernels:
+        return ops
+
+    def through(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        return fast if fast is plain else lambda *args: _Through.apply(fast, plain, *args)
+
+    def attention(batch: Batch, spec: Spec) -> Callable[..., Tensor]:
+        return through(ops.attention(batch, spec), sdpa(batch, spec, PAGE))
+
+    def store(qkv: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _Store.apply(ops.store, qkv, cos, sin, slot.long(), k, v)[0]
+
+    def logprobs(logits: Tensor, token: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+        one = through(lambda x, t: ops.logprobs(x, t, 0)[0], lambda x, t: PLAIN.logprobs(x, t, 0)[0])
+        none = logits.new_zeros(len(logits), 0)
+        return one(logits, token), none.long(), none
+
+    names = ("project", "project_swiglu", "norm_heads", "linear", "leave", "head")
+    fields = {name: through(getattr(ops, name), getattr(PLAIN, name)) for name in names}
+    return ops._replace(attention=attention, store=store, logprobs=logprobs, **fields)
+
+
+# --- sampler against scorer -----------------------------------------------------------------------------------------
+
+
+class Mismatch(NamedTuple):
+    """How a scorer's logprobs differ from a sampler's, over all tokens of all completions."""
+
+    tokens: int
+    max: float  # of |scorer - sampler|, nats
+    mean: float
+    kl: float  # of sampler from scorer, a token: mean of r - 1 - log r, r = scorer / sampler (J. Schulman's k3)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens: |difference| max {self.max:.3g}, mean {self.mean:.3g}; KL {self.kl:.3g}"
+
+
+def mismatch(outputs: Sequence[Output], logprobs: Sequence[Tensor]) -> Mismatch:
+    """Of outputs sampled with `logprobs=0`, raw ones, and the scores of their completions, one after the other."""
+    sampled = [c.logprobs for o in outputs for c in o.completions]
+    if any(x is None for x in sampled):
+        raise ValueError("the completions have no logprobs: sample with SamplingParams(logprobs=0)")
+    mine = torch.tensor([x for values in sampled for x in values or ()], dtype=torch.float64)
+    if len(mine) != sum(len(x) for x in logprobs):
+        raise ValueError(f"{len(mine)} sampled tokens and {sum(len(x) for x in logprobs)} scores")
+    if not len(mine):
+        return Mismatch(0, 0.0, 0.0, 0.0)
+    d = torch.cat([x.detach().double().cpu() for x in logprobs]) - mine
+    return Mismatch(len(d), float(d.abs().max()), float(d.abs().mean()), float((d.expm1() - d).mean()))
+
+
+def compare(outputs: Sequence[Output], params: Params, spec: Spec, **how: Any) -> Mismatch:
+    """Scores what was sampled, by `score` with the arguments given, and says how far apart the two are."""
+    pairs = [(o.prompt_token_ids, c.token_ids) for o in outputs for c in o.completions]
+    with torch.no_grad():
+        found = score(params, spec, [[*p, *c] for p, c in pairs], first=[len(p) for p, _ in pairs], **how)
+    return mismatch(outputs, found)

@@ -1,0 +1,253 @@
+"""Logprobs of given tokens: the sampler's own, bit for bit where that is asked, and their gradients."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import fastgen
+from fastgen import SamplingParams, scoring
+from fastgen.models import invariant
+from fastgen.models.transformer import PLAIN
+from fastgen.ops.attention import sdpa
+from fastgen.schedule import Span
+
+BASE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 256, "torch_dtype": "float32",
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    "mistral": {
+        "architectures": ["MistralForCausalLM"], "sliding_window": 40,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 6, "head_dim": 12},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 1, "head_dim": 8},
+}  # fmt: skip
+DICE = random.Random(0)
+
+
+def model(name: str) -> tuple[fastgen.Spec, fastgen.Params]:
+    spec = fastgen.from_hf(BASE | CONFIGS[name])
+    params = tree_map_only(Tensor, lambda w: w.to(torch.get_default_device()), fastgen.init(spec, device="cpu"))
+    for w in scoring.leaves(params):
+        if w.ndim == 2:
+            w *= 8  # so that every token of the context matters
+    return spec, params
+
+
+def sequences(*lengths: int) -> list[list[int]]:
+    return [[DICE.randrange(101) for _ in range(n)] for n in lengths]
+
+
+def plain(params: fastgen.Params, spec: fastgen.Spec, tokens: list[int]) -> Tensor:
+    """[n - 1] logprobs by one forward and torch's own log_softmax."""
+    pages = tuple(range(1, 2 + len(tokens) // 16))
+    batch = fastgen.stage((Span(0, 0, len(tokens), True, pages),), {0: tokens}, 16)
+    logits = fastgen.unembed(params, fastgen.hidden(params, fastgen.new_cache(spec, 20 * 16), batch, spec))
+    return logits[:-1].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    DICE.seed(1)
+
+
+def requests(n: int, *, most: int = 60) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts of mixed lengths, some of which begin alike, and settings of all kinds."""
+    common = sequences(37)[0]
+    prompts = [common[: DICE.choice((0, 0, 20, 37))] + sequences(DICE.randint(1, most))[0] for _ in range(n)]
+    kinds = [
+        {}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5, "repetition_penalty": 1.2},
+        {"logprobs": 2}, {"n": 2},
+    ]  # fmt: skip
+    chosen = [{"logprobs": 0, "max_tokens": DICE.randint(1, 12)} | kinds[i % len(kinds)] for i in range(n)]
+    return prompts, [SamplingParams(seed=i, **settings) for i, settings in enumerate(chosen)]
+
+
+@pytest.fixture(params=CONFIGS)
+def one(request: pytest.FixtureRequest) -> Iterator[tuple[fastgen.Spec, fastgen.Params]]:
+    yield model(request.param)
+
+
+def test_scores_are_log_softmax(one: tuple[fastgen.Spec, fastgen.Params]) -> None:
+    """Ragged sequences, several in a batch and batches of one, deterministic or not."""
+    spec, params = one
+    many = sequences(5, 2, 131, 64, 1, 65)
+    for how in ({}, {"token_budget": 70}, {"deterministic": True}):
+        for tokens, found in zip(many, fastgen.score(params, spec, many, **how), strict=True):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, plain(params, spec, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_first_and_temperature() -> None:
+    spec, params = model("llama")
+    many = sequences(12, 40)
+    whole = fastgen.score(params, spec, many)
+    part = fastgen.score(params, spec, many, first=[12, 7])
+    assert not len(part[0])
+    torch.testing.assert_close(part[1], whole[1][6:], atol=1e-6, rtol=1e-6)
+    hot = fastgen.score(params, spec, many, temperature=1e6)
+    torch.testing.assert_close(hot[1], torch.full((39,), -torch.tensor(101.0).log().item()), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("many", "how", "said"),
+    [
+        ([[]], {}, "has no tokens"),
+        ([[1, 2]], {"first": 3}, "not within 1 to 2"),
+        ([[1, 2]], {"first": 0}, "not within 1 to 2"),
+        ([[1, 101]], {}, "token 101 is outside"),
+        ([[1] * 257], {}, "context of 256"),
+        ([[1, 2]], {"first": [1, 1]}, "2 values of `first` for 1"),
+        ([[1, 2]], {"temperature": 0}, "temperature must be positive"),
+    ],
+)
+def test_what_cannot_be_scored(many: list[list[int]], how: dict[str, Any], said: str) -> None:
+    spec, params = model("llama")
+    with pytest.raises(ValueError, match=said):
+        fastgen.score(params, spec, many, **how)
+
+
+def test_sampler_and_scorer(one: tuple[fastgen.Spec, fastgen.Params]) -> None:
+    """In fp32 they differ by rounding, and the report says by how much."""
+    spec, params = one
+    prompts, settings = requests(18)
+    with fastgen.Engine(params, spec, page_size=16, cache_tokens=2048, token_budget=64, max_requests=8) as engine:
+        found = fastgen.compare(engine.generate(prompts, settings), params, spec)
+    assert found.tokens > 100
+    assert found.max <= 1e-5
+    assert 0 <= found.kl < 1e-9
+    assert f"{found.tokens} tokens" in str(found)
+
+
+def test_the_report_sees_a_difference() -> None:
+    spec, params = model("llama")
+    with fastgen.Engine(params, spec, page_size=16, cache_tokens=512) as engine:
+        outputs = engine.generate(sequences(5, 9), SamplingParams(logprobs=0, max_tokens=6, seed=1))
+    params.norm.mul_(1.1)
+    found = fastgen.compare(outputs, params, spec)
+    assert found.tokens == 12
+    assert found.max >= found.mean > 1e-3
+    assert found.kl > 0
+    with pytest.raises(ValueError, match="logprobs=0"):
+        fastgen.compare([fastgen.Output(0, [1], [fastgen.Completion([2])])], params, spec)
+
+
+@pytest.mark.parametrize("compile", ["eager", "inductor"])
+def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen.Params], compile: str) -> None:
+    """Budgets, chunks, company, preemption, reuse, page sizes: not one bit of a logprob changes, nor in the scorer."""
+    spec, params = one
+    if compile == "inductor" and spec.architecture != "Qwen3ForCausalLM":
+        pytest.skip("one family is enough: the functions are the same")
+    prompts, settings = requests(14)
+    ways: list[dict[str, Any]] = [
+        {"max_requests": 1, "prefix_cache": False, "cache_tokens": 512},
+        {"max_requests": 16, "token_budget": 400},
+        {"max_requests": 5, "token_budget": 23, "page_size": 32},
+        {"cache_tokens": 112, "page_size": 4, "token_budget": 64, "max_requests": 9},  # too small for all: some are preempted
+    ]
+    wanted = None
+    for way in ways:
+        how = {"page_size": 16, "cache_tokens": 4096, "deterministic": True, "compile": compile} | way
+        with fastgen.Engine(params, spec, **how) as engine:
+            outputs = engine.generate(prompts, settings)
+            parked = engine.counts.parked
+        assert parked or way.get("cache_tokens") != 112
+        found = [(c.token_ids, c.logprobs, c.top_logprobs) for o in outputs for c in o.completions]
+        wanted = wanted or found
+        assert found == wanted
+        difference = fastgen.compare(outputs, params, spec, deterministic=True)
+        assert difference.tokens > 80
+        assert difference.max == 0.0
+
+
+def test_plain_differs_between_batches() -> None:
+    """What the mode above is for: a test that would also pass without it tests nothing."""
+    spec, params = model("mistral")
+    prompts, settings = requests(14)
+    with fastgen.Engine(params, spec, page_size=16, cache_tokens=4096) as engine:
+        assert fastgen.compare(engine.generate(prompts, settings), params, spec).max > 0
+
+
+def test_invariant_rows() -> None:
+    """Each function of a row alone gives the same bits as among others, wherever it lies."""
+    spec, params = model("qwen3")
+    layer = params.layers[0]
+    x, y = torch.randn(2, 137, spec.dim)
+    position, ops = torch.randint(250, (137,)), invariant.ops("cpu")
+    calls = {
+        "project": lambda i: ops.project(x[i], y[i], layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)[1],
+        "project_swiglu": lambda i: ops.project_swiglu(x[i], y[i], layer.ffn_norm, spec.eps, layer.gate_up)[1],
+        "enter": lambda i: torch.cat(ops.enter(params.embed, position[i] % 101, position[i], spec)[2:], -1),
+        "leave": lambda i: ops.leave(x[i], y[i], params.norm, spec.eps),
+        "head": lambda i: ops.head(x[i], params.embed),
+        "logprobs": lambda i: ops.logprobs(x[i], position[i] % spec.dim, 0)[0],
+        "norm_heads": lambda i: ops.norm_heads(
+            x[i, None].expand(-1, 6, -1)[..., :8].contiguous(), layer.q_norm, layer.k_norm, spec
+        ),
+    }
+    for name, call in calls.items():
+        whole = call(torch.arange(137))
+        for i in (slice(0, 1), slice(5, 8), slice(3, 36), slice(100, 137), slice(136, 137)):
+            assert torch.equal(call(torch.arange(137)[i]), whole[i]), name
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+def gradients(params: fastgen.Params, spec: fastgen.Spec, many: list[list[int]], how: dict[str, Any]) -> list[Tensor]:
+    own = tree_map_only(Tensor, lambda w: w.clone().requires_grad_(), params)
+    loss = sum(x.square().sum() for x in fastgen.score(own, spec, many, **how))
+    assert isinstance(loss, Tensor)
+    return list(torch.autograd.grad(loss, [*scoring.leaves(own)]))
+
+
+@pytest.mark.parametrize("how", [{}, {"checkpointed": True}, {"deterministic": True, "checkpointed": True}])
+def test_gradients(
+    one: tuple[fastgen.Spec, fastgen.Params], how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one plain forward, with logits held a few rows at a time."""
+    spec, params = one
+    many = sequences(9, 70, 33)
+    own = tree_map_only(Tensor, lambda w: w.clone().requires_grad_(), params)
+    loss = sum(plain(own, spec, tokens).square().sum() for tokens in many)
+    assert isinstance(loss, Tensor)
+    wanted = torch.autograd.grad(loss, [*scoring.leaves(own)])
+    monkeypatch.setattr(scoring, "CHUNK", 700)
+    for got, want in zip(gradients(params, spec, many, how), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4 * float(want.abs().max()), rtol=1e-3)
+
+
+def test_gradients_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the forward has kernels without gradients, their plain twins' are taken."""
+    spec, params = model("qwen3")
+    many = sequences(21, 40)
+    wanted = gradients(params, spec, many, {})
+
+    def kernel(f: Any) -> Any:
+        def call(*args: Any) -> Any:
+            found = f(*(a.detach() if isinstance(a, Tensor) else a for a in args))
+            assert not torch.is_grad_enabled()
+            return found
+
+        return call
+
+    hard = {name: kernel(f) for name, f in PLAIN._asdict().items() if name not in ("attention", "enter")}
+    ops = PLAIN._replace(attention=lambda b, s: kernel(sdpa(b, s, 64)), **hard)
+    ops = scoring.differentiable(ops, kernels=True)
+    for got, want in zip(gradients(params, spec, many, {"ops": ops}), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-3)
+
+
+def test_no_gradients_unless_asked() -> None:
+    spec, params = model("llama")
+    own = tree_map_only(Tensor, lambda w: w.clone().requires_grad_(), params)
+    with torch.no_grad():
+        assert not fastgen.score(own, spec, sequences(4))[0].requires_grad
+    assert not fastgen.score(params, spec, sequences(4))[0].requires_grad
