@@ -1,0 +1,110 @@
+"""Sampler against scorer, in the default and in the deterministic mode, and what that mode and logprobs cost.
+
+python benchmarks/deterministic_gpu.py llama-3.2-1b-instruct --out deterministic.json
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastgen
+from fastgen import SamplingParams
+from fastgen.models import invariant
+
+HERE = Path(__file__).parent
+SIZES = (2, 3, 4, 6, 8, 16, 17, 24, 32, 48, 64, 72, 96, 128, 192, 256, 320, 512, 1000, 1024, 2048, 4096)
+
+
+def products(params: fastgen.Params, rows: int = 8192) -> dict[str, list[int]]:
+    """Of each kind of weight, the numbers of rows whose products are not those of many rows, bit for bit."""
+    layer = params.layers[0]
+    head = params.embed if params.head is None else params.head
+    kinds = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": head}
+    found = {}
+    for name, w in kinds.items():
+        x = torch.randn(rows if name != "head" else 1024, w.shape[1], device=w.device, dtype=w.dtype)
+        with invariant.exact():
+            whole = invariant.product(x, w)
+            found[name] = [n for n in SIZES if n < len(x) and not torch.equal(invariant.product(x[:n], w), whole[:n])]
+            found[name] += [
+                -n for n in SIZES if n < len(x) and not torch.equal(invariant.product(x[-n:], w), whole[-n:])
+            ]
+    return found
+
+
+def requests(n: int, vocab: int, dice: random.Random) -> tuple[list[list[int]], list[SamplingParams]]:
+    common = [dice.randrange(vocab) for _ in range(300)]
+    prompts = [common[: dice.choice((0, 0, 130, 300))] + [dice.randrange(vocab) for _ in range(dice.randint(1, 700))]
+               for _ in range(n)]  # fmt: skip
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.9}, {"top_k": 20}, {}, {}]
+    return prompts, [
+        SamplingParams(seed=i, logprobs=0, max_tokens=dice.randint(1, 120), ignore_eos=True, **kinds[i % len(kinds)])
+        for i in range(n)
+    ]
+
+
+def rate(engine: fastgen.Engine, logprobs: int | None, repeats: int, shape: tuple[int, int, int]) -> list[float]:
+    """Output tokens/s of each run."""
+    n, prompt, output = shape
+    found = []
+    for _ in range(repeats):
+        prompts = torch.randint(100, engine.spec.vocab, (n, prompt)).tolist()
+        sampling = SamplingParams(max_tokens=output, ignore_eos=True, logprobs=logprobs)
+        start = time.perf_counter()
+        engine.generate(prompts, sampling, progress=False)
+        found.append(n * output / (time.perf_counter() - start))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=["default", "deterministic"])
+    parser.add_argument("--no-rates", action="store_true")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "deterministic_gpu.json")
+    args = parser.parse_args()
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    config = HERE / "configs" / f"{args.model}.json"
+    row = found[args.model] = {"device": torch.cuda.get_device_name()}
+    for mode in args.modes:
+        engine = fastgen.Engine.from_pretrained(
+            config, random=True, dtype="bfloat16", deterministic=mode == "deterministic"
+        )
+        one = row[mode] = {}
+        if mode == "deterministic":
+            one["products that differ"] = products(engine.params)
+            print(one, flush=True)
+        prompts, sampling = requests(args.requests, engine.spec.vocab, random.Random(0))
+        outputs = engine.generate(prompts, sampling)
+        again = engine.generate(prompts[::-1], sampling[::-1])[::-1]  # in other company, and with what is cached now
+        pairs = zip(outputs, again, strict=True)
+        one["other tokens or logprobs in other company"] = sum(
+            (a.completions[0].token_ids, a.completions[0].logprobs)
+            != (b.completions[0].token_ids, b.completions[0].logprobs) for a, b in pairs
+        )  # fmt: skip
+        one["sampler and scorer"] = fastgen.compare(
+            outputs, engine.params, engine.spec, deterministic=mode == "deterministic"
+        )._asdict()
+        print(mode, one, flush=True)
+        if not args.no_rates:
+            for name, shape in (("512x1024x128", (512, 1024, 128)), ("1x128x256", (1, 128, 256))):
+                rate(engine, None, 1, shape)
+                runs = {f"logprobs={k}": rate(engine, k, args.repeats, shape) for k in (None, 0)}
+                one[name] = {k: {"median": statistics.median(v), "runs": v} for k, v in runs.items()}
+                print(mode, name, {k: round(statistics.median(v), 1) for k, v in runs.items()}, flush=True)
+        engine.close()
+        del engine
+        torch.cuda.empty_cache()
+    args.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
