@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastgen
 from fastgen import Batch, Spec
+from fastgen.models import invariant
 from fastgen.ops import paged
 from fastgen.ops.attention import PAGE, live, reference
 from fastgen.ops.backends import NAMES, choose
@@ -138,6 +139,36 @@ def test_backends_agree(seed: int, device: str) -> None:
     for window in WINDOWS:
         for other in others:
             torch.testing.assert_close(other(q, k, v, window), reference(q, k, v, window), atol=1e-5, rtol=0)
+
+
+FIXED = {"triton": partial(paged.paged, fixed=True), "tiles": invariant.attention}
+
+
+@pytest.mark.parametrize("backend", FIXED)
+@pytest.mark.parametrize("seed", range(6))
+def test_fixed_order(seed: int, backend: str, device: str) -> None:
+    """A token's attention is right, and the same bits alone as among others, as one token of a step as among many."""
+    r = random.Random(seed)
+    page = (1, 16, 64)[seed % 3]
+    spec = shape(*((3, 3), (6, 2), (5, 1), (8, 1))[seed % 4], (16, 64, 128)[seed % 3])
+    batch, q, k, v, own = make(seed, "mixed", spec, page, device, sequences=r.randint(3, 9), pad=r.choice([0, 3]))
+    start = batch.start.tolist()
+    for window in (None, WINDOWS[seed % 5], 20):
+        attend = FIXED[backend](batch, spec, page)
+        ours = attend(q, k, v, window)
+        wanted = formula(batch, q, own, window)
+        torch.testing.assert_close(ours[: len(wanted)].double(), wanted, atol=1e-5, rtol=0)
+        for i in r.sample(range(len(own)), 2):
+            for first in {start[i], start[i + 1] - 1, r.randrange(start[i], start[i + 1])}:
+                last = slice(first, start[i + 1])  # the sequence alone, and no more of it than its end
+                one = Batch(
+                    token=batch.token[last], position=batch.position[last], slot=batch.slot[last],
+                    start=batch.start.new_tensor([0, start[i + 1] - first]), length=batch.length[i : i + 1],
+                    seat=batch.seat[i : i + 1], pages=batch.pages, output=batch.output[:1],
+                )  # fmt: skip
+                alone = FIXED[backend](one, spec, page)(q[last], k, v, window)
+                bits = backend == "tiles" or device == "cuda"  # Triton's interpreter multiplies by NumPy, in any order
+                torch.testing.assert_close(alone, ours[last], atol=0 if bits else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(12))

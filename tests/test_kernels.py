@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen import sampling
 from fastgen.models.layers import rms_norm, rotate, swiglu
 from fastgen.sampling import sample
 from fastgen.types import Sampling
@@ -178,3 +179,26 @@ def test_draw_rows_do_not_depend_on_the_batch() -> None:
         t, p = fused.draw(*(x[pick] for x in args), last, seed[pick])
         assert torch.equal(t, token[pick])
         torch.testing.assert_close(p, logprob[pick], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_logprobs_of_given_tokens(dtype: torch.dtype) -> None:
+    """Those of the drawn tokens are the draw's own, bit for bit, in any number of rows; all are plain ones."""
+    logits = (3 * torch.randn(9, 5003)).to(dtype)
+    args = (logits, torch.full((9,), 0.9), torch.arange(9), torch.arange(9), torch.zeros(9, dtype=torch.int32))
+    last, seat = torch.zeros(9, dtype=torch.int32), torch.arange(9)
+    token, logprob = fused.draw(*args, last, seat, fixed=True)
+    value, best, top = fused.logprobs(logits, token, 3)
+    assert torch.equal(value, logprob)
+    for plain, ours in zip(sampling.logprobs(logits.float(), token.long(), 3), (value, best, top), strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+    some, few, _ = fused.logprobs(logits[4:6].float(), token[4:6], 1)
+    assert torch.equal(some, value[4:6])
+    assert torch.equal(few, best[4:6, :1])
+    assert not len(fused.logprobs(logits[:0], token[:0], 2)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_norm_of_heads(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(13, 2, 96).to(dtype)[:, 1], torch.rand(96).to(dtype)  # not contiguous
+    torch.testing.assert_close(skinny.norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))

@@ -150,7 +150,12 @@ def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen
         {"max_requests": 1, "prefix_cache": False, "cache_tokens": 512},
         {"max_requests": 16, "token_budget": 400},
         {"max_requests": 5, "token_budget": 23, "page_size": 32},
-        {"cache_tokens": 112, "page_size": 4, "token_budget": 64, "max_requests": 9},  # too small for all: some are preempted
+        {
+            "cache_tokens": 112,
+            "page_size": 4,
+            "token_budget": 64,
+            "max_requests": 9,
+        },  # too small for all: some are preempted
     ]
     wanted = None
     for way in ways:

@@ -161,6 +161,7 @@ class Stepper:
         page, fixed = settings.pages.page_size, settings.compile.deterministic
         backend = partial(choose(settings.compile.attention, self.device), page=page)
         if fixed:
+            invariant.verify(params)
             self.ops = invariant.ops(self.device, page)
         else:
             self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)

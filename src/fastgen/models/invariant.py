@@ -23,11 +23,12 @@ from fastgen import sampling
 from fastgen.models import layers, transformer
 from fastgen.models.layers import rms_norm
 from fastgen.models.spec import Spec
-from fastgen.models.transformer import Ops
+from fastgen.models.transformer import Ops, table
 from fastgen.ops.attention import PAGE, Attend, live
-from fastgen.types import Batch
+from fastgen.types import Batch, Params
 
 ROWS = 16  # of a product on a CPU, and of a general draw on a GPU
+SIZES = (1, 2, 8, 15, 16, 17, 24, 40, 64, 72, 128, 200, 256, 384, 512, 768, 1023)  # that are verified
 TOKENS, KEYS = 8, 64  # of a tile of attention on a CPU
 
 
@@ -55,12 +56,18 @@ def exact() -> Iterator[None]:
 def ops(device: torch.device | str, page: int = PAGE) -> Ops:
     """The functions of such a forward on a kind of device, with attention over pages of so many tokens.
 
-    On a GPU they are to be called within `exact()`.
+    On a GPU they are to be called within `exact()`, and `verify` says whether they do what they say.
     """
     if torch.device(device).type != "cuda":
         return CPU._replace(attention=partial(attention, page=page))
-    from fastgen.ops import fused, skinny  # Triton comes with the GPU builds of torch, and not with others
+    from fastgen.ops import fused, hopper, skinny  # Triton comes with the GPU builds of torch, and not with others
     from fastgen.ops.paged import paged
+
+    def product(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x @ w.T + bias, the sum rounded before the bias: whether it is, must not depend on the size."""
+        few = 0 < len(x) <= hopper.FEW and w.is_contiguous()
+        y = skinny.linear(x, w, None, out) if few else torch.mm(x, w.T, out=out)
+        return y if bias is None else y + bias
 
     def project(
         x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None
@@ -85,14 +92,30 @@ def ops(device: torch.device | str, page: int = PAGE) -> Ops:
         store=fused.store,
         linear=product,
         leave=lambda *args: skinny.add_norm(*args)[1],
+        head=lambda h, w, out=None: product(h, w, None, None if out is None else out[: len(h)]),
         logprobs=fused.logprobs,
     )
 
 
-def product(x: Float[Tensor, "T D"], w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None = None) -> Tensor:
-    """x @ w.T + bias, where the sum is rounded before the bias: whether it is, must not depend on the size."""
-    y = torch.mm(x, w.T)
-    return y if bias is None else y + bias
+@torch.no_grad()
+def verify(params: Params) -> None:
+    """RuntimeError if products of these weights have other bits in another number of rows, on this device."""
+    layer, f = params.layers[0], ops(params.embed.device)
+    kinds = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": table(params)}
+    for name, w in kinds.items():
+        x = torch.rand(1024, w.shape[1], device=w.device, dtype=torch.float32).sub_(0.5).to(w.dtype)
+        with exact():
+            whole = f.linear(x, w)
+            for n in SIZES:
+                if not torch.equal(f.linear(x[-n:], w), whole[-n:]):
+                    raise RuntimeError(
+                        f"compile.deterministic=true cannot be kept here: products of {name} {tuple(w.shape)} in "
+                        f"{w.dtype} have other bits for {n} rows than for {len(x)}, on {device_name(w.device)}"
+                    )
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
 
 
 def sample(logits: Tensor, s: Any, top: int | None = None, measure: Callable[..., Any] = sampling.logprobs) -> Any:
