@@ -9,13 +9,13 @@ import fastgen
 
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
-    ["types", "config", "cache.pages", "cache.prefix", "models.spec"],
+    ["types", "config", "memory", "cache.pages", "cache.prefix", "models.spec"],
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
     + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves"],
     ["models.transformer", "models.weights", "tokenizer"],
     ["models.default", "models.invariant", "grammar", "request", "step"],
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
-    ["parallel", "scoring"],
+    ["parallel", "scoring", "exchange"],
     ["launch", "compile"],
     ["engine"],
     ["chat"],

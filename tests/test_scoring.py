@@ -143,7 +143,7 @@ def test_the_report_sees_a_difference() -> None:
 def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen.Params], compile: str) -> None:
     """Budgets, chunks, company, preemption, reuse, page sizes: not one bit of a logprob changes, nor in the scorer."""
     spec, params = one
-    if compile == "inductor" and spec.architecture != "Qwen3ForCausalLM":
+    if compile == "inductor" and spec.architecture != "Qwen3ForCausalLM":  # what is compiled takes no part in it
         pytest.skip("one family is enough: the functions are the same")
     prompts, settings = requests(14)
     ways: list[dict[str, Any]] = [

@@ -10,6 +10,7 @@ from fastgen.batch import stage
 from fastgen.cache.prefix import Counts
 from fastgen.config import SamplingParams, Settings
 from fastgen.engine import Engine
+from fastgen.exchange import adopt, handles, receive, send
 from fastgen.models.spec import Rope, Spec, from_hf
 from fastgen.models.transformer import forward, hidden, unembed
 from fastgen.models.weights import init, load, save
@@ -40,16 +41,20 @@ __all__ = [
     "Share",
     "Snapshot",
     "Spec",
+    "adopt",
     "compare",
     "forward",
     "from_hf",
+    "handles",
     "hidden",
     "init",
     "load",
     "mismatch",
     "new_cache",
+    "receive",
     "save",
     "score",
+    "send",
     "stage",
     "unembed",
 ]

@@ -5,7 +5,7 @@ import itertools
 import random
 import sys
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from fastgen import launch, schedule, tokenizer
+from fastgen import launch, schedule, scoring, tokenizer
 from fastgen.batch import Stager, edits, places, to_device
 from fastgen.cache.host import Mover, page_bytes
 from fastgen.cache.prefix import Counts, Tree
 from fastgen.compile import Stepper, largest
-from fastgen.config import SamplingParams, Settings
+from fastgen.config import SamplingParams, Settings, unknown
+from fastgen.exchange import marks, named
 from fastgen.grammar import Guides
+from fastgen.memory import Region
 from fastgen.models import default, weights
 from fastgen.models.spec import WHOLE, Place, Spec, from_hf, split
 from fastgen.parallel import Group
@@ -38,14 +40,23 @@ CPU_CACHE = 2**30  # bytes at most, where the size is not given
 
 
 def _load(
-    path: Path, dtype: torch.dtype | None, seed: int | None, place: Place, device: str, *, progress: bool = False
+    path: Path,
+    dtype: torch.dtype | None,
+    seed: int | None,
+    place: Place,
+    device: str,
+    *,
+    progress: bool = False,
+    region: Callable[[int], Region] | None = None,
 ) -> tuple[Spec, Params, Tokenizer | None]:
     """A model as one rank has it; a `seed` draws its weights."""
     if seed is None:
-        spec, params = weights.load(path, device=device, dtype=dtype, progress=progress, place=place)
+        spec, params = weights.load(path, device=device, dtype=dtype, progress=progress, place=place, region=region)
     else:
         spec = from_hf(weights.read_config(path))
-        params = weights.init(spec, seed, device=device, dtype=dtype, place=place)
+        kind = dtype or getattr(torch, spec.dtype)
+        room = None if region is None else region(weights.size(spec, kind, place))
+        params = weights.init(spec, seed, device=device, dtype=dtype, place=place, region=room)
     return spec, params, tokenizer.load(path)
 
 
@@ -55,6 +66,7 @@ class Launched(NamedTuple):
     plan: schedule.Plan
     results: tuple[Tensor, ...]  # token, logprob, top tokens, top logprobs, a row for each sequence of the plan
     done: torch.cuda.Event | None
+    version: int  # of the parameters
 
     def rows(self) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
         """Token, logprob and most likely tokens of each sequence; waits for them."""
@@ -130,8 +142,15 @@ class Engine:
             if host and not host_pages:
                 raise ValueError(f"offload.host_gb={self.settings.offload.host_gb} holds not even a page: raise it")
             self._mover = Mover(here, page, self.dtype, self.device, host_pages)
+            self.version = 0  # of the parameters: how often they have changed
+            self._marks = marks(params)
+            self._marked = self._mark()
+            self._regions: dict[str, Region] = {}  # memory of our own, by what it holds
             self.capacity = self._capacity()  # tokens
-            self.cache = new_cache(here, self.capacity + page, device=self.device, dtype=self.dtype)
+            slots = self.capacity + page
+            size = Region.bytes([(slots, here.kv_heads, here.head)] * 2 * here.layers, self.dtype)
+            self._regions["cache"] = Region(size, self.device)
+            self.cache = new_cache(here, slots, dtype=self.dtype, region=self._regions["cache"])
             self._mover.attach(self.cache)
             self._stepper.warm_up(self.cache, progress=progress)
             self.state = schedule.State(self._tree())
@@ -182,8 +201,16 @@ class Engine:
         else:
             group = None
         with launch.guard(group):
-            spec, params, words = load(WHOLE if group is None else group.place, device, progress=progress)
+            made: list[Region] = []
+
+            def region(size: int) -> Region:
+                made.append(Region(size, torch.device(device)))
+                return made[-1]
+
+            place = WHOLE if group is None else group.place
+            spec, params, words = load(place, device, progress=progress, region=region)
         engine = cls(params, spec, words, progress=progress, group=group, **settings)
+        engine._regions["params"] = made[0]
         if progress and device != "cpu":
             print(engine.table(), file=sys.stderr, flush=True)
         return engine
@@ -359,11 +386,19 @@ class Engine:
         return found
 
     @torch.no_grad()
-    def restore(self, snapshot: Snapshot) -> int:
+    def restore(self, snapshot: Snapshot | None = None) -> int:
         """Go on with a request that was saved; its id here. It gets the tokens that it would have got.
 
         Pages are used if they are of this model and this engine keeps a prefix cache. ValueError for what cannot run.
+        Without a snapshot: take the memory again that `release` gave back; the bytes. torch.OutOfMemoryError if others
+        have it, and nothing is lost.
         """
+        if snapshot is None:
+            gone = [r for r in self._regions.values() if not r.held]
+            for region in gone:
+                region.restore()
+            self._marked = self._mark()
+            return sum(r.size for r in gone)
         if self._crew is not None:
             snapshot = replace(snapshot, pages={})
             self._crew.tell("restore", snapshot)
@@ -379,14 +414,83 @@ class Engine:
                 self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
         return self._queue([samples])[0]
 
-    def touch(self) -> None:
-        """Say that the parameters have changed: nothing that is cached of the old ones is used any more.
+    # --- parameters -------------------------------------------------------------------------------------------------
 
-        What is running goes on with the keys and values it has.
+    def touch(self) -> None:
+        """Say that the parameters have changed: `version` counts one more, and nothing that is cached is used again.
+
+        What is running goes on with the keys and values it has. Writes in place that torch sees (optimizers, `copy_`)
+        are noticed without this before the next step; what goes around it is not (`.data`, other processes, graphs).
         """
         if self._crew is not None:
             self._crew.tell("touch")
+        self.version += 1
+        self._marked = self._mark()
         self.state.tree.reset()
+
+    def _mark(self) -> int:
+        """Changes when the parameters are written in place."""
+        return sum(t._version for t in self._marks)
+
+    def update_params(self, source: Any, *, partial: bool = False, recompute: bool = False) -> int:
+        """Copy other parameters into the engine's, in place, so that captured graphs stay valid; the new version.
+
+        `source`: a tree like `params`, a module, a mapping or iterable of (checkpoint name, tensor), or `handles` of
+        another process. Tensors are whole ones of any dtype and device; shards of a DTensor are put together, one at a
+        time. All weights must be given, unless `partial`. What is running goes on with the keys and values it has, or,
+        with `recompute`, computes them again. ValueError names what is missing, unknown or mis-shaped; parameters may
+        have changed in part then. Of several ranks each makes this call.
+        """
+        if self._crew is not None:
+            raise ValueError("update_params: the other ranks were started by this engine and would not see the tensors")
+        self._receive()
+        place = WHOLE if self.group is None else self.group.place
+        try:
+            if isinstance(source, Params) and place == WHOLE:
+                weights.copy(self.params, source)
+            else:
+                pairs = weights.named(source, self.spec) if isinstance(source, Params) else named(source)
+                weights.update(self.params, self.spec, pairs, source="update_params", place=place, partial=partial)
+        finally:
+            self.touch()
+            if recompute:
+                self._park()
+        return self.version
+
+    def _park(self) -> None:
+        """Everybody waits, with nothing computed and nothing cached."""
+        self._receive()
+        self.state = schedule.park(self.state, self._tree(self.state.tree.counts), self._known())
+
+    def score(self, sequences: Sequence[Sequence[int]], **how: Any) -> list[Tensor]:
+        """`fastgen.score` by this engine's parameters and in its mode."""
+        fixed: dict[str, Any] = {"deterministic": self.settings.compile.deterministic}
+        return scoring.score(self.params, self.spec, sequences, **fixed | how)
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def release(self, what: str = "all") -> int:
+        """Give back the device's memory of the "cache", the "params" or "all"; the bytes. `restore()` takes it again.
+
+        Addresses stay reserved, so that nothing is compiled or captured again. What is running waits, and will be
+        computed again; parameters are kept in the host's memory. Only an engine's own can be given back
+        (`from_pretrained`): those that were given to it are the caller's, ValueError.
+        """
+        if what not in ("cache", "params", "all"):
+            raise ValueError(unknown("memory", what, ["cache", "params", "all"]))
+        if self.group is not None:
+            raise ValueError("release: the memory of a model over several ranks cannot be given back")
+        if what == "params" and "params" not in self._regions:
+            raise ValueError("release: these parameters were given to the engine, and are whose they were")
+        self._park()
+        chosen = [r for name, r in self._regions.items() if what in (name, "all") and r.held]
+        for region in chosen:
+            region.release(keep=region is self._regions.get("params"))
+        return sum(r.size for r in chosen)
+
+    def _held(self) -> None:
+        if gone := [name for name, region in self._regions.items() if not region.held]:
+            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call restore() before the next step")
 
     def prepare_grammars(self) -> None:
         """Do now what the first grammar would wait for, a second or two, if grammars can be used at all."""
@@ -429,7 +533,9 @@ class Engine:
         """Launch one step; what was added to each request. An error or interrupt aborts everything that was running.
 
         With `overlap`, the events are those of the step before: it is waited for while the new one runs.
+        ValueError, and nothing is lost, while memory is given back (`release`).
         """
+        self._held()
         try:
             if self._crew is None:
                 self._step()
@@ -447,6 +553,11 @@ class Engine:
         return events
 
     def _step(self) -> None:
+        if not self._samples:
+            self._receive()
+            return
+        if self._mark() != self._marked:
+            self.touch()
         with self.profiler.range("plan"):
             self.state, plan, moves = schedule.plan(self.state, self.settings.schedule, self._known())
         if self.group is not None:
@@ -481,7 +592,7 @@ class Engine:
                 self._score_prompts(plan, computed.hidden)
             if any(s.looks_back for s in samples):
                 self._receive()  # what is drawn depends on the last tokens; the forward computes meanwhile
-            launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings))
+            launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings), self.version)
         self.state, self.batch = schedule.commit(self.state, plan, (), self._known()), batch
         self.steps += 1
         return launched
@@ -544,7 +655,7 @@ class Engine:
             for span, row in zip(launched.plan, rows, strict=False):
                 sample = self._samples.get(span.id) if span.sample else None
                 if sample is not None:  # it may have been aborted, or have stopped a step ago
-                    event = sample.push(*row)
+                    event = sample.push(*row, launched.version)
                     self._undelivered.append(event)
                     if event.finish_reason:
                         stopped.add(span.id)
@@ -709,7 +820,7 @@ class Engine:
         self._running = None
         if "_mover" in self.__dict__:
             self._mover.close()
-        for name in ("_stepper", "_mover", "cache", "params"):  # graphs before what they read
+        for name in ("_stepper", "_mover", "cache", "params", "_marks", "_regions"):  # graphs before what they read
             self.__dict__.pop(name, None)
         if crew is not None:
             crew.close()

@@ -26,6 +26,7 @@ class Completion:
     logprobs: list[float] | None = None  # of each token
     top_logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None  # None: still running
+    versions: list[int] = field(default_factory=list)  # of the parameters that drew each token (`Engine.version`)
 
 
 @dataclass(slots=True)
@@ -152,6 +153,7 @@ class Sample:
         other.completion = replace(
             c,
             token_ids=[*c.token_ids],
+            versions=[*c.versions],
             logprobs=None if c.logprobs is None else [*c.logprobs],
             top_logprobs=None if c.top_logprobs is None else [*c.top_logprobs],
         )
@@ -166,6 +168,7 @@ class Sample:
         """Take up where an earlier completion of the same request was left."""
         c = self.completion
         c.token_ids, c.logprobs, c.top_logprobs = past.token_ids, past.logprobs, past.top_logprobs
+        c.versions = past.versions
         self.tokens += c.token_ids
         self.counts.update(c.token_ids)
         if self.guide is not None:
@@ -188,11 +191,12 @@ class Sample:
             found |= {t: (float("-inf"), 0, False) for t in self.ends}
         return found
 
-    def push(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> Event:
-        """Take a drawn token; what it adds."""
+    def push(self, token: int, logprob: float, top: Sequence[tuple[int, float]], version: int = 0) -> Event:
+        """Take a token that parameters of this version drew; what it adds."""
         c, p = self.completion, self.params
         self.tokens.append(token)
         c.token_ids.append(token)
+        c.versions.append(version)
         self.counts[token] += 1
         event = Event(self.output.request_id, self.index, [token], "")
         if c.logprobs is not None:

@@ -158,6 +158,19 @@ def drop(state: State, ids: Collection[int], tokens: Known) -> State:
     return state._replace(seats=seats, waiting=waiting, running=running)
 
 
+def park(state: State, tree: Tree, tokens: Known) -> State:
+    """All who run wait again, first in line, with nothing computed; `tree` is a new one, in which nothing is cached."""
+    for s in state.running:
+        release(state.tree, s, tokens[s.id])
+    waiting = tuple(_parked(s) for s in state.running)
+    tree.counts.parked += len(waiting)
+    return State(tree, waiting=(*waiting, *state.waiting))
+
+
+def _parked(s: Sequence) -> Sequence:
+    return s._replace(cached=0, pages=(), path=(), tail=None, root=None, seat=0)
+
+
 # --- a step ---------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +224,7 @@ class _Planner:
         release(self.tree, s, self.tokens[s.id], parked=True)
         self.seats = pages.give(self.seats, (s.seat,))
         self.spans.pop(s.id, None)
-        self.parked.append(s._replace(cached=0, pages=(), path=(), tail=None, root=None, seat=0))
+        self.parked.append(_parked(s))
         self.tree.counts.parked += 1
 
     def room(self) -> None:

@@ -30,7 +30,7 @@ def _dicts(rows: list[list[list[Any]]] | None) -> list[TopLogprobs] | None:
 def _own(c: Completion) -> Completion:
     """A copy with lists of its own: the request goes on and fills its lists, empty ones too."""
     logprobs, tops = (None if x is None else [*x] for x in (c.logprobs, c.top_logprobs))
-    return replace(c, token_ids=[*c.token_ids], logprobs=logprobs, top_logprobs=tops)
+    return replace(c, token_ids=[*c.token_ids], logprobs=logprobs, top_logprobs=tops, versions=[*c.versions])
 
 
 @dataclass(slots=True)
@@ -95,7 +95,8 @@ class Snapshot:
             tensors[f"tokens.{i}"] = torch.tensor(c.token_ids, dtype=torch.int64, device="cpu")
             if c.logprobs is not None:
                 tensors[f"logprobs.{i}"] = torch.tensor(c.logprobs, dtype=torch.float64, device="cpu")
-            completions.append({"text": c.text, "finish_reason": c.finish_reason, "tops": _tops(c.top_logprobs)})
+            tops = _tops(c.top_logprobs)
+            completions.append({"text": c.text, "finish_reason": c.finish_reason, "tops": tops, "versions": c.versions})
         tensors |= {f"pages.{i}": x.contiguous() for i, x in self.pages.items()}
         about = {
             "params": asdict(self.params), "completions": completions, "seeds": list(self.seeds.items()),
@@ -122,6 +123,7 @@ class Snapshot:
             Completion(
                 x[f"tokens.{i}"].tolist(), c["text"],
                 x[f"logprobs.{i}"].tolist() if f"logprobs.{i}" in x else None, _dicts(c["tops"]), c["finish_reason"],
+                c.get("versions", []),
             )
             for i, c in enumerate(a["completions"])
         ]  # fmt: skip

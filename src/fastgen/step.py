@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastgen.memory import Region
 from fastgen.models.spec import Spec
 from fastgen.models.transformer import PLAIN, Ops, blocks, table, unembed
 from fastgen.types import Batch, Cache, Params, Sampling
@@ -18,11 +19,23 @@ CHUNK = 2**24  # logits held at once when prompts are scored: 64 MB in fp32
 
 
 def new_cache(
-    spec: Spec, slots: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    spec: Spec,
+    slots: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    region: Region | None = None,
 ) -> Cache:
-    """An empty cache of `slots` tokens. Zeros, since masked attention still multiplies what it reads."""
+    """An empty cache of `slots` tokens, in a region's memory where one is given. Zeros, since masked attention still
+    multiplies what it reads."""
     shape = (slots, spec.kv_heads, spec.head)
-    k, v = (tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)) for _ in "kv")
+
+    def leaf() -> Tensor:
+        if region is not None:
+            return region.take(shape, dtype or torch.get_default_dtype())
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    k, v = (tuple(leaf() for _ in range(spec.layers)) for _ in "kv")
     return Cache(k, v)
 
 

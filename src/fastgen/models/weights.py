@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm.auto import tqdm
 
+from fastgen.memory import Region
 from fastgen.models import gguf
 from fastgen.models.spec import WHOLE, Place, Spec, from_hf, share_of, split, to_hf
 from fastgen.types import Layer, Params
@@ -118,15 +119,19 @@ def init(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     place: Place = WHOLE,
+    region: Region | None = None,
 ) -> Params:
     """Random parameters, normal with deviation 0.02, made on `device` directly (None: torch's default device).
 
-    The same for the same seed and kind of device; a rank's at `place` are its share of them.
+    The same for the same seed and kind of device; a rank's at `place` are its share of them. With a `region`, of
+    `size` bytes at least, they lie in its memory.
     """
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
+    kind = dtype or getattr(torch, spec.dtype)
 
     def make(leaf: Leaf) -> Tensor:
-        weight = torch.empty(leaf.shape, device=device, dtype=dtype or getattr(torch, spec.dtype))
+        room = region if place == WHOLE else None
+        weight = torch.empty(leaf.shape, device=device, dtype=kind) if room is None else room.take(leaf.shape, kind)
         return weight.normal_(0, 0.02, generator=generator) if leaf.fill is None else weight.fill_(leaf.fill)
 
     whole, tree = tree_flatten(declare(spec))
@@ -136,8 +141,13 @@ def init(
             made.append(None)
             continue
         weight = make(leaf)  # all of it is drawn, so that it is the same numbers
-        made.append(weight if place == WHOLE else _cut(leaf, mine, weight))
+        made.append(weight if place == WHOLE else _cut(leaf, mine, weight, region))
     return tree_unflatten(made, tree)
+
+
+def size(spec: Spec, dtype: torch.dtype, place: Place = WHOLE) -> int:
+    """Bytes of a region that holds a model's parameters, or a rank's."""
+    return Region.bytes([leaf.shape for leaf in tree_leaves(declare(spec, place)) if leaf is not None], dtype)
 
 
 def share(params: Params, spec: Spec, place: Place) -> Params:
@@ -147,8 +157,8 @@ def share(params: Params, spec: Spec, place: Place) -> Params:
     return tree_unflatten(made, tree_flatten(params)[1])
 
 
-def _cut(leaf: Leaf, mine: Leaf, weight: Tensor) -> Tensor:
-    cut = weight.new_zeros(mine.shape)
+def _cut(leaf: Leaf, mine: Leaf, weight: Tensor, region: Region | None = None) -> Tensor:
+    cut = weight.new_zeros(mine.shape) if region is None else region.take(mine.shape, weight.dtype)
     for (_, source), (part, target) in zip(_views(leaf, weight), _views(mine, cut), strict=True):
         target.copy_(part.of(source))
     return cut
@@ -185,8 +195,11 @@ def update(
     *,
     source: str = "update",
     place: Place = WHOLE,
+    partial: bool = False,
 ) -> None:
     """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each leaf's dtype; every weight once.
+
+    `partial`: those that are not given stay as they are.
 
     The tensors are whole ones, or slices of a safetensors file; a rank's parameters at `place` take their cuts.
     Raises ValueError naming the tensors that are mis-shaped, unexpected or missing.
@@ -204,10 +217,24 @@ def update(
             raise ValueError(f"{source}: {name} has shape {shape}, the config says {part.shape}")
         view.copy_(part.of(tensor))
         left.discard(name)
+    left = set() if partial else left
     if left or unexpected:
         found = [f"{what}: {', '.join(sorted(names)[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
                  for what, names in (("missing", left), ("unexpected", unexpected)) if names]  # fmt: skip
         raise ValueError(f"{source}: tensors do not match {spec.architecture}; {'; '.join(found)}")
+
+
+@torch.no_grad()
+def copy(params: Params, source: Params) -> None:
+    """Writes `params` in place from a tree of the same shapes, of any dtype and device. ValueError if it is another."""
+    pairs = list(zip(tree_leaves(params), tree_leaves(source), strict=False))
+    if tree_flatten(params)[1] != tree_flatten(source)[1] or any(
+        (a is None) != (b is None) or (a is not None and a.shape != b.shape) for a, b in pairs
+    ):
+        raise ValueError("the parameters to copy are another model's: their tree or their shapes are not the same")
+    for a, b in pairs:
+        if a is not None:
+            a.copy_(b, non_blocking=True)
 
 
 def resolve(model: str | Path) -> Path:
@@ -277,19 +304,26 @@ def load(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     place: Place = WHOLE,
+    region: Callable[[int], Region] | None = None,
 ) -> tuple[Spec, Params]:
     """Spec and parameters of a checkpoint: a Hugging Face directory, hub id, `.safetensors` or `.gguf` file.
 
     `device` None is torch's default device, `dtype` None the checkpoint's own. Host memory beyond the parameters
     stays about one tensor plus the mapped file. ValueError names what is missing, unexpected or mis-shaped. The spec
-    is the whole model's; parameters are a rank's at `place`, of which alone the files are read.
+    is the whole model's; parameters are a rank's at `place`, of which alone the files are read. `region` makes the
+    memory that they lie in, of so many bytes.
     """
     path = resolve(model)
     with tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
         config, tensors = gguf.read(path) if path.suffix == ".gguf" else (read_config(path), _tensors(path, bar, place))
         spec = from_hf(config)
         kind = dtype or getattr(torch, spec.dtype)
-        params = tree_map_only(Leaf, lambda x: torch.zeros(x.shape, device=device, dtype=kind), declare(spec, place))
+        room = None if region is None else region(size(spec, kind, place))
+
+        def make(leaf: Leaf) -> Tensor:
+            return torch.zeros(leaf.shape, device=device, dtype=kind) if room is None else room.take(leaf.shape, kind)
+
+        params = tree_map_only(Leaf, make, declare(spec, place))
         update(params, spec, tensors, source=str(path), place=place)
     return spec, params
 
