@@ -677,14 +677,14 @@ def test_logprob_modes() -> None:
 def test_prompt_logprobs(settings: dict[str, Any], rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are shifted, or lost or doubled where a prompt or its logits are computed in pieces."""
     if rows is not None:
-        inner = pkgutil.resolve_name("fastgen.step.logprobs")
+        inner = pkgutil.resolve_name("fastgen.step.unembed")
 
-        def bounded(logits: Tensor, *rest: Any) -> Any:
-            assert len(logits) <= rows, "more logits at once than allowed"
-            return inner(logits, *rest)
+        def bounded(params: fastgen.Params, x: Tensor, *rest: Any) -> Any:
+            assert len(x) <= rows, "more logits at once than allowed"
+            return inner(params, x, *rest)
 
         monkeypatch.setattr("fastgen.step.CHUNK", rows * 61 + 60)
-        monkeypatch.setattr("fastgen.step.logprobs", bounded)
+        monkeypatch.setattr("fastgen.step.unembed", bounded)
     params = [replace(GREEDY, prompt_logprobs=k, n=2) for k in (0, 3, 2, 1, None, 61)]
     e = engine(**settings)
     for output, asked in zip(e.generate(PROMPTS, params), params, strict=True):

@@ -820,8 +820,9 @@ class Engine:
         self._running = None
         if "_mover" in self.__dict__:
             self._mover.close()
-        for name in ("_stepper", "_mover", "cache", "params", "_marks", "_regions"):  # graphs before what they read
+        for name in ("_stepper", "_mover", "cache", "params", "_marks"):  # graphs before what they read
             self.__dict__.pop(name, None)
+        self._regions = {}
         if crew is not None:
             crew.close()
 
