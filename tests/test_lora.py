@@ -83,7 +83,12 @@ class Engine(fastgen.Engine):
 
 
 def engine(params: Params = PARAMS, adapters: dict[str, Adapter] = ADAPTERS, **settings: Any) -> Engine:
-    e = Engine(params, SPEC, progress=False, **{"page_size": 4, "max_adapters": 3, "max_rank": 8} | settings)
+    e = Engine(
+        params,
+        SPEC,
+        progress=False,
+        **{"page_size": 4, "max_adapters": 3, "max_rank": 8, "compile": "eager"} | settings,
+    )
     for name, x in adapters.items():
         e.add_adapter(name, x)
     return e
@@ -108,7 +113,9 @@ def merged(prompt: Sequence[int], how: dict[str, Any], name: str | None) -> Outp
     """What the request gets alone from an engine of the merged parameters."""
     if name not in MERGED:
         params = PARAMS if name is None else lora.merge(PARAMS, SPEC, ADAPTERS[name])
-        MERGED[name] = fastgen.Engine(params, SPEC, progress=False, prefix_cache=False, cache_tokens=1024)
+        MERGED[name] = fastgen.Engine(
+            params, SPEC, progress=False, prefix_cache=False, cache_tokens=1024, compile="eager"
+        )
     return MERGED[name].generate([[*prompt]], SamplingParams(**how))[0]
 
 
@@ -195,7 +202,7 @@ def test_kernel(tokens: int, depth: int, rows: tuple[int, ...], r: int, count: i
         got = lowrank.adapt(y.clone(), x, a, b, scale, whose.int(), rows)
         assert got.dtype == dtype and torch.equal(got[whose == 0], y[whose == 0])
         size = exact.square().mean().sqrt()
-        assert (got.double() - exact).abs().max() / size < (2e-3 if dtype == torch.float16 else 1e-5)
+        assert (got.double() - exact).abs().max() / size < (4e-3 if dtype == torch.float16 else 1e-5)
 
 
 def test_kernel_rows_do_not_depend_on_their_company(device: str) -> None:
@@ -268,7 +275,7 @@ def test_compiled(what: str) -> None:
 
 def test_off_is_as_before() -> None:
     """Without room for adapters nothing of them is there: no buffers, no fields, no functions."""
-    e = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256)
+    e = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256, compile="eager")
     e.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
     assert e.batch is not None and e.batch.adapter is None and e.adapters == {} and "adapters" not in e._owners()
     assert e._stepper.adapters is None
@@ -317,7 +324,9 @@ def test_any_operations(seed: int) -> None:
                 continue
             prompt, how, params = pending.pop(event.request_id)
             if event.request_id not in stale and event.finish_reason != "abort":
-                with fastgen.Engine(params, SPEC, progress=False, prefix_cache=False, cache_tokens=128) as plain:
+                with fastgen.Engine(
+                    params, SPEC, progress=False, prefix_cache=False, cache_tokens=128, compile="eager"
+                ) as plain:
                     same(event.output, plain.generate([prompt], SamplingParams(**how))[0])
                 checked += 1
     assert checked > 20 and e.counts.reused
@@ -371,7 +380,7 @@ def test_fork_and_snapshot(tmp_path: Path) -> None:
 
 def test_refused() -> None:
     """What cannot be, with what to do; nothing else is disturbed."""
-    off = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256)
+    off = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256, compile="eager")
     refused: list[tuple[Callable[[], object], str]] = [
         (lambda: off.add_adapter("x", ADAPTERS["all"]), "max_adapters=N"),
         (lambda: off.add([1], SamplingParams(adapter="all", max_tokens=1)), "max_adapters=N"),
@@ -459,7 +468,9 @@ def train(compile: str) -> None:
     got = run(e, [(prompt, how, "mine"), (prompt, how, None), (prompt, how, "other")])
     assert [x.data_ptr() for x in lora.leaves(e.adapter_params("mine"))] == where
     assert losses[-1] < 0.1 * losses[0] and got[0].completions[0].token_ids == wanted
-    with fastgen.Engine(lora.merge(PARAMS, SPEC, views), SPEC, progress=False, cache_tokens=256) as fresh:
+    with fastgen.Engine(
+        lora.merge(PARAMS, SPEC, views), SPEC, progress=False, cache_tokens=256, compile="eager"
+    ) as fresh:
         same(got[0], fresh.generate([prompt], SamplingParams(**how))[0])
     same(got[1], merged(prompt, how, None))
     same(got[2], merged(prompt, how, "wide"))
