@@ -19,6 +19,7 @@ import fastgen
 from fastgen import Adapter, Event, Output, SamplingParams, Snapshot, lora, schedule
 from fastgen.models.layers import adapt
 from fastgen.models.spec import Spec
+from fastgen.models.weights import named
 from fastgen.ops.attention import reference
 from fastgen.schedule import Span
 from fastgen.types import Params
@@ -40,7 +41,7 @@ SIZES = {
 }
 SPECS = {name: fastgen.from_hf(SIZES | config) for name, config in CONFIGS.items()}
 SPEC = SPECS["mistral"]
-SMALL = {"max_requests": 8, "token_budget": 64}
+SMALL: dict[str, Any] = {"max_requests": 8, "token_budget": 64}
 NAMES = (None, "all", "some", "wide")
 
 
@@ -94,7 +95,7 @@ def engine(params: Params = PARAMS, adapters: dict[str, Adapter] = ADAPTERS, **s
     return e
 
 
-def load(seed: int, count: int = 24) -> list[tuple[list[int], dict[str, Any], str | None]]:
+def load(seed: int, count: int = 16) -> list[tuple[list[int], dict[str, Any], str | None]]:
     """Prompts that begin alike under different adapters, greedy and drawn."""
     r = random.Random(seed)
     stems = [[r.randrange(61) for _ in range(n)] for n in (1, 9, 21)]
@@ -198,7 +199,7 @@ def test_kernel(tokens: int, depth: int, rows: tuple[int, ...], r: int, count: i
     a = (torch.randn(count + 1, len(rows) * r, depth) * depth**-0.5).to(dtype)
     b, scale = torch.randn(count + 1, sum(rows), r).to(dtype), torch.rand(count + 1)
     for whose in (torch.randint(count + 1, (tokens,)), torch.full((tokens,), count), torch.zeros(tokens).long()):
-        exact = adapt(*(t.double() for t in (y, x, a, b, scale)), whose, rows)
+        exact = adapt(y.double(), x.double(), a.double(), b.double(), scale.double(), whose, rows)
         got = lowrank.adapt(y.clone(), x, a, b, scale, whose.int(), rows)
         assert got.dtype == dtype and torch.equal(got[whose == 0], y[whose == 0])
         size = exact.square().mean().sqrt()
@@ -281,7 +282,7 @@ def test_off_is_as_before() -> None:
     assert e._stepper.adapters is None
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_operations(seed: int) -> None:
     """Adapters added, changed in place, copied over and removed while requests of all kinds come, fork and end.
 
@@ -333,7 +334,8 @@ def test_any_operations(seed: int) -> None:
 
 
 def test_a_change_forgets_its_own_pages_only() -> None:
-    e, prompt, how = engine(cache_tokens=1024), [*range(20)], {"temperature": 0, "max_tokens": 1}
+    how: dict[str, Any] = {"temperature": 0, "max_tokens": 1}
+    e, prompt = engine(cache_tokens=1024), [*range(20)]
 
     def cached(name: str | None) -> int:
         return e.generate([prompt], SamplingParams(**how, adapter=name))[0].cached_tokens
@@ -360,7 +362,8 @@ def test_a_name_given_anew() -> None:
 
 def test_fork_and_snapshot(tmp_path: Path) -> None:
     """They go on with their adapter."""
-    e, how = engine(cache_tokens=1024), {"temperature": 0, "max_tokens": 12}
+    how: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+    e = engine(cache_tokens=1024)
     want = merged(range(7), how, "wide").completions[0].token_ids
     id = e.add([*range(7)], SamplingParams(**how, adapter="wide"))
     for _ in range(4):
@@ -451,7 +454,7 @@ def train(compile: str) -> None:
     e = engine(adapters={"other": ADAPTERS["wide"]}, cache_tokens=512, compile=compile, **SMALL)
     views = e.add_adapter("mine", lora.init(SPEC, rank=4, alpha=8, seed=1))
     where = [x.data_ptr() for x in lora.leaves(views)]
-    how = {"temperature": 0, "max_tokens": 6}
+    how: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
     prompt, wanted = [7, 8, 9], [11, 12, 13, 14, 15, 16]
     before = run(e, [(prompt, how, "mine")])[0].completions[0].token_ids
     assert before == merged(prompt, how, None).completions[0].token_ids, "a new adapter changes nothing"
@@ -587,7 +590,7 @@ def test_against_transformers(name: str) -> None:
         config = transformers.AutoConfig.for_model(name, **SIZES | CONFIGS[name])
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         params, tree = weights(spec), adapter(spec, "all", 3)
-        model.load_state_dict({n: x.cpu() for n, x in fastgen.models.weights.named(params, spec)}, strict=False)
+        model.load_state_dict({n: x.cpu() for n, x in named(params, spec)}, strict=False)
         tensors, modules = {n: x.cpu() for n, x in lora.named(tree, spec)}, dict(model.named_modules())
         for key in (k for k in tensors if "lora_A" in k):
             inner = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
