@@ -12,11 +12,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from serving import SETTINGS, Server, checkpoint
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import fastgen
 from fastgen import Adapter, Event, Output, SamplingParams, Snapshot, lora, schedule
+from fastgen.cli import serve
+from fastgen.config import Lora
 from fastgen.models.layers import adapt
 from fastgen.models.spec import Spec
 from fastgen.models.weights import named
@@ -600,3 +603,57 @@ def test_against_transformers(name: str) -> None:
             want = model(torch.tensor([tokens])).logits[0]
     got = logits(params, spec, tokens, lora.stack([tree], spec), 1)
     torch.testing.assert_close(got.cpu(), want, atol=1e-4, rtol=1e-5)
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+def test_serve(tmp_path: Path) -> None:
+    """A request chooses an adapter as its model; the others go on without."""
+    folder = checkpoint(tmp_path / "tiny")
+    spec, params = fastgen.load(folder, device="cpu", progress=False)
+    trees = {"poet": adapter(spec, "all", 3), "judge": adapter(spec, "wide", 4)}
+    for name, tree in trees.items():
+        lora.save(tmp_path / name, spec, tree)
+    given = [word for name in trees for word in ("--lora", f"{name}={tmp_path / name}")]
+    server = Server(str(folder), *SETTINGS, *given).ready()
+    try:
+        for name in ("tiny", None, *trees, "poet"):
+            body = {"token_ids": [5, 6, 7], "sampling_params": {"temperature": 0, "max_tokens": 6}}
+            got = server.http.post("/inference/v1/generate", json=body | ({"model": name} if name else {})).json()
+            merged = lora.merge(params, spec, trees[name]) if name in trees else params
+            with fastgen.Engine(merged, spec, progress=False, cache_tokens=64, compile="eager") as e:
+                wanted = e.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6))
+            assert got["choices"][0]["token_ids"] == wanted[0].completions[0].token_ids
+        models = server.http.get("/v1/models").json()["data"]
+        assert [(m["id"], m.get("parent")) for m in models] == [("tiny", None), ("poet", "tiny"), ("judge", "tiny")]
+        said = server.http.post("/v1/completions", json={"model": "poem", "prompt": "x"})
+        assert said.status_code == 404 and "poet, judge" in said.text
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora", "poet"], "NAME=PATH"),
+        (["--lora", "debug=FOLDER"], "the model's own name"),
+        (["--lora", "x=FOLDER", "--lora", "x=FOLDER"], "each name once"),
+        (["--lora", "x=no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_serve_refuses(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything starts."""
+    lora.save(tmp_path, SPEC, ADAPTERS["all"])
+    assert serve.main(["debug", *(word.replace("FOLDER", str(tmp_path)) for word in words)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_serve_makes_room(tmp_path: Path) -> None:
+    """As much as is needed, where it is not given."""
+    lora.save(tmp_path, SPEC, ADAPTERS["wide"])
+    words = ["debug", "--lora", f"x={tmp_path}"]
+    assert serve.configure(serve._parser().parse_args(words))[0].lora == Lora(max_adapters=1, max_rank=8)
+    config, _ = serve.configure(serve._parser().parse_intermixed_args([*words, "lora.max_adapters=5"]))
+    assert config.lora == Lora(max_adapters=5, max_rank=8)

@@ -170,13 +170,8 @@ def update(adapter: Adapter, spec: Spec, tensors: Iterable[tuple[str, Tensor]], 
     copy(adapter, _tree(spec, _by_name(tensors, spec, source), adapter.scale))
 
 
-def load(
-    folder: str | Path, spec: Spec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Adapter:
-    """From PEFT's files, in a folder or of a hub id; `dtype` None is the file's.
-
-    ValueError for a kind of adapter that is not computed here, by the name of the option.
-    """
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """PEFT's adapter_config.json, of a folder or hub id. ValueError for a kind of adapter that is not computed here."""
     path = weights.resolve(folder)
     if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
         raise ValueError(f"{path}: not an adapter: there must be adapter_config.json and adapter_model.safetensors")
@@ -189,6 +184,17 @@ def load(
     for name in REFUSED:
         if config.get(name):
             raise ValueError(f"{path}: adapters with {name} are not supported; merge it into the model")
+    return config
+
+
+def load(
+    folder: str | Path, spec: Spec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Adapter:
+    """From PEFT's files, in a folder or of a hub id; `dtype` None is the file's.
+
+    ValueError for a kind of adapter that is not computed here, by the name of the option.
+    """
+    path, config = weights.resolve(folder), read_config(folder)
     with safe_open(path / "adapter_model.safetensors", "pt") as f:
         tensors = ((name, f.get_tensor(name).to(device or torch.get_default_device(), dtype)) for name in f.keys())
         pairs = _by_name(tensors, spec, str(path))
