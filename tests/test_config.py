@@ -54,7 +54,7 @@ BAD = [
     (Parallel, "tensor_parallel", [0, 65, True], "between 1 and 64"),
     (SamplingParams, "adapter", ["", 3], "name or None"),
     (Lora, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
-    (Lora, "max_rank", [0, 513, "8"], "between 1 and 512"),
+    (Lora, "max_rank", [0, 257, "8"], "between 1 and 256"),
     (Compile, "compile", ["reduce-overhead"], "eager"),
     (Compile, "attention", ["flash", None], "sdpa, reference"),
 ]

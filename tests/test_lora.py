@@ -187,6 +187,7 @@ KERNEL = [  # tokens, depth, rows of the packed matrices, rank, adapters
     (33, 2100, (150, 150), 5, 3),
     (530, 64, (48, 16, 16), 16, 4),
     (20, 96, (300,), 33, 2),
+    (18, 70, (40, 40), 100, 2),
 ]
 
 

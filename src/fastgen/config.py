@@ -197,7 +197,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         _range("lora", "max_adapters", self.max_adapters, 0, 1024, whole=True)
-        _range("lora", "max_rank", self.max_rank, 1, 512, whole=True)
+        _range("lora", "max_rank", self.max_rank, 1, 256, whole=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,15 +99,13 @@ def adapt(
         raise ValueError("y and the stacked adapters must be contiguous")
     x, shares = x.contiguous(), triton.cdiv(depth, SHARE)
     inner = torch.empty(shares, tokens, parts * r, dtype=torch.float32, device=x.device)
-    m = 16 if tokens <= 512 else 64
-    how = {
-        "PARTS": parts, "R": r, "M": m, "B": max(16, triton.next_power_of_2(r)), "EXACT": x.dtype == torch.float32,
-    }  # fmt: skip
-    tiles = triton.cdiv(tokens, m)
-    _shrink[(tiles, parts, shares)](
-        x, a, adapter, inner, tokens, depth, K=64 if how["EXACT"] else 128, SHARE=SHARE, **how, num_warps=4
-    )
-    _expand[(tiles, triton.cdiv(max(rows), 128), parts)](
-        y, inner, b, scale, adapter, tokens, width, shares, rows[0], sum(rows[:2]), N=128, **how, num_warps=4
+    wide, exact = max(16, triton.next_power_of_2(r)), x.dtype == torch.float32
+    few = tokens <= 512 or wide > 64
+    k, n = (32, 32) if wide > 64 else (64 if exact else 128, 128)
+    how = {"PARTS": parts, "R": r, "B": wide, "M": 16 if few else 64, "EXACT": exact, "num_warps": 4}
+    tiles = triton.cdiv(tokens, how["M"])
+    _shrink[(tiles, parts, shares)](x, a, adapter, inner, tokens, depth, K=k, SHARE=SHARE, **how)
+    _expand[(tiles, triton.cdiv(max(rows), n), parts)](
+        y, inner, b, scale, adapter, tokens, width, shares, rows[0], sum(rows[:2]), N=n, **how
     )
     return y
