@@ -25,7 +25,7 @@ from fastgen.models.spec import Spec
 from fastgen.models.weights import named
 from fastgen.ops.attention import reference
 from fastgen.schedule import Span
-from fastgen.types import Params
+from fastgen.types import Changes, Params
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 8},
@@ -415,6 +415,9 @@ def test_refused() -> None:
         (lambda: lora.merge(PARAMS, SPEC, Adapter((), 1.0)), "0 layers"),
         (lambda: lora.init(SPEC, targets=("q_porj",)), "did you mean q_proj"),
         (lambda: lora.init(SPEC, rank=0), "at least 1"),
+        (lambda: lora.stack([Adapter((Changes(),) * 2, 1.0)], SPEC), "changes anything"),
+        (lambda: engine(tensor_parallel=2), "merge one"),
+        (lambda: e.update_adapter("all", tree_map_only(Tensor, lambda x: x / 0, ADAPTERS["all"])), "not finite"),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=message):

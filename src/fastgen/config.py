@@ -229,6 +229,12 @@ class Settings:
     compile: Compile = Compile()
     seed: int | None = None  # of requests that bring none; None: from the operating system
 
+    def __post_init__(self) -> None:
+        if self.lora.max_adapters and self.parallel.tensor_parallel > 1:
+            raise ValueError(
+                "lora.max_adapters with parallel.tensor_parallel: adapters run on one rank only; merge one"
+            )
+
     @classmethod
     def of(cls, **flat: Any) -> "Settings":
         """From flat keywords (`token_budget=512`), each put into the group that has it, or whole groups.

@@ -127,7 +127,7 @@ class Engine:
             members = max(1, 64 // (here.q_heads // here.kv_heads))  # whose queries fill a tile of attention
             sizes, lora = (limits.max_requests, *most[:2], widest, page, spec.vocab), self.settings.lora
             if lora.max_adapters and group is not None:
-                raise ValueError("lora.max_adapters: adapters over several ranks are not supported; merge one instead")
+                raise ValueError("lora.max_adapters in a group of ranks: adapters run on one rank only; merge one")
             self._shelf = Shelf(spec, lora, self.device, self.dtype) if lora.max_adapters else None
             self._stager = Stager(*sizes, self.device, members, adapters=self._shelf is not None)
             adapters = None if self._shelf is None else self._shelf.adapters

@@ -154,6 +154,14 @@ def _by_name(tensors: Iterable[tuple[str, Tensor]], spec: Spec, source: str) -> 
 
 
 @torch.no_grad()
+def check(name: str, adapter: Adapter) -> None:
+    """ValueError for values that are not finite. They would outlive their request: attention reads pages to their end,
+    where the keys of whoever had them before may be, and masks by a product with 0."""
+    if leaves(adapter) and not torch.stack([x.isfinite().all() for x in leaves(adapter)]).all():
+        raise ValueError(f"adapter {name!r} has values that are not finite: run nothing with it before they are mended")
+
+
+@torch.no_grad()
 def copy(target: Adapter, source: Adapter) -> None:
     """Writes `target` in place, casting. ValueError if `source` has other changes or shapes."""
     for i, (mine, other) in enumerate(zip(target.layers, source.layers, strict=True)):
@@ -254,7 +262,10 @@ def stack(adapters: Sequence[Adapter], spec: Spec) -> Adapters:
     for adapter in adapters:
         for _ in _pairs(adapter, spec):  # a ValueError where it is another model's
             pass
-    r, like = max(map(rank, adapters)), leaves(adapters[0])[0]
+    like = next((x for adapter in adapters for x in leaves(adapter)), None)
+    if like is None:
+        raise ValueError("stack: none of the adapters changes anything")
+    r = max(map(rank, adapters))
     size = {(site.layer, site.field): (site.rows, site.columns) for site in sites(spec)}
 
     def side_by_side(i: int, names: tuple[str, ...]) -> Stack:
@@ -339,6 +350,7 @@ class Shelf:
         if not free:
             most = self.limits.max_adapters
             raise ValueError(f"adapter {name!r}: {most} are there already; remove one or raise lora.max_adapters")
+        check(name, adapter)
         i = min(free)
         params = views(self.adapters, self.spec, i, adapter)
         copy(params, adapter)
@@ -359,6 +371,7 @@ class Shelf:
     def update(self, name: str, adapter: Adapter | None = None) -> Held:
         """It has changed: in place, or now to a copy of `adapter`, of the same shapes."""
         held = self[name]
+        check(name, held.params if adapter is None else adapter)
         if adapter is not None:
             copy(held.params, adapter)
             self.adapters.scale[held.index] = adapter.scale
