@@ -611,7 +611,7 @@ def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytes
     with pytest.raises(RuntimeError, match="of the device"):
         e.generate(prompts, GREEDY)
     idle(e)
-    assert not [*e.state.tree.root.walk()]
+    assert not [*e.state.tree.root().walk()]
     for got, prompt in zip(e.generate(prompts, GREEDY), prompts, strict=True):
         same(got, plain(prompt, GREEDY))
     idle(e)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from fastgen.cli import run
 from fastgen.cli.config import TASKS, Config, compose, conf_dir, typed
-from fastgen.config import Compile, Model, Offload, Pages, Parallel, SamplingParams, Schedule, Settings
+from fastgen.config import Compile, Lora, Model, Offload, Pages, Parallel, SamplingParams, Schedule, Settings
 
 NAN = float("nan")
 BAD = [
@@ -52,6 +52,9 @@ BAD = [
     (Pages, "prefix_cache", [1, "yes", None], "true or false"),
     (Pages, "shared_attention", [0, None], "true or false"),
     (Parallel, "tensor_parallel", [0, 65, True], "between 1 and 64"),
+    (SamplingParams, "adapter", ["", 3], "name or None"),
+    (Lora, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
+    (Lora, "max_rank", [0, 257, "8"], "between 1 and 256"),
     (Compile, "compile", ["reduce-overhead"], "eager"),
     (Compile, "attention", ["flash", None], "sdpa, reference"),
 ]
@@ -75,7 +78,7 @@ def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
 def test_every_field_is_tested_or_free() -> None:
     """A new knob without a bad value here is noticed."""
     free = {"path", "device", "random_seed", "ignore_eos", "grammar"}
-    kinds = (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Compile)
+    kinds = (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Lora, Compile)
     assert {f.name for kind in kinds for f in fields(kind)} == {name for _, name, _, _ in BAD} | free
 
 

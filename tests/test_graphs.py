@@ -1,6 +1,7 @@
 """Captured steps on a GPU: the same tokens as eager ones, nothing compiled or captured after the start, no leak."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import fastgen
-from fastgen import SamplingParams, schedule
+from fastgen import SamplingParams, lora, schedule
 from fastgen.compile import compilations
 
 pytestmark = [
@@ -160,6 +161,57 @@ def test_bf16_differs_by_rounding_only() -> None:
             one, other = ((o.prompt_logprobs or [0.0])[-1] or 0.0 for o in both)
             assert abs(one - other) < 2 * max(noise["eager"][1], noise["graphs"][1]), "not a tie"
         print(f"{parted} of {len(prompts)} answers part")
+
+
+def adapter(seed: int, **how: Any) -> fastgen.Adapter:
+    made = lora.init(SPEC, seed=seed, device="cuda", **how)
+    for i, x in enumerate(lora.leaves(made)):
+        x.normal_(0, 0.05, generator=torch.Generator("cuda").manual_seed(1000 * seed + i))
+    return made
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"token_budget": 200}, {"compile": "inductor"}, {"cache_tokens": 6144}], ids=str
+)
+def test_adapters_same_as_merged(settings: dict[str, Any]) -> None:
+    """fp32: mixed requests of adapters, added, trained and replaced after the capture, get what merged weights give."""
+    params, (prompts, sampling) = fastgen.init(SPEC, 1, device="cuda"), load(5, 96)
+    for w in (params.embed, params.head, *(w for layer in params.layers for w in layer)):
+        if w is not None and w.ndim == 2:
+            w *= 3  # distributions that are not flat: the two sums round differently
+    trees = {
+        "all": adapter(1, rank=16),
+        "some": adapter(2, rank=5, targets=("q_proj", "v_proj", "down_proj")),
+        "wide": adapter(3, rank=24, targets=("o_proj", "gate_proj")),
+    }
+    names = [random.Random(i).choice((None, *trees)) for i in range(len(prompts))]
+    each = [replace(p, adapter=name) for p, name in zip(sampling, names, strict=True)]
+    room: dict[str, Any] = {"max_adapters": 4, "max_rank": 24}
+    with fastgen.Engine(params, SPEC, progress=False, **SETTINGS | room | settings) as e:
+        compiled, captured = compilations(), e._stepper.captures
+        views = {name: e.add_adapter(name, tree) for name, tree in trees.items()}
+        where = [x.data_ptr() for tree in views.values() for x in lora.leaves(tree)]
+        for change in (None, "all", "some"):
+            if change == "all":  # in place, as an optimizer does
+                for x in lora.leaves(views["all"]):
+                    x.mul_(-1)
+                e.update_adapter("all")
+            elif change == "some":
+                e.remove_adapter("some")
+                views["some"] = e.add_adapter("some", adapter(9, rank=8, alpha=4))
+            got = e.generate(prompts, each, progress=False)
+            for name in (None, *views):
+                some = [i for i, x in enumerate(names) if x == name]
+                plain = params if name is None else lora.merge(params, SPEC, views[name])
+                with fastgen.Engine(plain, SPEC, progress=False, **SETTINGS, compile="eager") as merged:
+                    wanted = merged.generate([prompts[i] for i in some], [sampling[i] for i in some], progress=False)
+                for i, b in zip(some, wanted, strict=True):
+                    for x, y in zip(got[i].completions, b.completions, strict=True):
+                        assert x.token_ids == y.token_ids, (change, name, i)
+                        assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-3))
+        kept = [x.data_ptr() for name in ("all", "wide") for x in lora.leaves(views[name])]
+        assert set(kept) <= set(where)
+        assert (compilations(), e._stepper.captures) == (compiled, captured), "compiled or captured after the start"
 
 
 def approx(x: float | None) -> Any:

@@ -11,9 +11,9 @@ ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
     ["types", "config", "memory", "cache.pages", "cache.prefix", "models.spec"],
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
-    + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves"],
+    + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves", "ops.lowrank"],
     ["models.transformer", "models.weights", "tokenizer"],
-    ["models.default", "models.invariant", "grammar", "request", "step"],
+    ["models.default", "models.invariant", "grammar", "request", "step", "lora"],
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
     ["parallel", "scoring", "exchange"],
     ["launch", "compile"],

@@ -6,6 +6,7 @@ with fastgen.Engine.from_pretrained() as engine:
     print(engine.generate("The capital of France is")[0].completions[0].text)
 """
 
+from fastgen import lora
 from fastgen.batch import stage
 from fastgen.cache.prefix import Counts
 from fastgen.config import SamplingParams, Settings
@@ -18,9 +19,11 @@ from fastgen.request import Completion, Event, Output
 from fastgen.scoring import Mismatch, compare, mismatch, score
 from fastgen.snapshot import Snapshot
 from fastgen.step import new_cache
-from fastgen.types import Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling, Share
+from fastgen.types import Adapter, Adapters, Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling, Share
 
 __all__ = [
+    "Adapter",
+    "Adapters",
     "Batch",
     "Cache",
     "Completion",
@@ -49,6 +52,7 @@ __all__ = [
     "hidden",
     "init",
     "load",
+    "lora",
     "mismatch",
     "new_cache",
     "receive",

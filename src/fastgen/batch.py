@@ -118,7 +118,7 @@ class Stager:
     runs: on its stream it would begin only after that has ended, and a small model's step would wait for it.
 
     A step has at most `tokens` tokens and `rows` sequences, padding included; a sequence at most `width` pages, a
-    group that shares pages at most `members` sequences.
+    group that shares pages at most `members` sequences. `adapters`: batches say whose adapter each token has.
     """
 
     def __init__(
@@ -131,8 +131,11 @@ class Stager:
         vocab: int,
         device: torch.device,
         members: int = 16,
+        *,
+        adapters: bool = False,
     ) -> None:
         self.page, self.vocab, self.device, self.members = page, vocab, device, members
+        self.adapter = np.zeros(seats + 1, np.int32) if adapters else None
         self.table = np.zeros((seats + 1, width), np.int32)
         self.sitting: dict[int, tuple[int, tuple[int, ...]]] = {}  # seat -> sequence, and its pages in the table
         self.rows = {name: np.zeros(seats + 1, np.float32 if name in FLOATS else np.int32) for name in ROWS[3:]}
@@ -157,6 +160,8 @@ class Stager:
     def _sizes(self, tokens: int, rows: int, *, share: bool) -> dict[str, int]:
         """32-bit words of each field in the buffer; the seeds, of 64 bits, come first."""
         sizes = {"seed": 2 * rows} | dict.fromkeys(INTS, tokens) | {"start": rows + 1} | dict.fromkeys(ROWS, rows)
+        if self.adapter is not None:
+            sizes["adapter"] = tokens
         if share:
             sizes |= {"member": places(rows) * self.members, "keys": places(rows), "skip": rows}
         return sizes
@@ -169,6 +174,8 @@ class Stager:
             if id != span.id:
                 p, held = samples[span.id].params, ()
                 self.seed[span.seat] = samples[span.id].seed
+                if self.adapter is not None:
+                    self.adapter[span.seat] = samples[span.id].adapter
                 values = (p.temperature, p.top_k or self.vocab, p.top_p, p.min_p, p.logprob_mode == "processed")
                 for name, setting in zip(self.rows, values, strict=True):
                     self.rows[name][span.seat] = setting
@@ -200,7 +207,8 @@ class Stager:
     def _fields(self, x: dict[str, Tensor]) -> tuple[Batch, Sampling]:
         share = Share(x["member"].view(-1, self.members), x["keys"], x["skip"]) if "member" in x else None
         names = (*INTS, "start", "length", "seat", "output")
-        batch = Batch(**{name: x[name] for name in names}, pages=self.pages, share=share)
+        fields = {name: x[name] for name in names}
+        batch = Batch(**fields, pages=self.pages, share=share, adapter=x.get("adapter"))
         filter = Filter(x["top_k"], x["top_p"], x["min_p"])
         return batch, Sampling(x["temperature"], x["seed"], x["length"], x["processed"], filter, None)
 
@@ -223,6 +231,8 @@ class Stager:
         arrays = layout(plan, tokens, seat, self.table, self.page, size, rows)
         arrays["seed"] = self.seed[arrays["seat"]]
         arrays |= {name: values[arrays["seat"]] for name, values in self.rows.items()}
+        if self.adapter is not None:
+            arrays["adapter"] = np.repeat(self.adapter[arrays["seat"]], np.diff(arrays["start"]))
         share = groups is not None
         if groups is not None:
             arrays |= sharing(groups, rows, self.members)

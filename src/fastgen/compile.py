@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from fastgen.batch import Stager
 from fastgen.config import Schedule, Settings
 from fastgen.models import invariant, transformer
+from fastgen.models.layers import swiglu
 from fastgen.models.spec import Spec, split
 from fastgen.models.transformer import PLAIN, Ops
 from fastgen.ops.attention import Backend
@@ -32,7 +33,7 @@ from fastgen.ops.backends import choose
 from fastgen.parallel import Group, sharded
 from fastgen.sampling import sample
 from fastgen.step import Computed, Draw, compute, feed
-from fastgen.types import Batch, Cache, Params, Sampling
+from fastgen.types import Adapters, Batch, Cache, Params, Sampling
 
 MIXED = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # captured sizes of steps that prefill,
 SEQUENCES = 32  # with so many sequences, padding included
@@ -43,6 +44,8 @@ REGIONS: dict[Callable[..., Any], tuple[int, ...]] = {
     transformer.enter: (1, 2),
     transformer.project: (0, 1),
     transformer.project_swiglu: (0, 1),
+    transformer.add_norm: (0, 1),
+    swiglu: (0,),
     transformer.norm_heads: (0,),
     transformer.leave: (0, 1),
 }
@@ -140,9 +143,15 @@ class Stepper:
     """Runs the steps of one engine."""
 
     def __init__(
-        self, params: Params, spec: Spec, settings: Settings, stager: Stager, group: Group | None = None
+        self,
+        params: Params,
+        spec: Spec,
+        settings: Settings,
+        stager: Stager,
+        group: Group | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        self.params, self.settings, self.stager = params, settings, stager
+        self.params, self.settings, self.stager, self.adapters = params, settings, stager, adapters
         self.spec = spec if group is None else split(spec, group.place.size)  # what runs here
         self.device, self.how = params.embed.device, settings.compile.compile
         self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Computed]] = {}
@@ -180,7 +189,7 @@ class Stepper:
         ops = Ops(**parts)
         if not cuda:
             return ops
-        from fastgen.ops import fused, hopper, skinny
+        from fastgen.ops import fused, hopper, lowrank, skinny
 
         def few(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
             return lambda x, *rest: (fast if len(x) <= hopper.FEW else plain)(x, *rest)
@@ -189,6 +198,9 @@ class Stepper:
             project=few(skinny.project, ops.project),
             project_swiglu=few(skinny.project_swiglu, ops.project_swiglu),
             linear=few(skinny.linear, ops.linear),
+            add_norm=few(skinny.add_norm, ops.add_norm),
+            swiglu=few(skinny.swiglu, ops.swiglu),
+            adapt=lowrank.adapt,
             leave=few(lambda *args: skinny.add_norm(*args)[1], ops.leave),
             head=few(lambda h, w, out=None: skinny.linear(h, w, None, out if out is None else out[: len(h)]), ops.head),
             store=fused.store,
@@ -268,8 +280,9 @@ class Stepper:
             ops = ops._replace(store=store)
         feed_ = feed if self.how == "eager" else self.regions(feed)
         batch = batch._replace(token=feed_(batch.token, self.stager.last))
-        last = self.stager.last
-        return compute(self.params, cache, last, batch, sampling, self.spec, ops, self.draw, self.logits, **how)
+        last, out = self.stager.last, self.logits
+        inputs = self.params, cache, last, batch, sampling, self.spec
+        return compute(*inputs, ops, self.draw, out, self.adapters, **how)
 
     def _kinds(self) -> list[Shape]:
         """Shapes that together run every kernel: a library's are loaded when first run, which waits for the device."""

@@ -58,6 +58,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logprob_mode: str = "raw"
     grammar: str | None = None  # regex:…, json:… or lark:…, which the output follows; see `fastgen.grammar`
+    adapter: str | None = None  # by the name the engine was told; None: the model alone
 
     def __post_init__(self) -> None:
         me = "SamplingParams"
@@ -66,6 +67,8 @@ class SamplingParams:
                 raise ValueError(f"{me}.grammar must be a text, got {self.grammar!r}")
             if self.min_tokens or self.ignore_eos:
                 raise ValueError(f"{me}.grammar says where the output ends: min_tokens must be 0 and ignore_eos false")
+        if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
+            raise ValueError(f"{me}.adapter must be an adapter's name or None, got {self.adapter!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
@@ -186,6 +189,18 @@ class Parallel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Room for low-rank adapters, taken when the engine starts. Without it, steps are those of the model alone."""
+
+    max_adapters: int = 0  # at once; 0: none
+    max_rank: int = 16
+
+    def __post_init__(self) -> None:
+        _range("lora", "max_adapters", self.max_adapters, 0, 1024, whole=True)
+        _range("lora", "max_rank", self.max_rank, 1, 256, whole=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Compile:
     """How a step is run, and by which attention."""
 
@@ -215,14 +230,23 @@ class Settings:
     pages: Pages = Pages()
     offload: Offload = Offload()
     parallel: Parallel = Parallel()
+    lora: Lora = Lora()
     compile: Compile = Compile()
     seed: int | None = None  # of requests that bring none; None: from the operating system
 
     def __post_init__(self) -> None:
+        if self.compile.deterministic and self.lora.max_adapters:
+            raise ValueError(
+                "compile.deterministic=true with lora.max_adapters: adapters' products have no fixed order; merge one"
+            )
         if self.compile.deterministic and self.parallel.tensor_parallel > 1:
             raise ValueError(
                 "compile.deterministic=true holds for one device: sums over ranks have no fixed order. "
                 "Use parallel.tensor_parallel=1"
+            )
+        if self.lora.max_adapters and self.parallel.tensor_parallel > 1:
+            raise ValueError(
+                "lora.max_adapters with parallel.tensor_parallel: adapters run on one rank only; merge one"
             )
 
     @classmethod

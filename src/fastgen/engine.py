@@ -25,6 +25,7 @@ from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings, unknown
 from fastgen.exchange import marks, named
 from fastgen.grammar import Guides
+from fastgen.lora import Held, Shelf
 from fastgen.memory import Region
 from fastgen.models import default, weights
 from fastgen.models.spec import WHOLE, Place, Spec, from_hf, split
@@ -34,7 +35,7 @@ from fastgen.request import Completion, Event, Output, Sample, longest
 from fastgen.snapshot import Snapshot
 from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
-from fastgen.types import Batch, Filter, Params, Sampling, Tokenizer
+from fastgen.types import Adapter, Batch, Filter, Params, Sampling, Tokenizer
 
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
 
@@ -135,8 +136,13 @@ class Engine:
             context, most = min(spec.context, self.settings.pages.cache_tokens or spec.context), largest(limits)
             widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
             members = max(1, 64 // (here.q_heads // here.kv_heads))  # whose queries fill a tile of attention
-            self._stager = Stager(limits.max_requests, *most[:2], widest, page, spec.vocab, self.device, members)
-            self._stepper = Stepper(params, spec, self.settings, self._stager, group)
+            sizes, lora = (limits.max_requests, *most[:2], widest, page, spec.vocab), self.settings.lora
+            if lora.max_adapters and group is not None:
+                raise ValueError("lora.max_adapters in a group of ranks: adapters run on one rank only; merge one")
+            self._shelf = Shelf(spec, lora, self.device, self.dtype) if lora.max_adapters else None
+            self._stager = Stager(*sizes, self.device, members, adapters=self._shelf is not None)
+            adapters = None if self._shelf is None else self._shelf.adapters
+            self._stepper = Stepper(params, spec, self.settings, self._stager, group, adapters)
             host = self.settings.offload.host_gb * 1e9 if self.settings.offload.offload == "host" else 0
             host_pages = int(host // page_bytes(here, page, self.dtype.itemsize))
             if host and not host_pages:
@@ -286,6 +292,7 @@ class Engine:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if params.prompt_logprobs else None
         guides = [None if params.grammar is None else self._guides.guide(params.grammar) for _ in range(params.n)]
+        self._adapter(params)
         return [
             Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live, guide=guide)
             for index, guide in enumerate(guides)
@@ -306,11 +313,15 @@ class Engine:
         """Requests join the others, all at once: the queue is a value, and a copy of it for each takes seconds."""
         for samples in requests:
             samples[0].output.request_id = next(self._request_ids)
+            for s in samples:
+                s.adapter = self._adapter(s.params)
         new = {next(self._ids): sample for samples in requests for sample in samples}
         self._samples |= new
-        sequences = (schedule.Sequence(id, len(s.tokens), s.limit, s.scores_prompt) for id, s in new.items())
-        self.state = schedule.add(self.state, *sequences)
+        self.state = schedule.add(self.state, *(self._sequence(id, s) for id, s in new.items()))
         return [samples[0].output.request_id for samples in requests]
+
+    def _sequence(self, id: int, s: Sample) -> schedule.Sequence:
+        return schedule.Sequence(id, len(s.tokens), s.limit, s.scores_prompt, adapter=s.adapter)
 
     def abort(self, request_id: int) -> Output | None:
         """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
@@ -356,8 +367,7 @@ class Engine:
         for seed in given:
             id, copy = next(self._ids), sample.fork(next(self._request_ids), seed)
             self._samples[id] = copy
-            sequence = schedule.Sequence(id, len(copy.tokens), copy.limit, copy.scores_prompt)
-            self.state = schedule.fork(self.state, source, sequence, self._known())
+            self.state = schedule.fork(self.state, source, self._sequence(id, copy), self._known())
             new.append(copy.output.request_id)
         return new
 
@@ -404,12 +414,13 @@ class Engine:
             self._crew.tell("restore", snapshot)
         has_text = self.tokenizer is not None
         limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
+        adapter = self._adapter(snapshot.params)
         output, samples = snapshot.revive(limit, self._eos, self.tokenizer, self._guides)
         going = [len(s.tokens) for s in samples]
         if max(going, default=0) >= limit:
             place = f"model's context of {self.spec.context} or cache of {self.capacity}"
             raise ValueError(f"{max(going)} tokens and one more do not fit the {place} tokens")
-        if snapshot.pages and self.state.tree.prefix and snapshot.model == self._fingerprint():
+        if snapshot.pages and not adapter and self.state.tree.prefix and snapshot.model == self._fingerprint():
             for i, values in snapshot.pages.items():
                 self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
         return self._queue([samples])[0]
@@ -491,6 +502,49 @@ class Engine:
     def _held(self) -> None:
         if gone := [name for name, region in self._regions.items() if not region.held]:
             raise ValueError(f"the memory of {' and '.join(gone)} was given back: call restore() before the next step")
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, Held]:
+        """By name, those that requests may choose."""
+        return {} if self._shelf is None else dict(self._shelf.held)
+
+    def add_adapter(self, name: str, adapter: Adapter, scale: float | None = None) -> Adapter:
+        """Copy a low-rank adapter into the engine, for requests with `SamplingParams(adapter=name)`.
+
+        The tree returned is the engine's own, for an optimizer to change in place: see `update_adapter`. `scale` is
+        the adapter's unless given. ValueError if there is no room for it.
+        """
+        return self._room().add(name, adapter if scale is None else adapter._replace(scale=scale)).params
+
+    def adapter_params(self, name: str) -> Adapter:
+        """The tensors that steps read, as a tree of views: they stay where they are until the adapter is removed."""
+        return self._room()[name].params
+
+    def update_adapter(self, name: str, adapter: Adapter | None = None) -> None:
+        """Say that an adapter's tensors were changed in place, or copy others into them.
+
+        Nothing cached under the adapter is used any more; what is cached of others, and of the model alone, is.
+        """
+        self.state.tree.reset_adapter(self._room().update(name, adapter).index)
+
+    def remove_adapter(self, name: str) -> None:
+        """Make room for another. ValueError while requests use it."""
+        index = self._room()[name].index
+        if using := sorted({s.output.request_id for s in self._samples.values() if s.adapter == index}):
+            raise ValueError(f"adapter {name!r} is used by requests {using[:8]}: abort them or let them end first")
+        self._room().remove(name)
+        self.state.tree.reset_adapter(index)
+
+    def _room(self) -> Shelf:
+        if self._shelf is None:
+            raise ValueError("this engine has no room for adapters: start it with max_adapters=N")
+        return self._shelf
+
+    def _adapter(self, params: SamplingParams) -> int:
+        """The number of a request's adapter. ValueError if there is none of that name."""
+        return 0 if params.adapter is None else self._room()[params.adapter].index
 
     def prepare_grammars(self) -> None:
         """Do now what the first grammar would wait for, a second or two, if grammars can be used at all."""
@@ -724,6 +778,7 @@ class Engine:
         params = {w.data_ptr(): w.nbytes for w in tree_leaves(self.params) if w is not None}
         cache = sum(w.nbytes for w in tree_leaves(self.cache))
         found = {"params": sum(params.values()), "cache": cache, "tables": self._stager.bytes}
+        found |= {} if self._shelf is None else {"adapters": self._shelf.bytes}
         return found | {"staging": self._mover.bytes} | self._stepper.bytes()
 
     # --- many at once -----------------------------------------------------------------------------------------------
@@ -820,7 +875,7 @@ class Engine:
         self._running = None
         if "_mover" in self.__dict__:
             self._mover.close()
-        for name in ("_stepper", "_mover", "cache", "params", "_marks"):  # graphs before what they read
+        for name in ("_stepper", "_mover", "cache", "_shelf", "params", "_marks"):  # graphs before what they read
             self.__dict__.pop(name, None)
         self._regions = {}
         if crew is not None:

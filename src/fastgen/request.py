@@ -115,6 +115,7 @@ class Sample:
         guide: Guide | None = None,
     ) -> None:
         self.guide = guide  # the grammar's, where there is one
+        self.adapter = 0  # among the engine's; 0: none
         self.live = live or bool(params.stop)  # whether text is made as tokens come, and not at the end
         self.output, self.index, self.params, self.limit = output, index, params, limit
         self.prompt = len(output.prompt_token_ids)

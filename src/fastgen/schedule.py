@@ -42,6 +42,7 @@ class Sequence(NamedTuple):
     tail: Node | None = None  # node of the page after those
     root: Node | None = None  # of the tree it was admitted to: another one is of other parameters
     seat: int = 0  # row of the device's tables while it runs
+    adapter: int = 0  # that changes the parameters for it; 0: none
 
 
 class State(NamedTuple):
@@ -102,9 +103,9 @@ def add(state: State, *sequences: Sequence) -> State:
 def extend(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequence:
     """Its whole pages of the first `upto` tokens become nodes; where there is one of the same tokens, it reads that."""
     page, end = tree.page, min(upto, len(tokens))
-    while tree.active and s.root is tree.root and (len(s.path) + 1) * page <= end:
+    while tree.active and s.root is tree.root(s.adapter) and (len(s.path) + 1) * page <= end:
         i = len(s.path)
-        block, parent = tuple(tokens[i * page : (i + 1) * page]), s.path[-1] if s.path else tree.root
+        block, parent = tuple(tokens[i * page : (i + 1) * page]), s.path[-1] if s.path else tree.root(s.adapter)
         node = parent.kids.get(block)
         if node is None:
             if s.tail is not None:
@@ -126,8 +127,8 @@ def extend(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequence:
 def show_tail(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequence:
     """Others may copy what the page after its whole ones holds of the first `upto` tokens."""
     rest = tuple(tokens[len(s.path) * tree.page : min(upto, len(tokens))])
-    parent = s.path[-1] if s.path else tree.root
-    fits = tree.least <= len(rest) < tree.page and tree.active and s.root is tree.root
+    parent = s.path[-1] if s.path else tree.root(s.adapter)
+    fits = tree.least <= len(rest) < tree.page and tree.active and s.root is tree.root(s.adapter)
     if not fits or rest in parent.kids:
         return s
     if s.tail is not None:
@@ -138,7 +139,7 @@ def show_tail(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequen
 
 def release(tree: Tree, s: Sequence, tokens: Tokens[int], *, parked: bool = False) -> None:
     """It runs no longer: what is known of it stays in the tree as long as nobody wants the pages."""
-    stale = s.root is not tree.root
+    stale = s.root is not tree.root(s.adapter)
     s = show_tail(tree, extend(tree, s, tokens, s.cached), tokens, s.cached)
     for page in s.pages[len(s.path) + (s.tail is not None) :]:
         tree.give(page)
@@ -284,7 +285,7 @@ class _Planner:
         self.waiting = tuple(delayed)
 
     def _match(self, s: Sequence) -> Match:
-        return self.tree.match(self.tokens[s.id], s.known) if self.tree.active else Match(())
+        return self.tree.match(self.tokens[s.id], s.known, s.adapter) if self.tree.active else Match(())
 
     def _enter(self, s: Sequence, found: Match, left: int) -> tuple[Sequence, Span | None] | None:
         """The sequence as a running one, and its first span. None: there are not the pages for it.
@@ -309,9 +310,8 @@ class _Planner:
         start = min(reached, s.known - 1)
         n = min(s.known - start, self.chunk, left)
         (seat,), self.seats = pages.take(self.seats, 1)
-        s = s._replace(
-            cached=start, reused=start, seat=seat, pages=(*(x.page for x in path), *held), path=path, root=tree.root
-        )
+        held, root = (*(x.page for x in path), *held), tree.root(s.adapter)
+        s = s._replace(cached=start, reused=start, seat=seat, pages=held, path=path, root=root)
         tree.counts.asked += s.known
         tree.counts.reused += start
         if self.busy and (len(tree.back) > coming or any(n in tree.arriving for n in path)):
@@ -376,7 +376,7 @@ def plant(tree: Tree, tokens: Tokens[int]) -> tuple[int, ...]:
     blocks = [tuple(tokens[i : i + tree.page]) for i in range(0, len(tokens) - tree.page + 1, tree.page)]
     if len(blocks) > tree.available() or len(tree.match(tokens, len(tokens)).path) == len(blocks):
         return ()
-    held, path, filled = [tree.take() for _ in blocks], [tree.root], list[int]()
+    held, path, filled = [tree.take() for _ in blocks], [tree.root()], list[int]()
     for block, page in zip(blocks, held, strict=True):
         node = path[-1].kids.get(block)
         filled.append(0 if node is not None and node.page else page)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgen.memory import Region
 from fastgen.models.spec import Spec
 from fastgen.models.transformer import PLAIN, Ops, blocks, table, unembed
-from fastgen.types import Batch, Cache, Params, Sampling
+from fastgen.types import Adapters, Batch, Cache, Params, Sampling
 
 # draw(logits, temperature, seed, position, processed, last, seat) -> token, logprob: as `sampling.sample` without
 # filters or edits; the tokens are also written to `last` at `seat`
@@ -63,6 +63,7 @@ def compute(
     ops: Ops = PLAIN,
     draw: Draw | None = None,
     out: Float[Tensor, "M V"] | None = None,
+    adapters: Adapters | None = None,
     *,
     decode: bool = False,
     scored: bool = False,
@@ -72,7 +73,7 @@ def compute(
     `decode`: token r is all of sequence r. `scored`: the hidden states of all tokens are wanted. Logits are of the
     sequences' last tokens; `out` takes them, where given.
     """
-    x, y = blocks(params, cache, batch, spec, ops, last=not (decode or scored))
+    x, y = blocks(params, cache, batch, spec, ops, adapters, last=not (decode or scored))
     h = ops.leave(x, y, params.norm, spec.eps)
     logits = ops.head(h[batch.output] if scored else h, table(params), out)
     hidden = h if scored else None

@@ -7,6 +7,7 @@ Legend, used in all annotations of the package:
     N  sampled rows             K  key/value heads      S  cache slots (pages x page size)
     P  pages of a sequence      H  width of a head      L  layers
     E  seats: places for running sequences; seat 0 is padding's
+    A  adapters, the first of which is none; r their rank
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,6 +43,58 @@ class Params(NamedTuple):
     layers: tuple[Layer, ...]
     norm: Float[Tensor, " D"]
     head: Float[Tensor, "V D"] | None
+
+
+class LowRank(NamedTuple):
+    """A change b @ a of a matrix."""
+
+    a: Float[Tensor, "r D"]
+    b: Float[Tensor, "N r"]
+
+
+class Changes(NamedTuple):
+    """What an adapter changes in one transformer block: None where it changes nothing."""
+
+    q: LowRank | None = None
+    k: LowRank | None = None
+    v: LowRank | None = None
+    out: LowRank | None = None
+    gate: LowRank | None = None
+    up: LowRank | None = None
+    down: LowRank | None = None
+
+
+class Adapter(NamedTuple):
+    """A low-rank adapter (LoRA, arXiv 2106.09685): `scale` times its changes is added to the matrices of a model."""
+
+    layers: tuple[Changes, ...]
+    scale: float
+
+
+class Stack(NamedTuple):
+    """Changes of one packed matrix by several adapters, padded with zeros to one rank.
+
+    A matrix that is packed from p others has p changes: rows [i r, (i + 1) r) of `a` belong to the i-th of them.
+    """
+
+    a: Float[Tensor, "A pr D"]
+    b: Float[Tensor, "A N r"]
+
+
+class Stacks(NamedTuple):
+    """Of one transformer block."""
+
+    qkv: Stack
+    out: Stack
+    gate_up: Stack
+    down: Stack
+
+
+class Adapters(NamedTuple):
+    """Several adapters side by side, so that rows of a batch may each have another. The first one is zero."""
+
+    layers: tuple[Stacks, ...]
+    scale: Float[Tensor, " A"]
 
 
 class Cache(NamedTuple):
@@ -82,6 +135,7 @@ class Batch(NamedTuple):
     pages: Int[Tensor, "E P"]  # the page table, a row for each seat; a row's unused end points at scratch
     output: Int[Tensor, " N"]  # tokens whose next-token logits are wanted
     share: Share | None = None  # None: every sequence reads all its keys by itself
+    adapter: Int[Tensor, " T"] | None = None  # each token's among the Adapters; 0 is none
 
 
 class Edits(NamedTuple):

@@ -8,6 +8,8 @@ root to it, and on nothing else. Sequences that begin alike hold the same nodes,
 holds is idle: it stays until its page is wanted, the least recently used first, and then moves to the host's pages
 or is forgotten. Children are released before their parents, so they are also taken before them.
 
+Each adapter has a root of its own: the same tokens have other keys and values under another one.
+
 A node of fewer tokens than a page holds is a *tail*: the end of what somebody computed. Nobody but the sequence that
 still fills the page holds it; others copy the page and go on in the copy.
 """
@@ -79,7 +81,7 @@ class Tree:
         self.page, self.prefix, self.only_parked = page, prefix, only_parked
         self.pages, self.host_pages = device_pages, host_pages
         self.free, self.host_free = pages.pool(device_pages), pages.pool(host_pages + 1)
-        self.root = Node(None, ())
+        self.roots = {0: Node(None, ())}  # of each adapter; 0 is none
         self.idle: dict[Node, None] = {}  # the least recently used first
         self.hosted: dict[Node, None] = {}  # nodes with a page of the host, likewise
         self.clock = 0  # steps planned
@@ -96,6 +98,10 @@ class Tree:
     def active(self) -> bool:
         """Whether anything is kept at all."""
         return self.prefix or self.host_pages > 0
+
+    def root(self, adapter: int = 0) -> Node:
+        """Of the tree of an adapter, as it is now."""
+        return self.roots.setdefault(adapter, Node(None, ()))
 
     def begin(self) -> None:
         """A new plan."""
@@ -181,9 +187,9 @@ class Tree:
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
-    def match(self, tokens: Sequence[int], known: int) -> Match:
+    def match(self, tokens: Sequence[int], known: int, adapter: int = 0) -> Match:
         """The longest cached beginning of the first `known` tokens."""
-        path, node, page = list[Node](), self.root, self.page
+        path, node, page = list[Node](), self.root(adapter), self.page
         while len(path) < known // page:
             kid = node.kids.get(tuple(tokens[len(path) * page : (len(path) + 1) * page]))
             if kid is None:
@@ -281,12 +287,21 @@ class Tree:
         for node in [*self.hosted]:
             self._free_host(node)
         self.idle.clear()
-        self.root = Node(None, ())
+        self.roots = {0: Node(None, ())}
+
+    def reset_adapter(self, adapter: int) -> None:
+        """The same for what is cached under one adapter, which has changed or is gone."""
+        for node in self.roots.pop(adapter, Node(None, ())).walk():
+            if node in self.idle:
+                del self.idle[node]
+                self.give(node.page)
+            self._free_host(node)
 
     def check(self, owned: Sequence[int], held: dict[Node, int]) -> None:
         """Asserts that every page has exactly one owner. `owned`: pages that sequences have for themselves; `held`:
         how many sequences hold each node."""
-        nodes = [*self.root.walk()]
+        roots = {*self.roots.values()}
+        nodes = [n for root in roots for n in root.walk()]
         known = {*nodes, *held}  # the held ones of a former tree, too
         used = [*owned, *(n.page for n in known if n.page)]
         assert len(used) == len(set(used)), "a page has two owners"
@@ -302,6 +317,6 @@ class Tree:
             assert n.page or n.host, "a node without a page"
             assert n.parent is not None and n.parent.kids[n.tokens] is n
             assert 0 < len(n.tokens) <= self.page and (len(n.tokens) == self.page or not n.kids)
-            if n.page and n.parent is not self.root:
+            if n.page and n.parent not in roots:
                 assert n.parent.page and n.parent.refs >= (n.refs > 0), "a page hangs on none"
                 assert n.parent not in place or n in place and place[n] < place[n.parent], "a parent would go first"

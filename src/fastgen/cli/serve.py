@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -27,11 +28,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fastgen import Engine
+from fastgen import Engine, lora
 from fastgen.cli import run
 from fastgen.cli.config import Config, chosen, compose
 from fastgen.models import default, weights
 
+Load = Callable[[], tuple[Engine, str]]  # an engine, and where its model is
 NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
 DEATHS = 5  # of workers within a minute; then something is broken for good
 EPILOG = """
@@ -42,6 +44,7 @@ examples:
   fgserve
   fgserve mistral_7b --port 8000 --api-key "$KEY" schedule=latency
   fgserve path/to/checkpoint --served-model-name mine --workers 4 pages.cache_fraction=0.9
+  fgserve path/to/checkpoint --lora poet=path/to/adapter
   curl localhost:5678/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}'
 """
@@ -81,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--served-model-name", action="append", default=[], metavar="NAME", help="may be repeated (the model's own)"
     )
+    p.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an adapter, chosen as a model; may be repeated",
+    )
     p.add_argument("--grace", type=_seconds, default=30, metavar="S", help="seconds to finish at SIGTERM (%(default)s)")
     p.add_argument("--max-queue", type=_whole, metavar="N", help="completions at a time (four times max_requests)")
     p.add_argument(
@@ -101,6 +111,7 @@ def configure(args: argparse.Namespace) -> tuple[Config, str]:
     given = [*args.overrides]
     if args.tensor_parallel is not None:
         given.append(f"parallel.tensor_parallel={args.tensor_parallel}")
+    given += room(adapters(args.lora), given)
     if args.model is None:
         return compose(*given), default.FOLDER
     choice = chosen(args.model)
@@ -113,11 +124,33 @@ def configure(args: argparse.Namespace) -> tuple[Config, str]:
     return config, Path(args.model).expanduser().resolve().name if is_path else args.model
 
 
-def load(config: Config) -> tuple[Engine, str]:
+def adapters(given: Sequence[str]) -> dict[str, str]:
+    """Paths by name."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not (name and path) or name in found:
+            raise ValueError(f"--lora {text}: must be NAME=PATH, each name once")
+        found[name] = path
+    return found
+
+
+def room(adapters: dict[str, str], given: Sequence[str]) -> list[str]:
+    """What makes room for adapters, where it is not given."""
+    if not adapters:
+        return []
+    rank = max(lora.read_config(path)["r"] for path in adapters.values())
+    wanted = {"lora.max_adapters": len(adapters), "lora.max_rank": rank}
+    return [f"{key}={n}" for key, n in wanted.items() if not any(x.startswith(f"{key}=") for x in given)]
+
+
+def load(config: Config, adapters: Mapping[str, str] | None = None) -> tuple[Engine, str]:
     """The engine of a configuration, which works on tokens alone, and where its model is."""
     m = config.model
     path = default.default_path() if m.path is None else weights.resolve(m.path)
     engine = run.engine(replace(config, model=replace(m, path=str(path))))
+    for name, folder in (adapters or {}).items():
+        engine.add_adapter(name, lora.load(folder, engine.spec, device="cpu"))
     engine.tokenizer = None  # it has told what ends a text; the workers have their own
     return engine, str(path)
 
@@ -147,8 +180,8 @@ class Child:
 class Supervisor:
     """Starts the others and watches them."""
 
-    def __init__(self, config: Config, options: Any, listener: socket.socket, workers: int, most: int | None) -> None:
-        self.config, self.options, self.listener, self.most = config, options, listener, most
+    def __init__(self, load: Load, options: Any, listener: socket.socket, workers: int, most: int | None) -> None:
+        self.load, self.options, self.listener, self.most = load, options, listener, most
         # Workers are forks of a process that has imported everything and done nothing: one that is replaced is there
         # at once, and memory is shared. The engine is no fork, which GPU drivers do not forgive.
         self.forks = multiprocessing.get_context("forkserver")
@@ -185,7 +218,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # inherited: who stops a whole group of processes means this one
         try:
-            told = self.config, self.options.address, self.most
+            told = self.load, self.options.address, self.most
             self.engine = self._child(self.spawns, _run_engine, *told, name="engine")
             forkserver.ensure_running()
             signal.set_wakeup_fd(self.waker.fileno())
@@ -263,10 +296,10 @@ class Supervisor:
         return 0
 
 
-def _run_engine(config: Config, address: str, most: int | None, control: Connection) -> None:
+def _run_engine(load: Load, address: str, most: int | None, control: Connection) -> None:
     from fastgen.serve import core
 
-    core.run(functools.partial(load, config), address, control, most)
+    core.run(load, address, control, most)
 
 
 def _run_worker(options: Any, name: str, listener: socket.socket, control: Connection) -> None:
@@ -293,8 +326,10 @@ def _listen(host: str, port: int) -> socket.socket:
 def main(argv: list[str] | None = None) -> int:
     """The console script; the exit status: 2 for a command that is wrong, 1 for a server that failed."""
     words = sys.argv[1:] if argv is None else argv
-    overrides = [w for w in words if re.match(r"[+~]{0,2}[\w.]+=", w)]  # anywhere, even after an option
-    args = _parser().parse_intermixed_args([w for w in words if w not in overrides])
+    pairs = [*zip(["", *words], words, strict=False)]  # overrides may be anywhere, even after an option
+    is_one = [before != "--lora" and bool(re.match(r"[+~]{0,2}[\w.]+=", w)) for before, w in pairs]
+    overrides = [w for w, one in zip(words, is_one, strict=True) if one]
+    args = _parser().parse_intermixed_args([w for w, one in zip(words, is_one, strict=True) if not one])
     args.overrides += overrides
     if missing := [name for name in NEEDED if not find_spec(name)]:
         print(f"fgserve needs {', '.join(missing)}: pip install fastgen[serve]", file=sys.stderr)
@@ -304,6 +339,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.profile_dir and not args.profile_dir.is_dir():
             raise ValueError(f"--profile-dir: there is no folder {args.profile_dir}")
         config, name = configure(args)
+        names, loras = tuple(args.served_model_name) or (name,), adapters(args.lora)
+        if both := sorted({*names} & {*loras}):
+            raise ValueError(f"--lora {both[0]}: this is the model's own name")
         listener = _listen(args.host, args.port)
     except (ValueError, OSError) as e:
         _say(str(e))
@@ -314,7 +352,8 @@ def main(argv: list[str] | None = None) -> int:
 
         options = Options(
             address=f"ipc://{folder}/engine",
-            names=tuple(args.served_model_name) or (name,),
+            names=names,
+            adapters=tuple(loras),
             keys=keys,
             grace=args.grace,
             max_body=args.max_body,
@@ -323,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         host, port = listener.getsockname()[:2]
         _say(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        return Supervisor(config, options, listener, args.workers, args.max_queue).run()
+        return Supervisor(functools.partial(load, config, loras), options, listener, args.workers, args.max_queue).run()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,28 @@ def swiglu(x: Float[Tensor, "... F2"]) -> Float[Tensor, "... F"]:
     return F.silu(gate) * up
 
 
+def adapt(
+    y: Float[Tensor, "T N"],
+    x: Float[Tensor, "T D"],
+    a: Float[Tensor, "A pr D"],
+    b: Float[Tensor, "A N r"],
+    scale: Float[Tensor, " A"],
+    adapter: Int[Tensor, " T"],
+    rows: tuple[int, ...],
+) -> Float[Tensor, "T N"]:
+    """y + scale * b (a x), with the matrices of each row's adapter; 0 has none.
+
+    `rows`: how many of the N belong to each matrix that was packed into one; each has r of the rows of `a`.
+    """
+    for i in adapter.unique().tolist():
+        if i:
+            mine = (adapter == i).nonzero().squeeze(1)
+            inner = F.linear(x[mine], a[i]).chunk(len(rows), -1)
+            parts = zip(inner, b[i].split(rows), strict=True)
+            y = y.index_add(0, mine, (scale[i] * torch.cat([F.linear(h, w) for h, w in parts], -1)).to(y.dtype))
+    return y
+
+
 def frequencies(rope: Rope, head: int, device: torch.device) -> Float[Tensor, " half"]:
     """Angle per position of each pair of dimensions, fp32, radians.
 

@@ -17,7 +17,7 @@ from fastgen.models.layers import rms_norm, rotations, swiglu
 from fastgen.models.spec import Spec
 from fastgen.ops.attention import Attend, Backend, sdpa
 from fastgen.sampling import logprobs
-from fastgen.types import Batch, Cache, Layer, Params
+from fastgen.types import Adapters, Batch, Cache, Layer, Params, Stack
 
 Rows = Float[Tensor, "T D"]
 Turn = Float[Tensor, "T 1 half"]
@@ -45,6 +45,12 @@ def project_swiglu(
     """x + y, and the gated activation of its norm."""
     x = x + y
     return x, swiglu(F.linear(rms_norm(x, norm, eps), gate_up))
+
+
+def add_norm(x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float) -> tuple[Rows, Rows]:
+    """x + y, and its norm."""
+    x = x + y
+    return x, rms_norm(x, norm, eps)
 
 
 def norm_heads(
@@ -75,6 +81,10 @@ class Ops(NamedTuple):
     norm_heads: Callable[..., Tensor] = norm_heads
     store: Callable[..., Tensor] = layers.store
     linear: Callable[..., Tensor] = F.linear
+    # In the place of the two projections, where the matrices are changed by adapters:
+    add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
+    swiglu: Callable[..., Tensor] = swiglu
+    adapt: Callable[..., Tensor] = layers.adapt
     leave: Callable[..., Tensor] = leave
     head: Callable[..., Tensor] = head
     logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = logprobs
@@ -83,14 +93,51 @@ class Ops(NamedTuple):
 PLAIN = Ops()
 
 
+class Products(NamedTuple):
+    """The products of one block: `Ops`', or those whose matrices are changed by adapters."""
+
+    project: Callable[..., tuple[Tensor, Tensor]]
+    project_swiglu: Callable[..., tuple[Tensor, Tensor]]
+    out: Callable[..., Tensor]
+    down: Callable[..., Tensor]
+
+
+def products(ops: Ops, spec: Spec, adapters: Adapters | None, i: int, batch: Batch, after: Batch) -> Products:
+    """Of layer i. `batch` has the rows before attention, `after` those after it."""
+    if adapters is None:
+        return Products(ops.project, ops.project_swiglu, ops.linear, ops.linear)
+    if batch.adapter is None:
+        raise ValueError("adapters without batch.adapter, which says whose each token is")
+    stacks, heads = adapters.layers[i], tuple(n * spec.head for n in (spec.q_heads, spec.kv_heads, spec.kv_heads))
+
+    def linear(x: Tensor, w: Tensor, bias: Tensor | None, stack: Stack, rows: tuple[int, ...], of: Batch) -> Tensor:
+        return ops.adapt(ops.linear(x, w, bias), x, *stack, adapters.scale, of.adapter, rows)
+
+    def project(x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None) -> tuple[Rows, Tensor]:
+        x, h = ops.add_norm(x, y, norm, eps)
+        return x, linear(h, w, bias, stacks.qkv, heads, batch)
+
+    def project_swiglu(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Rows, Tensor]:
+        x, h = ops.add_norm(x, y, norm, eps)
+        return x, ops.swiglu(linear(h, gate_up, None, stacks.gate_up, (spec.ffn, spec.ffn), after))
+
+    def out(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, w, bias, stacks.out, (spec.dim,), after)
+
+    def down(x: Tensor, w: Tensor) -> Tensor:
+        return linear(x, w, None, stacks.down, (spec.dim,), after)
+
+    return Products(project, project_swiglu, out, down)
+
+
 def last_tokens(batch: Batch) -> Batch:
     """The batch of the tokens `output` alone, one of each sequence."""
     rows = batch.output
     start = torch.arange(len(rows) + 1, dtype=batch.start.dtype, device=rows.device)
     length = batch.length.clamp_min(1)  # padding may have none, but attention to nothing is no number
-    return batch._replace(
-        token=batch.token[rows], position=batch.position[rows], slot=batch.slot[rows], start=start, length=length
-    )
+    adapter = None if batch.adapter is None else batch.adapter[rows]
+    token, position, slot = (x[rows] for x in (batch.token, batch.position, batch.slot))
+    return batch._replace(token=token, position=position, slot=slot, start=start, length=length, adapter=adapter)
 
 
 def block(
@@ -105,27 +152,36 @@ def block(
     attend: Attend,
     spec: Spec,
     ops: Ops = PLAIN,
+    products: Products | None = None,
     output: Int[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
     """x and y after a block. Writes k and v at `slot`; pure otherwise.
 
-    `output`: of these tokens only, which `attend` is then made for. Of the others no more than keys and values is
-    computed.
+    `products`: those of `ops`, unless given. `output`: of these tokens only, which `attend` is then made for. Of the
+    others no more than keys and values is computed.
     """
-    x, qkv = ops.project(x, y, layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
+    of = products or Products(ops.project, ops.project_swiglu, ops.linear, ops.linear)
+    x, qkv = of.project(x, y, layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
     qkv = qkv.unflatten(-1, (-1, spec.head))
     if layer.q_norm is not None:
         qkv = ops.norm_heads(qkv, layer.q_norm, layer.k_norm, spec)
     q = ops.store(qkv, *turn, slot, k, v)
     if output is not None:
         x, q = x[output], q[output]
-    y = ops.linear(attend(q, k, v, window).flatten(1), layer.out, layer.out_bias)
-    x, gated = ops.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up)
-    return x, ops.linear(gated, layer.down)
+    y = of.out(attend(q, k, v, window).flatten(1), layer.out, layer.out_bias)
+    x, gated = of.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up)
+    return x, of.down(gated, layer.down)
 
 
 def blocks(
-    params: Params, cache: Cache, batch: Batch, spec: Spec, ops: Ops = PLAIN, *, last: bool = False
+    params: Params,
+    cache: Cache,
+    batch: Batch,
+    spec: Spec,
+    ops: Ops = PLAIN,
+    adapters: Adapters | None = None,
+    *,
+    last: bool = False,
 ) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
     """x and y after the last block. Writes `cache` at `batch.slot`; pure otherwise.
 
@@ -134,17 +190,26 @@ def blocks(
     x, y, *turn = ops.enter(params.embed, batch.token, batch.position, spec)
     attend, output = ops.attention(batch, spec), None
     for i, (layer, k, v, window) in enumerate(zip(params.layers, cache.k, cache.v, spec.windows, strict=True)):
+        after = batch
         if last and i == spec.layers - 1:
-            attend, output = ops.attention(last_tokens(batch), spec), batch.output
-        x, y = block(x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot, attend, spec, ops, output)
+            after, output = last_tokens(batch), batch.output
+            attend = ops.attention(after, spec)
+        made = products(ops, spec, adapters, i, batch, after)
+        x, y = block(x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot, attend, spec, ops, made, output)
     return x, y
 
 
 def hidden(
-    params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa, ops: Ops = PLAIN
+    params: Params,
+    cache: Cache,
+    batch: Batch,
+    spec: Spec,
+    backend: Backend = sdpa,
+    ops: Ops = PLAIN,
+    adapters: Adapters | None = None,
 ) -> Float[Tensor, "T D"]:
     """Normed last hidden state of every token. Writes `cache` at `batch.slot`; pure otherwise."""
-    x, y = blocks(params, cache, batch, spec, ops._replace(attention=backend))
+    x, y = blocks(params, cache, batch, spec, ops._replace(attention=backend), adapters)
     return ops.leave(x, y, params.norm, spec.eps)
 
 
@@ -159,11 +224,18 @@ def unembed(params: Params, x: Float[Tensor, "N D"], ops: Ops = PLAIN) -> Float[
 
 
 def forward(
-    params: Params, cache: Cache, batch: Batch, spec: Spec, backend: Backend = sdpa, ops: Ops = PLAIN
+    params: Params,
+    cache: Cache,
+    batch: Batch,
+    spec: Spec,
+    backend: Backend = sdpa,
+    ops: Ops = PLAIN,
+    adapters: Adapters | None = None,
 ) -> Float[Tensor, "N V"]:
     """fp32 next-token logits at `batch.output`. Writes `cache` at `batch.slot`; pure otherwise.
 
     The written leaves are the donated buffers: returning a new cache would copy all of it at every step. On one of
     several ranks, `ops` are `parallel.sharded` ones, `params` and `cache` are the rank's, and so is `spec` (`split`).
+    `adapters` change the matrices of each token by its own, `batch.adapter`.
     """
-    return unembed(params, hidden(params, cache, batch, spec, backend, ops)[batch.output], ops)
+    return unembed(params, hidden(params, cache, batch, spec, backend, ops, adapters)[batch.output], ops)

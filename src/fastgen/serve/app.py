@@ -82,6 +82,7 @@ class Options:
 
     address: str  # of the engine's socket
     names: tuple[str, ...]  # the model's; the first one is its own
+    adapters: tuple[str, ...] = ()  # which are chosen by name, too
     keys: tuple[str, ...] = ()
     grace: float = 30.0
     max_body: int = 16 * 2**20
@@ -127,8 +128,8 @@ class Service:
             raise Refused(503, "the engine has stopped", code="engine_error")
         if not self.ready:
             raise Refused(503, "the model is being loaded", retry=2)
-        if model is not None and model not in self.options.names:
-            known = ", ".join(self.options.names)
+        if model is not None and model not in (*self.options.names, *self.options.adapters):
+            known = ", ".join((*self.options.names, *self.options.adapters))
             raise Refused(404, f"no model {model!r} here; there is {known}", param="model", code="model_not_found")
         return model or self.options.names[0]
 
@@ -194,7 +195,8 @@ class Service:
         entry = request.scope["entry"]
         call = entry["id"] = f"{form.prefix}-{entry['id']}"
         answer = Answer(self.client, self.metrics, form, call, model, prompts, params, entry, **options)
-        await self.client.add(call, prompts, replace(params, stop=()), names)  # the engine knows no text
+        adapter = model if model in self.options.adapters else None
+        await self.client.add(call, prompts, replace(params, stop=(), adapter=adapter), names)  # it knows no text
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return answer
 
@@ -297,9 +299,10 @@ async def profile(body: ProfileRequest, request: Request) -> Response:
 
 @router.get("/models", response_model=None)
 async def models(request: Request) -> Response:
-    """The model, under each of its names."""
+    """The model, under each of its names, and its adapters."""
     service = _service(request)
-    return _json({"object": "list", "data": [_model(service, name) for name in service.options.names]})
+    names = (*service.options.names, *service.options.adapters)
+    return _json({"object": "list", "data": [_model(service, name) for name in names]})
 
 
 @router.get("/models/{id:path}", response_model=None)
@@ -369,6 +372,7 @@ async def page(request: Request) -> Response:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     found = {"id": name, "object": "model", "created": service.created, "owned_by": "fastgen"}
+    found |= {"parent": service.options.names[0]} if name in service.options.adapters else {}
     return found | {"max_model_len": service.context or None}
 
 

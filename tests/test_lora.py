@@ -1,0 +1,663 @@
+"""Adapters: requests of several in one batch get what merged parameters would give each, in every way of running."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from serving import SETTINGS, Server, checkpoint
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import fastgen
+from fastgen import Adapter, Event, Output, SamplingParams, Snapshot, lora, schedule
+from fastgen.cli import serve
+from fastgen.config import Lora
+from fastgen.models.layers import adapt
+from fastgen.models.spec import Spec
+from fastgen.models.weights import named
+from fastgen.ops.attention import reference
+from fastgen.schedule import Span
+from fastgen.types import Changes, Params
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 8},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "torch_dtype": "float32",
+}
+SPECS = {name: fastgen.from_hf(SIZES | config) for name, config in CONFIGS.items()}
+SPEC = SPECS["mistral"]
+SMALL: dict[str, Any] = {"max_requests": 8, "token_budget": 64}
+NAMES = (None, "all", "some", "wide")
+
+
+def weights(spec: Spec, seed: int = 0) -> Params:
+    """With which every token of the context matters for the next one."""
+    drawn = fastgen.init(spec, seed, device="cpu")
+    return tree_map_only(Tensor, lambda w: (w * 10 if w.ndim == 2 else w).to(torch.get_default_device()), drawn)
+
+
+def adapter(spec: Spec, name: str, seed: int = 0) -> Adapter:
+    """Of different ranks, targets and scales; strong enough to change what is drawn."""
+    how: dict[str, Any] = {
+        "all": {"rank": 4, "alpha": 8},
+        "some": {"rank": 3, "alpha": 3, "targets": ("q_proj", "v_proj", "up_proj")},
+        "wide": {"rank": 8, "alpha": 8, "targets": ("k_proj", "o_proj", "gate_proj", "down_proj"), "rslora": True},
+    }[name]
+    made = lora.init(spec, seed=seed, device="cpu", **how)
+    r = torch.Generator("cpu").manual_seed(seed + 1)
+    for x in lora.leaves(made):
+        x.copy_(torch.randn(x.shape, generator=r, device="cpu") * 0.2)
+    return tree_map_only(Tensor, lambda x: x.to(torch.get_default_device()), made)
+
+
+PARAMS = weights(SPEC)
+ADAPTERS = {name: adapter(SPEC, name, seed) for seed, name in enumerate(NAMES[1:])}
+
+
+class Engine(fastgen.Engine):
+    """Checks the scheduler's invariants after every step, and that no two adapters read the same page."""
+
+    def step(self) -> list[Event]:
+        events = super().step()
+        schedule.check(self.state, self.settings.schedule)
+        users: dict[int, int] = {}
+        for s in self.state.running:
+            assert s.adapter == self._samples[s.id].adapter if s.id in self._samples else True
+            for page in s.pages:
+                assert users.setdefault(page, s.adapter) == s.adapter, "two adapters share a page"
+        return events
+
+
+def engine(params: Params = PARAMS, adapters: dict[str, Adapter] = ADAPTERS, **settings: Any) -> Engine:
+    e = Engine(
+        params,
+        SPEC,
+        progress=False,
+        **{"page_size": 4, "max_adapters": 3, "max_rank": 8, "compile": "eager"} | settings,
+    )
+    for name, x in adapters.items():
+        e.add_adapter(name, x)
+    return e
+
+
+def load(seed: int, count: int = 16) -> list[tuple[list[int], dict[str, Any], str | None]]:
+    """Prompts that begin alike under different adapters, greedy and drawn."""
+    r = random.Random(seed)
+    stems = [[r.randrange(61) for _ in range(n)] for n in (1, 9, 21)]
+    found = []
+    for i in range(count):
+        prompt = [*r.choice(stems), *(r.randrange(61) for _ in range(r.choice((0, 1, 7))))]
+        how = {"temperature": r.choice((0, 0.8)), "seed": i, "max_tokens": r.randrange(1, 14), "logprobs": 0}
+        found.append((prompt, how | ({"prompt_logprobs": 0} if r.random() < 0.2 else {}), r.choice(NAMES)))
+    return found
+
+
+MERGED: dict[str | None, fastgen.Engine] = {}
+
+
+def merged(prompt: Sequence[int], how: dict[str, Any], name: str | None) -> Output:
+    """What the request gets alone from an engine of the merged parameters."""
+    if name not in MERGED:
+        params = PARAMS if name is None else lora.merge(PARAMS, SPEC, ADAPTERS[name])
+        MERGED[name] = fastgen.Engine(
+            params, SPEC, progress=False, prefix_cache=False, cache_tokens=1024, compile="eager"
+        )
+    return MERGED[name].generate([[*prompt]], SamplingParams(**how))[0]
+
+
+def same(got: Output, want: Output) -> None:
+    for a, b in zip(got.completions, want.completions, strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert (got.prompt_logprobs or [None])[1:] == pytest.approx((want.prompt_logprobs or [None])[1:], abs=1e-4)
+
+
+def run(e: fastgen.Engine, work: Iterable[tuple[list[int], dict[str, Any], str | None]]) -> list[Output]:
+    work = list(work)
+    ids = [e.add(prompt, SamplingParams(**how, adapter=name)) for prompt, how, name in work]
+    done: dict[int, Output] = {}
+    while e.unfinished:
+        done |= {event.request_id: event.output for event in e.step() if event.output is not None}
+    return [done[id] for id in ids]
+
+
+# --- the forward ------------------------------------------------------------------------------------------------------
+
+
+def logits(
+    params: Params, spec: Spec, tokens: list[int], adapters: fastgen.Adapters | None = None, i: int = 0
+) -> Tensor:
+    """[T, V] at once, in a cache of its own."""
+    batch = fastgen.stage((Span(0, 0, len(tokens), True, (1, 2, 3, 4)),), {0: tokens}, 16)
+    batch = batch._replace(adapter=torch.full((len(tokens),), i) if adapters else None)
+    hidden = fastgen.hidden(params, fastgen.new_cache(spec, 80), batch, spec, reference, adapters=adapters)
+    return fastgen.unembed(params, hidden)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_of_several(name: str) -> None:
+    """One batch of sequences with different adapters and none: fp32 logits of merged parameters, each."""
+    spec, params = SPECS[name], weights(SPECS[name], 1)
+    trees = [adapter(spec, kind, 5) for kind in NAMES[1:]]
+    stacked, r = lora.stack(trees, spec), random.Random(0)
+    contexts = [[r.randrange(61) for _ in range(n)] for n in (5, 1, 9, 13)]
+    plan = tuple(Span(i, 0, len(c), True, (1 + i,)) for i, c in enumerate(contexts))
+    batch = fastgen.stage(plan, dict(enumerate(contexts)), 16)
+    rows = torch.tensor([i for i, c in zip((2, 0, 3, 1), contexts, strict=True) for _ in c])
+    got = fastgen.forward(params, fastgen.new_cache(spec, 80), batch._replace(adapter=rows), spec, adapters=stacked)
+    for row, i, context in zip(got, (2, 0, 3, 1), contexts, strict=True):
+        plain = params if i == 0 else lora.merge(params, spec, trees[i - 1])
+        torch.testing.assert_close(row, logits(plain, spec, context)[-1], atol=1e-4, rtol=1e-5)
+        assert i == 0 or (row - logits(params, spec, context)[-1]).abs().max() > 0.1
+    with pytest.raises(ValueError, match="batch.adapter"):
+        fastgen.forward(params, fastgen.new_cache(spec, 80), batch, spec, adapters=stacked)
+
+
+def test_merge_shares_what_it_does_not_change() -> None:
+    got = lora.merge(PARAMS, SPEC, ADAPTERS["some"])
+    assert got.embed is PARAMS.embed and got.layers[0].down is PARAMS.layers[0].down
+    d, (q, _, v) = SPEC.dim, got.layers[1].qkv.split((32, 16, 16))
+    change = ADAPTERS["some"].layers[1].v
+    assert change is not None
+    torch.testing.assert_close(v, PARAMS.layers[1].qkv[48:] + change.b @ change.a * 1.0)
+    assert torch.equal(got.layers[1].qkv[32:48], PARAMS.layers[1].qkv[32:48]) and q.shape == (32, d)
+
+
+KERNEL = [  # tokens, depth, rows of the packed matrices, rank, adapters
+    (1, 40, (24,), 1, 1),
+    (7, 130, (32, 16, 16), 4, 2),
+    (33, 2100, (150, 150), 5, 3),
+    (530, 64, (48, 16, 16), 16, 4),
+    (20, 96, (300,), 33, 2),
+    (18, 70, (40, 40), 100, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("tokens", "depth", "rows", "r", "count"), KERNEL)
+def test_kernel(tokens: int, depth: int, rows: tuple[int, ...], r: int, count: int, dtype: torch.dtype) -> None:
+    """The kernels against the plain function, in mixed and in ragged rows; rows without an adapter are untouched."""
+    pytest.importorskip("triton")
+    from fastgen.ops import lowrank
+
+    torch.manual_seed(tokens)
+    y, x = torch.randn(tokens, sum(rows)).to(dtype), torch.randn(tokens, depth).to(dtype)
+    a = (torch.randn(count + 1, len(rows) * r, depth) * depth**-0.5).to(dtype)
+    b, scale = torch.randn(count + 1, sum(rows), r).to(dtype), torch.rand(count + 1)
+    for whose in (torch.randint(count + 1, (tokens,)), torch.full((tokens,), count), torch.zeros(tokens).long()):
+        exact = adapt(y.double(), x.double(), a.double(), b.double(), scale.double(), whose, rows)
+        got = lowrank.adapt(y.clone(), x, a, b, scale, whose.int(), rows)
+        assert got.dtype == dtype and torch.equal(got[whose == 0], y[whose == 0])
+        size = exact.square().mean().sqrt()
+        assert (got.double() - exact).abs().max() / size < (4e-3 if dtype == torch.float16 else 1e-5)
+
+
+def test_kernel_rows_do_not_depend_on_their_company(device: str) -> None:
+    """A row is the same alone, among others and in any place: bitwise on a GPU, where a place does not change sums."""
+    pytest.importorskip("triton")
+    from fastgen.ops import lowrank
+
+    torch.manual_seed(0)
+    y, x, whose = torch.randn(20, 40), torch.randn(20, 70), torch.randint(4, (20,)).int()
+    a, b, scale = torch.randn(4, 6, 70), torch.randn(4, 40, 3), torch.rand(4)
+    whole = lowrank.adapt(y.clone(), x, a, b, scale, whose, (24, 16))
+    for pick in ([3], [19, 0], list(range(12, 2, -1))):
+        got = lowrank.adapt(y[pick].clone(), x[pick], a, b, scale, whose[pick], (24, 16))
+        torch.testing.assert_close(got, whole[pick], rtol=0, atol=1e-5 if device == "cpu" else 0)
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"cache_tokens": 1024},
+    "no reuse": {"cache_tokens": 1024, "prefix_cache": False},
+    "chunks": {"cache_tokens": 1024, "max_requests": 5, "token_budget": 7, "prefill_chunk": 3},
+    "preempted": {"cache_tokens": 84},
+    "host": {"cache_tokens": 84, "offload": "host", "host_gb": 1e-4},
+    "prefill first": {"cache_tokens": 1024, "policy": "prefill_first", "token_budget": 40, "max_requests": 8},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_as_merged(way: str) -> None:
+    """Requests of three adapters and of none, mixed: tokens and logprobs of merged parameters."""
+    e, work = engine(**WAYS[way]), load(3)
+    for _ in range(2):  # the second time much of it is cached
+        for got, one in zip(run(e, work), work, strict=True):
+            same(got, merged(*one))
+    n = e.counts
+    assert (n.reused > 0) is (way != "no reuse")
+    if way == "preempted":
+        assert n.parked and n.evicted
+    if way == "host":
+        assert n.paged_in
+
+
+def compiled() -> None:
+    """With compiled regions; adapters that come, change and go compile nothing anew."""
+    from fastgen.compile import compilations
+
+    e, work = engine(adapters={}, cache_tokens=1024, compile="inductor", **SMALL), load(4, 12)
+    before = compilations()
+    for name, x in ADAPTERS.items():
+        e.add_adapter(name, x)
+    for got, one in zip(run(e, work), work, strict=True):
+        same(got, merged(*one))
+    e.remove_adapter("some")
+    e.add_adapter("some", ADAPTERS["some"])
+    for got, one in zip(run(e, work), work, strict=True):
+        same(got, merged(*one))
+    assert compilations() == before
+
+
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="test_graphs compares on GPUs")
+@pytest.mark.parametrize("what", ["compiled()", "train('inductor')"])
+def test_compiled(what: str) -> None:
+    """In a process of its own: types that are checked at run time cannot be traced."""
+    code = f"import torch; torch.set_num_threads(1); import test_lora; test_lora.{what}; print('done')"
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
+    assert done.stdout == "done\n", done.stderr[-3000:]
+
+
+def test_off_is_as_before() -> None:
+    """Without room for adapters nothing of them is there: no buffers, no fields, no functions."""
+    e = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256, compile="eager")
+    e.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+    assert e.batch is not None and e.batch.adapter is None and e.adapters == {} and "adapters" not in e._owners()
+    assert e._stepper.adapters is None
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_operations(seed: int) -> None:
+    """Adapters added, changed in place, copied over and removed while requests of all kinds come, fork and end.
+
+    A request that was admitted after the last change gets exactly what the parameters of now give; pages are checked
+    after every step.
+    """
+    r, e = random.Random(seed), engine(adapters={}, cache_tokens=160, max_adapters=2, max_requests=6)
+    trees: dict[str, Adapter] = {}
+    stale: set[int] = set()
+    pending: dict[int, tuple[list[int], dict[str, Any], Params]] = {}
+    checked = 0
+    for step in range(150):
+        op, name = r.random(), r.choice(("x", "y", "z"))
+        users = {s.params.adapter for s in e._samples.values()}
+        if op < 0.06 and name not in trees and len(trees) < 2:
+            trees[name] = adapter(SPEC, r.choice(NAMES[1:]) or "", step)
+            e.add_adapter(name, trees[name])
+        elif op < 0.1 and name in trees and name not in users:
+            e.remove_adapter(name)
+            del trees[name]
+        elif op < 0.16 and name in trees:
+            views = e.adapter_params(name)
+            if r.random() < 0.5:
+                for x in lora.leaves(views):
+                    x.mul_(-1)
+                e.update_adapter(name)
+            else:
+                e.update_adapter(name, tree_map_only(Tensor, lambda x: -x, views))
+            trees[name] = tree_map_only(Tensor, torch.clone, e.adapter_params(name))
+            stale |= {s.output.request_id for s in e._samples.values() if s.params.adapter == name}
+        elif op < 0.6:
+            prompt, how, _ = load(r.randrange(5), 1)[0]
+            who = r.choice([None, *trees])
+            params = PARAMS if who is None else lora.merge(PARAMS, SPEC, trees[who])
+            pending[e.add(prompt, SamplingParams(**how, adapter=who))] = prompt, how, params
+        elif op < 0.62 and e._samples:
+            e.abort(r.choice([*e._samples.values()]).output.request_id)
+        for event in e.step():
+            if event.output is None:
+                continue
+            prompt, how, params = pending.pop(event.request_id)
+            if event.request_id not in stale and event.finish_reason != "abort":
+                with fastgen.Engine(
+                    params, SPEC, progress=False, prefix_cache=False, cache_tokens=128, compile="eager"
+                ) as plain:
+                    same(event.output, plain.generate([prompt], SamplingParams(**how))[0])
+                checked += 1
+    assert checked > 20 and e.counts.reused
+
+
+def test_a_change_forgets_its_own_pages_only() -> None:
+    how: dict[str, Any] = {"temperature": 0, "max_tokens": 1}
+    e, prompt = engine(cache_tokens=1024), [*range(20)]
+
+    def cached(name: str | None) -> int:
+        return e.generate([prompt], SamplingParams(**how, adapter=name))[0].cached_tokens
+
+    assert [cached(name) for name in NAMES] == [0, 0, 0, 0], "nobody begins with another's pages"
+    assert [cached(name) for name in NAMES] == [19, 19, 19, 19]
+    e.update_adapter("some")
+    assert [cached(name) for name in NAMES] == [19, 19, 0, 19]
+    e.touch()
+    assert [cached(name) for name in NAMES] == [0, 0, 0, 0]
+    assert [e.adapters[name].version for name in ADAPTERS] == [0, 1, 0]
+
+
+def test_a_name_given_anew() -> None:
+    """Another adapter in a removed one's place is another one: neither its values nor its pages are left."""
+    e, work = engine(cache_tokens=1024), [([5, 6, 7, 8, 9, 10, 11, 12, 13], {"temperature": 0, "max_tokens": 8}, "all")]
+    same(run(e, work)[0], merged(*work[0]))
+    views = e.adapter_params("all")
+    e.remove_adapter("all")
+    assert not any(x.any() for x in lora.leaves(views))
+    e.add_adapter("all", ADAPTERS["some"])
+    same(run(e, work)[0], merged(*work[0][:2], "some"))
+
+
+def test_fork_and_snapshot(tmp_path: Path) -> None:
+    """They go on with their adapter."""
+    how: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+    e = engine(cache_tokens=1024)
+    want = merged(range(7), how, "wide").completions[0].token_ids
+    id = e.add([*range(7)], SamplingParams(**how, adapter="wide"))
+    for _ in range(4):
+        e.step()
+    fork = e.fork(id)[0]
+    e.snapshot(id, pages=True).save(tmp_path / "one")
+    done = {x.request_id: x.output for _ in range(12) for x in e.step() if x.output}
+    assert done[id].completions[0].token_ids == done[fork].completions[0].token_ids == want
+    with engine(cache_tokens=1024) as other:
+        new = other.restore(Snapshot.load(tmp_path / "one"))
+        done = {x.request_id: x.output for _ in range(12) for x in other.step() if x.output}
+        assert done[new].completions[0].token_ids == want
+        other.remove_adapter("wide")
+        with pytest.raises(ValueError, match="unknown adapter 'wide'"):
+            other.restore(Snapshot.load(tmp_path / "one"))
+
+
+def test_refused() -> None:
+    """What cannot be, with what to do; nothing else is disturbed."""
+    off = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256, compile="eager")
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: off.add_adapter("x", ADAPTERS["all"]), "max_adapters=N"),
+        (lambda: off.add([1], SamplingParams(adapter="all", max_tokens=1)), "max_adapters=N"),
+    ]
+    e = engine(cache_tokens=256)
+    id = e.add([1, 2, 3], SamplingParams(adapter="some", max_tokens=9))
+    other = adapter(SPECS["qwen3"], "all")
+    refused += [
+        (
+            lambda: e.add([1], SamplingParams(adapter="sone", max_tokens=1)),
+            "unknown adapter 'sone'; did you mean.* some",
+        ),
+        (
+            lambda: e.generate([[1], [2]], [SamplingParams(max_tokens=1), SamplingParams(adapter="q", max_tokens=1)]),
+            "prompt 1: unknown adapter",
+        ),
+        (lambda: e.add_adapter("all", ADAPTERS["all"]), "already"),
+        (lambda: e.add_adapter("", ADAPTERS["all"]), "needs a name"),
+        (lambda: e.add_adapter("more", ADAPTERS["all"]), "raise lora.max_adapters"),
+        (lambda: e.remove_adapter("some"), rf"used by requests \[{id}\]"),
+        (lambda: e.remove_adapter("none"), "unknown adapter"),
+        (lambda: e.update_adapter("some", ADAPTERS["all"]), "layer 0"),
+        (lambda: lora.merge(PARAMS, SPEC, other), "wanted"),
+        (lambda: lora.stack([other], SPEC), "wanted"),
+        (lambda: lora.merge(PARAMS, SPEC, Adapter((), 1.0)), "0 layers"),
+        (lambda: lora.init(SPEC, targets=("q_porj",)), "did you mean q_proj"),
+        (lambda: lora.init(SPEC, rank=0), "at least 1"),
+        (lambda: lora.stack([Adapter((Changes(),) * 2, 1.0)], SPEC), "changes anything"),
+        (lambda: engine(tensor_parallel=2), "merge one"),
+        (lambda: e.update_adapter("all", tree_map_only(Tensor, lambda x: x / 0, ADAPTERS["all"])), "not finite"),
+    ]
+    for call, message in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+    e.abort(id)
+    e.remove_adapter("some")
+    with pytest.raises(ValueError, match="raise lora.max_rank"):
+        e.add_adapter("wide2", lora.init(SPEC, rank=9))
+    with pytest.raises(ValueError, match="wanted"):
+        e.add_adapter("x", other)
+    assert len(run(e, load(1, 3)[:0])) == 0 and sorted(e.adapters) == ["all", "wide"]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradients() -> None:
+    """Through stacked adapters the same as through merged parameters, in every tensor of the tree."""
+    context, tree = [3, 1, 4, 1, 5, 9, 2, 6], adapter(SPEC, "all", 7)
+    found = []
+    for way in ("stack", "merge"):
+        mine = tree_map_only(Tensor, lambda x: x.clone().requires_grad_(), tree)
+        if way == "stack":
+            out = logits(PARAMS, SPEC, context, lora.stack([ADAPTERS["some"], mine], SPEC), 2)
+        else:
+            out = logits(lora.merge(PARAMS, SPEC, mine), SPEC, context)
+        out.log_softmax(-1)[:-1].gather(1, torch.tensor(context[1:])[:, None]).sum().backward()
+        found.append([x.grad for x in lora.leaves(mine)])
+    assert len(found[0]) == 2 * 7 * SPEC.layers
+    for a, b in zip(*found, strict=True):
+        assert a is not None and a.abs().max() > 1e-6
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_training_in_place() -> None:
+    train("eager")
+
+
+def train(compile: str) -> None:
+    """An optimizer's steps on the engine's own tensors are the update: what comes next is from the new ones."""
+    e = engine(adapters={"other": ADAPTERS["wide"]}, cache_tokens=512, compile=compile, **SMALL)
+    views = e.add_adapter("mine", lora.init(SPEC, rank=4, alpha=8, seed=1))
+    where = [x.data_ptr() for x in lora.leaves(views)]
+    how: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
+    prompt, wanted = [7, 8, 9], [11, 12, 13, 14, 15, 16]
+    before = run(e, [(prompt, how, "mine")])[0].completions[0].token_ids
+    assert before == merged(prompt, how, None).completions[0].token_ids, "a new adapter changes nothing"
+    optimizer = torch.optim.Adam([x.requires_grad_() for x in lora.leaves(views)], lr=0.02)
+    context, losses = [*prompt, *wanted], []
+    for _ in range(60):
+        out = logits(PARAMS, SPEC, context, lora.stack([views], SPEC), 1).log_softmax(-1)
+        loss = -out[len(prompt) - 1 : -1].gather(1, torch.tensor(wanted)[:, None]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    e.update_adapter("mine")
+    got = run(e, [(prompt, how, "mine"), (prompt, how, None), (prompt, how, "other")])
+    assert [x.data_ptr() for x in lora.leaves(e.adapter_params("mine"))] == where
+    assert losses[-1] < 0.1 * losses[0] and got[0].completions[0].token_ids == wanted
+    with fastgen.Engine(
+        lora.merge(PARAMS, SPEC, views), SPEC, progress=False, cache_tokens=256, compile="eager"
+    ) as fresh:
+        same(got[0], fresh.generate([prompt], SamplingParams(**how))[0])
+    same(got[1], merged(prompt, how, None))
+    same(got[2], merged(prompt, how, "wide"))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def equal(a: Adapter, b: Adapter) -> None:
+    assert [p is None for x in a.layers for p in x] == [p is None for x in b.layers for p in x]
+    assert a.scale == pytest.approx(b.scale)
+    for x, y in zip(lora.leaves(a), lora.leaves(b), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    lora.save(tmp_path, SPEC, ADAPTERS[name], base="mine")
+    equal(lora.load(tmp_path, SPEC), ADAPTERS[name])
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(x.startswith("base_model.model.model.layers.") and ".lora_" in x for x in names)
+
+
+def test_update_by_name() -> None:
+    """From tensors as they are called in a model in memory, too."""
+    mine, other = adapter(SPEC, "some", 1), adapter(SPEC, "some", 2)
+    lora.update(mine, SPEC, dict(lora.named(other, SPEC)).items())
+    equal(mine, other)
+    third = adapter(SPEC, "some", 3)
+    live = [(n.replace(".weight", ".default.weight"), x) for n, x in lora.named(third, SPEC)]
+    lora.update(mine, SPEC, live)
+    equal(mine, third)
+    with pytest.raises(ValueError, match="missing for model.layers.1.mlp.up_proj"):
+        lora.update(mine, SPEC, live[:-1])
+    with pytest.raises(ValueError, match="lm_head"):
+        lora.update(mine, SPEC, [*live, ("base_model.model.lm_head.lora_A.weight", live[0][1])])
+    with pytest.raises(ValueError, match="layer 1"):
+        lora.update(mine, SPEC, live[:-2])
+
+
+REFUSED = {
+    "use_dora": True, "bias": "all", "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 2}, "peft_type": "LOHA",
+    "alpha_pattern": {"q_proj": 2}, "init_lora_weights": "pissa", "layer_replication": [[0, 1]], "fan_in_fan_out": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_load_refuses_by_name(option: str, tmp_path: Path) -> None:
+    lora.save(tmp_path, SPEC, ADAPTERS["all"])
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: REFUSED[option]}))
+    with pytest.raises(ValueError, match=f"{option}.*not supported"):
+        lora.load(tmp_path, SPEC)
+
+
+def test_load_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not an adapter"):
+        lora.load(tmp_path, SPEC)
+    lora.save(tmp_path, SPEC, ADAPTERS["all"])
+    with pytest.raises(ValueError, match="wanted"):
+        lora.load(tmp_path, SPECS["qwen3"])
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 5}))
+    with pytest.raises(ValueError, match="rank 4, the config says 5"):
+        lora.load(tmp_path, SPEC)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        tensors | {"base_model.model.x.weight": torch.zeros(1, device="cpu")}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"base_model.model.x.weight changes nothing"):
+        lora.load(tmp_path, SPEC)
+    mixed = ADAPTERS["all"].layers[0]._replace(q=ADAPTERS["some"].layers[0].q)
+    with pytest.raises(ValueError, match=r"ranks \[3, 4\]"):
+        lora.save(tmp_path, SPEC, ADAPTERS["all"]._replace(layers=(mixed, mixed)))
+
+
+@pytest.mark.filterwarnings("default")  # PEFT has some of its own
+@pytest.mark.parametrize("name", CONFIGS)
+def test_against_peft(name: str, tmp_path: Path) -> None:
+    """PEFT's own adapter on transformers' model: read from its files, the same logits; and it reads ours."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        config = transformers.AutoConfig.for_model(name, **SIZES | CONFIGS[name])
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model.save_pretrained(tmp_path / "base")
+        how = peft.LoraConfig(r=4, lora_alpha=10, use_rslora=name == "qwen3", target_modules=[*lora.TARGETS])
+        theirs = peft.get_peft_model(model, how).eval()
+        for key, x in theirs.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(x, std=0.3)
+        theirs.save_pretrained(tmp_path / "adapter")
+    spec, params = fastgen.load(tmp_path / "base", progress=False)
+    mine = lora.load(tmp_path / "adapter", spec)
+    tokens = [random.Random(1).randrange(61) for _ in range(20)]
+    with torch.no_grad():
+        want = theirs(torch.tensor([tokens], device="cpu")).logits[0].to(torch.get_default_device())
+    got = logits(params, spec, tokens, lora.stack([mine], spec), 1)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+    assert (got - logits(params, spec, tokens)).abs().max() > 0.1
+    lora.save(tmp_path / "ours", spec, mine)
+    with torch.no_grad(), torch.device("cpu"):
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+        again = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(again.to(want.device), want, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_against_transformers(name: str) -> None:
+    """transformers' model with the changes added to its own, unpacked matrices: the same logits."""
+    torch.manual_seed(0)
+    spec = SPECS[name]
+    with torch.device("cpu"):
+        config = transformers.AutoConfig.for_model(name, **SIZES | CONFIGS[name])
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        params, tree = weights(spec), adapter(spec, "all", 3)
+        model.load_state_dict({n: x.cpu() for n, x in named(params, spec)}, strict=False)
+        tensors, modules = {n: x.cpu() for n, x in lora.named(tree, spec)}, dict(model.named_modules())
+        for key in (k for k in tensors if "lora_A" in k):
+            inner = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            modules[inner].weight.data += tree.scale * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+        tokens = [random.Random(2).randrange(61) for _ in range(20)]
+        with torch.no_grad():
+            want = model(torch.tensor([tokens])).logits[0]
+    got = logits(params, spec, tokens, lora.stack([tree], spec), 1)
+    torch.testing.assert_close(got.cpu(), want, atol=1e-4, rtol=1e-5)
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+def test_serve(tmp_path: Path) -> None:
+    """A request chooses an adapter as its model; the others go on without."""
+    folder = checkpoint(tmp_path / "tiny")
+    spec, params = fastgen.load(folder, device="cpu", progress=False)
+    trees = {"poet": adapter(spec, "all", 3), "judge": adapter(spec, "wide", 4)}
+    for name, tree in trees.items():
+        lora.save(tmp_path / name, spec, tree)
+    given = [word for name in trees for word in ("--lora", f"{name}={tmp_path / name}")]
+    server = Server(str(folder), *SETTINGS, *given).ready()
+    try:
+        for name in ("tiny", None, *trees, "poet"):
+            body = {"token_ids": [5, 6, 7], "sampling_params": {"temperature": 0, "max_tokens": 6}}
+            got = server.http.post("/inference/v1/generate", json=body | ({"model": name} if name else {})).json()
+            merged = lora.merge(params, spec, trees[name]) if name in trees else params
+            with fastgen.Engine(merged, spec, progress=False, cache_tokens=64, compile="eager") as e:
+                wanted = e.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6))
+            assert got["choices"][0]["token_ids"] == wanted[0].completions[0].token_ids
+        models = server.http.get("/v1/models").json()["data"]
+        assert [(m["id"], m.get("parent")) for m in models] == [("tiny", None), ("poet", "tiny"), ("judge", "tiny")]
+        said = server.http.post("/v1/completions", json={"model": "poem", "prompt": "x"})
+        assert said.status_code == 404 and "poet, judge" in said.text
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora", "poet"], "NAME=PATH"),
+        (["--lora", "debug=FOLDER"], "the model's own name"),
+        (["--lora", "x=FOLDER", "--lora", "x=FOLDER"], "each name once"),
+        (["--lora", "x=no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_serve_refuses(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything starts."""
+    lora.save(tmp_path, SPEC, ADAPTERS["all"])
+    assert serve.main(["debug", *(word.replace("FOLDER", str(tmp_path)) for word in words)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_serve_makes_room(tmp_path: Path) -> None:
+    """As much as is needed, where it is not given."""
+    lora.save(tmp_path, SPEC, ADAPTERS["wide"])
+    words = ["debug", "--lora", f"x={tmp_path}"]
+    assert serve.configure(serve._parser().parse_args(words))[0].lora == Lora(max_adapters=1, max_rank=8)
+    config, _ = serve.configure(serve._parser().parse_intermixed_args([*words, "lora.max_adapters=5"]))
+    assert config.lora == Lora(max_adapters=5, max_rank=8)
