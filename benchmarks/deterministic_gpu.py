@@ -30,17 +30,14 @@ def requests(n: int, vocab: int, dice: random.Random) -> tuple[list[list[int]], 
     ]
 
 
-def rate(engine: fastgen.Engine, logprobs: int | None, repeats: int, shape: tuple[int, int, int]) -> list[float]:
-    """Output tokens/s of each run."""
+def rate(engine: fastgen.Engine, logprobs: int | None, shape: tuple[int, int, int]) -> float:
+    """Output tokens/s."""
     n, prompt, output = shape
-    found = []
-    for _ in range(repeats):
-        prompts = torch.randint(100, engine.spec.vocab, (n, prompt)).tolist()
-        sampling = SamplingParams(max_tokens=output, ignore_eos=True, logprobs=logprobs)
-        start = time.perf_counter()
-        engine.generate(prompts, sampling, progress=False)
-        found.append(n * output / (time.perf_counter() - start))
-    return found
+    prompts = torch.randint(100, engine.spec.vocab, (n, prompt)).tolist()
+    sampling = SamplingParams(max_tokens=output, ignore_eos=True, logprobs=logprobs)
+    start = time.perf_counter()
+    engine.generate(prompts, sampling, progress=False)
+    return n * output / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -76,14 +73,15 @@ def main() -> None:
         print(mode, one, flush=True)
         if not args.no_rates:
             for name, shape in (("512x1024x128", (512, 1024, 128)), ("1x128x256", (1, 128, 256))):
-                rate(engine, None, 1, shape)
-                runs = {f"logprobs={k}": rate(engine, k, args.repeats, shape) for k in (None, 0)}
+                rate(engine, None, shape)
+                turns = [(k, rate(engine, k, shape)) for _ in range(args.repeats) for k in (None, 0)]  # in turns
+                runs = {f"logprobs={k}": [x for other, x in turns if other == k] for k in (None, 0)}
                 one[name] = {k: {"median": statistics.median(v), "runs": v} for k, v in runs.items()}
                 print(mode, name, {k: round(statistics.median(v), 1) for k, v in runs.items()}, flush=True)
+        args.out.write_text(json.dumps(found, indent=1))
         engine.close()
         del engine
         torch.cuda.empty_cache()
-    args.out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
