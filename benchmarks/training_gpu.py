@@ -88,7 +88,7 @@ def main() -> None:
     assert told() == first, "the other process' parameters are those that the engine began with"
     print(json.dumps(found), flush=True)
 
-    captures, used = engine._stepper.captures, []  # noqa: SLF001
+    captures, used = engine._stepper.captures, []
     times: dict[str, list[float]] = {"release": [], "restore": []}
     for i in range(args.cycles):
         what = "cache" if i % 20 else "all"
@@ -105,7 +105,7 @@ def main() -> None:
         if i % 10 == 0:
             assert told() == first
     assert told() == first
-    assert engine._stepper.captures == captures  # noqa: SLF001
+    assert engine._stepper.captures == captures
     found["cycles"] = {
         "number": args.cycles, "cache bytes": sum(w.nbytes for w in tree_leaves(engine.cache)),
         "seconds of cache": {k: statistics.median(v[1:20]) for k, v in times.items()},
