@@ -52,6 +52,7 @@ BAD = [
     (Pages, "prefix_cache", [1, "yes", None], "true or false"),
     (Pages, "shared_attention", [0, None], "true or false"),
     (Parallel, "tensor_parallel", [0, 65, True], "between 1 and 64"),
+    (Parallel, "replicas", [0, 65, 1.5], "between 1 and 64"),
     (Compile, "compile", ["reduce-overhead"], "eager"),
     (Compile, "attention", ["flash", None], "sdpa, reference"),
 ]

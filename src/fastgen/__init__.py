@@ -13,6 +13,7 @@ from fastgen.engine import Engine
 from fastgen.models.spec import Rope, Spec, from_hf
 from fastgen.models.transformer import forward, hidden, unembed
 from fastgen.models.weights import init, load, save
+from fastgen.replicas import Replicas
 from fastgen.request import Completion, Event, Output
 from fastgen.snapshot import Snapshot
 from fastgen.step import new_cache
@@ -30,6 +31,7 @@ __all__ = [
     "Layer",
     "Output",
     "Params",
+    "Replicas",
     "Rope",
     "Sampled",
     "Sampling",

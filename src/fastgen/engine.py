@@ -28,7 +28,7 @@ from fastgen.models import default, weights
 from fastgen.models.spec import WHOLE, Place, Spec, from_hf, split
 from fastgen.parallel import Group
 from fastgen.profiler import OFF, Profiler, Window
-from fastgen.request import Completion, Event, Output, Sample, longest
+from fastgen.request import Completion, Event, Output, Sample, longest, pairs
 from fastgen.sampling import sample
 from fastgen.snapshot import Snapshot
 from fastgen.step import Computed, new_cache, score
@@ -48,6 +48,26 @@ def _load(
         spec = from_hf(weights.read_config(path))
         params = weights.init(spec, seed, device=device, dtype=dtype, place=place)
     return spec, params, tokenizer.load(path)
+
+
+def locate(model: str | Path | None, dtype: str, device: str) -> tuple[Path, str]:
+    """Where a model is, and what "auto" is for a device. ValueError for what is none."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return default.default_path() if model is None else weights.resolve(model), device
+
+
+def _one(settings: Settings) -> int:
+    """The ranks of an engine. ValueError where several engines are asked for."""
+    p = settings.parallel
+    if p.replicas > 1:
+        raise ValueError(
+            f"parallel.replicas={p.replicas} are several engines: use fastgen.Replicas.from_pretrained, fgrun, fgbench "
+            "or fgserve, or leave it at 1"
+        )
+    return p.tensor_parallel
 
 
 class Launched(NamedTuple):
@@ -107,10 +127,10 @@ class Engine:
         **settings: Any,
     ) -> None:
         chosen = Settings.of(**settings)
-        if chosen.parallel.tensor_parallel > 1 and group is None:
-            split(spec, chosen.parallel.tensor_parallel)  # a ValueError before anything is started
-            load = launch.spread(params, spec, tokenizer, chosen.parallel.tensor_parallel)
-            group = launch.group(chosen.parallel.tensor_parallel, params.embed.device.type, load, settings, type(self))
+        if (size := _one(chosen)) > 1 and group is None:
+            split(spec, size)  # a ValueError before anything is started
+            load = launch.spread(params, spec, tokenizer, size)
+            group = launch.group(size, params.embed.device.type, load, settings, type(self))
             params = load(group.place, str(params.embed.device))[1]
         self._crew = group if isinstance(group, launch.Crew) else None
         if self._crew is not None:
@@ -168,13 +188,9 @@ class Engine:
         `dtype` auto is the checkpoint's on a GPU and float32 on a CPU; `device` auto takes a GPU if there is one.
         `random` draws weights instead of reading them: `model` is then a config.json or the folder that holds it.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        size = _one(Settings.of(**settings))  # before anything is loaded
+        path, device = locate(model, dtype, device)
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
-        size = Settings.of(**settings).parallel.tensor_parallel  # and a mistyped one should not cost the loading
-        path = default.default_path() if model is None else weights.resolve(model)
         load = partial(_load, path, kind, random_seed if random else None)
         if size > 1:
             split(from_hf(weights.read_config(path)), size)
@@ -656,14 +672,11 @@ class Engine:
         *,
         live: bool,
     ) -> list[int]:
-        many: Sequence[Any] = [prompts] if tokenizer.is_one(prompts) else list(prompts)
-        each = [sampling] * len(many) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
-        if len(each) != len(many):
-            raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")
+        many = pairs(prompts, sampling)
         new: list[list[Sample]] = []
         try:
-            for prompt, params in zip(many, each, strict=True):
-                new.append(self._new(prompt, params or SamplingParams(), live))
+            for prompt, params in many:
+                new.append(self._new(prompt, params, live))
         except ValueError as e:
             if len(many) > 1:
                 raise ValueError(f"prompt {len(new)}: {e}") from e
