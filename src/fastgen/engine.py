@@ -320,6 +320,11 @@ class Engine:
         return {s.output.request_id: s.output for s in gone.values()}
 
     @property
+    def cause(self) -> str:
+        """Why the ranks have ended, if they have: then this engine has, too."""
+        return "" if self._crew is None else self._crew.cause
+
+    @property
     def unfinished(self) -> bool:
         """Whether a step has anything left to do or to report."""
         return bool(self._samples or self._undelivered)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -55,6 +55,7 @@ class Started(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     settings: Settings
+    figures: Figures
 
 
 @dataclass(slots=True)
@@ -98,7 +99,7 @@ def visible(index: int, size: int, count: int) -> str:
 def figures(engine: "Engine | Replicas") -> Figures:
     """Of the moment, and totals since the start; of replicas: the sums."""
     if isinstance(engine, Replicas):
-        return dict(sum(map(Counter, engine.figures), Counter()))
+        return {name: sum(f[name] for f in engine.figures) for name in engine.figures[0]}
     state, tree = engine.state, engine.state.tree
     pages = tree.pages - 1
     return {
@@ -152,7 +153,7 @@ class Replicas:
         self.spec, self.device, self.dtype = first.spec, first.device, first.dtype
         self.capacity = min(s.capacity for s in started.values())  # of one of them, tokens
         self.settings = replace(first.settings, parallel=settings.parallel, seed=settings.seed)
-        self.figures: list[Figures] = [{"steps": 0} for _ in started]  # of each, as it last said
+        self.figures: list[Figures] = [started[i].figures for i in range(count)]  # of each, as it last said
         seed = random_.SystemRandom().getrandbits(62) if settings.seed is None else settings.seed
         self._random, self._ids = random_.Random(seed), itertools.count()
         self._guides = Guides(self.tokenizer, self.spec.vocab, frozenset(self.spec.eos))
@@ -442,7 +443,8 @@ def _replica(
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus
         with Engine.from_pretrained(model, progress=progress, **loading, **settings) as engine:
-            pipe.send(Started(engine.spec, engine.capacity, engine.device, engine.dtype, engine.settings))
+            e = engine
+            pipe.send(Started(e.spec, e.capacity, e.device, e.dtype, e.settings, figures(e)))
             _serve(engine, calls, pipe)
     except BaseException as e:
         with suppress(OSError):
