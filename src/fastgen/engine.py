@@ -29,7 +29,6 @@ from fastgen.models.spec import WHOLE, Place, Spec, from_hf, split
 from fastgen.parallel import Group
 from fastgen.profiler import OFF, Profiler, Window
 from fastgen.request import Completion, Event, Output, Sample, longest, pairs
-from fastgen.sampling import sample
 from fastgen.snapshot import Snapshot
 from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
@@ -537,7 +536,7 @@ class Engine:
                 edits=edits(plan, self._samples, self.device),
                 allowed=self._allowed(plan),
             )
-            results = sample(computed.logits[:n].float(), general, top)
+            results = self._stepper.sample(computed.logits[:n], general, top)
             self._stager.last[batch.seat[:n]] = results.token.int()
         if self.device.type != "cuda":
             return tuple(results), None
