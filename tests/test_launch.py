@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -206,6 +207,50 @@ def test_environments(environment: dict[str, str], message: str, monkeypatch: py
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         engine()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "message"),
+    [
+        ("1", "127.0.0.1", "rank 1 of 2 found no group at 127.0.0.1:.*refused"),
+        ("1", "192.0.2.1", "rank 1 of 2 found no group at 192.0.2.1:"),  # an address that is nobody's
+        ("0", "192.0.2.1", "rank 0 of 2 found no group at 192.0.2.1:"),
+        ("1", "no-such-host.invalid", "rank 1 of 2 found no group at no-such-host.invalid:"),
+        ("0", "127.0.0.1", "rank 0 of 2 found no group at .*: rank 1 did not come within 1 s"),
+    ],
+)
+def test_nobody_there(rank: str, address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said within seconds, by each rank; who starts late is waited for, but not for ever."""
+    given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "START", 1.0)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        engine()
+    assert time.monotonic() - began < LIMIT
+
+
+def late(rank: int, port: int, file: str) -> None:
+    """A process as torchrun starts it; the first comes last."""
+    given = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    time.sleep(2.5 if rank == 0 else 0)
+    with engine() as e:
+        torch.save(tokens(e.generate(*load(1, 3), progress=False)), f"{file}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_late_rank(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(late, (free_port(), str(tmp_path / "tokens")), nprocs=2)  # type: ignore[attr-defined]
+    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as alone:
+        want = tokens(alone.generate(*load(1, 3), progress=False))
+    assert torch.load(tmp_path / "tokens.0") == torch.load(tmp_path / "tokens.1") == want
 
 
 def test_sizes() -> None:
