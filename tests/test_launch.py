@@ -180,6 +180,25 @@ def test_the_first_ends(number: signal.Signals, tmp_path: Path) -> None:
     assert not other.is_dir() or time.monotonic() < end
 
 
+def test_a_stream_dropped_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the garbage collector may: it is aborted when the step is done, on all ranks."""
+    with engine() as e:
+        want = tokens(e.generate(*load(1, 3), progress=False))
+        held = [e.stream([[1, 2], [3, 4]], SamplingParams(max_tokens=60)) for _ in range(2)]
+        next(held[0])  # its generator aborts what is left, the other's never begins
+        run, sizes = e._stepper.run, list[int]()
+
+        def dropping(*args: Any, **named: Any) -> Any:
+            held.clear()
+            sizes.append(len(e._samples))
+            return run(*args, **named)
+
+        monkeypatch.setattr(e._stepper, "run", dropping)
+        e.step()
+        assert sizes == [4] and not e._samples and not e.unfinished
+        assert tokens(e.generate(*load(1, 3), progress=False)) == want
+
+
 def test_an_interrupt_leaves_the_ranks_in_step() -> None:
     """Ctrl-C aborts what runs; the engine goes on."""
     with engine() as e:

@@ -5,12 +5,12 @@ import itertools
 import random
 import sys
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
 from fastgen.types import Batch, Filter, Params, Sampling, Tokenizer
 
+P = ParamSpec("P")
+T = TypeVar("T")
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
 
 
@@ -67,6 +69,23 @@ def _one(settings: Settings) -> int:
             "or fgserve, or leave it at 1"
         )
     return p.tensor_parallel
+
+
+def _whole(call: Callable[Concatenate["Engine", P], T]) -> Callable[Concatenate["Engine", P], T]:
+    """A call in whose middle no stream is aborted that the garbage collector finds: that waits until it is done."""
+
+    @wraps(call)
+    def whole(self: "Engine", *args: P.args, **named: P.kwargs) -> T:
+        if self._busy:
+            return call(self, *args, **named)
+        self._busy = True
+        try:
+            return call(self, *args, **named)
+        finally:
+            self._busy = False
+            self._drop()
+
+    return whole
 
 
 class Launched(NamedTuple):
@@ -134,6 +153,7 @@ class Engine:
         self._crew = group if isinstance(group, launch.Crew) else None
         if self._crew is not None:
             weakref.finalize(self, self._crew.close)
+        self._busy, self._dropped = False, set[int]()  # whether a call changes the state; requests to abort after it
         with launch.guard(self._crew):
             self.params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
             here = spec if group is None else split(spec, group.place.size)
@@ -280,11 +300,15 @@ class Engine:
             for index, guide in enumerate(guides)
         ]
 
+    def _tell(self, name: str, *args: Any, **named: Any) -> None:
+        """The other ranks that this process started make a call before this one does."""
+        if self._crew is not None:
+            self._crew.tell(name, *args, **named)
+
+    @_whole
     def _submit(self, requests: Sequence[list[Sample]]) -> list[int]:
         """New requests, on every rank."""
-        if self._crew is not None:
-            many = [(s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed)) for s in requests]
-            self._crew.tell("_join", many)
+        self._tell("_join", [(s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed)) for s in requests])
         return self._queue(requests)
 
     def _join(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
@@ -305,12 +329,12 @@ class Engine:
         """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
         return self._end({request_id}).get(request_id)
 
+    @_whole
     def _end(self, requests: Container[int]) -> dict[int, Output]:
         """Abort those of the requests that run; what each has so far."""
         gone = {id: s for id, s in self._samples.items() if s.output.request_id in requests}
-        if gone and self._crew is not None:
-            self._crew.tell("_end", {s.output.request_id for s in gone.values()})
         if gone:
+            self._tell("_end", {s.output.request_id for s in gone.values()})
             self.state = schedule.drop(self.state, [*gone], self._known())
         for id, one in gone.items():
             del self._samples[id]
@@ -330,6 +354,7 @@ class Engine:
 
     # --- values -----------------------------------------------------------------------------------------------------
 
+    @_whole
     def fork(self, request_id: int, n: int = 1, *, index: int = 0, seeds: Sequence[int] | None = None) -> list[int]:
         """Go on from a request's present token in `n` further requests, each with a seed of its own; their ids.
 
@@ -338,8 +363,7 @@ class Engine:
         has ended, or `seeds` are not n.
         """
         given = [self._random.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
-        if self._crew is not None:
-            self._crew.tell("fork", request_id, n, index=index, seeds=given)
+        self._tell("fork", request_id, n, index=index, seeds=given)
         going = self._unfinished(request_id)
         if n < 1 or len(given) != n:
             raise ValueError(f"fork of request {request_id}: n={n} copies and {len(given)} seeds")
@@ -355,6 +379,7 @@ class Engine:
             new.append(copy.output.request_id)
         return new
 
+    @_whole
     @torch.no_grad()
     def snapshot(self, request_id: int, *, pages: bool = False) -> Snapshot:
         """A request as it stands, as a value that can be saved and restored, here or by another engine.
@@ -362,10 +387,9 @@ class Engine:
         `pages`: with its keys and values, so that nothing has to be computed again. The request goes on.
         ValueError if it has ended.
         """
-        if self._crew is not None:
-            if pages:
-                raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
-            self._crew.tell("_receive")
+        if self._crew is not None and pages:
+            raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
+        self._tell("_receive")
         going = self._unfinished(request_id)
         samples = {i: self._samples[id] for i, id in going.items()}
         found = Snapshot.of(next(iter(samples.values())).output, samples)
@@ -379,6 +403,7 @@ class Engine:
             }
         return found
 
+    @_whole
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> int:
         """Go on with a request that was saved; its id here. It gets the tokens that it would have got.
@@ -387,7 +412,7 @@ class Engine:
         """
         if self._crew is not None:
             snapshot = replace(snapshot, pages={})
-            self._crew.tell("restore", snapshot)
+        self._tell("restore", snapshot)
         has_text = self.tokenizer is not None
         limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
         output, samples = snapshot.revive(limit, self._eos, self.tokenizer, self._guides)
@@ -405,8 +430,7 @@ class Engine:
 
         What is running goes on with the keys and values it has.
         """
-        if self._crew is not None:
-            self._crew.tell("touch")
+        self._tell("touch")
         self.state.tree.reset()
 
     def prepare_grammars(self) -> None:
@@ -445,6 +469,7 @@ class Engine:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
+    @_whole
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Launch one step; what was added to each request. An error or interrupt aborts everything that was running.
@@ -464,6 +489,7 @@ class Engine:
             else:  # an interrupt: the step was done as a whole
                 self._abort_all()
             raise
+        self._drop()
         events, self._undelivered = self._undelivered, []
         return events
 
@@ -712,8 +738,15 @@ class Engine:
         self._end({s.output.request_id for s in self._samples.values()})
 
     def _abort(self, ids: Iterable[int]) -> None:
-        """Abort requests whose events nobody waits for."""
-        if gone := set(ids):
+        """Abort requests whose events nobody waits for; after the call in whose middle that is found, if any."""
+        self._dropped.update(ids)
+        if not self._busy:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Abort them now."""
+        while self._dropped:
+            gone, self._dropped = self._dropped, set()
             self._end(gone)
             self._undelivered = [e for e in self._undelivered if e.request_id not in gone]
 
