@@ -111,6 +111,29 @@ def test_logits(name: str, size: int) -> None:
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("size", [4, 8])
+def test_many_heads(size: int) -> None:
+    """The heads of a 70B model, 64 and 8, each four wide: a rank has 16 and 2, or 8 and 1."""
+    spec = fastgen.from_hf({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 4, "vocab_size": 131,
+        "max_position_embeddings": 256,
+    })  # fmt: skip
+    params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
+    plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
+    batch = fastgen.stage(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
+    backend = partial(reference, page=PAGE)
+    want = fastgen.forward(params, empty(spec, 23), batch, spec, backend)
+
+    def run(rank: Rank) -> Tensor:
+        local, ops = split(spec, size), sharded(PLAIN, rank, spec)
+        assert (local.q_heads, local.kv_heads) == (64 // size, 8 // size)
+        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, backend, ops)
+
+    for got in together(size, run):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
 SPEC = fastgen.from_hf({
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256,
