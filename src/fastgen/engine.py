@@ -308,7 +308,9 @@ class Engine:
     @_whole
     def _submit(self, requests: Sequence[list[Sample]]) -> list[int]:
         """New requests, on every rank."""
-        self._tell("_join", [(s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed)) for s in requests])
+        if self._crew is not None:  # checking hundreds of settings again takes a while
+            many = [(s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed)) for s in requests]
+            self._crew.tell("_join", many)
         return self._queue(requests)
 
     def _join(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
