@@ -75,6 +75,28 @@ class Request:
         return len(self.prompt) + self.params.n * (self.params.max_tokens or 0)
 
 
+class Inbox:
+    """Messages of all replicas. One is there until it is done with, so that an interrupt loses none."""
+
+    def __init__(self) -> None:
+        self.messages = deque[tuple[int, Any]]()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def put(self, index: int, message: Any) -> None:
+        self.messages.append((index, message))
+        self._bell.put(None)
+
+    def first(self) -> tuple[int, Any]:
+        """The oldest one; waits for it."""
+        while not self.messages:
+            self._bell.get()
+        return self.messages[0]
+
+    def done(self) -> None:
+        """With the oldest one."""
+        self.messages.popleft()
+
+
 def choose(load: Sequence[int], room: Sequence[bool], seen: Collection[int], cost: int) -> int | None:
     """The replica for a request of `cost` tokens, or None where no one has room.
 
@@ -124,7 +146,7 @@ class Replicas:
         each = {f.name: getattr(alone, f.name) for f in fields(Settings)}
         context = multiprocessing.get_context("spawn")
         self._processes, pipes = list[BaseProcess](), list[Connection]()
-        self._inbox: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._outbox: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         # Before what multiprocessing does at exit: it would wait for processes that wait for this one.
         self._end = Finalize(self, _close, (self._processes, pipes, self._outbox), exitpriority=10)
@@ -142,10 +164,11 @@ class Replicas:
             threading.Thread(target=_write, args=(pipes, self._outbox), daemon=True).start()
             started: dict[int, Started] = {}
             while len(started) < count:
-                index, message = self._inbox.get()
+                index, message = self._inbox.first()
                 if not isinstance(message, Started):
                     self._fail(index, message)
                 started[index] = message
+                self._inbox.done()
         except BaseException:
             self.close()
             raise
@@ -273,10 +296,11 @@ class Replicas:
         """
         self._check()
         self._hand()
-        if not self._undelivered and any(self._running):
-            self._take(*self._inbox.get())
-        while not self._inbox.empty():
-            self._take(*self._inbox.get())
+        while self._inbox.messages or (any(self._running) and not self._undelivered):
+            self._take(*self._inbox.first())
+            self._inbox.done()
+            if not (self._undelivered or self._inbox.messages):
+                break  # nothing for anybody, but the caller may have other things to look at
         self._hand()
         events, self._undelivered = self._undelivered, []
         return events
@@ -285,15 +309,17 @@ class Replicas:
         """A replica's word."""
         if not isinstance(message, tuple):
             self._fail(index, message)
-        events, self.figures[index] = cast(tuple[list[Event], Figures], message)
-        for event in events:
-            r = self._requests[event.request_id]
-            if r.wanted:
+        events, self.figures[index] = cast(tuple[deque[Event], Figures], message)
+        while events:  # after an interrupt, what is left of them
+            event = events[0]
+            r = self._requests.get(event.request_id)
+            if r is not None and r.wanted:
                 self._undelivered.append(event)
-            if event.output is not None:
+            if r is not None and event.output is not None:
                 del self._requests[event.request_id]
                 self._load[index] -= r.cost
                 self._running[index] -= r.params.n
+            events.popleft()
 
     def _check(self) -> None:
         if self.cause:
@@ -394,12 +420,12 @@ class Replicas:
         self.close()
 
 
-def _read(index: int, pipe: Connection, inbox: queue.SimpleQueue[tuple[int, Any]]) -> None:
+def _read(index: int, pipe: Connection, inbox: Inbox) -> None:
     """A thread: an interrupt of the caller's would leave half of a message in the pipe."""
     with suppress(EOFError, OSError):
         while True:
-            inbox.put((index, pipe.recv()))
-    inbox.put((index, None))
+            inbox.put(index, pipe.recv())
+    inbox.put(index, None)
 
 
 def _write(pipes: list[Connection], outbox: queue.SimpleQueue[tuple[int, Any] | None]) -> None:
@@ -481,7 +507,7 @@ def _serve(engine: Engine, calls: queue.SimpleQueue[tuple[str, Any]], pipe: Conn
             for (id, *_, hush, _), mine in zip(value, engine._submit(new), strict=True):
                 ours[id], theirs[mine] = mine, id
                 quiet |= {id} if hush else set()
-        found = []
+        found = deque[Event]()
         for event in engine.step() if engine.unfinished else ():
             event.request_id = theirs[event.request_id]
             if event.output is not None:
