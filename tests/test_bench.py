@@ -13,6 +13,7 @@ import fastgen
 from fastgen import Engine, from_hf
 from fastgen.cli import bench, machine
 from fastgen.cli.rows import Workload
+from fastgen.config import Parallel
 from fastgen.limits import KNOWN, Machine, Work, keys, limit, parts
 from fastgen.models.spec import Spec
 
@@ -163,6 +164,24 @@ def test_rows(fgbench: Run) -> None:
     lines = out.splitlines()
     assert lines[0].split()[:3] == ["hardware", "model", "tp"] and len(lines) == 4
     assert "2x6x4x3" in lines[3]
+
+
+def test_replicas(fgbench: Run) -> None:
+    """Rows say how many, and are no rows of one engine."""
+    settings = ("cache_tokens=640", "max_requests=4", "token_budget=64")
+    common = ("--workload", "6x6x4", "--repeats", "1", "--out", "rows.json", *settings)
+    assert fgbench("tiny.json", *common)[0] == 0
+    code, out, _ = fgbench("tiny.json", *common, "parallel=replicas")
+    one, two = rows()
+    assert code == 0 and (one["tp"], one["replicas"], two["tp"], two["replicas"]) == (1, 1, 1, 2)
+    assert two["settings"]["parallel"]["replicas"] == 2 and two["output_tok_s"] > 0
+    assert " 2 x 1 " in out.splitlines()[2] and " x 1 " not in out.splitlines()[1]
+    machine = KNOWN["H200"]
+    work, half = Workload.of("512x1024x128"), Workload.of("256x1024x128")
+    layout = Parallel(replicas=2, tensor_parallel=2)
+    both = work.limit(spec(MISTRAL), machine, 2, layout)
+    assert both == pytest.approx(2 * half.limit(spec(MISTRAL), machine.times(2), 2))
+    assert both < work.limit(spec(MISTRAL), machine.times(4), 2)  # the weights are read twice
 
 
 def test_merge_and_sweep(fgbench: Run) -> None:

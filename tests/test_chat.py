@@ -17,7 +17,7 @@ from prompt_toolkit.document import Document
 from test_tokenizer import TEMPLATE, byte_level
 
 import fastgen
-from fastgen import SamplingParams
+from fastgen import SamplingParams, launch
 from fastgen.chat import Conversation, TooLong
 from fastgen.cli import chat
 
@@ -272,6 +272,7 @@ def test_once(fgchat: Run, model: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["--tensor-parallel", "2"], 1, "possible: 1, 3"),
+        (["parallel=replicas"], 1, "parallel.replicas must be 1; tensor_parallel helps"),
         (["model.foo=1"], 2, "unknown key 'model.foo'"),
         (["qwen3_8"], 2, "unknown model 'qwen3_8'; did you mean qwen3_8b"),
         (["nowhere.gguf"], 1, "model 'nowhere.gguf' is neither"),
@@ -290,6 +291,13 @@ def test_mistakes(arguments: list[str], code: int, message: str, fgchat: Run, mo
     status, out, err = fgchat(*given, stdin="Hello")
     assert (status, out) == (code, "")
     assert err.startswith("fgchat: ") and message in err and err.count("\n") == 1
+
+
+def test_two_ranks(fgchat: Run, model: Path) -> None:
+    """The answer of one; the other process ends with it."""
+    want = fgchat(model, "-p", "Hello", "sampling=greedy", *TINY)[:2]
+    assert fgchat(model, "-p", "Hello", "sampling=greedy", "--tensor-parallel", "2", *TINY)[:2] == want
+    assert want[0] == 0 and launch.Crew.active is None
 
 
 def test_no_template(fgchat: Run, tmp_path: Path) -> None:

@@ -43,6 +43,15 @@ def test_generate(fgrun: Run, tmp_path: Path) -> None:
     assert fgrun(*TINY, "prompt=[1,2,3]")[1] == out
 
 
+def test_replicas(fgrun: Run) -> None:
+    """The same tokens; there is no trace of several engines."""
+    given = (*TINY, "prompt=[[1,2,3],[4,5]]", "seed=3")
+    want = fgrun(*given)
+    assert want[0] == 0 and fgrun(*given, "parallel=replicas")[:2] == want[:2]
+    code, _, err = fgrun(*given, "parallel=replicas", "task=profile")
+    assert code == 1 and "parallel.replicas must be 1" in err
+
+
 def test_the_first_command_of_the_readme(fgrun: Run) -> None:
     """With nothing but a question, the default model answers it."""
     code, out, _ = fgrun("prompt=What is the capital of France?")

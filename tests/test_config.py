@@ -55,6 +55,7 @@ BAD = [
     (SamplingParams, "adapter", ["", 3], "name or None"),
     (Lora, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
     (Lora, "max_rank", [0, 257, "8"], "between 1 and 256"),
+    (Parallel, "replicas", [0, 65, 1.5], "between 1 and 64"),
     (Compile, "compile", ["reduce-overhead"], "eager"),
     (Compile, "attention", ["flash", None], "sdpa, reference"),
 ]

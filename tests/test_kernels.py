@@ -1,5 +1,7 @@
 """The fused kernels against the plain functions they replace."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,6 +169,40 @@ def test_draw_ties() -> None:
     logits[0, [1500, 4999, 2600]] = logits[1, [4100, 4101]] = 2.0
     token, _ = compare(logits, torch.zeros(3), torch.ones(3, dtype=torch.bool))
     assert token.tolist() == [1500, 4100, 0]
+
+
+@pytest.mark.parametrize(("rows", "vocab", "ranks"), [(5, 2001, 2), (3, 9, 4), (2, 7001, 8), (40, 1300, 4)])
+def test_draw_over_ranks(rows: int, vocab: int, ranks: int) -> None:
+    """Each rank draws of its part, padded; what they have found gives all of them the token of the whole."""
+    logits = 4 * torch.randn(rows, vocab)
+    logits[:, ::3] = float("-inf")
+    logits[0] = logits[0].round()  # ties
+    most = -(-vocab // ranks)
+    padded = torch.zeros(rows, most * ranks)
+    padded[:, :vocab] = logits
+    temperature = torch.tensor([0.0, 1.0, 0.3, 1.7])[torch.arange(rows) % 4]
+    seed, position, processed = torch.arange(rows) * 7, torch.arange(rows) + 5, torch.arange(rows) % 3 == 1
+    args = temperature, seed, position, processed
+    want = sample(logits, Sampling(*args, None, None), top=0)
+    found: list[Tensor] = []
+
+    def draw(rank: int, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        first = min(rank * most, vocab)
+        last, seat = torch.zeros(rows + 1, dtype=torch.int32), torch.arange(1, rows + 1)
+        mine, part = padded[:, rank * most :][:, :most], (first, min(most, vocab - first))
+        token, logprob = fused.draw(mine, *args, last, seat, vocab=vocab, part=part, gather=gather)
+        return token, logprob, last[1:]
+
+    def keep(x: Tensor) -> Tensor:
+        found.append(x.clone())
+        return torch.ones_like(x)[None]
+
+    for rank in range(ranks):
+        draw(rank, keep)
+    for rank in range(ranks):
+        token, logprob, last = draw(rank, lambda _: torch.stack(found))
+        assert torch.equal(token, want.token.int()) and torch.equal(last, token)
+        torch.testing.assert_close(logprob, want.logprob, atol=1e-5, rtol=1e-5)
 
 
 def test_draw_rows_do_not_depend_on_the_batch() -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -179,6 +180,25 @@ def test_the_first_ends(number: signal.Signals, tmp_path: Path) -> None:
     assert not other.is_dir() or time.monotonic() < end
 
 
+def test_a_stream_dropped_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the garbage collector may: it is aborted when the step is done, on all ranks."""
+    with engine() as e:
+        want = tokens(e.generate(*load(1, 3), progress=False))
+        held = [e.stream([[1, 2], [3, 4]], SamplingParams(max_tokens=60)) for _ in range(2)]
+        next(held[0])  # its generator aborts what is left, the other's never begins
+        run, sizes = e._stepper.run, list[int]()
+
+        def dropping(*args: Any, **named: Any) -> Any:
+            held.clear()
+            sizes.append(len(e._samples))
+            return run(*args, **named)
+
+        monkeypatch.setattr(e._stepper, "run", dropping)
+        e.step()
+        assert sizes == [4] and not e._samples and not e.unfinished
+        assert tokens(e.generate(*load(1, 3), progress=False)) == want
+
+
 def test_an_interrupt_leaves_the_ranks_in_step() -> None:
     """Ctrl-C aborts what runs; the engine goes on."""
     with engine() as e:
@@ -206,6 +226,50 @@ def test_environments(environment: dict[str, str], message: str, monkeypatch: py
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         engine()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "message"),
+    [
+        ("1", "127.0.0.1", "rank 1 of 2 found no group at 127.0.0.1:.*refused"),
+        ("1", "192.0.2.1", "rank 1 of 2 found no group at 192.0.2.1:"),  # an address that is nobody's
+        ("0", "192.0.2.1", "rank 0 of 2 found no group at 192.0.2.1:"),
+        ("1", "no-such-host.invalid", "rank 1 of 2 found no group at no-such-host.invalid:"),
+        ("0", "127.0.0.1", "rank 0 of 2 found no group at .*: rank 1 did not come within 1 s"),
+    ],
+)
+def test_nobody_there(rank: str, address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said within seconds, by each rank; who starts late is waited for, but not for ever."""
+    given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "START", 1.0)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        engine()
+    assert time.monotonic() - began < LIMIT
+
+
+def late(rank: int, port: int, file: str) -> None:
+    """A process as torchrun starts it; the first comes last."""
+    given = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    time.sleep(2.5 if rank == 0 else 0)
+    with engine() as e:
+        torch.save(tokens(e.generate(*load(1, 3), progress=False)), f"{file}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_late_rank(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(late, (free_port(), str(tmp_path / "tokens")), nprocs=2)  # type: ignore[attr-defined]
+    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as alone:
+        want = tokens(alone.generate(*load(1, 3), progress=False))
+    assert torch.load(tmp_path / "tokens.0") == torch.load(tmp_path / "tokens.1") == want
 
 
 def test_sizes() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
-from fastgen import SamplingParams, schedule
+from fastgen import Sampling, SamplingParams, parallel, sampling, schedule
 from fastgen.models import weights
 from fastgen.models.spec import WHOLE, Place, Spec, split
 from fastgen.models.transformer import PLAIN
@@ -111,6 +111,29 @@ def test_logits(name: str, size: int) -> None:
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("size", [4, 8])
+def test_many_heads(size: int) -> None:
+    """The heads of a 70B model, 64 and 8, each four wide: a rank has 16 and 2, or 8 and 1."""
+    spec = fastgen.from_hf({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 4, "vocab_size": 131,
+        "max_position_embeddings": 256,
+    })  # fmt: skip
+    params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
+    plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
+    batch = fastgen.stage(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
+    backend = partial(reference, page=PAGE)
+    want = fastgen.forward(params, empty(spec, 23), batch, spec, backend)
+
+    def run(rank: Rank) -> Tensor:
+        local, ops = split(spec, size), sharded(PLAIN, rank, spec)
+        assert (local.q_heads, local.kv_heads) == (64 // size, 8 // size)
+        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, backend, ops)
+
+    for got in together(size, run):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
 SPEC = fastgen.from_hf({
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256,
@@ -161,6 +184,56 @@ def test_outputs(size: int) -> None:
             if b.prompt_logprobs is not None:
                 assert a.prompt_logprobs is not None
                 assert a.prompt_logprobs[1:] == pytest.approx(b.prompt_logprobs[1:], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("vocab", [5, 131, 128])
+def test_samples(vocab: int, size: int) -> None:
+    """Of parts of the vocabulary, padded: the very tokens of the whole; some ranks may have none."""
+    rows, most = 40, -(-vocab // size)
+    generator = torch.Generator().manual_seed(vocab * size)
+    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    logits[::4] = logits[::4].round()  # ties
+    logits[1::5, ::2] = float("-inf")
+    heat = torch.tensor([0.0, 1.0, 0.3, 1.7])[torch.arange(rows) % 4]
+    seed = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+    padded = torch.zeros(rows, most * size)
+    padded[:, :vocab] = logits
+    for seeds, top in ((seed, None), (seed, 0), (seed, 3), (None, 0), (None, vocab)):
+        s = Sampling(heat, seeds, torch.arange(rows), torch.arange(rows) % 3 == 1, None, None)
+        want = sampling.sample(logits, s, top)
+        words = -(-vocab // 32)
+        special = s._replace(allowed=torch.full((rows, words), 5))  # tokens 0 and 2
+
+        def run(rank: Rank, s: Sampling = s, special: Sampling = special, top: int | None = top) -> list[Any]:
+            mine = padded[:, rank.place.rank * most :][:, :most]
+            return [parallel.sample(mine, x, top, rank, vocab) for x in (s, special)]
+
+        for got, other in together(size, run):
+            assert torch.equal(got.token, want.token) and got.token.dtype == want.token.dtype
+            for a, b in zip(got, want, strict=True):
+                assert a.shape == b.shape
+            torch.testing.assert_close(got.logprob, want.logprob, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got.top_logprob, want.top_logprob, atol=1e-5, rtol=1e-5)
+            assert torch.equal(other.token, sampling.sample(logits, special, top).token)
+
+
+def test_little_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the vocabulary, nothing that grows with it, unless a request wants it."""
+    moved = list[int]()
+
+    def run(rank: Rank, **kind: Any) -> None:
+        gather = rank.all_gather
+        monkeypatch.setattr(rank, "all_gather", lambda x: (moved.append(x.shape[-1]), gather(x))[1])
+        with fastgen.Engine(weights_(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            engine.generate([[1, 2], [3]], SamplingParams(max_tokens=4, **kind), progress=False)
+
+    together(2, run)
+    assert set(moved) == {5}
+    together(2, partial(run, logprobs=3))
+    assert set(moved) == {5, 11}
+    together(2, partial(run, top_k=3))
+    assert set(moved) == {5, 11, 66}
 
 
 def test_a_thousand_steps() -> None:

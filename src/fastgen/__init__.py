@@ -15,6 +15,7 @@ from fastgen.exchange import adopt, handles, receive, send
 from fastgen.models.spec import Rope, Spec, from_hf
 from fastgen.models.transformer import forward, hidden, unembed
 from fastgen.models.weights import init, load, save
+from fastgen.replicas import Replicas
 from fastgen.request import Completion, Event, Output
 from fastgen.scoring import Mismatch, compare, mismatch, score
 from fastgen.snapshot import Snapshot
@@ -36,6 +37,7 @@ __all__ = [
     "Mismatch",
     "Output",
     "Params",
+    "Replicas",
     "Rope",
     "Sampled",
     "Sampling",

@@ -22,18 +22,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastgen import parallel
 from fastgen.batch import Stager
 from fastgen.config import Schedule, Settings
 from fastgen.models import invariant, transformer
 from fastgen.models.layers import swiglu
-from fastgen.models.spec import Spec, split
-from fastgen.models.transformer import PLAIN, Ops
+from fastgen.models.spec import Spec, share_of, split
+from fastgen.models.transformer import PLAIN, Ops, table
 from fastgen.ops.attention import Backend
 from fastgen.ops.backends import choose
 from fastgen.parallel import Group, sharded
 from fastgen.sampling import sample
 from fastgen.step import Computed, Draw, compute, feed
-from fastgen.types import Adapters, Batch, Cache, Params, Sampling
+from fastgen.types import Adapters, Batch, Cache, Params, Sampled, Sampling
 
 MIXED = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # captured sizes of steps that prefill,
 SEQUENCES = 32  # with so many sequences, padding included
@@ -166,7 +167,7 @@ class Stepper:
         self.draw: Draw | None = None
         # One buffer for all graphs' logits: they would each keep theirs.
         rows = largest(settings.schedule).rows
-        self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, spec.vocab)
+        self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, len(table(params)))
         page, fixed = settings.pages.page_size, settings.compile.deterministic
         backend = partial(choose(settings.compile.attention, self.device), page=page)
         if fixed:
@@ -174,13 +175,17 @@ class Stepper:
             self.ops = invariant.ops(self.device, page)
         else:
             self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
-        self.sample = partial(invariant.sample, measure=self.ops.logprobs) if fixed else sample
+        self._sample = partial(invariant.sample, measure=self.ops.logprobs) if fixed else sample
+        self.group, self.vocab, self.head = group, spec.vocab, self.ops.head  # a step's: each rank keeps its logits
         if group is not None:
             self.ops = sharded(self.ops, group, spec)
         if self.how != "eager" and cuda:
             from fastgen.ops.fused import draw  # Triton comes with the GPU builds of torch, and not with others
 
             self.draw = partial(draw, fixed=True) if fixed else draw
+            if group is not None:
+                share = share_of(spec.vocab, group.place)
+                self.draw = partial(draw, vocab=spec.vocab, part=share, gather=group.all_gather)
 
     def _ops(self, attention: Backend, cuda: bool) -> Ops:
         region = self.regions
@@ -269,7 +274,7 @@ class Stepper:
     def _forward(
         self, cache: Cache, batch: Batch, sampling: Sampling, ready: Sequence[torch.cuda.Event] = (), **how: bool
     ) -> Computed:
-        ops = self.ops
+        ops = self.ops._replace(head=self.head)
         if ready:
             layers, stream = itertools.count(), torch.cuda.current_stream(self.device)
 
@@ -283,6 +288,12 @@ class Stepper:
         last, out = self.stager.last, self.logits
         inputs = self.params, cache, last, batch, sampling, self.spec
         return compute(*inputs, ops, self.draw, out, self.adapters, **how)
+
+    def sample(self, logits: Tensor, sampling: Sampling, top: int | None) -> Sampled:
+        """`sampling.sample` of a step's logits."""
+        if self.group is None:
+            return self._sample(logits.float(), sampling, top)
+        return parallel.sample(logits, sampling, top, self.group, self.vocab)
 
     def _kinds(self) -> list[Shape]:
         """Shapes that together run every kernel: a library's are loaded when first run, which waits for the device."""

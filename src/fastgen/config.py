@@ -180,12 +180,14 @@ class Offload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """Devices a model is spread over."""
+    """Devices a model is spread over, and how often it is there."""
 
-    tensor_parallel: int = 1
+    tensor_parallel: int = 1  # devices of an engine
+    replicas: int = 1  # engines behind one queue (`fastgen.Replicas`)
 
     def __post_init__(self) -> None:
-        _range("parallel", "tensor_parallel", self.tensor_parallel, 1, 64, whole=True)
+        for name in ("tensor_parallel", "replicas"):
+            _range("parallel", name, getattr(self, name), 1, 64, whole=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

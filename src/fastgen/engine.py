@@ -7,10 +7,10 @@ import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,12 +31,14 @@ from fastgen.models import default, weights
 from fastgen.models.spec import WHOLE, Place, Spec, from_hf, split
 from fastgen.parallel import Group
 from fastgen.profiler import OFF, Profiler, Window
-from fastgen.request import Completion, Event, Output, Sample, longest
+from fastgen.request import Completion, Event, Output, Sample, longest, pairs
 from fastgen.snapshot import Snapshot
 from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
 from fastgen.types import Adapter, Batch, Filter, Params, Sampling, Tokenizer
 
+P = ParamSpec("P")
+T = TypeVar("T")
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
 
 
@@ -59,6 +61,43 @@ def _load(
         room = None if region is None else region(weights.size(spec, kind, place))
         params = weights.init(spec, seed, device=device, dtype=dtype, place=place, region=room)
     return spec, params, tokenizer.load(path)
+
+
+def locate(model: str | Path | None, dtype: str, device: str) -> tuple[Path, str]:
+    """Where a model is, and what "auto" is for a device. ValueError for what is none."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return default.default_path() if model is None else weights.resolve(model), device
+
+
+def _one(settings: Settings) -> int:
+    """The ranks of an engine. ValueError where several engines are asked for."""
+    p = settings.parallel
+    if p.replicas > 1:
+        raise ValueError(
+            f"parallel.replicas={p.replicas} are several engines: use fastgen.Replicas.from_pretrained, fgrun, fgbench "
+            "or fgserve, or leave it at 1"
+        )
+    return p.tensor_parallel
+
+
+def _whole(call: Callable[Concatenate["Engine", P], T]) -> Callable[Concatenate["Engine", P], T]:
+    """A call in whose middle no stream is aborted that the garbage collector finds: that waits until it is done."""
+
+    @wraps(call)
+    def whole(self: "Engine", *args: P.args, **named: P.kwargs) -> T:
+        if self._busy:
+            return call(self, *args, **named)
+        self._busy = True
+        try:
+            return call(self, *args, **named)
+        finally:
+            self._busy = False
+            self._drop()
+
+    return whole
 
 
 class Launched(NamedTuple):
@@ -119,14 +158,15 @@ class Engine:
         **settings: Any,
     ) -> None:
         chosen = Settings.of(**settings)
-        if chosen.parallel.tensor_parallel > 1 and group is None:
-            split(spec, chosen.parallel.tensor_parallel)  # a ValueError before anything is started
-            load = launch.spread(params, spec, tokenizer, chosen.parallel.tensor_parallel)
-            group = launch.group(chosen.parallel.tensor_parallel, params.embed.device.type, load, settings, type(self))
+        if (size := _one(chosen)) > 1 and group is None:
+            split(spec, size)  # a ValueError before anything is started
+            load = launch.spread(params, spec, tokenizer, size)
+            group = launch.group(size, params.embed.device.type, load, settings, type(self))
             params = load(group.place, str(params.embed.device))[1]
         self._crew = group if isinstance(group, launch.Crew) else None
         if self._crew is not None:
             weakref.finalize(self, self._crew.close)
+        self._busy, self._dropped = False, set[int]()  # whether a call changes the state; requests to abort after it
         with launch.guard(self._crew):
             self.params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
             here = spec if group is None else split(spec, group.place.size)
@@ -192,13 +232,9 @@ class Engine:
         `dtype` auto is the checkpoint's on a GPU and float32 on a CPU; `device` auto takes a GPU if there is one.
         `random` draws weights instead of reading them: `model` is then a config.json or the folder that holds it.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        size = _one(Settings.of(**settings))  # before anything is loaded
+        path, device = locate(model, dtype, device)
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
-        size = Settings.of(**settings).parallel.tensor_parallel  # and a mistyped one should not cost the loading
-        path = default.default_path() if model is None else weights.resolve(model)
         load = partial(_load, path, kind, random_seed if random else None)
         if size > 1:
             split(from_hf(weights.read_config(path)), size)
@@ -298,9 +334,15 @@ class Engine:
             for index, guide in enumerate(guides)
         ]
 
+    def _tell(self, name: str, *args: Any, **named: Any) -> None:
+        """The other ranks that this process started make a call before this one does."""
+        if self._crew is not None:
+            self._crew.tell(name, *args, **named)
+
+    @_whole
     def _submit(self, requests: Sequence[list[Sample]]) -> list[int]:
         """New requests, on every rank."""
-        if self._crew is not None:
+        if self._crew is not None:  # checking hundreds of settings again takes a while
             many = [(s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed)) for s in requests]
             self._crew.tell("_join", many)
         return self._queue(requests)
@@ -327,12 +369,12 @@ class Engine:
         """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
         return self._end({request_id}).get(request_id)
 
+    @_whole
     def _end(self, requests: Container[int]) -> dict[int, Output]:
         """Abort those of the requests that run; what each has so far."""
         gone = {id: s for id, s in self._samples.items() if s.output.request_id in requests}
-        if gone and self._crew is not None:
-            self._crew.tell("_end", {s.output.request_id for s in gone.values()})
         if gone:
+            self._tell("_end", {s.output.request_id for s in gone.values()})
             self.state = schedule.drop(self.state, [*gone], self._known())
         for id, one in gone.items():
             del self._samples[id]
@@ -341,12 +383,18 @@ class Engine:
         return {s.output.request_id: s.output for s in gone.values()}
 
     @property
+    def cause(self) -> str:
+        """Why the ranks have ended, if they have: then this engine has, too."""
+        return "" if self._crew is None else self._crew.cause
+
+    @property
     def unfinished(self) -> bool:
         """Whether a step has anything left to do or to report."""
         return bool(self._samples or self._undelivered)
 
     # --- values -----------------------------------------------------------------------------------------------------
 
+    @_whole
     def fork(self, request_id: int, n: int = 1, *, index: int = 0, seeds: Sequence[int] | None = None) -> list[int]:
         """Go on from a request's present token in `n` further requests, each with a seed of its own; their ids.
 
@@ -355,8 +403,7 @@ class Engine:
         has ended, or `seeds` are not n.
         """
         given = [self._random.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
-        if self._crew is not None:
-            self._crew.tell("fork", request_id, n, index=index, seeds=given)
+        self._tell("fork", request_id, n, index=index, seeds=given)
         going = self._unfinished(request_id)
         if n < 1 or len(given) != n:
             raise ValueError(f"fork of request {request_id}: n={n} copies and {len(given)} seeds")
@@ -371,6 +418,7 @@ class Engine:
             new.append(copy.output.request_id)
         return new
 
+    @_whole
     @torch.no_grad()
     def snapshot(self, request_id: int, *, pages: bool = False) -> Snapshot:
         """A request as it stands, as a value that can be saved and restored, here or by another engine.
@@ -378,10 +426,9 @@ class Engine:
         `pages`: with its keys and values, so that nothing has to be computed again. The request goes on.
         ValueError if it has ended.
         """
-        if self._crew is not None:
-            if pages:
-                raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
-            self._crew.tell("_receive")
+        if self._crew is not None and pages:
+            raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
+        self._tell("_receive")
         going = self._unfinished(request_id)
         samples = {i: self._samples[id] for i, id in going.items()}
         found = Snapshot.of(next(iter(samples.values())).output, samples)
@@ -395,6 +442,7 @@ class Engine:
             }
         return found
 
+    @_whole
     @torch.no_grad()
     def restore(self, snapshot: Snapshot | None = None) -> int:
         """Go on with a request that was saved; its id here. It gets the tokens that it would have got.
@@ -411,7 +459,7 @@ class Engine:
             return sum(r.size for r in gone)
         if self._crew is not None:
             snapshot = replace(snapshot, pages={})
-            self._crew.tell("restore", snapshot)
+        self._tell("restore", snapshot)
         has_text = self.tokenizer is not None
         limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
         adapter = self._adapter(snapshot.params)
@@ -433,8 +481,7 @@ class Engine:
         What is running goes on with the keys and values it has. Writes in place that torch sees (optimizers, `copy_`)
         are noticed without this before the next step; what goes around it is not (`.data`, other processes, graphs).
         """
-        if self._crew is not None:
-            self._crew.tell("touch")
+        self._tell("touch")
         self.version += 1
         self._marked = self._mark()
         self.state.tree.reset()
@@ -582,6 +629,7 @@ class Engine:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
+    @_whole
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Launch one step; what was added to each request. An error or interrupt aborts everything that was running.
@@ -603,6 +651,7 @@ class Engine:
             else:  # an interrupt: the step was done as a whole
                 self._abort_all()
             raise
+        self._drop()
         events, self._undelivered = self._undelivered, []
         return events
 
@@ -681,7 +730,7 @@ class Engine:
                 edits=edits(plan, self._samples, self.device),
                 allowed=self._allowed(plan),
             )
-            results = self._stepper.sample(computed.logits[:n].float(), general, top)
+            results = self._stepper.sample(computed.logits[:n], general, top)
             self._stager.last[batch.seat[:n]] = results.token.int()
         if self.device.type != "cuda":
             return tuple(results), None
@@ -822,14 +871,11 @@ class Engine:
         *,
         live: bool,
     ) -> list[int]:
-        many: Sequence[Any] = [prompts] if tokenizer.is_one(prompts) else list(prompts)
-        each = [sampling] * len(many) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
-        if len(each) != len(many):
-            raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")
+        many = pairs(prompts, sampling)
         new: list[list[Sample]] = []
         try:
-            for prompt, params in zip(many, each, strict=True):
-                new.append(self._new(prompt, params or SamplingParams(), live))
+            for prompt, params in many:
+                new.append(self._new(prompt, params, live))
         except ValueError as e:
             if len(many) > 1:
                 raise ValueError(f"prompt {len(new)}: {e}") from e
@@ -861,8 +907,15 @@ class Engine:
         self._end({s.output.request_id for s in self._samples.values()})
 
     def _abort(self, ids: Iterable[int]) -> None:
-        """Abort requests whose events nobody waits for."""
-        if gone := set(ids):
+        """Abort requests whose events nobody waits for; after the call in whose middle that is found, if any."""
+        self._dropped.update(ids)
+        if not self._busy:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Abort them now."""
+        while self._dropped:
+            gone, self._dropped = self._dropped, set()
             self._end(gone)
             self._undelivered = [e for e in self._undelivered if e.request_id not in gone]
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.utils._pytree import tree_map
 
 from fastgen.models.spec import WHOLE, Place, Spec
@@ -35,6 +36,7 @@ from fastgen.types import Params, Tokenizer
 
 Load = Callable[[Place, str], tuple[Spec, Params, Tokenizer | None]]  # a rank's parameters, on its device
 START = 120.0  # seconds in which all ranks meet
+ANSWER = 7.0  # seconds in which somebody listens where torchrun says that they meet
 GATHER = 0.5  # seconds in which others may say why it happened, once one is gone
 LAST = 6.0  # seconds that a call gets to notice; then this process ends as well
 RULES = ("fork", "restore")  # calls that refuse wrong input on every rank alike
@@ -81,20 +83,44 @@ def _of_environment(size: int, kind: str) -> Ranks:
     local, count = os.environ.get("LOCAL_RANK", rank), torch.cuda.device_count()
     if kind == "cuda" and int(local) >= count:
         raise ValueError(f"{where} as LOCAL_RANK={local}, and this machine shows {count} GPUs")
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     try:
-        _connect(kind, int(rank), size, None, timedelta(seconds=START))
-    except (dist.DistError, RuntimeError) as e:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"rank {rank} of {size} found no group at {place}: {e}") from e
+        _connect(kind, int(rank), size, _meet(int(rank), size), timedelta(seconds=START))
+    except (dist.DistError, RuntimeError, OSError, TimeoutError, ValueError) as e:
+        raise ValueError(f"rank {rank} of {size} found no group at {place}: {str(e).splitlines()[0]}") from e
     return Ranks()
+
+
+def _meet(rank: int, size: int) -> Any:
+    """Where torchrun's ranks find each other, once all have come. An error within seconds where nobody listens."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    first = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun itself listens
+    end = time.monotonic() + ANSWER
+    while not first:  # torch's own client would try for as long as late ranks may take
+        try:
+            socket.create_connection((address, port), max(0.1, min(2.0, end - time.monotonic()))).close()
+            break
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+    left = timedelta(seconds=ANSWER / 3)  # it tries twice
+    store = TCPStore(address, port, size, is_master=first, timeout=left, wait_for_workers=False)
+    store = PrefixStore(f"fastgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set(str(rank), "here")
+    end = time.monotonic() + START
+    while late := [str(r) for r in range(size) if not store.check([str(r)])]:
+        if time.monotonic() > end:
+            raise TimeoutError(f"rank {', '.join(late)} did not come within {START:.0f} s")
+        time.sleep(0.05)
+    return store
 
 
 def _connect(kind: str, rank: int, size: int, store: Any, limit: timedelta) -> None:
     if kind == "cuda":
         torch.cuda.set_device(device(kind, rank))
     backend = "nccl" if kind == "cuda" else "gloo"
-    given: dict[str, Any] = {"init_method": "env://"} if store is None else {"store": store}
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, **given)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
 
 
 @contextmanager

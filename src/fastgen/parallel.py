@@ -5,10 +5,11 @@
     out       columns of its heads      partial sums; summed
     gate_up   its share of the width    no exchange
     down      columns of that share     partial sums; summed
-    head      rows of the vocabulary    its logits; put together
+    head      rows of the vocabulary    its logits; of these, the best and what their sum needs; or all of them
 
-That is Megatron-LM's division (arXiv 1909.08053, section 3). Every rank has the same hidden states and logits, so all
-draw the same tokens and plan the same steps: there is one engine for each rank, called in the same way.
+That is Megatron-LM's division (arXiv 1909.08053, section 3). Every rank has the same hidden states, and decides the
+same of what all have found, so all draw the same tokens and plan the same steps: there is one engine for each rank,
+called in the same way.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -17,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgen import sampling
 from fastgen.models.spec import Place, Spec, share_of
 from fastgen.models.transformer import Ops
+from fastgen.types import Sampled, Sampling
 
 gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its newer name, and its older
 
@@ -111,7 +114,23 @@ def sharded(ops: Ops, group: Group, spec: Spec) -> Ops:
         return y if bias is None else y + bias
 
     def head(h: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-        found = group.all_gather(ops.head(h, w)).movedim(0, 1).flatten(1)[:, : spec.vocab]
+        found = whole(ops.head(h, w), group, spec.vocab)
         return found if out is None else out[: len(h)].copy_(found)
 
     return ops._replace(enter=enter, linear=linear, head=head)
+
+
+def sample(logits: Tensor, s: Sampling, top: int | None, group: Group, vocab: int) -> Sampled:
+    """`sampling.sample` of the logits [N, W] that each rank has of its part of the vocabulary.
+
+    A few numbers of each row are exchanged; where filters, edits or a grammar want all logits, these are.
+    """
+    if s.filter is None and s.edits is None and s.allowed is None:
+        part = share_of(vocab, group.place)
+        return sampling.decide(group.all_gather(sampling.partial(logits.float(), s, top, *part)), vocab, top)
+    return sampling.sample(whole(logits, group, vocab).float(), s, top)
+
+
+def whole(logits: Tensor, group: Group, vocab: int) -> Tensor:
+    """The logits of all ranks, [N, V]."""
+    return group.all_gather(logits).movedim(0, 1).flatten(1)[:, :vocab]

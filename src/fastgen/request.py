@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fastgen.config import SamplingParams
 from fastgen.grammar import Guide
 from fastgen.models.spec import Spec
-from fastgen.tokenizer import Detokenizer
+from fastgen.tokenizer import Detokenizer, Prompt, is_one
 from fastgen.types import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -66,6 +66,17 @@ def sample_seed(seed: int, index: int) -> int:
         return seed
     digest = hashlib.blake2b(f"{seed},{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def pairs(
+    prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """One or many prompts, each with its settings; one for all, or one for each."""
+    many: Sequence[Any] = [prompts] if is_one(prompts) else list(prompts)
+    each = [sampling] * len(many) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
+    if len(each) != len(many):
+        raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")
+    return [(prompt, params or SamplingParams()) for prompt, params in zip(many, each, strict=True)]
 
 
 def longest(prompt: Sequence[int], params: SamplingParams, spec: Spec, capacity: int, has_text: bool) -> int:

@@ -21,8 +21,10 @@ def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     return x ^ (x >> 16)
 
 
-def exponential(seed: Int[Tensor, " N"], position: Int[Tensor, " N"], vocab: int) -> Float[Tensor, "N V"]:
-    """fp32 exponential noise of rate 1, a function of (seed, position, token) alone.
+def exponential(
+    seed: Int[Tensor, " N"], position: Int[Tensor, " N"], vocab: int, first: int = 0
+) -> Float[Tensor, "N V"]:
+    """fp32 exponential noise of rate 1, a function of (seed, position, token) alone, of `vocab` tokens from `first`.
 
     -log1p(-u) with u = (x + 1/2) / 2^32 keeps full relative precision for the small values, which decide the draw.
     """
@@ -30,7 +32,7 @@ def exponential(seed: Int[Tensor, " N"], position: Int[Tensor, " N"], vocab: int
     low, high = _mix(seed & MASK), _mix((seed >> 32) & MASK)
     key = _mix(low ^ _mix((high + position) & MASK))
     other = _mix((low + 0x9E3779B9 * (position & MASK)) & MASK ^ high)
-    token = torch.arange(vocab, device=seed.device)
+    token = torch.arange(first, first + vocab, device=seed.device)
     x = _mix(_mix(token ^ key[:, None]) ^ other[:, None])
     return -torch.log1p(-((x.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2**-24))
 
@@ -109,19 +111,56 @@ def sample(
 def _pick(z: Float[Tensor, "N V"], logits: Float[Tensor, "N V"], s: Sampling, top: int | None, of: Measure) -> Sampled:
     """From edited logits z. By the exponential race: argmax of p / E equals a draw from p (Gumbel's trick in linear
     form)."""
-    if s.seed is None:
-        token = z.argmax(-1)
-    else:
-        cold = (s.temperature == 0)[:, None]
-        z = z / torch.where(cold, 1.0, s.temperature[:, None])
-        if s.filter is not None:
-            z = torch.where(cold, z, keep(z, s.filter))
-        noise = exponential(s.seed, s.position, logits.shape[1]).log_()
-        token = torch.where(cold, z, z - noise).argmax(-1)
+    z, score = _race(z, s)
+    token = score.argmax(-1)
     if top is None:
         none = logits.new_zeros(len(logits), 0)
         return Sampled(token, logits.new_zeros(len(logits)), none.long(), none)
     return Sampled(token, *of(torch.where(s.processed[:, None], z, logits), token, top))
+
+
+def _race(z: Float[Tensor, "N V"], s: Sampling, first: int = 0) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
+    """The logits that are drawn from, and every token's score: the highest is drawn. `first` is the first's token."""
+    if s.seed is None:
+        return z, z
+    cold = (s.temperature == 0)[:, None]
+    z = z / torch.where(cold, 1.0, s.temperature[:, None])
+    if s.filter is not None:
+        z = torch.where(cold, z, keep(z, s.filter))
+    noise = exponential(s.seed, s.position, z.shape[1], first).log_()
+    return z, torch.where(cold, z, z - noise)
+
+
+def partial(
+    logits: Float[Tensor, "N W"], s: Sampling, top: int | None, first: int, count: int
+) -> Float[Tensor, "N numbers"]:
+    """What a part of the vocabulary has to say: of each row the best score, whose token and logit, the maximum, the
+    sum of exponentials, and the `top` most likely tokens and their logits. For `decide`; without filters and edits.
+
+    The part has `count` tokens from `first`; the rest of the W columns is padding.
+    """
+    logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= count, float("-inf"))
+    z, score = _race(logits, s, first)
+    z = torch.where(s.processed[:, None], z, logits)
+    best, index = score.max(-1, keepdim=True)
+    peak = z.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # there may be no token
+    value, which = z.topk(min(top or 0, z.shape[1]), -1)
+    numbers = best, index + first, z.gather(-1, index), peak, (z - peak).exp().sum(-1, keepdim=True)
+    return torch.cat([*numbers, which + first, value], -1)  # tokens below 2^24 are exact in fp32
+
+
+def decide(found: Float[Tensor, "ranks N numbers"], vocab: int, top: int | None) -> Sampled:
+    """What `sample` draws, of what `partial` has found in all parts of the vocabulary, in their order."""
+    best, index, value, peak, total = found[..., :5].unbind(-1)
+    token = torch.where(best == best.amax(0), index, float(vocab)).amin(0)  # of equals the first
+    most = peak.amax(0)
+    logprob = torch.where(index == token, value, float("-inf")).amax(0) - most
+    log = (total * (peak - most).exp()).sum(0).log()
+    which, values = (x.movedim(0, 1).flatten(1) for x in found[..., 5:].chunk(2, -1))
+    values, order = values.topk(min(top or 0, vocab), -1)
+    tokens, tops = which.gather(-1, order).long(), values - (most + log)[:, None]
+    logprob = logprob.new_zeros(len(logprob)) if top is None else logprob - log
+    return Sampled(token.clamp_max(vocab - 1).long(), logprob, tokens, tops)
 
 
 def logprobs(

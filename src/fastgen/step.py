@@ -43,7 +43,7 @@ class Computed(NamedTuple):
     """What a step leaves behind, valid until the next one."""
 
     hidden: Float[Tensor, "T D"] | None  # normed; None where they were not asked for
-    logits: Float[Tensor, "N V"]  # in the parameters' dtype
+    logits: Float[Tensor, "N V"]  # in the parameters' dtype; of a rank: of its part of the vocabulary
     token: Int[Tensor, " N"] | None  # drawn without filters or edits; None where `draw` is
     logprob: Float[Tensor, " N"] | None
 

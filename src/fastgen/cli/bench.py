@@ -18,10 +18,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-from fastgen import Engine, SamplingParams, Settings, from_hf, limits
+from fastgen import Engine, Replicas, SamplingParams, Settings, from_hf, limits
 from fastgen.cli.config import Config, chosen, compose
 from fastgen.cli.machine import clocks_during, hardware, memory, peak, probe, versions
 from fastgen.cli.rows import Row, Workload, merge, peer_rows, plot, read, table
+from fastgen.config import Parallel
 from fastgen.models import default, weights
 
 bar = partial(tqdm, delay=2, leave=False, disable=None)  # None: on a terminal alone, so that logs stay short
@@ -48,7 +49,7 @@ examples:
 class Started(NamedTuple):
     """An engine, how its rows are called, and what it took to get there, seconds."""
 
-    engine: Engine
+    engine: Engine | Replicas
     model: str
     seconds: dict[str, float]
 
@@ -79,9 +80,13 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if m.device == "auto" else m.device
     dtype = m.dtype if m.dtype != "auto" else "float32" if device == "cpu" else spec.dtype
     kind, settings = getattr(torch, dtype), {f.name: getattr(config, f.name) for f in fields(Settings)}
-    if config.parallel.tensor_parallel > 1:  # each rank makes its share for itself
+    if config.parallel != Parallel():  # each process makes its share for itself
         loading = {"dtype": dtype, "device": device, "random": not real, "random_seed": m.random_seed}
-        engine = Engine.from_pretrained(path, progress=sys.stderr.isatty(), **loading, **settings)
+        loading |= {"progress": sys.stderr.isatty()} | settings
+        if (count := config.parallel.replicas) > 1:
+            engine = Replicas.from_pretrained(path, replicas=count, **loading)
+        else:
+            engine = Engine.from_pretrained(path, **loading)
         return _started(engine, model, {"load_and_engine": time.perf_counter() - began})
     if real:
         params = weights.load(path, device=device, dtype=kind, progress=sys.stderr.isatty())[1]
@@ -94,15 +99,16 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
     return _started(engine, model, {"load": loaded - began, "engine": time.perf_counter() - loaded})
 
 
-def _started(engine: Engine, model: str, seconds: dict[str, float]) -> Started:
+def _started(engine: Engine | Replicas, model: str, seconds: dict[str, float]) -> Started:
     """With the time to a first token."""
     began = time.perf_counter()
-    engine.generate([[1] * 8], SamplingParams(max_tokens=1, ignore_eos=True), progress=False)
+    first = [[1] * 8] * engine.settings.parallel.replicas
+    engine.generate(first, SamplingParams(max_tokens=1, ignore_eos=True), progress=False)
     seconds["first_token"] = time.perf_counter() - began
     return Started(engine, re.sub(r"\.(json|gguf|safetensors)$", "", model.lower()), seconds)
 
 
-def warm_up(engine: Engine, work: Workload, sampling: SamplingParams, seconds: float | None) -> None:
+def warm_up(engine: Engine | Replicas, work: Workload, sampling: SamplingParams, seconds: float | None) -> None:
     """Untimed load: for `seconds`, or None for one pass of at most 30."""
     end, generator = time.perf_counter() + (30 if seconds is None else seconds), torch.Generator().manual_seed(1)
     with bar(desc=f"warming up with {work}", unit="token") as progress:
@@ -115,7 +121,7 @@ def warm_up(engine: Engine, work: Workload, sampling: SamplingParams, seconds: f
                 break
 
 
-def latency(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> Row:
+def latency(engine: Engine | Replicas, prompts: list[list[int]], sampling: SamplingParams) -> Row:
     """Percentiles, ms, when all requests come at once: to the first token, and between tokens of one completion."""
     last: dict[tuple[int, int], float] = {}
     first, gaps = list[float](), list[float]()
@@ -147,7 +153,7 @@ def measure(
             taken.append(time.perf_counter() - began)
             if (got := sum(len(c.token_ids) for o in outputs for c in o.completions)) != drawn:
                 raise ValueError(f"workload {work}: {got} tokens came instead of {drawn}")
-    seconds, tp = statistics.median(taken), engine.settings.parallel.tensor_parallel
+    seconds, layout = statistics.median(taken), engine.settings.parallel
     row = _row(started, str(work)) | {
         "requests": work.requests, "prompt_len": work.prompt, "output_len": work.output, "samples": work.samples,
         "shared_prefix": work.shared, "temperature": sampling.temperature, "seconds": seconds, "seconds_all": taken,
@@ -162,7 +168,7 @@ def measure(
         here = known or limits.Machine(name, 0, row["copy_tb_s"] * 1e12, memory(engine.device))
         machines["limit_measured"] = here._replace(flops=row["gemm_tflops"] * 1e12)
     for name, machine in machines.items():
-        tok_s = work.limit(engine.spec, machine.times(tp), engine.dtype.itemsize) if machine else None
+        tok_s = work.limit(engine.spec, machine, engine.dtype.itemsize, layout) if machine else None
         row |= {f"{name}_tok_s": tok_s, f"{name}_fraction": row["output_tok_s"] / tok_s if tok_s else None}
     return row
 
@@ -172,8 +178,9 @@ def _row(started: Started, workload: str) -> Row:
     engine = started.engine
     return {
         "engine": "fastgen", "model": started.model, "workload": workload, "hardware": hardware(engine.device),
-        "tp": engine.settings.parallel.tensor_parallel, "dtype": str(engine.dtype).removeprefix("torch."),
-        **versions(engine.device), "settings": asdict(engine.settings), "cache_tokens": engine.capacity,
+        "tp": engine.settings.parallel.tensor_parallel, "replicas": engine.settings.parallel.replicas,
+        "dtype": str(engine.dtype).removeprefix("torch."), **versions(engine.device),
+        "settings": asdict(engine.settings), "cache_tokens": engine.capacity,
         "start_up": started.seconds, "threads": torch.get_num_threads(), "peak_memory_gb": peak(engine.device) / 1e9,
     }  # fmt: skip
 

@@ -307,6 +307,8 @@ def _config(args: argparse.Namespace) -> Config:
 def _started(config: Config) -> Engine:
     """The engine, after a look at what a chat needs: weights take longer to load than it takes to say no."""
     m = config.model
+    if config.parallel.replicas > 1:
+        raise ValueError("a conversation is one request at a time: parallel.replicas must be 1; tensor_parallel helps")
     path = default.default_path() if m.path is None else weights.resolve(m.path)
     check(tokenizer.load(path), str(m.path or default.REPO), config.sampling)
     return engine(config, progress=sys.stderr.isatty())

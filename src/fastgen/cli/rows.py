@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgen import limits
+from fastgen.config import Parallel
 from fastgen.models.spec import Spec
 
 Row = dict[str, Any]
-KEY = ("engine", "model", "workload", "hardware", "tp")  # a later row of the same replaces an earlier one
+ALONE = Parallel()
+KEY = ("engine", "model", "workload", "hardware", "tp", "replicas")  # a later row of the same replaces an earlier one
 
 
 class Workload(NamedTuple):
@@ -41,10 +43,12 @@ class Workload(NamedTuple):
         own = torch.randint(vocab, (self.requests, self.prompt - self.shared), generator=generator).tolist()
         return [common + row for row in own]
 
-    def limit(self, spec: Spec, machine: limits.Machine, width: int) -> float:
-        """Most output tokens/s, with everything shared that can be."""
+    def limit(self, spec: Spec, machine: limits.Machine, width: int, layout: Parallel = ALONE) -> float:
+        """Most output tokens/s, with everything shared that can be. `machine` is one device of the layout's."""
+        requests = -(-self.requests // layout.replicas)  # of the replica that has most
+        machine, shared = machine.times(layout.tensor_parallel), self[3:] != (1, 0)
         seconds = limits.limit(
-            spec, *self[:4], machine=machine, width=width, prefix_shared=self[3:] != (1, 0), common=self.shared
+            spec, requests, *self[1:4], machine=machine, width=width, prefix_shared=shared, common=self.shared
         )
         return self.requests * self.samples * self.output / seconds
 
@@ -60,11 +64,16 @@ def read(path: Path) -> list[Row]:
     raise ValueError(f"{path} does not hold fgbench's rows: a JSON list of objects with {', '.join(KEY[:4])}")
 
 
+def of(row: Row, key: str) -> Any:
+    """A value of a row; one that does not speak of replicas is of one engine."""
+    return row.get(key, 1 if key == "replicas" else None)
+
+
 def merge(rows: list[Row], new: list[Row]) -> list[Row]:
     """`rows` with `new`, which replace those of the same engine, model, workload, hardware and number of devices."""
 
     def key(row: Row) -> tuple:
-        return tuple(row.get(k) for k in KEY)
+        return tuple(of(row, k) for k in KEY)
 
     return list(({key(r): r for r in rows} | {key(r): r for r in new}).values())
 
@@ -93,7 +102,7 @@ def peer_rows(text: str, release: str, machine: str) -> list[Row]:
 
 def limit_of(row: Row, rows: list[Row]) -> float | None:
     """The row's limit, tokens/s; for another engine's row, that of our row of the same."""
-    same = [row] + [r for r in rows if all(r.get(k) == row.get(k) for k in KEY[1:])]
+    same = [row] + [r for r in rows if all(of(r, k) == of(row, k) for k in KEY[1:])]
     values = (r.get("limit_tok_s") or r.get("limit_measured_tok_s") for r in same)
     return next((v for v in values if v), None)
 
@@ -105,12 +114,13 @@ def table(rows: list[Row]) -> str:
     lines = [head + [f"/ {other}" for other in others]]
     order = ("requests", "prompt_len", "output_len", "samples", "shared_prefix")
     for row in sorted(
-        rows, key=lambda r: [[str(r.get(k)) for k in KEY[1:] if k != "workload"], [r.get(k) or 0 for k in order]]
+        rows, key=lambda r: [[str(of(r, k)) for k in KEY[1:] if k != "workload"], [r.get(k) or 0 for k in order]]
     ):
         rate, limit = row.get("output_tok_s"), limit_of(row, rows)
-        peers = {r["engine"]: r for r in rows if all(r.get(k) == row.get(k) for k in KEY[1:])}
+        peers = {r["engine"]: r for r in rows if all(of(r, k) == of(row, k) for k in KEY[1:])}
         values = [row.get("seconds"), rate, row.get("total_tok_s"), limit]
         line = [str(row.get(k, "")) for k in ("hardware", "model", "tp", "workload", "engine")]
+        line[2] = f"{count} x {line[2]}" if (count := of(row, "replicas")) > 1 else line[2]
         line += ["" if v is None else f"{v:,.2f}" if v < 100 else f"{v:,.0f}" for v in values]
         line.append(f"{rate / limit:.1%}" if rate and limit else "")
         for other in others:
@@ -133,10 +143,13 @@ def plot(rows: list[Row], path: Path) -> None:
     axes = figure.subplots()
     loads: dict[tuple, dict[str, list[Row]]] = {}
     for row in sorted((r for r in rows if r.get("output_len")), key=lambda r: r["output_len"]):
-        same = tuple(row.get(k) or 0 for k in ("hardware", "model", "tp", "requests", "prompt_len", "samples"))
+        same = tuple(
+            of(row, k) or 0 for k in ("hardware", "model", "tp", "replicas", "requests", "prompt_len", "samples")
+        )
         loads.setdefault((*same, row.get("shared_prefix") or 0), {}).setdefault(row["engine"], []).append(row)
-    for i, ((_, model, tp, requests, prompt, samples, shared), engines) in enumerate(loads.items()):
-        label = f"{model}{f' on {tp}' if tp > 1 else ''}, {Workload(requests, prompt, 0, samples, shared)}"
+    for i, ((_, model, tp, replicas, requests, prompt, samples, shared), engines) in enumerate(loads.items()):
+        where = f"{replicas} x {tp}" if replicas > 1 else tp
+        label = f"{model}{f' on {where}' if where != 1 else ''}, {Workload(requests, prompt, 0, samples, shared)}"
         label = label.replace("x0", "x…", 1)
         for j, (engine, points) in enumerate(sorted(engines.items())):
             x, y = [p["output_len"] for p in points], [p["output_tok_s"] for p in points]

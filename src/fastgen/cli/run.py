@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,15 +24,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fastgen import Engine, Output, SamplingParams, Settings
+from fastgen import Engine, Output, Replicas, SamplingParams, Settings
 from fastgen.cli.config import Config, Task, compose, conf_dir, explain, quote, typed
 from fastgen.profiler import listen
 from fastgen.tokenizer import Prompt, is_one
 
-__all__ = ["compose", "engine", "main", "run"]
+__all__ = ["compose", "engine", "engines", "main", "run"]
 
 
-def generate(engine: Engine, prompts: list[Prompt], sampling: SamplingParams) -> list[Output]:
+def generate(engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams) -> list[Output]:
     """Print the completions when all are done."""
     outputs = engine.generate(prompts, sampling)
     alone = len(outputs) == sampling.n == 1
@@ -42,7 +43,7 @@ def generate(engine: Engine, prompts: list[Prompt], sampling: SamplingParams) ->
     return outputs
 
 
-def stream(engine: Engine, prompts: list[Prompt], sampling: SamplingParams) -> list[Output]:
+def stream(engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams) -> list[Output]:
     """Print tokens as they come. Several completions take turns, each on a line of its own."""
     outputs, last = {}, None
     alone = len(prompts) == sampling.n == 1
@@ -69,9 +70,24 @@ def profile(engine: Engine, prompts: list[Prompt], sampling: SamplingParams, tas
 
 def engine(config: Config, *, progress: bool = True) -> Engine:
     """The engine of a configuration, its model loaded."""
+    return Engine.from_pretrained(**_made(config, progress))
+
+
+def engines(config: Config, *, progress: bool = True) -> Engine | Replicas:
+    """The engine of a configuration, or its replicas."""
+    count = config.parallel.replicas
+    return (
+        engine(config, progress=progress)
+        if count == 1
+        else Replicas.from_pretrained(replicas=count, **_made(config, progress))
+    )
+
+
+def _made(config: Config, progress: bool) -> dict[str, Any]:
+    """What `from_pretrained` is told."""
     m, settings = config.model, {f.name: getattr(config, f.name) for f in fields(Settings)}
     loading = {"dtype": m.dtype, "device": m.device, "random": m.random, "random_seed": m.random_seed}
-    return Engine.from_pretrained(m.path, progress=progress, **loading, **settings)
+    return {"model": m.path, "progress": progress, **loading, **settings}
 
 
 def _prompts(config: Config) -> list[Prompt]:
@@ -105,12 +121,15 @@ def run(config: Config, folder: Path = Path()) -> list[Output]:
     out = folder / config.out if config.out else None
     if out and not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {out.parent}")
-    with engine(config) as e:
-        listen(e.profiler, folder)  # kill -USR2 PID records what runs
+    if config.task.name == "profile" and config.parallel.replicas > 1:
+        raise ValueError("task=profile looks at one engine: parallel.replicas must be 1")
+    with engines(config) as e:
+        if isinstance(e, Engine):
+            listen(e.profiler, folder)  # kill -USR2 PID records what runs
         templated = config.chat and e.tokenizer is not None and e.tokenizer.chat_template
         asked = [[{"role": "user", "content": p}] if templated and isinstance(p, str) else p for p in prompts]
         start = time.perf_counter()
-        if config.task.name == "profile":
+        if config.task.name == "profile" and isinstance(e, Engine):
             outputs = profile(e, asked, config.sampling, config.task)
         else:
             outputs = {"generate": generate, "stream": stream}[config.task.name](e, asked, config.sampling)

@@ -28,12 +28,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fastgen import Engine, lora
+from fastgen import Engine, Replicas, lora
 from fastgen.cli import run
 from fastgen.cli.config import Config, chosen, compose
 from fastgen.models import default, weights
 
-Load = Callable[[], tuple[Engine, str]]  # an engine, and where its model is
+Load = Callable[[], tuple[Engine | Replicas, str]]  # an engine or several, and where their model is
 NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
 DEATHS = 5  # of workers within a minute; then something is broken for good
 EPILOG = """
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--port", type=_port, default=5678, help="0 takes one that is free (%(default)s)")
     p.add_argument("--workers", type=_whole, default=1, metavar="N", help="HTTP processes (%(default)s)")
     p.add_argument("--tensor-parallel", type=_whole, metavar="N", help="GPUs; the same as parallel.tensor_parallel=N")
+    p.add_argument("--replicas", type=_whole, metavar="N", help="engines; the same as parallel.replicas=N")
     p.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be repeated; or FGSERVE_API_KEY")
     p.add_argument(
         "--served-model-name", action="append", default=[], metavar="NAME", help="may be repeated (the model's own)"
@@ -109,8 +110,9 @@ def configure(args: argparse.Namespace) -> tuple[Config, str]:
         if re.match(r"(prompt|chat|task|out|sampling)\b", override):
             raise ValueError(f"{override}: requests bring this themselves")
     given = [*args.overrides]
-    if args.tensor_parallel is not None:
-        given.append(f"parallel.tensor_parallel={args.tensor_parallel}")
+    for name in ("tensor_parallel", "replicas"):
+        if (value := getattr(args, name)) is not None:
+            given.append(f"parallel.{name}={value}")
     given += room(adapters(args.lora), given)
     if args.model is None:
         return compose(*given), default.FOLDER
@@ -144,12 +146,15 @@ def room(adapters: dict[str, str], given: Sequence[str]) -> list[str]:
     return [f"{key}={n}" for key, n in wanted.items() if not any(x.startswith(f"{key}=") for x in given)]
 
 
-def load(config: Config, adapters: Mapping[str, str] | None = None) -> tuple[Engine, str]:
-    """The engine of a configuration, which works on tokens alone, and where its model is."""
+def load(config: Config, adapters: Mapping[str, str] | None = None) -> tuple[Engine | Replicas, str]:
+    """The engine or replicas of a configuration, which work on tokens alone, and where its model is."""
     m = config.model
     path = default.default_path() if m.path is None else weights.resolve(m.path)
-    engine = run.engine(replace(config, model=replace(m, path=str(path))))
+    engine = run.engines(replace(config, model=replace(m, path=str(path))))
+    if adapters and isinstance(engine, Replicas):
+        raise ValueError("--lora with replicas: adapters run in one engine only; leave parallel.replicas=1")
     for name, folder in (adapters or {}).items():
+        assert isinstance(engine, Engine)
         engine.add_adapter(name, lora.load(folder, engine.spec, device="cpu"))
     engine.tokenizer = None  # it has told what ends a text; the workers have their own
     return engine, str(path)

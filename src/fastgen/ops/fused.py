@@ -2,6 +2,7 @@
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+from collections.abc import Callable
 from typing import no_type_check
 
 import torch
@@ -99,9 +100,11 @@ def _log_noise(token, key, other):
 @triton.jit
 @no_type_check
 def _race(
-    logits, first, last, heat, scale, key, other, vocab, B: tl.constexpr, NOISE: tl.constexpr,
+    logits, first, last, heat, scale, key, other, vocab, base, B: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """Of the tokens [first, last): each lane's best score and its token; the maximum, and the sum of exponentials."""
+    """Of the tokens [first, last): each lane's best score and its token; the maximum, and the sum of exponentials.
+
+    `base` is the token of the first logit."""
     lane = tl.arange(0, B)
     best = tl.full([B], float("-inf"), tl.float32)
     index = first + lane
@@ -115,7 +118,7 @@ def _race(
             score = tl.div_rn(x, heat)
         v = tl.where(scale, score, x)
         if NOISE:
-            score = score - _log_noise(token, key, other)
+            score = score - _log_noise(base + token, key, other)
         better = score > best  # of equals the first
         best = tl.where(better, score, best)
         index = tl.where(better, token, index)
@@ -127,15 +130,15 @@ def _race(
     return best, index, m, l
 
 
-@triton.jit(do_not_specialize=["share", "splits"], do_not_specialize_on_alignment=STAGED)
+@triton.jit(do_not_specialize=["share", "splits", "base"], do_not_specialize_on_alignment=STAGED)
 @no_type_check
 def _draw(
-    logits, temperature, seed, position, processed, score, token, top, total, vocab, share, splits, B: tl.constexpr,
+    logits, temperature, seed, position, processed, parts, width, vocab, base, share, splits, B: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     first = split * share * B
     last = tl.minimum(first + share * B, vocab)
-    at = logits + row.to(tl.int64) * vocab
+    at = logits + row.to(tl.int64) * width
     heat = tl.load(temperature + row)
     scale = tl.load(processed + row) != 0
     s, p = tl.load(seed + row).to(tl.int64), tl.load(position + row).to(tl.uint32)
@@ -143,66 +146,77 @@ def _draw(
     key = _mix(low ^ _mix(high + p))
     other = _mix((low + p * 0x9E3779B9) ^ high)
     if heat == 0:
-        best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, B, NOISE=False)
+        best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, base, B, NOISE=False)
     else:
-        best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, B, NOISE=True)
+        best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, base, B, NOISE=True)
     most = tl.max(best, 0)
     peak = tl.max(m, 0)
-    to = row * splits + split
-    tl.store(score + to, most)
-    tl.store(token + to, tl.min(tl.where(best == most, index, vocab), 0))
-    tl.store(top + to, peak)
-    tl.store(total + to, tl.sum(l * tl.exp(m - peak), 0))
+    choice = tl.min(tl.where(best == most, index, vocab), 0)
+    # A row of no numbers has no best, and a rank may have no tokens: nothing beyond the row is read.
+    x = tl.load(at + tl.maximum(tl.minimum(choice, vocab - 1), 0)).to(tl.float32)
+    x = tl.where(scale & (heat != 0), tl.div_rn(x, tl.where(heat == 0, 1.0, heat)), x)
+    field = tl.num_programs(0) * splits
+    to = parts + row * splits + split
+    tl.store(to, most)
+    tl.store(to + field, (base + choice).to(tl.float32))  # exact below 2^24
+    tl.store(to + 2 * field, x)
+    tl.store(to + 3 * field, peak)
+    tl.store(to + 4 * field, tl.sum(l * tl.exp(m - peak), 0))
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=STAGED)
 @no_type_check
 def _decide(
-    logits, temperature, processed, score, token, top, total, drawn, logprob, last, seat, vocab, splits,
-    MOST: tl.constexpr,
+    parts, drawn, logprob, last, seat, vocab, splits, RANKS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     row, s = tl.program_id(0), tl.arange(0, MOST)
-    at, live = row * splits + s, s < splits
-    best = tl.load(score + at, mask=live, other=float("-inf"))
-    index = tl.load(token + at, mask=live, other=vocab)
-    m = tl.load(top + at, mask=live, other=NOTHING)
-    l = tl.load(total + at, mask=live, other=0.0)
-    # A row of no numbers has no best: its last token, so that nothing beyond the row is read.
-    choice = tl.minimum(tl.min(tl.where(best == tl.max(best, 0), index, vocab), 0), vocab - 1)
-    x = tl.load(logits + row.to(tl.int64) * vocab + choice).to(tl.float32)
-    heat = tl.load(temperature + row)
-    x = tl.where((tl.load(processed + row) != 0) & (heat != 0), tl.div_rn(x, tl.where(heat == 0, 1.0, heat)), x)
+    field, live = tl.num_programs(0) * splits, s < RANKS * splits
+    at = parts + (s // splits) * 5 * field + row * splits + s % splits
+    best = tl.load(at, mask=live, other=float("-inf"))
+    index = tl.load(at + field, mask=live, other=vocab)
+    x = tl.load(at + 2 * field, mask=live, other=float("-inf"))
+    m = tl.load(at + 3 * field, mask=live, other=NOTHING)
+    l = tl.load(at + 4 * field, mask=live, other=0.0)
+    choice = tl.min(tl.where(best == tl.max(best, 0), index, vocab), 0)
+    value = tl.max(tl.where(live & (index == choice), x, float("-inf")), 0)
+    token = tl.minimum(choice.to(tl.int32), vocab - 1)
     peak = tl.max(m, 0)
-    tl.store(drawn + row, choice)
-    tl.store(last + tl.load(seat + row), choice)
-    tl.store(logprob + row, (x - peak) - tl.log(tl.sum(l * tl.exp(m - peak), 0)))
+    tl.store(drawn + row, token)
+    tl.store(last + tl.load(seat + row), token)
+    tl.store(logprob + row, (value - peak) - tl.log(tl.sum(l * tl.exp(m - peak), 0)))
 
 
 def draw(
-    logits: Float[Tensor, "N V"], temperature: Float[Tensor, " N"], seed: Int[Tensor, " N"],
+    logits: Float[Tensor, "N W"], temperature: Float[Tensor, " N"], seed: Int[Tensor, " N"],
     position: Int[Tensor, " N"], processed: Bool[Tensor, " N"] | Int[Tensor, " N"],
     last: Int[Tensor, " E"], seat: Int[Tensor, " N"], *, fixed: bool = False,
+    vocab: int | None = None, part: tuple[int, int] | None = None, gather: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """A token for each row (int32) and its natural-log probability (fp32): `sampling.sample` without filters or edits.
     The tokens are also written to `last` (int32) at `seat`.
 
     The probability is the model's, or of logits / temperature where `processed`. The token does not depend on how the
     vocabulary is shared out; the probability does, by rounding, unless that is `fixed`.
+
+    Over ranks, these are the logits of a `part` of the `vocab`: its first token and how many there are, at most W on
+    each rank. What each has found, a few numbers a row, is put together by `gather`, [...] -> [ranks, ...].
     """
-    rows, vocab = logits.shape
+    rows, width = logits.shape
+    first, count = part or (0, width)
     logits = logits.contiguous()
-    chunks = triton.cdiv(vocab, CHUNK)
+    chunks = triton.cdiv(width, CHUNK)
     splits, share = _shares(rows, chunks, fixed)
     token, logprob = (torch.empty(rows, dtype=kind, device=logits.device) for kind in (torch.int32, torch.float32))
-    score, top, total = torch.empty(3, rows, splits, dtype=torch.float32, device=logits.device)
-    index = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    # Of each row and split: the best score, whose token and logit, the maximum, the sum of exponentials.
+    parts = torch.empty(5, rows, splits, dtype=torch.float32, device=logits.device)
     _draw[(rows, splits)](
-        logits, temperature, seed, position, processed, score, index, top, total, vocab, share, splits,
-        B=CHUNK, num_warps=4,
+        logits, temperature, seed, position, processed, parts, width, count, first, share, splits, B=CHUNK, num_warps=4,
     )  # fmt: skip
+    found = parts[None] if gather is None else gather(parts)
+    ranks = len(found)
     _decide[(rows,)](
-        logits, temperature, processed, score, index, top, total, token, logprob, last, seat, vocab, splits,
-        MOST=triton.next_power_of_2(min(PROGRAMS, chunks)), num_warps=1,
+        found, token, logprob, last, seat, vocab or width, splits,
+        RANKS=ranks, MOST=triton.next_power_of_2(ranks * min(PROGRAMS, chunks)), num_warps=1,
     )  # fmt: skip
     return token, logprob
 
@@ -236,16 +250,15 @@ def logprobs(
     best = logits.topk(min(top, vocab), -1).indices
     tokens = torch.cat((token[:, None].long(), best), 1).contiguous()
     value = torch.empty(tokens.shape, dtype=torch.float32, device=device)
-    score, peak, total = torch.empty(3, rows, splits, dtype=torch.float32, device=device)
-    index = torch.empty(rows, splits, dtype=torch.int32, device=device)
+    parts = torch.empty(5, rows, splits, dtype=torch.float32, device=device)
     none = torch.zeros(rows, dtype=torch.int64, device=device)
     if rows:
         _draw[(rows, splits)](
-            logits, none.float(), none, none.int(), none.int(), score, index, peak, total, vocab, share, splits,
+            logits, none.float(), none, none.int(), none.int(), parts, vocab, vocab, 0, share, splits,
             B=CHUNK, num_warps=4,
         )  # fmt: skip
         _measure[tokens.shape](
-            logits, tokens, peak, total, value, vocab, splits, tokens.shape[1],
+            logits, tokens, parts[3], parts[4], value, vocab, splits, tokens.shape[1],
             MOST=triton.next_power_of_2(min(PROGRAMS, chunks)), num_warps=1,
         )  # fmt: skip
     return value[:, 0], best, value[:, 1:]

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import zmq
 
-from fastgen import Engine, SamplingParams
+from fastgen import Engine, Replicas, SamplingParams
+from fastgen.replicas import figures
 from fastgen.request import Event, sample_seed
 
 FAILURES = 3  # steps in a row that may fail; then something is broken for good
@@ -51,9 +52,9 @@ def pack(message: tuple) -> bytes:
 
 
 class Core:
-    """The engine, and whose requests it runs."""
+    """The engine, or replicas of it, and whose requests it runs."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket, most: int, info: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine | Replicas, socket: zmq.Socket, most: int, info: dict[str, Any]) -> None:
         self.engine, self.socket, self.most, self.info = engine, socket, most, info
         self.calls: dict[str, tuple[bytes, dict[int, int]]] = {}  # call -> its worker, and slot -> request
         self.owner: dict[int, tuple[bytes, str, int]] = {}  # request -> worker, call, slot
@@ -124,6 +125,8 @@ class Core:
     def on_profile(self, worker: bytes, key: str, folder: str, steps: int, skip: int) -> None:
         """Trace the next steps; the reply is the path of the trace to come, or (status, message)."""
         try:
+            if isinstance(self.engine, Replicas):
+                raise ValueError("a trace is of one engine, and this server runs several (parallel.replicas)")
             self.send(worker, "reply", key, str(self.engine.profiler.request(steps, folder, skip)))
         except ValueError as e:
             self.send(worker, "reply", key, (409, str(e)))
@@ -178,27 +181,19 @@ class Core:
 
     def stats(self) -> dict[str, Any]:
         """Figures of the moment, and totals since the start."""
-        state = self.engine.state
-        tree, pages = state.tree, state.tree.pages - 1
-        held = pages - tree.available()
-        return {
-            "running": len(state.running),
-            "waiting": len(state.waiting),
-            "pages": pages,
-            "held_pages": held,
-            "cache_usage": held / pages,
+        found = figures(self.engine)
+        return found | {
+            "cache_usage": found["held_pages"] / found["pages"],
             "requests": self.requests,
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.tokens,
-            "prefix_queries": tree.counts.asked,
-            "prefix_hits": tree.counts.reused,
-            "preemptions": tree.counts.parked,
-            "steps": self.engine.steps,
             "uptime": time.time() - self.began,
         }
 
 
-def run(build: Callable[[], tuple[Engine, str]], address: str, control: Connection, most: int | None) -> None:
+def run(
+    build: Callable[[], tuple[Engine | Replicas, str]], address: str, control: Connection, most: int | None
+) -> None:
     """The process: `build` gives the engine and the path of its model; `control` is the supervisor's.
 
     Over `control` come the names of workers that died; its end is this process's.
@@ -215,7 +210,7 @@ def run(build: Callable[[], tuple[Engine, str]], address: str, control: Connecti
     socket.linger = 0
     socket.bind(address)
     limits, spec = engine.settings.schedule, engine.spec
-    most = most or 4 * limits.max_requests
+    most = most or 4 * limits.max_requests * engine.settings.parallel.replicas
     # Grammars want a second before the first one; whoever comes until then waits for it.
     threading.Thread(target=engine.prepare_grammars, daemon=True).start()
     info = {"path": path, "context": min(spec.context, engine.capacity + 1), "vocab": spec.vocab, "most": most}
@@ -239,5 +234,5 @@ def run(build: Callable[[], tuple[Engine, str]], address: str, control: Connecti
                     traceback.print_exc()
                     core.failed()
                     failures += 1
-                    if failures == FAILURES:
+                    if failures == FAILURES or engine.cause:
                         sys.exit(1)

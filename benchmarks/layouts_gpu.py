@@ -1,0 +1,178 @@
+"""A model over the GPUs of a host in several layouts: rates, one stream, and what the all-reduces take of a step.
+
+    python benchmarks/layouts_gpu.py --layouts 1x8 2x4 4x2 --out layouts.json
+
+A layout is REPLICASxTENSOR_PARALLEL. Rates are fgbench's, each in a process of its own; a profile of one engine of the
+layout's ranks gives the share of its kernels' time in all-reduces, waiting for other ranks included; and all-reduces of
+each size are timed alone: by NCCL, and one-shot and two-shot by torch's symmetric memory (never by NVLink multicast).
+"""
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import fastgen
+
+HERE = Path(__file__).parent
+SIZES = [2**i for i in range(13, 29)]  # bytes: half a row of 8192 in bf16, to 16k rows
+CALLS = 20  # in a captured graph
+SETTINGS = ("schedule.max_requests=512", "schedule.token_budget=16384")
+
+
+def rates(config: Path, replicas: int, size: int, workloads: list[str], settings: list[str]) -> list[dict[str, Any]]:
+    """fgbench's rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        layout = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
+        command = [sys.executable, "-m", "fastgen.cli.bench", str(config), "--repeats", "2", "--out", str(out)]
+        subprocess.run([*command, "--workload", *workloads, *settings, *layout], check=True)
+        return json.loads(out.read_text())
+
+
+def share(trace: Path) -> float | None:
+    """Of the kernels' time, what collectives take."""
+    with gzip.open(trace, "rt") as f:
+        kernels = [e for e in json.load(f)["traceEvents"] if e.get("cat") == "kernel"]
+    names = ("nccl", "all_reduce", "AllReduce", "one_shot", "two_shot")
+    taken = sum(e["dur"] for e in kernels if any(name in e["name"] for name in names))
+    return taken / sum(e["dur"] for e in kernels) if kernels else None
+
+
+def profiled(config: str, size: int, settings: dict[str, Any]) -> dict[str, float | None]:
+    """Shares of steps that prefill, of steps of 512 that decode, and of one stream's."""
+    found: dict[str, float | None] = {}
+    vocab = fastgen.from_hf(json.loads(Path(config).read_text())).vocab
+    sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        fastgen.Engine.from_pretrained(config, random=True, tensor_parallel=size, **settings) as engine,
+    ):
+        for name, requests, length, skip in (
+            ("prefill", 64, 1024, 0),
+            ("decode", 512, 8, 6),
+            ("one stream", 1, 128, 6),
+        ):
+            for prompt in torch.randint(vocab, (requests, length)).tolist():
+                engine.add(prompt, sampling)
+            for _ in range(skip):
+                engine.step()
+            trace = Path(folder) / f"{name}.json.gz"
+            with engine.profile(steps=3, path=trace, skip=1):
+                while engine.unfinished:
+                    engine.step()
+            found[name] = share(trace)
+    return found
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of a call, captured as a step's are on a GPU."""
+    call()
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        return (time.perf_counter() - began) / CALLS
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    graph.replay()
+    events[0].record()
+    for _ in range(5):
+        graph.replay()
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 5e3 / CALLS
+
+
+def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
+    """All-reduces by symmetric memory, where this machine has it."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    buffer = symmetric.empty(x.numel(), dtype=x.dtype, device=x.device)
+    symmetric.rendezvous(buffer, group)
+    ops = torch.ops.symm_mem
+    return {
+        "one-shot": lambda: ops.one_shot_all_reduce(buffer, "sum", group),
+        "two-shot": lambda: ops.two_shot_all_reduce_(buffer, "sum", group),
+    }
+
+
+def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
+    """One of the processes that time all-reduces alone."""
+    device = torch.device(kind, index if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=index, world_size=size)
+    rows = list[dict[str, Any]]()
+    for n in SIZES:
+        x = torch.zeros(n // 2, dtype=torch.bfloat16, device=device)
+        ways: dict[str, Callable[[], Any]] = {backend: lambda x=x: dist.all_reduce(x)}
+        row: dict[str, Any] = {"bytes": n, "ranks": size}
+        if kind == "cuda":
+            try:
+                ways |= shots(x)
+            except Exception as e:
+                row["symmetric memory"] = str(e).splitlines()[0]
+        for name, call in ways.items():
+            if name != "one-shot" or n <= 2**22:  # it reads all of everybody's
+                taken = seconds(call, device)
+                row[name] = {"us": 1e6 * taken, "bus_gb_s": 2 * (size - 1) / size * n / taken / 1e9}
+        rows.append(row)
+    if index == 0:
+        Path(out).write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def all_reduces(size: int, kind: str) -> list[dict[str, Any]]:
+    """Microseconds and bus bandwidth by message size."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/rows.json"
+        mp.spawn(rank, (size, f"{folder}/group", kind, out), nprocs=size)  # type: ignore[attr-defined]
+        return json.loads(Path(out).read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "configs" / "deepseek-r1-distill-llama-70b.json")
+    parser.add_argument("--layouts", nargs="+", default=["1x8", "2x4", "4x2"], metavar="RxN")
+    parser.add_argument("--workloads", nargs="+", default=["512x1024x128", "512x1024x512", "1x128x256"])
+    parser.add_argument("--settings", nargs="+", default=[*SETTINGS], metavar="KEY=VALUE", help="of fgbench")
+    parser.add_argument("--no-profile", action="store_true", help="rates and all-reduces alone")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "layouts_gpu.json")
+    args = parser.parse_args()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, Any] = {"torch": torch.__version__, "layouts": [], "profile": {}, "all_reduce": []}
+    pairs = [tuple(map(int, layout.split("x"))) for layout in args.layouts]
+    for size in sorted({n for _, n in pairs} - {1}):
+        found["all_reduce"] += all_reduces(size, kind)
+        if not args.no_profile:
+            settings = {"max_requests": 512, "token_budget": 16384} if kind == "cuda" else {"cache_tokens": 2**16}
+            found["profile"][str(size)] = profiled(str(args.config), size, settings)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    for replicas, size in pairs:
+        for row in rates(args.config, replicas, size, args.workloads, args.settings):
+            one = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
+            found["layouts"].append(row | one)
+            print(f"{replicas} x TP{size}, {row['workload']}: {row['output_tok_s']:,.0f} output tokens/s", flush=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,522 @@
+"""Several engines behind one queue, each a process with devices of its own.
+
+    this process: the queue ── a pipe each ── replica 0 .. R-1: an engine, of one device or (tensor_parallel) several
+
+A request waits here until a replica has room for it, and goes to the one with the least left to do; or to one that
+has seen its beginning, whose pages it then finds. Seeds are drawn here, so no token depends on who draws it.
+"""
+
+import itertools
+import multiprocessing
+import os
+import queue
+import random as random_
+import signal
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, cast
+
+import torch
+from tqdm.auto import tqdm
+
+from fastgen import tokenizer as tokens
+from fastgen.config import SamplingParams, Settings
+from fastgen.engine import Engine, locate
+from fastgen.grammar import Guides
+from fastgen.models import weights
+from fastgen.models.spec import Spec, from_hf, split
+from fastgen.request import Completion, Event, Output, longest, pairs
+from fastgen.tokenizer import Prompt
+from fastgen.types import Tokenizer
+
+AHEAD = 4  # requests of its own kind that one lets pass in order to find its beginning cached
+SEEN = 2**14  # beginnings that are remembered
+LAST = 8.0  # seconds in which replicas close
+Figures = dict[str, int]
+Asked = tuple[int, list[int], SamplingParams, bool, bool, bool]  # id, prompt, settings; see `Request`; with text
+
+
+class Started(NamedTuple):
+    """What a replica says of itself."""
+
+    spec: Spec
+    capacity: int
+    device: torch.device
+    dtype: torch.dtype
+    settings: Settings
+    figures: Figures
+
+
+@dataclass(slots=True)
+class Request:
+    """One that has not ended. `quiet`: nothing is said of it before its end. `wanted`: somebody waits for it."""
+
+    prompt: list[int]
+    params: SamplingParams
+    live: bool
+    quiet: bool
+    replica: int | None = None  # None: it waits
+    wanted: bool = True
+
+    @property
+    def cost(self) -> int:
+        """Tokens it may take."""
+        return len(self.prompt) + self.params.n * (self.params.max_tokens or 0)
+
+
+class Inbox:
+    """Messages of all replicas. One is there until it is done with, so that an interrupt loses none."""
+
+    def __init__(self) -> None:
+        self.messages = deque[tuple[int, Any]]()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def put(self, index: int, message: Any) -> None:
+        self.messages.append((index, message))
+        self._bell.put(None)
+
+    def first(self) -> tuple[int, Any]:
+        """The oldest one; waits for it."""
+        while not self.messages:
+            self._bell.get()
+        return self.messages[0]
+
+    def done(self) -> None:
+        """With the oldest one."""
+        self.messages.popleft()
+
+
+def choose(load: Sequence[int], room: Sequence[bool], seen: Collection[int], cost: int) -> int | None:
+    """The replica for a request of `cost` tokens, or None where no one has room.
+
+    It is the one with the least load, or of those that have `seen` the request's beginning, unless these have so much
+    more to do that computing it again is quicker.
+    """
+    free = [i for i, has in enumerate(room) if has]
+    if not free:
+        return None
+    least = min(free, key=load.__getitem__)
+    known = min((i for i in free if i in seen), key=load.__getitem__, default=least)
+    return known if load[known] - load[least] <= AHEAD * cost else least
+
+
+def visible(index: int, size: int, count: int) -> str:
+    """CUDA_VISIBLE_DEVICES of a replica of `size` of the `count` GPUs that this process sees."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = [n.strip() for n in names if n.strip()] or [str(i) for i in range(count)]
+    return ",".join(names[index * size : (index + 1) * size])
+
+
+def figures(engine: "Engine | Replicas") -> Figures:
+    """Of the moment, and totals since the start; of replicas: the sums."""
+    if isinstance(engine, Replicas):
+        return {name: sum(f[name] for f in engine.figures) for name in engine.figures[0]}
+    state, tree = engine.state, engine.state.tree
+    pages = tree.pages - 1
+    return {
+        "running": len(state.running), "waiting": len(state.waiting), "pages": pages,
+        "held_pages": pages - tree.available(), "prefix_queries": tree.counts.asked,
+        "prefix_hits": tree.counts.reused, "preemptions": tree.counts.parked, "steps": engine.steps,
+    }  # fmt: skip
+
+
+class Replicas:
+    """Engines behind one queue: requests as of `Engine`, each run by one of them. Not for several threads at once.
+
+    When a replica ends, whatever it was, all end and the call says which and why; so does every later one.
+    """
+
+    def __init__(self, model: Path, count: int, loading: dict[str, Any], settings: Settings, *, progress: bool) -> None:
+        kind, size = loading["device"], settings.parallel.tensor_parallel
+        self.cause = ""  # of the end of them all
+        self.tokenizer: Tokenizer | None = tokens.load(model)
+        threads = max(1, torch.get_num_threads() // (count * size))
+        alone = replace(settings, parallel=replace(settings.parallel, replicas=1), seed=None)
+        each = {f.name: getattr(alone, f.name) for f in fields(Settings)}
+        context = multiprocessing.get_context("spawn")
+        self._processes, pipes = list[BaseProcess](), list[Connection]()
+        self._inbox = Inbox()
+        self._outbox: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+        # Before what multiprocessing does at exit: it would wait for processes that wait for this one.
+        self._end = Finalize(self, _close, (self._processes, pipes, self._outbox), exitpriority=10)
+        try:
+            for i in range(count):
+                ours, theirs = context.Pipe()
+                where = visible(i, size, torch.cuda.device_count()) if kind == "cuda" else None
+                given = theirs, threads, where, model, loading, each, progress and i == 0
+                process = context.Process(target=_replica, args=given, name=f"replica {i}")
+                process.start()
+                theirs.close()
+                pipes.append(ours)
+                self._processes.append(process)
+                threading.Thread(target=_read, args=(i, ours, self._inbox), daemon=True).start()
+            threading.Thread(target=_write, args=(pipes, self._outbox), daemon=True).start()
+            started: dict[int, Started] = {}
+            while len(started) < count:
+                index, message = self._inbox.first()
+                if not isinstance(message, Started):
+                    self._fail(index, message)
+                started[index] = message
+                self._inbox.done()
+        except BaseException:
+            self.close()
+            raise
+        first = started[0]
+        self.spec, self.device, self.dtype = first.spec, first.device, first.dtype
+        self.capacity = min(s.capacity for s in started.values())  # of one of them, tokens
+        self.settings = replace(first.settings, parallel=settings.parallel, seed=settings.seed)
+        self.figures: list[Figures] = [started[i].figures for i in range(count)]  # of each, as it last said
+        seed = random_.SystemRandom().getrandbits(62) if settings.seed is None else settings.seed
+        self._random, self._ids = random_.Random(seed), itertools.count()
+        self._guides = Guides(self.tokenizer, self.spec.vocab, frozenset(self.spec.eos))
+        self._requests: dict[int, Request] = {}
+        self._waiting: deque[int] = deque()
+        self._load, self._running = [0] * count, [0] * count  # tokens and sequences handed out
+        self._seen: dict[int, set[int]] = {}  # the beginnings of prompts -> who has it
+        self._undelivered: list[Event] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        replicas: int = 2,
+        dtype: str = "auto",
+        device: str = "auto",
+        random: bool = False,
+        random_seed: int = 0,
+        progress: bool = True,
+        **settings: Any,
+    ) -> "Replicas":
+        """As `Engine.from_pretrained`, `replicas` times: replica r has GPUs r N to r N + N - 1 of `tensor_parallel=N`.
+
+        On a CPU they share its threads.
+        """
+        chosen = Settings.of(**settings)
+        chosen = replace(chosen, parallel=replace(chosen.parallel, replicas=replicas))
+        path, device = locate(model, dtype, device)
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"replicas have devices of their own: device must be cpu, cuda or auto, got {device!r}")
+        if started := [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]:
+            names = " and ".join(started)
+            raise ValueError(f"replicas are started by one process, but {names} says that torchrun started this one")
+        size = chosen.parallel.tensor_parallel
+        split(from_hf(weights.read_config(path)), size)
+        if device == "cuda" and (count := torch.cuda.device_count()) < replicas * size:
+            asked = f"parallel.replicas={replicas} of parallel.tensor_parallel={size}"
+            raise ValueError(f"{asked} need {replicas * size} GPUs, and this machine shows {count}")
+        loading = {"dtype": dtype, "device": device, "random": random, "random_seed": random_seed}
+        return cls(path, replicas, loading, chosen, progress=progress)
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, live: bool = True) -> int:
+        """Queue a request; its id. As `Engine.add`."""
+        return self._queue([self._new(prompt, sampling or SamplingParams(), live=live, quiet=False)])[0]
+
+    def _new(self, prompt: Prompt, params: SamplingParams, *, live: bool, quiet: bool) -> Request:
+        ids = tokens.encode(self.tokenizer, prompt)
+        limit = longest(ids, params, self.spec, self.capacity, self.tokenizer is not None)
+        if params.grammar is not None:
+            self._guides.guide(params.grammar)  # a ValueError here, and not in the replica
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        return Request(ids, replace(params, seed=seed, max_tokens=limit - len(ids)), live, quiet)
+
+    def _queue(self, requests: Sequence[Request]) -> list[int]:
+        self._check()
+        ids = [next(self._ids) for _ in requests]
+        self._requests.update(zip(ids, requests, strict=True))
+        self._waiting += ids
+        self._hand()
+        return ids
+
+    def _hand(self) -> None:
+        """What waits, in its order, to replicas that have room: what they run at once, and a quarter to follow."""
+        most, given = self.settings.schedule.max_requests, [list[Asked]() for _ in self._load]
+        most += most // 4
+        page = self.settings.pages.page_size if self.settings.pages.prefix_cache else 0
+        while self._waiting:
+            id = self._waiting[0]
+            if not (r := self._requests[id]).wanted:
+                del self._requests[self._waiting.popleft()]
+                continue
+            key = hash(tuple(r.prompt[:page])) if page and len(r.prompt) > page else None
+            seen = set[int]() if key is None else self._seen.get(key, set())
+            room = [n == 0 or n + r.params.n <= most for n in self._running]
+            if (to := choose(self._load, room, seen, r.cost)) is None:
+                break
+            self._waiting.popleft()
+            r.replica = to
+            self._load[to] += r.cost
+            self._running[to] += r.params.n
+            given[to].append((id, r.prompt, r.params, r.live, r.quiet, self.tokenizer is not None))
+            if key is not None:
+                self._seen[key] = seen | {to}
+                if len(self._seen) > SEEN:
+                    del self._seen[next(iter(self._seen))]
+        for i, some in enumerate(given):
+            if some:
+                self._outbox.put((i, ("add", some)))
+
+    def abort(self, request_id: int) -> None:
+        """End a request. Its last events, with what it has, come with later steps."""
+        r = self._requests.get(request_id)
+        if r is None:
+            return
+        if r.replica is not None:
+            self._outbox.put((r.replica, ("abort", [request_id])))
+            return
+        self._waiting.remove(request_id)
+        del self._requests[request_id]
+        output = Output(request_id, r.prompt, [Completion(finish_reason="abort") for _ in range(r.params.n)])
+        events = [Event(request_id, i, [], "", finish_reason="abort") for i in range(r.params.n)]
+        events[-1].output = output
+        self._undelivered += events
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether anything is left to do or to report."""
+        return bool(self._requests or self._undelivered)
+
+    def step(self) -> list[Event]:
+        """What the replicas have added to requests; waits until there is something.
+
+        RuntimeError, with the cause, when a replica has ended; so have all of them then.
+        """
+        self._check()
+        self._hand()
+        while self._inbox.messages or (any(self._running) and not self._undelivered):
+            self._take(*self._inbox.first())
+            self._inbox.done()
+            if not (self._undelivered or self._inbox.messages):
+                break  # nothing for anybody, but the caller may have other things to look at
+        self._hand()
+        events, self._undelivered = self._undelivered, []
+        return events
+
+    def _take(self, index: int, message: Any) -> None:
+        """A replica's word."""
+        if not isinstance(message, tuple):
+            self._fail(index, message)
+        events, self.figures[index] = cast(tuple[deque[Event], Figures], message)
+        while events:  # after an interrupt, what is left of them
+            event = events[0]
+            r = self._requests.get(event.request_id)
+            if r is not None and r.wanted:
+                self._undelivered.append(event)
+            if r is not None and event.output is not None:
+                del self._requests[event.request_id]
+                self._load[index] -= r.cost
+                self._running[index] -= r.params.n
+            events.popleft()
+
+    def _check(self) -> None:
+        if self.cause:
+            raise RuntimeError(self.cause)
+
+    def _fail(self, index: int, problem: Exception | None) -> None:
+        """A replica has ended, and says why or not: so do all."""
+        process = self._processes[index]
+        process.join(1)
+        code = process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self.cause = f"replica {index} (process {process.pid}) {f'failed: {problem}' if problem else how}"
+        self.close()
+        raise (ValueError if isinstance(problem, ValueError) else RuntimeError)(self.cause)
+
+    def prepare_grammars(self) -> None:
+        """Do now what the first grammar would wait for, a second or two, if grammars can be used at all."""
+        self._guides.prepare()
+
+    # --- many at once ---------------------------------------------------------------------------------------------
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Event]:
+        """Events of one or many prompts as they come, as `Engine.stream`."""
+        ids = self._add_all(prompts, sampling, quiet=False)
+        events = self._events(ids)
+        weakref.finalize(events, self._forget, ids).atexit = False  # dropped unread, it would never run its `finally`
+        return events
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[Output]:
+        """Outputs of one or many prompts, in their order, as `Engine.generate`."""
+        ids = self._add_all(prompts, sampling, quiet=True)
+        done: dict[int, Output] = {}
+        with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=progress is False) as bar:
+            for event in self._events(ids):
+                if event.output is not None:
+                    done[event.request_id] = event.output
+                    bar.update()
+        return [done[id] for id in ids]
+
+    def _add_all(self, prompts: Any, sampling: Any, *, quiet: bool) -> list[int]:
+        many, new = pairs(prompts, sampling), list[Request]()
+        try:
+            for prompt, params in many:
+                new.append(self._new(prompt, params, live=not quiet, quiet=quiet))
+        except ValueError as e:
+            if len(many) > 1:
+                raise ValueError(f"prompt {len(new)}: {e}") from e
+            raise
+        return self._queue(new)
+
+    def _events(self, ids: list[int]) -> Iterator[Event]:
+        """Steps until the requests `ids` have ended; what others receive meanwhile waits for their next step."""
+        left, others = set(ids), list[Event]()
+        try:
+            while left:
+                for event in self.step():
+                    if event.request_id not in left:
+                        others.append(event)
+                        continue
+                    left -= {event.request_id} if event.output is not None else set()
+                    yield event
+        finally:
+            self._undelivered += others
+            self._forget(left)
+
+    def _forget(self, ids: Iterable[int]) -> None:
+        """End requests whose events nobody waits for. The garbage collector may call this in the middle of anything."""
+        for id in ids:
+            if (r := self._requests.get(id)) is not None and r.wanted:
+                r.wanted = False
+                if r.replica is not None:
+                    self._outbox.put((r.replica, ("abort", [id])))
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the replicas, and whatever they run."""
+        self.cause = self.cause or "the replicas are closed"
+        self._end()
+        for name in ("_requests", "_waiting", "_undelivered"):
+            if name in self.__dict__:
+                self.__dict__[name].clear()
+
+    def __enter__(self) -> "Replicas":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read(index: int, pipe: Connection, inbox: Inbox) -> None:
+    """A thread: an interrupt of the caller's would leave half of a message in the pipe."""
+    with suppress(EOFError, OSError):
+        while True:
+            inbox.put(index, pipe.recv())
+    inbox.put(index, None)
+
+
+def _write(pipes: list[Connection], outbox: queue.SimpleQueue[tuple[int, Any] | None]) -> None:
+    """A thread, for the same reason. A replica always reads, so none keeps the others waiting."""
+    while (message := outbox.get()) is not None:
+        with suppress(OSError):  # the reader says it
+            pipes[message[0]].send(message[1])
+
+
+def _close(processes: list[BaseProcess], pipes: list[Connection], outbox: Any) -> None:
+    """Replicas end; those that do not within seconds are killed."""
+    for i in range(len(pipes)):
+        outbox.put((i, ("close", ())))
+    outbox.put(None)
+    end = time.monotonic() + LAST
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
+        process.join()
+
+
+def _replica(
+    pipe: Connection, threads: int, gpus: str | None, model: Path, loading: Any, settings: Any, progress: bool
+) -> None:
+    """The process of a replica."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it too, and decides
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves behind
+    calls: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            while True:
+                calls.put(pipe.recv())
+        except (EOFError, OSError):
+            os._exit(1)  # whoever asked is gone; ranks of this replica see that this process is
+
+    try:
+        threading.Thread(target=read, daemon=True).start()
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of its ranks
+        torch.set_num_threads(threads)
+        if gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+        with Engine.from_pretrained(model, progress=progress, **loading, **settings) as engine:
+            e = engine
+            pipe.send(Started(e.spec, e.capacity, e.device, e.dtype, e.settings, figures(e)))
+            _serve(engine, calls, pipe)
+    except BaseException as e:
+        with suppress(OSError):
+            pipe.send(e if type(e) is ValueError else RuntimeError(_said(e)))
+        os._exit(1)
+    os._exit(0)  # whatever thread is left
+
+
+def _said(e: BaseException) -> str:
+    """The message of an error that explains itself, and the whole of another."""
+    return str(e) if isinstance(e, RuntimeError | OSError) else traceback.format_exc().strip()
+
+
+def _serve(engine: Engine, calls: queue.SimpleQueue[tuple[str, Any]], pipe: Connection) -> None:
+    """Do what is asked until the end of it."""
+    words, theirs, ours, quiet = engine.tokenizer, dict[int, int](), dict[int, int](), set[int]()
+    told = 0.0
+    while True:
+        asked = [] if engine.unfinished else [calls.get()]
+        while not calls.empty():
+            asked.append(calls.get())
+        for kind, value in asked:
+            if kind == "close":
+                return
+            if kind == "abort":
+                for id in value:
+                    if id in ours:
+                        engine.abort(ours[id])
+                continue
+            new = []
+            for _, prompt, params, live, _, text in value:
+                engine.tokenizer = words if text else None
+                new.append(engine._new(prompt, params, live))
+            for (id, *_, hush, _), mine in zip(value, engine._submit(new), strict=True):
+                ours[id], theirs[mine] = mine, id
+                quiet |= {id} if hush else set()
+        found = deque[Event]()
+        for event in engine.step() if engine.unfinished else ():
+            event.request_id = theirs[event.request_id]
+            if event.output is not None:
+                event.output.request_id = event.request_id
+                del theirs[ours.pop(event.request_id)]
+            if event.output is not None or event.request_id not in quiet:
+                found.append(event)
+            if event.output is not None:
+                quiet.discard(event.request_id)
+        if found or not engine.unfinished or time.monotonic() > told + 0.2:
+            told = time.monotonic()
+            pipe.send((found, figures(engine)))
