@@ -54,7 +54,7 @@ def main() -> None:
     row = found[args.model] = {"device": torch.cuda.get_device_name()}
     for mode in args.modes:
         engine = fastgen.Engine.from_pretrained(
-            config, random=True, dtype="bfloat16", deterministic=mode == "deterministic"
+            config, random=True, dtype="bfloat16", deterministic=mode == "deterministic", cache_fraction=0.6
         )
         one = row[mode] = {}
         prompts, sampling = requests(args.requests, engine.spec.vocab, random.Random(0))

@@ -34,12 +34,48 @@ def seconds(f: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(found[1:])
 
 
-def trainer(config: Path, seed: int, pipe: Any) -> None:
+def trainer(config: Path, seed: int, device: str, pipe: Any) -> None:
     """Another process with parameters of its own, until it is told to end."""
     spec = fastgen.from_hf(weights.read_config(config))
-    params = fastgen.init(spec, seed, device="cuda", dtype=torch.bfloat16)
+    params = fastgen.init(spec, seed, device=device, dtype=torch.bfloat16)
+    torch.cuda.synchronize(device)
     pipe.send(fastgen.handles(weights.named(params, spec)))
     pipe.recv()
+
+
+def copied() -> float:
+    """GB/s of a large copy, read and written."""
+    x = torch.empty(2**31, dtype=torch.bfloat16, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / seconds(lambda: y.copy_(x)) / 1e9
+
+
+def updates(engine: fastgen.Engine, config: Path, told: Callable[[], Any], first: Any, found: dict[str, Any]) -> None:
+    """Seconds of an update from a tree, from names, and from another process; tokens say that each arrived."""
+    size = found["bytes"] = sum(w.nbytes for w in tree_leaves(engine.params) if w is not None)
+
+    def timed(name: str, source: Any) -> None:
+        took = seconds(lambda: engine.update_params(source))
+        rate = 2 * size / took / 1e9
+        found[name] = {"seconds": took, "GB/s": rate, "of a copy": rate / found["copy GB/s"]}
+
+    other = fastgen.init(engine.spec, 1, device="cuda", dtype=torch.bfloat16)
+    timed("tree", other)
+    second = told()
+    assert first != second
+    timed("names", list(weights.named(other, engine.spec)))
+    assert told() == second
+    torch.cuda.empty_cache()
+    context = mp.get_context("spawn")
+    there = torch.cuda.device_count() - 1
+    here, end = context.Pipe()
+    process = context.Process(target=trainer, args=(config, 0, f"cuda:{there}", end))
+    process.start()
+    given = here.recv()
+    timed(f"another process, {'its own GPU' if there else 'the same GPU'}", given)
+    here.send(None)
+    process.join()
+    assert told() == first, "the other process' parameters are those that the engine began with"
 
 
 def main() -> None:
@@ -50,14 +86,8 @@ def main() -> None:
     args = parser.parse_args()
     config = HERE / "configs" / f"{args.model}.json"
     found: dict[str, Any] = {"model": args.model, "device": torch.cuda.get_device_name()}
-    x = torch.empty(2**31, dtype=torch.bfloat16, device="cuda")
-    y = torch.empty_like(x)
-    copy = 2 * x.nbytes / seconds(lambda: y.copy_(x)) / 1e9  # read and written
-    del x, y
-    torch.cuda.empty_cache()
+    found["copy GB/s"] = copied()
     engine = fastgen.Engine.from_pretrained(config, random=True, dtype="bfloat16", cache_fraction=0.6)
-    size = sum(w.nbytes for w in tree_leaves(engine.params) if w is not None)
-    found |= {"bytes": size, "copy GB/s": copy}
     sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0)
     prompts = torch.randint(100, engine.spec.vocab, (16, 200)).tolist()
 
@@ -65,27 +95,7 @@ def main() -> None:
         return [o.completions[0].token_ids for o in engine.generate(prompts, sampling, progress=False)]
 
     first = told()
-    other = fastgen.init(engine.spec, 1, device="cuda", dtype=torch.bfloat16)
-    took = seconds(lambda: engine.update_params(other))
-    found["tree"] = {"seconds": took, "GB/s": 2 * size / took / 1e9, "of a copy": 2 * size / took / 1e9 / copy}
-    second = told()
-    assert first != second
-    pairs = list(weights.named(other, engine.spec))
-    took = seconds(lambda: engine.update_params(pairs))
-    found["names"] = {"seconds": took, "GB/s": 2 * size / took / 1e9, "of a copy": 2 * size / took / 1e9 / copy}
-    assert told() == second
-    del other, pairs
-    torch.cuda.empty_cache()
-    context = mp.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=trainer, args=(config, 0, there))
-    process.start()
-    given = here.recv()
-    took = seconds(lambda: engine.update_params(given))
-    found["ipc, one GPU"] = {"seconds": took, "GB/s": 2 * size / took / 1e9, "of a copy": 2 * size / took / 1e9 / copy}
-    here.send(None)
-    process.join()
-    assert told() == first, "the other process' parameters are those that the engine began with"
+    updates(engine, config, told, first, found)
     print(json.dumps(found), flush=True)
 
     captures, used = engine._stepper.captures, []

@@ -56,6 +56,7 @@ BAD = [
     (Lora, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
     (Lora, "max_rank", [0, 257, "8"], "between 1 and 256"),
     (Parallel, "replicas", [0, 65, 1.5], "between 1 and 64"),
+    (Compile, "deterministic", [0, "yes", None], "true or false"),
     (Compile, "compile", ["reduce-overhead"], "eager"),
     (Compile, "attention", ["flash", None], "sdpa, reference"),
 ]

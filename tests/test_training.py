@@ -19,6 +19,7 @@ from fastgen import SamplingParams
 from fastgen.models import weights
 from fastgen.models.spec import to_hf
 
+pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler, where it takes part, has some of its own
 SPEC = fastgen.from_hf(
     {
         "architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
