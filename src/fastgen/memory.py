@@ -52,7 +52,10 @@ class _Mapped:
 
     def __init__(self, size: int, device: int) -> None:
         place = _Place(1, device)
-        self._kind, self._access = _Kind(type=1, place=place), _Access(place, 3)
+        self._kind = _Kind(type=1, place=place)
+        # Other devices, too, or copies from them would be refused.
+        peers = [i for i in range(torch.cuda.device_count()) if torch.cuda.can_device_access_peer(i, device)]
+        self._access = (_Access * (1 + len(peers)))(*(_Access(_Place(1, i), 3) for i in (device, *peers)))
         grain = ctypes.c_size_t()
         _call("cuMemGetAllocationGranularity", ctypes.byref(grain), ctypes.byref(self._kind), 0)
         self.size = -(-size // grain.value) * grain.value
@@ -70,7 +73,7 @@ class _Mapped:
         size, none = ctypes.c_size_t(self.size), ctypes.c_uint64(0)
         _call("cuMemCreate", ctypes.byref(self._handle), size, ctypes.byref(self._kind), none)
         _call("cuMemMap", self._at, size, ctypes.c_size_t(0), self._handle, none)
-        _call("cuMemSetAccess", self._at, size, ctypes.byref(self._access), ctypes.c_size_t(1))
+        _call("cuMemSetAccess", self._at, size, self._access, ctypes.c_size_t(len(self._access)))
         self.mapped = True
 
     def unmap(self) -> None:
