@@ -71,7 +71,7 @@ def test_adopt_shares_one_memory(model: PreTrainedModel) -> None:
     objects = dict(model.named_parameters())
     tokens = torch.tensor([PROMPTS[1]])
     before = model(tokens).logits
-    params, spec = fastgen.adopt(model)
+    spec, params = fastgen.adopt(model)
     assert spec == fastgen.from_hf(to_hf(SPEC) | {"torch_dtype": "float32"})
     assert dict(model.named_parameters()) == objects, "optimizers know these objects"
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -88,7 +88,7 @@ def test_an_optimizers_step_is_the_update(model: PreTrainedModel, compile: str, 
     """Bitwise what a fresh engine says, from the step after, with a cache full of the old parameters' pages."""
     if compile == "graphs" and device == "cpu":
         pytest.skip("graphs need a GPU")
-    params, _ = fastgen.adopt(model)
+    _, params = fastgen.adopt(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     addresses = [w.data_ptr() for w in tree_leaves(params) if w is not None]
     with engine(params, compile=compile) as one:
@@ -112,7 +112,7 @@ def test_an_optimizers_step_is_the_update(model: PreTrainedModel, compile: str, 
 
 
 def test_gradients_by_score_and_by_the_model_agree(model: PreTrainedModel) -> None:
-    params, spec = fastgen.adopt(model)
+    spec, params = fastgen.adopt(model)
     tokens = PROMPTS[2]
     batch = torch.tensor([tokens])
     model(batch, labels=batch).loss.backward()

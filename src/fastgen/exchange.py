@@ -23,8 +23,8 @@ BUCKET = 2**28  # bytes that are sent together
 SOURCES = "fastgen_sources"  # attribute of a packed leaf: the parameters that are views of it
 
 
-def adopt(model: torch.nn.Module) -> tuple[Params, Spec]:
-    """The parameters of a transformers model as an engine's, in one memory, and their spec.
+def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
+    """Spec and parameters of a transformers model, for an engine that shares its memory.
 
     The model's own `nn.Parameter` objects stay, with optimizers and hooks that know them, and become views: q, k and
     v of one packed leaf, gate and up of another; other leaves are their memory as it was. So `optimizer.step()` is
@@ -53,7 +53,7 @@ def adopt(model: torch.nn.Module) -> tuple[Params, Spec]:
             if tuple(p.shape) != part.shape:
                 raise ValueError(f"{part.name} has shape {tuple(p.shape)}, the config says {part.shape}")
         leaves.append(_pack(parts, leaf.shape))
-    return tree_unflatten(leaves, tree_flatten(tree)[1]), spec
+    return spec, tree_unflatten(leaves, tree_flatten(tree)[1])
 
 
 def _check(own: dict[str, Any], names: Sequence[str], spec: Spec) -> None:
