@@ -1,6 +1,7 @@
 """TRL's `GRPOTrainer` with fastgen as its sampler, on the trainer's own parameters: nothing is ever sent.
 
-trainer = GRPOTrainer(model, rewards, args, train_dataset=data, rollout_func=fastgen.trl.Rollout())
+from fastgen.trl import Rollout
+trainer = GRPOTrainer(model, rewards, args, train_dataset=data, rollout_func=Rollout(cache_tokens=200_000))
 
 Nothing here imports TRL (`pip install fastgen[trl]`).
 """
