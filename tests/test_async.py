@@ -2,9 +2,12 @@
 
 import asyncio
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -470,6 +473,26 @@ def test_close() -> None:
         run(main(one))
         assert not one.unfinished
         assert told(one.generate(PROMPTS, GREEDY)) == expected(fresh())
+
+
+def test_a_program_that_ends_without_close() -> None:
+    """It ends, and not by a signal, in the middle of a step."""
+    code = (
+        "import asyncio, fastgen; from test_training import *\n"
+        "async def main():\n"
+        "    e = fastgen.AsyncEngine(engine(fresh()))\n"
+        "    await anext(e.stream(PROMPTS[:3] * 20, SamplingParams(max_tokens=80, ignore_eos=True)))\n"
+        "asyncio.run(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- anything at any time -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ async with fastgen.AsyncEngine(engine) as e:
 """
 
 import asyncio
+import atexit
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -126,6 +127,7 @@ class AsyncEngine:
         self._drained: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="fastgen", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that is in torch when Python ends takes the process down
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -248,6 +250,7 @@ class AsyncEngine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> "AsyncEngine":
         return self
