@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import fastgen
 from fastgen import SamplingParams
@@ -83,13 +83,14 @@ def test_adopt_shares_one_memory(model: PreTrainedModel) -> None:
         assert tensor.data_ptr() == objects[name].data_ptr(), name
 
 
+@pytest.mark.parametrize("fused", [False, True])  # which moves no version counter by itself
 @pytest.mark.parametrize("compile", ["eager", "graphs"])
-def test_an_optimizers_step_is_the_update(model: PreTrainedModel, compile: str, device: str) -> None:
+def test_an_optimizers_step_is_the_update(model: PreTrainedModel, compile: str, fused: bool, device: str) -> None:
     """Bitwise what a fresh engine says, from the step after, with a cache full of the old parameters' pages."""
     if compile == "graphs" and device == "cpu":
         pytest.skip("graphs need a GPU")
     _, params = fastgen.adopt(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
     addresses = [w.data_ptr() for w in tree_leaves(params) if w is not None]
     with engine(params, compile=compile) as one:
         seen = [told(one.generate(PROMPTS, GREEDY))]
@@ -109,6 +110,14 @@ def test_an_optimizers_step_is_the_update(model: PreTrainedModel, compile: str, 
             assert told(one.generate(PROMPTS, GREEDY))[0][0] == found[0][0]
             assert one.counts.reused > 0, "the same version's pages are used again"
     assert [w.data_ptr() for w in tree_leaves(params) if w is not None] == addresses
+
+
+def test_adopt_a_model_that_never_was_a_checkpoint() -> None:
+    """Its config names no architecture; its class does."""
+    made = Qwen2ForCausalLM(Qwen2Config(**to_hf(SPEC) | {"architectures": None}))
+    spec, params = fastgen.adopt(made)
+    assert spec.architecture == "Qwen2ForCausalLM"
+    assert params.embed.data_ptr() == made.get_input_embeddings().weight.data_ptr()
 
 
 def test_gradients_by_score_and_by_the_model_agree(model: PreTrainedModel) -> None:
@@ -335,6 +344,25 @@ def test_a_hundred_cycles(loaded: fastgen.Engine) -> None:
             now = [w.data_ptr() for w in tree_leaves((one.params, one.cache)) if w is not None]
             assert now == addresses
     gc.collect()
+
+
+def test_an_update_while_memory_is_given_back(model: PreTrainedModel) -> None:
+    """Tokens after it say that they are the old parameters'."""
+    _, params = fastgen.adopt(model)
+    with engine(params) as one:
+        id = one.add(PROMPTS[0], GREEDY)
+        for _ in range(4):
+            one.step()
+        one.release("cache")
+        with torch.no_grad():
+            model.model.norm.weight.mul_(torch.linspace(-1, 2, 32))
+        one.restore()
+        assert one.version == 1
+        while one.unfinished:
+            found = {e.request_id: e.output for e in one.step() if e.output}
+        assert found[id].completions[0].versions == [0] * 4 + [1] * 8
+        assert [t for t, _ in told(one.generate(PROMPTS, GREEDY))] == [t for t, _ in expected(params)]
+        assert one.version == 1
 
 
 def test_what_is_released_is_free(loaded: fastgen.Engine) -> None:

@@ -7,6 +7,7 @@ with fastgen.Engine.from_pretrained() as engine:
 """
 
 from fastgen import lora
+from fastgen.aio import AsyncEngine
 from fastgen.batch import stage
 from fastgen.cache.prefix import Counts
 from fastgen.config import SamplingParams, Settings
@@ -25,6 +26,7 @@ from fastgen.types import Adapter, Adapters, Batch, Cache, Edits, Filter, Layer,
 __all__ = [
     "Adapter",
     "Adapters",
+    "AsyncEngine",
     "Batch",
     "Cache",
     "Completion",

@@ -453,6 +453,8 @@ class Engine:
         """
         if snapshot is None:
             gone = [r for r in self._regions.values() if not r.held]
+            if self._mark() != self._marked:
+                self.touch()  # a trainer's step while memory was given back
             for region in gone:
                 region.restore()
             self._marked = self._mark()

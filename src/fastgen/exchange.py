@@ -7,12 +7,15 @@ send, receive   over a group of torch.distributed, in buckets
 
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import reduce_tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastgen.models.spec import Spec, from_hf
@@ -21,6 +24,7 @@ from fastgen.types import Params
 
 BUCKET = 2**28  # bytes that are sent together
 SOURCES = "fastgen_sources"  # attribute of a packed leaf: the parameters that are views of it
+WATCHED = "fastgen_watched"  # attribute of what an engine looks at
 
 
 def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
@@ -38,7 +42,8 @@ def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"{type(model).__name__} has no config: adopt takes a transformers model")
-    spec = from_hf(config.to_dict())
+    made = {} if config.architectures else {"architectures": [type(model).__name__]}  # not from a checkpoint
+    spec = from_hf(config.to_dict() | made)
     own = dict(model.named_parameters())
     tree = declare(spec)
     names = [part.name for leaf in tree_leaves(tree) if leaf is not None for part in leaf.parts]
@@ -105,7 +110,21 @@ def marks(params: Params) -> tuple[Tensor, ...]:
     for leaf in tree_leaves(params):
         if leaf is not None:
             found += [t for t in (leaf, *getattr(leaf, SOURCES, ())) if not t.is_inference()]
+    for t in found:
+        setattr(t, WATCHED, True)
+    _watch()
     return tuple(found)
+
+
+@cache
+def _watch() -> None:
+    """Fused optimizers, the default of transformers' trainers, write without moving a version counter."""
+
+    def stepped(optimizer: torch.optim.Optimizer, args: Any, named: Any) -> None:
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        increment_version([p for p in params if getattr(p, WATCHED, False)])
+
+    register_optimizer_step_post_hook(stepped)
 
 
 def handles(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
