@@ -591,8 +591,8 @@ def test_touch(given: dict[str, Any]) -> None:
     ("place", "given"),
     [
         ("fastgen.compile.compute", {}),
-        ("fastgen.engine.Engine._draw", {"overlap": True, "host": 30}),
-        ("fastgen.engine.Mover.move", {"overlap": True, "host": 30, **OFF}),
+        ("fastgen.loop.Loop._draw", {"overlap": True, "host": 30}),
+        ("fastgen.loop.Mover.move", {"overlap": True, "host": 30, **OFF}),
     ],
 )
 def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -404,10 +404,10 @@ def test_generate_beside_single_steps() -> None:
 
 PLACES = (
     "fastgen.compile.compute",
-    "fastgen.engine.Stager.stage",
-    "fastgen.engine.Engine._draw",
-    "fastgen.engine.Sample.push",
-    "fastgen.engine.schedule.commit",
+    "fastgen.loop.Stager.stage",
+    "fastgen.loop.Loop._draw",
+    "fastgen.loop.Sample.push",
+    "fastgen.loop.schedule.commit",
 )
 
 
@@ -815,14 +815,14 @@ def test_default_cache_holds_the_longest_request(page: int) -> None:
 def test_interrupt_while_adding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was half added stays, and can never finish."""
     e = engine()
-    failing(monkeypatch, "fastgen.engine.Sample.__init__", 2, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.loop.Sample.__init__", 2, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         e.generate(PROMPTS[0], replace(GREEDY, n=3))
     idle(e)
     assert tokens(e.generate(PROMPTS[0], GREEDY)) == WANTED[:1]
 
 
-@pytest.mark.parametrize("place", ["fastgen.engine.Sample.push", "fastgen.engine.score"])
+@pytest.mark.parametrize("place", ["fastgen.loop.Sample.push", "fastgen.loop.score"])
 def test_error_in_a_step(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an error in the middle of a step, requests in flight go on with tokens or logprobs doubled."""
     e = engine()

@@ -17,6 +17,7 @@ LAYERS = [  # each may import from its own line and those above
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
     ["parallel", "scoring", "exchange"],
     ["launch", "compile"],
+    ["loop"],
     ["engine"],
     ["chat", "replicas", "aio", "trl"],
     ["__init__"],

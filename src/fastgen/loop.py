@@ -1,0 +1,562 @@
+"""The loop of an engine: parameters, a paged cache and a scheduler's state, advanced a step at a time."""
+
+import itertools
+import random
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import wraps
+from types import TracebackType
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastgen import launch, schedule, tokenizer
+from fastgen.batch import Stager, edits, places, to_device
+from fastgen.cache.host import Mover, page_bytes
+from fastgen.cache.prefix import Counts, Tree
+from fastgen.compile import Stepper, largest
+from fastgen.config import SamplingParams, Settings
+from fastgen.exchange import marks
+from fastgen.grammar import Guides
+from fastgen.lora import Shelf
+from fastgen.memory import Region
+from fastgen.models.spec import Spec, split
+from fastgen.parallel import Group
+from fastgen.profiler import OFF, Profiler
+from fastgen.request import Completion, Event, Output, Sample, longest
+from fastgen.step import Computed, new_cache, score
+from fastgen.tokenizer import Prompt
+from fastgen.types import Batch, Filter, Params, Sampling, Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+L = TypeVar("L", bound="Loop")
+CPU_CACHE = 2**30  # bytes at most, where the size is not given
+
+
+def ranks(settings: Settings) -> int:
+    """The ranks of an engine. ValueError where several engines are asked for."""
+    p = settings.parallel
+    if p.replicas > 1:
+        raise ValueError(
+            f"parallel.replicas={p.replicas} are several engines: use fastgen.Replicas.from_pretrained, fgrun, fgbench "
+            "or fgserve, or leave it at 1"
+        )
+    return p.tensor_parallel
+
+
+def whole(call: Callable[Concatenate[L, P], T]) -> Callable[Concatenate[L, P], T]:
+    """A call in whose middle no stream is aborted that the garbage collector finds: that waits until it is done."""
+
+    @wraps(call)
+    def uninterrupted(self: L, *args: P.args, **named: P.kwargs) -> T:
+        if self._busy:
+            return call(self, *args, **named)
+        self._busy = True
+        try:
+            return call(self, *args, **named)
+        finally:
+            self._busy = False
+            self._drop()
+
+    return uninterrupted
+
+
+class Launched(NamedTuple):
+    """A step that may still be running: what it computes, and where its results will be on the host."""
+
+    plan: schedule.Plan
+    results: tuple[Tensor, ...]  # token, logprob, top tokens, top logprobs, a row for each sequence of the plan
+    done: torch.cuda.Event | None
+    version: int  # of the parameters
+
+    def rows(self) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
+        """Token, logprob and most likely tokens of each sequence; waits for them."""
+        if self.done is not None:
+            self.done.synchronize()
+        token, logprob, top_token, top_logprob = (t.tolist() for t in self.results)
+        tops = (list(zip(*pair, strict=True)) for pair in zip(top_token, top_logprob, strict=True))
+        return zip(token, logprob, tops if top_token else itertools.repeat([]), strict=False)
+
+
+class _Tokens(Mapping[int, Sequence[int]]):
+    """The tokens of samples, by sequence."""
+
+    def __init__(self, samples: dict[int, Sample]) -> None:
+        self._samples = samples
+
+    def __getitem__(self, id: int) -> Sequence[int]:
+        return self._samples[id].tokens
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
+class Loop:
+    """Requests that share steps: queued, planned, launched, handed out. `Engine` is what one calls."""
+
+    def __init__(
+        self,
+        params: Params,
+        spec: Spec,
+        tokenizer: Tokenizer | None = None,
+        *,
+        progress: bool = True,
+        group: Group | None = None,
+        **settings: Any,
+    ) -> None:
+        chosen = Settings.of(**settings)
+        if (size := ranks(chosen)) > 1 and group is None:
+            split(spec, size)  # a ValueError before anything is started
+            load = launch.spread(params, spec, tokenizer, size)
+            group = launch.group(size, params.embed.device.type, load, settings, type(self))
+            params = load(group.place, str(params.embed.device))[1]
+        self._crew = group if isinstance(group, launch.Crew) else None
+        if self._crew is not None:
+            weakref.finalize(self, self._crew.close)
+        self._busy, self._dropped = False, set[int]()  # whether a call changes the state; requests to abort after it
+        with launch.guard(self._crew):
+            self.params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
+            here = spec if group is None else split(spec, group.place.size)
+            self.device, self.dtype = params.embed.device, params.embed.dtype
+            self.settings = chosen.on(self.device.type)
+            page, limits = self.settings.pages.page_size, self.settings.schedule
+            context, most = min(spec.context, self.settings.pages.cache_tokens or spec.context), largest(limits)
+            widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
+            members = max(1, 64 // (here.q_heads // here.kv_heads))  # whose queries fill a tile of attention
+            sizes, lora = (limits.max_requests, *most[:2], widest, page, spec.vocab), self.settings.lora
+            if lora.max_adapters and group is not None:
+                raise ValueError("lora.max_adapters in a group of ranks: adapters run on one rank only; merge one")
+            self._shelf = Shelf(spec, lora, self.device, self.dtype) if lora.max_adapters else None
+            self._stager = Stager(*sizes, self.device, members, adapters=self._shelf is not None)
+            adapters = None if self._shelf is None else self._shelf.adapters
+            self._stepper = Stepper(params, spec, self.settings, self._stager, group, adapters)
+            host = self.settings.offload.host_gb * 1e9 if self.settings.offload.offload == "host" else 0
+            host_pages = int(host // page_bytes(here, page, self.dtype.itemsize))
+            if host and not host_pages:
+                raise ValueError(f"offload.host_gb={self.settings.offload.host_gb} holds not even a page: raise it")
+            self._mover = Mover(here, page, self.dtype, self.device, host_pages)
+            self.version = 0  # of the parameters: how often they have changed
+            self._marks = marks(params)
+            self._marked = self._mark()
+            self._regions: dict[str, Region] = {}  # memory of our own, by what it holds
+            self.capacity = self._capacity()  # tokens
+            slots = self.capacity + page
+            size = Region.bytes([(slots, here.kv_heads, here.head)] * 2 * here.layers, self.dtype)
+            self._regions["cache"] = Region(size, self.device)
+            self.cache = new_cache(here, slots, dtype=self.dtype, region=self._regions["cache"])
+            self._mover.attach(self.cache)
+            self._stepper.warm_up(self.cache, progress=progress)
+            self.state = schedule.State(self._tree())
+            self.batch: Batch | None = None  # of the last step launched, to look at
+            self.steps = 0  # launched
+            me = weakref.ref(self)  # a reference back would keep the memory until Python looks for cycles
+            self.profiler = Profiler(here, self.dtype, self.device, lambda: e._owners() if (e := me()) else {})
+            self._running: Launched | None = None
+            self._samples: dict[int, Sample] = {}  # by sequence
+            self._ids, self._request_ids = itertools.count(), itertools.count()
+            self._undelivered: list[Event] = []
+            seed = random.SystemRandom().getrandbits(62) if self.settings.seed is None else self.settings.seed
+            self._random = random.Random(seed if group is None else group.least(seed))
+            self._drawn = 0  # a digest of the tokens of the last step, for the other ranks
+            eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
+            self._eos = frozenset(spec.eos) | frozenset(eos if isinstance(eos, list) else [eos])
+            self._guides = Guides(tokenizer, spec.vocab, self._eos)
+
+    def _tree(self, counts: Counts | None = None) -> Tree:
+        """A tree in which nothing is cached."""
+        s = self.settings
+        tree = Tree(
+            s.pages.page_size,
+            self.capacity // s.pages.page_size + 1,
+            self._mover.host_pages,
+            prefix=s.pages.prefix_cache,
+            only_parked=s.offload.keep == "parked",
+        )
+        tree.counts = counts or tree.counts
+        return tree
+
+    def _known(self) -> schedule.Known:
+        """Of each sequence, the tokens whose values are known."""
+        return _Tokens(self._samples)
+
+    def _capacity(self) -> int:
+        """Tokens the cache holds, in whole pages."""
+        p, spec, limits = self.settings.pages, self._stepper.spec, self.settings.schedule
+        per_token = 2 * spec.layers * spec.kv_heads * spec.head * self.dtype.itemsize
+        tokens = p.cache_tokens
+        if tokens is None:
+            if cuda := self.device.type == "cuda":
+                scratch = new_cache(spec, p.page_size, device=self.device, dtype=self.dtype)
+                try:
+                    taken = self._stepper.measure(scratch)
+                except torch.OutOfMemoryError as e:
+                    raise ValueError(self._too_large("the activations of the largest step do not fit")) from e
+                left = p.cache_fraction * torch.cuda.mem_get_info(self.device)[1] - taken
+            # No more than could ever be in use.
+            longest = -(-(spec.context - 1) // p.page_size) * p.page_size
+            tokens = min(int(left if cuda else CPU_CACHE) // per_token, limits.max_requests * longest)
+        if tokens < p.page_size:
+            raise ValueError(self._too_large(f"nothing is left for the cache, of {per_token} bytes for each token"))
+        tokens = tokens if self.group is None else self.group.least(tokens)
+        return tokens // p.page_size * p.page_size
+
+    def _too_large(self, problem: str) -> str:
+        """The message where memory is short, with what would help."""
+        p, s, total = self.settings.pages, self.settings.schedule, 0
+        if self.device.type == "cuda":
+            total = torch.cuda.mem_get_info(self.device)[1]
+        weight = sum(w.nbytes for w in tree_leaves(self.params) if w is not None)
+        return (
+            f"{problem}: {p.cache_fraction:.0%} of {total / 1e9:.1f} GB, {weight / 1e9:.1f} GB of which are weights. "
+            f"Lower schedule.token_budget ({s.token_budget}) or schedule.max_requests ({s.max_requests}), "
+            "or raise pages.cache_fraction"
+        )
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, live: bool = True) -> int:
+        """Queue a request; its id. `prompt` is text, token ids, or chat messages.
+
+        `live` false: the text comes with the last event only, which spares the host most of the work for it.
+
+        ValueError, with the numbers, for what can never run; nothing else is disturbed.
+        """
+        return self._submit([self._new(prompt, sampling or SamplingParams(), live)])[0]
+
+    def _new(self, prompt: Prompt, params: SamplingParams, live: bool) -> list[Sample]:
+        """A request's completions, not yet queued. ValueError for what can never run."""
+        prompt_ids = tokenizer.encode(self.tokenizer, prompt)
+        limit = longest(prompt_ids, params, self.spec, self.capacity, self.tokenizer is not None)
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        output = Output(-1, prompt_ids, [Completion() for _ in range(params.n)])
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None]
+            output.prompt_top_logprobs = [None] if params.prompt_logprobs else None
+        guides = [None if params.grammar is None else self._guides.guide(params.grammar) for _ in range(params.n)]
+        self._adapter(params)
+        return [
+            Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live, guide=guide)
+            for index, guide in enumerate(guides)
+        ]
+
+    def _tell(self, name: str, *args: Any, **named: Any) -> None:
+        """The other ranks that this process started make a call before this one does."""
+        if self._crew is not None:
+            self._crew.tell(name, *args, **named)
+
+    @whole
+    def _submit(self, requests: Sequence[list[Sample]]) -> list[int]:
+        """New requests, on every rank."""
+        if self._crew is not None:  # checking hundreds of settings again takes a while
+            many = [(s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed)) for s in requests]
+            self._crew.tell("_join", many)
+        return self._queue(requests)
+
+    def _join(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
+        """What rank 0 has submitted; nobody reads along here."""
+        self._queue([self._new(prompt, params, False) for prompt, params in requests])
+
+    def _queue(self, requests: Sequence[list[Sample]]) -> list[int]:
+        """Requests join the others, all at once: the queue is a value, and a copy of it for each takes seconds."""
+        for samples in requests:
+            samples[0].output.request_id = next(self._request_ids)
+            for s in samples:
+                s.adapter = self._adapter(s.params)
+        new = {next(self._ids): sample for samples in requests for sample in samples}
+        self._samples |= new
+        self.state = schedule.add(self.state, *(self._sequence(id, s) for id, s in new.items()))
+        return [samples[0].output.request_id for samples in requests]
+
+    def _sequence(self, id: int, s: Sample) -> schedule.Sequence:
+        return schedule.Sequence(id, len(s.tokens), s.limit, s.scores_prompt, adapter=s.adapter)
+
+    def abort(self, request_id: int) -> Output | None:
+        """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
+        return self._end({request_id}).get(request_id)
+
+    @whole
+    def _end(self, requests: Container[int]) -> dict[int, Output]:
+        """Abort those of the requests that run; what each has so far."""
+        gone = {id: s for id, s in self._samples.items() if s.output.request_id in requests}
+        if gone:
+            self._tell("_end", {s.output.request_id for s in gone.values()})
+            self.state = schedule.drop(self.state, [*gone], self._known())
+        for id, one in gone.items():
+            del self._samples[id]
+            if not one.completion.finish_reason:
+                self._undelivered.append(one.end("abort"))
+        return {s.output.request_id: s.output for s in gone.values()}
+
+    @property
+    def cause(self) -> str:
+        """Why the ranks have ended, if they have: then this engine has, too."""
+        return "" if self._crew is None else self._crew.cause
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a step has anything left to do or to report."""
+        return bool(self._samples or self._undelivered)
+
+    def _unfinished(self, request_id: int) -> dict[int, int]:
+        """A request's completions that go on, with all tokens drawn so far: index -> sequence. ValueError if none."""
+        self._receive()
+        found = {s.index: id for id, s in self._samples.items() if s.output.request_id == request_id}
+        if not found:
+            raise ValueError(f"request {request_id} is not running here: it has ended, or never was")
+        return found
+
+    # --- parameters and memory ----------------------------------------------------------------------------------------
+
+    def touch(self) -> None:
+        """Say that the parameters have changed: `version` counts one more, and nothing that is cached is used again.
+
+        What is running goes on with the keys and values it has. Writes in place that torch sees (optimizers, `copy_`)
+        are noticed without this before the next step; what goes around it is not (`.data`, other processes, graphs).
+        """
+        self._tell("touch")
+        self.version += 1
+        self._marked = self._mark()
+        self.state.tree.reset()
+
+    def _mark(self) -> int:
+        """Changes when the parameters are written in place."""
+        return sum(t._version for t in self._marks)
+
+    def _held(self) -> None:
+        if gone := [name for name, region in self._regions.items() if not region.held]:
+            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call restore() before the next step")
+
+    def _park(self) -> None:
+        """Everybody waits, with nothing computed and nothing cached."""
+        self._receive()
+        self.state = schedule.park(self.state, self._tree(self.state.tree.counts), self._known())
+
+    def _room(self) -> Shelf:
+        if self._shelf is None:
+            raise ValueError("this engine has no room for adapters: start it with max_adapters=N")
+        return self._shelf
+
+    def _adapter(self, params: SamplingParams) -> int:
+        """The number of a request's adapter. ValueError if there is none of that name."""
+        return 0 if params.adapter is None else self._room()[params.adapter].index
+
+    def _owners(self) -> dict[str, int]:
+        """Bytes of the device's memory by what they hold."""
+        params = {w.data_ptr(): w.nbytes for w in tree_leaves(self.params) if w is not None}
+        cache = sum(w.nbytes for w in tree_leaves(self.cache))
+        found = {"params": sum(params.values()), "cache": cache, "tables": self._stager.bytes}
+        found |= {} if self._shelf is None else {"adapters": self._shelf.bytes}
+        return found | {"staging": self._mover.bytes} | self._stepper.bytes()
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    @whole
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Launch one step; what was added to each request. An error or interrupt aborts everything that was running.
+
+        With `overlap`, the events are those of the step before: it is waited for while the new one runs.
+        ValueError, and nothing is lost, while memory is given back (`release`).
+        """
+        self._held()
+        try:
+            if self._crew is None:
+                self._step()
+            else:
+                self._crew.tell("step")
+                with self._crew.call():
+                    self._step()
+        except BaseException:
+            if self._crew is None or self._crew.cause:
+                self._fail()
+            else:  # an interrupt: the step was done as a whole
+                self._abort_all()
+            raise
+        self._drop()
+        events, self._undelivered = self._undelivered, []
+        return events
+
+    def _step(self) -> None:
+        if not self._samples:
+            self._receive()
+            return
+        if self._mark() != self._marked:
+            self.touch()
+        with self.profiler.range("plan"):
+            self.state, plan, moves = schedule.plan(self.state, self.settings.schedule, self._known())
+        if self.group is not None:
+            paged = moves.out, moves.copies, moves.back, moves.early, moves.parked
+            self.group.agree(self.steps, hash((plan, paged, self._drawn)))
+        with self.profiler.step(plan) if plan else OFF:
+            try:
+                launched = self._launch(plan, moves) if plan else None
+            finally:
+                self._receive()  # of the step before
+            self._running = launched
+        if not self.settings.schedule.overlap:
+            self._receive()
+
+    def _launch(self, plan: schedule.Plan, moves: schedule.Moves) -> Launched:
+        """Set a planned step going; the state is then as if it had been done, and nobody had stopped."""
+        samples = [self._samples[span.id] for span in plan]
+        for s in moves.admitted:
+            self._samples[s.id].admitted(s.reused)
+        scored = any(s.scores_prompt for s in samples)
+        count = sum(span.stop - span.start for span in plan)
+        groups = self._groups(plan) if count == len(plan) and not scored else ()
+        shape = self._stepper.shape(count, len(plan), scored=scored, shared=bool(groups))
+        with self.profiler.range("stage"):
+            share = groups if shape.shared else None
+            batch, settings = self._stager.stage(plan, self._samples, shape.tokens, shape.rows, self.steps, share)
+        with self.profiler.range("move"):
+            ready = self._mover.move(moves)
+        with self.profiler.range("forward"):
+            computed = self._stepper.run(self.cache, batch, settings, shape, scored=scored, ready=ready)
+            if computed.hidden is not None:
+                self._score_prompts(plan, computed.hidden)
+            if any(s.looks_back for s in samples):
+                self._receive()  # what is drawn depends on the last tokens; the forward computes meanwhile
+            launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings), self.version)
+        self.state, self.batch = schedule.commit(self.state, plan, (), self._known()), batch
+        self.steps += 1
+        return launched
+
+    def _groups(self, plan: schedule.Plan) -> tuple[schedule.Group, ...]:
+        """Sequences whose shared pages are read together; none where the attention cannot."""
+        p = self.settings.pages
+        c = self.settings.compile
+        if not (p.prefix_cache and p.shared_attention and c.attention == "triton") or c.deterministic:
+            return ()
+        return schedule.groups(self.state, plan, self._stager.members, places(len(plan)))
+
+    def _draw(
+        self, plan: schedule.Plan, samples: list[Sample], computed: Computed, batch: Batch, settings: Sampling
+    ) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
+        """Tokens and logprobs of the step, on their way to the host."""
+        n, filter = len(plan), settings.filter
+        drawing = [s for span, s in zip(plan, samples, strict=True) if span.sample and not s.completion.finish_reason]
+        top = max((s.params.logprobs for s in drawing if s.params.logprobs is not None), default=None)
+        if computed.token is not None and computed.logprob is not None and not any(s.special for s in drawing):
+            none = computed.logprob.new_empty(n, 0)
+            results = (computed.token[:n], computed.logprob[:n], none, none)
+        else:
+            drawn = any(s.params.temperature for s in drawing)
+            filtered = filter is not None and any(s.filters for s in drawing)
+            general = Sampling(
+                temperature=settings.temperature[:n],
+                seed=settings.seed[:n] if drawn and settings.seed is not None else None,
+                position=settings.position[:n],
+                processed=settings.processed[:n].bool(),
+                filter=Filter(*(x[:n] for x in filter)) if filtered and filter is not None else None,
+                edits=edits(plan, self._samples, self.device),
+                allowed=self._allowed(plan),
+            )
+            results = self._stepper.sample(computed.logits[:n], general, top)
+            self._stager.last[batch.seat[:n]] = results.token.int()
+        if self.device.type != "cuda":
+            return tuple(results), None
+        host = tuple(torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in results)
+        done = torch.cuda.Event()
+        done.record()
+        return host, done
+
+    def _allowed(self, plan: schedule.Plan) -> Tensor | None:
+        """Tokens that grammars allow, as bits; None where nobody has one."""
+        rows = [(r, s.guide) for r, x in enumerate(plan) if x.sample and (s := self._samples.get(x.id)) and s.guide]
+        return to_device(torch.from_numpy(self._guides.masks(rows, len(plan))), self.device) if rows else None
+
+    def _receive(self) -> None:
+        """Wait for the step that runs, and hand out its tokens."""
+        launched, self._running = self._running, None
+        if launched is None:
+            return
+        with self.profiler.range("wait"):
+            rows = list(launched.rows())
+        if self.group is not None:
+            self._drawn = hash(tuple(row[0] for row in rows))
+        stopped = set()
+        with self.profiler.range("commit"):
+            for span, row in zip(launched.plan, rows, strict=False):
+                sample = self._samples.get(span.id) if span.sample else None
+                if sample is not None:  # it may have been aborted, or have stopped a step ago
+                    event = sample.push(*row, launched.version)
+                    self._undelivered.append(event)
+                    if event.finish_reason:
+                        stopped.add(span.id)
+        self.state = schedule.drop(self.state, stopped, self._known())
+        for id in stopped:
+            del self._samples[id]
+
+    def _score_prompts(self, plan: schedule.Plan, x: Tensor) -> None:
+        """Prompt logprobs of the step's spans, from the hidden states x [T, D]."""
+        at = 0
+        for span in plan:
+            sample = self._samples[span.id]
+            out, top = sample.output, sample.params.prompt_logprobs
+            if out.prompt_logprobs is not None and top is not None and sample.index == 0:
+                first = max(span.start, len(out.prompt_logprobs) - 1)  # a parked request is computed again
+                stop = min(span.stop, len(out.prompt_token_ids) - 1)  # the last one predicts no prompt token
+                if first >= stop:
+                    at += span.stop - span.start
+                    continue
+                target = out.prompt_token_ids[first + 1 : stop + 1]
+                some = x[at + first - span.start : at + stop - span.start]
+                value, best = score(self.params, some, target, top, self._stepper.ops)
+                out.prompt_logprobs += value
+                if out.prompt_top_logprobs is not None:
+                    out.prompt_top_logprobs += best
+            at += span.stop - span.start
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _fail(self) -> None:
+        """After an error anywhere in a step: end everything. What was cached may never have been computed."""
+        self._running = None
+        self._undelivered += [s.end("abort") for s in self._samples.values() if not s.completion.finish_reason]
+        self._samples.clear()
+        self.state = schedule.State(self._tree(self.state.tree.counts))
+
+    def _abort_all(self) -> None:
+        """Abort everything; whoever waits for it hears of it."""
+        self._end({s.output.request_id for s in self._samples.values()})
+
+    def _abort(self, ids: Iterable[int]) -> None:
+        """Abort requests whose events nobody waits for; after the call in whose middle that is found, if any."""
+        self._dropped.update(ids)
+        if not self._busy:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Abort them now."""
+        while self._dropped:
+            gone, self._dropped = self._dropped, set()
+            self._end(gone)
+            self._undelivered = [e for e in self._undelivered if e.request_id not in gone]
+
+    def close(self) -> None:
+        """Abort everything and let go of cache, parameters and other ranks."""
+        crew, self._crew = self._crew, None
+        self._abort_all()
+        self._running = None
+        if "_mover" in self.__dict__:
+            self._mover.close()
+        for name in ("_stepper", "_mover", "cache", "_shelf", "params", "_marks"):  # graphs before what they read
+            self.__dict__.pop(name, None)
+        self._regions = {}
+        if crew is not None:
+            crew.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
