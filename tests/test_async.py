@@ -406,6 +406,7 @@ def test_an_error_in_a_step(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> N
         short = await e.add(PROMPTS[3], replace(GREEDY, max_tokens=1))
         assert len((await short.output()).completions[0].token_ids) == 1
         request = await e.add(PROMPTS[0], LONG)
+        both = await e.follow(lambda x: [x.add(PROMPTS[3], replace(GREEDY, max_tokens=1)), x.add(PROMPTS[0], LONG)])
         tasks = [
             asyncio.create_task(x)
             for x in (gathered(e.generate(PROMPTS, LONG)), _all(e.stream(PROMPTS[1], LONG)), request.output())
@@ -417,6 +418,9 @@ def test_an_error_in_a_step(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> N
         for x in done:
             assert isinstance(x, RuntimeError) and "a step failed" in str(x) and "of the device" in str(x)
             assert isinstance(x.__cause__, OSError)
+        assert (await both.output(0)).completions[0].finish_reason == "length"
+        with pytest.raises(RuntimeError, match="of the device"):
+            await both.output(1)
         with pytest.raises(RuntimeError, match="of the device"):
             async for event in request:
                 last = event

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastgen
-from fastgen.trl import Rollout, params
+from fastgen.trl import Rollout, merged, params
 
 pytest.importorskip("trl", reason="pip install fastgen[trl]")
 WARNINGS = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -186,6 +186,35 @@ def test_parameters_that_cannot_be_shared(tmp_path: Path) -> None:
         Rollout(own, cache_tokens=1024)
     with pytest.raises(ValueError, match=r"Rollout\(engine, weights"):
         Rollout(weights=doubled)
+
+
+def test_lora(tmp_path: Path) -> None:
+    """PEFT's changes are missing from completions, or the weights under them are written to."""
+    peft = pytest.importorskip("peft")
+    source = llama()
+    spec = fastgen.from_hf(source.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    how = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    before = {name: p.detach().clone() for name, p in source.named_parameters()}
+    shared = fastgen.Engine(fastgen.adopt(source)[0], spec, progress=False, cache_tokens=1024)
+    wrapped = peft.get_peft_model(source, how)
+    with fastgen.Engine(fastgen.init(spec, 9, dtype=torch.float32), spec, progress=False, cache_tokens=1024) as own:
+        one, seen = trainer(tmp_path, Rollout(own), model=wrapped, num_iterations=2, max_steps=4)
+        one.train()
+        assert seen.versions == [1, 2]
+        for scored in seen.scored:
+            agree(scored)
+    for name, p in wrapped.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(p, before[name.replace(".base_layer", "")]), name
+    one, _ = trainer(tmp_path, Rollout(shared), model=wrapped)
+    with pytest.raises(ValueError, match="would overwrite"):
+        one.train()
+    one, _ = trainer(tmp_path, Rollout(cache_tokens=1024), model=wrapped)
+    with pytest.raises(ValueError, match="PeftModel.*parameters of its own"):
+        one.train()
+    dora = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="not by plain LoRA"):
+        list(merged(dora))
 
 
 def test_settings_that_are_not_known() -> None:

@@ -60,12 +60,15 @@ class Request:
     async def output(self, index: int = 0) -> Output:
         """Of the index-th request, once it has ended."""
         id = self.ids[index]
-        while id not in self._outputs or self._error is not None:
+        while id not in self._outputs:
             if self._ended:
                 self._raise()
                 raise RuntimeError(f"request {id} was left before its end, and aborted")
             await self._wait()
-        return self._outputs[id]
+        output = self._outputs[id]
+        if not _complete(output):
+            self._raise()
+        return output
 
     def close(self) -> None:
         """Abort what still runs; nobody hears of it any more."""
@@ -341,7 +344,7 @@ class AsyncEngine:
         if error is not None:
             self._requests.clear()
             # Who has all of its outputs, none of them cut short, lost nothing.
-            failed -= {r for r, some in told.items() if not r._running and all(map(_whole, some))}
+            failed -= {r for r, some in told.items() if not r._running and all(_complete(e.output) for e in some)}
         for request in {**told, **dict.fromkeys(failed)}:
             cause = error if request in failed else None
             ended = not request._running or cause is not None
@@ -369,8 +372,8 @@ class AsyncEngine:
                     self.engine._abort(gone)
 
 
-def _whole(event: Event) -> bool:
-    return event.output is None or all(c.finish_reason != "abort" for c in event.output.completions)
+def _complete(output: Output | None) -> bool:
+    return output is None or all(c.finish_reason != "abort" for c in output.completions)
 
 
 def _do(some: list[Callable[[], None]]) -> None:

@@ -6,10 +6,11 @@ trainer = GRPOTrainer(model, rewards, args, train_dataset=data, rollout_func=Rol
 Nothing here imports TRL (`pip install fastgen[trl]`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgen.config import SamplingParams, unknown
@@ -36,8 +37,8 @@ class Rollout:
     `Rollout(cache_tokens=…, …)` makes an engine with these settings at the first call, on the parameters of the
     trainer's model, in one memory (see `fastgen.adopt`): after `optimizer.step()` the next rollout has the new ones.
     Where that is impossible a ValueError says why; then give an engine of its own, `Rollout(engine)`, into which the
-    parameters are copied after each step. `weights(trainer)` gives (checkpoint name, tensor) pairs for that; the
-    model's own parameters unless given.
+    parameters are copied after each step. `weights(trainer)` gives (checkpoint name, tensor) pairs for that; those of
+    `merged` unless given.
 
     `release`: the cache's memory is given back between rollouts, for the trainer to use.
     """
@@ -75,8 +76,7 @@ class Rollout:
         except ValueError as e:
             raise ValueError(
                 f"Rollout: the trainer's parameters cannot be read in place: {e}. To copy them after each step give "
-                "it an engine with parameters of its own: Rollout(fastgen.Engine.from_pretrained(…)), and with PEFT, "
-                "FSDP or DeepSpeed also weights=, a function of the trainer that gives (checkpoint name, whole tensor)"
+                "it an engine with parameters of its own: Rollout(fastgen.Engine.from_pretrained(…))"
             ) from e
         # Completions of one process must not be those of another.
         given = {"seed": trainer.args.seed + trainer.accelerator.process_index} | self.settings
@@ -84,16 +84,38 @@ class Rollout:
 
     def _sync(self, engine: Engine, model: Any, trainer: Any) -> None:
         """The trainer's parameters, unless they are the engine's."""
-        if self._weights is None and model.get_input_embeddings().weight.data_ptr() == engine.params.embed.data_ptr():
+        if model.get_input_embeddings().weight.data_ptr() == engine.params.embed.data_ptr():
+            if self._weights is not None or hasattr(model, "get_base_model"):
+                raise ValueError(
+                    "Rollout: the engine reads the trainer's parameters where they are, which others (weights=, or "
+                    "PEFT's merged ones) would overwrite: give it an engine with parameters of its own"
+                )
             return
         if self._synced == trainer.state.global_step:
             return
         try:
-            engine.update_params(model if self._weights is None else self._weights(trainer))
+            engine.update_params(merged(model) if self._weights is None else self._weights(trainer))
         except ValueError as e:
             advice = "give Rollout weights=, a function of the trainer that gives (checkpoint name, whole tensor)"
             raise ValueError(f"Rollout: the trainer's parameters do not fit the engine: {e}; {advice}") from e
         self._synced = trainer.state.global_step
+
+
+@torch.no_grad()
+def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters by their names in its checkpoint; PEFT's active LoRA is added to copies of what it wraps."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, p in base.named_parameters():
+        owner, _, own = name.rpartition(".")
+        if owner.endswith(".base_layer"):
+            layer = base.get_submodule(owner.removesuffix(".base_layer"))
+            if getattr(layer, "lora_variant", None) or not hasattr(layer, "scaling"):
+                raise ValueError(f"{owner} is wrapped by {type(layer).__name__}, not by plain LoRA")
+            for adapter in layer.active_adapters if own == "weight" else ():
+                p = p + layer.get_delta_weight(adapter) if adapter in layer.scaling else p
+            yield name.replace(".base_layer", ""), p
+        elif ".lora_" not in name:
+            yield name, p
 
 
 def tokenizer(trainer: Any) -> Any:
