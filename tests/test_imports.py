@@ -18,7 +18,7 @@ LAYERS = [  # each may import from its own line and those above
     ["parallel", "scoring", "exchange"],
     ["launch", "compile"],
     ["engine"],
-    ["chat"],
+    ["chat", "grpo"],
     ["__init__"],
     ["serve.protocol", "serve.core", "serve.metrics"],
     ["serve.client", "serve.tools"],
