@@ -112,7 +112,8 @@ def derive(seed: int, *where: int) -> int:
 
 def advantages(rewards: Float[Tensor, "prompts samples"], *, std: bool = True) -> Float[Tensor, "prompts samples"]:
     """How much better than its group each answer is: in standard deviations, or (Dr. GRPO) in rewards."""
-    centred = rewards - rewards.mean(1, keepdim=True)
+    same = (rewards == rewards[:, :1]).all(1, keepdim=True)  # exactly nothing is learned from these
+    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(same, 0)
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if std else centred
 
 
@@ -193,7 +194,7 @@ class Trainer:
         if s.kl:
             self.reference = tree_map_only(Tensor, lambda w: w.detach().clone() if w.requires_grad else w, self.params)
 
-    def rollout(self) -> tuple[Rollout, list[Output]]:
+    def rollout(self) -> Rollout:
         """Prompts, a group of answers to each, and what they are worth. A function of the parameters, seed and step."""
         dice = random.Random(derive(self.seed, self.done))
         prompts = [self.problem.draw(dice) for _ in range(self.settings.prompts)]
@@ -204,10 +205,9 @@ class Trainer:
         ]
         answers = [(o.prompt_token_ids, c) for o in outputs for c in o.completions]
         old = [torch.tensor(c.logprobs, device=self.engine.device) for _, c in answers]
-        made = Rollout(
+        return Rollout(
             [[*p, *c.token_ids] for p, c in answers], [len(p) for p, _ in answers], old, torch.tensor(rewards)
         )
-        return made, outputs
 
     def _reward(self, prompt: Prompt, output: Output, index: int) -> float:
         c = output.completions[index]
@@ -216,7 +216,7 @@ class Trainer:
     def step(self) -> Row:
         """One rollout and its updates; what they were."""
         start, s = time.perf_counter(), self.settings
-        made, outputs = self.rollout()
+        made = self.rollout()
         sampled = time.perf_counter() - start
         advantage = advantages(made.rewards, std=s.variant == "grpo").flatten().tolist()
         reference = None if self.reference is None else self._logprobs(self.reference, made, range(len(made.tokens)))
@@ -235,7 +235,6 @@ class Trainer:
             "best": float((made.rewards == made.rewards.max()).float().mean()),
             "length": len(old) / len(made.old),
             "entropy": -float(old.mean()),  # an estimate: what was drawn stands for what could have been
-            "version": outputs[0].completions[0].versions[0],
         }
         # The first minibatch's scores are by the parameters that sampled, so their difference is rounding.
         row |= {"mismatch": seen[0]["apart"] if seen else 0.0}
@@ -401,7 +400,7 @@ def train(trainer: Trainer, folder: str | Path = "grpo", *, resume: bool = False
 
 
 def plot(runs: dict[str, list[Row]], path: Path) -> bool:
-    """Reward and length over steps, a line for each run; false without matplotlib."""
+    """Reward and length over steps, a line for each run; False if there is no matplotlib."""
     if not find_spec("matplotlib"):
         print("no plot: it needs matplotlib, pip install fastgen[notebook]", file=sys.stderr)
         return False
