@@ -115,7 +115,7 @@ def test_gradient_by_hand(length: int | None, kl: float) -> None:
 
 
 def test_the_step_is_the_gradient_of_the_policy() -> None:
-    """One minibatch from the sampler's own parameters: the policy gradient, weighted by advantages, through the model."""
+    """One minibatch from the sampler's own parameters: the policy's gradient, by advantages."""
     one = trainer(minibatches=1, max_norm=1e9)
     made = one.rollout()
     advantage = grpo.advantages(made.rewards).flatten()
