@@ -66,6 +66,7 @@ BAD = [
     (Grpo, "max_norm", [0, -1.0], "at least"),
     *((Grpo, name, [1, "yes", None], "true or false") for name in ("checkpointed", "resume", "export")),
     (Compile, "compile", ["reduce-overhead"], "eager"),
+    (Compile, "deterministic", [1, "yes", None], "true or false"),
     (Compile, "attention", ["flash", None], "sdpa, reference"),
 ]
 GROUPS = {
