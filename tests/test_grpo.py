@@ -139,6 +139,8 @@ def test_resumed_is_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> N
     whole = trainer(steps=9, **settings)
     wanted = train(whole, tmp_path / "whole", progress=False)
     assert len({row["reward"] for row in wanted}) > 2
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "log.jsonl").write_text("{}\n")  # of a run that was killed before its first checkpoint
     train(trainer(steps=4, **settings), tmp_path / "parts", progress=False)
     with (tmp_path / "parts" / "log.jsonl").open("a") as log:  # killed before the next checkpoint
         log.write(json.dumps(wanted[4] | {"reward": -1}) + "\n")
@@ -242,7 +244,14 @@ def test_temperature() -> None:
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
-TINY = ("+experiment=grpo_smollm2", "model=debug", "grpo.problem=sevens", "grpo.lr=0.01", "grpo.layers=null", "sampling.stop=[]")
+TINY = (
+    "+experiment=grpo_smollm2",
+    "model=debug",
+    "grpo.problem=sevens",
+    "grpo.lr=0.01",
+    "grpo.layers=null",
+    "sampling.stop=[]",
+)
 
 
 def test_fgrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

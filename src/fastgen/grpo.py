@@ -363,7 +363,7 @@ def train(trainer: Trainer, folder: str | Path = "grpo", *, resume: bool = False
     """Steps until there are `settings.steps`; the rows of the log.
 
     `folder` gets log.jsonl, checkpoint.pt, curve.png (with matplotlib) and, at the end, the model. With `resume` it is
-    gone on with from its checkpoint; ValueError without it if something is there. A KeyboardInterrupt comes after a
+    gone on with from its checkpoint; without, ValueError if there is one. A KeyboardInterrupt comes after a
     step and its checkpoint.
     """
     folder, s = Path(folder), trainer.settings
@@ -374,7 +374,7 @@ def train(trainer: Trainer, folder: str | Path = "grpo", *, resume: bool = False
             raise ValueError(f"grpo.resume: there is no {kept}; leave it out to begin")
         trainer.load(kept)
         rows = [row for line in log.read_text().splitlines() if (row := json.loads(line))["step"] <= trainer.done]
-    elif log.exists():
+    elif kept.exists():
         raise ValueError(f"{folder} has a run: go on with it (grpo.resume=true) or name another (grpo.folder=…)")
     folder.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))  # steps after the checkpoint are done again
