@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from fastgen.cli import run
 from fastgen.cli.config import TASKS, Config, compose, conf_dir, typed
-from fastgen.config import Compile, Lora, Model, Offload, Pages, Parallel, SamplingParams, Schedule, Settings
+from fastgen.config import Compile, Grpo, Lora, Model, Offload, Pages, Parallel, SamplingParams, Schedule, Settings
 
 NAN = float("nan")
 BAD = [
@@ -56,8 +56,18 @@ BAD = [
     (Lora, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
     (Lora, "max_rank", [0, 257, "8"], "between 1 and 256"),
     (Parallel, "replicas", [0, 65, 1.5], "between 1 and 64"),
-    (Compile, "deterministic", [0, "yes", None], "true or false"),
+    (Grpo, "problem", ["", None], "must be a name"),
+    (Grpo, "folder", ["", 3], "must be a name"),
+    (Grpo, "variant", ["ppo", None], "grpo, dr_grpo"),
+    *((Grpo, name, [0, -1, 1.5, "8"], "at least 1") for name in ("steps", "prompts", "minibatches", "save_every")),
+    (Grpo, "layers", [0, 0.5], "at least 1"),
+    (Grpo, "warmup", [-1, 2.5], "at least 0"),
+    *((Grpo, name, [-0.1, 1.1, NAN], "between 0 and 1") for name in ("clip", "lr", "weight_decay")),
+    (Grpo, "kl", [-1, 101], "between 0 and 100"),
+    (Grpo, "max_norm", [0, -1.0], "at least"),
+    *((Grpo, name, [1, "yes", None], "true or false") for name in ("checkpointed", "resume", "export")),
     (Compile, "compile", ["reduce-overhead"], "eager"),
+    (Compile, "deterministic", [1, "yes", None], "true or false"),
     (Compile, "attention", ["flash", None], "sdpa, reference"),
 ]
 GROUPS = {
@@ -80,7 +90,7 @@ def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
 def test_every_field_is_tested_or_free() -> None:
     """A new knob without a bad value here is noticed."""
     free = {"path", "device", "random_seed", "ignore_eos", "grammar"}
-    kinds = (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Lora, Compile)
+    kinds = (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Lora, Compile, Grpo)
     assert {f.name for kind in kinds for f in fields(kind)} == {name for _, name, _, _ in BAD} | free
 
 

@@ -19,7 +19,7 @@ LAYERS = [  # each may import from its own line and those above
     ["launch", "compile"],
     ["loop"],
     ["engine"],
-    ["chat", "replicas", "aio", "trl"],
+    ["chat", "replicas", "aio", "trl", "grpo"],
     ["__init__"],
     ["serve.protocol", "serve.core", "serve.metrics"],
     ["serve.client", "serve.tools"],

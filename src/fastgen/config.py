@@ -281,6 +281,45 @@ class Settings:
         return replace(self, compile=replace(c, compile=how, attention=attention), schedule=replace(s, overlap=overlap))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grpo:
+    """A run of `fastgen.grpo`: learning from rewards. Groups are `sampling.n` answers."""
+
+    problem: str = "addition"  # a name in fastgen.grpo.PROBLEMS, or module:attribute
+    steps: int = 40
+    prompts: int = 8  # a step
+    minibatches: int = 2  # updates a step
+    variant: str = "grpo"  # or dr_grpo: no division by a group's deviation or an answer's length
+    clip: float = 0.2
+    kl: float = 0.0  # weight of the divergence from the parameters at the start; 0 keeps no copy of them
+    layers: int | None = None  # so many blocks learn, the last ones; None: everything
+    lr: float = 1e-5
+    warmup: int = 4  # steps in which the rate rises
+    weight_decay: float = 0.0
+    max_norm: float = 1.0  # of the gradient
+    checkpointed: bool = False  # compute activations again on the way back instead of keeping them
+    save_every: int = 20  # steps
+    folder: str = "grpo"  # for log, checkpoint, plot and model
+    resume: bool = False  # go on from the folder's checkpoint
+    export: bool = True  # write the model at the end, as a checkpoint to load
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts", "minibatches", "save_every"):
+            _range("grpo", name, getattr(self, name), 1, whole=True)
+        if self.layers is not None:
+            _range("grpo", "layers", self.layers, 1, whole=True)
+        _range("grpo", "warmup", self.warmup, 0, whole=True)
+        for name, high in (("clip", 1), ("kl", 100), ("lr", 1), ("weight_decay", 1)):
+            _range("grpo", name, getattr(self, name), 0, high, whole=False)
+        _range("grpo", "max_norm", self.max_norm, 1e-6, whole=False)
+        _choice("grpo", "variant", self.variant, ("grpo", "dr_grpo"))
+        for name in ("checkpointed", "resume", "export"):
+            _flag("grpo", name, getattr(self, name))
+        for name in ("problem", "folder"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                raise ValueError(f"grpo.{name} must be a name, got {value!r}")
+
+
 def unknown(what: str, name: str, known: Mapping[str, Any] | list[str]) -> str:
     """The message for a name that is not known, with the nearest known ones."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -16,14 +16,14 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from fastgen.config import Model, SamplingParams, Settings, unknown
+from fastgen.config import Grpo, Model, SamplingParams, Settings, unknown
 
-TASKS = ("generate", "stream", "profile")
+TASKS = ("generate", "stream", "profile", "grpo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is done with the prompts, and a file of them. `steps` and `trace` are profile's."""
+    """What is done with the prompts, and a file of them. `steps` and `trace` are profile's; grpo draws its own."""
 
     name: str = "generate"
     prompts: str | None = None
@@ -44,6 +44,7 @@ class Config(Settings):
     model: Model = field(default_factory=Model)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     task: Task = field(default_factory=Task)
+    grpo: Grpo = field(default_factory=Grpo)
     prompt: Any = None
     chat: bool = True
     out: str | None = None

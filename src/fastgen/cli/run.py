@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastgen import Engine, Output, Replicas, SamplingParams, Settings
 from fastgen.cli.config import Config, Task, compose, conf_dir, explain, quote, typed
+from fastgen.grpo import Trainer, find, train
 from fastgen.profiler import listen
 from fastgen.tokenizer import Prompt, is_one
 
@@ -66,6 +67,20 @@ def profile(engine: Engine, prompts: list[Prompt], sampling: SamplingParams, tas
     print(p.summary)
     print(f"trace: {p.trace}")
     return outputs
+
+
+def grpo(config: Config, folder: Path = Path()) -> None:
+    """Learn from rewards (see `fastgen.grpo`), and say what it came to."""
+    if config.prompt is not None or config.task.prompts is not None or config.out is not None:
+        raise ValueError("task=grpo draws its own prompts, and writes to grpo.folder: leave prompt and out as they are")
+    if config.seed is None:
+        raise ValueError("task=grpo needs a seed, so that it can be repeated and resumed: seed=0")
+    g, problem, start = config.grpo, find(config.grpo.problem), time.perf_counter()
+    with engine(config) as e:
+        listen(e.profiler, folder)
+        rows = train(Trainer(e, problem, g, config.sampling, config.seed), folder / g.folder, resume=g.resume)
+    print(f"reward {rows[0]['reward']:.3f} at step 1, {rows[-1]['reward']:.3f} at step {len(rows)}")
+    print(f"{time.perf_counter() - start:.1f} s, in {folder / g.folder}", file=sys.stderr, flush=True)
 
 
 def engine(config: Config, *, progress: bool = True) -> Engine:
@@ -117,6 +132,9 @@ def _prompts(config: Config) -> list[Prompt]:
 
 def run(config: Config, folder: Path = Path()) -> list[Output]:
     """Do the task: results on stdout, a line of timing on stderr. `config.out` is relative to `folder`."""
+    if config.task.name == "grpo":
+        grpo(config, folder)
+        return []
     prompts = _prompts(config)
     out = folder / config.out if config.out else None
     if out and not out.parent.is_dir():
