@@ -133,7 +133,7 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             asked.extend(prompts)
             return [Output(i, [1], [Completion([2], f"answer {i}")]) for i in range(len(prompts))]
 
-    monkeypatch.setattr(run, "engine", lambda _: Echo())
+    monkeypatch.setattr(run, "engine", lambda _, progress=True: Echo())
     monkeypatch.setattr(run, "listen", lambda *_: None)
     code, out, _ = fgrun(f"chat={chat}", "prompt=[Hello,[1,2]]")
     assert (code, out) == (0, "[0.0] answer 0\n[1.0] answer 1\n")
