@@ -139,13 +139,10 @@ def test_the_report_sees_a_difference() -> None:
         fastgen.compare([fastgen.Output(0, [1], [fastgen.Completion([2])])], params, spec)
 
 
-@pytest.mark.parametrize("compile", ["eager", "inductor"])
-def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen.Params], compile: str) -> None:
+def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen.Params]) -> None:
     """Budgets, chunks, company, preemption, reuse, page sizes: not one bit of a logprob changes, nor in the scorer."""
     spec, params = one
-    if compile == "inductor" and spec.architecture != "Qwen3ForCausalLM":  # what is compiled takes no part in it
-        pytest.skip("one family is enough: the functions are the same")
-    prompts, settings = requests(14)
+    prompts, settings = requests(12)
     ways: list[dict[str, Any]] = [
         {"max_requests": 1, "prefix_cache": False, "cache_tokens": 512},
         {"max_requests": 16, "token_budget": 400},
@@ -159,7 +156,7 @@ def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen
     ]
     wanted = None
     for way in ways:
-        how = {"page_size": 16, "cache_tokens": 4096, "deterministic": True, "compile": compile} | way
+        how = {"page_size": 16, "cache_tokens": 4096, "deterministic": True} | way
         with fastgen.Engine(params, spec, **how) as engine:
             outputs = engine.generate(prompts, settings)
             parked = engine.counts.parked
@@ -168,7 +165,7 @@ def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen
         wanted = wanted or found
         assert found == wanted
         difference = fastgen.compare(outputs, params, spec, deterministic=True)
-        assert difference.tokens > 80
+        assert difference.tokens > 60
         assert difference.max == 0.0
 
 

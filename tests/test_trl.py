@@ -195,7 +195,7 @@ def test_lora(tmp_path: Path) -> None:
     spec = fastgen.from_hf(source.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     how = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     before = {name: p.detach().clone() for name, p in source.named_parameters()}
-    shared = fastgen.Engine(fastgen.adopt(source)[0], spec, progress=False, cache_tokens=1024)
+    shared = fastgen.Engine(fastgen.adopt(source)[1], spec, progress=False, cache_tokens=1024)
     wrapped = peft.get_peft_model(source, how)
     with fastgen.Engine(fastgen.init(spec, 9, dtype=torch.float32), spec, progress=False, cache_tokens=1024) as own:
         one, seen = trainer(tmp_path, Rollout(own), model=wrapped, num_iterations=2, max_steps=4)
