@@ -142,7 +142,7 @@ def test_the_report_sees_a_difference() -> None:
 def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen.Params]) -> None:
     """Budgets, chunks, company, preemption, reuse, page sizes: not one bit of a logprob changes, nor in the scorer."""
     spec, params = one
-    prompts, settings = requests(12)
+    prompts, settings = requests(14)
     ways: list[dict[str, Any]] = [
         {"max_requests": 1, "prefix_cache": False, "cache_tokens": 512},
         {"max_requests": 16, "token_budget": 400},
@@ -165,7 +165,7 @@ def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen
         wanted = wanted or found
         assert found == wanted
         difference = fastgen.compare(outputs, params, spec, deterministic=True)
-        assert difference.tokens > 60
+        assert difference.tokens > 80
         assert difference.max == 0.0
 
 
