@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 import fastgen
 from fastgen import SamplingParams, scoring
 from fastgen.models import invariant
+from fastgen.models.spec import Place
 from fastgen.models.transformer import PLAIN
 from fastgen.ops.attention import sdpa
 from fastgen.schedule import Span
@@ -167,6 +169,17 @@ def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.Spec, fastgen
         difference = fastgen.compare(outputs, params, spec, deterministic=True)
         assert difference.tokens > 80
         assert difference.max == 0.0
+
+
+def test_several_ranks_are_refused() -> None:
+    spec, params = model("llama")
+    group = SimpleNamespace(place=Place(0, 2), all_reduce=max, all_gather=max, least=max, agree=max)
+    with pytest.raises(ValueError, match="sums over ranks have no fixed order"):
+        fastgen.Engine(params, spec, group=group, deterministic=True, cache_tokens=256)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="holds for one device"):
+        fastgen.Settings.of(deterministic=True, tensor_parallel=2)
+    with pytest.raises(ValueError, match="merge one"):
+        fastgen.Settings.of(deterministic=True, max_adapters=1)
 
 
 def test_plain_differs_between_batches() -> None:

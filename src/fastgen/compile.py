@@ -171,6 +171,8 @@ class Stepper:
         page, fixed = settings.pages.page_size, settings.compile.deterministic
         backend = partial(choose(settings.compile.attention, self.device), page=page)
         if fixed:
+            if group is not None and group.place.size > 1:
+                raise ValueError("compile.deterministic=true holds for one device: sums over ranks have no fixed order")
             invariant.verify(params)
             self.ops = invariant.ops(self.device, page)
         else:

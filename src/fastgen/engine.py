@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,17 @@ def locate(model: str | Path | None, dtype: str, device: str) -> tuple[Path, str
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return default.default_path() if model is None else weights.resolve(model), device
+
+
+def collect(ids: Sequence[int], events: Iterable[Event], progress: bool | None) -> list[Output]:
+    """The outputs of requests, in the order of their ids, once their events have come."""
+    done: dict[int, Output] = {}
+    with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=progress is False) as bar:
+        for event in events:
+            if event.output is not None:
+                done[event.request_id] = event.output
+                bar.update()
+    return [done[id] for id in ids]
 
 
 class Engine(Loop):
@@ -144,13 +155,7 @@ class Engine(Loop):
         `progress` None shows a bar when it takes longer than two seconds.
         """
         ids = self._add_all(prompts, sampling, live=False)
-        done: dict[int, Output] = {}
-        with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=progress is False) as bar:
-            for event in self._events(ids):
-                if event.output is not None:
-                    done[event.request_id] = event.output
-                    bar.update()
-        return [done[id] for id in ids]
+        return collect(ids, self._events(ids), progress)
 
     def _add_all(
         self,

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from fastgen import tokenizer as tokens
 from fastgen.config import SamplingParams, Settings
-from fastgen.engine import Engine, locate
+from fastgen.engine import Engine, collect, locate
 from fastgen.grammar import Guides
 from fastgen.models import weights
 from fastgen.models.spec import Spec, from_hf, split
@@ -359,13 +359,7 @@ class Replicas:
     ) -> list[Output]:
         """Outputs of one or many prompts, in their order, as `Engine.generate`."""
         ids = self._add_all(prompts, sampling, quiet=True)
-        done: dict[int, Output] = {}
-        with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=progress is False) as bar:
-            for event in self._events(ids):
-                if event.output is not None:
-                    done[event.request_id] = event.output
-                    bar.update()
-        return [done[id] for id in ids]
+        return collect(ids, self._events(ids), progress)
 
     def _add_all(self, prompts: Any, sampling: Any, *, quiet: bool) -> list[int]:
         many, new = pairs(prompts, sampling), list[Request]()
