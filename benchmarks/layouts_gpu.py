@@ -4,7 +4,8 @@
 
 A layout is REPLICASxTENSOR_PARALLEL. Rates are fgbench's, each in a process of its own; a profile of one engine of the
 layout's ranks gives the share of its kernels' time in all-reduces, waiting for other ranks included; and all-reduces of
-each size are timed alone: by NCCL, and one-shot and two-shot by torch's symmetric memory (never by NVLink multicast).
+each size are timed alone: by NCCL, one-shot and two-shot by torch's symmetric memory (never by NVLink multicast), and
+with the residual sum and norm that follow: by NCCL and a kernel, and by the one kernel that the engine has for both.
 """
 
 import argparse
@@ -24,9 +25,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastgen
+from fastgen import parallel
 
 HERE = Path(__file__).parent
-SIZES = [2**i for i in range(13, 29)]  # bytes: half a row of 8192 in bf16, to 16k rows
+WIDTH = 8192
+SIZES = [2**i for i in range(14, 29)]  # bytes: a row in bf16, to 16k rows
 CALLS = 20  # in a captured graph
 SETTINGS = ("schedule.max_requests=512", "schedule.token_budget=16384")
 
@@ -45,7 +48,7 @@ def share(trace: Path) -> float | None:
     """Of the kernels' time, what collectives take."""
     with gzip.open(trace, "rt") as f:
         kernels = [e for e in json.load(f)["traceEvents"] if e.get("cat") == "kernel"]
-    names = ("nccl", "all_reduce", "AllReduce", "one_shot", "two_shot")
+    names = ("nccl", "_sum_norm")  # the latter with residual sum and norm
     taken = sum(e["dur"] for e in kernels if any(name in e["name"] for name in names))
     return taken / sum(e["dur"] for e in kernels) if kernels else None
 
@@ -113,6 +116,19 @@ def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
+def normed(group: parallel.Ranks, peers: parallel.Peers, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """A sum over the ranks of rows x, added to others, and the norm of that."""
+    from fastgen.ops import skinny
+
+    other, norm, room = torch.zeros_like(x), torch.ones(WIDTH, dtype=x.dtype, device=x.device), peers.room(0, len(x))
+    assert room is not None
+    room.zero_()
+    return {
+        "nccl, norm": lambda: skinny.add_norm(other, group.all_reduce(x), norm, 1e-5),
+        "one kernel": lambda: peers.add_norm(other, 0, norm, 1e-5),
+    }
+
+
 def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
     """One of the processes that time all-reduces alone."""
     device = torch.device(kind, index if kind == "cuda" else None)
@@ -120,23 +136,26 @@ def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=index, world_size=size)
+    group = parallel.Ranks()
+    peers = parallel.Peers(group, WIDTH, torch.bfloat16, device, (size - 1) * SIZES[-1]) if kind == "cuda" else None
     rows = list[dict[str, Any]]()
     for n in SIZES:
-        x = torch.zeros(n // 2, dtype=torch.bfloat16, device=device)
+        x = torch.zeros(n // 2 // WIDTH, WIDTH, dtype=torch.bfloat16, device=device)
         ways: dict[str, Callable[[], Any]] = {backend: lambda x=x: dist.all_reduce(x)}
         row: dict[str, Any] = {"bytes": n, "ranks": size}
-        if kind == "cuda":
+        if peers is not None:
+            ways |= normed(group, peers, x)
             try:
                 ways |= shots(x)
             except Exception as e:
                 row["symmetric memory"] = str(e).splitlines()[0]
         for name, call in ways.items():
-            if name != "one-shot" or n <= 2**22:  # it reads all of everybody's
+            if name != "one-shot" or n <= 2**25:  # it reads all of everybody's
                 taken = seconds(call, device)
                 row[name] = {"us": 1e6 * taken, "bus_gb_s": 2 * (size - 1) / size * n / taken / 1e9}
         rows.append(row)
-    if index == 0:
-        Path(out).write_text(json.dumps(rows))
+        if index == 0:
+            Path(out).write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
@@ -152,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "configs" / "deepseek-r1-distill-llama-70b.json")
     parser.add_argument("--layouts", nargs="+", default=["1x8", "2x4", "4x2"], metavar="RxN")
-    parser.add_argument("--workloads", nargs="+", default=["512x1024x128", "512x1024x512", "1x128x256"])
+    parser.add_argument("--workloads", nargs="*", default=["512x1024x128", "512x1024x512", "1x128x256"])
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], metavar="KEY=VALUE", help="of fgbench")
     parser.add_argument("--no-profile", action="store_true", help="rates and all-reduces alone")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "layouts_gpu.json")
@@ -166,7 +185,7 @@ def main() -> None:
             settings = {"max_requests": 512, "token_budget": 16384} if kind == "cuda" else {"cache_tokens": 2**16}
             found["profile"][str(size)] = profiled(str(args.config), size, settings)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-    for replicas, size in pairs:
+    for replicas, size in pairs if args.workloads else ():
         for row in rates(args.config, replicas, size, args.workloads, args.settings):
             one = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
             found["layouts"].append(row | one)

@@ -56,6 +56,7 @@ BAD = [
     (Lora, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
     (Lora, "max_rank", [0, 257, "8"], "between 1 and 256"),
     (Parallel, "replicas", [0, 65, 1.5], "between 1 and 64"),
+    (Parallel, "peer_memory", [1, None], "true or false"),
     (Grpo, "problem", ["", None], "must be a name"),
     (Grpo, "folder", ["", 3], "must be a name"),
     (Grpo, "variant", ["ppo", None], "grpo, dr_grpo"),

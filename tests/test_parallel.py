@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,8 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastgen
 from fastgen import Sampling, SamplingParams, parallel, sampling, schedule
 from fastgen.models import weights
+from fastgen.models.layers import rms_norm
 from fastgen.models.spec import WHOLE, Place, Spec, split
-from fastgen.models.transformer import PLAIN
+from fastgen.models.transformer import PLAIN, blocks
 from fastgen.models.weights import named, update
 from fastgen.ops.attention import reference
 from fastgen.parallel import Ranks, check, sharded
@@ -60,6 +62,22 @@ class Rank:
     def agree(self, step: int, digest: int) -> None:
         self.steps += 1
         check(self.place.rank, step, self._all(digest))
+
+
+class Read(parallel.Peers):
+    """Of a rank that is a thread: parts of up to so many rows."""
+
+    def __init__(self, rank: Rank, width: int, rows: int) -> None:
+        self.thread, self.sums = rank, 0
+        self.parts = [torch.zeros(rows, width) for _ in range(self.PARTS)]
+
+    def add_norm(self, x: Tensor, i: int, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        self.sums += 1
+        others = self.thread._all((i, len(x), self.parts[i]))
+        assert {(j, rows) for j, rows, _ in others} == {(i, len(x))}
+        x = x + sum(part[: len(x)] for *_, part in others)
+        self.thread._all(None)  # here, where one thread may be a kernel behind; parts may be written from now on
+        return x, rms_norm(x, norm, eps)
 
 
 def together(size: int, run: Callable[[Rank], Any]) -> list[Any]:
@@ -109,6 +127,77 @@ def test_logits(name: str, size: int) -> None:
 
     for got in together(size, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("rows", [4, 64])  # the last block's sums fit, or all do
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_by_whoever_reads_them(rows: int, bias: bool) -> None:
+    """In memory that all ranks read, where there is room; a bias is added once."""
+    spec, params = SPEC, weights_()
+    if bias:
+        layers = tuple(x._replace(out_bias=torch.randn(32)) for x in params.layers)
+        params = params._replace(layers=layers)
+    plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
+    batch = fastgen.stage(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
+    ops = PLAIN._replace(attention=partial(reference, page=PAGE))
+    want = blocks(params, empty(spec, 23), batch, spec, ops, last=True)
+    want = ops.leave(*want, params.norm, spec.eps)
+
+    def run(rank: Rank) -> tuple[Tensor, int]:
+        local, read = split(spec, 2), Read(rank, spec.dim, rows)
+        mine = fastgen.init(spec, dtype=torch.float32, place=rank.place)
+        update(mine, spec, [x for x in named(weights_(), spec)], place=rank.place)
+        mine = mine._replace(layers=tuple(
+            a._replace(out_bias=b.out_bias) for a, b in zip(mine.layers, params.layers, strict=True)
+        ))  # fmt: skip
+        over = sharded(ops, rank, spec, read)
+        x, y = blocks(mine, empty(local, 23), batch, local, over, last=True)
+        return over.leave(x, y, params.norm, spec.eps), read.sums
+
+    for got, sums in together(2, run):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+        assert sums == (3 if rows == 64 else 2)
+
+
+def reading(rank: int, size: int, file: str, parts: list[Tensor], flags: list[Tensor]) -> None:
+    """A process that runs the kernel of such sums, again and again, ranks coming in all orders."""
+    from fastgen.ops import peers
+
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
+    peers.PROGRAMS = PROGRAMS
+    found = []
+    for step, rows in enumerate((3, 7, 1, 5, 3)):
+        x, norm, mine = (torch.randn(n, 40, generator=torch.Generator().manual_seed(seed))
+                         for n, seed in ((rows, step), (1, 99), (rows, 10 * step + rank)))  # fmt: skip
+        parts[rank][step % 2, :rows] = mine
+        time.sleep(0.05 * ((rank + step) % size))
+        at = torch.tensor([p[step % 2].data_ptr() for p in parts])
+        found.append(peers.sum_norm(x, at, torch.tensor([f.data_ptr() for f in flags]), rank, norm[0], 1e-5))
+    torch.save(found, f"{file}.{rank}")
+    if rank == 0:  # the others are gone: waiting ends when it is said
+        flags[0][-1] = 1
+        peers.sum_norm(x, at, torch.tensor([f.data_ptr() for f in flags]), rank, norm[0], 1e-5)
+
+
+PROGRAMS = 4
+
+
+def test_sums_of_processes(tmp_path: Path) -> None:
+    """Every rank has the same bits; of more rows than programs, too."""
+    pytest.importorskip("triton")
+    size, file = 3, str(tmp_path / "group")
+    parts = [torch.zeros(2, 7, 40).share_memory_() for _ in range(size)]
+    flags = [torch.zeros(PROGRAMS * size + 1, dtype=torch.int32).share_memory_() for _ in range(size)]
+    mp.spawn(reading, (size, file, parts, flags), nprocs=size)  # type: ignore[attr-defined]
+    found = [torch.load(f"{file}.{rank}") for rank in range(size)]
+    norm = torch.randn(1, 40, generator=torch.Generator().manual_seed(99))[0]
+    for step, rows in enumerate((3, 7, 1, 5, 3)):
+        for a, b in zip(found[0][step], found[1][step], strict=True):
+            assert torch.equal(a, b)
+        seeds = [step, *(10 * step + r for r in range(size))]
+        x = sum(torch.randn(rows, 40, generator=torch.Generator().manual_seed(s)) for s in seeds)
+        torch.testing.assert_close(found[2][step][0], x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[2][step][1], rms_norm(x, norm, 1e-5), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [4, 8])

@@ -31,7 +31,7 @@ from fastgen.models.spec import Spec, share_of, split
 from fastgen.models.transformer import PLAIN, Ops, table
 from fastgen.ops.attention import Backend
 from fastgen.ops.backends import choose
-from fastgen.parallel import Group, sharded
+from fastgen.parallel import Group, Peers, Ranks, sharded
 from fastgen.sampling import sample
 from fastgen.step import Computed, Draw, compute, feed
 from fastgen.types import Adapters, Batch, Cache, Params, Sampled, Sampling
@@ -179,8 +179,11 @@ class Stepper:
             self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
         self._sample = partial(invariant.sample, measure=self.ops.logprobs) if fixed else sample
         self.group, self.vocab, self.head = group, spec.vocab, self.ops.head  # a step's: each rank keeps its logits
+        self.peers: Peers | None = None
         if group is not None:
-            self.ops = sharded(self.ops, group, spec)
+            if isinstance(group, Ranks) and self.how != "eager" and settings.parallel.peer_memory:
+                self.peers = group.peers(spec.dim, params.embed.dtype, self.device)
+            self.ops = sharded(self.ops, group, spec, self.peers)
         if self.how != "eager" and cuda:
             from fastgen.ops.fused import draw  # Triton comes with the GPU builds of torch, and not with others
 
@@ -358,7 +361,8 @@ class Stepper:
 
     def bytes(self) -> dict[str, int]:
         """Of the device's memory: buffers, and what the graphs hold."""
-        return {"logits": 0 if self.logits is None else self.logits.nbytes, "graphs": self.held}
+        shared = 0 if self.peers is None else self.peers.buffer.nbytes
+        return {"logits": 0 if self.logits is None else self.logits.nbytes, "graphs": self.held, "peers": shared}
 
     def free(self) -> None:
         """Let go of the graphs and their memory."""

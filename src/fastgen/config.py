@@ -184,8 +184,10 @@ class Parallel:
 
     tensor_parallel: int = 1  # devices of an engine
     replicas: int = 1  # engines behind one queue (`fastgen.Replicas`)
+    peer_memory: bool = True  # on GPUs, small sums over ranks are read from the others' memory; else NCCL makes all
 
     def __post_init__(self) -> None:
+        _flag("parallel", "peer_memory", self.peer_memory)
         for name in ("tensor_parallel", "replicas"):
             _range("parallel", name, getattr(self, name), 1, 64, whole=True)
 

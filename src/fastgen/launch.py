@@ -271,6 +271,8 @@ class Crew(Ranks):
         self._kill()
         if torch.cuda.is_available():  # kernels that wait for the others' would wait for ever
             with suppress(Exception):
+                self.release()
+            with suppress(Exception):
                 dist.distributed_c10d._abort_process_group()
         begun = self._since
         end = time.monotonic() + LAST

@@ -1,0 +1,102 @@
+"""A sum over the ranks of a host, read by each of them from the others' memory (a one-shot all-reduce), with the
+residual sum and norm that follow it: one kernel in the place of an all-reduce, a sum and a norm.
+
+Each rank has written its part of the sum into memory that all can read. A program of the kernel owns some rows: it
+tells the same program of every other rank that this rank has come so far, waits until they have, reads the rows of all
+ranks and adds them in the order of ranks, so that all get the same bits.
+
+A flag is one number for each program and rank: 0, or 1 from when that rank has come until this one has seen it. So
+nothing has to be counted or reset between steps, and a captured kernel can be replayed. A part may be written over
+once the next sum has been made: whoever takes part in that has read this one.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastgen.ops import hopper
+from fastgen.ops.hopper import begin
+
+PROGRAMS = 4 * 132  # at most: as many as run together; each then has several rows
+
+
+@triton.jit
+@no_type_check  # pointers, numbers and constants, in Triton's own language
+def _meet(flags, RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Return when this program runs on all ranks. What each wrote before is there then.
+
+    Or when the last flag says that one is gone.
+    """
+    mine = tl.program_id(0) * SIZE
+    here = tl.load(flags + RANK).to(tl.pointer_type(tl.int32))
+    end = here + PROGRAMS * SIZE
+    for r in tl.static_range(SIZE):
+        if r != RANK:
+            there = tl.load(flags + r).to(tl.pointer_type(tl.int32)) + mine + RANK
+            waits = 1
+            while waits != 0:
+                waits = tl.atomic_cas(there, 0, 1, sem="release", scope="sys")
+                if waits != 0:
+                    waits = 1 - tl.load(end, volatile=True)
+    for r in tl.static_range(SIZE):
+        if r != RANK:
+            waits = 1
+            while waits != 0:
+                waits = 1 - tl.atomic_cas(here + mine + r, 1, 0, sem="acquire", scope="sys")
+                if waits != 0:
+                    waits = 1 - tl.load(end, volatile=True)
+
+
+@triton.jit(do_not_specialize=["rows"])
+@no_type_check
+def _sum_norm(
+    parts, flags, x, norm, total, out, rows, eps,
+    RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """total = x + the sum of the parts, out = its norm; all [rows, D]."""
+    d = tl.arange(0, B)
+    inside = d < D
+    weight = tl.load(norm + d, mask=inside, other=0)
+    begin(PDL)
+    _meet(flags, RANK, SIZE, PROGRAMS)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = row * D + d
+        h = tl.load(x + at, mask=inside, other=0)
+        y = tl.zeros([B], tl.float32)
+        for r in tl.static_range(SIZE):
+            part = tl.load(parts + r).to(tl.pointer_type(x.dtype.element_ty))
+            y += tl.load(part + at, mask=inside, other=0, volatile=True).to(tl.float32)
+        h += y.to(h.dtype)
+        tl.store(total + at, h, mask=inside)
+        h32 = h.to(tl.float32)
+        unit = (h32 * tl.rsqrt(tl.sum(h32 * h32, 0) / D + eps)).to(h.dtype)
+        tl.store(out + at, unit * weight, mask=inside)
+
+
+def sum_norm(
+    x: Float[Tensor, "T D"],
+    parts: Int[Tensor, " R"],
+    flags: Int[Tensor, " R"],
+    rank: int,
+    norm: Float[Tensor, " D"],
+    eps: float,
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+    """x plus the sum of all ranks' parts, and its RMS norm.
+
+    `parts`: where each rank's part [T, D] begins, in x's dtype. `flags`: where its `PROGRAMS` x R + 1 flags do, int32,
+    all 0 before the first call; waiting ends for ever when the last is set. All ranks make this call with as many rows.
+    """
+    rows, width = x.shape
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _sum_norm[(min(rows, PROGRAMS),)](
+        parts, flags, x, norm, total, out, rows, eps, RANK=rank, SIZE=len(parts), PROGRAMS=PROGRAMS, D=width,
+        B=triton.next_power_of_2(width), num_warps=8, **hopper.dependent(x),
+    )  # fmt: skip
+    return total, out
