@@ -5,7 +5,8 @@
 A layout is REPLICASxTENSOR_PARALLEL. Rates are fgbench's, each in a process of its own; a profile of one engine of the
 layout's ranks gives the share of its kernels' time in all-reduces, waiting for other ranks included; and all-reduces of
 each size are timed alone: by NCCL, one-shot and two-shot by torch's symmetric memory (never by NVLink multicast), and
-with the residual sum and norm that follow: by NCCL and a kernel, and by the one kernel that the engine has for both.
+with the residual sum and norm that follow: by NCCL and a kernel, and by the one kernel that the engine has for both, of
+parts that are read from the other ranks or that they have pushed (here with no product beside them).
 """
 
 import argparse
@@ -116,17 +117,23 @@ def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
-def normed(group: parallel.Ranks, peers: parallel.Peers, x: Tensor) -> dict[str, Callable[[], Any]]:
+def normed(group: parallel.Ranks, read: parallel.Peers, pushed: parallel.Peers, x: Tensor) -> dict[str, Any]:
     """A sum over the ranks of rows x, added to others, and the norm of that."""
     from fastgen.ops import skinny
 
-    other, norm, room = torch.zeros_like(x), torch.ones(WIDTH, dtype=x.dtype, device=x.device), peers.room(0, len(x))
-    assert room is not None
-    room.zero_()
-    return {
+    other, norm = torch.zeros_like(x), torch.ones(WIDTH, dtype=x.dtype, device=x.device)
+
+    def one(peers: parallel.Peers) -> Any:
+        part = peers.part(0, len(x), lambda rows, to: None)
+        assert part is not None
+        return peers.add_norm(other, part, norm, 1e-5)
+
+    ways: dict[str, Callable[[], Any]] = {
         "nccl, norm": lambda: skinny.add_norm(other, group.all_reduce(x), norm, 1e-5),
-        "one kernel": lambda: peers.add_norm(other, 0, norm, 1e-5),
+        "read": lambda: one(read),
+        "pushed": lambda: one(pushed),
     }
+    return ways if group.place.size == 2 else {k: v for k, v in ways.items() if k != "pushed"}
 
 
 def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
@@ -137,14 +144,17 @@ def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=index, world_size=size)
     group = parallel.Ranks()
-    peers = parallel.Peers(group, WIDTH, torch.bfloat16, device, (size - 1) * SIZES[-1]) if kind == "cuda" else None
+    peers = list[parallel.Peers]()
+    if kind == "cuda":
+        most = SIZES[-1] // 2 // WIDTH
+        peers = [parallel.Peers(group, WIDTH, most, torch.bfloat16, device, read) for read in (2**62, 0)]
     rows = list[dict[str, Any]]()
     for n in SIZES:
         x = torch.zeros(n // 2 // WIDTH, WIDTH, dtype=torch.bfloat16, device=device)
         ways: dict[str, Callable[[], Any]] = {backend: lambda x=x: dist.all_reduce(x)}
         row: dict[str, Any] = {"bytes": n, "ranks": size}
-        if peers is not None:
-            ways |= normed(group, peers, x)
+        if peers:
+            ways |= normed(group, *peers, x)
             try:
                 ways |= shots(x)
             except Exception as e:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,33 @@ class Rank:
 
 
 class Read(parallel.Peers):
-    """Of a rank that is a thread: parts of up to so many rows."""
+    """Of a rank that is a thread: sums of up to `few` rows are read, up to `many` pushed."""
 
-    def __init__(self, rank: Rank, width: int, rows: int) -> None:
-        self.thread, self.sums = rank, 0
-        self.parts = [torch.zeros(rows, width) for _ in range(self.PARTS)]
+    def __init__(self, rank: Rank, width: int, few: int, many: int) -> None:
+        self.thread, self.sums, self._many = rank, [0, 0], many
+        self.parts = [torch.zeros(few, width) for _ in range(self.PARTS)]
+        boxes = [torch.zeros(many, width) for _ in range(2)]
+        theirs = rank._all(boxes)[1 - rank.place.rank]
+        self._inbox = [*zip(boxes, theirs, strict=True)]
+        self._at = [torch.tensor(i) for i in range(5)]
 
-    def add_norm(self, x: Tensor, i: int, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        self.sums += 1
-        others = self.thread._all((i, len(x), self.parts[i]))
+    def _push(self, mine: Tensor, theirs: Tensor) -> None:
+        theirs.copy_(mine)
+
+    def _pushed(self) -> None: ...
+
+    def _sum_norm(self, x: Tensor, y: Tensor, at: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        i = int(at)
+        others = self.thread._all((i, len(x), y))
         assert {(j, rows) for j, rows, _ in others} == {(i, len(x))}
-        x = x + sum(part[: len(x)] for *_, part in others)
-        self.thread._all(None)  # here, where one thread may be a kernel behind; parts may be written from now on
-        return x, rms_norm(x, norm, eps)
+        if i < 3:
+            self.sums[0] += 1
+            y = sum(part for *_, part in others)
+        else:
+            self.sums[1] += 1
+            y = y + self._inbox[i - 3][0][: len(x)]
+        self.thread._all(None)  # threads go on together; parts may be written from now on
+        return x + y, rms_norm(x + y, norm, eps)
 
 
 def together(size: int, run: Callable[[Rank], Any]) -> list[Any]:
@@ -129,11 +144,18 @@ def test_logits(name: str, size: int) -> None:
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("rows", [4, 64])  # the last block's sums fit, or all do
+@pytest.mark.parametrize(
+    ("few", "many", "sums"), [(4, 0, [2, 0]), (64, 0, [5, 0]), (0, 64, [0, 4]), (4, 64, [2, 2]), (0, 38, [0, 2])]
+)
 @pytest.mark.parametrize("bias", [False, True])
-def test_sums_by_whoever_reads_them(rows: int, bias: bool) -> None:
-    """In memory that all ranks read, where there is room; a bias is added once."""
-    spec, params = SPEC, weights_()
+def test_sums_by_whoever_reads_them(
+    few: int, many: int, sums: list[int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory that all ranks read or that is pushed to them, where there is room; a bias is added once."""
+    monkeypatch.setattr(parallel, "PUSHED", 16)
+    spec = replace(SPEC, layers=2, windows=SPEC.windows * 2)
+    params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
+    whole = params
     if bias:
         layers = tuple(x._replace(out_bias=torch.randn(32)) for x in params.layers)
         params = params._replace(layers=layers)
@@ -143,10 +165,10 @@ def test_sums_by_whoever_reads_them(rows: int, bias: bool) -> None:
     want = blocks(params, empty(spec, 23), batch, spec, ops, last=True)
     want = ops.leave(*want, params.norm, spec.eps)
 
-    def run(rank: Rank) -> tuple[Tensor, int]:
-        local, read = split(spec, 2), Read(rank, spec.dim, rows)
+    def run(rank: Rank) -> tuple[Tensor, list[int]]:
+        local, read = split(spec, 2), Read(rank, spec.dim, few, many)
         mine = fastgen.init(spec, dtype=torch.float32, place=rank.place)
-        update(mine, spec, [x for x in named(weights_(), spec)], place=rank.place)
+        update(mine, spec, named(whole, spec), place=rank.place)
         mine = mine._replace(layers=tuple(
             a._replace(out_bias=b.out_bias) for a, b in zip(mine.layers, params.layers, strict=True)
         ))  # fmt: skip
@@ -154,9 +176,9 @@ def test_sums_by_whoever_reads_them(rows: int, bias: bool) -> None:
         x, y = blocks(mine, empty(local, 23), batch, local, over, last=True)
         return over.leave(x, y, params.norm, spec.eps), read.sums
 
-    for got, sums in together(2, run):
+    for got, done in together(2, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
-        assert sums == (3 if rows == 64 else 2)
+        assert done == sums
 
 
 def reading(rank: int, size: int, file: str, parts: list[Tensor], flags: list[Tensor]) -> None:
@@ -172,11 +194,12 @@ def reading(rank: int, size: int, file: str, parts: list[Tensor], flags: list[Te
         parts[rank][step % 2, :rows] = mine
         time.sleep(0.05 * ((rank + step) % size))
         at = torch.tensor([p[step % 2].data_ptr() for p in parts])
-        found.append(peers.sum_norm(x, at, torch.tensor([f.data_ptr() for f in flags]), rank, norm[0], 1e-5))
+        where = torch.tensor([f.data_ptr() for f in flags])
+        found.append(peers.sum_norm(x, parts[rank][step % 2, :rows], at, where, rank, norm[0], 1e-5))
     torch.save(found, f"{file}.{rank}")
     if rank == 0:  # the others are gone: waiting ends when it is said
         flags[0][-1] = 1
-        peers.sum_norm(x, at, torch.tensor([f.data_ptr() for f in flags]), rank, norm[0], 1e-5)
+        peers.sum_norm(x, parts[0][step % 2, :rows], at, where, rank, norm[0], 1e-5)
 
 
 PROGRAMS = 4

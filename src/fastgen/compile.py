@@ -182,7 +182,8 @@ class Stepper:
         self.peers: Peers | None = None
         if group is not None:
             if isinstance(group, Ranks) and self.how != "eager" and settings.parallel.peer_memory:
-                self.peers = group.peers(spec.dim, params.embed.dtype, self.device)
+                most = largest(settings.schedule).tokens
+                self.peers = group.peers(spec.dim, most, params.embed.dtype, self.device)
             self.ops = sharded(self.ops, group, spec, self.peers)
         if self.how != "eager" and cuda:
             from fastgen.ops.fused import draw  # Triton comes with the GPU builds of torch, and not with others

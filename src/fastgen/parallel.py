@@ -11,14 +11,16 @@ That is Megatron-LM's division (arXiv 1909.08053, section 3). Every rank has the
 same of what all have found, so all draw the same tokens and plan the same steps: there is one engine for each rank,
 called in the same way.
 
-Partial sums are summed by whoever reads them: up to a size by a kernel that reads them from the other ranks' memory and
-goes on with the norm (`Peers`), beyond it by an all-reduce of the group.
+Partial sums are summed by whoever reads them. On the GPUs of a host (`Peers`) a kernel does so that goes on with the
+norm: for few rows it reads the other ranks' memory, for many, of two ranks, what the other has pushed while its product
+went on. Everything else is an all-reduce of the group.
 """
 
 import os
 import socket
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,8 +32,9 @@ from fastgen.models.spec import Place, Spec, share_of
 from fastgen.models.transformer import Ops
 from fastgen.types import Sampled, Sampling
 
-# Bytes that a rank reads from all others for one sum: beyond it, all-reduces of NCCL are faster (`layouts_gpu.py`).
-MOST = 2**24
+# Bytes that a rank reads from all others for one sum. Beyond it parts are pushed, or NCCL sums (`layouts_gpu.py`).
+READ = 2**24
+PUSHED = 2048  # rows that are pushed together, while the product of the next ones is made
 gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its newer name, and its older
 
 
@@ -72,12 +75,12 @@ class Ranks:
         self._asked: tuple[Any, int, Tensor] | None = None
         self._peers: weakref.WeakSet[Peers] = weakref.WeakSet()
 
-    def peers(self, width: int, dtype: torch.dtype, device: torch.device) -> "Peers | None":
-        """None where ranks cannot read each other's memory; made by all together."""
+    def peers(self, width: int, rows: int, dtype: torch.dtype, device: torch.device) -> "Peers | None":
+        """None where ranks cannot use each other's memory; made by all together. As `Peers`."""
         if device.type != "cuda" or self.place.size == 1:
             return None
         try:
-            made = Peers(self, width, dtype, device)
+            made = Peers(self, width, rows, dtype, device)
         except RuntimeError as e:
             if self.place.rank == 0:
                 warnings.warn(f"sums of all sizes go through NCCL: {e}", stacklevel=2)
@@ -124,15 +127,17 @@ def check(rank: int, step: int, digests: list[int]) -> None:
 
 
 class Peers:
-    """Memory of each rank of a host that the others read: parts of sums, of `width` numbers a row.
+    """Memory of each rank of a host that the others read and write: parts of sums, of `width` numbers a row.
 
-    Made by all ranks together; RuntimeError on all of them if they cannot read each other's memory. `most`: as `MOST`.
+    Made by all ranks together; RuntimeError on all of them if they cannot use each other's memory. `rows`: of the
+    largest sum that is wanted. `read`: as `READ`.
     """
 
     PARTS = 3
+    _made: tuple[Tensor | None, Tensor | None] = None, None  # a part, until it is read, and where all ranks' are
 
     def __init__(
-        self, group: "Ranks", width: int, dtype: torch.dtype, device: torch.device, most: int | None = None
+        self, group: "Ranks", width: int, rows: int, dtype: torch.dtype, device: torch.device, read: int | None = None
     ) -> None:
         # Multicast is never used; where it is not allowed, even asking for it fails.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
@@ -144,9 +149,11 @@ class Peers:
         host = int.from_bytes(socket.gethostname().encode()[-7:])
         if group.least(host) != host or -group.least(-host) != host:
             raise RuntimeError("ranks on several hosts")
-        row = width * dtype.itemsize
-        rows = (MOST if most is None else most) // (size - 1) // row
-        room = -(-rows * row // 128) * 128
+        few = min(rows, (READ if read is None else read) // (size - 1) // (width * dtype.itemsize))
+        many = rows if size == 2 and rows > few else 0
+        shapes = [few] * self.PARTS + [many] * 2  # read by others; written by the other
+        bytes = [-(-n * width * dtype.itemsize // 128) * 128 for n in shapes]
+        offsets = [sum(bytes[:i]) for i in range(len(bytes) + 1)]
         count = PROGRAMS * size + 1  # of flags; the last ends all waiting
 
         def attempt(make: Any) -> Any:
@@ -155,41 +162,74 @@ class Peers:
             except RuntimeError as e:
                 made, problem = None, e
             if not group.least(problem is None):
-                raise RuntimeError(f"a rank has no memory that others can read: {problem or 'another one'}")
+                raise RuntimeError(f"a rank has no memory that others can use: {problem or 'another one'}")
             return made
 
-        self.buffer = attempt(lambda: symmetric.empty(self.PARTS * room + 4 * count, dtype=torch.uint8, device=device))
+        self.buffer = attempt(lambda: symmetric.empty(offsets[-1] + 4 * count, dtype=torch.uint8, device=device))
         ranks: Any = group.group or dist.group.WORLD
         handle = attempt(lambda: symmetric.rendezvous(self.buffer, ranks))
         self.buffer.zero_()
         torch.cuda.synchronize(device)
         group.least(0)  # nobody tells anybody anything before all flags are 0
-        offset = self.buffer.data_ptr() - handle.buffer_ptrs[self.rank]
-        begins = torch.tensor([p + offset for p in handle.buffer_ptrs], dtype=torch.int64, device="cpu")
-        self.parts = [self.buffer[i * room :][: rows * row].view(dtype).view(rows, width) for i in range(self.PARTS)]
-        self._at = [(begins + i * room).to(device) for i in range(self.PARTS)]
-        self._flags = (begins + self.PARTS * room).to(device)
-        self._end = self.buffer[self.PARTS * room :].view(torch.int32)[-1:]
+        first = self.buffer.data_ptr() - handle.buffer_ptrs[self.rank]
+        begins = torch.tensor([p + first for p in handle.buffer_ptrs], dtype=torch.int64, device="cpu")
+        places = [(begins + offset).to(device) for offset in offsets]
+
+        def leaf(buffer: Tensor, i: int) -> Tensor:
+            return buffer[offsets[i] :][: shapes[i] * width * dtype.itemsize].view(dtype).view(-1, width)
+
+        self.parts = [leaf(self.buffer, i) for i in range(self.PARTS)]
+        self._at, self._flags, self._many = places[: self.PARTS], places[-1], many
+        if many:
+            theirs = handle.get_buffer(1 - self.rank, (self.buffer.numel(),), torch.uint8, first)
+            self._inbox = [(leaf(self.buffer, self.PARTS + i), leaf(theirs, self.PARTS + i)) for i in range(2)]
+            self._at += [places[self.PARTS + i].fill_(here.data_ptr()) for i, (here, _) in enumerate(self._inbox)]
+        self._end = self.buffer[offsets[-1] :].view(torch.int32)[-1:]
         self._one = torch.ones(1, dtype=torch.int32, device="cpu").pin_memory()
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._last = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def room(self, i: int, rows: int) -> Tensor | None:
-        """For part i of a sum of so many rows, if there is."""
-        return self.parts[i][:rows] if rows <= len(self.parts[i]) else None
+    def part(self, i: int, rows: int, make: Callable[[slice, Tensor], Any]) -> Tensor | None:
+        """This rank's part of a sum of so many rows, where others have it too. `make` puts some of them into a place.
 
-    def index(self, y: Tensor) -> int | None:
-        """Which part y is, if it is one."""
-        return next((i for i, p in enumerate(self.parts) if p.data_ptr() == y.data_ptr()), None)
+        `i`: 0 and 1 in turn, since a part lasts until the next sum but one; 2 at the beginning of a step, for few rows.
+        """
+        if rows <= len(self.parts[i]):
+            y, at = self.parts[i][:rows], self._at[i]
+            make(slice(rows), y)
+        elif i < 2 and rows <= self._many:
+            y, at = self.parts[i].new_empty(rows, self.parts[i].shape[1]), self._at[self.PARTS + i]
+            for first in range(0, rows, PUSHED):
+                some = slice(first, min(first + PUSHED, rows))
+                make(some, y[some])
+                self._push(y[some], self._inbox[i][1][some])
+            self._pushed()
+        else:
+            return None
+        self._made = y, at
+        return y
 
-    def add_norm(self, x: Tensor, i: int, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """`transformer.add_norm` of x and the sum over the ranks of part i."""
+    def _push(self, mine: Tensor, theirs: Tensor) -> None:
+        """By an engine of its own, beside what is launched next."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            theirs.copy_(mine, non_blocking=True)
+
+    def _pushed(self) -> None:
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """`transformer.add_norm` of x and the sum over the ranks of which y is a part; None if others don't have it."""
+        (made, at), self._made = self._made, (None, None)
+        return None if made is not y or at is None else self._sum_norm(x, y, at, norm, eps)
+
+    def _sum_norm(self, x: Tensor, y: Tensor, at: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         from fastgen.ops.peers import sum_norm
 
-        return sum_norm(x, self._at[i], self._flags, self.rank, norm, eps)
+        return sum_norm(x, y, at, self._flags, self.rank, norm, eps)
 
     def end(self) -> None:
         """Kernels that wait for a rank that is gone go on, now and from now on. Called by any thread."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._last):
             self._end.copy_(self._one, non_blocking=True)
 
 
@@ -209,29 +249,28 @@ def sharded(ops: Ops, group: Group, spec: Spec, peers: Peers | None = None) -> O
         at = token - first
         x, zero, *rest = ops.enter(embed, at.clamp(0, rows - 1), position, local)
         y = torch.where(((at >= 0) & (at < count))[:, None], x, 0)
-        # A part of its own, since the step before has ended with one of the others.
-        if peers is not None and (room := peers.room(2, len(y))) is not None:
-            y = room.copy_(y)
-        return zero, y, *rest
+        part = None if peers is None else peers.part(2, len(y), lambda _, to: to.copy_(y))
+        return zero, y if part is None else part, *rest
 
     def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         nonlocal turn
-        turn = 1 - turn
-        room = None if peers is None else peers.room(turn, len(x))
-        y = ops.linear(x, w, None) if room is None else ops.head(x, w, room)  # the same product, to a place
-        return y if bias is None or group.place.rank else y.add_(bias)
+        turn, bias = 1 - turn, None if group.place.rank else bias
 
-    def summed(x: Tensor, y: Tensor, *norm: Any) -> tuple[Tensor, Tensor] | None:
-        """`add_norm`, where the parts are in memory that all can read."""
-        i = None if peers is None else peers.index(y)
-        return None if peers is None or i is None else peers.add_norm(x, i, *norm)
+        def make(rows: slice, to: Tensor) -> None:
+            ops.head(x[rows], w, to)  # the same product, to a place
+            if bias is not None:
+                to += bias
 
-    def project(
-        x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        part = None if peers is None else peers.part(turn, len(x), make)
+        return ops.linear(x, w, bias) if part is None else part
+
+    def summed(*args: Any) -> tuple[Tensor, Tensor] | None:
+        return None if peers is None else peers.add_norm(*args)
+
+    def project(x: Tensor, y: Tensor, norm: Tensor, eps: float, *w: Tensor | None) -> tuple[Tensor, Tensor]:
         if (both := summed(x, y, norm, eps)) is None:
-            return ops.project(x, group.all_reduce(y), norm, eps, w, bias)
-        return both[0], ops.linear(both[1], w, bias)
+            return ops.project(x, group.all_reduce(y), norm, eps, *w)
+        return both[0], ops.linear(both[1], *w)
 
     def project_swiglu(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         if (both := summed(x, y, norm, eps)) is None:

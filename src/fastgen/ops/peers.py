@@ -1,13 +1,13 @@
-"""A sum over the ranks of a host, read by each of them from the others' memory (a one-shot all-reduce), with the
-residual sum and norm that follow it: one kernel in the place of an all-reduce, a sum and a norm.
+"""A sum over the ranks of a host (a one-shot all-reduce) with the residual sum and norm that follow it: one kernel in
+the place of an all-reduce, a sum and a norm.
 
-Each rank has written its part of the sum into memory that all can read. A program of the kernel owns some rows: it
-tells the same program of every other rank that this rank has come so far, waits until they have, reads the rows of all
-ranks and adds them in the order of ranks, so that all get the same bits.
+Each rank's part of the sum lies where this rank can read it: in the other's memory, or here if that one has pushed it.
+A program of the kernel owns some rows: it tells the same program of every other rank that this rank has come so far,
+waits until they have, and adds the rows of all ranks in the order of ranks, so that all get the same bits.
 
-A flag is one number for each program and rank: 0, or 1 from when that rank has come until this one has seen it. So
-nothing has to be counted or reset between steps, and a captured kernel can be replayed. A part may be written over
-once the next sum has been made: whoever takes part in that has read this one.
+A flag counts how often a program of a rank has come: each has one of every rank's, its own included, and waits until
+the others have come as often. So nothing has to be reset, and a captured kernel can be replayed. A part may be written
+over once the next sum has been made: whoever takes part in that has read this one.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -26,37 +26,10 @@ from fastgen.ops.hopper import begin
 PROGRAMS = 4 * 132  # at most: as many as run together; each then has several rows
 
 
-@triton.jit
-@no_type_check  # pointers, numbers and constants, in Triton's own language
-def _meet(flags, RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Return when this program runs on all ranks. What each wrote before is there then.
-
-    Or when the last flag says that one is gone.
-    """
-    mine = tl.program_id(0) * SIZE
-    here = tl.load(flags + RANK).to(tl.pointer_type(tl.int32))
-    end = here + PROGRAMS * SIZE
-    for r in tl.static_range(SIZE):
-        if r != RANK:
-            there = tl.load(flags + r).to(tl.pointer_type(tl.int32)) + mine + RANK
-            waits = 1
-            while waits != 0:
-                waits = tl.atomic_cas(there, 0, 1, sem="release", scope="sys")
-                if waits != 0:
-                    waits = 1 - tl.load(end, volatile=True)
-    for r in tl.static_range(SIZE):
-        if r != RANK:
-            waits = 1
-            while waits != 0:
-                waits = 1 - tl.atomic_cas(here + mine + r, 1, 0, sem="acquire", scope="sys")
-                if waits != 0:
-                    waits = 1 - tl.load(end, volatile=True)
-
-
 @triton.jit(do_not_specialize=["rows"])
-@no_type_check
+@no_type_check  # pointers, numbers and constants, in Triton's own language
 def _sum_norm(
-    parts, flags, x, norm, total, out, rows, eps,
+    own, parts, flags, x, norm, total, out, rows, eps,
     RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -64,15 +37,30 @@ def _sum_norm(
     d = tl.arange(0, B)
     inside = d < D
     weight = tl.load(norm + d, mask=inside, other=0)
+    here = tl.load(flags + RANK).to(tl.pointer_type(tl.int32))
+    end = here + PROGRAMS * SIZE  # set when a rank is gone
+    mine = tl.program_id(0) * SIZE
+    count = tl.atomic_add(here + mine + RANK, 1, sem="relaxed") + 1
     begin(PDL)
-    _meet(flags, RANK, SIZE, PROGRAMS)
+    for r in tl.static_range(SIZE):
+        if r != RANK:
+            there = tl.load(flags + r).to(tl.pointer_type(tl.int32))
+            tl.atomic_add(there + mine + RANK, 1, sem="release", scope="sys")
+    for r in tl.static_range(SIZE):
+        if r != RANK:
+            waits = 1
+            while waits != 0:
+                waits = (tl.atomic_add(here + mine + r, 0, sem="acquire", scope="sys") - count < 0).to(tl.int32)
+                if waits != 0:
+                    waits = 1 - tl.load(end, volatile=True)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = row * D + d
         h = tl.load(x + at, mask=inside, other=0)
         y = tl.zeros([B], tl.float32)
         for r in tl.static_range(SIZE):
-            part = tl.load(parts + r).to(tl.pointer_type(x.dtype.element_ty))
-            y += tl.load(part + at, mask=inside, other=0, volatile=True).to(tl.float32)
+            part = own if r == RANK else tl.load(parts + r).to(tl.pointer_type(x.dtype.element_ty))
+            # Past the first cache, which may hold what was there before.
+            y += tl.load(part + at, mask=inside, other=0, cache_modifier=".cg").to(tl.float32)
         h += y.to(h.dtype)
         tl.store(total + at, h, mask=inside)
         h32 = h.to(tl.float32)
@@ -82,6 +70,7 @@ def _sum_norm(
 
 def sum_norm(
     x: Float[Tensor, "T D"],
+    own: Float[Tensor, "T D"],
     parts: Int[Tensor, " R"],
     flags: Int[Tensor, " R"],
     rank: int,
@@ -90,13 +79,14 @@ def sum_norm(
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
     """x plus the sum of all ranks' parts, and its RMS norm.
 
-    `parts`: where each rank's part [T, D] begins, in x's dtype. `flags`: where its `PROGRAMS` x R + 1 flags do, int32,
-    all 0 before the first call; waiting ends for ever when the last is set. All ranks make this call with as many rows.
+    `own`: this rank's part. `parts`: where each other rank's part [T, D] begins, in x's dtype. `flags`: where each
+    rank's `PROGRAMS` x R + 1 flags do, int32, all 0 before the first call; waiting ends for ever when the last is set.
+    All ranks make this call with as many rows.
     """
     rows, width = x.shape
     total, out = torch.empty_like(x), torch.empty_like(x)
     _sum_norm[(min(rows, PROGRAMS),)](
-        parts, flags, x, norm, total, out, rows, eps, RANK=rank, SIZE=len(parts), PROGRAMS=PROGRAMS, D=width,
+        own, parts, flags, x, norm, total, out, rows, eps, RANK=rank, SIZE=len(parts), PROGRAMS=PROGRAMS, D=width,
         B=triton.next_power_of_2(width), num_warps=8, **hopper.dependent(x),
     )  # fmt: skip
     return total, out
