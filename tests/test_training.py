@@ -271,9 +271,13 @@ def test_versions_survive_fork_and_snapshot(tmp_path: Path) -> None:
             assert {*c.versions} == {0, 1}
 
 
-def _trainer(rank: int, port: int, found: Any) -> None:
+def _trainer(rank: int, port: int, found: Any, kind: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     params = fresh(rank)
     if rank == 0:
         fastgen.send(weights.named(params, SPEC), bucket=3000)
@@ -287,12 +291,12 @@ def _trainer(rank: int, port: int, found: Any) -> None:
 
 
 def test_update_over_a_process_group(device: str) -> None:
-    """In buckets, from another process."""
-    if device != "cpu":
-        pytest.skip("processes of their own choose their device")
+    """In buckets, from another process, or another GPU."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("a GPU each")
     found = mp.get_context("spawn").SimpleQueue()
     port = DICE.randrange(20000, 30000)
-    done = mp.spawn(_trainer, (port, found), nprocs=2, join=False)
+    done = mp.spawn(_trainer, (port, found, device), nprocs=2, join=False)
     answer = found.get()
     while not done.join():
         pass

@@ -58,7 +58,10 @@ def _sum_norm(
         h = tl.load(x + at, mask=inside, other=0)
         y = tl.zeros([B], tl.float32)
         for r in tl.static_range(SIZE):
-            part = own if r == RANK else tl.load(parts + r).to(tl.pointer_type(x.dtype.element_ty))
+            part = own
+            if r != RANK:
+                part = tl.load(parts + r).to(tl.pointer_type(x.dtype.element_ty))
+                part = tl.multiple_of(part, 16)  # else each number is loaded alone
             # Past the first cache, which may hold what was there before.
             y += tl.load(part + at, mask=inside, other=0, cache_modifier=".cg").to(tl.float32)
         h += y.to(h.dtype)
@@ -79,9 +82,9 @@ def sum_norm(
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
     """x plus the sum of all ranks' parts, and its RMS norm.
 
-    `own`: this rank's part. `parts`: where each other rank's part [T, D] begins, in x's dtype. `flags`: where each
-    rank's `PROGRAMS` x R + 1 flags do, int32, all 0 before the first call; waiting ends for ever when the last is set.
-    All ranks make this call with as many rows.
+    `own`: this rank's part. `parts`: where each other rank's part [T, D] begins, in x's dtype, aligned to 16 bytes.
+    `flags`: where each rank's `PROGRAMS` x R + 1 flags do, int32, all 0 before the first call; waiting ends for ever
+    when the last is set. All ranks make this call with as many rows.
     """
     rows, width = x.shape
     total, out = torch.empty_like(x), torch.empty_like(x)
