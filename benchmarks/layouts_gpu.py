@@ -2,8 +2,8 @@
 
     python benchmarks/layouts_gpu.py --layouts 1x8 2x4 4x2 --out layouts.json
 
-A layout is REPLICASxTENSOR_PARALLEL. Rates are fgbench's, each in a process of its own; a profile of one engine of the
-layout's ranks gives the share of its kernels' time in all-reduces, waiting for other ranks included; and all-reduces of
+A layout is REPLICASxTENSOR_PARALLEL. Rates are fgbench's, each in a process of its own; a profile of one engine of
+several ranks gives the share of its kernels' time in all-reduces, waiting for other ranks included; and all-reduces of
 each size are timed alone: by NCCL, one-shot and two-shot by torch's symmetric memory (never by NVLink multicast), and
 with the residual sum and norm that follow: by NCCL and a kernel, and by the one kernel that the engine has for both, of
 parts that are read from the other ranks or that they have pushed (here with no product beside them).
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,14 @@ from torch import Tensor
 
 import fastgen
 from fastgen import parallel
+from fastgen.cli import bench
+from fastgen.cli.config import chosen, compose
 
 HERE = Path(__file__).parent
 WIDTH = 8192
 SIZES = [2**i for i in range(14, 29)]  # bytes: a row in bf16, to 16k rows
 CALLS = 20  # in a captured graph
 SETTINGS = ("schedule.max_requests=512", "schedule.token_budget=16384")
-
-
-def rates(config: Path, replicas: int, size: int, workloads: list[str], settings: list[str]) -> list[dict[str, Any]]:
-    """fgbench's rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        layout = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
-        command = [sys.executable, "-m", "fastgen.cli.bench", str(config), "--repeats", "2", "--out", str(out)]
-        subprocess.run([*command, "--workload", *workloads, *settings, *layout], check=True)
-        return json.loads(out.read_text())
 
 
 def share(trace: Path) -> float | None:
@@ -54,29 +47,45 @@ def share(trace: Path) -> float | None:
     return taken / sum(e["dur"] for e in kernels) if kernels else None
 
 
-def profiled(config: str, size: int, settings: dict[str, Any]) -> dict[str, float | None]:
+def profiled(engine: Any) -> dict[str, float | None]:
     """Shares of steps that prefill, of steps of 512 that decode, and of one stream's."""
     found: dict[str, float | None] = {}
-    vocab = fastgen.from_hf(json.loads(Path(config).read_text())).vocab
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        fastgen.Engine.from_pretrained(config, random=True, tensor_parallel=size, **settings) as engine,
-    ):
+    with tempfile.TemporaryDirectory() as folder:
         for name, requests, length, skip in (
             ("prefill", 64, 1024, 0),
             ("decode", 512, 8, 6),
             ("one stream", 1, 128, 6),
         ):
-            for prompt in torch.randint(vocab, (requests, length)).tolist():
+            for prompt in torch.randint(engine.spec.vocab, (requests, length)).tolist():
                 engine.add(prompt, sampling)
             for _ in range(skip):
                 engine.step()
             trace = Path(folder) / f"{name}.json.gz"
-            with engine.profile(steps=3, path=trace, skip=1):
+            with engine.profile(steps=3, path=trace, skip=1) as profile:
                 while engine.unfinished:
                     engine.step()
+            print(name, profile.summary, sep="\n", flush=True)
             found[name] = share(trace)
+    return found
+
+
+def layout(args: argparse.Namespace) -> dict[str, Any]:
+    """Rows as fgbench's of one layout, and a profile of an engine of its ranks."""
+    replicas, size = map(int, args.layouts[0].split("x"))
+    where = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
+    config = compose(chosen(str(args.config)), "sampling.temperature=0.7", *args.settings, *where)
+    works, sampling = [bench.Workload.of(x) for x in args.workloads], replace(config.sampling, ignore_eos=True)
+    started, generator = bench.start(config, False, works), torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {"rows": [], "profile": None}
+    with started.engine as engine:
+        for work in works:
+            row = bench.measure(started, work, replace(sampling, max_tokens=work.output), args.repeats, generator)
+            one = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
+            found["rows"].append(row | one)
+            print(f"{replicas} x TP{size}, {work}: {row['output_tok_s']:,.0f} output tokens/s", flush=True)
+        if size > 1 and replicas == 1 and not args.no_profile:
+            found["profile"] = profiled(engine)
     return found
 
 
@@ -182,24 +191,32 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "configs" / "deepseek-r1-distill-llama-70b.json")
     parser.add_argument("--layouts", nargs="+", default=["1x8", "2x4", "4x2"], metavar="RxN")
     parser.add_argument("--workloads", nargs="*", default=["512x1024x128", "512x1024x512", "1x128x256"])
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], metavar="KEY=VALUE", help="of fgbench")
     parser.add_argument("--no-profile", action="store_true", help="rates and all-reduces alone")
+    parser.add_argument("--no-all-reduces", action="store_true", help="rates and profiles alone")
+    parser.add_argument("--one", action="store_true", help="the first layout alone, in this process")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "layouts_gpu.json")
     args = parser.parse_args()
+    if args.one:
+        args.out.write_text(json.dumps(layout(args)))
+        return
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"torch": torch.__version__, "layouts": [], "profile": {}, "all_reduce": []}
-    pairs = [tuple(map(int, layout.split("x"))) for layout in args.layouts]
-    for size in sorted({n for _, n in pairs} - {1}):
+    sizes = sorted({int(x.partition("x")[2]) for x in args.layouts} - {1})
+    for size in [] if args.no_all_reduces else sizes:
         found["all_reduce"] += all_reduces(size, kind)
-        if not args.no_profile:
-            settings = {"max_requests": 512, "token_budget": 16384} if kind == "cuda" else {"cache_tokens": 2**16}
-            found["profile"][str(size)] = profiled(str(args.config), size, settings)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-    for replicas, size in pairs if args.workloads else ():
-        for row in rates(args.config, replicas, size, args.workloads, args.settings):
-            one = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
-            found["layouts"].append(row | one)
-            print(f"{replicas} x TP{size}, {row['workload']}: {row['output_tok_s']:,.0f} output tokens/s", flush=True)
+    for name in args.layouts if args.workloads else ():
+        with tempfile.TemporaryDirectory() as folder:  # a process for each, which gives its memory back
+            out = Path(folder) / "one.json"
+            given = ["--config", args.config, "--layouts", name, "--repeats", args.repeats, "--one", "--out", out]
+            given += ["--workloads", *args.workloads, "--settings", *args.settings]
+            given += ["--no-profile"] if args.no_profile else []
+            subprocess.run([sys.executable, __file__, *map(str, given)], check=True)
+            one = json.loads(out.read_text())
+        found["layouts"] += one["rows"]
+        found["profile"][name] = one["profile"]
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run as Python
     else:
         # Types are checked while tests run on the CPU only: torch.compile cannot trace the checks.
+        config.addinivalue_line("filterwarnings", "default")  # and it has warnings of its own
         sys.meta_path[:] = [x for x in sys.meta_path if type(x).__module__ != "jaxtyping._import_hook"]
         torch.set_default_device(config.getoption("--device"))
 

@@ -266,4 +266,4 @@ def test_memory_fits_the_fraction() -> None:
         free, total = torch.cuda.mem_get_info()
         assert e.capacity == 96 * 4096 or 0.45 * total < total - free < 0.51 * total
     with pytest.raises(ValueError, match="token_budget"):
-        engine(cache_tokens=None, cache_fraction=0.01)
+        engine(cache_tokens=None, cache_fraction=0.01, token_budget=2**18)

@@ -2,8 +2,9 @@
 
 Libraries choose how they add up by the number of rows: matrix products and reductions of few rows are cut in other
 ways than those of many. Here each sum has one order. Products are the library's where it does not share a sum out
-(`exact`), which leaves every size of tile the same order; attention has one tile and one share of the keys; norms,
-activations and logprobs are kernels with a program for each row.
+(`exact`), which leaves every size of tile the same order, and in fp32 a kernel's, a few rows at a time, which is slow;
+attention has one tile and one share of the keys; norms, activations and logprobs are kernels with a program for each
+row.
 
 On a CPU, products have ROWS rows, padded, and a function with a transcendental has one: vector units compute another
 last bit than what is left over at an end.
@@ -65,8 +66,14 @@ def ops(device: torch.device | str, page: int = PAGE) -> Ops:
 
     def product(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x @ w.T + bias, the sum rounded before the bias: whether it is, must not depend on the size."""
-        few = 0 < len(x) <= hopper.FEW and w.is_contiguous()
-        y = skinny.linear(x, w, None, out) if few else torch.mm(x, w.T, out=out)
+        if x.dtype == torch.float32 and w.is_contiguous():  # libraries always choose by the size
+            y = x.new_empty(len(x), len(w)) if out is None else out
+            for a, b in zip(x.split(hopper.FEW), y.split(hopper.FEW), strict=True):
+                skinny.linear(a, w, None, b)
+        elif 0 < len(x) <= hopper.FEW and w.is_contiguous():
+            y = skinny.linear(x, w, None, out)
+        else:
+            y = torch.mm(x, w.T, out=out)
         return y if bias is None else y + bias
 
     def project(

@@ -51,20 +51,31 @@ def _linear(
     tl.store(to, acc.to(out.dtype.element_ty), mask=(t < rows)[None, :] & (n < width)[:, None])
 
 
-def tile(n: int, k: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """How weights [n, k] are cut: the fastest of those tried on an H200 (`benchmarks/kernels_gpu.py`).
+# Up to so many rows of weights: N, K, warps, stages. What decides is how many programs a processor gets, and how many
+# of the next product's it takes while they end; depth hardly matters.
+TILES = (
+    (4224, (16, 256, 2, 5)),
+    (6144, (16, 128, 1, 6)),
+    (9216, (16, 128, 1, 5)),
+    (20480, (64, 128, 2, 4)),
+    (30720, (16, 128, 1, 6)),
+    (2**63, (32, 256, 2, 4)),
+)
 
-    A program for every processor, and enough bytes on the way: 4 MB at a time hide the memory's latency.
-    """
+
+def tile(n: int, k: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """How weights [n, k] are cut: the fastest of those tried on an H200 (`benchmarks/tiles_gpu.py`)."""
     if dtype == torch.float32:  # no tensor cores: every step is unrolled
-        return {"N": 16, "K": 64, "num_warps": 4, "num_stages": 3}
-    if n >= 16384:
-        width, depth, warps = (32, 256, 2) if rows <= 8 else (64, 128, 2)
+        width, depth, warps, stages = 16, 64, 4, 3
+    elif rows <= 8:
+        width, depth, warps, stages = next(config for most, config in TILES if n <= most)
+    elif n >= 16384:
+        width, depth, warps, stages = 64, 128, 2, 4
     elif k > 8000:
-        width, depth, warps = 16, 512, 2
+        width, depth, warps, stages = 16, 512, 2, 4
     else:
-        width, depth, warps = (16, 256, 1) if rows <= 8 else (64, 256, 4)
-    return {"N": width, "K": depth, "num_warps": warps, "num_stages": 4}
+        width, depth, warps, stages = 64, 256, 4, 4
+    return {"N": width, "K": depth, "num_warps": warps, "num_stages": stages}
 
 
 def linear(

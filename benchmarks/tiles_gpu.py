@@ -1,0 +1,103 @@
+"""Products of one row with the matrices of the supported models, in every tile: which are the fastest?
+
+    python benchmarks/tiles_gpu.py --out tiles.json
+
+Microseconds of each, in a chain of dependent launches over distinct weights, as a captured step has them. What
+`skinny.tile` says was read from this.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import fastgen
+from fastgen.models.spec import split
+from fastgen.ops import skinny
+
+HERE = Path(__file__).parent
+MODELS = {  # and over how many GPUs
+    "llama-3.2-1b-instruct": 1, "qwen2.5-7b-instruct": 1, "llama-3.1-8b-instruct": 1, "ministral-8b-instruct-2410": 1,
+    "mistral-7b-instruct-v0.3": 2, "qwen2.5-14b-instruct": 1, "deepseek-r1-distill-llama-70b": 2,
+}  # fmt: skip
+WARPS = {  # of each N and K
+    (16, 128): (1,), (16, 256): (1, 2), (16, 512): (1, 2, 4), (32, 128): (1, 2), (32, 256): (1, 2, 4),
+    (32, 512): (2, 4, 8), (64, 128): (2, 4), (64, 256): (4, 8), (128, 128): (4, 8),
+}  # fmt: skip
+SHARED = 200 * 1024  # bytes that a program may have
+
+
+def shapes() -> dict[tuple[int, int], list[str]]:
+    """Of matrices [width, depth], and whose they are."""
+    found = dict[tuple[int, int], list[str]]()
+    for name, most in MODELS.items():
+        spec = fastgen.from_hf(json.loads((HERE / "configs" / f"{name}.json").read_text()))
+        for size in {1, most}:
+            s = split(spec, size)
+            q, both = s.q_heads * s.head, (s.q_heads + 2 * s.kv_heads) * s.head
+            parts = {"qkv": (both, s.dim), "out": (s.dim, q), "gate_up": (2 * s.ffn, s.dim), "down": (s.dim, s.ffn),
+                     "head": (-(-spec.vocab // size), s.dim)}  # fmt: skip
+            for part, shape in parts.items():
+                found.setdefault(shape, []).append(f"{name} / {size}: {part}")
+    return found
+
+
+def microseconds(weights: list[Tensor]) -> float:
+    """Of a product with each."""
+    x = torch.randn(1, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
+    skinny.linear(x, weights[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for w in weights:
+            skinny.linear(x, w)
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    times = max(3, 2 * 10**9 // sum(w.nbytes for w in weights))
+    events[0].record()
+    for _ in range(times):
+        graph.replay()
+    events[1].record()
+    torch.cuda.synchronize()
+    return 1e3 * events[0].elapsed_time(events[1]) / times / len(weights)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "tiles_gpu.json")
+    args = parser.parse_args()
+    memory = torch.randn(2**30, device="cuda", dtype=torch.bfloat16).mul_(0.02)
+    variants = [(n, k, w, s) for (n, k), warps in WARPS.items() for w in warps for s in (3, 4, 5, 6)
+                if 2 * n * k * s <= SHARED]  # fmt: skip
+    chosen, rows = skinny.tile, dict[str, dict[str, Any]]()
+    for shape, owners in shapes().items():
+        rows[f"{shape[0]} x {shape[1]}"] = {"of": owners, "chosen": None, "us": {}}
+    for variant in tqdm([None, *variants], unit="tile"):
+        if variant is not None:
+            config = dict(zip(("N", "K", "num_warps", "num_stages"), variant, strict=True))
+            skinny.tile = lambda *_, config=config: config
+        for shape in shapes():
+            n, k = shape
+            if variant is not None and k % variant[1]:
+                continue
+            count = max(1, min(24, len(memory) // (n * k)))
+            weights = [memory[i * n * k : (i + 1) * n * k].view(n, k) for i in range(count)]
+            row = rows[f"{n} x {k}"]
+            taken = round(microseconds(weights), 2)
+            if variant is None:
+                row["chosen"] = [*chosen(n, k, 1, torch.bfloat16).values(), taken]
+            else:
+                row["us"][" ".join(map(str, variant))] = taken
+    skinny.tile = chosen
+    args.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "shapes": rows}, indent=1) + "\n")
+    for name, row in rows.items():
+        best = min(row["us"], key=row["us"].get)
+        print(f"{name:>15}: chosen {row['chosen'][-1]:6.1f}, best {row['us'][best]:6.1f} us with {best}")
+
+
+if __name__ == "__main__":
+    main()
