@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
 
 from fastgen.models.spec import WHOLE, Place, Spec
 from fastgen.models.weights import share
@@ -327,6 +328,7 @@ def _rank(
 ) -> None:
     """The process of another rank: its engine makes the calls that rank 0's makes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too, and decides
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the machine, which os._exit would leave behind
     calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], dict[str, Any]]] = queue.SimpleQueue()
 
     def read() -> None:
