@@ -591,7 +591,7 @@ def test_other_errors(server: Server, client: openai.OpenAI) -> None:
 
 def test_more_than_the_queue_holds(server: Server, library: fastgen.Engine) -> None:
     """429 with Retry-After while others run, who notice nothing; then there is room again."""
-    body = {"prompt": "Hello", "n": 128, "seed": 1, "max_tokens": 20, "stream": True}
+    body = {"prompt": "Hello", "n": 128, "seed": 1, "max_tokens": 40, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as stream:
         chunks = events(stream)
         first = next(chunks)
@@ -600,7 +600,7 @@ def test_more_than_the_queue_holds(server: Server, library: fastgen.Engine) -> N
         assert reply.json()["error"]["type"] == "rate_limit_error"
         assert server.http.post("/v1/completions", json={"prompt": "Hello", "n": 32}).status_code == 200
         parts = [c["choices"][0] for c in (first, *chunks)]
-    wanted = texts(ask(library, "Hello", n=128, seed=1, max_tokens=20))
+    wanted = texts(ask(library, "Hello", n=128, seed=1, max_tokens=40))
     assert ["".join(p["text"] for p in parts if p["index"] == i) for i in range(128)] == wanted
     quiet(server)
 
