@@ -24,7 +24,10 @@ LAYERS = [  # each may import from its own line and those above
     ["serve.protocol", "serve.core", "serve.metrics"],
     ["serve.client", "serve.tools"],
     ["serve.answer"],
+    ["serve.service"],
+    ["serve.gate"],
     ["serve.app"],
+    ["serve.worker"],
     ["cli.config", "cli.machine", "cli.rows", "cli.run", "cli.bench", "cli.chat", "cli.serve"],
 ]
 EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__", "serve.__init__"}

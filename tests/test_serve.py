@@ -29,7 +29,7 @@ from test_tokenizer import BYTE_LEVEL, TEMPLATE
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.cli import serve
-from fastgen.serve import app
+from fastgen.serve import service, worker
 from fastgen.serve.answer import dump
 from fastgen.serve.core import Core
 
@@ -686,11 +686,11 @@ def test_whatever_the_schema_allows(server: Server) -> None:
 
 def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for, and not for ever."""
-    from fastgen.serve import app
+    from fastgen.serve import gate as around
     from fastgen.serve.protocol import Refused
 
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
-    gate = app.Gate(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
+    monkeypatch.setattr(around, "BODY_SECONDS", 0.05)
+    gate = around.Gate(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
 
     async def never() -> Any:
         await asyncio.sleep(60)
@@ -997,11 +997,11 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
             self.info.set_result({})
             await asyncio.sleep(60)
 
-    monkeypatch.setattr(app, "Client", Client)
+    monkeypatch.setattr(service, "Client", Client)
     ours, theirs = multiprocessing.Pipe()
     with socket.create_server(("127.0.0.1", 0)) as listener, ours, theirs:
         with pytest.raises(SystemExit, match="1"):
-            app.run(app.Options(address="", names=("x",)), "worker-0", listener, theirs)
+            worker.run(service.Options(address="", names=("x",)), "worker-0", listener, theirs)
         assert not ours.poll()
     assert "KeyError: 'path'" in capsys.readouterr().err
 

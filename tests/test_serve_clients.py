@@ -23,7 +23,7 @@ from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.serve import app
+from fastgen.serve import worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 KEY = "sesame"
@@ -231,7 +231,7 @@ def test_connections_that_ask_for_nothing(server: Server, library: fastgen.Engin
 def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is closed, be it new, in the middle of a head, or in that of a second request; an answer that
     takes longer is waited for."""
-    monkeypatch.setattr(app, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(worker, "HEAD_SECONDS", 0.2)
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(0.4)
@@ -239,8 +239,10 @@ def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.Monkey
         await send({"type": "http.response.body", "body": b"ok"})
 
     async def run() -> bytes:
-        config = uvicorn.Config(slow, http=app._Connection, lifespan="off", log_level="warning", timeout_keep_alive=9)
-        service = app._Server(config)
+        config = uvicorn.Config(
+            slow, http=worker._Connection, lifespan="off", log_level="warning", timeout_keep_alive=9
+        )
+        service = worker._Server(config)
         listener = socket.create_server(("127.0.0.1", 0))
         task = asyncio.create_task(service.serve([listener]))
         reader, writer = await asyncio.open_connection(*listener.getsockname())

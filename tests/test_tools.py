@@ -24,6 +24,7 @@ from fastgen.serve.client import Client
 from fastgen.serve.core import Piece
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import ChatRequest, Message, Refused, Tool, plain
+from fastgen.serve.service import Service
 from fastgen.serve.tools import Reader
 from fastgen.tokenizer import Detokenizer
 
@@ -360,9 +361,9 @@ def test_markers_that_are_special_tokens_are_seen() -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def worker(vocabulary: PreTrainedTokenizerFast | None) -> app.Service:
+def worker(vocabulary: PreTrainedTokenizerFast | None) -> Service:
     """What the endpoints use, without an engine. The form of its model's calls is not known."""
-    made = app.Service.__new__(app.Service)
+    made = Service.__new__(Service)
     made.encoder, made.vocabulary, made.family, made.markers = vocabulary, Vocabulary(vocabulary), None, {}
     made.tooled, made.thread = False, ThreadPoolExecutor(1)
     return made

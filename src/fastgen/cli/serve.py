@@ -1,7 +1,7 @@
 """`fgserve`: an OpenAI-compatible server. `fgserve --help`.
 
     supervisor ── one engine process       fastgen.serve.core: token ids in, token ids out
-               └─ some HTTP workers        fastgen.serve.app: text, forms, limits; they share the listening socket
+               └─ some HTTP workers        fastgen.serve.worker: text, forms, limits; they share the listening socket
 
 This process only watches the others: a worker that dies is replaced, and what it asked for is ended; the engine's
 death ends everything.
@@ -191,7 +191,7 @@ class Supervisor:
         # at once, and memory is shared. The engine is no fork, which GPU drivers do not forgive.
         self.forks = multiprocessing.get_context("forkserver")
         tokenizers = "transformers.models.auto.tokenization_auto"
-        self.forks.set_forkserver_preload(["fastgen.serve.app", "fastgen.cli.run", tokenizers])
+        self.forks.set_forkserver_preload(["fastgen.serve.worker", "fastgen.cli.run", tokenizers])
         self.spawns = multiprocessing.get_context("spawn")
         self.woken, self.waker = socket.socketpair()
         self.waker.setblocking(False)
@@ -308,9 +308,9 @@ def _run_engine(load: Load, address: str, most: int | None, control: Connection)
 
 
 def _run_worker(options: Any, name: str, listener: socket.socket, control: Connection) -> None:
-    from fastgen.serve import app
+    from fastgen.serve import worker
 
-    app.run(options, name, listener, control)
+    worker.run(options, name, listener, control)
 
 
 def _say(text: str) -> None:
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="fgserve-") as folder:  # 0700: nobody else reaches the sockets in it
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        from fastgen.serve.app import Options
+        from fastgen.serve.service import Options
 
         options = Options(
             address=f"ipc://{folder}/engine",

@@ -1,0 +1,177 @@
+"""Around every request: keys, limits, errors in OpenAI's form, and a line in the log."""
+
+import asyncio
+import hmac
+import json
+import re
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastgen.serve import protocol
+from fastgen.serve.answer import refuse
+from fastgen.serve.protocol import Refused
+from fastgen.serve.service import Service
+
+# Names of fields: pydantic's paths to what is wrong hold those of types as well.
+MODELS = [x for x in vars(protocol).values() if isinstance(x, type) and issubclass(x, BaseModel)]
+FIELDS = {name for model in MODELS for name in model.model_fields}
+OPEN = ("/", "/health", "/v1/health")  # without a key: they tell nothing but that there is a server
+BODY_SECONDS = 60.0  # to send a request's body
+
+
+class Gate:
+    """Keys, the limit of a body, the time to send it, shutting down, and the log, around the app."""
+
+    def __init__(self, app: ASGIApp, service: Callable[[], Service]) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        service = self.service()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+        entry: dict[str, Any] = {"id": id, "endpoint": scope["path"], "began": time.monotonic()}
+        scope["entry"] = entry
+        started = False
+
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                entry.setdefault("status", message["status"])
+                message["headers"] = [*message["headers"], (b"x-request-id", entry["id"].encode())]
+            await send(message)
+
+        service.active += 1
+        try:
+            try:
+                self._admit(service, scope, headers)
+                body = await self._body(headers, receive, service.options.max_body)
+                if body is not None:
+                    await self.app(scope, _replay(body, receive), named)
+            except Refused as e:
+                await refuse(e)(scope, receive, named)
+        except Exception:
+            entry["status"] = 500
+            traceback.print_exc()
+            if not started:
+                await refuse(Refused(500, "internal error"))(scope, receive, named)
+        finally:
+            service.active -= 1
+            _log(scope, entry)
+
+    def _admit(self, service: Service, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if service.options.keys and scope["path"] not in OPEN:
+            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+            # Every key is compared, whichever fits: the time tells nothing.
+            fits = [hmac.compare_digest(key.encode(), given.strip()) for key in service.options.keys]
+            if kind.lower() != b"bearer" or not any(fits):
+                raise Refused(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        if service.draining and scope["method"] == "POST" and not scope["path"].endswith("/abort"):
+            raise Refused(503, "the server is shutting down", retry=5)
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, most: int) -> bytes | None:
+        """The whole body; None if the client left before it was complete."""
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > most:
+            raise Refused(413, f"a body of {length[:20].decode()} bytes is more than the {most} that are taken")
+        parts, size = list[bytes](), 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        raise Refused(413, f"the body is more than the {most} bytes that are taken")
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError as e:
+            raise Refused(408, f"the body did not come within {BODY_SECONDS:.0f} s") from e
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    told = False
+
+    async def replay() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _log(scope: Scope, entry: dict[str, Any]) -> None:
+    """A line of JSON; looking at the server's state is not worth one."""
+    status = entry.setdefault("status", 499)
+    if scope["method"] == "GET" and (status < 400 or scope["path"].endswith("/health")):
+        return
+    entry["duration"] = round(time.monotonic() - entry.pop("began"), 6)
+    if "ttft" in entry:
+        entry["ttft"] = round(entry["ttft"], 6)
+    line = json.dumps({"time": round(time.time(), 3)} | entry | {"endpoint": scope["path"][:200]})
+    sys.stderr.write(f"{line}\n")  # at once, unlike print: other workers write there too
+    sys.stderr.flush()
+
+
+async def _on_refused(request: Request, e: Exception) -> Response:
+    assert isinstance(e, Refused)
+    return refuse(e)
+
+
+async def _on_http(request: Request, e: Exception) -> Response:
+    """No such path or method, or a body that is no JSON."""
+    assert isinstance(e, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    messages = {404: f"there is no {what}", 405: f"{what}: another method is meant", 400: "the body is not valid JSON"}
+    found = refuse(Refused(e.status_code, messages.get(e.status_code, str(e.detail))))
+    found.headers.update(e.headers or {})
+    return found
+
+
+async def _on_invalid(request: Request, e: Exception) -> Response:
+    """What pydantic found first, with the field's name."""
+    assert isinstance(e, RequestValidationError)
+    first = max(e.errors(), key=lambda error: len(error["loc"]))  # of a union's, that of the branch that came furthest
+    where = [str(x) for i, x in enumerate(first["loc"][1:]) if isinstance(x, int) or not i or x in FIELDS]
+    if first["type"] == "json_invalid":
+        return refuse(Refused(400, f"the body is not valid JSON: {first['ctx']['error']}"))
+    said = first["msg"].removeprefix("Value error, ")
+    if not where:
+        problem = "" if first["type"] == "value_error" else "the body must be a JSON object: "
+        return refuse(Refused(400, problem + said))
+    if first["type"] == "extra_forbidden":
+        where = [str(x) for x in first["loc"][1:]]
+    name = ".".join(where)
+    got = "" if first["type"] == "missing" else f", got {str(first.get('input'))[:60]!r}"
+    problems = {"extra_forbidden": "there is no such parameter", "missing": "is required"}
+    return refuse(Refused(400, f"{name}: {problems.get(first['type'], said + got)}", param=name))
+
+
+async def _on_error(request: Request, e: Exception) -> Response:
+    """A mistake of ours. What it was is in the log."""
+    return refuse(Refused(500, "internal error"))
+
+
+HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    Refused: _on_refused, HTTPException: _on_http, RequestValidationError: _on_invalid, Exception: _on_error,
+}  # fmt: skip

@@ -1,0 +1,145 @@
+"""What an HTTP worker's endpoints use: the engine's client, the tokenizer, and what is refused at once."""
+
+import asyncio
+import copy
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+
+from fastgen import tokenizer
+from fastgen.config import SamplingParams
+from fastgen.serve import tools as calls
+from fastgen.serve.answer import Answer, Form, Vocabulary
+from fastgen.serve.client import Client
+from fastgen.serve.metrics import Metrics
+from fastgen.serve.protocol import Message, Refused, Tool, plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a worker is told."""
+
+    address: str  # of the engine's socket
+    names: tuple[str, ...]  # the model's; the first one is its own
+    adapters: tuple[str, ...] = ()  # which are chosen by name, too
+    keys: tuple[str, ...] = ()
+    grace: float = 30.0
+    max_body: int = 16 * 2**20
+    tool_parser: calls.FamilyName | None = None  # None: by the chat template
+    profiles: str | None = None  # the folder of traces
+
+
+class Service:
+    """What the endpoints use: the engine's client, the tokenizer, and the state of the worker."""
+
+    def __init__(self, options: Options, name: str) -> None:
+        self.options = options
+        self.client = Client(options.address, name)
+        self.metrics = Metrics(options.names[0])
+        self.vocabulary = Vocabulary(None)
+        self.encoder: Any = None  # a tokenizer for the thread's own use: two threads may not share one
+        self.thread = ThreadPoolExecutor(1, "tokenizer")
+        self.family: calls.FamilyName | None = None  # whose form calls have
+        self.markers: dict[str, int] = {}  # of calls, that are special tokens
+        self.tooled = False  # whether the chat template was seen to tell of tools
+        self.context = self.most = self.vocab = 0
+        self.ready = self.draining = False
+        self.active = 0  # requests being answered
+        self.created = int(time.time())
+
+    async def load(self) -> None:
+        """Wait for the engine, and read the tokenizer of its model."""
+        info = await self.client.info
+        loaded = await self.in_thread(tokenizer.load, Path(info["path"]))
+        self.vocabulary, self.context = Vocabulary(loaded), info["context"]
+        self.most, self.vocab = info["most"], info["vocab"]
+        self.encoder = copy.deepcopy(loaded)
+        self.family, self.markers = self.options.tool_parser or calls.family(loaded), calls.special(loaded)
+        self.ready = True
+
+    async def in_thread(self, function: Callable, *arguments: Any) -> Any:
+        """Run what takes a while, one after the other; a ValueError of the library is a 400."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
+
+    def check(self, model: str | None) -> str:
+        """The model's name. Refused if it is another's, or not there yet."""
+        if self.client.dead:
+            raise Refused(503, "the engine has stopped", code="engine_error")
+        if not self.ready:
+            raise Refused(503, "the model is being loaded", retry=2)
+        if model is not None and model not in (*self.options.names, *self.options.adapters):
+            known = ", ".join((*self.options.names, *self.options.adapters))
+            raise Refused(404, f"no model {model!r} here; there is {known}", param="model", code="model_not_found")
+        return model or self.options.names[0]
+
+    def fits(self, count: int, param: str = "n") -> None:
+        """Refused if so many completions can never be taken; before there is any work with them."""
+        if count > self.most:
+            problem = f"{param}: {count} completions are more than this server takes at all, {self.most}"
+            raise Refused(400, problem, param=param)
+
+    def coder(self, param: str) -> Any:
+        """The tokenizer. Refused if there is none."""
+        if self.encoder is None:
+            raise Refused(400, "this model came without a tokenizer", param=param)
+        return self.encoder
+
+    async def chat(self, messages: list[Message], tools: list[Tool], *, enforced: bool = False) -> list[int]:
+        """The tokens of messages. Refused if the template does not tell of the tools; enforced calls come anyhow."""
+        said, told = calls.for_template(plain(messages), self.family), [tool.plain() for tool in tools] or None
+
+        def encode() -> list[int]:
+            if told and not enforced and not self.tooled:
+                self.tooled = tokenizer.render(self.encoder, said, told) != tokenizer.render(self.encoder, said)
+                if not self.tooled:
+                    raise Refused(400, "tools: this model's chat template has no place for tools", param="tools")
+            return tokenizer.encode(self.encoder, said, told)
+
+        try:
+            return await self.in_thread(encode)
+        except ValueError as e:
+            raise Refused(400, f"messages: {e}", param="messages") from e
+
+    async def encode(self, prompt: Any, param: str) -> list[int]:
+        """A prompt's tokens."""
+        try:
+            tokens = await self.in_thread(tokenizer.encode, self.encoder, prompt)
+        except ValueError as e:
+            raise Refused(400, f"{param}: {e}", param=param) from e
+        return self.taken(tokens, param)
+
+    def taken(self, tokens: list[int], param: str) -> list[int]:
+        """Tokens that the model knows, and of which there are not more than the context. Refused if not."""
+        if wrong := [t for t in tokens if not 0 <= t < self.vocab]:
+            problem = f"{param}: token {wrong[0]} is outside the vocabulary of {self.vocab}"
+            raise Refused(400, problem, param=param)
+        if len(tokens) >= self.context:
+            problem = f"{param}: {len(tokens)} tokens leave no room for output in the context of {self.context}"
+            raise Refused(400, problem, param=param, code="context_length_exceeded")
+        return tokens
+
+    async def start(
+        self,
+        request: Request,
+        form: Form,
+        model: str,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        names: dict[str, str],
+        **options: bool,
+    ) -> Answer:
+        """Give a call to the engine. Refused if it does not take it."""
+        if params.stop and self.encoder is None:
+            raise Refused(400, "stop: this model came without a tokenizer; use stop_token_ids", param="stop")
+        entry = request.scope["entry"]
+        call = entry["id"] = f"{form.prefix}-{entry['id']}"
+        answer = Answer(self.client, self.metrics, form, call, model, prompts, params, entry, **options)
+        adapter = model if model in self.options.adapters else None
+        await self.client.add(call, prompts, replace(params, stop=(), adapter=adapter), names)  # it knows no text
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return answer
