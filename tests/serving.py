@@ -12,35 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
+import tiny
 from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 
-CONFIG = {
-    "architectures": ["MistralForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 330,
-    "max_position_embeddings": 512,
-    "torch_dtype": "float32",
-    "eos_token_id": BYTE_LEVEL.eos_token_id,
-}
+SPEC = fastgen.from_hf(tiny.config("Mistral", vocab=330, context=512, eos_token_id=BYTE_LEVEL.eos_token_id))
 SETTINGS = ("pages.page_size=16", "pages.cache_tokens=4096", "schedule.max_requests=24", "schedule.token_budget=256")
 
 
 def checkpoint(folder: Path) -> Path:
-    """Random weights, large enough that every token of the context matters for the next one."""
-    spec = fastgen.from_hf(CONFIG)
-    params = fastgen.init(spec, device="cpu")
-    with torch.no_grad():
-        for weight in (params.embed, params.head, *(w for layer in params.layers for w in layer)):
-            if weight is not None and weight.ndim == 2:
-                weight *= 10
-    fastgen.save(folder, spec, params)
+    """Random weights."""
+    fastgen.save(folder, SPEC, tiny.weights(SPEC, device="cpu"))
     BYTE_LEVEL.save_pretrained(folder)
     return folder
 

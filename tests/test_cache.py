@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedTokenizerFast
 
 import fastgen
@@ -23,31 +23,10 @@ from fastgen.cache.host import Mover, page_bytes, runs
 from fastgen.request import sample_seed
 from fastgen.schedule import Moves
 
-CONFIG = {
-    "architectures": ["MistralForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 61,
-    "max_position_embeddings": 64,
-    "sliding_window": 8,
-    "layer_types": ["full_attention", "sliding_attention"],
-    "torch_dtype": "float32",
-}
-SPEC = fastgen.from_hf(CONFIG)
+SPEC = fastgen.from_hf(tiny.config("Mistral", **tiny.WINDOWED))
 
 
-def weights(seed: int = 0) -> fastgen.Params:
-    """Parameters with which every token of the context matters for the next one."""
-    drawn = tree_map_only(
-        Tensor, lambda w: w.to(torch.get_default_device()), fastgen.init(SPEC, seed=seed, device="cpu")
-    )
-    return tree_map_only(Tensor, lambda w: w * 10 if w.ndim == 2 else w, drawn)
-
-
-PARAMS = weights()
+PARAMS = tiny.weights(SPEC)
 DICE = random.Random(0)
 STEM = [DICE.randrange(61) for _ in range(21)]
 GREEDY = SamplingParams(temperature=0, max_tokens=9, logprobs=0)
@@ -510,7 +489,7 @@ def test_snapshot_of_a_fork() -> None:
 @pytest.mark.parametrize("part", ["embed", "first", "down", "norm"])
 def test_pages_of_other_parameters_are_not_used(part: str) -> None:
     """Keys and values of one model are read by another, or by the same one after it was trained."""
-    params = weights()
+    params = tiny.weights(SPEC)
     e, other = engine(40), engine(40, params=params)
     first = params.layers[0]
     {"embed": params.embed[30:], "first": first.qkv[9:], "down": first.down, "norm": first.ffn_norm}[part].mul_(1.01)
@@ -568,7 +547,7 @@ def test_restore_evicts_what_is_idle() -> None:
 @pytest.mark.parametrize("given", [{}, {"host": 30}, {"host": 40, **OFF}, {"overlap": True, "host": 8}], ids=str)
 def test_touch(given: dict[str, Any]) -> None:
     """After the parameters were changed in place, pages of the old ones are read: on the device or from the host."""
-    params = weights()
+    params = tiny.weights(SPEC)
     e, prompts = engine(16, params=params, **given), [p for p, _ in LOAD][:8]
     e.generate(prompts, GREEDY)
     running = e.add(STEM, replace(GREEDY, max_tokens=12))  # goes on, with old keys and new parameters

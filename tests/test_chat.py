@@ -12,6 +12,7 @@ from typing import Any
 
 import pexpect
 import pytest
+import tiny
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from test_tokenizer import TEMPLATE, byte_level
@@ -24,20 +25,7 @@ from fastgen.cli import chat
 CODER = byte_level()
 EOS = CODER.eos_token_id
 CONTEXT = 1000
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 330,
-    "max_position_embeddings": CONTEXT,
-    "eos_token_id": EOS,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-}
-SPEC = fastgen.from_hf(CONFIG)
+SPEC = fastgen.from_hf(tiny.config(vocab=330, context=CONTEXT, eos_token_id=EOS, tie_word_embeddings=True))
 DRAWN = SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
 ENDING = SamplingParams(seed=1, min_tokens=11, max_tokens=20, logit_bias={EOS: 100.0})  # an end token is the 12th
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,18 +17,7 @@ from fastgen.compile import Shape, Stepper, buckets, largest
 from fastgen.config import Schedule
 from fastgen.step import feed
 
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 103,
-    "max_position_embeddings": 256,
-    "torch_dtype": "float32",
-}
+CONFIG = tiny.config("Qwen3", hidden_size=64, intermediate_size=96, head_dim=16, vocab=103, context=256)
 SPEC = fastgen.from_hf(CONFIG)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedTokenizerFast
 
 import fastgen
@@ -25,25 +25,9 @@ from fastgen.ops.attention import reference
 from fastgen.sampling import exponential
 from fastgen.schedule import Span
 
-CONFIG = {
-    "architectures": ["MistralForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 61,
-    "max_position_embeddings": 64,
-    "sliding_window": 8,
-    "layer_types": ["full_attention", "sliding_attention"],
-    "torch_dtype": "float32",
-}
+CONFIG = tiny.config("Mistral", **tiny.WINDOWED)
 SPEC = fastgen.from_hf(CONFIG)
-# Drawn on the CPU: the same weights wherever the tests run.
-PARAMS = tree_map_only(Tensor, lambda w: w.to(torch.get_default_device()), fastgen.init(SPEC, device="cpu"))
-for weight in (PARAMS.embed, PARAMS.head, *(w for layer in PARAMS.layers for w in layer)):
-    if weight is not None and weight.ndim == 2:
-        weight *= 10  # so that every token of the context matters for the next one
+PARAMS = tiny.weights(SPEC)
 DICE = random.Random(0)
 PROMPTS = [[DICE.randrange(61) for _ in range(n)] for n in (5, 1, 23, 9, 2, 17)]
 GREEDY = SamplingParams(temperature=0, max_tokens=10)

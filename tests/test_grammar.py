@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedTokenizerFast
 
 import fastgen
@@ -22,20 +21,8 @@ from fastgen.sampling import restrict
 pytest.importorskip("llguidance")
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = {c: i for i, c in enumerate(BYTES)} | {"</s>": 256, "ab": 257, "12": 258}
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,  # more than the tokenizer has
-    "max_position_embeddings": 256,
-    "eos_token_id": 256,
-    "torch_dtype": "float32",
-}
-SPEC = fastgen.from_hf(CONFIG)
-PARAMS = tree_map_only(Tensor, lambda w: w.to(torch.get_default_device()), fastgen.init(SPEC, device="cpu"))
+SPEC = fastgen.from_hf(tiny.config(vocab=300, context=256, eos_token_id=256))  # more tokens than the tokenizer has
+PARAMS = tiny.weights(SPEC, times=1)
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "yy"]}},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -19,20 +20,13 @@ from fastgen.cli import run
 from fastgen.config import Grpo
 from fastgen.grpo import PROBLEMS, Problem, Row, Trainer, find, train
 
-SPEC = fastgen.from_hf(
-    {
-        "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64,
-        "torch_dtype": "float32", "tie_word_embeddings": True,
-    }
-)  # fmt: skip
+SPEC = fastgen.from_hf(tiny.config(vocab=64, tie_word_embeddings=True))
 QUICK = {"lr": 0.01, "prompts": 4, "warmup": 0, "export": False}
 SAMPLING = SamplingParams(n=4, max_tokens=6, ignore_eos=True)
 
 
 def trainer(seed: int = 0, sampling: SamplingParams = SAMPLING, **settings: Any) -> Trainer:
-    params = tree_map_only(Tensor, lambda w: w.to(torch.get_default_device()), fastgen.init(SPEC, 0, device="cpu"))
-    engine = fastgen.Engine(params, SPEC, progress=False, page_size=16, cache_tokens=1024)
+    engine = fastgen.Engine(tiny.weights(SPEC, times=1), SPEC, progress=False, page_size=16, cache_tokens=1024)
     return Trainer(engine, PROBLEMS["sevens"], Grpo(**QUICK | settings), sampling, seed)
 
 

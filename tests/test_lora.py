@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -32,26 +33,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
 }  # fmt: skip
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 61,
-    "max_position_embeddings": 64,
-    "torch_dtype": "float32",
-}
-SPECS = {name: fastgen.from_hf(SIZES | config) for name, config in CONFIGS.items()}
+SPECS = {name: fastgen.from_hf(tiny.SIZES | config) for name, config in CONFIGS.items()}
 SPEC = SPECS["mistral"]
 SMALL: dict[str, Any] = {"max_requests": 8, "token_budget": 64}
 NAMES = (None, "all", "some", "wide")
-
-
-def weights(spec: Spec, seed: int = 0) -> Params:
-    """With which every token of the context matters for the next one."""
-    drawn = fastgen.init(spec, seed, device="cpu")
-    return tree_map_only(Tensor, lambda w: (w * 10 if w.ndim == 2 else w).to(torch.get_default_device()), drawn)
 
 
 def adapter(spec: Spec, name: str, seed: int = 0) -> Adapter:
@@ -68,7 +53,7 @@ def adapter(spec: Spec, name: str, seed: int = 0) -> Adapter:
     return tree_map_only(Tensor, lambda x: x.to(torch.get_default_device()), made)
 
 
-PARAMS = weights(SPEC)
+PARAMS = tiny.weights(SPEC)
 ADAPTERS = {name: adapter(SPEC, name, seed) for seed, name in enumerate(NAMES[1:])}
 
 
@@ -155,7 +140,7 @@ def logits(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_of_several(name: str) -> None:
     """One batch of sequences with different adapters and none: fp32 logits of merged parameters, each."""
-    spec, params = SPECS[name], weights(SPECS[name], 1)
+    spec, params = SPECS[name], tiny.weights(SPECS[name], 1)
     trees = [adapter(spec, kind, 5) for kind in NAMES[1:]]
     stacked, r = lora.stack(trees, spec), random.Random(0)
     contexts = [[r.randrange(61) for _ in range(n)] for n in (5, 1, 9, 13)]
@@ -564,7 +549,7 @@ def test_against_peft(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     with torch.device("cpu"):
-        config = transformers.AutoConfig.for_model(name, **SIZES | CONFIGS[name])
+        config = transformers.AutoConfig.for_model(name, **tiny.SIZES | CONFIGS[name])
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         model.save_pretrained(tmp_path / "base")
         how = peft.LoraConfig(r=4, lora_alpha=10, use_rslora=name == "qwen3", target_modules=[*lora.TARGETS])
@@ -594,9 +579,9 @@ def test_against_transformers(name: str) -> None:
     torch.manual_seed(0)
     spec = SPECS[name]
     with torch.device("cpu"):
-        config = transformers.AutoConfig.for_model(name, **SIZES | CONFIGS[name])
+        config = transformers.AutoConfig.for_model(name, **tiny.SIZES | CONFIGS[name])
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        params, tree = weights(spec), adapter(spec, "all", 3)
+        params, tree = tiny.weights(spec), adapter(spec, "all", 3)
         model.load_state_dict({n: x.cpu() for n, x in named(params, spec)}, strict=False)
         tensors, modules = {n: x.cpu() for n, x in lora.named(tree, spec)}, dict(model.named_modules())
         for key in (k for k in tensors if "lora_A" in k):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -246,11 +247,7 @@ def test_many_heads(size: int) -> None:
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
-SPEC = fastgen.from_hf({
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-})  # fmt: skip
+SPEC = fastgen.from_hf(tiny.config("Qwen2", num_hidden_layers=1, vocab=131, context=256, tie_word_embeddings=True))
 SETTINGS: dict[str, Any] = {
     "page_size": 8, "cache_tokens": 136, "max_requests": 6, "token_budget": 40, "offload": "host", "host_gb": 1e-4,
     "seed": 5, "progress": False,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -18,10 +19,7 @@ from fastgen.models.transformer import PLAIN
 from fastgen.ops.attention import sdpa
 from fastgen.schedule import Span
 
-BASE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 256, "torch_dtype": "float32",
-}  # fmt: skip
+BASE = tiny.SIZES | {"vocab_size": 101, "max_position_embeddings": 256}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
     "mistral": {
@@ -36,11 +34,7 @@ DICE = random.Random(0)
 
 def model(name: str) -> tuple[fastgen.Spec, fastgen.Params]:
     spec = fastgen.from_hf(BASE | CONFIGS[name])
-    params = tree_map_only(Tensor, lambda w: w.to(torch.get_default_device()), fastgen.init(spec, device="cpu"))
-    for w in scoring.leaves(params):
-        if w.ndim == 2:
-            w *= 8  # so that every token of the context matters
-    return spec, params
+    return spec, tiny.weights(spec, times=8)
 
 
 def sequences(*lengths: int) -> list[list[int]]:

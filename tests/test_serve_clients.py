@@ -251,6 +251,7 @@ def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.Monkey
             await asyncio.sleep(0.1 if len(sent[0]) < 12 else 0.5)
         found = await asyncio.wait_for(reader.read(), 5)
         writer.close()
+        await writer.wait_closed()
         service.should_exit = True
         await task
         return found

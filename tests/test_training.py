@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,26 +21,14 @@ from fastgen.models import weights
 from fastgen.models.spec import to_hf
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler, where it takes part, has some of its own
-SPEC = fastgen.from_hf(
-    {
-        "architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 128,
-        "torch_dtype": "float32",
-    }
-)  # fmt: skip
+SPEC = fastgen.from_hf(tiny.config("Qwen2", vocab=97, context=128))
 DICE = random.Random(0)
 PROMPTS = [[DICE.randrange(97) for _ in range(n)] for n in (5, 19, 40, 1)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
 
 
-def sharp(params: fastgen.Params) -> fastgen.Params:
-    """Larger weights, so that every token of the context matters."""
-    return tree_map_only(Tensor, lambda w: w * 8 if w.ndim == 2 else w, params)
-
-
 def fresh(seed: int = 0) -> fastgen.Params:
-    params = fastgen.init(SPEC, seed, device="cpu")
-    return tree_map_only(Tensor, lambda w: w.to(torch.get_default_device()), sharp(params))
+    return tiny.weights(SPEC, seed, times=8)
 
 
 def engine(params: fastgen.Params, **settings: Any) -> fastgen.Engine:
