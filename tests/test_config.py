@@ -38,6 +38,7 @@ BAD = [
     (SamplingParams, "logprob_mode", ["processd", None], "raw, processed"),
     (Model, "dtype", ["fp16", "int8", None], "auto, float32, bfloat16, float16"),
     (Model, "random", [True], "model.path"),
+    (Model, "adapters", [{"": "x"}, {"x": ""}, {"x": 3}], "a folder for each name"),
     (Schedule, "policy", ["mix", None], "mixed, prefill_first"),
     (Schedule, "max_requests", [0, -1, 1.5, 8193], "at least 1|8193"),
     (Schedule, "overlap", ["yes", 1], "must be"),

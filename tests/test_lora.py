@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 import fastgen
 from fastgen import Adapter, Event, Output, SamplingParams, Snapshot, lora, schedule
-from fastgen.cli import serve
+from fastgen.cli import bench, serve
+from fastgen.cli import run as command
 from fastgen.config import Lora
 from fastgen.models.layers import adapt
 from fastgen.models.spec import Spec
@@ -592,6 +593,30 @@ def test_against_transformers(name: str) -> None:
             want = model(torch.tensor([tokens])).logits[0]
     got = logits(params, spec, tokens, lora.stack([tree], spec), 1)
     torch.testing.assert_close(got.cpu(), want, atol=1e-4, rtol=1e-5)
+
+
+# --- the tools --------------------------------------------------------------------------------------------------------
+
+
+def test_fgrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files by name, and a request that chooses one; an adapter of another model ends the engine."""
+    spec = fastgen.from_hf(tiny.config("Mistral"))
+    config_of(tmp_path)
+    lora.save(tmp_path / "poet", spec, adapter(spec, "all", 3))
+    words = [f"model.path={tmp_path}", "model.random=true", "model.device=cpu", "prompt=[1,2,3]", "chat=false"]
+    words += [f"model.adapters.poet={tmp_path / 'poet'}", "pages.cache_tokens=64", "sampling.max_tokens=4"]
+    plain, changed = (command.run(command.compose(*words, *more))[0] for more in ((), ("sampling.adapter=poet",)))
+    assert plain.completions[0].token_ids != changed.completions[0].token_ids
+    with pytest.raises(ValueError, match="layers"):
+        command.run(command.compose(*words, f"model.path={config_of(tmp_path / 'other', num_hidden_layers=1)}"))
+    words = [*words[2:3], *words[5:7], "sampling.adapter=poet", "--workload", "2x4x2", "--repeats", "1"]
+    assert bench.main([str(tmp_path), *words]) == 0 and "2x4x2" in capsys.readouterr().out
+
+
+def config_of(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(tiny.config("Mistral", **changes)))
+    return folder
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

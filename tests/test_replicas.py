@@ -1,6 +1,7 @@
 """Several engines behind one queue: the tokens of one engine, an even load, and an end of all of them when one ends."""
 
 import gc
+import json
 import multiprocessing
 import os
 import random
@@ -18,7 +19,8 @@ import torch
 from serving import checkpoint
 
 import fastgen
-from fastgen import Replicas, SamplingParams, replicas
+from fastgen import Replicas, SamplingParams, lora, replicas
+from fastgen.config import Lora
 
 LIMIT = 10  # seconds within which everything ends
 SETTINGS: dict[str, Any] = {
@@ -33,8 +35,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(model: Path) -> Iterator[Replicas]:
-    with Replicas.from_pretrained(model, **SETTINGS) as both:
+def poet(model: Path) -> Path:
+    """An adapter's files."""
+    spec, folder = fastgen.from_hf(json.loads((model / "config.json").read_text())), model.parent / "poet"
+    tree = lora.init(spec, 4, 8)
+    for i, x in enumerate(lora.leaves(tree)):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(i)))
+    lora.save(folder, spec, tree)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, poet: Path) -> Iterator[Replicas]:
+    with Replicas.from_pretrained(model, adapters={"poet": poet}, **SETTINGS) as both:
         yield both
     assert not [p for p in multiprocessing.active_children() if p.name.startswith("replica")]
 
@@ -68,6 +81,18 @@ def test_outputs(pair: Replicas, model: Path) -> None:
     assert all(f["steps"] > 10 and f["prefix_hits"] for f in pair.figures)  # both have worked
     assert replicas.figures(pair)["steps"] == sum(f["steps"] for f in pair.figures)
     assert not pair.unfinished and pair._load == [0, 0] and pair._running == [0, 0]
+
+
+def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
+    """Every replica has them; another name is refused before any is told."""
+    with pytest.raises(ValueError, match="unknown adapter 'poem'; did you mean poet"):
+        pair.add([1], SamplingParams(adapter="poem"))
+    sampling = [SamplingParams(temperature=0, max_tokens=6, adapter=name) for name in (None, "poet")] * 4
+    got = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
+    with fastgen.Engine.from_pretrained(model, adapters={"poet": poet}, **SETTINGS) as alone:
+        assert alone.settings.lora == Lora(max_adapters=1, max_rank=4)
+        want = alone.generate([[5, 6, 7]] * 8, sampling, progress=False)
+    assert said(got) == said(want) and said(got)[0] != said(got)[1]
 
 
 def test_stream_and_abort(pair: Replicas) -> None:

@@ -111,9 +111,13 @@ class Model:
     device: str = "auto"  # auto: cuda if there is one
     random: bool = False
     random_seed: int = 0
+    adapters: dict[str, str] = field(default_factory=dict)  # PEFT's folders by name: what requests choose
 
     def __post_init__(self) -> None:
         _choice("model", "dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        for name, folder in self.adapters.items():
+            if not (isinstance(name, str) and name and isinstance(folder, str) and folder):
+                raise ValueError(f"model.adapters must give a folder for each name, got {name!r}: {folder!r}")
         if self.random and self.path is None:
             raise ValueError("model.random needs model.path: the config.json, or the folder that holds it")
 
@@ -196,12 +200,13 @@ class Parallel:
 class Lora:
     """Room for low-rank adapters, taken when the engine starts. Without it, steps are those of the model alone."""
 
-    max_adapters: int = 0  # at once; 0: none
-    max_rank: int = 16
+    max_adapters: int = 0  # at once; 0: as many as are loaded with the model
+    max_rank: int | None = None  # None: the largest of those, or else 16
 
     def __post_init__(self) -> None:
         _range("lora", "max_adapters", self.max_adapters, 0, 1024, whole=True)
-        _range("lora", "max_rank", self.max_rank, 1, 256, whole=True)
+        if self.max_rank is not None:
+            _range("lora", "max_rank", self.max_rank, 1, 256, whole=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,8 @@
 import hashlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from fastgen import launch, schedule, scoring, tokenizer
+from fastgen import launch, lora, schedule, scoring, tokenizer
 from fastgen.cache.host import page_bytes
 from fastgen.cache.prefix import Counts
 from fastgen.config import SamplingParams, Settings, unknown
@@ -96,6 +96,7 @@ class Engine(Loop):
         device: str = "auto",
         random: bool = False,
         random_seed: int = 0,
+        adapters: Mapping[str, str | Path] | None = None,
         progress: bool = True,
         **settings: Any,
     ) -> "Engine":
@@ -103,8 +104,11 @@ class Engine(Loop):
 
         `dtype` auto is the checkpoint's on a GPU and float32 on a CPU; `device` auto takes a GPU if there is one.
         `random` draws weights instead of reading them: `model` is then a config.json or the folder that holds it.
+        `adapters` are PEFT's folders or hub ids by the names that requests give; room is made for them.
         """
-        size = ranks(Settings.of(**settings))  # before anything is loaded
+        chosen = Settings.of(**settings)  # before anything is loaded
+        size, chosen = ranks(chosen), replace(chosen, lora=lora.room(chosen.lora, adapters or {}))
+        settings = {f.name: getattr(chosen, f.name) for f in fields(Settings)}
         path, device = locate(model, dtype, device)
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
         load = partial(_load, path, kind, random_seed if random else None)
@@ -125,6 +129,12 @@ class Engine(Loop):
             spec, params, words = load(place, device, progress=progress, region=region)
         engine = cls(params, spec, words, progress=progress, group=group, **settings)
         engine._regions["params"] = made[0]
+        try:
+            for name, folder in (adapters or {}).items():
+                engine.add_adapter(name, lora.load(folder, spec, device="cpu"))
+        except BaseException:
+            engine.close()
+            raise
         if progress and device != "cpu":
             print(engine.table(), file=sys.stderr, flush=True)
         return engine

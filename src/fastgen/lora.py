@@ -24,6 +24,7 @@ from fastgen.types import Adapter, Adapters, Changes, LowRank, Params, Stack, St
 
 PACKED = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as PEFT names them
+RANK = 16  # for which there is room, where nobody says
 NAME = re.compile(
     r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight"
 )  # a model in memory has one more part
@@ -195,6 +196,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def room(limits: Lora, folders: Mapping[str, str | Path]) -> Lora:
+    """`limits`, with room for the adapters of these folders at least. ValueError as `read_config`."""
+    if not folders:
+        return limits
+    ranks = [read_config(folder)["r"] for folder in folders.values()]
+    return Lora(max_adapters=max(limits.max_adapters, len(folders)), max_rank=limits.max_rank or max(ranks))
+
+
 def load(
     folder: str | Path, spec: Spec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Adapter:
@@ -328,7 +337,8 @@ class Shelf:
 
     def __init__(self, spec: Spec, limits: Lora, device: torch.device, dtype: torch.dtype) -> None:
         self.spec, self.limits = spec, limits
-        self.adapters = empty(spec, limits.max_adapters, limits.max_rank, device, dtype)
+        self.rank = limits.max_rank or RANK
+        self.adapters = empty(spec, limits.max_adapters, self.rank, device, dtype)
         self.held: dict[str, Held] = {}
 
     def __getitem__(self, name: str) -> Held:
@@ -344,8 +354,8 @@ class Shelf:
         """A copy of an adapter joins the others."""
         if not name or name in self.held:
             raise ValueError(f"adapter {name!r}: " + ("it is there already" if name else "it needs a name"))
-        if rank(adapter) > self.limits.max_rank:
-            raise ValueError(f"adapter {name!r} has rank {rank(adapter)}: raise lora.max_rank ({self.limits.max_rank})")
+        if rank(adapter) > self.rank:
+            raise ValueError(f"adapter {name!r} has rank {rank(adapter)}: raise lora.max_rank ({self.rank})")
         free = {*range(1, self.limits.max_adapters + 1)} - {x.index for x in self.held.values()}
         if not free:
             most = self.limits.max_adapters

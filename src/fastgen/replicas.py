@@ -17,7 +17,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection
@@ -30,8 +30,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from tqdm.auto import tqdm
 
+from fastgen import lora
 from fastgen import tokenizer as tokens
-from fastgen.config import SamplingParams, Settings
+from fastgen.config import SamplingParams, Settings, unknown
 from fastgen.engine import Engine, collect, locate
 from fastgen.grammar import Guides
 from fastgen.models import weights
@@ -141,6 +142,7 @@ class Replicas:
         kind, size = loading["device"], settings.parallel.tensor_parallel
         self.cause = ""  # of the end of them all
         self.tokenizer: Tokenizer | None = tokens.load(model)
+        self.adapters = frozenset(loading["adapters"])  # every replica has them
         threads = max(1, torch.get_num_threads() // (count * size))
         alone = replace(settings, parallel=replace(settings.parallel, replicas=1), seed=None)
         each = {f.name: getattr(alone, f.name) for f in fields(Settings)}
@@ -196,6 +198,7 @@ class Replicas:
         device: str = "auto",
         random: bool = False,
         random_seed: int = 0,
+        adapters: Mapping[str, str | Path] | None = None,
         progress: bool = True,
         **settings: Any,
     ) -> "Replicas":
@@ -204,7 +207,8 @@ class Replicas:
         On a CPU they share its threads.
         """
         chosen = Settings.of(**settings)
-        chosen = replace(chosen, parallel=replace(chosen.parallel, replicas=replicas))
+        limits = lora.room(chosen.lora, adapters or {})
+        chosen = replace(chosen, parallel=replace(chosen.parallel, replicas=replicas), lora=limits)
         path, device = locate(model, dtype, device)
         if device not in ("cpu", "cuda"):
             raise ValueError(f"replicas have devices of their own: device must be cpu, cuda or auto, got {device!r}")
@@ -217,6 +221,7 @@ class Replicas:
             asked = f"parallel.replicas={replicas} of parallel.tensor_parallel={size}"
             raise ValueError(f"{asked} need {replicas * size} GPUs, and this machine shows {count}")
         loading = {"dtype": dtype, "device": device, "random": random, "random_seed": random_seed}
+        loading["adapters"] = dict(adapters or {})
         return cls(path, replicas, loading, chosen, progress=progress)
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -228,6 +233,9 @@ class Replicas:
     def _new(self, prompt: Prompt, params: SamplingParams, *, live: bool, quiet: bool) -> Request:
         ids = tokens.encode(self.tokenizer, prompt)
         limit = longest(ids, params, self.spec, self.capacity, self.tokenizer is not None)
+        if params.adapter is not None and params.adapter not in self.adapters:
+            none = f"adapter {params.adapter!r}: there are none; start the replicas with adapters={{name: folder}}"
+            raise ValueError(unknown("adapter", params.adapter, sorted(self.adapters)) if self.adapters else none)
         if params.grammar is not None:
             self._guides.guide(params.grammar)  # a ValueError here, and not in the replica
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
@@ -251,7 +259,7 @@ class Replicas:
             if not (r := self._requests[id]).wanted:
                 del self._requests[self._waiting.popleft()]
                 continue
-            key = hash(tuple(r.prompt[:page])) if page and len(r.prompt) > page else None
+            key = hash((r.params.adapter, *r.prompt[:page])) if page and len(r.prompt) > page else None
             seen = set[int]() if key is None else self._seen.get(key, set())
             room = [n == 0 or n + r.params.n <= most for n in self._running]
             if (to := choose(self._load, room, seen, r.cost)) is None:

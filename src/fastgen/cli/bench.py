@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-from fastgen import Engine, Replicas, SamplingParams, Settings, from_hf, limits
+from fastgen import Engine, Replicas, SamplingParams, Settings, from_hf, limits, lora
 from fastgen.cli.config import Config, chosen, compose
 from fastgen.cli.machine import clocks_during, hardware, memory, peak, probe, versions
 from fastgen.cli.rows import Row, Workload, merge, peer_rows, plot, read, table
@@ -79,10 +79,11 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
             raise ValueError(f"workload {w}: prompt and output are longer than the context of {spec.context}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if m.device == "auto" else m.device
     dtype = m.dtype if m.dtype != "auto" else "float32" if device == "cpu" else spec.dtype
+    config = replace(config, lora=lora.room(config.lora, m.adapters))
     kind, settings = getattr(torch, dtype), {f.name: getattr(config, f.name) for f in fields(Settings)}
     if config.parallel != Parallel():  # each process makes its share for itself
         loading = {"dtype": dtype, "device": device, "random": not real, "random_seed": m.random_seed}
-        loading |= {"progress": sys.stderr.isatty()} | settings
+        loading |= {"adapters": m.adapters, "progress": sys.stderr.isatty()} | settings
         if (count := config.parallel.replicas) > 1:
             engine = Replicas.from_pretrained(path, replicas=count, **loading)
         else:
@@ -96,6 +97,8 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
         torch.cuda.synchronize(device)
     loaded = time.perf_counter()
     engine = Engine(params, spec, **settings)
+    for name, folder in m.adapters.items():
+        engine.add_adapter(name, lora.load(folder, spec, device="cpu"))
     return _started(engine, model, {"load": loaded - began, "engine": time.perf_counter() - loaded})
 
 

@@ -60,7 +60,8 @@ def _register() -> None:
     schema = OmegaConf.structured(Config)
     for node in (schema, *(v for v in schema.values() if isinstance(v, DictConfig))):
         OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes, and these are to be overridden
-    OmegaConf.set_struct(schema.sampling.logit_bias, False)  # its keys are tokens, not names
+    for free in (schema.sampling.logit_bias, schema.model.adapters):  # whose keys are tokens, and names of one's own
+        OmegaConf.set_struct(free, False)
     ConfigStore.instance().store("schema", schema)
     OmegaConf.register_new_resolver("fastgen.conf", lambda path: str(conf_dir() / path), replace=True)
 

@@ -102,6 +102,7 @@ def _made(config: Config, progress: bool) -> dict[str, Any]:
     """What `from_pretrained` is told."""
     m, settings = config.model, {f.name: getattr(config, f.name) for f in fields(Settings)}
     loading = {"dtype": m.dtype, "device": m.device, "random": m.random, "random_seed": m.random_seed}
+    loading["adapters"] = m.adapters
     return {"model": m.path, "progress": progress, **loading, **settings}
 
 

@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -113,12 +113,14 @@ def configure(args: argparse.Namespace) -> tuple[Config, str]:
     for name in ("tensor_parallel", "replicas"):
         if (value := getattr(args, name)) is not None:
             given.append(f"parallel.{name}={value}")
-    given += room(adapters(args.lora), given)
+    choice = [] if args.model is None else [chosen(args.model)]
+    config = compose(*choice, *given)
+    folders = {**config.model.adapters, **adapters(args.lora)}
+    model, limits = replace(config.model, adapters=folders), lora.room(config.lora, folders)
+    config = replace(config, model=model, lora=limits)
     if args.model is None:
-        return compose(*given), default.FOLDER
-    choice = chosen(args.model)
-    config = compose(choice, *given)
-    if choice == f"model={args.model}":
+        return config, default.FOLDER
+    if choice == [f"model={args.model}"]:
         return config, args.model
     is_path = Path(args.model).expanduser().exists()
     if not is_path and args.model.count("/") != 1:  # no hub id: that is known before anything starts
@@ -137,25 +139,11 @@ def adapters(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def room(adapters: dict[str, str], given: Sequence[str]) -> list[str]:
-    """What makes room for adapters, where it is not given."""
-    if not adapters:
-        return []
-    rank = max(lora.read_config(path)["r"] for path in adapters.values())
-    wanted = {"lora.max_adapters": len(adapters), "lora.max_rank": rank}
-    return [f"{key}={n}" for key, n in wanted.items() if not any(x.startswith(f"{key}=") for x in given)]
-
-
-def load(config: Config, adapters: Mapping[str, str] | None = None) -> tuple[Engine | Replicas, str]:
+def load(config: Config) -> tuple[Engine | Replicas, str]:
     """The engine or replicas of a configuration, which work on tokens alone, and where its model is."""
     m = config.model
     path = default.default_path() if m.path is None else weights.resolve(m.path)
     engine = run.engines(replace(config, model=replace(m, path=str(path))))
-    if adapters and isinstance(engine, Replicas):
-        raise ValueError("--lora with replicas: adapters run in one engine only; leave parallel.replicas=1")
-    for name, folder in (adapters or {}).items():
-        assert isinstance(engine, Engine)
-        engine.add_adapter(name, lora.load(folder, engine.spec, device="cpu"))
     engine.tokenizer = None  # it has told what ends a text; the workers have their own
     return engine, str(path)
 
@@ -344,8 +332,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.profile_dir and not args.profile_dir.is_dir():
             raise ValueError(f"--profile-dir: there is no folder {args.profile_dir}")
         config, name = configure(args)
-        names, loras = tuple(args.served_model_name) or (name,), adapters(args.lora)
-        if both := sorted({*names} & {*loras}):
+        names = tuple(args.served_model_name) or (name,)
+        if both := sorted({*names} & {*config.model.adapters}):
             raise ValueError(f"--lora {both[0]}: this is the model's own name")
         listener = _listen(args.host, args.port)
     except (ValueError, OSError) as e:
@@ -358,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
         options = Options(
             address=f"ipc://{folder}/engine",
             names=names,
-            adapters=tuple(loras),
+            adapters=tuple(config.model.adapters),
             keys=keys,
             grace=args.grace,
             max_body=args.max_body,
@@ -367,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         host, port = listener.getsockname()[:2]
         _say(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        return Supervisor(functools.partial(load, config, loras), options, listener, args.workers, args.max_queue).run()
+        return Supervisor(functools.partial(load, config), options, listener, args.workers, args.max_queue).run()
 
 
 if __name__ == "__main__":
