@@ -2,18 +2,14 @@
 happens when a rank ends."""
 
 import json
-import os
 import random
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_graphs import CONFIG, SETTINGS, SPEC, load, rounding
-from test_launch import LIMIT, nobody_left  # noqa: F401, a fixture
+from test_launch import failed, killed, nobody_left  # noqa: F401, a fixture
 
 import fastgen
 from fastgen import SamplingParams, schedule
@@ -93,36 +89,12 @@ def test_many_mixed_steps() -> None:
             assert x.token_ids == y.token_ids[:n] and (n == len(y.token_ids) or x.finish_reason == "abort")
 
 
-def endless(e: fastgen.Engine) -> None:
-    while True:
-        e.generate(*load(3, 40), progress=False)
-
-
 @pytest.mark.parametrize("peers", [True, False])
 def test_a_rank_is_killed(peers: bool) -> None:
-    """In the middle of steps whose kernels wait for it: said within seconds, and this process goes on."""
-    e, began = engine(peer_memory=peers), [0.0]
-    assert e._crew is not None
-    victim = e._crew._processes[0]
-
-    def kill() -> None:
-        began[0] = time.monotonic()
-        os.kill(victim.pid or 0, signal.SIGKILL)
-
-    threading.Timer(2.0, kill).start()
-    with pytest.raises(RuntimeError, match=rf"rank 1 \(process {victim.pid}\) was killed by SIGKILL"):
-        endless(e)
-    assert time.monotonic() - began[0] < LIMIT
-    e.close()
-    assert float((torch.ones(1000, device="cuda") * 2).sum()) == 2000  # the device works
+    """While kernels wait for it: the device works afterwards."""
+    killed(engine(peer_memory=peers), which=1, after=2.0)
+    assert float((torch.ones(1000, device="cuda") * 2).sum()) == 2000
 
 
 def test_a_rank_raises() -> None:
-    e = engine()
-    assert e._crew is not None
-    e._crew.tell("no_such_call")
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)rank 1 .* failed: .*no_such_call"):
-        endless(e)
-    assert time.monotonic() - began < LIMIT
-    e.close()
+    failed(engine())

@@ -92,16 +92,15 @@ def endless(e: fastgen.Engine) -> None:
         e.generate(prompts, SamplingParams(max_tokens=20), progress=False)
 
 
-def test_a_rank_is_killed(which: int = 3) -> None:
-    """In the middle of steps."""
-    e, began = engine(4), [0.0]
-    victim = next(p for p in multiprocessing.active_children() if p.name == f"rank {which}")
+def killed(e: fastgen.Engine, which: int, after: float) -> None:
+    """A rank is, in the middle of steps: within seconds the call says so."""
+    victim, began = next(p for p in multiprocessing.active_children() if p.name == f"rank {which}"), [0.0]
 
     def kill() -> None:
         began[0] = time.monotonic()
         os.kill(victim.pid or 0, signal.SIGKILL)
 
-    threading.Timer(0.7, kill).start()
+    threading.Timer(after, kill).start()
     with pytest.raises(RuntimeError, match=rf"rank {which} \(process {victim.pid}\) was killed by SIGKILL"):
         endless(e)
     assert time.monotonic() - began[0] < LIMIT
@@ -110,8 +109,8 @@ def test_a_rank_is_killed(which: int = 3) -> None:
     e.close()
 
 
-def test_a_rank_raises() -> None:
-    e = engine()
+def failed(e: fastgen.Engine) -> None:
+    """A rank raises something: the same."""
     assert e._crew is not None
     e._crew.tell("no_such_call")
     began = time.monotonic()
@@ -119,6 +118,14 @@ def test_a_rank_raises() -> None:
         endless(e)
     assert time.monotonic() - began < LIMIT
     e.close()
+
+
+def test_a_rank_is_killed() -> None:
+    killed(engine(4), which=3, after=0.7)
+
+
+def test_a_rank_raises() -> None:
+    failed(engine())
 
 
 def test_rank_0_raises(monkeypatch: pytest.MonkeyPatch) -> None:
