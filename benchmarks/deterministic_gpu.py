@@ -51,7 +51,8 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     config = HERE / "configs" / f"{args.model}.json"
-    row = found[args.model] = {"device": torch.cuda.get_device_name()}
+    row = found.setdefault(args.model, {})  # the other mode's stay
+    row["device"] = torch.cuda.get_device_name()
     for mode in args.modes:
         engine = fastgen.Engine.from_pretrained(
             config, random=True, dtype="bfloat16", deterministic=mode == "deterministic", cache_fraction=0.6

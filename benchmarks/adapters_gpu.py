@@ -1,0 +1,69 @@
+"""What adapters cost: output tokens/s without room for them, with room, and with requests that use one or all.
+
+python benchmarks/adapters_gpu.py benchmarks/configs/llama-3.2-1b-instruct.json --out adapters.json
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastgen
+from fastgen import SamplingParams, lora
+
+HERE = Path(__file__).parent
+WAYS: dict[str, tuple[int, int]] = {  # adapters there is room for, and how many are used, in turns
+    "no room": (0, 0), "room for 8, none used": (8, 0), "one used": (8, 1), "8 used": (8, 8),
+}  # fmt: skip
+
+
+def drawn(spec: fastgen.Spec, rank: int, seed: int) -> fastgen.Adapter:
+    """An adapter of all matrices that changes something."""
+    dice = torch.Generator().manual_seed(seed)
+    adapter = lora.init(spec, rank, 2 * rank, seed=seed, device="cpu")
+    for x in lora.leaves(adapter):
+        x.copy_(torch.randn(x.shape, generator=dice) * 0.01)
+    return adapter
+
+
+def rate(engine: fastgen.Engine, used: int, requests: int, prompt: int, output: int) -> float:
+    """Output tokens/s of one run."""
+    prompts = torch.randint(engine.spec.vocab, (requests, prompt)).tolist()
+    names = [f"{i % used}" if used else None for i in range(requests)]
+    sampling = [SamplingParams(max_tokens=output, ignore_eos=True, adapter=name) for name in names]
+    began = time.perf_counter()
+    engine.generate(prompts, sampling, progress=False)
+    return requests * output / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a model's config.json; its weights are drawn")
+    parser.add_argument("--workloads", nargs="+", default=["512x1024x128", "1x128x256"], metavar="NxPROMPTxOUTPUT")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "adapters_gpu.json")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "model": args.config.stem,
+                             "rank": args.rank, "output_tok_s": {}}  # fmt: skip
+    for way, (room, used) in WAYS.items():
+        settings = {"max_adapters": room, "max_rank": args.rank, "cache_fraction": 0.6}
+        with fastgen.Engine.from_pretrained(args.config, random=True, progress=False, **settings) as engine:
+            for i in range(room):
+                engine.add_adapter(f"{i}", drawn(engine.spec, args.rank, i))
+            for workload in args.workloads:
+                shape = tuple(map(int, workload.split("x")))
+                rate(engine, used, *shape)
+                runs = [rate(engine, used, *shape) for _ in range(args.repeats)]
+                found["output_tok_s"].setdefault(workload, {})[way] = {"median": statistics.median(runs), "runs": runs}
+                print(f"{workload}, {way}: {statistics.median(runs):,.0f} output tokens/s", flush=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
