@@ -24,8 +24,6 @@ from fastgen.request import sample_seed
 from fastgen.schedule import Moves
 
 SPEC = fastgen.from_hf(tiny.config("Mistral", **tiny.WINDOWED))
-
-
 PARAMS = tiny.weights(SPEC)
 DICE = random.Random(0)
 STEM = [DICE.randrange(61) for _ in range(21)]

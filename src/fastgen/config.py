@@ -200,7 +200,7 @@ class Parallel:
 class Lora:
     """Room for low-rank adapters, taken when the engine starts. Without it, steps are those of the model alone."""
 
-    max_adapters: int = 0  # at once; 0: as many as are loaded with the model
+    max_adapters: int = 0  # at once; no fewer than are loaded with the model
     max_rank: int | None = None  # None: the largest of those, or else 16
 
     def __post_init__(self) -> None:

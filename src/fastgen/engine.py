@@ -130,8 +130,7 @@ class Engine(Loop):
         engine = cls(params, spec, words, progress=progress, group=group, **settings)
         engine._regions["params"] = made[0]
         try:
-            for name, folder in (adapters or {}).items():
-                engine.add_adapter(name, lora.load(folder, spec, device="cpu"))
+            engine.load_adapters(adapters or {})
         except BaseException:
             engine.close()
             raise
@@ -370,6 +369,11 @@ class Engine(Loop):
         the adapter's unless given. ValueError if there is no room for it.
         """
         return self._room().add(name, adapter if scale is None else adapter._replace(scale=scale)).params
+
+    def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        """Add those of PEFT's folders or hub ids, by the names that requests give. ValueError for another model's."""
+        for name, folder in folders.items():
+            self.add_adapter(name, lora.load(folder, self.spec, device="cpu"))
 
     def adapter_params(self, name: str) -> Adapter:
         """The tensors that steps read, as a tree of views: they stay where they are until the adapter is removed."""

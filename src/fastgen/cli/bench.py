@@ -97,8 +97,7 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
         torch.cuda.synchronize(device)
     loaded = time.perf_counter()
     engine = Engine(params, spec, **settings)
-    for name, folder in m.adapters.items():
-        engine.add_adapter(name, lora.load(folder, spec, device="cpu"))
+    engine.load_adapters(m.adapters)
     return _started(engine, model, {"load": loaded - began, "engine": time.perf_counter() - loaded})
 
 
