@@ -591,17 +591,21 @@ def test_other_errors(server: Server, client: openai.OpenAI) -> None:
 
 def test_more_than_the_queue_holds(server: Server, library: fastgen.Engine) -> None:
     """429 with Retry-After while others run, who notice nothing; then there is room again."""
-    body = {"prompt": "Hello", "n": 128, "seed": 1, "max_tokens": 40, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as stream:
-        chunks = events(stream)
-        first = next(chunks)
-        reply = server.http.post("/v1/completions", json={"prompt": "Hello", "n": 33})
-        assert reply.status_code == 429 and int(reply.headers["retry-after"]) >= 1
-        assert reply.json()["error"]["type"] == "rate_limit_error"
-        assert server.http.post("/v1/completions", json={"prompt": "Hello", "n": 32}).status_code == 200
-        parts = [c["choices"][0] for c in (first, *chunks)]
+    body = {"prompt": "Hello", "n": 128, "seed": 1, "max_tokens": 40}
+    engine = server.children()["engine"]
+    with ThreadPoolExecutor(2) as pool:
+        os.kill(engine, signal.SIGSTOP)  # until both are there: the engine alone counts what runs
+        try:
+            both = [pool.submit(server.http.post, "/v1/completions", json=body) for _ in range(2)]
+            time.sleep(1)
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        answer, refused = sorted((one.result() for one in both), key=lambda reply: reply.status_code)
+    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
     wanted = texts(ask(library, "Hello", n=128, seed=1, max_tokens=40))
-    assert ["".join(p["text"] for p in parts if p["index"] == i) for i in range(128)] == wanted
+    assert [c["text"] for c in answer.raise_for_status().json()["choices"]] == wanted
+    assert server.http.post("/v1/completions", json={"prompt": "Hello", "n": 33}).status_code == 200
     quiet(server)
 
 
