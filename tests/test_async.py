@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import DICE, GREEDY, PROMPTS, SPEC, engine, fresh
-from test_training import expected as expected_with_logprobs
+from trainer import DICE, GREEDY, PROMPTS, SPEC, engine, fresh
+from trainer import expected as expected_with_logprobs
 
 import fastgen
 from fastgen import AsyncEngine, Engine, SamplingParams
@@ -482,7 +482,7 @@ def test_close() -> None:
 def test_a_program_that_ends_without_close() -> None:
     """It ends, and not by a signal, in the middle of a step."""
     code = (
-        "import asyncio, fastgen; from test_training import *\n"
+        "import asyncio, fastgen; from trainer import *\n"
         "async def main():\n"
         "    e = fastgen.AsyncEngine(engine(fresh()))\n"
         "    await anext(e.stream(PROMPTS[:3] * 20, SamplingParams(max_tokens=80, ignore_eos=True)))\n"

@@ -202,6 +202,14 @@ def test_wrong_override(override: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_another_name() -> None:
+    """`parallel.size` is `parallel.tensor_parallel`, which keywords are called too."""
+    assert compose("parallel=tp", "parallel.size=4") == compose("parallel=tp", "parallel.tensor_parallel=4")
+    assert compose("parallel=tp", "parallel.size=4").parallel.tensor_parallel == 4
+    with pytest.raises(ValueError, match=r"parallel\.tensor_parallel must be"):
+        compose("parallel.size=0")
+
+
 def test_values_reach_the_dataclasses() -> None:
     config = compose("sampling.stop=[a,b]", "sampling.logit_bias={5:1,7:-2.5}", "sampling.temperature=0", "seed=4")
     assert config.sampling == SamplingParams(stop=("a", "b"), logit_bias={5: 1.0, 7: -2.5}, temperature=0)

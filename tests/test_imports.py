@@ -13,9 +13,10 @@ LAYERS = [  # each may import from its own line and those above
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
     + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves", "ops.lowrank", "ops.peers"],
     ["models.transformer", "models.weights", "tokenizer"],
-    ["models.default", "models.invariant", "grammar", "request", "step", "lora"],
+    ["models.default", "models.invariant", "grammar", "request", "step"],
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
     ["parallel", "scoring", "exchange"],
+    ["lora"],
     ["launch", "compile"],
     ["loop"],
     ["engine"],

@@ -152,7 +152,7 @@ def compare(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (5, 2001), (64, 30), (3, 1024), (2, 20000)])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (5, 2001), (20, 30), (3, 1024), (2, 20000)])
 def test_draw(rows: int, vocab: int, dtype: torch.dtype) -> None:
     """The very token that plain sampling draws, at every temperature, and its probability."""
     logits = (4 * torch.randn(rows, vocab)).to(dtype)
@@ -171,7 +171,7 @@ def test_draw_ties() -> None:
     assert token.tolist() == [1500, 4100, 0]
 
 
-@pytest.mark.parametrize(("rows", "vocab", "ranks"), [(5, 2001, 2), (3, 9, 4), (2, 7001, 8), (40, 1300, 4)])
+@pytest.mark.parametrize(("rows", "vocab", "ranks"), [(5, 2001, 2), (3, 9, 4), (2, 7001, 8), (12, 1300, 4)])
 def test_draw_over_ranks(rows: int, vocab: int, ranks: int) -> None:
     """Each rank draws of its part, padded; what they have found gives all of them the token of the whole."""
     logits = 4 * torch.randn(rows, vocab)

@@ -14,21 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel import SETTINGS, SPEC, load, weights_
+from ranks import SETTINGS, SPEC, endless, engine, late, load, tokens, weights
 
 import fastgen
 from fastgen import SamplingParams, launch
 
 LIMIT = 10  # seconds within which everything ends
-Tokens = list[list[list[int]]]
-
-
-def engine(size: int = 2, **more: Any) -> fastgen.Engine:
-    return fastgen.Engine(weights_(), SPEC, tensor_parallel=size, **SETTINGS | more)
-
-
-def tokens(outputs: list[fastgen.Output]) -> Tokens:
-    return [[c.token_ids for c in o.completions] for o in outputs]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +37,7 @@ def nobody_left() -> Iterator[None]:
     assert not left and crew is None
 
 
-def test_outputs(tmp_path: Path, size: int = 4) -> None:
+def test_outputs(tmp_path: Path, size: int = 2) -> None:
     """Of one process, whatever is called: what one rank alone gives."""
 
     def calls(e: fastgen.Engine) -> list[Any]:
@@ -72,7 +63,7 @@ def test_outputs(tmp_path: Path, size: int = 4) -> None:
         found += [tokens([outputs[i]]) for i in (first, *copies, again, third)]
         return [*found, tokens(e.generate(*load(2, 4), progress=False))]
 
-    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as alone:
+    with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
         want = calls(alone)
     with engine(size) as e:
         assert e.group is not None and e.group.place.size == size
@@ -81,15 +72,9 @@ def test_outputs(tmp_path: Path, size: int = 4) -> None:
         got = calls(e)
     assert got == want
 
-    fastgen.save(tmp_path, SPEC, weights_())
+    fastgen.save(tmp_path, SPEC, weights())
     with fastgen.Engine.from_pretrained(tmp_path, device="cpu", tensor_parallel=2, **SETTINGS) as e:
         assert tokens(e.generate(*load(1, 8), progress=False)) == want[0]
-
-
-def endless(e: fastgen.Engine) -> None:
-    prompts, _ = load(3, 6)
-    while True:
-        e.generate(prompts, SamplingParams(max_tokens=20), progress=False)
 
 
 def killed(e: fastgen.Engine, which: int, after: float) -> None:
@@ -144,7 +129,7 @@ def broken(place: Any, device: str) -> Any:
     """Parameters that only rank 0 gets."""
     if place.rank:
         raise OSError("no such disk")
-    return SPEC, weights_(place=place), None
+    return SPEC, weights(place=place), None
 
 
 def test_a_rank_cannot_load() -> None:
@@ -158,12 +143,12 @@ def test_a_rank_cannot_load() -> None:
 SCRIPT = """
 import multiprocessing, sys
 sys.path.insert(0, {tests!r})
-import test_launch
+import ranks
 if __name__ == "__main__":
-    settings = dict(test_launch.SETTINGS, tensor_parallel=2, device="cpu", dtype="float32")
-    e = test_launch.fastgen.Engine.from_pretrained({model!r}, **settings)
+    settings = dict(ranks.SETTINGS, tensor_parallel=2, device="cpu", dtype="float32")
+    e = ranks.fastgen.Engine.from_pretrained({model!r}, **settings)
     print(multiprocessing.active_children()[0].pid, flush=True)
-    test_launch.endless(e)
+    ranks.endless(e)
 """
 
 
@@ -171,7 +156,7 @@ if __name__ == "__main__":
 def test_the_first_ends(number: signal.Signals, tmp_path: Path) -> None:
     """The process that started the others, by whatever: they are gone too."""
     script = tmp_path / "it.py"
-    fastgen.save(tmp_path / "model", SPEC, weights_())
+    fastgen.save(tmp_path / "model", SPEC, weights())
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), model=str(tmp_path / "model")))
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -265,19 +250,9 @@ def test_nobody_there(rank: str, address: str, message: str, monkeypatch: pytest
     assert time.monotonic() - began < LIMIT
 
 
-def late(rank: int, port: int, file: str) -> None:
-    """A process as torchrun starts it; the first comes last."""
-    given = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in given.items()})
-    time.sleep(2.5 if rank == 0 else 0)
-    with engine() as e:
-        torch.save(tokens(e.generate(*load(1, 3), progress=False)), f"{file}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
 def test_a_late_rank(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(late, (free_port(), str(tmp_path / "tokens")), nprocs=2)  # type: ignore[attr-defined]
-    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as alone:
+    with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
         want = tokens(alone.generate(*load(1, 3), progress=False))
     assert torch.load(tmp_path / "tokens.0") == torch.load(tmp_path / "tokens.1") == want
 

@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import PROGRAMS, SETTINGS, SPEC, load, reading
+from ranks import weights as weights_of
 from test_models import CASES, PAGE, build, empty, prompt
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -23,7 +22,7 @@ import fastgen
 from fastgen import Sampling, SamplingParams, parallel, sampling, schedule
 from fastgen.models import weights
 from fastgen.models.layers import rms_norm
-from fastgen.models.spec import WHOLE, Place, Spec, split
+from fastgen.models.spec import Place, Spec, split
 from fastgen.models.transformer import PLAIN, blocks
 from fastgen.models.weights import named, update
 from fastgen.ops.attention import reference
@@ -182,30 +181,6 @@ def test_sums_by_whoever_reads_them(
         assert done == sums
 
 
-def reading(rank: int, size: int, file: str, parts: list[Tensor], flags: list[Tensor]) -> None:
-    """A process that runs the kernel of such sums, again and again, ranks coming in all orders."""
-    from fastgen.ops import peers
-
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-    peers.PROGRAMS = PROGRAMS
-    found = []
-    for step, rows in enumerate((3, 7, 1, 5, 3)):
-        x, norm, mine = (torch.randn(n, 40, generator=torch.Generator().manual_seed(seed))
-                         for n, seed in ((rows, step), (1, 99), (rows, 10 * step + rank)))  # fmt: skip
-        parts[rank][step % 2, :rows] = mine
-        time.sleep(0.05 * ((rank + step) % size))
-        at = torch.tensor([p[step % 2].data_ptr() for p in parts])
-        where = torch.tensor([f.data_ptr() for f in flags])
-        found.append(peers.sum_norm(x, parts[rank][step % 2, :rows], at, where, rank, norm[0], 1e-5))
-    torch.save(found, f"{file}.{rank}")
-    if rank == 0:  # the others are gone: waiting ends when it is said
-        flags[0][-1] = 1
-        peers.sum_norm(x, parts[0][step % 2, :rows], at, where, rank, norm[0], 1e-5)
-
-
-PROGRAMS = 4
-
-
 def test_sums_of_processes(tmp_path: Path) -> None:
     """Every rank has the same bits; of more rows than programs, too."""
     pytest.importorskip("triton")
@@ -247,39 +222,14 @@ def test_many_heads(size: int) -> None:
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
-SPEC = fastgen.from_hf(tiny.config("Qwen2", num_hidden_layers=1, vocab=131, context=256, tie_word_embeddings=True))
-SETTINGS: dict[str, Any] = {
-    "page_size": 8, "cache_tokens": 136, "max_requests": 6, "token_budget": 40, "offload": "host", "host_gb": 1e-4,
-    "seed": 5, "progress": False,
-}  # fmt: skip
-
-
-def weights_(seed: int = 0, place: Place = WHOLE) -> fastgen.Params:
-    """With distributions that are not flat."""
-    params = fastgen.init(SPEC, seed, device="cpu", dtype=torch.float32, place=place)
-    return tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, params)
-
-
-def load(seed: int, count: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts that begin alike, of several samples, of all kinds."""
-    r = random.Random(seed)
-    stems = [[r.randrange(131) for _ in range(n)] for n in (16, 40)]
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0}, {"temperature": 0.8, "n": 3}, {"temperature": 1, "logprobs": 2, "top_k": 9},
-        {"temperature": 0, "repetition_penalty": 1.2}, {"temperature": 0, "prompt_logprobs": 1},
-    ]  # fmt: skip
-    prompts = [r.choice(stems) + [r.randrange(131) for _ in range(r.randrange(1, 20))] for _ in range(count)]
-    return prompts, [SamplingParams(**r.choice(kinds), seed=i, max_tokens=r.randrange(1, 24)) for i in range(count)]
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_outputs(size: int) -> None:
     """The whole engine, with prefixes shared, pages on the host and preemption: what one rank alone gives."""
-    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as engine:
+    with fastgen.Engine(weights_of(), SPEC, **SETTINGS) as engine:
         want = 2 * engine.generate(*load(1, 12), progress=False)
 
     def run(rank: Rank) -> tuple[list[fastgen.Output], fastgen.Counts]:
-        with fastgen.Engine(weights_(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
             assert engine.cache.k[0].shape[1] == max(1, 2 // size)
             outputs = [o for _ in range(2) for o in engine.generate(*load(1, 12), progress=False)]
             return outputs, engine.counts
@@ -334,7 +284,7 @@ def test_little_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(rank: Rank, **kind: Any) -> None:
         gather = rank.all_gather
         monkeypatch.setattr(rank, "all_gather", lambda x: (moved.append(x.shape[-1]), gather(x))[1])
-        with fastgen.Engine(weights_(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
             engine.generate([[1, 2], [3]], SamplingParams(max_tokens=4, **kind), progress=False)
 
     together(2, run)
@@ -350,7 +300,7 @@ def test_a_thousand_steps() -> None:
 
     def run(rank: Rank) -> tuple[list[Any], Any]:
         r, seen = random.Random(3), list[Any]()
-        with fastgen.Engine(weights_(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
             ids = list[int]()
             for step in range(1000):
                 if r.random() < 0.3 and len(engine.state.waiting) < 20:
@@ -372,7 +322,7 @@ def test_ranks_that_part() -> None:
     """A rank that is asked for something else is named, by all."""
 
     def run(rank: Rank) -> None:
-        with fastgen.Engine(weights_(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
             engine.add([1] * (5 + rank.place.rank // 3), SamplingParams(temperature=0, max_tokens=30))
             while engine.unfinished:
                 engine.step()
@@ -397,7 +347,7 @@ def test_sizes_that_do_not_divide(size: int, message: str) -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank reads its own rows and columns, and no tensor whole; together they are the checkpoint."""
-    whole = weights_()
+    whole = weights_of()
     fastgen.save(tmp_path, SPEC, whole)
     if size > 1:
         opened = weights.safe_open
@@ -430,25 +380,6 @@ def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.M
     if size > 1:
         with pytest.raises(ValueError, match="another model's, or one rank's"):
             fastgen.save(tmp_path / "no", SPEC, loaded[0])
-
-
-def ranks_of_processes(rank: int, size: int, file: str) -> None:
-    """A process of a real group."""
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-    group = Ranks()
-    with fastgen.Engine(weights_(place=group.place), SPEC, group=group, **SETTINGS) as engine:
-        outputs = engine.generate(*load(1, 6), progress=False)
-        torch.save([[c.token_ids for c in o.completions] for o in outputs], f"{file}.{rank}")
-    dist.destroy_process_group()
-
-
-def test_processes(tmp_path: Path) -> None:
-    """torch.distributed carries the same."""
-    file = str(tmp_path / "group")
-    mp.spawn(ranks_of_processes, (2, file), nprocs=2)  # type: ignore[attr-defined]
-    with fastgen.Engine(weights_(), SPEC, **SETTINGS) as engine:
-        want = [[c.token_ids for c in o.completions] for o in engine.generate(*load(1, 6), progress=False)]
-    assert torch.load(f"{file}.0") == torch.load(f"{file}.1") == want
 
 
 def test_no_group() -> None:

@@ -229,13 +229,12 @@ def test_a_rank_of_a_replica_is_killed(model: Path) -> None:
 
 
 SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import test_replicas
+import fastgen
 if __name__ == "__main__":
-    both = test_replicas.Replicas.from_pretrained({model!r}, **test_replicas.SETTINGS)
+    both = fastgen.Replicas.from_pretrained({model!r}, **{settings!r})
     print(*(p.pid for p in both._processes), flush=True)
-    test_replicas.endless(both)
+    while True:
+        both.generate([[i] for i in range(20)], fastgen.SamplingParams(max_tokens=50), progress=False)
 """
 
 
@@ -243,7 +242,7 @@ if __name__ == "__main__":
 def test_the_end(victim: str, model: Path, tmp_path: Path) -> None:
     """The first process is killed or interrupted, or another is killed: all are gone, with the cause."""
     script = tmp_path / "it.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), model=str(model)))
+    script.write_text(SCRIPT.format(model=str(model), settings=SETTINGS))
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     others = [int(pid) for pid in process.stdout.readline().split()]

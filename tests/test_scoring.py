@@ -247,7 +247,8 @@ def test_gradients_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    hard = {name: kernel(f) for name, f in PLAIN._asdict().items() if name not in ("attention", "enter")}
+    apart = ("attention", "enter", "row_parallel")  # the last is made of others
+    hard = {name: kernel(f) for name, f in PLAIN._asdict().items() if name not in apart}
     ops = PLAIN._replace(attention=lambda b, s: kernel(sdpa(b, s, 64)), **hard)
     ops = scoring.differentiable(ops, kernels=True)
     for got, want in zip(gradients(params, spec, many, {"ops": ops}), wanted, strict=True):

@@ -29,8 +29,8 @@ TEXTS = [
     "0, 1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89,",
 ]
 LENGTHS = [1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65, 80, 96, 100, 127, 128, 160, 200, 256]
-LENGTHS += [300, 400, 600, 1000, 1500]
-NEW = 64
+LENGTHS += [280, 320, 400, 520, 700]
+NEW = 48
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,9 +88,9 @@ MODES = {
     "alone": {"cache_tokens": 2048},
     "together": {"cache_tokens": 2**14},
     "chunks of 16": {"cache_tokens": 2**14, "prefill_chunk": 16},
-    "queueing": {"cache_tokens": 1664, "page_size": 16, "token_budget": 512},
+    "queueing": {"cache_tokens": 896, "page_size": 16, "token_budget": 512},
 }
-EVERY = {"alone": 8, "chunks of 16": 4, "queueing": 2}
+EVERY = {"alone": 8, "chunks of 16": 4, "queueing": 3}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -100,7 +100,7 @@ def test_greedy_tokens_are_those_of_transformers(
     prompts: list[list[int]],
     model: transformers.PreTrainedModel,
 ) -> None:
-    """64 tokens of every prompt together, 32 of some in the other modes.
+    """48 tokens of every prompt together, 24 of some in the other modes.
 
     A difference is allowed only at a tie within 1e-5 of transformers' own logits.
     """
@@ -128,12 +128,12 @@ def test_greedy_equals_generate(
 ) -> None:
     """The same against transformers' own generate loop, for a few prompts."""
     spec, params = loaded
-    some = [prompts[i] for i in (0, 7, 26)]
-    sampling = fastgen.SamplingParams(temperature=0, max_tokens=NEW // 2, ignore_eos=True)
+    some = [prompts[i] for i in (0, 7, 23)]
+    sampling = fastgen.SamplingParams(temperature=0, max_tokens=NEW // 3, ignore_eos=True)
     outputs = fastgen.Engine(params, spec, cache_tokens=4096).generate(some, sampling)
     for prompt, output in zip(some, outputs, strict=True):
         ids = torch.tensor([prompt], device=model.device)
-        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW // 2, do_sample=False,
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW // 3, do_sample=False,
                                 eos_token_id=None, pad_token_id=0)  # fmt: skip
         assert output.completions[0].token_ids == wanted[0, len(prompt) :].tolist()
 

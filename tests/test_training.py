@@ -1,18 +1,17 @@
 """What a trainer does with an engine: one memory, updates in place, versions of tokens, memory given back."""
 
 import gc
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+from trainer import DICE, GREEDY, PROMPTS, SPEC, engine, expected, fresh, told, trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import fastgen
@@ -21,28 +20,6 @@ from fastgen.models import weights
 from fastgen.models.spec import to_hf
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler, where it takes part, has some of its own
-SPEC = fastgen.from_hf(tiny.config("Qwen2", vocab=97, context=128))
-DICE = random.Random(0)
-PROMPTS = [[DICE.randrange(97) for _ in range(n)] for n in (5, 19, 40, 1)]
-GREEDY = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
-
-
-def fresh(seed: int = 0) -> fastgen.Params:
-    return tiny.weights(SPEC, seed, times=8)
-
-
-def engine(params: fastgen.Params, **settings: Any) -> fastgen.Engine:
-    return fastgen.Engine(params, SPEC, progress=False, **{"page_size": 16, "cache_tokens": 1024} | settings)
-
-
-def told(outputs: list[fastgen.Output]) -> list[tuple[list[int], list[float] | None]]:
-    return [(c.token_ids, c.logprobs) for o in outputs for c in o.completions]
-
-
-def expected(params: fastgen.Params, **settings: Any) -> Any:
-    """From an engine that never knew anything else."""
-    with engine(tree_map_only(Tensor, lambda w: w.detach().clone(), params), **settings) as one:
-        return told(one.generate(PROMPTS, GREEDY))
 
 
 @pytest.fixture
@@ -260,32 +237,13 @@ def test_versions_survive_fork_and_snapshot(tmp_path: Path) -> None:
             assert {*c.versions} == {0, 1}
 
 
-def _trainer(rank: int, port: int, found: Any, kind: str) -> None:
-    torch.set_num_threads(1)
-    if kind == "cuda":
-        torch.cuda.set_device(rank)
-        torch.set_default_device(f"cuda:{rank}")
-    backend = "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    params = fresh(rank)
-    if rank == 0:
-        fastgen.send(weights.named(params, SPEC), bucket=3000)
-    else:
-        with engine(params) as one:
-            one.generate(PROMPTS, GREEDY)
-            one.update_params(fastgen.receive(device=torch.get_default_device()))
-            found.put(told(one.generate(PROMPTS, GREEDY)))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def test_update_over_a_process_group(device: str) -> None:
     """In buckets, from another process, or another GPU."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("a GPU each")
     found = mp.get_context("spawn").SimpleQueue()
     port = DICE.randrange(20000, 30000)
-    done = mp.spawn(_trainer, (port, found, device), nprocs=2, join=False)
+    done = mp.spawn(trainer, (port, found, device), nprocs=2, join=False)
     answer = found.get()
     while not done.join():
         pass

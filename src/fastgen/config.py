@@ -253,10 +253,6 @@ class Settings:
                 "compile.deterministic=true holds for one device: sums over ranks have no fixed order. "
                 "Use parallel.tensor_parallel=1"
             )
-        if self.lora.max_adapters and self.parallel.tensor_parallel > 1:
-            raise ValueError(
-                "lora.max_adapters with parallel.tensor_parallel: adapters run on one rank only; merge one"
-            )
 
     @classmethod
     def of(cls, **flat: Any) -> "Settings":

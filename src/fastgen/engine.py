@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
 from fastgen import launch, lora, schedule, scoring, tokenizer
@@ -366,9 +366,19 @@ class Engine(Loop):
         """Copy a low-rank adapter into the engine, for requests with `SamplingParams(adapter=name)`.
 
         The tree returned is the engine's own, for an optimizer to change in place: see `update_adapter`. `scale` is
-        the adapter's unless given. ValueError if there is no room for it.
+        the adapter's unless given. ValueError if there is no room for it. `adapter` is a whole one, of which each of
+        several ranks takes its share.
         """
-        return self._room().add(name, adapter if scale is None else adapter._replace(scale=scale)).params
+        adapter = adapter if scale is None else adapter._replace(scale=scale)
+        held = self._room().add(name, adapter)
+        self._hand("add_adapter", name, adapter)
+        return held.params
+
+    def _hand(self, call: str, name: str, adapter: Adapter) -> None:
+        """An adapter to the other ranks that this process started, once nothing was wrong with it here."""
+        if self._crew is not None:
+            on_host = tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, adapter)
+            self._tell(call, name, on_host)
 
     def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
         """Add those of PEFT's folders or hub ids, by the names that requests give. ValueError for another model's."""
@@ -383,8 +393,14 @@ class Engine(Loop):
         """Say that an adapter's tensors were changed in place, or copy others into them.
 
         Nothing cached under the adapter is used any more; what is cached of others, and of the model alone, is.
+        Where this engine has started other ranks, `adapter` must be given: their tensors are in other processes.
         """
-        self.state.tree.reset_adapter(self._room().update(name, adapter).index)
+        if self._crew is not None and adapter is None:
+            raise ValueError(f"adapter {name!r}: other ranks have parts of it, too: give the tree that it has become")
+        held = self._room().update(name, adapter)
+        if adapter is not None:
+            self._hand("update_adapter", name, adapter)
+        self.state.tree.reset_adapter(held.index)
 
     def remove_adapter(self, name: str) -> None:
         """Make room for another. ValueError while requests use it."""
@@ -392,6 +408,7 @@ class Engine(Loop):
         if using := sorted({s.output.request_id for s in self._samples.values() if s.adapter == index}):
             raise ValueError(f"adapter {name!r} is used by requests {using[:8]}: abort them or let them end first")
         self._room().remove(name)
+        self._tell("remove_adapter", name)
         self.state.tree.reset_adapter(index)
 
     # --- to look at ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ ends one of them ends all, with its cause, within seconds: also where a collecti
 
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -21,7 +22,6 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ class Crew(Ranks):
     def tell(self, name: str, *arguments: Any, **named: Any) -> None:
         """The other ranks' engines make this call. RuntimeError with the cause if one of them is gone."""
         self.check()
-        data = ForkingPickler.dumps((name, arguments, named))
+        data = pickle.dumps((name, arguments, named))  # tensors by value: there may be more than files can be open
         with self._lock:
             for pipe in self._pipes:
                 try:

@@ -130,9 +130,7 @@ class Loop:
             widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
             members = max(1, 64 // (here.q_heads // here.kv_heads))  # whose queries fill a tile of attention
             sizes, lora = (limits.max_requests, *most[:2], widest, page, spec.vocab), self.settings.lora
-            if lora.max_adapters and group is not None:
-                raise ValueError("lora.max_adapters in a group of ranks: adapters run on one rank only; merge one")
-            self._shelf = Shelf(spec, lora, self.device, self.dtype) if lora.max_adapters else None
+            self._shelf = Shelf(spec, lora, self.device, self.dtype, group) if lora.max_adapters else None
             self._stager = Stager(*sizes, self.device, members, adapters=self._shelf is not None)
             adapters = None if self._shelf is None else self._shelf.adapters
             self._stepper = Stepper(params, spec, self.settings, self._stager, group, adapters)

@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.config import Lora, unknown
 from fastgen.models import weights
-from fastgen.models.spec import Spec
+from fastgen.models.spec import WHOLE, Place, Spec
+from fastgen.models.weights import Cut
+from fastgen.parallel import Group
 from fastgen.types import Adapter, Adapters, Changes, LowRank, Params, Stack, Stacks
 
 PACKED = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -42,26 +44,26 @@ REFUSED = (
 
 
 class Site(NamedTuple):
-    """A matrix that may be changed: [rows, columns], by the model's name for it."""
+    """A matrix that may be changed, [rows, columns], by the model's name for it; and what a rank has of it."""
 
     layer: int
     field: str  # of Changes
     name: str
-    rows: int
-    columns: int
+    rows: Cut
+    columns: Cut
 
     @property
     def target(self) -> str:
         return self.name.rpartition(".")[2]
 
 
-def sites(spec: Spec) -> Iterator[Site]:
+def sites(spec: Spec, place: Place = WHOLE) -> Iterator[Site]:
     """All of a model's, as `weights.declare` has them."""
-    for i, layer in enumerate(weights.declare(spec).layers):
+    for i, layer in enumerate(weights.declare(spec, place).layers):
         for packed, names in PACKED.items():
             leaf: Any = getattr(layer, packed)
             for field, part in zip(names, leaf.parts, strict=True):
-                yield Site(i, field, part.name.removesuffix(".weight"), *part.shape)
+                yield Site(i, field, part.name.removesuffix(".weight"), *part.cuts)
 
 
 def _tree(spec: Spec, pairs: Mapping[tuple[int, str], LowRank], scale: float) -> Adapter:
@@ -69,19 +71,28 @@ def _tree(spec: Spec, pairs: Mapping[tuple[int, str], LowRank], scale: float) ->
     return Adapter(tuple(Changes(**x) for x in layers), scale)
 
 
-def _pairs(adapter: Adapter, spec: Spec) -> Iterator[tuple[Site, LowRank]]:
+def _pairs(adapter: Adapter, spec: Spec, place: Place = WHOLE) -> Iterator[tuple[Site, LowRank]]:
     """Where an adapter changes something, and how. ValueError if it is another model's."""
     if len(adapter.layers) != spec.layers:
         raise ValueError(f"an adapter of {len(adapter.layers)} layers for a model of {spec.layers}")
-    for site in sites(spec):
+    for site in sites(spec, place):
         pair: LowRank | None = getattr(adapter.layers[site.layer], site.field)
         if pair is None:
             continue
         a, b = tuple(pair.a.shape), tuple(pair.b.shape)
-        if len(a) != 2 or len(b) != 2 or (a[1], b[0], b[1]) != (site.columns, site.rows, a[0]):
-            wanted = f"a [r, {site.columns}] and b [{site.rows}, r]"
+        if len(a) != 2 or len(b) != 2 or (a[1], b[0], b[1]) != (site.columns.whole, site.rows.whole, a[0]):
+            wanted = f"a [r, {site.columns.whole}] and b [{site.rows.whole}, r]"
             raise ValueError(f"adapter: {site.name} has a {[*a]} and b {[*b]}, where {wanted} are wanted")
         yield site, pair
+
+
+def share(adapter: Adapter, spec: Spec, place: Place) -> Adapter:
+    """What a rank has of an adapter, as views: of a, the columns of its part of the depth; of b, its rows."""
+    pairs = {
+        (site.layer, site.field): LowRank(pair.a[:, site.columns.slice], pair.b[site.rows.slice])
+        for site, pair in _pairs(adapter, spec, place)
+    }
+    return _tree(spec, pairs, adapter.scale)
 
 
 def leaves(adapter: Adapter) -> list[Tensor]:
@@ -122,9 +133,10 @@ def init(
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
     kind, pairs = dtype or getattr(torch, spec.dtype), {}
     for site in (x for x in sites(spec) if x.target in targets):
-        bound = site.columns**-0.5
-        a = torch.empty(rank, site.columns, device=device, dtype=kind).uniform_(-bound, bound, generator=generator)
-        pairs[site.layer, site.field] = LowRank(a, torch.zeros(site.rows, rank, device=device, dtype=kind))
+        rows, columns = site.rows.whole, site.columns.whole
+        a = torch.empty(rank, columns, device=device, dtype=kind)
+        a.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+        pairs[site.layer, site.field] = LowRank(a, torch.zeros(rows, rank, device=device, dtype=kind))
     return _tree(spec, pairs, scaling(rank, alpha, rslora=rslora))
 
 
@@ -155,10 +167,12 @@ def _by_name(tensors: Iterable[tuple[str, Tensor]], spec: Spec, source: str) -> 
 
 
 @torch.no_grad()
-def check(name: str, adapter: Adapter) -> None:
-    """ValueError for values that are not finite. They would outlive their request: attention reads pages to their end,
-    where the keys of whoever had them before may be, and masks by a product with 0."""
-    if leaves(adapter) and not torch.stack([x.isfinite().all() for x in leaves(adapter)]).all():
+def check(name: str, adapter: Adapter, group: Group | None = None) -> None:
+    """ValueError for values that are not finite, of one rank's part if there is a `group`. They would outlive their
+    request: attention reads pages to their end, where the keys of whoever had them before may be, and masks by a
+    product with 0."""
+    finite = not leaves(adapter) or bool(torch.stack([x.isfinite().all() for x in leaves(adapter)]).all())
+    if not (finite if group is None else group.least(int(finite))):
         raise ValueError(f"adapter {name!r} has values that are not finite: run nothing with it before they are mended")
 
 
@@ -247,7 +261,7 @@ def merge(params: Params, spec: Spec, adapter: Adapter) -> Params:
     Differentiable in both.
     """
     changed = {(site.layer, site.field): pair for site, pair in _pairs(adapter, spec)}
-    rows = {(site.layer, site.field): site.rows for site in sites(spec)}
+    rows = {(site.layer, site.field): site.rows.whole for site in sites(spec)}
 
     def matrix(i: int, weight: Tensor, names: tuple[str, ...]) -> Tensor:
         if not any((i, name) in changed for name in names):
@@ -266,16 +280,17 @@ def merge(params: Params, spec: Spec, adapter: Adapter) -> Params:
     return params._replace(layers=tuple(layers))
 
 
-def stack(adapters: Sequence[Adapter], spec: Spec) -> Adapters:
-    """Adapters side by side for a forward, numbered from 1 as given; a copy. Differentiable."""
-    for adapter in adapters:
-        for _ in _pairs(adapter, spec):  # a ValueError where it is another model's
-            pass
+def stack(adapters: Sequence[Adapter], spec: Spec, place: Place = WHOLE) -> Adapters:
+    """Adapters side by side for a forward, numbered from 1 as given; a copy. Differentiable.
+
+    `place`: what a rank has of them.
+    """
+    adapters = [share(adapter, spec, place) for adapter in adapters]
     like = next((x for adapter in adapters for x in leaves(adapter)), None)
     if like is None:
         raise ValueError("stack: none of the adapters changes anything")
     r = max(map(rank, adapters))
-    size = {(site.layer, site.field): (site.rows, site.columns) for site in sites(spec)}
+    size = {(site.layer, site.field): (site.rows.count, site.columns.count) for site in sites(spec, place)}
 
     def side_by_side(i: int, names: tuple[str, ...]) -> Stack:
         a, b = list[Tensor](), list[Tensor]()
@@ -296,36 +311,39 @@ def stack(adapters: Sequence[Adapter], spec: Spec) -> Adapters:
     return Adapters(tuple(layers), torch.tensor([0.0, *(x.scale for x in adapters)], device=like.device))
 
 
-def empty(spec: Spec, count: int, rank: int, device: torch.device, dtype: torch.dtype) -> Adapters:
-    """Room for so many adapters, and the first, which is none."""
+def empty(
+    spec: Spec, count: int, rank: int, device: torch.device, dtype: torch.dtype, place: Place = WHOLE
+) -> Adapters:
+    """Room for so many adapters, and the first, which is none; on a rank, for its share of them."""
 
     def zeros(packed: str, layer: Any) -> Stack:
         parts, (rows, columns) = len(PACKED[packed]), getattr(layer, packed).shape
         shapes = (count + 1, parts * rank, columns), (count + 1, rows, rank)
         return Stack(*(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes))
 
-    declared = weights.declare(spec).layers
+    declared = weights.declare(spec, place).layers
     layers = tuple(Stacks(*(zeros(packed, layer) for packed in PACKED)) for layer in declared)
     return Adapters(layers, torch.zeros(count + 1, device=device))
 
 
-def views(adapters: Adapters, spec: Spec, i: int, like: Adapter) -> Adapter:
-    """The i-th of several, as a tree of views with the changes and ranks of `like`."""
+def views(adapters: Adapters, spec: Spec, i: int, like: Adapter, place: Place = WHOLE) -> Adapter:
+    """The i-th of several, as a tree of views with the changes and ranks of `like`, a whole one."""
     pairs = {}
     where = {field: (packed, j) for packed, names in PACKED.items() for j, field in enumerate(names)}
-    size = {(site.layer, site.field): site.rows for site in sites(spec)}
-    for site, pair in _pairs(like, spec):
+    size = {(site.layer, site.field): site.rows.count for site in sites(spec, place)}
+    for site, pair in _pairs(like, spec, place):
         packed, j = where[site.field]
         stack: Stack = getattr(adapters.layers[site.layer], packed)
         r, room = len(pair.a), stack.b.shape[-1]
         first = sum(size[site.layer, name] for name in PACKED[packed][:j])
-        a, b = stack.a[i, j * room : j * room + r], stack.b[i, first : first + site.rows, :r]
+        a, b = stack.a[i, j * room : j * room + r], stack.b[i, first : first + site.rows.count, :r]
         pairs[site.layer, site.field] = LowRank(a, b)
     return _tree(spec, pairs, like.scale)
 
 
 class Held(NamedTuple):
-    """An adapter of an engine: its number, its tensors as views of the engine's, and how often it was changed."""
+    """An adapter of an engine: its number, its tensors (or a rank's share of them) as views of the engine's, and how
+    often it was changed."""
 
     index: int
     params: Adapter
@@ -335,10 +353,13 @@ class Held(NamedTuple):
 class Shelf:
     """The adapters of one engine by name, in buffers that stay where they are: captured steps read them."""
 
-    def __init__(self, spec: Spec, limits: Lora, device: torch.device, dtype: torch.dtype) -> None:
-        self.spec, self.limits = spec, limits
+    def __init__(
+        self, spec: Spec, limits: Lora, device: torch.device, dtype: torch.dtype, group: Group | None = None
+    ) -> None:
+        self.spec, self.limits, self.group = spec, limits, group
+        self.place = WHOLE if group is None else group.place
         self.rank = limits.max_rank or RANK
-        self.adapters = empty(spec, limits.max_adapters, self.rank, device, dtype)
+        self.adapters = empty(spec, limits.max_adapters, self.rank, device, dtype, self.place)
         self.held: dict[str, Held] = {}
 
     def __getitem__(self, name: str) -> Held:
@@ -351,7 +372,7 @@ class Shelf:
 
     @torch.no_grad()
     def add(self, name: str, adapter: Adapter) -> Held:
-        """A copy of an adapter joins the others."""
+        """A copy of an adapter, a whole one, joins the others."""
         if not name or name in self.held:
             raise ValueError(f"adapter {name!r}: " + ("it is there already" if name else "it needs a name"))
         if rank(adapter) > self.rank:
@@ -362,8 +383,8 @@ class Shelf:
             raise ValueError(f"adapter {name!r}: {most} are there already; remove one or raise lora.max_adapters")
         check(name, adapter)
         i = min(free)
-        params = views(self.adapters, self.spec, i, adapter)
-        copy(params, adapter)
+        params = views(self.adapters, self.spec, i, adapter, self.place)
+        copy(params, share(adapter, self.spec, self.place))
         self.adapters.scale[i] = adapter.scale
         self.held[name] = Held(i, params, 0)
         return self.held[name]
@@ -381,9 +402,11 @@ class Shelf:
     def update(self, name: str, adapter: Adapter | None = None) -> Held:
         """It has changed: in place, or now to a copy of `adapter`, of the same shapes."""
         held = self[name]
-        check(name, held.params if adapter is None else adapter)
-        if adapter is not None:
-            copy(held.params, adapter)
+        if adapter is None:
+            check(name, held.params, self.group)
+        else:
+            check(name, adapter)
+            copy(held.params, share(adapter, self.spec, self.place))
             self.adapters.scale[held.index] = adapter.scale
             held = held._replace(params=held.params._replace(scale=adapter.scale))
         self.held[name] = held._replace(version=held.version + 1)

@@ -252,7 +252,9 @@ def sharded(ops: Ops, group: Group, spec: Spec, peers: Peers | None = None) -> O
         part = None if peers is None else peers.part(2, len(y), lambda _, to: to.copy_(y))
         return zero, y if part is None else part, *rest
 
-    def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    def row_parallel(
+        linear: Callable[..., Tensor], x: Tensor, w: Tensor, bias: Tensor | None = None, change: Any = None
+    ) -> Tensor:
         nonlocal turn
         turn, bias = 1 - turn, None if group.place.rank else bias
 
@@ -260,12 +262,18 @@ def sharded(ops: Ops, group: Group, spec: Spec, peers: Peers | None = None) -> O
             ops.head(x[rows], w, to)  # the same product, to a place
             if bias is not None:
                 to += bias
+            if change is not None and (changed := change(to, x[rows], rows)) is not to:
+                to.copy_(changed)
 
         part = None if peers is None else peers.part(turn, len(x), make)
-        return ops.linear(x, w, bias) if part is None else part
+        return ops.row_parallel(linear, x, w, bias, change) if part is None else part
 
     def summed(*args: Any) -> tuple[Tensor, Tensor] | None:
         return None if peers is None else peers.add_norm(*args)
+
+    def add_norm(x: Tensor, y: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        both = summed(x, y, norm, eps)
+        return ops.add_norm(x, group.all_reduce(y), norm, eps) if both is None else both
 
     def project(x: Tensor, y: Tensor, norm: Tensor, eps: float, *w: Tensor | None) -> tuple[Tensor, Tensor]:
         if (both := summed(x, y, norm, eps)) is None:
@@ -285,8 +293,8 @@ def sharded(ops: Ops, group: Group, spec: Spec, peers: Peers | None = None) -> O
         found = whole(ops.head(h, w), group, spec.vocab)
         return found if out is None else out[: len(h)].copy_(found)
 
-    parts: dict[str, Any] = {"enter": enter, "linear": linear, "project": project, "project_swiglu": project_swiglu}
-    return ops._replace(**parts, leave=leave, head=head)
+    parts: dict[str, Any] = {"enter": enter, "project": project, "project_swiglu": project_swiglu, "add_norm": add_norm}
+    return ops._replace(**parts, row_parallel=row_parallel, leave=leave, head=head)
 
 
 def sample(logits: Tensor, s: Sampling, top: int | None, group: Group, vocab: int) -> Sampled:

@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from fastgen.config import Grpo, Model, SamplingParams, Settings, unknown
 
 TASKS = ("generate", "stream", "profile", "grpo")
+ALSO = {"parallel.size": "parallel.tensor_parallel"}  # other names of keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +96,13 @@ def chosen(model: str) -> str:
 
 
 def quote(argument: str) -> str:
-    """`prompt=any text` in the quotes that Hydra's grammar wants, and paths; null, lists and quoted text stay as is."""
-    key, _, text = argument.partition("=")
+    """`prompt=any text` in the quotes that Hydra's grammar wants, and paths; null, lists and quoted text stay as is.
+
+    Keys that have another name get their own.
+    """
+    key, equals, text = argument.partition("=")
+    if key in ALSO:
+        return f"{ALSO[key]}{equals}{text}"
     if key not in ("prompt", "model.path") or text == "null":
         return argument
     if text.startswith(("[", "{", "'", '"')):

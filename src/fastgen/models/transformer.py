@@ -5,7 +5,8 @@ the last sublayer adds to it: the sum is left to whoever reads it, so that it co
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,21 @@ def head(h: Float[Tensor, "N D"], w: Float[Tensor, "V D"], out: Tensor | None = 
     return F.linear(h, w) if out is None else torch.mm(h, w.T, out=out[: len(h)])
 
 
+def row_parallel(
+    linear: Callable[..., Tensor],
+    x: Float[Tensor, "T N"],
+    w: Float[Tensor, "D N"],
+    bias: Float[Tensor, " D"] | None = None,
+    change: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
+) -> Float[Tensor, "T D"]:
+    """A linear layer whose depth ranks may share, each of which then has a part of the sum; here, all of it.
+
+    `change(y, x, rows)` makes of some rows of it what adapters add to them.
+    """
+    y = linear(x, w, bias)
+    return y if change is None else change(y, x, slice(None))
+
+
 class Ops(NamedTuple):
     """What a forward is made of. Each may be replaced by a faster function of the same signature."""
 
@@ -81,6 +97,7 @@ class Ops(NamedTuple):
     norm_heads: Callable[..., Tensor] = norm_heads
     store: Callable[..., Tensor] = layers.store
     linear: Callable[..., Tensor] = F.linear
+    row_parallel: Callable[..., Tensor] = row_parallel
     # In the place of the two projections, where the matrices are changed by adapters:
     add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
     swiglu: Callable[..., Tensor] = swiglu
@@ -102,31 +119,39 @@ class Products(NamedTuple):
     down: Callable[..., Tensor]
 
 
+def unchanged(ops: Ops) -> Products:
+    """Of a model without adapters."""
+    summed = partial(ops.row_parallel, ops.linear)
+    return Products(ops.project, ops.project_swiglu, summed, summed)
+
+
 def products(ops: Ops, spec: Spec, adapters: Adapters | None, i: int, batch: Batch, after: Batch) -> Products:
     """Of layer i. `batch` has the rows before attention, `after` those after it."""
     if adapters is None:
-        return Products(ops.project, ops.project_swiglu, ops.linear, ops.linear)
-    if batch.adapter is None:
+        return unchanged(ops)
+    before, behind = batch.adapter, after.adapter
+    if before is None or behind is None:
         raise ValueError("adapters without batch.adapter, which says whose each token is")
     stacks, heads = adapters.layers[i], tuple(n * spec.head for n in (spec.q_heads, spec.kv_heads, spec.kv_heads))
 
-    def linear(x: Tensor, w: Tensor, bias: Tensor | None, stack: Stack, rows: tuple[int, ...], of: Batch) -> Tensor:
-        return ops.adapt(ops.linear(x, w, bias), x, *stack, adapters.scale, of.adapter, rows)
+    def change(stack: Stack, widths: tuple[int, ...], adapter: Tensor) -> Callable[[Tensor, Tensor, slice], Tensor]:
+        return lambda y, x, rows: ops.adapt(y, x, *stack, adapters.scale, adapter[rows], widths)
+
+    def linear(x: Tensor, w: Tensor, bias: Tensor | None, *changed: Any) -> Tensor:
+        return change(*changed)(ops.linear(x, w, bias), x, slice(None))
 
     def project(x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None) -> tuple[Rows, Tensor]:
         x, h = ops.add_norm(x, y, norm, eps)
-        return x, linear(h, w, bias, stacks.qkv, heads, batch)
+        return x, linear(h, w, bias, stacks.qkv, heads, before)
 
     def project_swiglu(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Rows, Tensor]:
         x, h = ops.add_norm(x, y, norm, eps)
-        return x, ops.swiglu(linear(h, gate_up, None, stacks.gate_up, (spec.ffn, spec.ffn), after))
+        return x, ops.swiglu(linear(h, gate_up, None, stacks.gate_up, (spec.ffn, spec.ffn), behind))
 
-    def out(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, w, bias, stacks.out, (spec.dim,), after)
-
-    def down(x: Tensor, w: Tensor) -> Tensor:
-        return linear(x, w, None, stacks.down, (spec.dim,), after)
-
+    out, down = (
+        partial(ops.row_parallel, ops.linear, change=change(stack, (spec.dim,), behind))
+        for stack in (stacks.out, stacks.down)
+    )
     return Products(project, project_swiglu, out, down)
 
 
@@ -160,7 +185,7 @@ def block(
     `products`: those of `ops`, unless given. `output`: of these tokens only, which `attend` is then made for. Of the
     others no more than keys and values is computed.
     """
-    of = products or Products(ops.project, ops.project_swiglu, ops.linear, ops.linear)
+    of = products or unchanged(ops)
     x, qkv = of.project(x, y, layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
     qkv = qkv.unflatten(-1, (-1, spec.head))
     if layer.q_norm is not None:

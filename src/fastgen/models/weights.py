@@ -31,6 +31,10 @@ class Cut(NamedTuple):
     first: int
     count: int
 
+    @property
+    def slice(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
 
 class Part(NamedTuple):
     """Rows of a leaf that come from one tensor of the checkpoint: a cut of each of its dimensions."""
@@ -45,7 +49,7 @@ class Part(NamedTuple):
 
     def of(self, tensor: Any) -> Tensor:
         """The cut of a tensor, or of a file's slice, of which no more is read."""
-        return tensor[tuple(slice(c.first, c.first + c.count) for c in self.cuts)]
+        return tensor[tuple(cut.slice for cut in self.cuts)]
 
 
 @dataclass(frozen=True, slots=True)
