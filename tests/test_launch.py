@@ -18,6 +18,7 @@ from ranks import SETTINGS, SPEC, endless, engine, late, load, tokens, weights
 
 import fastgen
 from fastgen import SamplingParams, launch
+from fastgen.models.weights import named
 
 LIMIT = 10  # seconds within which everything ends
 
@@ -77,6 +78,90 @@ def test_outputs(tmp_path: Path, size: int = 2) -> None:
         assert tokens(e.generate(*load(1, 8), progress=False)) == want[0]
 
 
+def test_update_and_score() -> None:
+    """Handed on to all ranks, from whatever gives whole tensors; what is wrong is said, and ends nothing."""
+    new, name = weights(1), "model.layers.0.mlp.down_proj.weight"
+    pairs = [(n, t.double()) for n, t in named(new, SPEC)]
+    prompts = load(1, 5)
+    with fastgen.Engine(weights(1), SPEC, **SETTINGS) as alone:
+        want = tokens(alone.generate(*prompts, progress=False))
+        alone.update_params({name: alone.params.layers[0].down * 2}, partial=True)
+        partly = tokens(alone.generate(*prompts, progress=False))
+    assert want != partly
+
+    def breaks(error: Exception) -> Iterator[tuple[str, torch.Tensor]]:
+        yield pairs[0]
+        raise error
+
+    with engine() as e:
+        before = tokens(e.generate(*prompts, progress=False))
+        assert before != want
+        for i, source in enumerate((new, dict(pairs), iter(pairs))):
+            assert e.update_params(source) == 2 * i + 1
+            assert tokens(e.generate(*prompts, progress=False)) == want
+            assert e.update_params(weights()) == 2 * i + 2
+            assert tokens(e.generate(*prompts, progress=False)) == before
+        e.update_params(new)
+        for got, one in zip(e.score(prompts[0]), fastgen.score(new, SPEC, prompts[0]), strict=True):
+            torch.testing.assert_close(got, one, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="sequence 0: it has no tokens"):
+            e.score([[]])
+        wrong: list[tuple[Any, str]] = [
+            ({name: torch.ones(2)}, "shape"), (pairs[:3], "missing"),
+            ([*pairs, ("more", torch.ones(1))], "unexpected"), (breaks(ValueError("no")), "no"),
+            (breaks(KeyError("gone")), "what gives the tensors failed: KeyError: 'gone'"),
+        ]  # fmt: skip
+        for source, message in wrong:
+            with pytest.raises(ValueError, match=message):
+                e.update_params(source)
+        assert tokens(e.generate(*prompts, progress=False)) == want
+        id = e.add(prompts[0][0], SamplingParams(temperature=0, max_tokens=30))
+        for _ in range(3):
+            e.step()
+        down = weights(1).layers[0].down
+        e.update_params({name: down * 2}, partial=True, recompute=True)
+        while e.unfinished:
+            found = {x.request_id: x.output for x in e.step() if x.output}
+        assert {*found[id].completions[0].versions} == {e.version - 1, e.version}  # type: ignore[union-attr]
+        assert tokens(e.generate(*prompts, progress=False)) == partly
+
+
+def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all ranks, and taken again on all or none; requests go on as if nothing had been."""
+    fastgen.save(tmp_path, SPEC, weights())
+    with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
+        want = tokens(alone.generate(*load(1, 8), progress=False))
+    with fastgen.Engine.from_pretrained(tmp_path, device="cpu", tensor_parallel=2, **SETTINGS) as e:
+        assert tokens(e.generate(*load(1, 8), progress=False)) == want
+        ids = [e.add(prompt, params) for prompt, params in zip(*load(1, 8), strict=True)]
+        for _ in range(3):
+            e.step()
+        size = e.release("all")
+        assert size == sum(r.size for r in e._regions.values()) and {*e._regions} == {"cache", "params"}
+        with pytest.raises(ValueError, match="call restore"):
+            e.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                fastgen.memory.Region, "restore", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+            )
+            with pytest.raises(torch.OutOfMemoryError):
+                e.restore()
+            assert not any(r.held for r in e._regions.values())
+        assert e.restore() == size
+        outputs: dict[int, Any] = {}
+        while e.unfinished:
+            outputs |= {x.request_id: x.output for x in e.step() if x.output}
+        assert tokens([outputs[i] for i in ids]) == want
+        with pytest.raises(ValueError, match="unknown memory"):
+            e.release("everything")
+        for _ in range(3):
+            e.release("cache")
+            e.restore()
+        assert tokens(e.generate(*load(1, 8), progress=False)) == want
+    with engine() as e, pytest.raises(ValueError, match="are whose they were"):
+        e.release("params")
+
+
 def killed(e: fastgen.Engine, which: int, after: float) -> None:
     """A rank is, in the middle of steps: within seconds the call says so."""
     victim, began = next(p for p in multiprocessing.active_children() if p.name == f"rank {which}"), [0.0]
@@ -125,7 +210,7 @@ def test_rank_0_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     e.close()
 
 
-def broken(place: Any, device: str) -> Any:
+def broken(place: Any, device: str, **_: Any) -> Any:
     """Parameters that only rank 0 gets."""
     if place.rank:
         raise OSError("no such disk")

@@ -295,6 +295,49 @@ def test_little_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(moved) == {5, 11, 66}
 
 
+def test_memory_is_taken_again_by_all_or_none() -> None:
+    """One rank's device is full: all of them say so, and have nothing; later they have."""
+
+    def run(rank: Rank) -> list[Any]:
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            before = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
+            cache = engine._regions["cache"]
+            size, restore = engine.release("cache"), cache.restore
+            assert not cache.held and cache._bytes.untyped_storage().nbytes() == 0
+            if rank.place.rank == 1:
+                cache.restore = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))  # type: ignore[method-assign]
+            with pytest.raises(torch.OutOfMemoryError, match="full" if rank.place.rank == 1 else "another rank"):
+                engine.restore()
+            assert not cache.held
+            cache.restore = restore  # type: ignore[method-assign]
+            assert engine.restore() == size and cache.held
+            after = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
+            assert after == before
+            return after
+
+    one, other = together(2, run)
+    assert one == other
+
+
+def test_scores() -> None:
+    """Of given tokens, as on one rank; gradients would be of a part, and are refused."""
+    sequences, first = load(4, 5)[0], [1, 3, 2, 1, 5]
+    want = fastgen.score(weights_of(), SPEC, sequences, first=first, temperature=0.7, token_budget=50)
+
+    def run(rank: Rank) -> list[Tensor]:
+        params = weights_of(place=rank.place)
+        with torch.enable_grad():
+            tree = tree_map(lambda x: x if x is None else x.requires_grad_(), params)
+            with pytest.raises(ValueError, match="no gradients"):
+                fastgen.score(tree, SPEC, sequences, group=rank)
+        with pytest.raises(ValueError, match="no fixed order"):
+            fastgen.score(params, SPEC, sequences, group=rank, deterministic=True)
+        return fastgen.score(params, SPEC, sequences, first=first, temperature=0.7, token_budget=50, group=rank)
+
+    for got in together(2, run):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 def test_a_thousand_steps() -> None:
     """Random arrivals and aborts. All ranks plan the same and draw the same, which `agree` looks at in each step."""
 

@@ -4,18 +4,19 @@ import hashlib
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
-from fastgen import launch, lora, schedule, scoring, tokenizer
+from fastgen import exchange, launch, lora, schedule, scoring, tokenizer
 from fastgen.cache.host import page_bytes
 from fastgen.cache.prefix import Counts
 from fastgen.config import SamplingParams, Settings, unknown
@@ -30,6 +31,8 @@ from fastgen.request import Event, Output, Sample, longest, pairs
 from fastgen.snapshot import Snapshot
 from fastgen.tokenizer import Prompt
 from fastgen.types import Adapter, Params, Tokenizer
+
+T = TypeVar("T")
 
 
 def _load(
@@ -71,6 +74,16 @@ def collect(ids: Sequence[int], events: Iterable[Event], progress: bool | None) 
                 done[event.request_id] = event.output
                 bar.update()
     return [done[id] for id in ids]
+
+
+def _from_caller(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """A caller's pairs. ValueError if what gives them fails: that is no rank's end."""
+    try:
+        yield from pairs
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(f"update_params: what gives the tensors failed: {type(e).__name__}: {e}") from e
 
 
 class Engine(Loop):
@@ -254,16 +267,14 @@ class Engine(Loop):
 
         Pages are used if they are of this model and this engine keeps a prefix cache. ValueError for what cannot run.
         Without a snapshot: take the memory again that `release` gave back; the bytes. torch.OutOfMemoryError if others
-        have it, and nothing is lost.
+        have it, on any rank, and nothing is lost.
         """
         if snapshot is None:
-            gone = [r for r in self._regions.values() if not r.held]
-            if self._mark() != self._marked:
-                self.touch()  # a trainer's step while memory was given back
-            for region in gone:
-                region.restore()
-            self._marked = self._mark()
-            return sum(r.size for r in gone)
+            self._tell("_take_back")
+            taken, short = self._together(self._take_back)
+            if short is not None:
+                raise short
+            return taken
         if self._crew is not None:
             snapshot = replace(snapshot, pages={})
         self._tell("restore", snapshot)
@@ -279,6 +290,26 @@ class Engine(Loop):
             for i, values in snapshot.pages.items():
                 self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
         return self._queue([samples])[0]
+
+    def _take_back(self) -> tuple[int, torch.OutOfMemoryError | None]:
+        """The memory that was given back, of all ranks or of none; the bytes, and why it could not be."""
+        gone, short = [r for r in self._regions.values() if not r.held], None
+        if self._mark() != self._marked:
+            self._touched()  # a trainer's step while memory was given back
+        try:
+            for region in gone:
+                region.restore()
+        except torch.OutOfMemoryError as e:
+            short = e
+        if self.group is not None and not self.group.least(int(short is None)):
+            short = short or torch.OutOfMemoryError("restore: another rank's device has not enough memory left")
+            self._give_back([r for r in gone if r.held])
+        self._marked = self._mark()
+        return sum(r.size for r in gone), short
+
+    def _give_back(self, regions: Iterable[Region]) -> None:
+        for region in regions:
+            region.release(keep=region is self._regions.get("params"))
 
     def _fingerprint(self) -> str:
         """Tells models apart, and one's parameters before and after training."""
@@ -311,28 +342,54 @@ class Engine(Loop):
         another process. Tensors are whole ones of any dtype and device; shards of a DTensor are put together, one at a
         time. All weights must be given, unless `partial`. What is running goes on with the keys and values it has, or,
         with `recompute`, computes them again. ValueError names what is missing, unknown or mis-shaped; parameters may
-        have changed in part then. Of several ranks each makes this call.
+        have changed in part then. In a process group each rank makes this call; an engine that has started its ranks
+        hands the tensors on to them, in buckets.
         """
-        if self._crew is not None:
-            raise ValueError("update_params: the other ranks were started by this engine and would not see the tensors")
+        pairs = weights.named(source, self.spec) if isinstance(source, Params) else named(source)
+        if self._crew is None:
+            self._take(source if isinstance(source, Params) and self.group is None else pairs, partial, recompute)
+            return self.version
+        self._tell("_take_received", partial, recompute)
+        handed = exchange.pass_on(_from_caller(pairs), device=self.device)
+        self._together(lambda: self._take(handed, partial, recompute))
+        return self.version
+
+    def _take(self, source: Params | Iterator[tuple[str, Tensor]], partial: bool, recompute: bool) -> None:
+        """Write the parameters, or this rank's."""
         self._receive()
         place = WHOLE if self.group is None else self.group.place
         try:
-            if isinstance(source, Params) and place == WHOLE:
+            if isinstance(source, Params):
                 weights.copy(self.params, source)
             else:
-                pairs = weights.named(source, self.spec) if isinstance(source, Params) else named(source)
-                weights.update(self.params, self.spec, pairs, source="update_params", place=place, partial=partial)
+                with closing(source):  # type: ignore[type-var]
+                    how: dict[str, Any] = {"source": "update_params", "place": place, "partial": partial}
+                    weights.update(self.params, self.spec, source, **how)
         finally:
-            self.touch()
+            self._touched()
             if recompute:
                 self._park()
-        return self.version
+
+    def _take_received(self, partial: bool, recompute: bool) -> None:
+        """What rank 0 hands on."""
+        self._take(exchange.receive(device=self.device), partial, recompute)
 
     def score(self, sequences: Sequence[Sequence[int]], **how: Any) -> list[Tensor]:
-        """`fastgen.score` by this engine's parameters and in its mode."""
-        fixed: dict[str, Any] = {"deterministic": self.settings.compile.deterministic}
-        return scoring.score(self.params, self.spec, sequences, **fixed | how)
+        """`fastgen.score` by this engine's parameters and in its mode; of several ranks, by all of them."""
+        self._tell("score", [[*s] for s in sequences], **how)
+        fixed: dict[str, Any] = {"deterministic": self.settings.compile.deterministic, "group": self.group}
+        return self._together(lambda: scoring.score(self.params, self.spec, sequences, **fixed | how))
+
+    def _together(self, call: Callable[[], T]) -> T:
+        """What the ranks that were started here have been told to do as well; they refuse wrong input as this one."""
+        if self._crew is None:
+            return call()
+        with self._crew.call():
+            try:
+                return call()
+            except ValueError as e:
+                wrong = e
+        raise wrong
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -341,18 +398,16 @@ class Engine(Loop):
 
         Addresses stay reserved, so that nothing is compiled or captured again. What is running waits, and will be
         computed again; parameters are kept in the host's memory. Only an engine's own can be given back
-        (`from_pretrained`): those that were given to it are the caller's, ValueError.
+        (`from_pretrained`): those that were given to it are the caller's, ValueError. The bytes are this rank's.
         """
         if what not in ("cache", "params", "all"):
             raise ValueError(unknown("memory", what, ["cache", "params", "all"]))
-        if self.group is not None:
-            raise ValueError("release: the memory of a model over several ranks cannot be given back")
         if what == "params" and "params" not in self._regions:
             raise ValueError("release: these parameters were given to the engine, and are whose they were")
+        self._tell("release", what)
         self._park()
         chosen = [r for name, r in self._regions.items() if what in (name, "all") and r.held]
-        for region in chosen:
-            region.release(keep=region is self._regions.get("params"))
+        self._give_back(chosen)
         return sum(r.size for r in chosen)
 
     # --- adapters -----------------------------------------------------------------------------------------------------

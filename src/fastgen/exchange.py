@@ -162,25 +162,57 @@ def _buckets(tensors: Iterable[tuple[str, Tensor]], size: int) -> Iterator[list[
 
 def send(tensors: Iterable[tuple[str, Tensor]], group: Any = None, src: int = 0, *, bucket: int = BUCKET) -> None:
     """Broadcast (checkpoint name, tensor) pairs from this rank, `src`, to those of the group that `receive` them."""
-    for some in _buckets(((n, _whole(t)) for n, t in tensors), bucket):
-        about: list[Any] = [[(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in some]]
-        dist.broadcast_object_list(about, src, group)
-        dist.broadcast(torch.cat([t.detach().flatten() for _, t in some]), src, group)
-    dist.broadcast_object_list([None], src, group)
+    for _ in pass_on(tensors, group, src, bucket=bucket):
+        pass
+
+
+def pass_on(
+    tensors: Iterable[tuple[str, Tensor]],
+    group: Any = None,
+    src: int = 0,
+    *,
+    device: torch.device | None = None,
+    bucket: int = BUCKET,
+) -> Iterator[tuple[str, Tensor]]:
+    """`send`, bucket after bucket; and the pairs as they were sent, on `device` if given, for an engine here too."""
+    try:
+        for some in _buckets(((n, _whole(t)) for n, t in tensors), bucket):
+            about: list[Any] = [[(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in some]]
+            flat = torch.cat([t.detach().flatten() for _, t in some]).to(device)
+            dist.broadcast_object_list(about, src, group)
+            dist.broadcast(flat, src, group)
+            for (name, t), part in zip(some, flat.split([t.numel() for _, t in some]), strict=True):
+                yield name, part.view(t.shape)
+    finally:  # also where nobody wants the rest
+        dist.broadcast_object_list([None], src, group)
 
 
 def receive(group: Any = None, src: int = 0, *, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
-    """What rank `src` sends, on `device`, bucket after bucket: for `Engine.update_params`."""
-    while True:
+    """What rank `src` sends, on `device`, bucket after bucket: for `Engine.update_params`.
+
+    All that is sent is received, also where the rest is not wanted any more: else `src` would wait for ever.
+    """
+
+    def bucket() -> Iterator[tuple[str, Tensor]] | None:
         about: list[Any] = [None]
         dist.broadcast_object_list(about, src, group)
         if about[0] is None:
-            return
+            return None
         sizes = [torch.Size(shape).numel() for _, shape, _ in about[0]]
         flat = torch.empty(sum(sizes), dtype=getattr(torch, about[0][0][2]), device=device)
         dist.broadcast(flat, src, group)
-        for (name, shape, _), part in zip(about[0], flat.split(sizes), strict=True):
-            yield name, part.view(shape)
+        parts = zip(about[0], flat.split(sizes), strict=True)
+        return ((name, part.view(shape)) for (name, shape, _), part in parts)
+
+    some = bucket()
+    try:
+        while some is not None:
+            yield from some
+            some = bucket()
+    except GeneratorExit:
+        while bucket() is not None:
+            pass
+        raise
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -189,7 +221,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
-def named(source: Any) -> Iterable[tuple[str, Any]]:
+def named(source: Any) -> Iterator[tuple[str, Any]]:
     """(checkpoint name, tensor) pairs of a module, a mapping, handles or pairs; shards are put together."""
     if isinstance(source, torch.nn.Module):
         source = source.named_parameters()

@@ -30,17 +30,19 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
+from fastgen.memory import Region
 from fastgen.models.spec import WHOLE, Place, Spec
 from fastgen.models.weights import share
 from fastgen.parallel import Ranks
 from fastgen.types import Params, Tokenizer
 
-Load = Callable[[Place, str], tuple[Spec, Params, Tokenizer | None]]  # a rank's parameters, on its device
+# A rank's parameters, on its device; with `region=`, in the memory that this makes, if they are loaded there.
+Load = Callable[..., tuple[Spec, Params, Tokenizer | None]]
 START = 120.0  # seconds in which all ranks meet
 ANSWER = 7.0  # seconds in which somebody listens where torchrun says that they meet
 GATHER = 0.5  # seconds in which others may say why it happened, once one is gone
 LAST = 6.0  # seconds that a call gets to notice; then this process ends as well
-RULES = ("fork", "restore")  # calls that refuse wrong input on every rank alike
+RULES = ("fork", "restore", "score", "_take_received")  # calls that refuse wrong input on every rank alike
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -138,7 +140,7 @@ def guard(group: Any) -> Iterator[None]:
         raise
 
 
-def given(shares: list[Params], spec: Spec, tokenizer: Tokenizer | None, place: Place, where: str) -> Any:
+def given(shares: list[Params], spec: Spec, tokenizer: Tokenizer | None, place: Place, where: str, **_: Any) -> Any:
     """A `Load` for parameters that are there already, in memory that processes share."""
     return spec, tree_map(lambda x: x if x is None else x.to(where), shares[place.rank]), tokenizer
 
@@ -344,8 +346,15 @@ def _rank(
         limit = timedelta(minutes=30)
         _connect(kind, rank, size, TCPStore("127.0.0.1", port, is_master=False), limit)
         ranks = Ranks()
-        spec, params, tokenizer = load(ranks.place, device(kind, rank))
+        where, own = device(kind, rank), list[Region]()
+
+        def region(size: int) -> Region:
+            own.append(Region(size, torch.device(where)))
+            return own[-1]
+
+        spec, params, tokenizer = load(ranks.place, where, region=region)
         with make(params, spec, tokenizer, progress=False, group=ranks, **settings) as engine:
+            engine._regions.update(zip(("params",), own, strict=False))
             del params
             while (call := calls.get())[0] != "close":
                 with suppress(*(ValueError,) if call[0] in RULES else ()):

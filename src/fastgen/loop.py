@@ -318,6 +318,10 @@ class Loop:
         are noticed without this before the next step; what goes around it is not (`.data`, other processes, graphs).
         """
         self._tell("touch")
+        self._touched()
+
+    def _touched(self) -> None:
+        """On this rank."""
         self.version += 1
         self._marked = self._mark()
         self.state.tree.reset()

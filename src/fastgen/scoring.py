@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.batch import stage
 from fastgen.models import invariant
-from fastgen.models.spec import Spec
+from fastgen.models.spec import Spec, split
 from fastgen.models.transformer import PLAIN, Ops, block, table
 from fastgen.ops.attention import sdpa
+from fastgen.parallel import Group, sharded
 from fastgen.request import Output
 from fastgen.schedule import Span
 from fastgen.step import CHUNK
@@ -35,6 +36,7 @@ def score(
     checkpointed: bool = False,
     token_budget: int = 8192,
     ops: Ops | None = None,
+    group: Group | None = None,
 ) -> list[Float[Tensor, " n"]]:
     """Natural-log probability of each sequence's tokens from `first` on, given those before: fp32, a tensor each.
 
@@ -47,13 +49,19 @@ def score(
 
     `deterministic`: with the kernels of an engine's `compile.deterministic`, so that the results are its logprobs, bit
     for bit. Sequences are computed whole, as many at once as fit `token_budget`. ValueError for what cannot be scored.
+
+    `group`: `params` are a rank's of it, and every rank makes this call; without gradients, and not `deterministic`.
     """
     many, each = [[*s] for s in sequences], [first] * len(sequences) if isinstance(first, int) else list(first)
     check(many, each, spec, temperature)
     device = params.embed.device
     grad = torch.is_grad_enabled() and any(w.requires_grad for w in leaves(params))
+    if group is not None and (grad or deterministic):
+        raise ValueError("score: over ranks there are no gradients, and sums have no fixed order; leave both off")
     if ops is None:
         ops = invariant.ops(device, PAGE) if deterministic else default(device)
+    if group is not None:
+        ops, spec = sharded(ops, group, spec), split(spec, group.place.size)
     if grad:
         ops = differentiable(ops, deterministic or device.type == "cuda")
     found: list[Tensor] = []
