@@ -262,7 +262,7 @@ def no_hub(*_: object, **__: object) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, no hub cache, and no index that pip could ask."""
-    monkeypatch.setattr(default, "snapshot_download", no_hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_hub)
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     return tmp_path / "cache"

@@ -72,8 +72,17 @@ def test_the_scheduler_needs_no_torch() -> None:
 
 
 def test_what_takes_long_to_import_waits() -> None:
-    """Hydra is for the command line, transformers for who has text, and torch's compiler for who compiles."""
-    late = {"hydra", "omegaconf", "transformers", "torch._dynamo", "torch._inductor", "sklearn"}
+    """Hydra is for the command line, transformers for who has text, the hub for who downloads, and torch's compiler for
+    who compiles."""
+    late = {
+        "hydra",
+        "omegaconf",
+        "transformers",
+        "torch._dynamo",
+        "torch._inductor",
+        "sklearn",
+        "huggingface_hub.hf_api",
+    }
     code = f"import fastgen, sys; sys.exit(str({late} & sys.modules.keys()) if {late} & sys.modules.keys() else 0)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

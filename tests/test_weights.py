@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import Params, Spec
-from fastgen.models import weights
 from fastgen.models.weights import Leaf, declare, named, resolve, update
 
 SIZES = {
@@ -237,7 +236,7 @@ def test_hub_download_leaves_out_second_copies(tmp_path: Path, monkeypatch: pyte
         asked.update(options)
         return str(tmp_path)
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve("owner/tiny") == tmp_path
     needed = ["config.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json", "merges.txt"]
     needed += ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"]

