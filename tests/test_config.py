@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fastgen.cli import run
-from fastgen.cli.config import TASKS, Config, compose, conf_dir, typed
+from fastgen.cli.config import KEYS, TASKS, Config, compose, conf_dir, typed
 from fastgen.config import Compile, Grpo, Lora, Model, Offload, Pages, Parallel, SamplingParams, Schedule, Settings
 
 NAN = float("nan")
@@ -178,7 +178,7 @@ def test_debug_model_is_there() -> None:
     [
         ("schedule.token_bugdet=5", r"unknown key 'schedule.token_bugdet'; did you mean schedule.token_budget\?"),
         ("+schedule.token_bugdet=5", r"unknown key 'schedule.token_bugdet'; did you mean schedule.token_budget\?"),
-        ("token_budget=5", r"unknown key 'token_budget'; did you mean schedule.token_budget\?"),
+        ("max_norm=5", r"unknown key 'max_norm'; did you mean grpo.max_norm\?"),
         ("pages.token_budget=5", r"did you mean schedule.token_budget\?"),
         ("shedule=latency", r"unknown key 'shedule'; did you mean schedule\?"),
         ("promt=hello", r"unknown key 'promt'; did you mean prompt\?"),
@@ -202,12 +202,20 @@ def test_wrong_override(override: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_another_name() -> None:
-    """`parallel.size` is `parallel.tensor_parallel`, which keywords are called too."""
-    assert compose("parallel=tp", "parallel.size=4") == compose("parallel=tp", "parallel.tensor_parallel=4")
+def test_keys_without_their_group() -> None:
+    """The library's keywords; `parallel.size` as well; what a group or the whole is called stays that."""
+    short = compose("page_size=32", "temperature=0", "device=cpu", "path=a b", "max_adapters=2", "stop=[x]", "seed=3")
+    long = compose("pages.page_size=32", "sampling.temperature=0", "model.device=cpu", "model.path=a b",
+                   "lora.max_adapters=2", "sampling.stop=[x]", "seed=3")  # fmt: skip
+    assert short == long and short.seed == 3 and short.sampling.seed is None
     assert compose("parallel=tp", "parallel.size=4").parallel.tensor_parallel == 4
     with pytest.raises(ValueError, match=r"parallel\.tensor_parallel must be"):
-        compose("parallel.size=0")
+        compose("tensor_parallel=0")
+    with pytest.raises(ValueError, match=r"page_sise.*did you mean.*pages\.page_size"):
+        compose("page_sise=1")
+    keywords = {f.name for f in fields(Settings)} | {f.name for f in fields(Config)}
+    for kind in (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Lora, Compile):
+        assert all(f.name in KEYS or f.name in keywords for f in fields(kind))
 
 
 def test_values_reach_the_dataclasses() -> None:

@@ -19,7 +19,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from fastgen.config import Grpo, Model, SamplingParams, Settings, unknown
 
 TASKS = ("generate", "stream", "profile", "grpo")
-ALSO = {"parallel.size": "parallel.tensor_parallel"}  # other names of keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +50,15 @@ class Config(Settings):
     out: str | None = None
 
 
+def _keys() -> dict[str, str]:
+    """Keys by other names: those of the library's keywords, which have no group, and the size of a parallel group."""
+    config = Config()
+    groups = [f.name for f in fields(Settings) if is_dataclass(getattr(config, f.name))] + ["model", "sampling"]
+    short = {f.name: f"{group}.{f.name}" for group in groups for f in fields(getattr(config, group))}
+    own = {f.name for f in fields(Config)}
+    return {"parallel.size": "parallel.tensor_parallel"} | {k: v for k, v in short.items() if k not in own}
+
+
 def conf_dir() -> Path:
     """Where the configuration files are: in the installed package, or at the root of a source checkout."""
     package = Path(__file__).resolve().parents[1]
@@ -68,6 +76,7 @@ def _register() -> None:
 
 
 _register()
+KEYS = _keys()
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -98,11 +107,11 @@ def chosen(model: str) -> str:
 def quote(argument: str) -> str:
     """`prompt=any text` in the quotes that Hydra's grammar wants, and paths; null, lists and quoted text stay as is.
 
-    Keys that have another name get their own.
+    A key without its group (`page_size=32`, as a keyword of the library) gets it.
     """
     key, equals, text = argument.partition("=")
-    if key in ALSO:
-        return f"{ALSO[key]}{equals}{text}"
+    key = KEYS.get(key, key)
+    argument = f"{key}{equals}{text}"
     if key not in ("prompt", "model.path") or text == "null":
         return argument
     if text.startswith(("[", "{", "'", '"')):
