@@ -1017,6 +1017,7 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
     "words, said",
     [
         (["model=debug", "prompt=x"], "requests bring this themselves"),
+        (["model=debug", "temperature=0"], "temperature=0: requests bring this themselves"),
         (["schedule.max_request=4"], "max_requests"),
         (["no/such/folder/at/all"], "neither"),
         (["--port", "70000"], "port"),

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -221,13 +221,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config(args: argparse.Namespace) -> Config:
     """The model and settings. ValueError for what fgrun would refuse too."""
-    groups = {f.name: asdict(getattr(Settings(), f.name)) for f in fields(Settings) if is_dataclass(f.default)}
-    owner = {name: f"{group}.{name}" for group, names in groups.items() for name in names if name not in groups}
     for override in args.overrides:
         if re.match(r"(prompt|chat|task|out)\b", override):
             raise ValueError(f"{override}: fgbench makes its own prompts and keeps no text")
-    given = [owner.get(key := o.partition("=")[0], key) + o[len(key) :] for o in args.overrides]
-    return compose(chosen(args.model), f"sampling.temperature={args.temperature}", *given)
+    return compose(chosen(args.model), f"sampling.temperature={args.temperature}", *args.overrides)
 
 
 def _works(args: argparse.Namespace) -> list[Workload]:

@@ -104,14 +104,19 @@ def chosen(model: str) -> str:
     return f"model.path={model}" if path and not named else f"model={model}"
 
 
+def full(argument: str) -> str:
+    """`pages.page_size=32` for `page_size=32`, a keyword of the library's, and so on."""
+    key, equals, text = argument.partition("=")
+    return f"{KEYS.get(key, key)}{equals}{text}"
+
+
 def quote(argument: str) -> str:
     """`prompt=any text` in the quotes that Hydra's grammar wants, and paths; null, lists and quoted text stay as is.
 
-    A key without its group (`page_size=32`, as a keyword of the library) gets it.
+    A key without its group gets it.
     """
-    key, equals, text = argument.partition("=")
-    key = KEYS.get(key, key)
-    argument = f"{key}{equals}{text}"
+    argument = full(argument)
+    key, _, text = argument.partition("=")
     if key not in ("prompt", "model.path") or text == "null":
         return argument
     if text.startswith(("[", "{", "'", '"')):
@@ -135,9 +140,9 @@ def _unknown_key(key: str) -> str:
         *(f"{group}.{name}" for group in groups for name in groups[group]),
     ]
     group, _, name = key.rpartition(".")
-    here = [k for k in keys if k.rpartition(".")[0] == group]
-    for known in (here, keys):
-        names = {k.rpartition(".")[2]: k for k in known}
+    same, here = [k for k in keys if k.endswith(f".{name}")], [k for k in keys if k.rpartition(".")[0] == group]
+    for known in (same, here, keys):
+        names = {k.rpartition(".")[2]: k for k in known} | (KEYS if known is here and not group else {})
         if close := difflib.get_close_matches(name, names, n=1):
             return unknown("key", key, [names[close[0]]])
     return unknown("key", key, here or keys)

@@ -30,7 +30,7 @@ from typing import Any
 
 from fastgen import Engine, Replicas, lora
 from fastgen.cli import run
-from fastgen.cli.config import Config, chosen, compose
+from fastgen.cli.config import Config, chosen, compose, full
 from fastgen.models import default, weights
 
 Load = Callable[[], tuple[Engine | Replicas, str]]  # an engine or several, and where their model is
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 def configure(args: argparse.Namespace) -> tuple[Config, str]:
     """The engine's configuration, and the model's own name. ValueError for what fgrun would refuse too."""
     for override in args.overrides:
-        if re.match(r"(prompt|chat|task|out|sampling)\b", override):
+        if re.match(r"(prompt|chat|task|out|sampling)\b", full(override)):
             raise ValueError(f"{override}: requests bring this themselves")
     given = [*args.overrides]
     for name in ("tensor_parallel", "replicas"):
