@@ -627,26 +627,59 @@ def config_of(folder: Path, **changes: Any) -> Path:
 
 
 def test_serve(tmp_path: Path) -> None:
-    """A request chooses an adapter as its model; the others go on without."""
+    """A request chooses an adapter as its model; the others go on without. Some come and go while it runs."""
     folder = checkpoint(tmp_path / "tiny")
     spec, params = fastgen.load(folder, device="cpu", progress=False)
     trees = {"poet": adapter(spec, "all", 3), "judge": adapter(spec, "wide", 4)}
     for name, tree in trees.items():
         lora.save(tmp_path / name, spec, tree)
-    given = [word for name in trees for word in ("--lora", f"{name}={tmp_path / name}")]
-    server = Server(str(folder), *SETTINGS, *given).ready()
-    try:
-        for name in ("tiny", None, *trees, "poet"):
+    options = ("--lora-dir", str(tmp_path), "lora.max_adapters=2", "max_rank=8")
+    server = Server(str(folder), *SETTINGS, *options, "--lora", f"poet={tmp_path / 'poet'}").ready()
+
+    def post(path: str, status: int, **body: Any) -> str:
+        reply = server.http.post(path, json=body)
+        assert reply.status_code == status, reply.text
+        return reply.text
+
+    def check(*names: str | None) -> None:
+        for name in names:
             body = {"token_ids": [5, 6, 7], "sampling_params": {"temperature": 0, "max_tokens": 6}}
             got = server.http.post("/inference/v1/generate", json=body | ({"model": name} if name else {})).json()
             merged = lora.merge(params, spec, trees[name]) if name in trees else params
             with fastgen.Engine(merged, spec, progress=False, cache_tokens=64, compile="eager") as e:
                 wanted = e.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6))
             assert got["choices"][0]["token_ids"] == wanted[0].completions[0].token_ids
+
+    try:
+        check("tiny", None, "poet")
+        said = server.http.post("/v1/completions", json={"model": "judge", "prompt": "x"})
+        assert said.status_code == 404 and "there is tiny, poet" in said.text
+        load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+        assert '"parent":"tiny"' in post(load, 200, lora_name="judge", lora_path=str(tmp_path / "judge"))
+        check("judge", "poet", None)
         models = server.http.get("/v1/models").json()["data"]
-        assert [(m["id"], m.get("parent")) for m in models] == [("tiny", None), ("poet", "tiny"), ("judge", "tiny")]
-        said = server.http.post("/v1/completions", json={"model": "poem", "prompt": "x"})
-        assert said.status_code == 404 and "poet, judge" in said.text
+        assert [(m["id"], m.get("parent")) for m in models] == [("tiny", None), ("judge", "tiny"), ("poet", "tiny")]
+        assert "already" in post(load, 409, lora_name="judge", lora_path="judge")
+        assert "max_adapters" in post(load, 400, lora_name="third", lora_path="judge")
+        assert "own name" in post(load, 400, lora_name="tiny", lora_path="judge")
+        for path in ("..", "/", "nowhere", "tiny/../../x", "a\0b"):
+            assert "lora_path" in post(load, 400, lora_name="x", lora_path=path)
+        assert "adapter_config.json" in post(load, 400, lora_name="x", lora_path="tiny")
+        trees["judge"] = tree_map_only(Tensor, lambda x: -x, trees["judge"])
+        lora.save(tmp_path / "judge", spec, trees["judge"])
+        post(load, 200, lora_name="judge", lora_path="judge", load_inplace=True)
+        check("judge")
+        with server.http.stream("POST", "/v1/completions", json={"model": "judge", "prompt": "x", "stream": True,
+                                "max_tokens": 400, "n": 90, "ignore_eos": True}) as stream:  # fmt: skip
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: {")
+            assert "used by requests" in post(unload, 409, lora_name="judge")
+        assert "no model" in post(unload, 404, lora_name="poem")
+        server.until(lambda: server.status()["running"] == 0)
+        post(unload, 200, lora_name="judge")
+        assert "own name" in post(unload, 400, lora_name="tiny")
+        post("/v1/completions", 404, model="judge", prompt="x")
+        check("poet")
     finally:
         assert server.stop() == 0
 
@@ -654,6 +687,8 @@ def test_serve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--lora-dir", "."], "no room for adapters; add max_adapters=N"),
+        (["--lora-dir", "nowhere", "max_adapters=1"], "no folder nowhere"),
         (["--lora", "poet"], "NAME=PATH"),
         (["--lora", "debug=FOLDER"], "the model's own name"),
         (["--lora", "x=FOLDER", "--lora", "x=FOLDER"], "each name once"),

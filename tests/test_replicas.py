@@ -90,7 +90,27 @@ def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
     with fastgen.Engine.from_pretrained(model, adapters={"poet": poet}, **SETTINGS) as alone:
         assert alone.settings.lora == Lora(max_adapters=1, max_rank=4)
         want = alone.generate([[5, 6, 7]] * 8, sampling, progress=False)
-    assert said(got) == said(want) and said(got)[0] != said(got)[1]
+        assert said(got) == said(want) and said(got)[0] != said(got)[1]
+        spec, mine = alone.spec, adapter(alone.spec, "some", 5)
+        for engine in (alone, pair):
+            with pytest.raises(ValueError, match="raise lora.max_adapters"):
+                engine.add_adapter("mine", mine)
+            engine.remove_adapter("poet")
+            engine.add_adapter("mine", adapter(spec, "some", 6))
+            engine.update_adapter("mine", mine)
+        sampling = [SamplingParams(temperature=0, max_tokens=6, adapter=name) for name in (None, "mine")] * 4
+        got = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
+        assert said(got) == said(alone.generate([[5, 6, 7]] * 8, sampling, progress=False))
+    id = pair.add([1], sampling[1])
+    with pytest.raises(ValueError, match=rf"used by requests \[{id}\]"):
+        pair.remove_adapter("mine")
+    with pytest.raises(ValueError, match="layer 0"):
+        pair.update_adapter("mine", adapter(spec, "all"))
+    while pair.unfinished:
+        pair.step()
+    pair.remove_adapter("mine")
+    assert not pair.adapters
+    pair.add_adapter("poet", lora.load(poet, spec, device="cpu"))
 
 
 def test_stream_and_abort(pair: Replicas) -> None:

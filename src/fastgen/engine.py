@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from fastgen import exchange, launch, lora, schedule, scoring, tokenizer
@@ -432,8 +432,7 @@ class Engine(Loop):
     def _hand(self, call: str, name: str, adapter: Adapter) -> None:
         """An adapter to the other ranks that this process started, once nothing was wrong with it here."""
         if self._crew is not None:
-            on_host = tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, adapter)
-            self._tell(call, name, on_host)
+            self._tell(call, name, lora.on_host(adapter))
 
     def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
         """Add those of PEFT's folders or hub ids, by the names that requests give. ValueError for another model's."""

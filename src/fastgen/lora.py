@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.config import Lora, unknown
 from fastgen.models import weights
@@ -98,6 +98,11 @@ def share(adapter: Adapter, spec: Spec, place: Place) -> Adapter:
 def leaves(adapter: Adapter) -> list[Tensor]:
     """The tensors of an adapter, for an optimizer."""
     return [x for x in tree_leaves(adapter) if isinstance(x, Tensor)]
+
+
+def on_host(adapter: Adapter) -> Adapter:
+    """For another process, which has a device of its own."""
+    return tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, adapter)
 
 
 def rank(adapter: Adapter) -> int:
@@ -199,6 +204,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
         raise ValueError(f"{path}: not an adapter: there must be adapter_config.json and adapter_model.safetensors")
     config = json.loads((path / "adapter_config.json").read_text())
+    r, alpha = (config.get(name) if isinstance(config, dict) else None for name in ("r", "lora_alpha"))
+    if type(r) is not int or r < 1 or not isinstance(alpha, int | float):
+        raise ValueError(f"{path}: adapter_config.json has r={r!r} and lora_alpha={alpha!r}, where numbers are wanted")
     for name, allowed in PLAIN.items():
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(

@@ -32,14 +32,14 @@ from tqdm.auto import tqdm
 
 from fastgen import lora
 from fastgen import tokenizer as tokens
-from fastgen.config import SamplingParams, Settings, unknown
+from fastgen.config import SamplingParams, Settings
 from fastgen.engine import Engine, collect, locate
 from fastgen.grammar import Guides
 from fastgen.models import weights
 from fastgen.models.spec import Spec, from_hf, split
 from fastgen.request import Completion, Event, Output, longest, pairs
 from fastgen.tokenizer import Prompt
-from fastgen.types import Tokenizer
+from fastgen.types import Adapter, Tokenizer
 
 AHEAD = 4  # requests of its own kind that one lets pass in order to find its beginning cached
 SEEN = 2**14  # beginnings that are remembered
@@ -142,7 +142,6 @@ class Replicas:
         kind, size = loading["device"], settings.parallel.tensor_parallel
         self.cause = ""  # of the end of them all
         self.tokenizer: Tokenizer | None = tokens.load(model)
-        self.adapters = frozenset(loading["adapters"])  # every replica has them
         threads = max(1, torch.get_num_threads() // (count * size))
         alone = replace(settings, parallel=replace(settings.parallel, replicas=1), seed=None)
         each = {f.name: getattr(alone, f.name) for f in fields(Settings)}
@@ -182,6 +181,11 @@ class Replicas:
         seed = random_.SystemRandom().getrandbits(62) if settings.seed is None else settings.seed
         self._random, self._ids = random_.Random(seed), itertools.count()
         self._guides = Guides(self.tokenizer, self.spec.vocab, frozenset(self.spec.eos))
+        # Every replica has these. Here nothing is computed with them, so that they need no memory.
+        room = self.settings.lora
+        self._shelf = lora.Shelf(self.spec, room, torch.device("meta"), self.dtype) if room.max_adapters else None
+        for name, folder in loading["adapters"].items():
+            self._shelf_of().add(name, lora.load(folder, self.spec, device="cpu"))
         self._requests: dict[int, Request] = {}
         self._waiting: deque[int] = deque()
         self._load, self._running = [0] * count, [0] * count  # tokens and sequences handed out
@@ -233,9 +237,8 @@ class Replicas:
     def _new(self, prompt: Prompt, params: SamplingParams, *, live: bool, quiet: bool) -> Request:
         ids = tokens.encode(self.tokenizer, prompt)
         limit = longest(ids, params, self.spec, self.capacity, self.tokenizer is not None)
-        if params.adapter is not None and params.adapter not in self.adapters:
-            none = f"adapter {params.adapter!r}: there are none; start the replicas with adapters={{name: folder}}"
-            raise ValueError(unknown("adapter", params.adapter, sorted(self.adapters)) if self.adapters else none)
+        if params.adapter is not None:
+            self._shelf_of()[params.adapter]  # a ValueError for one that is not there
         if params.grammar is not None:
             self._guides.guide(params.grammar)  # a ValueError here, and not in the replica
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
@@ -346,6 +349,45 @@ class Replicas:
     def prepare_grammars(self) -> None:
         """Do now what the first grammar would wait for, a second or two, if grammars can be used at all."""
         self._guides.prepare()
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Those that requests may choose."""
+        return frozenset() if self._shelf is None else frozenset(self._shelf.held)
+
+    def add_adapter(self, name: str, adapter: Adapter, scale: float | None = None) -> None:
+        """Copy a low-rank adapter into every replica, as `Engine.add_adapter`."""
+        adapter = adapter if scale is None else adapter._replace(scale=scale)
+        self._check()
+        self._shelf_of().add(name, adapter)
+        self._call("add_adapter", name, lora.on_host(adapter))
+
+    def update_adapter(self, name: str, adapter: Adapter) -> None:
+        """Give every replica what the adapter has become, a tree of the same shapes, as `Engine.update_adapter`."""
+        self._check()
+        self._shelf_of().update(name, adapter)
+        self._call("update_adapter", name, lora.on_host(adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """Make room for another. ValueError while requests use it."""
+        self._check()
+        self._shelf_of()[name]
+        if using := [id for id, r in self._requests.items() if r.params.adapter == name]:
+            raise ValueError(f"adapter {name!r} is used by requests {using[:8]}: abort them or let them end first")
+        self._shelf_of().remove(name)
+        self._call("remove_adapter", name)
+
+    def _shelf_of(self) -> lora.Shelf:
+        if self._shelf is None:
+            raise ValueError("these replicas have no room for adapters: start them with max_adapters=N or adapters={…}")
+        return self._shelf
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        """Of every replica's engine, in the order of what it is asked for."""
+        for i in range(len(self._load)):
+            self._outbox.put((i, ("call", (name, arguments))))
 
     # --- many at once ---------------------------------------------------------------------------------------------
 
@@ -501,6 +543,9 @@ def _serve(engine: Engine, calls: queue.SimpleQueue[tuple[str, Any]], pipe: Conn
                 for id in value:
                     if id in ours:
                         engine.abort(ours[id])
+                continue
+            if kind == "call":
+                getattr(engine, value[0])(*value[1])
                 continue
             new = []
             for _, prompt, params, live, _, text in value:

@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the form of the model's calls of functions (by its chat template)",
     )
     p.add_argument("--max-body", type=_whole, default=16 * 2**20, metavar="BYTES", help="of a request (%(default)s)")
+    p.add_argument(
+        "--lora-dir", type=Path, metavar="FOLDER", help="from where POST /load_lora_adapter may load (nowhere)"
+    )
     p.add_argument("--profile-dir", type=Path, metavar="FOLDER", help="where POST /profile may write traces (nowhere)")
     return p
 
@@ -332,6 +335,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.profile_dir and not args.profile_dir.is_dir():
             raise ValueError(f"--profile-dir: there is no folder {args.profile_dir}")
         config, name = configure(args)
+        if args.lora_dir and not args.lora_dir.is_dir():
+            raise ValueError(f"--lora-dir: there is no folder {args.lora_dir}")
+        if args.lora_dir and not config.lora.max_adapters:
+            raise ValueError("--lora-dir: there is no room for adapters; add max_adapters=N, and max_rank=R if not 16")
         names = tuple(args.served_model_name) or (name,)
         if both := sorted({*names} & {*config.model.adapters}):
             raise ValueError(f"--lora {both[0]}: this is the model's own name")
@@ -346,12 +353,12 @@ def main(argv: list[str] | None = None) -> int:
         options = Options(
             address=f"ipc://{folder}/engine",
             names=names,
-            adapters=tuple(config.model.adapters),
             keys=keys,
             grace=args.grace,
             max_body=args.max_body,
             tool_parser=args.tool_parser,
             profiles=None if args.profile_dir is None else str(args.profile_dir.resolve()),
+            adapters=None if args.lora_dir is None else str(args.lora_dir.resolve()),
         )
         host, port = listener.getsockname()[:2]
         _say(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")

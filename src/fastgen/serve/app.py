@@ -25,10 +25,12 @@ from fastgen.serve.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     GenerateRequest,
+    LoadAdapterRequest,
     NamedTool,
     ProfileRequest,
     Refused,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 from fastgen.serve.service import Service
 
@@ -46,7 +48,7 @@ router = APIRouter()
 async def chat(body: ChatRequest, request: Request) -> Response:
     """An answer to messages, through the model's chat template."""
     service = _service(request)
-    model = service.check(body.model)
+    model = await service.named(body.model)
     choice, many = body.choice, body.parallel_tool_calls is not False
     form = Chat(service.vocabulary)
     tools = body.tools if choice != "none" else []  # a model that is told of tools would call them
@@ -84,7 +86,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """How one or several texts, or lists of tokens, go on."""
     service = _service(request)
     params, prompts = body.sampling(), body.prompts
-    model = service.check(body.model)
+    model = await service.named(body.model)
     service.fits(len(prompts) * params.n, "n" if len(prompts) == 1 else "prompt")
     tokens = [await service.encode(prompt, "prompt") for prompt in prompts]
     usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -102,7 +104,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     """Token ids in; token ids and their logprobs out."""
     service = _service(request)
     params = body.sampling()
-    model = service.check(body.model)
+    model = await service.named(body.model)
     service.fits(params.n, "sampling_params.n")
     tokens = await service.encode(body.token_ids, "token_ids")
     names = {"prompt": "token_ids"} | {n: f"sampling_params.{n}" for n in type(body.sampling_params).model_fields}
@@ -114,7 +116,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
 async def abort(body: AbortRequest, request: Request) -> Response:
     """End a call by its id, wherever it runs; its client gets what there is, with finish_reason abort."""
     service = _service(request)
-    service.check(None)
+    service.check()
     return _json({"aborted": await service.client.ask("kill", body.request_id)})
 
 
@@ -122,7 +124,7 @@ async def abort(body: AbortRequest, request: Request) -> Response:
 async def profile(body: ProfileRequest, request: Request) -> Response:
     """Trace the engine's next steps. The files are there when those have run, on the server's machine."""
     service = _service(request)
-    service.check(None)
+    service.check()
     if service.options.profiles is None:
         raise Refused(403, "this server was not started with --profile-dir FOLDER")
     found = await service.client.ask("profile", service.options.profiles, body.steps, body.skip)
@@ -131,26 +133,40 @@ async def profile(body: ProfileRequest, request: Request) -> Response:
     return _json({"trace": found, "summary": found.removesuffix(".json.gz") + ".txt"})
 
 
+@router.post("/load_lora_adapter", response_model=None)
+async def load_adapter(body: LoadAdapterRequest, request: Request) -> Response:
+    """An adapter from a folder on the server's machine, chosen as a model from then on."""
+    service = _service(request)
+    await service.load_adapter(body.lora_name, body.lora_path, again=body.load_inplace)
+    return _json(_model(service, body.lora_name))
+
+
+@router.post("/unload_lora_adapter", response_model=None)
+async def unload_adapter(body: UnloadAdapterRequest, request: Request) -> Response:
+    """Make room for another."""
+    await _service(request).unload_adapter(body.lora_name)
+    return _json({"unloaded": body.lora_name})
+
+
 @router.get("/models", response_model=None)
 async def models(request: Request) -> Response:
     """The model, under each of its names, and its adapters."""
     service = _service(request)
-    names = (*service.options.names, *service.options.adapters)
-    return _json({"object": "list", "data": [_model(service, name) for name in names]})
+    return _json({"object": "list", "data": [_model(service, name) for name in await service.names()]})
 
 
 @router.get("/models/{id:path}", response_model=None)
 async def model(id: str, request: Request) -> Response:
     """One of those."""
     service = _service(request)
-    return _json(_model(service, service.check(id)))
+    return _json(_model(service, await service.named(id)))
 
 
 @router.post("/tokenize", response_model=None)
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The tokens of a text or of messages."""
     service = _service(request)
-    service.check(body.model)
+    await service.named(body.model)
     coder, prompt = service.coder("prompt"), body.prompt
     if body.messages is not None:
         tokens = await service.chat(body.messages, body.tools)
@@ -163,7 +179,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of tokens, special ones included."""
     service = _service(request)
-    service.check(body.model)
+    await service.named(body.model)
     coder = service.coder("tokens")
     vocab = len(coder)
     if wrong := [t for t in body.tokens if not 0 <= t < vocab]:
@@ -178,7 +194,7 @@ async def health(request: Request) -> Response:
     service = _service(request)
     if service.draining:
         raise Refused(503, "the server is shutting down")
-    service.check(None)
+    service.check()
     return _json({"status": "ok"})
 
 
@@ -186,7 +202,7 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """For Prometheus; of all workers together."""
     service = _service(request)
-    service.check(None)
+    service.check()
     stats = await service.client.ask("stats")
     return Response(exposition(stats, service.options.names[0]), media_type=CONTENT_TYPE_LATEST)
 
@@ -195,7 +211,7 @@ async def metrics(request: Request) -> Response:
 async def status(request: Request) -> Response:
     """Figures of the moment, for the page at /."""
     service = _service(request)
-    service.check(None)
+    service.check()
     return _json({"model": service.options.names[0]} | await service.client.ask("stats"))
 
 
@@ -206,7 +222,7 @@ async def page(request: Request) -> Response:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     found = {"id": name, "object": "model", "created": service.created, "owned_by": "fastgen"}
-    found |= {"parent": service.options.names[0]} if name in service.options.adapters else {}
+    found |= {} if name in service.options.names else {"parent": service.options.names[0]}
     return found | {"max_model_len": service.context or None}
 
 

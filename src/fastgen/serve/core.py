@@ -5,6 +5,7 @@ lies in a folder only its user can enter, so that nobody else can send one.
 
     worker -> engine   ("hello",)  ("add", key, call, prompts, params)  ("abort", call, slot or None)
                        ("stats", key)  ("kill", key, call)  ("profile", key, folder, steps, skip)
+                       ("adapters", key)  ("adapter", key, name, tree or None, again)
     engine -> worker   ("info", {...})  ("reply", key, value)  ("events", {call: [Piece, ...]})
 
 A call is what one HTTP request asks for. Each of its completions is a request of its own to the engine, its *slot*,
@@ -29,6 +30,7 @@ import zmq
 from fastgen import Engine, Replicas, SamplingParams
 from fastgen.replicas import figures
 from fastgen.request import Event, sample_seed
+from fastgen.types import Adapter
 
 FAILURES = 3  # steps in a row that may fail; then something is broken for good
 
@@ -131,6 +133,25 @@ class Core:
         except ValueError as e:
             self.send(worker, "reply", key, (409, str(e)))
 
+    def on_adapters(self, worker: bytes, key: str) -> None:
+        self.send(worker, "reply", key, sorted(self.engine.adapters))
+
+    def on_adapter(self, worker: bytes, key: str, name: str, tree: Adapter | None, again: bool) -> None:
+        """Add an adapter, or replace it by another of the same shapes (`again`), or remove it (no tree).
+
+        The reply is None, or (status, message).
+        """
+        try:
+            if tree is None:
+                self.engine.remove_adapter(name)
+            elif again and name in self.engine.adapters:
+                self.engine.update_adapter(name, tree)
+            else:
+                self.engine.add_adapter(name, tree)
+            self.send(worker, "reply", key, None)
+        except ValueError as e:
+            self.send(worker, "reply", key, (409 if name in self.engine.adapters else 400, str(e)))
+
     def _end(self, call: str, slot: int | None = None) -> None:
         _, slots = self.calls.get(call, (b"", {}))
         for i in [*slots] if slot is None else [slot] * (slot in slots):
@@ -213,7 +234,7 @@ def run(
     most = most or 4 * limits.max_requests * engine.settings.parallel.replicas
     # Grammars want a second before the first one; whoever comes until then waits for it.
     threading.Thread(target=engine.prepare_grammars, daemon=True).start()
-    info = {"path": path, "context": min(spec.context, engine.capacity + 1), "vocab": spec.vocab, "most": most}
+    info = {"path": path, "context": min(spec.context, engine.capacity + 1), "spec": spec, "most": most}
     core = Core(engine, socket, most, info)
     control.send("ready")
     poller, failures = zmq.Poller(), 0

@@ -445,6 +445,20 @@ class ProfileRequest(Strict):
     skip: Annotated[int, Field(ge=0, le=100_000)] = 2
 
 
+class LoadAdapterRequest(Strict):
+    """POST /load_lora_adapter: a name, and a folder of PEFT's files. `load_inplace`: one of that name is replaced."""
+
+    lora_name: Word
+    lora_path: Word
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(Strict):
+    """POST /unload_lora_adapter"""
+
+    lora_name: Word
+
+
 def unsupported(request: Common) -> None:
     """Refuse, by name, what asks for something that is not there. The one place that decides it."""
     for name, harmless in REFUSED.items():

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from starlette.requests import Request
 
-from fastgen import tokenizer
+from fastgen import lora, tokenizer
 from fastgen.config import SamplingParams
+from fastgen.models.spec import Spec
 from fastgen.serve import tools as calls
 from fastgen.serve.answer import Answer, Form, Vocabulary
 from fastgen.serve.client import Client
@@ -26,12 +28,12 @@ class Options:
 
     address: str  # of the engine's socket
     names: tuple[str, ...]  # the model's; the first one is its own
-    adapters: tuple[str, ...] = ()  # which are chosen by name, too
     keys: tuple[str, ...] = ()
     grace: float = 30.0
     max_body: int = 16 * 2**20
     tool_parser: calls.FamilyName | None = None  # None: by the chat template
     profiles: str | None = None  # the folder of traces
+    adapters: str | None = None  # the folder of those that requests may load
 
 
 class Service:
@@ -47,7 +49,8 @@ class Service:
         self.family: calls.FamilyName | None = None  # whose form calls have
         self.markers: dict[str, int] = {}  # of calls, that are special tokens
         self.tooled = False  # whether the chat template was seen to tell of tools
-        self.context = self.most = self.vocab = 0
+        self.context = self.most = 0
+        self.spec: Spec | None = None
         self.ready = self.draining = False
         self.active = 0  # requests being answered
         self.created = int(time.time())
@@ -57,7 +60,7 @@ class Service:
         info = await self.client.info
         loaded = await self.in_thread(tokenizer.load, Path(info["path"]))
         self.vocabulary, self.context = Vocabulary(loaded), info["context"]
-        self.most, self.vocab = info["most"], info["vocab"]
+        self.most, self.spec = info["most"], info["spec"]
         self.encoder = copy.deepcopy(loaded)
         self.family, self.markers = self.options.tool_parser or calls.family(loaded), calls.special(loaded)
         self.ready = True
@@ -66,16 +69,52 @@ class Service:
         """Run what takes a while, one after the other; a ValueError of the library is a 400."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
 
-    def check(self, model: str | None) -> str:
-        """The model's name. Refused if it is another's, or not there yet."""
+    def check(self) -> Spec:
+        """The model's shape. Refused if it is not there yet, or not any more."""
         if self.client.dead:
             raise Refused(503, "the engine has stopped", code="engine_error")
-        if not self.ready:
+        if not self.ready or self.spec is None:
             raise Refused(503, "the model is being loaded", retry=2)
-        if model is not None and model not in (*self.options.names, *self.options.adapters):
-            known = ", ".join((*self.options.names, *self.options.adapters))
-            raise Refused(404, f"no model {model!r} here; there is {known}", param="model", code="model_not_found")
+        return self.spec
+
+    async def names(self) -> tuple[str, ...]:
+        """The model's names, and its adapters'."""
+        self.check()
+        return (*self.options.names, *await self.client.ask("adapters"))
+
+    async def named(self, model: str | None) -> str:
+        """The model's name, or an adapter's. Refused if it is none of them."""
+        self.check()
+        if model is not None and model not in self.options.names and model not in (known := await self.names()):
+            problem = f"no model {model!r} here; there is {', '.join(known)}"
+            raise Refused(404, problem, param="model", code="model_not_found")
         return model or self.options.names[0]
+
+    async def load_adapter(self, name: str, path: str, *, again: bool) -> None:
+        """From a folder within the one of adapters. Refused for what is none, or does not fit."""
+        spec, root = self.check(), Path(self.options.adapters or "")
+        if self.options.adapters is None:
+            raise Refused(403, "this server was not started with --lora-dir FOLDER")
+        if name in self.options.names:
+            raise Refused(400, f"lora_name: {name!r} is the model's own name", param="lora_name")
+        try:
+            folder = (root / path).resolve()
+            if not (folder.is_relative_to(root) and folder.is_dir()):
+                raise ValueError(f"{path!r} is no folder within that of --lora-dir")
+            tree = await asyncio.to_thread(lora.load, folder, spec, device="cpu")
+        except (ValueError, OSError, SafetensorError) as e:
+            raise Refused(400, f"lora_path: {e}", param="lora_path") from e
+        if refused := await self.client.ask("adapter", name, tree, again):
+            raise Refused(*refused, param="lora_name")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refused if it is not there, or requests use it."""
+        if self.options.adapters is None:
+            raise Refused(403, "this server was not started with --lora-dir FOLDER")
+        if name in self.options.names or await self.named(name) != name:
+            raise Refused(400, f"lora_name: {name!r} is the model's own name", param="lora_name")
+        if refused := await self.client.ask("adapter", name, None, False):
+            raise Refused(*refused, param="lora_name")
 
     def fits(self, count: int, param: str = "n") -> None:
         """Refused if so many completions can never be taken; before there is any work with them."""
@@ -115,8 +154,9 @@ class Service:
 
     def taken(self, tokens: list[int], param: str) -> list[int]:
         """Tokens that the model knows, and of which there are not more than the context. Refused if not."""
-        if wrong := [t for t in tokens if not 0 <= t < self.vocab]:
-            problem = f"{param}: token {wrong[0]} is outside the vocabulary of {self.vocab}"
+        vocab = self.check().vocab
+        if wrong := [t for t in tokens if not 0 <= t < vocab]:
+            problem = f"{param}: token {wrong[0]} is outside the vocabulary of {vocab}"
             raise Refused(400, problem, param=param)
         if len(tokens) >= self.context:
             problem = f"{param}: {len(tokens)} tokens leave no room for output in the context of {self.context}"
@@ -139,7 +179,7 @@ class Service:
         entry = request.scope["entry"]
         call = entry["id"] = f"{form.prefix}-{entry['id']}"
         answer = Answer(self.client, self.metrics, form, call, model, prompts, params, entry, **options)
-        adapter = model if model in self.options.adapters else None
+        adapter = None if model in self.options.names else model
         await self.client.add(call, prompts, replace(params, stop=(), adapter=adapter), names)  # it knows no text
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return answer
