@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import SETTINGS, SPEC, endless, engine, late, load, tokens, weights
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
 from fastgen import SamplingParams, launch
@@ -93,7 +94,9 @@ def test_update_and_score() -> None:
         yield pairs[0]
         raise error
 
-    with engine() as e:
+    trained = tree_map(lambda x: x if x is None else x.requires_grad_(), weights())  # as a trainer's are
+    with fastgen.Engine(trained, SPEC, tensor_parallel=2, **SETTINGS) as e:
+        assert not any(x.requires_grad for x in tree_leaves(e.params) if x is not None)
         before = tokens(e.generate(*prompts, progress=False))
         assert before != want
         for i, source in enumerate((new, dict(pairs), iter(pairs))):

@@ -279,7 +279,7 @@ class Run:
             assert all(keys < plan[r].stop == plan[r].start + 1 for r in members)
 
 
-@settings(RANDOM, max_examples=250)
+@settings(RANDOM, max_examples=200)
 @given(load=loads())
 def test_any_load(load: Load) -> None:
     """Pages leak or are mixed up, someone starves, or a token depends on its company, under some arrivals, sharing,

@@ -375,10 +375,11 @@ class Engine(Loop):
         self._take(exchange.receive(device=self.device), partial, recompute)
 
     def score(self, sequences: Sequence[Sequence[int]], **how: Any) -> list[Tensor]:
-        """`fastgen.score` by this engine's parameters and in its mode; of several ranks, by all of them."""
+        """`fastgen.score` by this engine's parameters and in its mode; of several ranks, by all, without gradients."""
         self._tell("score", [[*s] for s in sequences], **how)
         fixed: dict[str, Any] = {"deterministic": self.settings.compile.deterministic, "group": self.group}
-        return self._together(lambda: scoring.score(self.params, self.spec, sequences, **fixed | how))
+        with torch.set_grad_enabled(self.group is None and torch.is_grad_enabled()):
+            return self._together(lambda: scoring.score(self.params, self.spec, sequences, **fixed | how))
 
     def _together(self, call: Callable[[], T]) -> T:
         """What the ranks that were started here have been told to do as well; they refuse wrong input as this one."""

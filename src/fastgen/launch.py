@@ -354,7 +354,8 @@ def _rank(
 
         spec, params, tokenizer = load(ranks.place, where, region=region)
         with make(params, spec, tokenizer, progress=False, group=ranks, **settings) as engine:
-            engine._regions.update(zip(("params",), own, strict=False))
+            if own:
+                engine._regions["params"] = own[0]
             del params
             while (call := calls.get())[0] != "close":
                 with suppress(*(ValueError,) if call[0] in RULES else ()):

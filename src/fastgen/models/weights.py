@@ -152,6 +152,7 @@ def size(spec: Spec, dtype: torch.dtype, place: Place = WHOLE) -> int:
     return Region.bytes([leaf.shape for leaf in tree_leaves(declare(spec, place)) if leaf is not None], dtype)
 
 
+@torch.no_grad()
 def share(params: Params, spec: Spec, place: Place) -> Params:
     """A rank's copy of its share of parameters."""
     leaves = zip(tree_leaves(declare(spec)), tree_leaves(declare(spec, place)), tree_leaves(params), strict=True)
