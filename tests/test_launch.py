@@ -39,7 +39,7 @@ def nobody_left() -> Iterator[None]:
     assert not left and crew is None
 
 
-def test_outputs(tmp_path: Path, size: int = 2) -> None:
+def test_outputs(tmp_path: Path) -> None:
     """Of one process, whatever is called: what one rank alone gives."""
 
     def calls(e: fastgen.Engine) -> list[Any]:
@@ -67,10 +67,10 @@ def test_outputs(tmp_path: Path, size: int = 2) -> None:
 
     with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
         want = calls(alone)
-    with engine(size) as e:
-        assert e.group is not None and e.group.place.size == size
+    with engine() as e:
+        assert e.group is not None and e.group.place.size == 2
         with pytest.raises(ValueError, match="already runs an engine"):
-            engine(size)
+            engine()
         got = calls(e)
     assert got == want
 

@@ -122,8 +122,8 @@ def calls(e: fastgen.Engine) -> list[Output]:
     return found
 
 
-def weights(group: Group | None = None) -> fastgen.Params:
-    return PARAMS if group is None else spread(PARAMS, SPEC, group.place)
+def weights(group: Group) -> fastgen.Params:
+    return spread(PARAMS, SPEC, group.place)
 
 
 @pytest.fixture(scope="module")

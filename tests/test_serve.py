@@ -585,6 +585,9 @@ def test_other_errors(server: Server, client: openai.OpenAI) -> None:
     in_chunks = http.post("/v1/completions", content=iter([big[:150_000], big[150_000:]]), headers=as_json)
     assert in_chunks.status_code == 413 and in_chunks.json()["error"]["message"]
     assert http.post("/v1/completions", content=b'{"prompt": "x"}').status_code == 400  # not said to be JSON
+    for path in ("load_lora_adapter", "unload_lora_adapter"):
+        body = {"lora_name": "x"} | ({"lora_path": "x"} if path[0] == "l" else {})
+        assert http.post(f"/v1/{path}", json=body).status_code == 403
     many = http.post("/v1/completions", json={"prompt": ["x", "y"], "n": 128})
     assert many.status_code == 400 and "160" in many.json()["error"]["message"]
 

@@ -20,6 +20,7 @@ from fastgen.serve.answer import Answer, Form, Vocabulary
 from fastgen.serve.client import Client
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import Message, Refused, Tool, plain
+from fastgen.types import Adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +93,7 @@ class Service:
 
     async def load_adapter(self, name: str, path: str, *, again: bool) -> None:
         """From a folder within the one of adapters. Refused for what is none, or does not fit."""
-        spec, root = self.check(), Path(self.options.adapters or "")
-        if self.options.adapters is None:
-            raise Refused(403, "this server was not started with --lora-dir FOLDER")
-        if name in self.options.names:
-            raise Refused(400, f"lora_name: {name!r} is the model's own name", param="lora_name")
+        spec, root = self.check(), self._shelf(name)
         try:
             folder = (root / path).resolve()
             if not (folder.is_relative_to(root) and folder.is_dir()):
@@ -104,16 +101,24 @@ class Service:
             tree = await asyncio.to_thread(lora.load, folder, spec, device="cpu")
         except (ValueError, OSError, SafetensorError) as e:
             raise Refused(400, f"lora_path: {e}", param="lora_path") from e
-        if refused := await self.client.ask("adapter", name, tree, again):
-            raise Refused(*refused, param="lora_name")
+        await self._shelve(name, tree, again=again)
 
     async def unload_adapter(self, name: str) -> None:
         """Refused if it is not there, or requests use it."""
+        self._shelf(name)
+        await self._shelve(await self.named(name), None)
+
+    def _shelf(self, name: str) -> Path:
+        """The folder of adapters. Refused where they may not come and go, or for the model's own name."""
         if self.options.adapters is None:
             raise Refused(403, "this server was not started with --lora-dir FOLDER")
-        if name in self.options.names or await self.named(name) != name:
+        if name in self.options.names:
             raise Refused(400, f"lora_name: {name!r} is the model's own name", param="lora_name")
-        if refused := await self.client.ask("adapter", name, None, False):
+        return Path(self.options.adapters)
+
+    async def _shelve(self, name: str, tree: Adapter | None, *, again: bool = False) -> None:
+        """As the engine's "adapter"."""
+        if refused := await self.client.ask("adapter", name, tree, again):
             raise Refused(*refused, param="lora_name")
 
     def fits(self, count: int, param: str = "n") -> None:
