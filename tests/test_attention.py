@@ -11,8 +11,9 @@ from torch import Tensor
 import fastgen
 from fastgen import Batch, Spec
 from fastgen.models import invariant
+from fastgen.models.layers import rotations, store
 from fastgen.ops import paged
-from fastgen.ops.attention import PAGE, live, reference
+from fastgen.ops.attention import PAGE, Fresh, live, reference
 from fastgen.ops.backends import NAMES, choose
 from fastgen.schedule import Span
 from fastgen.types import Share
@@ -270,3 +271,35 @@ def test_live() -> None:
         for i, row in enumerate(live(query, key, window).tolist()):
             first = 0 if window is None else max(0, i - window + 1)
             assert row == [first <= j <= i for j in range(6)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("seed", range(8))
+def test_decode_rotates_and_stores(seed: int, dtype: torch.dtype, device: str) -> None:
+    """What is new, rotated and stored by attention itself: outputs and caches as of two functions, over few keys and
+    over many, which several programs share, call after call."""
+    r, kv_heads = random.Random(seed), (1, 2)[seed % 2]
+    ratio, head = ((1, 64), (4, 128), (5, 96), (7, 16))[seed % 4]
+    page, spec = (16, 1, 64)[seed % 3], shape(ratio * kv_heads, kv_heads, head)
+    lengths = [1, r.choice([64, 65, 128, 129]), *(r.randint(300, 700) for _ in range(3 - kv_heads))]
+    needed = [-(-n // page) for n in lengths]
+    ids = r.sample(range(1, sum(needed) + 3), sum(needed))
+    plan = [Span(i, n - 1, n, True, tuple(ids.pop() for _ in range(count)))
+            for i, (n, count) in enumerate(zip(lengths, needed, strict=True))]  # fmt: skip
+    pad = len(plan) + r.choice([0, 1])
+    batch = fastgen.stage(tuple(plan), {i: [0] * n for i, n in enumerate(lengths)}, page, device, pad=pad)
+    cos, sin = rotations(batch.position, spec)
+    k, v = (torch.randn((sum(needed) + 3) * page, kv_heads, head).to(dtype) for _ in "kv")
+    for window in (None, r.choice([1, 5, 100, 1000])):
+        attend = paged.paged(batch, spec, page)
+        for _ in range(2):  # the second time from what the first has left
+            qkv = torch.randn(pad, (ratio + 2) * kv_heads, head).to(dtype)
+            k[batch.slot], v[batch.slot] = GARBAGE, GARBAGE
+            ours, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
+            out = attend(Fresh(qkv, cos, sin, batch.slot, *ours), *ours, window)
+            q = store(qkv, cos, sin, batch.slot, *plain)
+            exact = reference(batch, spec, page)(q, *plain, window)
+            unit = 1e-5 if dtype == torch.float32 else 2e-3
+            torch.testing.assert_close(out, exact, atol=unit, rtol=0)
+            for x, y in zip(ours, plain, strict=True):
+                torch.testing.assert_close(x, y, atol=unit, rtol=unit)

@@ -13,7 +13,7 @@ from fastgen.sampling import sample
 from fastgen.types import Sampling
 
 pytest.importorskip("triton")
-from fastgen.ops import fused, hopper, skinny
+from fastgen.ops import fused, hopper, moves, skinny
 
 HALF = torch.float16 if torch.get_default_device().type == "cpu" else torch.bfloat16  # the interpreter has no bf16
 EPS = 1e-5
@@ -238,3 +238,11 @@ def test_logprobs_of_given_tokens(dtype: torch.dtype) -> None:
 def test_norm_of_heads(dtype: torch.dtype) -> None:
     x, weight = torch.randn(13, 2, 96).to(dtype)[:, 1], torch.rand(96).to(dtype)  # not contiguous
     torch.testing.assert_close(skinny.norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 0), (5, 5), (2048, 1), (3, 2049), (5000, 4100)])
+def test_copy(n: int, m: int) -> None:
+    """One part or two of any length, one after the other; what lies behind them stays."""
+    first, second, target = torch.arange(n).int(), -torch.arange(m).int(), torch.full((n + m + 3,), 7).int()
+    moves.copy(target, first, second if m else None)
+    assert torch.equal(target, torch.cat((first, second, torch.full((3,), 7).int())))

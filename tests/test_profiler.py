@@ -30,7 +30,7 @@ MIXED = (*DECODE, Span(2, 2, 5, False, (3,)))
 NORM, ACTIVATION = "triton_red_fused_add_mm_mean_mul_0", "triton_poi_fused_mm_mul_silu_1"
 GEMM = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT"
 LAYER = [
-    (NORM, 2), (GEMM, 10), ("_store", 2), ("_decode", 8), ("_merge", 1), (GEMM, 5), (NORM, 2), (GEMM, 12),
+    (NORM, 2), (GEMM, 10), ("_store", 2), ("_decode_shared", 1), ("_decode", 8), (GEMM, 5), (NORM, 2), (GEMM, 12),
     (ACTIVATION, 2), (GEMM, 6),
 ]  # fmt: skip
 STEP = [("Memcpy HtoD (Pinned -> Device)", 1), *3 * LAYER, (NORM, 2), (GEMM, 20), ("", 4), ("_draw", 3)]  # "": a pause
@@ -140,8 +140,8 @@ def test_layers_of_odd_steps() -> None:
         "splitKreduce",
         "_store",
         "_prefill",
+        "_decode_shared",
         "_decode",
-        "_merge",
         GEMM,
         GEMM,
         "splitKreduce",

@@ -1,6 +1,6 @@
 """From a plan, in ints, to the tensors of a step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,7 @@ class Stager:
 
     A step has at most `tokens` tokens and `rows` sequences, padding included; a sequence at most `width` pages, a
     group that shares pages at most `members` sequences. `adapters`: batches say whose adapter each token has.
+    `kernels`: what is copied between steps is copied by them.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Stager:
         members: int = 16,
         *,
         adapters: bool = False,
+        kernels: bool = False,
     ) -> None:
         self.page, self.vocab, self.device, self.members = page, vocab, device, members
         self.adapter = np.zeros(seats + 1, np.int32) if adapters else None
@@ -151,6 +153,13 @@ class Stager:
             self._taken = [torch.cuda.Event() for _ in range(2)]
             self._side = torch.cuda.Stream(device)
             self._buffer = torch.zeros_like(words, device=device)
+            self._drawn = [torch.zeros(2 * rows, dtype=torch.int32, device="cpu").pin_memory() for _ in range(2)]
+        if kernels:
+            from fastgen.ops.moves import copy  # Triton comes with the GPU builds of torch, and not with others
+
+            self._copy: Callable[..., Any] = copy
+        else:
+            self._copy = _copy
 
     @property
     def bytes(self) -> int:
@@ -250,9 +259,23 @@ class Stager:
         with torch.cuda.stream(self._side):
             arrived.copy_(host[:used], non_blocking=True)
         torch.cuda.current_stream(self.device).wait_stream(self._side)
-        self._buffer[:used].copy_(arrived)
+        self._copy(self._buffer, arrived)
         self._taken[step % 2].record()
         return self._fields(self._split(self._buffer, size, rows, share=share))
+
+    def drawn(self, token: Tensor, logprob: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """A step's tokens (int32) and logprobs (fp32), on their way to the host; they last until the step after next
+        is told."""
+        n, host = len(token), self._drawn[step % 2]
+        self._copy(host, token, logprob.view(torch.int32))
+        return host[:n], host[n : 2 * n].view(torch.float32)
+
+
+def _copy(target: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """As `moves.copy`."""
+    for at, part in ((0, first), (len(first), second)):
+        if part is not None:
+            target[at : at + len(part)].copy_(part, non_blocking=True)
 
 
 def edits(plan: Plan, samples: Mapping[int, Sample], device: torch.device) -> Edits | None:

@@ -29,7 +29,7 @@ from fastgen.models import invariant, transformer
 from fastgen.models.layers import swiglu
 from fastgen.models.spec import Spec, share_of, split
 from fastgen.models.transformer import PLAIN, Ops, table
-from fastgen.ops.attention import Backend
+from fastgen.ops.attention import Backend, Fresh
 from fastgen.ops.backends import choose
 from fastgen.parallel import Group, Peers, Ranks, sharded
 from fastgen.sampling import sample
@@ -169,7 +169,8 @@ class Stepper:
         rows = largest(settings.schedule).rows
         self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, len(table(params)))
         page, fixed = settings.pages.page_size, settings.compile.deterministic
-        backend = partial(choose(settings.compile.attention, self.device), page=page)
+        attention = choose(settings.compile.attention, self.device)
+        backend = partial(attention, page=page)
         if fixed:
             if group is not None and group.place.size > 1:
                 raise ValueError("compile.deterministic=true holds for one device: sums over ranks have no fixed order")
@@ -177,6 +178,11 @@ class Stepper:
             self.ops = invariant.ops(self.device, page)
         else:
             self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
+        self.fresh = 0  # tokens of a step that only decodes, up to which attention rotates and stores what is new
+        if attention.__name__ == "paged" and self.how != "eager" and not fixed:
+            from fastgen.ops.hopper import FEW
+
+            self.fresh = FEW
         self._sample = partial(invariant.sample, measure=self.ops.logprobs) if fixed else sample
         self.group, self.vocab, self.head = group, spec.vocab, self.ops.head  # a step's: each rank keeps its logits
         self.peers: Peers | None = None
@@ -281,14 +287,16 @@ class Stepper:
         self, cache: Cache, batch: Batch, sampling: Sampling, ready: Sequence[torch.cuda.Event] = (), **how: bool
     ) -> Computed:
         ops = self.ops._replace(head=self.head)
+        if how["decode"] and batch.share is None and len(batch.token) <= self.fresh:
+            ops = ops._replace(store=Fresh)
         if ready:
             layers, stream = itertools.count(), torch.cuda.current_stream(self.device)
 
-            def store(*args: Any) -> Tensor:
+            def store(*args: Any) -> Any:
                 stream.wait_event(ready[next(layers) * len(ready) // self.spec.layers])
-                return self.ops.store(*args)
+                return now(*args)
 
-            ops = ops._replace(store=store)
+            now, ops = ops.store, ops._replace(store=store)
         feed_ = feed if self.how == "eager" else self.regions(feed)
         batch = batch._replace(token=feed_(batch.token, self.stager.last))
         last, out = self.stager.last, self.logits

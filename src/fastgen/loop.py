@@ -131,7 +131,8 @@ class Loop:
             members = max(1, 64 // (here.q_heads // here.kv_heads))  # whose queries fill a tile of attention
             sizes, lora = (limits.max_requests, *most[:2], widest, page, spec.vocab), self.settings.lora
             self._shelf = Shelf(spec, lora, self.device, self.dtype, group) if lora.max_adapters else None
-            self._stager = Stager(*sizes, self.device, members, adapters=self._shelf is not None)
+            kernels = self.device.type == "cuda" and self.settings.compile.compile != "eager"
+            self._stager = Stager(*sizes, self.device, members, adapters=self._shelf is not None, kernels=kernels)
             adapters = None if self._shelf is None else self._shelf.adapters
             self._stepper = Stepper(params, spec, self.settings, self._stager, group, adapters)
             host = self.settings.offload.host_gb * 1e9 if self.settings.offload.offload == "host" else 0
@@ -445,8 +446,8 @@ class Loop:
         drawing = [s for span, s in zip(plan, samples, strict=True) if span.sample and not s.completion.finish_reason]
         top = max((s.params.logprobs for s in drawing if s.params.logprobs is not None), default=None)
         if computed.token is not None and computed.logprob is not None and not any(s.special for s in drawing):
-            none = computed.logprob.new_empty(n, 0)
-            results = (computed.token[:n], computed.logprob[:n], none, none)
+            none = torch.empty(n, 0, device="cpu")
+            results = (*self._stager.drawn(computed.token[:n], computed.logprob[:n], self.steps), none, none)
         else:
             drawn = any(s.params.temperature for s in drawing)
             filtered = filter is not None and any(s.filters for s in drawing)
@@ -463,7 +464,8 @@ class Loop:
             self._stager.last[batch.seat[:n]] = results.token.int()
         if self.device.type != "cuda":
             return tuple(results), None
-        host = tuple(torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in results)
+        there = [torch.empty_like(t, device="cpu", pin_memory=True) if t.is_cuda else t for t in results]
+        host = tuple(a if a is b else a.copy_(b, non_blocking=True) for a, b in zip(there, results, strict=True))
         done = torch.cuda.Event()
         done.record()
         return host, done

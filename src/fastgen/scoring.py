@@ -124,7 +124,7 @@ def _scores(
     """Of sequences that are one batch."""
     device = params.embed.device
     x, y = _blocks(params, spec, _batch(sequences, device), ops, checkpointed=checkpointed)
-    start = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0).tolist()
+    start = torch.tensor([0, *(len(s) for s in sequences)], device="cpu").cumsum(0).tolist()
     row = [i for at, f, s in zip(start, first, sequences, strict=False) for i in range(at + f - 1, at + len(s) - 1)]
     h = ops.leave(x, y, params.norm, spec.eps)[torch.tensor(row, dtype=torch.long, device=device)]
     target = torch.tensor([t for f, s in zip(first, sequences, strict=True) for t in s[f:]], device=device).long()
@@ -260,7 +260,7 @@ def mismatch(outputs: Sequence[Output], logprobs: Sequence[Tensor]) -> Mismatch:
     sampled = [c.logprobs for o in outputs for c in o.completions]
     if any(x is None for x in sampled):
         raise ValueError("the completions have no logprobs: sample with SamplingParams(logprobs=0)")
-    mine = torch.tensor([x for values in sampled for x in values or ()], dtype=torch.float64)
+    mine = torch.tensor([x for values in sampled for x in values or ()], dtype=torch.float64, device="cpu")
     if len(mine) != sum(len(x) for x in logprobs):
         raise ValueError(f"{len(mine)} sampled tokens and {sum(len(x) for x in logprobs)} scores")
     if not len(mine):

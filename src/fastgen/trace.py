@@ -25,9 +25,9 @@ STEP = re.compile(r"step (\d+) \(tokens \d+, rows \d+\)")
 ROW = 1_000_000  # pid of the row added to the trace
 WRITTEN = r"^(?!triton_(?!tem))(?:.*?)"  # not inductor's fused pointwise kernels, named after all they came from
 PARTS = {  # part -> names of its GPU kernels and CPU operators; the first that fits
-    "memcpy and memset": r"^mem(cpy|set)",
+    "memcpy and memset": r"^_?mem(cpy|set)",
     "collective": WRITTEN + r"(nccl|symm|all_?reduce|all_?gather|reduce_?scatter|multimem)",
-    "attention": WRITTEN + r"(^_(prefill|decode|merge)|paged|flash|fmha|sdpa|attention)",
+    "attention": WRITTEN + r"(^_(prefill|decode)|paged|flash|fmha|sdpa|attention)",
     "sampling": r"^_(draw|race|decide)|argmax|top_?k|sampl|softmax|logsumexp|sort|cumsum|exponential",
     "linear": WRITTEN + r"(gemm|gemv|cutlass|nvjet|cublas|xmma|split_?k|skinny|_linear|_project|triton_tem|dot_kernel"
     r"|aten::(linear|addmm|baddbmm|mm|bmm|matmul|einsum)$)",

@@ -95,7 +95,7 @@ class Ops(NamedTuple):
     project: Callable[..., tuple[Tensor, Tensor]] = project
     project_swiglu: Callable[..., tuple[Tensor, Tensor]] = project_swiglu
     norm_heads: Callable[..., Tensor] = norm_heads
-    store: Callable[..., Tensor] = layers.store
+    store: Callable[..., Any] = layers.store  # or `attention.Fresh`, where attention does it
     linear: Callable[..., Tensor] = F.linear
     row_parallel: Callable[..., Tensor] = row_parallel
     # In the place of the two projections, where the matrices are changed by adapters:

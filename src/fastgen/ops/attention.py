@@ -6,6 +6,7 @@ than the default is bound with `functools.partial`.
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,25 @@ from torch import Tensor
 from fastgen.models.spec import Spec
 from fastgen.types import Batch
 
-# attend(q [T Q H], k_cache [S K H], v_cache [S K H], window) -> [T Q H]; window: keys seen, None for all
-Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+# attend(q [T Q H], k_cache [S K H], v_cache [S K H], window) -> [T Q H]; window: keys seen, None for all. One backend
+# also takes Fresh for q.
+Attend = Callable[[Any, Tensor, Tensor, int | None], Tensor]
 Backend = Callable[[Batch, Spec], Attend]
 PAGE = 16  # tokens, where the caller does not say
+
+
+class Fresh(NamedTuple):
+    """What `layers.store` takes, in the place of the queries that it returns: not rotated yet, and not in the caches.
+
+    The Triton backend does both where it reads the keys, in steps that only decode: a kernel less in every layer.
+    """
+
+    qkv: Float[Tensor, "T Q2K H"]
+    cos: Float[Tensor, "T 1 half"]
+    sin: Float[Tensor, "T 1 half"]
+    slot: Int[Tensor, " T"]
+    k_cache: Float[Tensor, "S K H"]
+    v_cache: Float[Tensor, "S K H"]
 
 
 def live(query: Int[Tensor, "..."], key: Int[Tensor, "..."], window: int | None) -> Bool[Tensor, "..."]:

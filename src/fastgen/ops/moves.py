@@ -1,4 +1,6 @@
-"""Pages from place to place, for all layers in one kernel: a table of addresses says where each layer's pages begin."""
+"""Pages from place to place, for all layers in one kernel: a table of addresses says where each layer's pages begin;
+and small copies between steps, also to the host's memory, by a kernel: copy engines begin 8 us late.
+"""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -9,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
 
-WORDS = 2048  # of 8 bytes, copied by a program
+WORDS = 2048  # of 8 bytes, or of 4 in `copy`, copied by a program
 
 
 @triton.jit
@@ -33,3 +35,18 @@ def move(
     pairs = index.shape[1]
     grid = (pairs, len(source), triton.cdiv(words, WORDS))
     _move[grid](source, target, index, pairs, words, source_stride, target_stride, B=WORDS, num_warps=8)
+
+
+@triton.jit(do_not_specialize=["n", "m"], do_not_specialize_on_alignment=["first", "second", "target"])
+@no_type_check
+def _memcpy(first, second, target, n, m, B: tl.constexpr):
+    at = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(target + at, tl.load(first + at, mask=at < n), mask=at < n)
+    tl.store(target + n + at, tl.load(second + at, mask=at < m), mask=at < m)
+
+
+def copy(target: Int[Tensor, " N"], first: Int[Tensor, " n"], second: Int[Tensor, " m"] | None = None) -> None:
+    """Writes `first`, and `second` after it, to the beginning of `target`, which may be pinned memory of the host."""
+    n, m = len(first), 0 if second is None else len(second)
+    blocks = triton.cdiv(max(n, m), WORDS)
+    _memcpy[(blocks,)](first, first if second is None else second, target, n, m, B=WORDS, num_warps=8)

@@ -4,7 +4,8 @@ Kernels over flash attention's online softmax (arXiv 2205.14135), all with the q
 tile, so that keys are read once for all of them:
 
     prefill        a program for some tokens of a sequence and a kv head; keys beyond the last visible one are skipped
-    decode         a program for a sequence, a kv head and a share of its keys; `merge` joins shares (flash decoding)
+    decode         a program for a sequence, a kv head and a share of its keys; the last of them to end joins what all
+                   have found (flash decoding). It may rotate and store what is new itself: `attention.Fresh`
     decode_shared  a program for a group of sequences, a kv head and a share of the keys that the group has in common;
                    `decode` goes on from what it finds
 
@@ -23,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgen.models.spec import Spec
 from fastgen.ops import hopper
-from fastgen.ops.attention import PAGE, Attend
+from fastgen.ops.attention import PAGE, Attend, Fresh
 from fastgen.ops.hopper import begin
 from fastgen.types import Batch
 
@@ -39,17 +40,63 @@ SMALL = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}  # where shared memo
 TMA = True  # whether tiles are read by Hopper's copy engine, where each lies in one page
 DECODE = {"N": 64, "num_warps": 4, "num_stages": 3}
 OWN = {"N": 64, "num_warps": 2, "num_stages": 2}  # of members of groups, whose own keys are few
-MERGED = (4, 16, 64)  # shares that a merge is compiled for
 SHARED = {"N": DECODE["N"], "TILES": 16, "num_warps": 4}  # TILES: the fewest of a program
 # Each value of these, and whether they are multiples of 16, would be compiled anew.
 FREE: dict[str, Any] = {
     "do_not_specialize": ["wide", "window", "splits", "shares"],
-    "do_not_specialize_on_alignment": ["todo", "skip", "member", "keys", "start", "length", "seat", "pages"],
+    "do_not_specialize_on_alignment": ["todo", "skip", "member", "keys", "slot", "start", "length", "seat", "pages"],
 }
 
 
 @triton.jit
 @no_type_check  # pointers, numbers and constants, in Triton's own language
+def _tile(
+    k_cache, v_cache, pages, at, last, kv_head,
+    KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [at, at + N) before `last`; WHOLE: all of them are."""
+    n, d = at + tl.arange(0, N), tl.arange(0, D)
+    if WHOLE and D == H:
+        page = tl.load(pages + n // PAGE)
+        slots = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
+        k = tl.load(k_cache + slots[:, None] + d[None, :])
+        v = tl.load(v_cache + slots[:, None] + d[None, :])
+    else:
+        page = tl.load(pages + n // PAGE, mask=n < last, other=0)
+        slots = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
+        inside = (n < last)[:, None] & (d < H)[None, :]
+        k = tl.load(k_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
+        v = tl.load(v_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
+    return k, v
+
+
+@triton.jit
+@no_type_check
+def _weigh(
+    q, k, v, at, last, row, window, m, l, acc, scale,
+    N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The running maximum m, sum l and output acc after a tile of keys, of which the first is at `at`."""
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    s = tl.dot(q, tl.trans(k), input_precision=precision)
+    if MASKED:  # by what is constant, the place in the tile, against one number for a row
+        i = tl.arange(0, N)
+        seen = i[None, :] <= (row - at)[:, None]
+        if not WHOLE:
+            seen = seen & (i < last - at)[None, :]
+        if WINDOW:
+            seen = seen & (i[None, :] > (row - at - window)[:, None])
+        s = tl.where(seen, s, NOTHING)
+    top = tl.maximum(m, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - top[:, None])
+    shrink = tl.exp2(m - top)
+    l = l * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
+    return top, l, acc
+
+
+@triton.jit
+@no_type_check
 def _tiles(
     q, k_cache, v_cache, k_tiles, v_tiles, pages, first, last, row, window, kv_head, m, l, acc, scale,
     KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
@@ -59,40 +106,14 @@ def _tiles(
     acc after them. MASKED: not every row sees all of them. WHOLE: there are N keys in each tile. TMA: a tile is a
     block of the descriptors k_tiles and v_tiles.
     """
-    d = tl.arange(0, D)
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for at in tl.range(first, last, N):
-        n = at + tl.arange(0, N)
         if TMA:
             slot = tl.load(pages + at // PAGE).to(tl.int32) * PAGE + at % PAGE
             k = k_tiles.load([slot, kv_head * H])
             v = v_tiles.load([slot, kv_head * H])
-        elif WHOLE and D == H:
-            page = tl.load(pages + n // PAGE)
-            slots = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
-            k = tl.load(k_cache + slots[:, None] + d[None, :])
-            v = tl.load(v_cache + slots[:, None] + d[None, :])
         else:
-            page = tl.load(pages + n // PAGE, mask=n < last, other=0)
-            slots = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
-            inside = (n < last)[:, None] & (d < H)[None, :]
-            k = tl.load(k_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
-            v = tl.load(v_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=precision)
-        if MASKED:  # by what is constant, the place in the tile, against one number for a row
-            i = tl.arange(0, N)
-            seen = i[None, :] <= (row - at)[:, None]
-            if not WHOLE:
-                seen = seen & (i < last - at)[None, :]
-            if WINDOW:
-                seen = seen & (i[None, :] > (row - at - window)[:, None])
-            s = tl.where(seen, s, NOTHING)
-        top = tl.maximum(m, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - top[:, None])
-        shrink = tl.exp2(m - top)
-        l = l * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
-        m = top
+            k, v = _tile(k_cache, v_cache, pages, at, last, kv_head, KV, H, D, PAGE, N, WHOLE)
+        m, l, acc = _weigh(q, k, v, at, last, row, window, m, l, acc, scale, N, WINDOW, EXACT, MASKED, WHOLE)
     return m, l, acc
 
 
@@ -146,7 +167,7 @@ def _prefill(
 
 @triton.jit
 @no_type_check
-def _share(keys, N: tl.constexpr, splits, TILES: tl.constexpr):
+def _share(keys, N: tl.constexpr, splits, TILES):
     """Keys of each of the programs that share some: TILES tiles at least, so few keys keep few programs busy."""
     return tl.maximum(tl.cdiv(tl.cdiv(keys, N), splits), TILES) * N
 
@@ -205,45 +226,95 @@ def _keys(length, skip, r, window, N: tl.constexpr, WINDOW: tl.constexpr, SHARED
     return covered, first, total
 
 
+@triton.jit
+@no_type_check
+def _join(
+    m, l, acc, part, stat, at, count, seen, H: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The running maximum, sum and output of rows, and of `count` other shares of their keys, from `at` on."""
+    d = tl.arange(0, D)
+    for i in tl.range(0, count, loop_unroll_factor=4):  # all are asked for before the first is needed
+        # Past the first cache: other processors have written this.
+        top = tl.load(stat + (at + i) * 2, mask=seen, other=LEAST, cache_modifier=".cg")
+        both = tl.maximum(m, top)
+        shrink, weight = tl.exp2(m - both), tl.exp2(top - both)
+        l = l * shrink + tl.load(stat + (at + i) * 2 + 1, mask=seen, other=0.0, cache_modifier=".cg") * weight
+        inside = seen[:, None] & (d < H)[None, :]
+        more = tl.load(part + (at + i)[:, None] * H + d[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        acc = acc * shrink[:, None] + more * weight[:, None]
+        m = both
+    return m, l, acc
+
+
+@triton.jit
+@no_type_check
+def _turned(x, inside, d, c, s, H: tl.constexpr):
+    """Heads at x [..., H], rotated by cosines c and sines s of every dimension d, in their own dtype."""
+    half: tl.constexpr = H // 2
+    a = tl.load(x + d, mask=inside, other=0.0)
+    b = tl.load(x + tl.where(d < half, d + half, d - half), mask=inside, other=0.0)
+    return (a.to(tl.float32) * c + b.to(tl.float32) * tl.where(d < half, -s, s)).to(a.dtype)
+
+
 @triton.jit(**FREE)
 @no_type_check
 def _decode(
-    q, k_cache, v_cache, out, part, stat, skip, shared_part, shared_stat, start, length, seat, pages, wide, window,
-    splits, shares, scale, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr,
-    WINDOW: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    q, k_cache, v_cache, out, part, stat, done, skip, shared_part, shared_stat, cos, sin, slot, start, length, seat,
+    pages, wide, window, splits, shares, scale, Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr, FRESH: tl.constexpr,
+    SHARED: tl.constexpr, TILES: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """`done`: 0 for each sequence and kv head, before and after. FRESH: q is [T, Q + 2 KV, H], see `Fresh`."""
     G: tl.constexpr = Q // KV
     r, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(start + r)
     if tl.load(start + r + 1) - token == 1:
         covered, begun, total = _keys(length, skip, r, window, N, WINDOW, SHARED)
-        share = _share(total - begun, N, splits, 2)
+        share = _share(total - begun, N, splits, 1 if FRESH else 2)  # of one tile, all is on its way at once
         first = begun + split * share
         last = tl.minimum(first + share, total)
         if first < last:
             g, d = tl.arange(0, M), tl.arange(0, D)
             head = kv_head * G + g
             offset = (token.to(tl.int64) * Q + head) * H
-            whole = (g < G)[:, None] & (d < H)[None, :]
+            taken = g < G
+            whole = taken[:, None] & (d < H)[None, :]
             row = total - 1 + g * 0
             m = tl.full([M], LEAST, tl.float32)
             l = tl.zeros([M], tl.float32)
             acc = tl.zeros([M, D], tl.float32)
             table = pages + tl.load(seat + r).to(tl.int64) * wide
-            begin(PDL)
-            x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
+            if FRESH:
+                newest = last == total  # this share's last key is the new one
+                last -= newest.to(tl.int32)
+                # What the cache holds was there long before: it is on its way while the kernel before still runs.
+                k, v = _tile(k_cache, v_cache, table, first, last, kv_head, KV, H, D, PAGE, N, WHOLE=False)
+                begin(PDL)
+                half: tl.constexpr = H // 2
+                turn, mine = token.to(tl.int64) * half + d % half, d < H
+                c, s = tl.load(cos + turn, mask=mine, other=0.0), tl.load(sin + turn, mask=mine, other=0.0)
+                row_at = q + token.to(tl.int64) * ((Q + 2 * KV) * H)
+                x = _turned(row_at + (head * H)[:, None], whole, d[None, :], c[None, :], s[None, :], H)
+                new = _turned(row_at + (Q + kv_head) * H, mine, d, c, s, H)
+                value = tl.load(row_at + (Q + KV + kv_head) * H + d, mask=mine, other=0.0)
+                if newest:
+                    to = (tl.load(slot + token).to(tl.int64) * KV + kv_head) * H + d
+                    tl.store(k_cache + to, new, mask=mine)
+                    tl.store(v_cache + to, value, mask=mine)
+                    m = tl.sum(x.to(tl.float32) * new.to(tl.float32)[None, :], 1) * scale
+                    l += 1.0
+                    acc += value.to(tl.float32)[None, :]
+                m, l, acc = _weigh(
+                    x, k, v, first, last, row, window, m, l, acc, scale, N, WINDOW, EXACT, MASKED=True, WHOLE=False,
+                )  # fmt: skip
+                first += N
+            else:
+                begin(PDL)
+                x = tl.load(q + offset[:, None] + d[None, :], mask=whole, other=0.0)
             if SHARED:  # the first split goes on from what the group has found
                 found = tl.where(split == 0, tl.cdiv(covered, _share(covered, N, shares, TILES)), 0)
-                for i in range(0, found):
-                    at = (r.to(tl.int64) * Q + head) * shares + i
-                    top = tl.load(shared_stat + at * 2, mask=g < G, other=LEAST)
-                    both = tl.maximum(m, top)
-                    shrink, weight = tl.exp2(m - both), tl.exp2(top - both)
-                    l = l * shrink + tl.load(shared_stat + at * 2 + 1, mask=g < G, other=0.0) * weight
-                    more = tl.load(shared_part + at[:, None] * H + d[None, :], mask=whole, other=0.0)
-                    acc = acc * shrink[:, None] + more * weight[:, None]
-                    m = both
+                at = (r.to(tl.int64) * Q + head) * shares
+                m, l, acc = _join(m, l, acc, shared_part, shared_stat, at, found, taken, H, D)
             m, l, acc = _tiles(
                 x, k_cache, v_cache, None, None, table, first, last, row, window,
                 kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
@@ -251,33 +322,24 @@ def _decode(
             if WHOLE:
                 tl.store(out + offset[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=whole)
             else:
-                at = (r * Q + head) * splits + split
-                tl.store(part + at[:, None].to(tl.int64) * H + d[None, :], acc, mask=whole)
-                tl.store(stat + at * 2, m, mask=g < G)
-                tl.store(stat + at * 2 + 1, l, mask=g < G)
-
-
-@triton.jit(**FREE)
-@no_type_check
-def _merge(
-    out, part, stat, skip, start, length, window, splits, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    N: tl.constexpr, MOST: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    r, head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(start + r)
-    if tl.load(start + r + 1) - token == 1:
-        _, begun, total = _keys(length, skip, r, window, N, WINDOW, SHARED)
-        s, d = tl.arange(0, MOST), tl.arange(0, D)
-        live = (s < splits) & (s * _share(total - begun, N, splits, 2) < total - begun)
-        at = (r * Q + head) * splits + s
-        begin(PDL)
-        m = tl.load(stat + at * 2, mask=live, other=LEAST)
-        l = tl.load(stat + at * 2 + 1, mask=live, other=0.0)
-        weight = tl.exp2(m - tl.max(m, 0))
-        whole = live[:, None] & (d < H)[None, :]
-        acc = tl.load(part + at[:, None].to(tl.int64) * H + d[None, :], mask=whole, other=0.0)
-        x = tl.sum(acc * weight[:, None], 0) / tl.sum(l * weight, 0)
-        tl.store(out + (token.to(tl.int64) * Q + head) * H + d, x.to(out.dtype.element_ty), mask=d < H)
+                used, mine = tl.cdiv(total - begun, share), done + r * KV + kv_head
+                ends = used == 1
+                at = (r.to(tl.int64) * Q + head) * splits
+                if used > 1:
+                    tl.store(part + (at + split)[:, None] * H + d[None, :], acc, mask=whole)
+                    tl.store(stat + (at + split) * 2, m, mask=taken)
+                    tl.store(stat + (at + split) * 2 + 1, l, mask=taken)
+                    tl.debug_barrier()  # all of it is there before this program is said to be done
+                    ends = tl.atomic_add(mine, 1, sem="acq_rel") == used - 1
+                    if ends:
+                        tl.store(mine, 0)
+                        m = tl.full([M], LEAST, tl.float32)
+                        l = tl.zeros([M], tl.float32)
+                        acc = tl.zeros([M, D], tl.float32)
+                        m, l, acc = _join(m, l, acc, part, stat, at, used, taken, H, D)
+                if ends:
+                    mean = (acc / tl.where(taken, l, 1.0)[:, None]).to(out.dtype.element_ty)
+                    tl.store(out + offset[:, None] + d[None, :], mean, mask=whole)
 
 
 def _blocks(batch: Batch, size: int, blocks: int, longer: int) -> Tensor:
@@ -334,11 +396,13 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, *, fixed: bool = False) ->
     share = batch.share
     shares = programs(len(share.keys), SHARED["TILES"] * SHARED["N"], 16, waves=2) if share is not None else 0
     launch = hopper.dependent(batch.token)
-    todo = list[Tensor]()
+    todo, done = list[Tensor](), list[Tensor]()  # the same for all layers
 
-    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+    def attend(q: Tensor | Fresh, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+        fresh, q = (q, q.qkv) if isinstance(q, Fresh) else (None, q)
+        assert fresh is None or (decode and not fixed and share is None), "made for steps that only decode"
         q = q.contiguous()
-        out = torch.empty_like(q)
+        out = q.new_empty(tokens, spec.q_heads, spec.head)
         exact = q.dtype == torch.float32
         sizes = {
             "Q": spec.q_heads, "KV": spec.kv_heads, "H": spec.head, "D": max(16, triton.next_power_of_2(spec.head)),
@@ -352,7 +416,7 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, *, fixed: bool = False) ->
             many = tokens >= 2048 * rows and page % LONG["N"] == 0
             tile = SMALL if exact or not roomy else LONG if (many or not whole) and not fixed else PREFILL
             size = tile["M"] // group
-            if not todo:  # the same for all layers
+            if not todo:
                 todo.append(_blocks(batch, size, tokens // size + rows, 0 if fixed else 1))
             tma = whole and (tile is not SMALL or device.type == "cpu")  # older GPUs have none
             tiles = (_descriptor(x, tile["N"]) for x in (k_cache, v_cache)) if tma else (None, None)
@@ -372,18 +436,17 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, *, fixed: bool = False) ->
                 M=packed, num_stages=3 if roomy and not exact else 2, **SHARED,
             )  # fmt: skip
         packed = max(16, triton.next_power_of_2(group))
-        part = _partial(q, rows * splits) if splits > 1 else (q, q)
-        _decode[(rows, spec.kv_heads, splits)](
-            q, k_cache, v_cache, out, *part, skip, *found, *common, splits, shares, scale, **sizes, M=packed,
-            WHOLE=splits == 1, SHARED=share is not None, TILES=SHARED["TILES"], **launch,
-            **(DECODE if share is None else OWN),
-        )  # fmt: skip
+        part = (q, q)
         if splits > 1:
-            shape = {name: sizes[name] for name in ("Q", "H", "D", "WINDOW")} | {"SHARED": share is not None}
-            _merge[(rows, spec.q_heads)](
-                out, *part, skip, batch.start, batch.length, window or 0, splits, **shape, N=DECODE["N"],
-                MOST=next(n for n in MERGED if n >= splits), num_warps=2, **launch,
-            )  # fmt: skip
+            part = _partial(out, rows * splits)
+            if not done:
+                done.append(torch.zeros(rows * spec.kv_heads, dtype=torch.int32, device=device))
+        new = (q, q, q) if fresh is None else (fresh.cos.contiguous(), fresh.sin.contiguous(), fresh.slot)
+        _decode[(rows, spec.kv_heads, splits)](
+            q, k_cache, v_cache, out, *part, *(done or [q]), skip, *found, *new, *common, splits, shares, scale,
+            **sizes, M=packed, WHOLE=splits == 1, FRESH=fresh is not None, SHARED=share is not None,
+            TILES=SHARED["TILES"], **launch, **(DECODE if share is None else OWN),
+        )  # fmt: skip
         return out
 
     return attend
