@@ -1,4 +1,5 @@
-"""What the habits of few-row kernels bring to one stream's step: cuBLAS, own kernels, dependent launches.
+"""What the habits of few-row kernels bring to one stream's step: cuBLAS, own kernels, dependent launches, attention
+that rotates and stores what is new.
 
     python benchmarks/one_stream_gpu.py mistral-7b-instruct-v0.3 --out one_stream.json
 
@@ -48,6 +49,7 @@ def main() -> None:
         ("cuBLAS", {"rows": 0, "dependent": False}),
         ("own", {"dependent": False}),
         ("own, dependent", {"dependent": True}),
+        ("own, dependent, attention stores", {"dependent": True, "fresh": True}),
     ]
     results = []
     for model in args.model:
@@ -59,6 +61,7 @@ def main() -> None:
             for rows in (2, 8):
                 for name, v in variants:
                     hopper.DEPENDENT, hopper.FEW = v["dependent"], v.get("rows", 16)
+                    engine._stepper.fresh = 16 if "fresh" in v else 0
                     us = step_us(engine, rows)
                     results.append({"model": model, "rows": rows, "variant": name, "us": us})
                     print(f"{model} {rows} rows, {name}: {us:.0f} us, {1e6 / us:.0f} steps/s", flush=True)

@@ -39,6 +39,7 @@ LONG = {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}  # with many keys f
 SMALL = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}  # where shared memory is less than Hopper's, and in fp32
 TMA = True  # whether tiles are read by Hopper's copy engine, where each lies in one page
 DECODE = {"N": 64, "num_warps": 4, "num_stages": 3}
+NARROW = {"N": 128, "num_warps": 4, "num_stages": 2}  # of heads of 64
 OWN = {"N": 64, "num_warps": 2, "num_stages": 2}  # of members of groups, whose own keys are few
 SHARED = {"N": DECODE["N"], "TILES": 16, "num_warps": 4}  # TILES: the fewest of a program
 # Each value of these, and whether they are multiples of 16, would be compiled anew.
@@ -441,11 +442,12 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, *, fixed: bool = False) ->
             part = _partial(out, rows * splits)
             if not done:
                 done.append(torch.zeros(rows * spec.kv_heads, dtype=torch.int32, device=device))
+        tile = OWN if share is not None else NARROW if spec.head <= 64 and fresh is None else DECODE
         new = (q, q, q) if fresh is None else (fresh.cos.contiguous(), fresh.sin.contiguous(), fresh.slot)
         _decode[(rows, spec.kv_heads, splits)](
             q, k_cache, v_cache, out, *part, *(done or [q]), skip, *found, *new, *common, splits, shares, scale,
             **sizes, M=packed, WHOLE=splits == 1, FRESH=fresh is not None, SHARED=share is not None,
-            TILES=SHARED["TILES"], **launch, **(DECODE if share is None else OWN),
+            TILES=SHARED["TILES"], **launch, **tile,
         )  # fmt: skip
         return out
 
