@@ -164,7 +164,8 @@ def test_an_interrupt(pair: Replicas) -> None:
         while True:
             pair.generate([[1, 2]] * 20, SamplingParams(max_tokens=300, ignore_eos=True), progress=False)
     assert said(pair.generate([[1, 2], [3]], SamplingParams(temperature=0, max_tokens=9), progress=False)) == want
-    assert not pair.unfinished
+    while pair.unfinished:  # a replica that had none of these may still be telling what it has ended, which is nobody's
+        assert not pair.step()
 
 
 @pytest.mark.parametrize(
