@@ -154,12 +154,11 @@ class Stager:
             self._side = torch.cuda.Stream(device)
             self._buffer = torch.zeros_like(words, device=device)
             self._drawn = [torch.zeros(2 * rows, dtype=torch.int32, device="cpu").pin_memory() for _ in range(2)]
+        self._copy: Callable[..., Any] = lambda target, first: target[: len(first)].copy_(first)
         if kernels:
             from fastgen.ops.moves import copy  # Triton comes with the GPU builds of torch, and not with others
 
-            self._copy: Callable[..., Any] = copy
-        else:
-            self._copy = _copy
+            self._copy = copy
 
     @property
     def bytes(self) -> int:
@@ -264,18 +263,12 @@ class Stager:
         return self._fields(self._split(self._buffer, size, rows, share=share))
 
     def drawn(self, token: Tensor, logprob: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """A step's tokens (int32) and logprobs (fp32), on their way to the host; they last until the step after next
-        is told."""
+        """A step's tokens (int32) and logprobs (fp32), on their way to the host by a kernel; they last until those of
+        the step after next.
+        """
         n, host = len(token), self._drawn[step % 2]
         self._copy(host, token, logprob.view(torch.int32))
         return host[:n], host[n : 2 * n].view(torch.float32)
-
-
-def _copy(target: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """As `moves.copy`."""
-    for at, part in ((0, first), (len(first), second)):
-        if part is not None:
-            target[at : at + len(part)].copy_(part, non_blocking=True)
 
 
 def edits(plan: Plan, samples: Mapping[int, Sample], device: torch.device) -> Edits | None:

@@ -169,8 +169,7 @@ class Stepper:
         rows = largest(settings.schedule).rows
         self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, len(table(params)))
         page, fixed = settings.pages.page_size, settings.compile.deterministic
-        attention = choose(settings.compile.attention, self.device)
-        backend = partial(attention, page=page)
+        backend = partial(choose(settings.compile.attention, self.device), page=page)
         if fixed:
             if group is not None and group.place.size > 1:
                 raise ValueError("compile.deterministic=true holds for one device: sums over ranks have no fixed order")
@@ -179,7 +178,7 @@ class Stepper:
         else:
             self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
         self.fresh = 0  # tokens of a step that only decodes, up to which attention rotates and stores what is new
-        if attention.__name__ == "paged" and self.how != "eager" and not fixed:
+        if settings.compile.attention == "triton" and self.how != "eager" and not fixed:
             from fastgen.ops.hopper import FEW
 
             self.fresh = FEW

@@ -462,13 +462,13 @@ class Loop:
             )
             results = self._stepper.sample(computed.logits[:n], general, top)
             self._stager.last[batch.seat[:n]] = results.token.int()
-        if self.device.type != "cuda":
-            return tuple(results), None
-        there = [torch.empty_like(t, device="cpu", pin_memory=True) if t.is_cuda else t for t in results]
-        host = tuple(a if a is b else a.copy_(b, non_blocking=True) for a, b in zip(there, results, strict=True))
+            if self.device.type != "cuda":
+                return tuple(results), None
+            there = (torch.empty_like(t, device="cpu", pin_memory=True) for t in results)
+            results = tuple(a.copy_(b, non_blocking=True) for a, b in zip(there, results, strict=True))
         done = torch.cuda.Event()
         done.record()
-        return host, done
+        return results, done
 
     def _allowed(self, plan: schedule.Plan) -> Tensor | None:
         """Tokens that grammars allow, as bits; None where nobody has one."""

@@ -1,5 +1,5 @@
 """Pages from place to place, for all layers in one kernel: a table of addresses says where each layer's pages begin;
-and small copies between steps, also to the host's memory, by a kernel: copy engines begin 8 us late.
+and small copies between steps, also to the host's memory, by a kernel: a copy engine begins some microseconds late.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false

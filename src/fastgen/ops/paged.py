@@ -229,9 +229,7 @@ def _keys(length, skip, r, window, N: tl.constexpr, WINDOW: tl.constexpr, SHARED
 
 @triton.jit
 @no_type_check
-def _join(
-    m, l, acc, part, stat, at, count, seen, H: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+def _join(m, l, acc, part, stat, at, count, seen, H: tl.constexpr, D: tl.constexpr):
     """The running maximum, sum and output of rows, and of `count` other shares of their keys, from `at` on."""
     d = tl.arange(0, D)
     for i in tl.range(0, count, loop_unroll_factor=4):  # all are asked for before the first is needed
@@ -292,16 +290,16 @@ def _decode(
                 k, v = _tile(k_cache, v_cache, table, first, last, kv_head, KV, H, D, PAGE, N, WHOLE=False)
                 begin(PDL)
                 half: tl.constexpr = H // 2
-                turn, mine = token.to(tl.int64) * half + d % half, d < H
-                c, s = tl.load(cos + turn, mask=mine, other=0.0), tl.load(sin + turn, mask=mine, other=0.0)
+                turn, inside = token.to(tl.int64) * half + d % half, d < H
+                c, s = tl.load(cos + turn, mask=inside, other=0.0), tl.load(sin + turn, mask=inside, other=0.0)
                 row_at = q + token.to(tl.int64) * ((Q + 2 * KV) * H)
                 x = _turned(row_at + (head * H)[:, None], whole, d[None, :], c[None, :], s[None, :], H)
-                new = _turned(row_at + (Q + kv_head) * H, mine, d, c, s, H)
-                value = tl.load(row_at + (Q + KV + kv_head) * H + d, mask=mine, other=0.0)
+                new = _turned(row_at + (Q + kv_head) * H, inside, d, c, s, H)
+                value = tl.load(row_at + (Q + KV + kv_head) * H + d, mask=inside, other=0.0)
                 if newest:
                     to = (tl.load(slot + token).to(tl.int64) * KV + kv_head) * H + d
-                    tl.store(k_cache + to, new, mask=mine)
-                    tl.store(v_cache + to, value, mask=mine)
+                    tl.store(k_cache + to, new, mask=inside)
+                    tl.store(v_cache + to, value, mask=inside)
                     m = tl.sum(x.to(tl.float32) * new.to(tl.float32)[None, :], 1) * scale
                     l += 1.0
                     acc += value.to(tl.float32)[None, :]
@@ -323,7 +321,7 @@ def _decode(
             if WHOLE:
                 tl.store(out + offset[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=whole)
             else:
-                used, mine = tl.cdiv(total - begun, share), done + r * KV + kv_head
+                used, ended = tl.cdiv(total - begun, share), done + r * KV + kv_head
                 ends = used == 1
                 at = (r.to(tl.int64) * Q + head) * splits
                 if used > 1:
@@ -331,9 +329,9 @@ def _decode(
                     tl.store(stat + (at + split) * 2, m, mask=taken)
                     tl.store(stat + (at + split) * 2 + 1, l, mask=taken)
                     tl.debug_barrier()  # all of it is there before this program is said to be done
-                    ends = tl.atomic_add(mine, 1, sem="acq_rel") == used - 1
+                    ends = tl.atomic_add(ended, 1, sem="acq_rel") == used - 1
                     if ends:
-                        tl.store(mine, 0)
+                        tl.store(ended, 0)
                         m = tl.full([M], LEAST, tl.float32)
                         l = tl.zeros([M], tl.float32)
                         acc = tl.zeros([M, D], tl.float32)
