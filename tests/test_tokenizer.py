@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fastgen import tokenizer as ours
-from fastgen.tokenizer import LONGEST, Detokenizer, encode, is_one
+from fastgen.tokenizer import LONGEST, Detokenizer, encode, is_one, prompt_list
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 TEXT = st.text(st.one_of(st.sampled_from("ab é€😀👍🏽\ufffd"), st.characters(codec="utf-8")), max_size=20)
@@ -314,7 +314,13 @@ def unchecked(function: Callable) -> Callable:
     [
         (5, "not int"),
         (None, "not NoneType"),
-        ({"role": "user"}, "not dict"),
+        ({"role": "user"}, r"a mapping as a prompt is .* got the keys \['role'\]"),
+        ({"prompt": 5}, "a mapping as a prompt"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, r"\['multi_modal_data', 'prompt'\]"),
+        ({"prompt_token_ids": "a"}, "a mapping as a prompt"),
+        ({"messages": MESSAGES}, "a mapping as a prompt"),
+        ({}, "a mapping as a prompt"),
+        ({"input_ids": [[1, 2], [3]]}, "have 2 rows"),
         (b"bytes", "not bytes"),
         ("", "at least one token"),
         ([], "at least one token"),
@@ -338,6 +344,28 @@ def test_encode_without_a_tokenizer(prompt: Any) -> None:
     """Only token ids do."""
     with pytest.raises(ValueError, match="without a tokenizer"):
         encode(None, prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "lists"),
+    [
+        ({"prompt": "Hi"}, ["Hi"]),
+        ({"prompt_token_ids": [5, 0, 7]}, [[5, 0, 7]]),
+        ({"prompt_token_ids": torch.tensor([5, 0]), "prompt": "its text"}, [[5, 0]]),
+        ({"prompt": None, "prompt_token_ids": (5, 0)}, [[5, 0]]),
+        ([{"prompt": "Hi"}, {"prompt_token_ids": [5, 0]}, "you"], ["Hi", [5, 0], "you"]),
+        (BYTE_LEVEL("Hi é"), ["Hi é"]),
+        (BYTE_LEVEL("Hi é", return_tensors="pt"), ["Hi é"]),
+        ([BYTE_LEVEL("Hi é"), [5]], ["Hi é", [5]]),
+        (BYTE_LEVEL(["Hi", "a longer one"]), ["Hi", "a longer one"]),
+        ({"input_ids": torch.tensor([[9, 5, 0], [9, 9, 7]]), "attention_mask": [[0, 1, 1], [0, 0, 1]]}, [[5, 0], [7]]),
+        (np.array(["Hi", "you"]), ["Hi", "you"]),
+    ],
+)
+def test_mappings_are_prompts(prompts: Any, lists: list[Any]) -> None:
+    """vLLM's two forms and what a tokenizer returns, one or many; a batch's padding is no part of a prompt."""
+    tokens = [encode(BYTE_LEVEL, prompt) for prompt in unchecked(prompt_list)(prompts)]
+    assert tokens == [encode(BYTE_LEVEL, prompt) for prompt in lists]
 
 
 def test_encode_without_a_chat_template() -> None:
@@ -370,6 +398,10 @@ def test_encode_text_without_tokens() -> None:
         (np.zeros((2, 3), int), False),
         ([], False),
         ({"a", "b"}, False),
+        ({"prompt": "a"}, True),
+        ([{"prompt": "a"}, {"prompt_token_ids": [1]}], False),
+        (np.array(["a", "b"]), False),
+        (np.array([1, 2]), True),
     ],
 )
 def test_is_one(prompts: object, one: bool) -> None:

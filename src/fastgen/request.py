@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from fastgen.config import SamplingParams
 from fastgen.grammar import Guide
 from fastgen.models.spec import Spec
-from fastgen.tokenizer import Detokenizer, Prompt, is_one
+from fastgen.tokenizer import Detokenizer, Prompt, prompt_list
 from fastgen.types import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -72,7 +72,7 @@ def pairs(
     prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[Prompt, SamplingParams]]:
     """One or many prompts, each with its settings; one for all, or one for each."""
-    many: Sequence[Any] = [prompts] if is_one(prompts) else list(prompts)
+    many = prompt_list(prompts)
     each = [sampling] * len(many) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
     if len(each) != len(many):
         raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")

@@ -15,7 +15,8 @@ from fastgen.types import Tokenizer
 Message = dict[str, Any]
 CONTEXT = 6  # tokens decoded again with each new one, or a few more
 LONGEST = 8  # tokens that text is held back for: more than any character has
-Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids (also an array), or chat messages
+# Text, token ids (also an array), chat messages, or a mapping that holds one of the first two (`_from_mapping`).
+Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 Tools = list[dict[str, Any]] | None  # functions that the chat template tells the model of
 
 
@@ -35,16 +36,71 @@ def load(path: Path) -> Tokenizer | None:
 
 
 def is_one(prompts: object) -> bool:
-    """Whether `prompts` is a single prompt: a text, token ids, or chat messages."""
-    if isinstance(prompts, str):
+    """Tells a single prompt (a text, token ids, chat messages, a mapping) from a collection of prompts."""
+    if isinstance(prompts, str | Mapping):
         return True
     if isinstance(prompts, list | tuple):
-        return bool(prompts) and isinstance(prompts[0], Integral | dict)
-    return getattr(prompts, "ndim", 0) == 1  # an array or tensor of token ids
+        first = prompts[0] if prompts else None
+        return isinstance(first, Integral) or (isinstance(first, Mapping) and "role" in first)
+    if getattr(prompts, "ndim", 0) != 1:
+        return False
+    array = cast(Any, prompts)  # of token ids, or of texts
+    return not len(array) or isinstance(array[:1].tolist()[0], Integral)
+
+
+def prompt_list(prompts: Any) -> list[Prompt]:
+    """Lists the prompts of one or many, in order.
+
+    A mapping with `input_ids`, as tokenizers return (`BatchEncoding`), holds a prompt a row; padding is left out.
+    """
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        return _unpadded_rows(prompts)
+    return [prompts] if is_one(prompts) else list(prompts)
+
+
+def _unpadded_rows(encoding: Mapping[str, Any]) -> list[Prompt]:
+    """Returns the token ids of each row of a `BatchEncoding`, without the tokens that its attention mask leaves out."""
+
+    def rows(name: str) -> list[Any]:
+        values = encoding[name]
+        values = (
+            values.tolist()
+            if hasattr(values, "tolist")
+            else [v.tolist() if hasattr(v, "tolist") else v for v in values]
+        )
+        return [values] if not values or isinstance(values[0], Integral) else values
+
+    ids = rows("input_ids")
+    if encoding.get("attention_mask") is None:
+        return ids
+    masks = rows("attention_mask")
+    return [[t for t, kept in zip(row, mask, strict=True) if kept] for row, mask in zip(ids, masks, strict=True)]
+
+
+def _from_mapping(prompt: Mapping[str, Any]) -> Any:
+    """Returns the prompt in vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`, or in one row of `input_ids`."""
+    if "input_ids" in prompt:
+        rows = _unpadded_rows(prompt)
+        if len(rows) != 1:
+            raise ValueError(f"one prompt was expected, and these input_ids have {len(rows)} rows")
+        return rows[0]
+    keys = {key for key, value in prompt.items() if value is not None}
+    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if keys == {"prompt"} and isinstance(text, str):
+        return text
+    if "prompt_token_ids" in keys and keys <= {"prompt", "prompt_token_ids"} and not isinstance(ids, str | Mapping):
+        return ids  # of which `prompt` is the text
+    raise ValueError(
+        'a mapping as a prompt is {"prompt": "a text"}, {"prompt_token_ids": [1, 2]} or what a tokenizer returns '
+        "(input_ids), and a chat is a list of messages with 'role' and 'content'; "
+        f"got the keys {sorted(map(str, prompt))}"
+    )
 
 
 def encode(tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None) -> list[int]:
     """Token ids of a prompt; chat messages go through the tokenizer's chat template, up to the model's turn."""
+    if isinstance(prompt, Mapping):
+        prompt = _from_mapping(prompt)
     if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
         prompt = cast(Any, prompt).tolist()
     if not isinstance(prompt, str | list | tuple):
