@@ -92,10 +92,10 @@ def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
     worst = 0.0
     for window in (None, 100):
         try:
-            ours = paged.paged(batch, SPEC, page)(q, k, v, window).float()
+            ours = paged.paged(batch, SPEC)(q, k, v, window).float()
         except Exception as error:  # a tile that does not compile is a result
             return f"{type(error).__name__}: {str(error)[:200]}"
-        exact = reference(batch, SPEC, page)(q, k, v, window).float()
+        exact = reference(batch, SPEC)(q, k, v, window).float()
         worst = max(worst, float((ours - exact).norm() / exact.norm()), float((ours - exact).abs().max()) / 4)
     return "" if worst < 1e-2 else f"differs from the reference by {worst}"
 
@@ -154,7 +154,7 @@ def prefill(variants: list[Variant]) -> list[dict[str, Any]]:
                 if of != page or "wrong" in row:
                     continue
                 use(tile, tma)
-                attend = paged.paged(batch, SPEC, page)
+                attend = paged.paged(batch, SPEC)
                 row[name] = flops(shapes) / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
                 if name == "8 x 1024":
                     row["host_us"] = host_seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023
@@ -166,7 +166,7 @@ def decode(page: int, copy: float) -> list[dict[str, Any]]:
     rows = []
     for name, lengths in DECODE.items():
         batch, q, k, v = case([(n, 1) for n in lengths], page)
-        attend = paged.paged(batch, SPEC, page)
+        attend = paged.paged(batch, SPEC)
         rate = sum(lengths) * 2 * SPEC.kv_heads * SPEC.head * 2 / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
         rows.append({"kind": "decode", "shape": name, "page": page, "triton_tb_s": rate, "of_copy": rate / copy})
     return rows
@@ -177,7 +177,7 @@ def shared(page: int) -> list[dict[str, Any]]:
     rows = []
     for groups, each in ((32, 16), (8, 16), (4, 8)):
         batch, q, k, v = case([(1152, 1)] * (groups * each), page, groups=groups, shared=1024)
-        together, alone = (paged.paged(batch._replace(share=share), SPEC, page) for share in (batch.share, None))
+        together, alone = (paged.paged(batch._replace(share=share), SPEC) for share in (batch.share, None))
         x, y = (attend(q, k, v, None).float() for attend in (together, alone))
         error = float((x - y).norm() / y.norm())
         times = {name: seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023

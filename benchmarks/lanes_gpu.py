@@ -41,7 +41,7 @@ def batch(rows: int, context: int, first: int, table: Tensor) -> Batch:
     position = torch.full_like(n, context - 1)
     slot = table[seat, (context - 1) // PAGE] * PAGE + (context - 1) % PAGE
     start = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
-    return Batch(n + 5, position, slot, start, position + 1, seat, table, n)
+    return Batch(n + 5, position, slot, start, position + 1, seat, table, n, PAGE)
 
 
 def one(params: Params, cache: Cache, b: Batch, spec: fastgen.Spec, ops: Any) -> Tensor:
@@ -128,7 +128,7 @@ def main() -> None:
     table = torch.cat((torch.zeros(1, wide), torch.randperm(most * wide).view(most, wide) + 1)).int().cuda()
     region = Regions()
     ops = PLAIN._replace(
-        attention=partial(paged, page=PAGE), enter=region(transformer.enter), leave=region(transformer.leave),
+        attention=paged, enter=region(transformer.enter), leave=region(transformer.leave),
         project=region(transformer.project), project_swiglu=region(transformer.project_swiglu), store=fused.store,
     )  # fmt: skip
     with torch.no_grad():

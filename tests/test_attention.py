@@ -13,7 +13,7 @@ from fastgen import Batch, Spec
 from fastgen.models import invariant
 from fastgen.models.layers import rotations, store
 from fastgen.ops import paged
-from fastgen.ops.attention import PAGE, Fresh, live, reference
+from fastgen.ops.attention import Fresh, live, reference
 from fastgen.ops.backends import NAMES, choose
 from fastgen.schedule import Span
 from fastgen.types import Share
@@ -125,7 +125,7 @@ def test_matches_the_formula(backend: str, ratio: int, head: int, page: int, kin
     """Every kind of step, with and without windows, whatever heads, pages and order of pages."""
     spec = shape(2 * ratio, 2, head)
     batch, q, k, v, own = make(ratio * page + head, kind, spec, page, device)
-    attend = BACKENDS[backend](batch, spec, page)
+    attend = BACKENDS[backend](batch, spec)
     for window in some(ratio + page + len(kind)) if backend == "triton" and device == "cpu" else WINDOWS:
         ours = attend(q, k, v, window)
         torch.testing.assert_close(ours.double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
@@ -138,7 +138,7 @@ def test_backends_agree(seed: int, device: str) -> None:
     page = r.choice([1, 2, 16, 128])
     spec = shape(*r.choice([(3, 3), (6, 2), (4, 1), (10, 2), (7, 1), (8, 1)]), r.choice([16, 64, 96, 128]))
     batch, q, k, v, _ = make(seed, "mixed", spec, page, device, sequences=r.randint(1, 20), pad=r.choice([0, 1, 9]))
-    reference, *others = (BACKENDS[name](batch, spec, page) for name in NAMES)
+    reference, *others = (BACKENDS[name](batch, spec) for name in NAMES)
     for window in some(seed) if device == "cpu" else WINDOWS:
         for other in others:
             torch.testing.assert_close(other(q, k, v, window), reference(q, k, v, window), atol=1e-5, rtol=0)
@@ -157,7 +157,7 @@ def test_fixed_order(seed: int, backend: str, device: str) -> None:
     batch, q, k, v, own = make(seed, "mixed", spec, page, device, sequences=r.randint(3, 9), pad=r.choice([0, 3]))
     start = batch.start.tolist()
     for window in (None, WINDOWS[seed % 5], 20):
-        attend = FIXED[backend](batch, spec, page)
+        attend = FIXED[backend](batch, spec)
         ours = attend(q, k, v, window)
         wanted = formula(batch, q, own, window)
         torch.testing.assert_close(ours[: len(wanted)].double(), wanted, atol=1e-5, rtol=0)
@@ -167,9 +167,9 @@ def test_fixed_order(seed: int, backend: str, device: str) -> None:
                 one = Batch(
                     token=batch.token[last], position=batch.position[last], slot=batch.slot[last],
                     start=batch.start.new_tensor([0, start[i + 1] - first]), length=batch.length[i : i + 1],
-                    seat=batch.seat[i : i + 1], pages=batch.pages, output=batch.output[:1],
+                    seat=batch.seat[i : i + 1], pages=batch.pages, output=batch.output[:1], page_size=page,
                 )  # fmt: skip
-                alone = FIXED[backend](one, spec, page)(q[last], k, v, window)
+                alone = FIXED[backend](one, spec)(q[last], k, v, window)
                 bits = backend == "tiles" or device == "cuda"  # Triton's interpreter multiplies by NumPy, in any order
                 torch.testing.assert_close(alone, ours[last], atol=0 if bits else 1e-5, rtol=0)
 
@@ -184,9 +184,9 @@ def test_shared_keys_are_read_once(seed: int, device: str, monkeypatch: pytest.M
     batch, q, k, v = make_shared(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
     alone = batch._replace(share=None)
     for window in (None, r.choice([1, r.randint(2, 90), 300])):
-        exact = reference(alone, spec, page)(q, k, v, window)
+        exact = reference(alone, spec)(q, k, v, window)
         for backend in BACKENDS.values():
-            torch.testing.assert_close(backend(batch, spec, page)(q, k, v, window), exact, atol=1e-5, rtol=0)
+            torch.testing.assert_close(backend(batch, spec)(q, k, v, window), exact, atol=1e-5, rtol=0)
 
 
 def test_what_no_group_covers_is_not_read(device: str) -> None:
@@ -204,7 +204,7 @@ def test_what_no_group_covers_is_not_read(device: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", poisoned)
         patch.setattr(paged, "NARROW", paged.OWN)  # tiles as of members of groups
-        ours, alone = (BACKENDS["triton"](b, spec, 16)(q, k, v, None) for b in (batch._replace(share=share), batch))
+        ours, alone = (BACKENDS["triton"](b, spec)(q, k, v, None) for b in (batch._replace(share=share), batch))
     assert torch.equal(ours, alone)
 
 
@@ -217,7 +217,7 @@ def test_unused_slots_may_hold_anything(kind: str, page: int, device: str) -> No
     for x in (k, v):
         x[(x == GARBAGE).all(-1).all(-1)] = float("nan")
     for window in (None, 6):
-        ours = BACKENDS["triton"](batch, spec, page)(q, k, v, window)
+        ours = BACKENDS["triton"](batch, spec)(q, k, v, window)
         torch.testing.assert_close(ours.double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
 
 
@@ -231,7 +231,7 @@ def test_bf16(backend: str, kind: str, device: str) -> None:
     dtype = torch.float16 if (backend, device) == ("triton", "cpu") else torch.bfloat16
     spec = shape(8, 2, 64)
     batch, *arrays, own = make(3, kind, spec, 16, device, sequences=8)
-    attend = BACKENDS[backend](batch, spec, 16)
+    attend = BACKENDS[backend](batch, spec)
     q, k, v = (x.to(dtype) for x in arrays)
     own = [(keys.to(dtype), values.to(dtype)) for keys, values in own]
     for window in WINDOWS:
@@ -246,22 +246,12 @@ def test_bf16(backend: str, kind: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_page_size_of_the_signature(backend: str, device: str) -> None:
-    """Without a page size it is the module's; bound to another, it is that."""
-    spec = shape(4, 2, 16)
-    batch, q, k, v, own = make(0, "mixed", spec, PAGE, device)
-    plain, bound = BACKENDS[backend](batch, spec), partial(BACKENDS[backend], page=PAGE)(batch, spec)
-    assert torch.equal(plain(q, k, v, None), bound(q, k, v, None))
-    torch.testing.assert_close(plain(q, k, v, None).double(), formula(batch, q, own, None), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_reads_only(backend: str, device: str) -> None:
     """Queries and cache are the same after as before."""
     spec = shape(4, 2, 16)
     batch, *arrays, _ = make(1, "mixed", spec, 4, device)
     before = [x.clone() for x in arrays]
-    BACKENDS[backend](batch, spec, 4)(*arrays, 5)
+    BACKENDS[backend](batch, spec)(*arrays, 5)
     assert all(torch.equal(x, y) for x, y in zip(arrays, before, strict=True))
 
 
@@ -292,14 +282,14 @@ def test_decode_rotates_and_stores(seed: int, device: str) -> None:
     cos, sin = rotations(batch.position, spec)
     k, v = (torch.randn((sum(needed) + 3) * page, kv_heads, head).to(dtype) for _ in "kv")
     for window in (None, r.choice([1, 5, 100, 1000])):
-        attend = paged.paged(batch, spec, page)
+        attend = paged.paged(batch, spec)
         for _ in range(2):  # the second time from what the first has left
             qkv = torch.randn(pad, (ratio + 2) * kv_heads, head).to(dtype)
             k[batch.slot], v[batch.slot] = GARBAGE, GARBAGE
             ours, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
             out = attend(Fresh(qkv, cos, sin, batch.slot, *ours), *ours, window)
             q = store(qkv, cos, sin, batch.slot, *plain)
-            exact = reference(batch, spec, page)(q, *plain, window)
+            exact = reference(batch, spec)(q, *plain, window)
             unit = 1e-5 if dtype == torch.float32 else 2e-3
             torch.testing.assert_close(out, exact, atol=unit, rtol=0)
             for x, y in zip(ours, plain, strict=True):

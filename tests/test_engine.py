@@ -58,6 +58,32 @@ def logits(tokens: list[int]) -> Tensor:
     return fastgen.unembed(PARAMS, fastgen.hidden(PARAMS, cache, batch, SPEC, reference))
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("page_size", [1, 8, 16, 48])
+def test_forward_of_the_engines_own_batch(page_size: int, overlap: bool) -> None:
+    """The logits of a step, computed again from parameters, cache and batch: what the step drew, and its logprobs."""
+    e = engine(page_size=page_size, overlap=overlap, prefix_cache=False, max_requests=4)
+    assert e.batch is None
+    for prompt in PROMPTS[:3]:
+        e.add(prompt, replace(GREEDY, logprobs=0, max_tokens=5))
+    launched: list[Tensor] = []  # of each step, the logprobs that forward gives for its rows
+    drawn: list[list[tuple[int, float]]] = []
+    while e.unfinished:
+        steps, events = e.steps, e.step()
+        if e.steps > steps:
+            assert e.batch is not None and e.batch.page_size == page_size
+            launched.append(fastgen.forward(e.params, e.cache, e.batch, e.spec).log_softmax(-1))
+        drawn += [[(x.token_ids[0], x.logprobs[0]) for x in events if x.logprobs]]
+    drawn = [step for step in drawn if step]
+    assert len(drawn) == 5 and all(len(step) == 3 for step in drawn)
+    for step, value in zip(drawn, launched, strict=False):
+        best = value.max(-1)
+        for token, logprob in step:
+            row = best.indices.tolist().index(token)
+            assert float(best.values[row]) == pytest.approx(logprob, abs=1e-5)
+    e.close()
+
+
 def greedy(prompt: list[int], n: int, banned: Iterable[int] = (), until: int = 0) -> list[int]:
     """The most likely tokens, one after the other, all computed anew for each; some banned at first."""
     tokens = list(prompt)

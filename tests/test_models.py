@@ -1,7 +1,7 @@
 """The forward of every family against transformers, and its layers against their formulae, in fp32."""
 
 import math
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pytest
@@ -105,7 +105,7 @@ def test_logits(name: str, backend: str) -> None:
     tokens = {0: prompt(70, 1), 1: prompt(9, 2)}
     plan = (Span(0, 0, 70, True, tuple(range(20, 2, -1))), Span(1, 0, 9, True, (1, 22, 2)))
     batch = fastgen.stage(plan, tokens, PAGE)
-    x = fastgen.hidden(params, empty(spec, 23), batch, spec, partial(BACKENDS[backend], page=PAGE))
+    x = fastgen.hidden(params, empty(spec, 23), batch, spec, BACKENDS[backend])
     torch.testing.assert_close(
         fastgen.unembed(params, x), torch.cat([theirs(model, t) for t in tokens.values()]), atol=1e-4, rtol=0
     )
@@ -169,7 +169,7 @@ def test_padding_changes_nothing(pad: int, backend: str) -> None:
         batch, cache, spec, params = step(k)
         assert len(batch.token) == max(k, 20)
         assert (batch.slot[20:] < PAGE).all() and (batch.seat[3:] == 0).all()
-        logits = fastgen.forward(params, cache, batch, spec, partial(BACKENDS[backend], page=PAGE))
+        logits = fastgen.forward(params, cache, batch, spec, BACKENDS[backend])
         results.append((logits, tree_map(lambda leaf: leaf[PAGE:], cache)))
     torch.testing.assert_close(*results, atol=1e-5, rtol=0)
 
@@ -179,7 +179,7 @@ def test_forward_writes_nothing_but_the_cache_at_its_slots(backend: str) -> None
     """Parameters and batch stay as they were, and of the cache only the slots of the step's tokens change."""
     batch, cache, spec, params = step()
     before = tree_map_only(Tensor, torch.clone, (params, batch, cache))
-    logits = fastgen.forward(params, cache, batch, spec, partial(BACKENDS[backend], page=PAGE))
+    logits = fastgen.forward(params, cache, batch, spec, BACKENDS[backend])
     assert logits.shape == (2, spec.vocab) and logits.dtype == torch.float32
     torch.testing.assert_close((params, batch), before[:2], atol=0, rtol=0)
     written = torch.zeros(15 * PAGE, dtype=torch.bool)
@@ -192,7 +192,7 @@ def test_tokens_after_the_last_page_read_the_same_cache() -> None:
     """The cache a prompt leaves when computed in pieces is the one it leaves at once."""
     _, spec, params = build("llama-3.1")
     tokens, held = {0: prompt(22, 5)}, (4, 1, 6, 2, 3, 5)
-    attend = partial(BACKENDS["sdpa"], page=PAGE)
+    attend = BACKENDS["sdpa"]
     caches = []
     for cuts in ((0, 22), (0, 3, 4, 13, 22)):
         cache = empty(spec, 7)

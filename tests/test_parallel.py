@@ -133,12 +133,11 @@ def test_logits(name: str, size: int) -> None:
     tokens = {0: prompt(30, 1), 1: prompt(9, 2)}
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
     batch = fastgen.stage(plan, tokens, PAGE)
-    backend = partial(reference, page=PAGE)
-    want = fastgen.forward(params, empty(spec, 23), batch, spec, backend)
+    want = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
 
     def run(rank: Rank) -> Tensor:
         local, ops = split(spec, size), sharded(PLAIN, rank, spec)
-        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, backend, ops)
+        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, reference, ops)
 
     for got in together(size, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -161,7 +160,7 @@ def test_sums_by_whoever_reads_them(
         params = params._replace(layers=layers)
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
     batch = fastgen.stage(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
-    ops = PLAIN._replace(attention=partial(reference, page=PAGE))
+    ops = PLAIN._replace(attention=reference)
     want = blocks(params, empty(spec, 23), batch, spec, ops, last=True)
     want = ops.leave(*want, params.norm, spec.eps)
 
@@ -210,13 +209,12 @@ def test_many_heads(size: int) -> None:
     params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
     batch = fastgen.stage(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
-    backend = partial(reference, page=PAGE)
-    want = fastgen.forward(params, empty(spec, 23), batch, spec, backend)
+    want = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
 
     def run(rank: Rank) -> Tensor:
         local, ops = split(spec, size), sharded(PLAIN, rank, spec)
         assert (local.q_heads, local.kv_heads) == (64 // size, 8 // size)
-        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, backend, ops)
+        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, reference, ops)
 
     for got in together(size, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)

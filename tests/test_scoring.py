@@ -249,7 +249,7 @@ def test_gradients_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     apart = ("attention", "enter", "row_parallel")  # the last is made of others
     hard = {name: kernel(f) for name, f in PLAIN._asdict().items() if name not in apart}
-    ops = PLAIN._replace(attention=lambda b, s: kernel(sdpa(b, s, 64)), **hard)
+    ops = PLAIN._replace(attention=lambda b, s: kernel(sdpa(b, s)), **hard)
     ops = scoring.differentiable(ops, kernels=True)
     for got, want in zip(gradients(params, spec, many, {"ops": ops}), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-3)

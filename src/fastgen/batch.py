@@ -87,7 +87,7 @@ def stage(
     arrays["output"] = arrays["output"][[r for r, span in enumerate(plan) if span.sample]]
     place = device or torch.get_default_device()
     tensors: dict[str, Any] = {k: torch.from_numpy(x).to(place) for k, x in (arrays | {"pages": table}).items()}
-    return Batch(**tensors)
+    return Batch(**tensors, page_size=page)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -216,7 +216,7 @@ class Stager:
         share = Share(x["member"].view(-1, self.members), x["keys"], x["skip"]) if "member" in x else None
         names = (*INTS, "start", "length", "seat", "output")
         fields = {name: x[name] for name in names}
-        batch = Batch(**fields, pages=self.pages, share=share, adapter=x.get("adapter"))
+        batch = Batch(**fields, pages=self.pages, page_size=self.page, share=share, adapter=x.get("adapter"))
         filter = Filter(x["top_k"], x["top_p"], x["min_p"])
         return batch, Sampling(x["temperature"], x["seed"], x["length"], x["processed"], filter, None)
 

@@ -168,13 +168,13 @@ class Stepper:
         # One buffer for all graphs' logits: they would each keep theirs.
         rows = largest(settings.schedule).rows
         self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, len(table(params)))
-        page, fixed = settings.pages.page_size, settings.compile.deterministic
-        backend = partial(choose(settings.compile.attention, self.device), page=page)
+        fixed = settings.compile.deterministic
+        backend = choose(settings.compile.attention, self.device)
         if fixed:
             if group is not None and group.place.size > 1:
                 raise ValueError("compile.deterministic=true holds for one device: sums over ranks have no fixed order")
             invariant.verify(params)
-            self.ops = invariant.ops(self.device, page)
+            self.ops = invariant.ops(self.device)
         else:
             self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
         self.fresh = 0  # tokens of a step that only decodes, up to which attention rotates and stores what is new

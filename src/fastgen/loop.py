@@ -152,7 +152,7 @@ class Loop:
             self._mover.attach(self.cache)
             self._stepper.warm_up(self.cache, progress=progress)
             self.state = schedule.State(self._tree())
-            self.batch: Batch | None = None  # of the last step launched, to look at
+            self._batch: tuple[schedule.Plan, list[Sample], Batch] | None = None  # of the last step launched
             self.steps = 0  # launched
             me = weakref.ref(self)  # a reference back would keep the memory until Python looks for cycles
             self.profiler = Profiler(here, self.dtype, self.device, lambda: e._owners() if (e := me()) else {})
@@ -310,6 +310,23 @@ class Loop:
             raise ValueError(f"request {request_id} is not running here: it has ended, or never was")
         return found
 
+    @property
+    def batch(self) -> Batch | None:
+        """The last step's Batch, to look at, or for `fastgen.forward`. None before the first step.
+
+        The staged batch lacks a token that the step before it drew (see `Batch.token`): here that is filled in. On a
+        GPU the other tensors change with the next step.
+        """
+        if self._batch is None:
+            return None
+        plan, samples, batch = self._batch
+        first = [
+            s.tokens[span.start] if span.start < len(s.tokens) else 0 for span, s in zip(plan, samples, strict=True)
+        ]
+        token = batch.token.clone()
+        token[batch.start[: len(plan)].long()] = torch.tensor(first, dtype=token.dtype, device=token.device)
+        return batch._replace(token=token)
+
     # --- parameters and memory ----------------------------------------------------------------------------------------
 
     def touch(self) -> None:
@@ -426,7 +443,7 @@ class Loop:
             if any(s.looks_back for s in samples):
                 self._receive()  # what is drawn depends on the last tokens; the forward computes meanwhile
             launched = Launched(plan, *self._draw(plan, samples, computed, batch, settings), self.version)
-        self.state, self.batch = schedule.commit(self.state, plan, (), self._known()), batch
+        self.state, self._batch = schedule.commit(self.state, plan, (), self._known()), (plan, samples, batch)
         self.steps += 1
         return launched
 

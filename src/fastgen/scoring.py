@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +58,7 @@ def score(
     if group is not None and (grad or deterministic):
         raise ValueError("score: over ranks there are no gradients, and sums have no fixed order; leave both off")
     if ops is None:
-        ops = invariant.ops(device, PAGE) if deterministic else default(device)
+        ops = invariant.ops(device) if deterministic else default(device)
     if group is not None:
         ops, spec = sharded(ops, group, spec), split(spec, group.place.size)
     if grad:
@@ -97,11 +96,11 @@ def leaves(params: Params) -> Iterator[Tensor]:
 def default(device: torch.device) -> Ops:
     """The functions of a forward that nobody compiled."""
     if device.type != "cuda":
-        return PLAIN._replace(attention=partial(sdpa, page=PAGE))
+        return PLAIN
     from fastgen.ops.fused import store  # Triton comes with the GPU builds of torch, and not with others
     from fastgen.ops.paged import paged
 
-    return PLAIN._replace(attention=partial(paged, page=PAGE), store=store)
+    return PLAIN._replace(attention=paged, store=store)
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -225,7 +224,7 @@ def differentiable(ops: Ops, kernels: bool) -> Ops:
         return fast if fast is plain else lambda *args: _Through.apply(fast, plain, *args)
 
     def attention(batch: Batch, spec: Spec) -> Callable[..., Tensor]:
-        return through(ops.attention(batch, spec), sdpa(batch, spec, PAGE))
+        return through(ops.attention(batch, spec), sdpa(batch, spec))
 
     def store(qkv: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _Store.apply(ops.store, qkv, cos, sin, slot.long(), k, v)[0]

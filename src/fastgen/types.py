@@ -134,6 +134,7 @@ class Batch(NamedTuple):
     seat: Int[Tensor, " R"]
     pages: Int[Tensor, "E P"]  # the page table, a row for each seat; a row's unused end points at scratch
     output: Int[Tensor, " N"]  # tokens whose next-token logits are wanted
+    page_size: int  # tokens of a page: without it `slot` and `pages` say nothing
     share: Share | None = None  # None: every sequence reads all its keys by itself
     adapter: Int[Tensor, " T"] | None = None  # each token's among the Adapters; 0 is none
 

@@ -25,7 +25,7 @@ from fastgen.models import layers, transformer
 from fastgen.models.layers import rms_norm
 from fastgen.models.spec import Spec
 from fastgen.models.transformer import Ops, table
-from fastgen.ops.attention import PAGE, Attend, live
+from fastgen.ops.attention import Attend, live
 from fastgen.types import Batch, Params
 
 ROWS = 16  # of a product on a CPU, and of a general draw on a GPU
@@ -54,13 +54,13 @@ def exact() -> Iterator[None]:
             setattr(m, name, value)
 
 
-def ops(device: torch.device | str, page: int = PAGE) -> Ops:
-    """The functions of such a forward on a kind of device, with attention over pages of so many tokens.
+def ops(device: torch.device | str) -> Ops:
+    """The functions of such a forward on a kind of device.
 
     On a GPU they are to be called within `exact()`, and `verify` says whether they do what they say.
     """
     if torch.device(device).type != "cuda":
-        return CPU._replace(attention=partial(attention, page=page))
+        return CPU
     from fastgen.ops import fused, hopper, skinny  # Triton comes with the GPU builds of torch, and not with others
     from fastgen.ops.paged import paged
 
@@ -92,7 +92,7 @@ def ops(device: torch.device | str, page: int = PAGE) -> Ops:
         return torch.cat((*both, v), 1)
 
     return transformer.PLAIN._replace(
-        attention=partial(paged, page=page, fixed=True),
+        attention=partial(paged, fixed=True),
         project=project,
         project_swiglu=project_swiglu,
         norm_heads=norm_heads,
@@ -171,9 +171,9 @@ def _logprobs(logits: Tensor, token: Tensor, top: int) -> tuple[Tensor, Tensor, 
     return torch.cat(value), torch.cat(index), torch.cat(best)
 
 
-def attention(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
+def attention(batch: Batch, spec: Spec) -> Attend:
     """Attention over pages in tiles that are the same for every token: KEYS keys, from the first one on."""
-    row = torch.searchsorted(batch.start[1:], torch.arange(len(batch.token)), right=True)
+    page, row = batch.page_size, torch.searchsorted(batch.start[1:], torch.arange(len(batch.token)), right=True)
     seat, offset = batch.seat[row], torch.arange(KEYS)
 
     def tile(
@@ -209,6 +209,7 @@ def attention(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
 
 
 CPU = transformer.PLAIN._replace(
+    attention=attention,
     enter=_enter,
     project=_project,
     project_swiglu=_project_swiglu,

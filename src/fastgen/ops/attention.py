@@ -1,6 +1,5 @@
 """Attention over a paged cache. A backend reads the batch's metadata once per step and returns the function that
-every layer calls. All backends share the signature of `reference`, which is the specification; a page size other
-than the default is bound with `functools.partial`.
+every layer calls. All backends share the signature of `reference`, which is the specification.
 """
 
 from collections import defaultdict
@@ -20,7 +19,6 @@ from fastgen.types import Batch
 # also takes Fresh for q.
 Attend = Callable[[Any, Tensor, Tensor, int | None], Tensor]
 Backend = Callable[[Batch, Spec], Attend]
-PAGE = 16  # tokens, where the caller does not say
 
 
 class Fresh(NamedTuple):
@@ -43,8 +41,9 @@ def live(query: Int[Tensor, "..."], key: Int[Tensor, "..."], window: int | None)
     return seen if window is None else seen & (key > query - window)
 
 
-def reference(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
+def reference(batch: Batch, spec: Spec) -> Attend:
     """The specification: every token gathers all pages of its own sequence and masks what it may not see."""
+    page = batch.page_size
     row = torch.searchsorted(batch.start[1:], torch.arange(len(batch.token), device=batch.token.device), right=True)
     wide = -(-int(batch.length.max()) // page)
     pages = batch.pages[batch.seat[row], :wide].long()
@@ -67,11 +66,11 @@ def reference(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
     return attend
 
 
-def sdpa(batch: Batch, spec: Spec, page: int = PAGE) -> Attend:
+def sdpa(batch: Batch, spec: Spec) -> Attend:
     """Torch's fused attention over gathered pages: one call per prefilling sequence, and one for all decoding
     sequences of similar length. Runs anywhere; reads the metadata on the host, so it cannot be captured in a graph.
     """
-    start, length = batch.start.tolist(), batch.length.tolist()
+    page, start, length = batch.page_size, batch.start.tolist(), batch.length.tolist()
     device, group, table = batch.token.device, spec.q_heads // spec.kv_heads, batch.pages[batch.seat]
     prefill: list[tuple[slice, Tensor, Tensor, Tensor]] = []  # tokens, page ids, query positions, key positions
     similar: dict[int, list[int]] = defaultdict(list)  # decoding rows by size class: padding at most doubles a read

@@ -1,16 +1,14 @@
 """The attention backends by name."""
 
-from collections.abc import Callable
-
 import torch
 
-from fastgen.ops.attention import Attend, reference, sdpa
+from fastgen.ops.attention import Backend, reference, sdpa
 
 NAMES = ("reference", "sdpa", "triton")
 
 
-def choose(name: str, device: torch.device | str) -> Callable[..., Attend]:
-    """A backend, a function of (batch, spec, page); `auto` is triton on a GPU and sdpa elsewhere.
+def choose(name: str, device: torch.device | str) -> Backend:
+    """A backend, a function of (batch, spec); `auto` is triton on a GPU and sdpa elsewhere.
 
     On a CPU the Triton kernels run in Triton's interpreter only (TRITON_INTERPRET=1), to be tested.
     """

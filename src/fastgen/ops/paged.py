@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgen.models.spec import Spec
 from fastgen.ops import hopper
-from fastgen.ops.attention import PAGE, Attend, Fresh
+from fastgen.ops.attention import Attend, Fresh
 from fastgen.ops.hopper import begin
 from fastgen.types import Batch
 
@@ -368,7 +368,7 @@ def _partial(q: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return q.new_empty((heads, q.shape[2]), dtype=torch.float32), q.new_empty((heads, 2), dtype=torch.float32)
 
 
-def paged(batch: Batch, spec: Spec, page: int = PAGE, *, fixed: bool = False) -> Attend:
+def paged(batch: Batch, spec: Spec, *, fixed: bool = False) -> Attend:
     """The Triton backend: shapes alone decide what is launched, so nothing is read on the host.
 
     As many sequences as tokens are taken to have one each. A group of `batch.share` leaves every member keys of its
@@ -377,7 +377,7 @@ def paged(batch: Batch, spec: Spec, page: int = PAGE, *, fixed: bool = False) ->
     `fixed`: a token's sums have the same order in every batch. All tokens are then prefill's, of one tile, and
     `batch.share` is not looked at.
     """
-    tokens, rows, wide = len(batch.token), len(batch.length), batch.pages.shape[1]
+    tokens, rows, wide, page = len(batch.token), len(batch.length), batch.pages.shape[1], batch.page_size
     decode = tokens == rows
     group = spec.q_heads // spec.kv_heads
     device = batch.token.device
