@@ -33,7 +33,8 @@ class Server:
 
     def __init__(self, *arguments: str, key: str = "") -> None:
         command = [sys.executable, "-m", "fastgen.cli.serve", *arguments, "--port", "0"]
-        environment = os.environ | {"FGSERVE_API_KEY": key, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"FGSERVE_API_KEY": key} if key else {}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
         self._queue: queue.Queue[str] = queue.Queue()

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 
 import httpx
 import openai
 import pydantic
 import pytest
 import zmq
-from serving import SETTINGS, Server, checkpoint
+from serving import SETTINGS, SPEC, Server, checkpoint
 from test_tokenizer import BYTE_LEVEL, TEMPLATE
 
 import fastgen
@@ -31,7 +31,10 @@ from fastgen import Output, SamplingParams
 from fastgen.cli import serve
 from fastgen.serve import service, worker
 from fastgen.serve.answer import dump
+from fastgen.serve.client import Client
 from fastgen.serve.core import Core
+from fastgen.serve.gate import Gate
+from fastgen.serve.protocol import Refused, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 KEY = "sesame"
@@ -573,9 +576,6 @@ def test_other_errors(server: Server, client: openai.OpenAI) -> None:
     assert httpx.get(f"{server.url}/health").status_code == 200
     page = httpx.get(server.url)
     assert page.status_code == 200 and "<table" in page.text and "tiny" not in page.text
-    with pytest.raises(openai.NotFoundError) as e:
-        client.completions.create(model="gpt-4", prompt="x")
-    assert e.value.code == "model_not_found" and e.value.param == "model"
     http = server.http
     assert http.get("/v1/nothing").status_code == 404 and http.get("/v1/nothing").json()["error"]["message"]
     assert http.get("/v1/completions").status_code == 405
@@ -584,12 +584,184 @@ def test_other_errors(server: Server, client: openai.OpenAI) -> None:
     assert http.post("/v1/completions", content=big, headers=as_json).status_code == 413
     in_chunks = http.post("/v1/completions", content=iter([big[:150_000], big[150_000:]]), headers=as_json)
     assert in_chunks.status_code == 413 and in_chunks.json()["error"]["message"]
-    assert http.post("/v1/completions", content=b'{"prompt": "x"}').status_code == 400  # not said to be JSON
     for path in ("load_lora_adapter", "unload_lora_adapter"):
         body = {"lora_name": "x"} | ({"lora_path": "x"} if path[0] == "l" else {})
         assert http.post(f"/v1/{path}", json=body).status_code == 403
     many = http.post("/v1/completions", json={"prompt": ["x", "y"], "n": 128})
     assert many.status_code == 400 and "160" in many.json()["error"]["message"]
+
+
+def test_one_model_answers_to_any_name(client: openai.OpenAI, server: Server) -> None:
+    """And says its own; an alias of it stays."""
+    for asked, name in (("gpt-4o-mini", "tiny"), ("a/b c", "tiny"), ("alias", "alias")):
+        assert client.completions.create(model=asked, prompt="x", max_tokens=1).model == name
+        assert client.models.retrieve(asked).id == name
+        stream = client.chat.completions.create(model=asked, messages=QUESTION, max_tokens=1, stream=True)  # type: ignore[arg-type]
+        assert {chunk.model for chunk in stream} == {name}
+        for path, body in (("tokenize", {"prompt": "x"}), ("detokenize", {"tokens": [5]})):
+            server.http.post(path, json=body | {"model": asked}).raise_for_status()
+
+
+@pytest.mark.parametrize("options", [{"strict_model": True}, {}], ids=["strict", "adapters"])
+def test_names_that_must_be_known(options: dict[str, Any]) -> None:
+    """With --strict-model, and where adapters are chosen by name."""
+    made = service.Service.__new__(service.Service)
+    made.options = service.Options(address="", names=("tiny", "alias"), **options)
+    made.has_adapters, made.ready, made.spec = not options, True, SPEC
+    made.client = MagicMock(spec=Client, dead=False, ask=AsyncMock(return_value=["poet"]))
+    for name, answers in ((None, "tiny"), ("", "tiny"), ("alias", "alias"), ("poet", "poet")):
+        assert asyncio.run(made.named(name)) == answers
+    with pytest.raises(Refused, match="no model 'gpt' here; there is tiny, alias, poet") as e:
+        asyncio.run(made.named("gpt"))
+    assert (e.value.status, e.value.code, e.value.param) == (404, "model_not_found", "model")
+
+
+LOCAL = ("localhost", "::1", "box.lan")
+SENDERS: list[tuple[dict[str, str], bool]] = [
+    ({"host": "localhost:5678"}, True),
+    ({"host": "LOCALHOST"}, True),
+    ({"host": "127.0.0.1:5678", "origin": "http://127.0.0.1:5678"}, True),
+    ({"host": "[::1]:5678", "origin": "http://[::1]:5678"}, True),
+    ({"host": "app.localhost:5678", "origin": "http://localhost:3000"}, True),
+    ({"host": "192.168.1.5:5678", "origin": "http://192.168.1.5:5678"}, True),  # an address cannot be rebound
+    ({"host": "Box.lan", "origin": "https://box.lan"}, True),
+    ({}, True),
+    ({"host": "evil.example:5678"}, False),
+    ({"host": "localhost.evil.example"}, False),
+    ({"host": "127.0.0.1.evil.example"}, False),
+    ({"host": "evil.example", "origin": "http://evil.example"}, False),
+    ({"host": "["}, False),
+    ({"host": "localhost:5678", "origin": "https://evil.example"}, False),
+    ({"host": "localhost:5678", "origin": "http://6.6.6.6"}, False),
+    ({"host": "localhost:5678", "origin": "http://localhost.evil.example"}, False),
+    ({"host": "localhost:5678", "origin": "null"}, False),
+    ({"host": "127.0.0.1:5678", "origin": "http://127.0.0.1:5678@evil.example"}, False),
+]
+
+
+def admit(headers: dict[str, str], method: str = "POST", **options: Any) -> None:
+    """A request's head, as the gate sees it."""
+    state = service.Service.__new__(service.Service)
+    state.draining, state.options = False, service.Options(address="", names=("x",), **options)
+    raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
+    Gate(MagicMock(), MagicMock())._admit(state, {"method": method, "path": "/v1/chat/completions"}, raw)
+
+
+@pytest.mark.parametrize("headers, may", SENDERS, ids=str)
+def test_pages_of_other_sites_are_refused(headers: dict[str, str], may: bool) -> None:
+    """By the host that they call the server, or the origin that they come from; where either is checked at all."""
+    headers |= {"content-type": "application/json"}
+    admit(headers)
+    for method in ("GET", "POST"):
+        if may:
+            admit(headers, method, hosts=LOCAL)
+        else:
+            with pytest.raises(Refused, match="--allowed-host") as e:
+                admit(headers, method, hosts=LOCAL)
+            assert e.value.status == 403
+
+
+def test_bodies_must_be_said_to_be_json(server: Server) -> None:
+    """Whatever the installed FastAPI takes: a page may send anything else unasked."""
+    for good in ("application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"):
+        admit({"content-type": good})
+    for bad in ("", "text/plain", "application/x-www-form-urlencoded", "application/jsonx", "text/json+x", "x/json"):
+        with pytest.raises(Refused, match="application/json") as e:
+            admit({"content-type": bad})
+        assert e.value.status == 400
+    data = b'{"messages": [{"role": "user", "content": "x"}]}'
+    assert server.http.post("/v1/chat/completions", content=data).status_code == 400
+    assert server.http.get("/health", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_keys_are_compared_whole() -> None:
+    """The empty one is none, even if the server were started with it."""
+    given = {"content-type": "application/json"}
+    for keys, sent, may in (
+        (("a b", "c"), "Bearer c", True),
+        (("a b", "c"), "bearer  a b", True),
+        (("",), "Bearer", False),
+        (("",), "Bearer ", False),
+        (("c",), "c", False),
+        (("c",), "Basic c", False),
+        (("c",), "Bearer C", False),
+    ):
+        if may:
+            admit(given | {"authorization": sent}, keys=keys)
+        else:
+            with pytest.raises(Refused) as e:
+                admit(given | {"authorization": sent}, keys=keys)
+            assert e.value.status == 401
+
+
+@pytest.mark.parametrize("key", ["", " ", "a ", "\ta", "é", "a\nb", "\x7f"])
+def test_keys_that_nobody_could_send(
+    key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused at the start, wherever they come from, and not printed."""
+    for words, environment in (
+        ([f"--api-key={key}"], None),
+        (["--api-key", "good", "--api-key", key], None),
+        ([], key),
+    ):
+        if environment is not None:
+            monkeypatch.setenv("FGSERVE_API_KEY", environment)
+        assert serve.main(["debug", *words]) == 2
+        said = capsys.readouterr().err
+        assert ("FGSERVE_API_KEY" if environment is not None else "--api-key") in said and "key" in said
+    assert serve.api_keys(["a=b", "c d"], "e") == ("a=b", "c d", "e") and serve.api_keys([], None) == ()
+
+
+def test_names_by_which_a_server_is_addressed() -> None:
+    """Checked where it listens to this machine alone, or where some are given."""
+    hosts = serve.allowed_hosts
+    assert hosts("127.0.0.1", "127.0.0.1", []) == ("localhost", "127.0.0.1")
+    assert hosts("Box", "::1", ["Box.lan"]) == ("localhost", "box", "box.lan")
+    assert hosts("0.0.0.0", "0.0.0.0", []) == () == hosts("fe80::1%eth0", "fe80::1%eth0", [])
+    assert hosts("0.0.0.0", "0.0.0.0", ["api.example"]) == ("localhost", "0.0.0.0", "api.example")
+
+
+WORDS: list[tuple[str, dict[str, str], str, str | None]] = [
+    (
+        'json grammar: no resource "https://example.com/a.json", json',
+        {"json": "response_format"},
+        'response_format grammar: no resource "https://example.com/a.json", json',
+        "response_format",
+    ),
+    ("regex grammar: regex(?=x)", {"regex": "guided_regex"}, "guided_regex grammar: regex(?=x)", "guided_regex"),
+    ("lark grammar: start: lark", {"lark": "guided_choice"}, "guided_choice grammar: start: lark", "guided_choice"),
+    ("json grammar: { max_tokens=3", {"json": "tools"}, "tools grammar: { max_tokens=3", "tools"),
+    ("SamplingParams.stop must be stop", {"stop": "stops"}, "stops must be stop", "stops"),
+    ("logit_bias[400] must be small", {}, "logit_bias[400] must be small", "logit_bias"),
+    ("prompt: token 9", {"prompt": "token_ids"}, "token_ids: token 9", "token_ids"),
+    ("json is no field here", {}, "json is no field here", None),
+    (
+        "5 prompt tokens and max_tokens=600 do not fit: max_tokens can be at most 3",
+        {"max_tokens": "max_completion_tokens"},
+        "5 prompt tokens and max_completion_tokens=600 do not fit: max_completion_tokens can be at most 3",
+        "max_completion_tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize("message, names, said, param", WORDS, ids=lambda x: x[:20] if isinstance(x, str) else "")
+def test_errors_keep_the_words_of_the_client(message: str, names: dict[str, str], said: str, param: str) -> None:
+    """Only the field that a message begins with is called as the client calls it."""
+    error = refusal(message, names)
+    assert (error.message, error.param) == (said, param)
+
+
+def test_errors_quote_what_was_sent(server: Server) -> None:
+    """From the grammar library, and from pydantic, as JSON."""
+    link = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "https://example.com/a.json"}}}
+    for body, words in (
+        ({"response_format": link}, "https://example.com/a.json"),
+        ({"guided_regex": "regex(?=x)"}, "regex(?=x)"),
+        ({"temperature": "a\\b é"}, '"a\\\\b é"'),
+        ({"n": [None, True]}, "[null, true]"),
+    ):
+        reply = server.http.post("/v1/completions", json=COMPLETION | body)
+        assert reply.status_code == 400 and words in reply.json()["error"]["message"], reply.text
 
 
 def test_more_than_the_queue_holds(server: Server, library: fastgen.Engine) -> None:
@@ -639,7 +811,8 @@ def test_junk_is_refused_and_disturbs_nobody(server: Server, library: fastgen.En
     """Always a 4xx, in JSON; what runs meanwhile goes on as if alone. One client never completes its request."""
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port or 80)) as slow, ThreadPoolExecutor(1) as pool:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n")
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+        slow.sendall(b"Content-Type: application/json\r\nContent-Length: 100\r\n")
         body = {"prompt": "Hello", "temperature": 0, "max_tokens": 150, "ignore_eos": True}
         beside = pool.submit(lambda: httpx.post(f"{server.url}/completions", json=body, headers=server.headers))
         for junk in JUNK:
@@ -694,7 +867,6 @@ def test_whatever_the_schema_allows(server: Server) -> None:
 def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for, and not for ever."""
     from fastgen.serve import gate as around
-    from fastgen.serve.protocol import Refused
 
     monkeypatch.setattr(around, "BODY_SECONDS", 0.05)
     gate = around.Gate(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
@@ -1025,6 +1197,7 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
         (["no/such/folder/at/all"], "neither"),
         (["--port", "70000"], "port"),
         (["--workers", "0"], "at least 1"),
+        (["--allowed-host", "http://x/"], "without port or path"),
     ],
 )
 def test_commands_that_are_wrong(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from fastgen import SamplingParams
 from fastgen.serve import worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-KEY = "sesame"
+KEY = "foo"
 # Debian's package chromium, for one.
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -80,6 +80,30 @@ def test_a_script_with_many_threads(server: Server, library: fastgen.Engine) -> 
 
         answers = pool.map(lambda i: (streamed if i % 2 else whole)(questions[i]), range(32))
         assert list(answers) == greedy(library, questions)
+
+
+README = """
+from openai import OpenAI
+
+client = OpenAI(base_url="http://localhost:5678", api_key="foo")
+completion = client.chat.completions.create(
+    model="gpt-4o-mini",
+    messages=[
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "Write a haiku about recursion in programming."},
+    ],
+)
+print(completion.choices[0].message.content)
+"""
+
+
+def test_the_first_lines_that_anybody_tries(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """OpenAI's own example, with another address and nothing else: whatever the model is called."""
+    names: dict[str, Any] = {}
+    exec(README.replace("5678", str(httpx.URL(server.url).port)), names)
+    completion = names["completion"]
+    assert completion.model == "tiny" and completion.choices[0].message.content
+    assert capsys.readouterr().out == completion.choices[0].message.content + "\n"
 
 
 # --- LangChain --------------------------------------------------------------------------------------------------------

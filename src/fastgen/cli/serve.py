@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from ipaddress import ip_address
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -35,6 +36,7 @@ from fastgen.models import default, weights
 
 Load = Callable[[], tuple[Engine | Replicas, str]]  # an engine or several, and where their model is
 NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
+VALUES = ("--lora", "--api-key", "--served-model-name")  # options whose value may look like a setting
 DEATHS = 5  # of workers within a minute; then something is broken for good
 EPILOG = """
 MODEL is a folder, a hub id, a .safetensors or .gguf file, or a name of conf/model; without one, the embedded default.
@@ -69,6 +71,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be a name without port or path, as example.org, got {text!r}")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
@@ -84,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be repeated; or FGSERVE_API_KEY")
     p.add_argument(
         "--served-model-name", action="append", default=[], metavar="NAME", help="may be repeated (the model's own)"
+    )
+    p.add_argument("--strict-model", action="store_true", help="refuse requests that name another model")
+    p.add_argument(
+        "--allowed-host",
+        type=_host,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which the server may be addressed, and whose pages may use it, besides this machine's own; "
+        "may be repeated",
     )
     p.add_argument(
         "--lora",
@@ -105,6 +123,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--profile-dir", type=Path, metavar="FOLDER", help="where POST /profile may write traces (nowhere)")
     return p
+
+
+def api_keys(given: Sequence[str], from_environment: str | None) -> tuple[str, ...]:
+    """The keys of `--api-key` and FGSERVE_API_KEY. ValueError for one that no client could send, or that is empty."""
+    keys = [("--api-key", key) for key in given]
+    keys += [] if from_environment is None else [("FGSERVE_API_KEY", from_environment)]
+    for source, key in keys:
+        if not key.strip():
+            raise ValueError(f"{source} is empty: give a key, or leave it out to serve without one")
+        if key != key.strip() or not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{source}: a key must be printable ASCII without blanks around it, to fit in a header")
+    return tuple(key for _, key in keys)
+
+
+def allowed_hosts(host: str, address: str, given: Sequence[str]) -> tuple[str, ...]:
+    """The names by which a server that listens at `address` may be addressed; none where any is right.
+
+    Names are checked where only this machine reaches the server, which then must not listen to pages of other sites,
+    or where some are given.
+    """
+    if not (given or ip_address(address.partition("%")[0]).is_loopback):
+        return ()
+    return tuple(dict.fromkeys(name.lower() for name in ("localhost", host, *given)))
 
 
 def configure(args: argparse.Namespace) -> tuple[Config, str]:
@@ -323,15 +364,15 @@ def main(argv: list[str] | None = None) -> int:
     """The console script; the exit status: 2 for a command that is wrong, 1 for a server that failed."""
     words = sys.argv[1:] if argv is None else argv
     pairs = [*zip(["", *words], words, strict=False)]  # overrides may be anywhere, even after an option
-    is_one = [before != "--lora" and bool(re.match(r"[+~]{0,2}[\w.]+=", w)) for before, w in pairs]
+    is_one = [before not in VALUES and bool(re.match(r"[+~]{0,2}[\w.]+=", w)) for before, w in pairs]
     overrides = [w for w, one in zip(words, is_one, strict=True) if one]
     args = _parser().parse_intermixed_args([w for w, one in zip(words, is_one, strict=True) if not one])
     args.overrides += overrides
     if missing := [name for name in NEEDED if not find_spec(name)]:
         print(f"fgserve needs {', '.join(missing)}: pip install fastgen[serve]", file=sys.stderr)
         return 1
-    keys = (*args.api_key, *filter(None, [os.environ.pop("FGSERVE_API_KEY", "")]))
     try:
+        keys = api_keys(args.api_key, os.environ.pop("FGSERVE_API_KEY", None))
         if args.profile_dir and not args.profile_dir.is_dir():
             raise ValueError(f"--profile-dir: there is no folder {args.profile_dir}")
         config, name = configure(args)
@@ -343,6 +384,7 @@ def main(argv: list[str] | None = None) -> int:
         if both := sorted({*names} & {*config.model.adapters}):
             raise ValueError(f"--lora {both[0]}: this is the model's own name")
         listener = _listen(args.host, args.port)
+        hosts = allowed_hosts(args.host, listener.getsockname()[0], args.allowed_host)
     except (ValueError, OSError) as e:
         _say(str(e))
         return 2
@@ -359,6 +401,8 @@ def main(argv: list[str] | None = None) -> int:
             tool_parser=args.tool_parser,
             profiles=None if args.profile_dir is None else str(args.profile_dir.resolve()),
             adapters=None if args.lora_dir is None else str(args.lora_dir.resolve()),
+            strict_model=args.strict_model,
+            hosts=hosts,
         )
         host, port = listener.getsockname()[:2]
         _say(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")

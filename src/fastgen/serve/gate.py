@@ -8,8 +8,10 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
@@ -27,11 +29,12 @@ from fastgen.serve.service import Service
 MODELS = [x for x in vars(protocol).values() if isinstance(x, type) and issubclass(x, BaseModel)]
 FIELDS = {name for model in MODELS for name in model.model_fields}
 OPEN = ("/", "/health", "/v1/health")  # without a key: they tell nothing but that there is a server
+JSON_TYPE = re.compile(rb"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 BODY_SECONDS = 60.0  # to send a request's body
 
 
 class Gate:
-    """Keys, the limit of a body, the time to send it, shutting down, and the log, around the app."""
+    """Keys, who may send, the limit of a body, the time to send it, shutting down, and the log, around the app."""
 
     def __init__(self, app: ASGIApp, service: Callable[[], Service]) -> None:
         self.app, self.service = app, service
@@ -76,14 +79,20 @@ class Gate:
             _log(scope, entry)
 
     def _admit(self, service: Service, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if service.options.keys and scope["path"] not in OPEN:
+        options = service.options
+        if options.hosts:
+            _check_sender(headers, options.hosts)
+        if options.keys and scope["path"] not in OPEN:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             # Every key is compared, whichever fits: the time tells nothing.
-            fits = [hmac.compare_digest(key.encode(), given.strip()) for key in service.options.keys]
-            if kind.lower() != b"bearer" or not any(fits):
+            fits = [hmac.compare_digest(key.encode(), given.strip()) for key in options.keys]
+            if kind.lower() != b"bearer" or not given.strip() or not any(fits):
                 raise Refused(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         if service.draining and scope["method"] == "POST" and not scope["path"].endswith("/abort"):
             raise Refused(503, "the server is shutting down", retry=5)
+        if scope["method"] == "POST" and not JSON_TYPE.match(headers.get(b"content-type", b"")):
+            # A page of any site may post a body of another type, or of none, without asking the server first.
+            raise Refused(400, "the body must be JSON, and said to be: Content-Type: application/json")
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, most: int) -> bytes | None:
         """The whole body; None if the client left before it was complete."""
@@ -105,6 +114,40 @@ class Gate:
                         return b"".join(parts)
         except TimeoutError as e:
             raise Refused(408, f"the body did not come within {BODY_SECONDS:.0f} s") from e
+
+
+def _check_sender(headers: dict[bytes, bytes], hosts: Collection[str]) -> None:
+    """Refuses what a page of another site makes a browser send to a server on its user's machine.
+
+    `Host` must be one of `hosts`, a name under localhost or an IP address: a site can have its own name point here (DNS
+    rebinding), but no address that is not its own. `Origin`, which browsers add to what pages post, must be one of
+    `hosts` or the same as `Host`. Programs that are no browsers send no origin.
+    """
+    host, origin = (headers.get(name, b"").decode("latin-1").strip().lower() for name in (b"host", b"origin"))
+    name = _host_name(f"//{host}")
+    if host and not (_is_known(name, hosts) or _is_address(name)):
+        raise Refused(403, f"this server is not called {name!r}: start it with --allowed-host NAME")
+    if origin and not (_is_known(_host_name(origin), hosts) or host and origin.partition("://")[2] == host):
+        raise Refused(403, f"pages of {origin} may not use this server: start it with --allowed-host NAME")
+
+
+def _host_name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_known(name: str, hosts: Collection[str]) -> bool:
+    return name in hosts or name.endswith(".localhost") or (_is_address(name) and ip_address(name).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -162,7 +205,8 @@ async def _on_invalid(request: Request, e: Exception) -> Response:
     if first["type"] == "extra_forbidden":
         where = [str(x) for x in first["loc"][1:]]
     name = ".".join(where)
-    got = "" if first["type"] == "missing" else f", got {str(first.get('input'))[:60]!r}"
+    sent = json.dumps(first.get("input"), ensure_ascii=False, default=str)  # as it stood in the body
+    got = "" if first["type"] == "missing" else f", got {sent if len(sent) <= 60 else sent[:60] + '…'}"
     problems = {"extra_forbidden": "there is no such parameter", "missing": "is required"}
     return refuse(Refused(400, f"{name}: {problems.get(first['type'], said + got)}", param=name))
 

@@ -5,6 +5,7 @@ counts as not given.
 """
 
 import json
+import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "structured_outputs": (),
 }
+FIRST_WORD = re.compile(r"\w+")
+TOO_LONG = re.compile(r"\d+ prompt tokens and max_tokens=")  # how the library begins to say what does not fit
 MOST = 128  # completions of a prompt, as OpenAI's limit
 TOP = 20  # most likely tokens beside each, likewise
 
@@ -480,14 +483,21 @@ def checked(names: dict[str, str], **given: Any) -> SamplingParams:
 
 
 def refusal(message: str, names: dict[str, str] | None = None) -> Refused:
-    """A 400 for a message of the library; the field is its first word."""
-    message = message.removeprefix("SamplingParams.")
-    name = message.replace("[", " ").replace(":", " ").replace("=", " ").split()[0]
-    if " max_tokens=" in message:  # the message about what does not fit
-        name = "max_tokens"
-    if new := (names or {}).get(name):
-        message, name = message.replace(name, new), new
-    known = (*SamplingParams.__dataclass_fields__, *(names or {}).values(), "prompt")
+    """Makes the 400 for a message of the library, whose first word is the field it is about.
+
+    Fields that clients know by another name (`names`) are renamed there and nowhere else: what follows may quote the
+    client.
+    """
+    message, names = message.removeprefix("SamplingParams."), names or {}
+    if TOO_LONG.match(message):  # two numbers and two names, no words of the client's
+        name = names.get("max_tokens", "max_tokens")
+        message = message.replace("max_tokens", name)
+    else:
+        word = FIRST_WORD.match(message)
+        first = word[0] if word else ""
+        name = names.get(first, first)
+        message = name + message[len(first) :]
+    known = (*SamplingParams.__dataclass_fields__, *names.values(), "prompt")
     return Refused(400, message, param=name if name in known else None)
 
 

@@ -35,6 +35,8 @@ class Options:
     tool_parser: calls.FamilyName | None = None  # None: by the chat template
     profiles: str | None = None  # the folder of traces
     adapters: str | None = None  # the folder of those that requests may load
+    strict_model: bool = False  # whether requests that name another model are refused
+    hosts: tuple[str, ...] = ()  # by which the server may be addressed, besides IP addresses; (): any
 
 
 class Service:
@@ -51,6 +53,7 @@ class Service:
         self.markers: dict[str, int] = {}  # of calls, that are special tokens
         self.tooled = False  # whether the chat template was seen to tell of tools
         self.context = self.most = 0
+        self.has_adapters = False  # whether the engine has room for them
         self.spec: Spec | None = None
         self.ready = self.draining = False
         self.active = 0  # requests being answered
@@ -61,7 +64,7 @@ class Service:
         info = await self.client.info
         loaded = await self.in_thread(tokenizer.load, Path(info["path"]))
         self.vocabulary, self.context = Vocabulary(loaded), info["context"]
-        self.most, self.spec = info["most"], info["spec"]
+        self.most, self.spec, self.has_adapters = info["most"], info["spec"], info["has_adapters"]
         self.encoder = copy.deepcopy(loaded)
         self.family, self.markers = self.options.tool_parser or calls.family(loaded), calls.special(loaded)
         self.ready = True
@@ -84,12 +87,21 @@ class Service:
         return (*self.options.names, *await self.client.ask("adapters"))
 
     async def named(self, model: str | None) -> str:
-        """The model's name, or an adapter's. Refused if it is none of them."""
+        """The name of what answers a request for `model`: the model, by any of its names, or an adapter.
+
+        Where the model is all that is served, it answers to every name, so that clients need not be told its own. With
+        `strict_model`, and where there is room for adapters, which are chosen by name, another name is Refused.
+        """
         self.check()
-        if model is not None and model not in self.options.names and model not in (known := await self.names()):
+        own = self.options.names[0]
+        if not model or model in self.options.names:
+            return model or own
+        if not (self.options.strict_model or self.has_adapters):
+            return own
+        if model not in (known := await self.names()):
             problem = f"no model {model!r} here; there is {', '.join(known)}"
             raise Refused(404, problem, param="model", code="model_not_found")
-        return model or self.options.names[0]
+        return model
 
     async def load_adapter(self, name: str, path: str, *, again: bool) -> None:
         """From a folder within the one of adapters. Refused for what is none, or does not fit."""
