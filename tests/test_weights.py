@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import Params, Spec
+from fastgen.models.spec import Place
 from fastgen.models.weights import Leaf, declare, named, resolve, update
 
 SIZES = {
@@ -132,24 +133,229 @@ def test_end_tokens_of_the_generation_config(folder: Path) -> None:
         assert fastgen.load(folder, progress=False)[0].eos == want
 
 
-def test_buffers_and_tied_heads_are_skipped(tmp_path: Path) -> None:
-    """Old checkpoints carry rope's frequencies, and some the head that is tied to the embedding."""
-    model = theirs("llama-tied-bias")
-    model.save_pretrained(tmp_path)
+def test_buffers_are_skipped(folder: Path) -> None:
+    """Old checkpoints carry rope's frequencies."""
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-    rewrite(tmp_path, lambda t: t.update(extra | {"lm_head.weight": torch.ones(64, 32)}))
+    rewrite(folder, lambda t: t.update(extra))
+    spec, params = fastgen.load(folder, progress=False)
+    check(params, spec, theirs())
+
+
+def change_head(folder: Path, head: str, *, shards: bool = False) -> None:
+    """Make the head of a single-file tied checkpoint the embedding's equal, another, or all that there is of both."""
+
+    def change(t: dict[str, Tensor]) -> None:
+        embed = t["model.embed_tokens.weight"]
+        if head != "none":
+            t["lm_head.weight"] = embed.flip(0).contiguous() if head == "another" else embed.clone()
+        if head == "alone":
+            del t["model.embed_tokens.weight"]
+
+    rewrite(folder, change)
+    if shards:
+        t = load_file(folder / "model.safetensors")
+        names = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(sorted(t))}
+        for file in set(names.values()):
+            save_file({name: t[name] for name in t if names[name] == file}, folder / file, {"format": "pt"})
+        index = {"metadata": {}, "weight_map": names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("head", ["none", "equal", "another", "alone"])
+def test_head_beside_a_tied_embedding(head: str, shards: bool, tmp_path: Path) -> None:
+    """As transformers reads it: tied if the two are equal or one is missing, and a head of its own otherwise."""
+    theirs("llama-tied-bias").save_pretrained(tmp_path)
+    change_head(tmp_path, head, shards=shards)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     spec, params = fastgen.load(tmp_path, progress=False)
+    assert spec.tied == (head != "another") and (params.head is None) == spec.tied
+    check(params, spec, read)
+    tokens = list(range(3, 15))
+    with torch.no_grad():
+        want = read(torch.tensor([tokens]), use_cache=False).logits[0]
+    torch.testing.assert_close(logits(spec, params, tokens), want, atol=1e-4, rtol=0)
+    halves = [fastgen.load(tmp_path, progress=False, place=Place(rank, 2)) for rank in (0, 1)]
+    assert [half[0] for half in halves] == [spec, spec]
+    for leaf in ("embed", "head"):
+        if (whole := getattr(params, leaf)) is not None:
+            assert torch.equal(torch.cat([getattr(half, leaf) for _, half in halves]), whole)
+    fastgen.save(tmp_path / "again", spec, params)
+    assert fastgen.load(tmp_path / "again", progress=False)[0] == spec
+    check(params, spec, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto"))
+
+
+def test_head_in_another_dtype_than_a_tied_embedding(tmp_path: Path) -> None:
+    """They are compared in the wider dtype, whatever the parameters are cast to: a spec depends on the files alone."""
+    theirs("llama-tied-bias").save_pretrained(tmp_path)
+    change_head(tmp_path, "equal")
+    rewrite(tmp_path, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].bfloat16()}))
+    assert not fastgen.load(tmp_path, dtype=torch.bfloat16, progress=False)[0].tied
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].float()}))
+    assert fastgen.load(tmp_path, dtype=torch.bfloat16, progress=False)[0].tied
+
+
+def test_head_that_is_missing_or_has_another_shape(tmp_path: Path) -> None:
+    """Where the config says that there is one, transformers would draw it at random."""
+    theirs().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: t.pop("lm_head.weight"))
+    assert refusal(tmp_path).endswith("missing: lm_head.weight")
+    theirs("llama-tied-bias").save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": torch.ones(65, 32)}))
+    assert "lm_head.weight has shape (65, 32), the config says (64, 32)" in refusal(tmp_path)
+    rewrite(tmp_path, lambda t: [t.pop(name) for name in ("lm_head.weight", "model.embed_tokens.weight")])
+    assert refusal(tmp_path).endswith("missing: model.embed_tokens.weight")
+
+
+def test_update_of_a_tied_head() -> None:
+    """A head that is given with the embedding must be equal, in whichever order; either of them alone is both."""
+    model = theirs("llama-tied-bias")
+    spec, params = spec_and_params("llama-tied-bias")
+    new, embed, head = dict(model.named_parameters()), "model.embed_tokens.weight", "lm_head.weight"
+    assert head not in new and params.head is None
+    other = new[embed].flip(0)
+    for pairs in ({**new, head: new[embed]}, {head: new[embed], **new}, {**new, head: other, embed: other}):
+        update(params, spec, pairs.items())
+        assert torch.equal(params.embed, pairs[embed])
+    for pairs in ({**new, head: other}, {head: other, **new}):
+        with pytest.raises(
+            ValueError, match=r"^update: model.embed_tokens.weight and lm_head.weight differ, but .*tied"
+        ):
+            update(params, spec, pairs.items())
+    update(params, spec, [(head, other)], partial=True)
+    assert torch.equal(params.embed, other)
+
+
+@pytest.mark.parametrize("head", ["equal", "another"])
+def test_adopt_with_a_head_beside_a_tied_embedding(head: str, tmp_path: Path) -> None:
+    """What counts is the model, not its config: transformers does not tie what differs, and leaves the config alone."""
+    theirs("llama-tied-bias").save_pretrained(tmp_path)
+    change_head(tmp_path, head)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert model.config.tie_word_embeddings
+    spec, params = fastgen.adopt(model)
+    assert spec.tied == (head == "equal")
     check(params, spec, model)
+    model.config.tie_word_embeddings = False
+    assert fastgen.adopt(model)[0] == spec
 
 
-def test_other_copies_of_the_weights_are_skipped(tmp_path: Path) -> None:
-    """Mistral's repositories hold the weights a second time, under other names, in consolidated.safetensors."""
-    model = theirs()
-    for shards in ("1GB", "9KB"):
-        model.save_pretrained(tmp_path / shards, max_shard_size=shards)
-        save_file({"tok_embeddings.weight": torch.ones(2)}, tmp_path / shards / "consolidated.safetensors")
-        spec, params = fastgen.load(tmp_path / shards, progress=False)
-        check(params, spec, model)
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = "model-0000{}-of-00002.safetensors"
+
+
+def write(folder: Path, *files: str, seed: int = 0) -> dict[str, Tensor]:
+    """Write files of a checkpoint whose tensors are a seed's: ONE, INDEX, "shards" or any other name."""
+    torch.manual_seed(seed)
+    t = {name: torch.randn_like(x) for name, x in theirs().state_dict().items()}
+    place = {name: SHARD.format(1 + i % 2) for i, name in enumerate(sorted(t))}
+    folder.mkdir(exist_ok=True)
+    theirs().config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    for file in files:
+        if file == INDEX:
+            (folder / file).write_text(json.dumps({"metadata": {}, "weight_map": place}))
+        elif file == "shards":
+            for shard in set(place.values()):
+                save_file({n: x for n, x in t.items() if place[n] == shard}, folder / shard, {"format": "pt"})
+        elif file.endswith(".bin"):
+            torch.save(t, folder / file)
+        else:
+            save_file(t, folder / file, {"format": "pt"})
+    return t
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        (["shards", INDEX], [ONE]),
+        ([ONE], ["shards", INDEX]),
+        ([INDEX], [ONE]),  # whose shards are gone
+        (["shards"], [ONE]),
+        (["other.safetensors"], [ONE]),
+        ([ONE], ["pytorch_model.bin"]),
+        (["pytorch_model.bin"], [ONE]),
+        (["pytorch_model.bin"], ["shards", INDEX]),
+        (["consolidated.safetensors"], [ONE]),
+        (["consolidated.safetensors"], ["shards", INDEX]),
+        (["model.fp16.safetensors"], [ONE]),
+        ([ONE], ["model.fp16.safetensors"]),
+        (["model.fp16.safetensors"], ["shards", INDEX]),
+        (["model-00001-of-00003.safetensors"], ["shards", INDEX]),
+    ],
+)
+def test_which_of_several_files(older: list[str], newer: list[str], tmp_path: Path) -> None:
+    """What transformers loads of a folder with two checkpoints in it."""
+    for seed, files in enumerate((older, newer)):
+        write(tmp_path, *files, seed=seed)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    spec, params = fastgen.load(tmp_path, progress=False)
+    check(params, spec, read)
+
+
+@pytest.mark.parametrize("named", ["b.safetensors", "b.safetensors.index.json"])
+def test_files_that_the_config_names(named: str, tmp_path: Path) -> None:
+    """As transformers does; what is no file of the folder is refused."""
+    write(tmp_path, ONE)
+    if named.endswith(".json"):
+        write(tmp_path, "shards", INDEX, seed=1)
+        (tmp_path / INDEX).rename(tmp_path / named)
+    else:
+        write(tmp_path, named, seed=1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    spec, params = fastgen.load(tmp_path, progress=False)
+    check(params, spec, read)
+    for wrong, said in (("../b.safetensors", "outside"), ("b.bin", "no safetensors file"), (5, "no safetensors file")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": wrong}))
+        assert said in refusal(tmp_path)
+
+
+def test_a_file_that_is_named(tmp_path: Path) -> None:
+    """It is taken, whatever lies beside it."""
+    old, new = write(tmp_path, "shards", INDEX), write(tmp_path, ONE, "other.safetensors", seed=1)
+    for file, want in ((INDEX, old), (ONE, new), ("other.safetensors", new), ("config.json", new)):
+        spec, params = fastgen.load(tmp_path / file, progress=False)
+        assert all(torch.equal(tensor, want[name]) for name, tensor in named(params, spec)), file
+    for file, said in ((SHARD.format(1), "missing: "), ("pytorch_model.bin", ".safetensors and .gguf files only")):
+        write(tmp_path, "pytorch_model.bin")
+        assert said in refusal(tmp_path / file)
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    """The last of the index's files has it, as transformers reads them; without an index nobody knows."""
+    write(tmp_path, "shards", INDEX)
+    first = load_file(tmp_path / SHARD.format(1))
+    norm = {"model.norm.weight": torch.full((32,), 7.0)}
+    save_file(first | norm, tmp_path / SHARD.format(1), {"format": "pt"})
+    save_file(load_file(tmp_path / SHARD.format(2)) | norm, tmp_path / SHARD.format(2), {"format": "pt"})
+    spec, params = fastgen.load(tmp_path, progress=False)
+    check(params, spec, transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"))
+    (tmp_path / INDEX).unlink()
+    said = refusal(tmp_path)
+    assert "both hold model.norm.weight" in said and SHARD.format(1) in said and SHARD.format(2) in said
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    """Each weight is in one of them: there is nothing to be mistaken about."""
+    want = write(tmp_path, "shards")
+    spec, params = fastgen.load(tmp_path, progress=False)
+    assert all(torch.equal(tensor, want[name]) for name, tensor in named(params, spec))
+
+
+def test_other_formats_are_named(tmp_path: Path) -> None:
+    """With what to do about it."""
+    write(tmp_path, "pytorch_model.bin")
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: no .safetensors file; pytorch_model.bin is not read: save the model with transformers' "
+        "save_pretrained"
+    )
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "no config.json; this is an adapter: name its base model" in refusal(tmp_path)
 
 
 def refusal(folder: Path) -> str:
@@ -219,6 +425,7 @@ def test_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository, commit = tmp_path / "models--owner--tiny", "0123456789abcdef0123456789abcdef01234567"
     model = theirs()
     model.save_pretrained(repository / "snapshots" / commit)
+    write(repository / "snapshots" / commit[::-1], ONE, seed=1)  # an older or newer revision
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     assert resolve("owner/tiny") == repository / "snapshots" / commit

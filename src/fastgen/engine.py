@@ -25,7 +25,7 @@ from fastgen.loop import Loop, ranks, whole
 from fastgen.lora import Held
 from fastgen.memory import Region
 from fastgen.models import default, weights
-from fastgen.models.spec import WHOLE, Place, Spec, from_hf, split
+from fastgen.models.spec import WHOLE, Place, Spec, split
 from fastgen.profiler import Window
 from fastgen.request import Event, Output, Sample, longest, pairs
 from fastgen.snapshot import Snapshot
@@ -49,7 +49,7 @@ def _load(
     if seed is None:
         spec, params = weights.load(path, device=device, dtype=dtype, progress=progress, place=place, region=region)
     else:
-        spec = from_hf(weights.read_config(path))
+        spec = weights.read_spec(path)
         kind = dtype or getattr(torch, spec.dtype)
         room = None if region is None else region(weights.size(spec, kind, place))
         params = weights.init(spec, seed, device=device, dtype=dtype, place=place, region=room)
@@ -126,7 +126,7 @@ class Engine(Loop):
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
         load = partial(_load, path, kind, random_seed if random else None)
         if size > 1:
-            split(from_hf(weights.read_config(path)), size)
+            split(weights.read_spec(path), size)
             group = launch.group(size, device.partition(":")[0], load, settings, cls)
             device = launch.device(device, group.place.rank) if device == "cuda" else device
         else:

@@ -7,6 +7,7 @@ send, receive   over a group of torch.distributed, in buckets
 
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastgen.models.spec import Spec, from_hf
-from fastgen.models.weights import declare
+from fastgen.models.weights import EMBED, HEAD, declare
 from fastgen.types import Params
 
 BUCKET = 2**28  # bytes that are sent together
@@ -45,6 +46,9 @@ def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
     made = {} if config.architectures else {"architectures": [type(model).__name__]}  # not from a checkpoint
     spec = from_hf(config.to_dict() | made)
     own = dict(model.named_parameters())
+    every = dict(model.named_parameters(remove_duplicate=False))
+    if {EMBED, HEAD} <= every.keys():  # the config may say otherwise: a checkpoint's head that differs is not tied
+        spec = replace(spec, tied=every[HEAD] is every[EMBED])
     tree = declare(spec)
     names = [part.name for leaf in tree_leaves(tree) if leaf is not None for part in leaf.parts]
     _check(own, names, spec)

@@ -36,7 +36,7 @@ from fastgen.config import SamplingParams, Settings
 from fastgen.engine import Engine, collect, locate
 from fastgen.grammar import Guides
 from fastgen.models import weights
-from fastgen.models.spec import Spec, from_hf, split
+from fastgen.models.spec import Spec, split
 from fastgen.request import Completion, Event, Output, longest, pairs
 from fastgen.tokenizer import Prompt
 from fastgen.types import Adapter, Tokenizer
@@ -220,7 +220,7 @@ class Replicas:
             names = " and ".join(started)
             raise ValueError(f"replicas are started by one process, but {names} says that torchrun started this one")
         size = chosen.parallel.tensor_parallel
-        split(from_hf(weights.read_config(path)), size)
+        split(weights.read_spec(path), size)
         if device == "cuda" and (count := torch.cuda.device_count()) < replicas * size:
             asked = f"parallel.replicas={replicas} of parallel.tensor_parallel={size}"
             raise ValueError(f"{asked} need {replicas * size} GPUs, and this machine shows {count}")

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-from fastgen import Engine, Replicas, SamplingParams, Settings, from_hf, limits, lora
+from fastgen import Engine, Replicas, SamplingParams, Settings, limits, lora
 from fastgen.cli.config import Config, chosen, compose
 from fastgen.cli.machine import clocks_during, hardware, memory, peak, probe, versions
 from fastgen.cli.rows import Row, Workload, merge, peer_rows, plot, read, table
@@ -73,7 +73,7 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
     if not path.exists():  # a hub id; random weights need no more of it than the config
         whole = real or str(m.path).count("/") != 1
         path = weights.resolve(str(m.path)) if whole else Path(hf_hub_download(str(m.path), "config.json"))
-    spec = from_hf(weights.read_config(path))
+    spec = weights.read_spec(path)
     for w in works:
         if w.prompt + w.output > spec.context:
             raise ValueError(f"workload {w}: prompt and output are longer than the context of {spec.context}")
@@ -90,7 +90,7 @@ def start(config: Config, real: bool, works: list[Workload]) -> Started:
             engine = Engine.from_pretrained(path, **loading)
         return _started(engine, model, {"load_and_engine": time.perf_counter() - began})
     if real:
-        params = weights.load(path, device=device, dtype=kind, progress=sys.stderr.isatty())[1]
+        spec, params = weights.load(path, device=device, dtype=kind, progress=sys.stderr.isatty())
     else:
         params = weights.init(spec, m.random_seed, device=device, dtype=kind)
     if device != "cpu":

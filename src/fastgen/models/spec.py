@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from reprlib import repr
 from typing import Any, NamedTuple
 
 
@@ -91,18 +92,71 @@ FAMILIES = {  # architecture -> model_type
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+# What numbers of a config may be: more is damage, and is refused before memory is asked for.
+MOST = {
+    "hidden_size": 2**20, "intermediate_size": 2**24, "num_hidden_layers": 2**12, "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16, "head_dim": 2**16, "vocab_size": 2**26, "sliding_window": 2**31,
+    "max_window_layers": 2**31,
+    "max_position_embeddings": 2**24, "original_max_position_embeddings": 2**24,  # positions are exact in float32
+}  # fmt: skip
+
+
 def _choose(what: str, value: object, supported: tuple[str, ...]) -> str:
     if value not in supported:
-        raise ValueError(f"config.json: {what} {value!r} is not supported; supported: {', '.join(supported)}")
+        raise ValueError(f"config.json: {what} {repr(value)} is not supported; supported: {', '.join(supported)}")
     return str(value)
+
+
+def _integer(config: Mapping[str, Any], name: str, default: int, least: int = 1) -> int:
+    """A whole number within what is plausible; `default` where it is absent or null."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or not least <= value <= MOST[name]:
+        raise ValueError(f"config.json: {name} must be a whole number from {least} to {MOST[name]}, not {repr(value)}")
+    return value
+
+
+def _real(config: Mapping[str, Any], name: str, default: float, least: float = 1e-30, most: float = 1e30) -> float:
+    """A finite number within what is plausible; `default` where it is absent or null."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f"config.json: {name} must be a number from {least:g} to {most:g}, not {repr(value)}")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """True or false; `default` where it is absent or null."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {name} must be true or false, not {repr(value)}")
+    return default if value is None else value
+
+
+def _mapping(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object; empty where it is absent or null."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {name} must be an object, not {repr(value)}")
+    return value or {}
+
+
+def end_tokens(value: Any, source: str = "config.json") -> list[int]:
+    """Token ids of an `eos_token_id`: a number, a list of numbers or null. ValueError, with the source, if not."""
+    tokens = [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
+    if not all(type(t) is int for t in tokens):
+        raise ValueError(f"{source}: eos_token_id must be a token id or a list of them, not {repr(value)}")
+    return tokens
 
 
 def _rope(config: Mapping[str, Any], context: int) -> Rope:
     """Both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` (transformers 5)."""
-    p = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(p.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    p = {**_mapping(config, "rope_scaling"), **_mapping(config, "rope_parameters")}
+    theta = _real(p, "rope_theta", _real(config, "rope_theta", 10000.0, 1.0), 1.0)
     kind = _choose("rope type", p.get("rope_type", p.get("type", "default")), ("default", "linear", "llama3", "yarn"))
-    if (p.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+    if any(_real(x, "partial_rotary_factor", 1.0) != 1.0 for x in (p, config)):
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
     if kind == "default":
         return Rope(theta=theta)
@@ -113,22 +167,26 @@ def _rope(config: Mapping[str, Any], context: int) -> Rope:
     }[kind]
     if missing := [name for name in needed if p.get(name) is None]:
         raise ValueError(f"config.json: rope type {kind} needs {', '.join(missing)}")
-    factor = float(p["factor"])
-    original = int(p.get("original_max_position_embeddings") or context)
+    factor = _real(p, "factor", 1.0, 1e-3, 1e6)
+    original = _integer(p, "original_max_position_embeddings", context)
     if kind == "linear":
         return Rope(kind=kind, theta=theta, factor=factor)
     if kind == "llama3":
-        low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
+        low, high = _real(p, "low_freq_factor", 1.0), _real(p, "high_freq_factor", 4.0)
+        if low >= high:
+            raise ValueError(f"config.json: low_freq_factor {low:g} must be less than high_freq_factor {high:g}")
         return Rope(kind=kind, theta=theta, factor=factor, original=original, low=low, high=high)
+    if theta <= 1:
+        raise ValueError("config.json: rope type yarn needs a rope_theta of more than 1")
     return Rope(
         kind=kind,
         theta=theta,
         factor=factor,
         original=original,
-        low=float(p.get("beta_slow") or 1),
-        high=float(p.get("beta_fast") or 32),
+        low=_real(p, "beta_slow", 1.0),
+        high=_real(p, "beta_fast", 32.0),
         scale=_yarn_scale(p, factor),
-        truncate=bool(p.get("truncate", True)),
+        truncate=_flag(p, "truncate", True),
     )
 
 
@@ -139,21 +197,23 @@ def _yarn_scale(p: Mapping[str, Any], factor: float) -> float:
         return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if p.get("attention_factor") is not None:
-        return float(p["attention_factor"])
+        return _real(p, "attention_factor", 1.0, 1e-6, 1e6)
     if p.get("mscale") and p.get("mscale_all_dim"):
-        return mscale(p["mscale"]) / mscale(p["mscale_all_dim"])
+        return mscale(_real(p, "mscale", 1.0)) / mscale(_real(p, "mscale_all_dim", 1.0))
     return mscale(1.0)
 
 
 def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     """Sliding window of each layer, by each family's own convention."""
-    window = config.get("sliding_window", 4096 if family in ("mistral", "ministral") else None)
+    window = _integer(config, "sliding_window", 0 if "sliding_window" in config else 4096, 0)
+    full = _integer(config, "max_window_layers", 28, 0) if family.startswith("qwen") else 0
     kinds = config.get("layer_types")
-    if family == "llama" or not window or (family.startswith("qwen") and not config.get("use_sliding_window")):
+    if family == "llama" or not window or (family.startswith("qwen") and not _flag(config, "use_sliding_window")):
         return (None,) * layers
     if kinds is None:
-        full = config.get("max_window_layers", 28) if family.startswith("qwen") else 0
         kinds = ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
+    if not isinstance(kinds, list | tuple):
+        raise ValueError(f"config.json: layer_types must be a list, not {repr(kinds)}")
     if len(kinds) != layers:
         raise ValueError(f"config.json: layer_types has {len(kinds)} entries for {layers} layers")
     for kind in kinds:
@@ -164,48 +224,56 @@ def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int |
 def from_hf(config: Mapping[str, Any]) -> Spec:
     """The Spec of a Hugging Face `config.json`, given as a mapping.
 
-    Raises ValueError for an architecture, rope type, activation, quantization or shape that is not supported.
+    Raises ValueError for an architecture, rope type, activation, quantization or shape that is not supported, and for
+    values of the wrong type or beyond any model's.
     """
-    architecture = _choose("architecture", (config.get("architectures") or [None])[0], tuple(FAMILIES))
+    names = config.get("architectures") or [None]
+    architecture = _choose("architecture", names[0] if isinstance(names, list | tuple) else names, tuple(FAMILIES))
     family = FAMILIES[architecture]
     _choose("hidden_act", config.get("hidden_act", "silu"), ("silu",))
-    if quant := config.get("quantization_config"):
+    if quant := _mapping(config, "quantization_config"):
         _choose("quantization", quant.get("quant_method", "unknown"), ("none (full-precision checkpoints)",))
-    if config.get("mlp_bias"):
+    if _flag(config, "mlp_bias"):
         raise ValueError("config.json: mlp_bias is not supported")
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if missing := [name for name in needed if not config.get(name)]:
+    if missing := [name for name in needed if config.get(name) is None]:
         raise ValueError(f"config.json: {', '.join(missing)} missing")
-    dim, layers, q_heads = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    kv_heads = int(config.get("num_key_value_heads") or q_heads)
-    head = int(config.get("head_dim") or dim // q_heads)
-    if q_heads % kv_heads or head % 2:
+    dim, ffn, layers, q_heads, vocab = (_integer(config, name, 0) for name in needed)
+    kv_heads = _integer(config, "num_key_value_heads", q_heads)
+    head = _integer(config, "head_dim", dim // q_heads)
+    if q_heads % kv_heads or head % 2 or not head:
         raise ValueError(f"config.json: {q_heads} query heads over {kv_heads} kv heads of width {head} do not fit")
-    context = int(config.get("max_position_embeddings") or 2048)
+    context = _integer(config, "max_position_embeddings", 2048)
     rope = _rope(config, context)
     if rope.kind == "yarn":  # some checkpoints keep the unscaled length in max_position_embeddings
         context = max(context, int(rope.original * rope.factor))
-    eos = config.get("eos_token_id")
-    bias = bool(config.get("attention_bias"))
+        if context > MOST["max_position_embeddings"]:
+            raise ValueError(f"config.json: a context of {rope.original} tokens times {rope.factor:g} is too long")
+    eos, bos = end_tokens(config.get("eos_token_id")), config.get("bos_token_id")
+    if bos is not None and type(bos) is not int:
+        raise ValueError(f"config.json: bos_token_id must be a token id, not {repr(bos)}")
+    if strange := [t for t in (*eos, bos or 0) if not -1 <= t < vocab]:  # -1: none, in the first Llama's configs
+        raise ValueError(f"config.json: eos_token_id or bos_token_id {strange[0]} is none of the {vocab} tokens")
+    bias = _flag(config, "attention_bias")
     return Spec(
         architecture=architecture,
         dim=dim,
-        ffn=int(config["intermediate_size"]),
+        ffn=ffn,
         layers=layers,
         q_heads=q_heads,
         kv_heads=kv_heads,
         head=head,
-        vocab=int(config["vocab_size"]),
+        vocab=vocab,
         context=context,
-        eps=float(config.get("rms_norm_eps") or 1e-6),
+        eps=_real(config, "rms_norm_eps", 1e-6, 0.0, 1.0),
         rope=rope,
         windows=_windows(config, family, layers),
         qkv_bias=family == "qwen2" or (bias and family in ("llama", "qwen3")),
         out_bias=bias and family in ("llama", "qwen3"),
         qk_norm=family == "qwen3",
-        tied=bool(config.get("tie_word_embeddings", False)),
-        eos=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
-        bos=config.get("bos_token_id"),
+        tied=_flag(config, "tie_word_embeddings"),
+        eos=tuple(t for t in eos if t >= 0),
+        bos=None if bos == -1 else bos,
         dtype=_choose("dtype", config.get("dtype") or config.get("torch_dtype") or "bfloat16", DTYPES),
     )
 

@@ -2,24 +2,27 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub  # what it has is imported where it is used
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm.auto import tqdm
 
 from fastgen.memory import Region
-from fastgen.models.spec import WHOLE, Place, Spec, from_hf, share_of, split, to_hf
+from fastgen.models.files import Checkpoint, open_checkpoint, read_json
+from fastgen.models.spec import WHOLE, Place, Spec, end_tokens, from_hf, share_of, split, to_hf
 from fastgen.types import Layer, Params
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old checkpoints carry
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where the head is tied
+ROWS = 8192  # of two tensors that are compared at a time
 
 
 class Cut(NamedTuple):
@@ -107,10 +110,10 @@ def declare(spec: Spec, place: Place = WHOLE) -> Params:
         )
 
     return Params(
-        embed=leaf({"model.embed_tokens.weight": vocab}, dim, padded=padded),
+        embed=leaf({EMBED: vocab}, dim, padded=padded),
         layers=tuple(layer(i) for i in range(spec.layers)),
         norm=leaf({"model.norm.weight": dim}, fill=1.0),
-        head=None if spec.tied else leaf({"lm_head.weight": vocab}, dim, padded=padded),
+        head=None if spec.tied else leaf({HEAD: vocab}, dim, padded=padded),
     )
 
 
@@ -204,27 +207,68 @@ def update(
 
     `partial`: those that are not given stay as they are.
 
-    The tensors are whole ones, or slices of a safetensors file; a rank's parameters at `place` take their cuts.
-    Raises ValueError naming the tensors that are mis-shaped, unexpected or missing.
+    The tensors are whole ones, or slices of a safetensors file; a rank's parameters at `place` take their cuts. Where
+    the head is tied, either of its two names will do, and if both are given they must be equal.
+    Raises ValueError naming the tensors that are mis-shaped, unexpected or missing, and a head that is another.
     """
     targets = {part.name: (part, view) for part, view in _parts(params, spec, place)}
     left, unexpected = set(targets), []
+    if spec.tied:
+        targets[HEAD] = targets[EMBED]
+    tied = ""  # the one of the two names that came first
     for name, tensor in tensors:
         if name not in targets:
-            if not (IGNORED.search(name) or (spec.tied and name == "lm_head.weight")):
+            if not IGNORED.search(name):
                 unexpected.append(name)
             continue
         part, view = targets[name]
         shape = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
         if shape != part.shape:
             raise ValueError(f"{source}: {name} has shape {shape}, the config says {part.shape}")
+        if spec.tied and part.name == EMBED and tied not in ("", name):
+            if not _equal(view, part.of(tensor), view.dtype):
+                raise ValueError(
+                    f"{source}: {EMBED} and {HEAD} differ, but this model's head is tied to its embedding: load the "
+                    "model with tie_word_embeddings false, or from a checkpoint in which they differ"
+                )
+            continue
         view.copy_(part.of(tensor))
-        left.discard(name)
-    left = set() if partial else left
-    if left or unexpected:
-        found = [f"{what}: {', '.join(sorted(names)[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-                 for what, names in (("missing", left), ("unexpected", unexpected)) if names]  # fmt: skip
+        left.discard(part.name)
+        tied = name if part.name == EMBED else tied
+    _refuse(source, spec, set() if partial else left, unexpected)
+
+
+def _refuse(source: str, spec: Spec, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises ValueError if there are any names, with the first eight of each kind."""
+    found = [f"{what}: {', '.join(sorted(names)[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+             for what, names in (("missing", [*missing]), ("unexpected", [*unexpected])) if names]  # fmt: skip
+    if found:
         raise ValueError(f"{source}: tensors do not match {spec.architecture}; {'; '.join(found)}")
+
+
+def _check(shapes: Mapping[str, tuple[int, ...]], spec: Spec, source: str) -> None:
+    """Raises ValueError, as `update` would, where a checkpoint's tensors are not those of `spec`."""
+    wanted = {part.name: part.shape for leaf in tree_leaves(declare(spec)) if leaf is not None for part in leaf.parts}
+    missing = wanted.keys() - shapes.keys()
+    if spec.tied:
+        wanted[HEAD] = wanted[EMBED]
+        missing -= {EMBED} if HEAD in shapes else set()
+    for name, shape in shapes.items():
+        if name in wanted and shape != wanted[name]:
+            raise ValueError(f"{source}: {name} has shape {shape}, the config says {wanted[name]}")
+    _refuse(source, spec, missing, [name for name in shapes if name not in wanted and not IGNORED.search(name)])
+
+
+def _equal(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
+    """Whether two matrices, or slices of files, are equal in a dtype, by default the wider one of both."""
+    rows, count = (x.shape[0] if isinstance(x, Tensor) else x.get_shape()[0] for x in (a, b))
+    for i in range(0, rows, ROWS):
+        x, y = a[i : i + ROWS], b[i : i + ROWS]
+        kind = dtype or torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(kind), y.to(x.device, kind)
+        if not torch.equal(x, y) and not (x.shape == y.shape and torch.allclose(x, y, 0, 0, equal_nan=True)):
+            return False
+    return rows == count
 
 
 @torch.no_grad()
@@ -241,13 +285,13 @@ def copy(params: Params, source: Params) -> None:
 
 
 def resolve(model: str | Path) -> Path:
-    """The local directory, `.safetensors` or `.gguf` file of a model given by path or by hub id.
+    """The local directory or file of a model given by path or by hub id.
 
     A hub id is taken from the hub cache where it is complete, else downloaded. ValueError if there is no such model.
     """
     path = Path(model).expanduser()
     if path.exists():
-        return path.parent if path.name.endswith(".index.json") else path
+        return path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         raise ValueError(f"model {str(model)!r} is neither a local directory or file nor a hub id (owner/name)")
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -258,52 +302,71 @@ def resolve(model: str | Path) -> Path:
         raise ValueError(f"model {str(model)!r}: not a local path, not in the hub cache, and the hub said: {e}") from e
 
 
-def _gguf(path: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
-    from fastgen.models import gguf  # whose reader takes a while to import
-
-    return gguf.read(path)
+def _is_config(path: Path) -> bool:
+    return path.suffix == ".json" and not path.name.endswith(".index.json")
 
 
 def read_config(path: Path) -> dict:
-    """The Hugging Face config of a resolved model; generation_config.json's end tokens are joined in."""
+    """The Hugging Face config of a resolved model; generation_config.json's end tokens are joined in.
+
+    ValueError, with the file, for one that is missing or damaged.
+    """
     if path.suffix == ".gguf":
-        return _gguf(path)[0]
+        from fastgen.models import gguf  # whose reader takes a while to import
+
+        return gguf.read(path)[0]
     folder = path if path.is_dir() else path.parent
-    file = path if path.suffix == ".json" else folder / "config.json"
+    file = path if _is_config(path) else folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder}: no config.json")
-    config = json.loads(file.read_text())
+        adapter = (folder / "adapter_config.json").is_file()
+        advice = "; this is an adapter: name its base model, and the adapter in `adapters`" if adapter else ""
+        raise ValueError(f"{folder}: no config.json{advice}")
+    config = read_json(file)
     generation = folder / "generation_config.json"
     if generation.is_file():
-        both = [c.get("eos_token_id") for c in (config, json.loads(generation.read_text()))]
-        eos = [t for e in both if e is not None for t in (e if isinstance(e, list) else [e])]
-        config["eos_token_id"] = list(dict.fromkeys(eos))
+        both = [
+            end_tokens(x.get("eos_token_id"), str(f)) for x, f in ((config, file), (read_json(generation), generation))
+        ]
+        config["eos_token_id"] = list(dict.fromkeys(both[0] + both[1]))
     return config
 
 
-def _tensors(path: Path, bar: tqdm, place: Place) -> Iterator[tuple[str, Any]]:
-    """Tensors of a checkpoint one by one, as slices that are not read yet for a rank; one file is mapped at a time."""
-    path = path.parent if path.suffix == ".json" else path  # named by its config
-    one = path if path.is_file() else path / "model.safetensors"  # there may be others, in other formats
-    files = [one] if one.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path}: no .safetensors file")
-    if (path / "model.safetensors.index.json").is_file():  # the index says which files are the checkpoint
-        index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
-        files = [path / name for name in sorted(set(index.values()))]
-        if absent := [f.name for f in files if not f.is_file()]:
-            raise ValueError(f"{path}: the index names {', '.join(absent)}, which are not there")
-    bar.reset(total=sum(f.stat().st_size for f in files) // place.size)
-    for file in files:
-        with safe_open(file, "pt") as f:
-            for name in f.keys():
-                if place != WHOLE:
-                    yield name, f.get_slice(name)
-                    bar.update(file.stat().st_size // place.size // len(f.keys()))
-                    continue
-                tensor = f.get_tensor(name)
-                yield name, tensor
-                bar.update(tensor.nbytes)
+def read_spec(path: Path) -> Spec:
+    """The spec of a resolved model, as its config has it. ValueError, with the file, for what is not supported."""
+    return _spec(path, read_config(path))
+
+
+def _spec(path: Path, config: dict) -> Spec:
+    try:
+        return from_hf(config)
+    except ValueError as e:
+        folder = path if path.is_dir() else path.parent
+        file = path if path.suffix == ".gguf" or _is_config(path) else folder / "config.json"
+        raise ValueError(str(e).replace("config.json", str(file), 1)) from e
+
+
+def _untie(spec: Spec, checkpoint: Checkpoint) -> Spec:
+    """`spec` with a head of its own where the config says tied and the file has another, as transformers reads it."""
+    if spec.tied and {EMBED, HEAD} <= checkpoint.shapes.keys():
+        with checkpoint.slice(EMBED) as embed, checkpoint.slice(HEAD) as head:
+            return (
+                spec
+                if checkpoint.shapes[EMBED] == checkpoint.shapes[HEAD] and _equal(embed, head)
+                else replace(spec, tied=False)
+            )
+    return spec
+
+
+def _shown(
+    pairs: Iterable[tuple[str, Any]], shapes: Mapping[str, tuple[int, ...]], size: int, bar: tqdm
+) -> Iterator[tuple[str, Any]]:
+    """The pairs, while a bar shows how many of `size` bytes have been taken."""
+    total, done = sum(map(prod, shapes.values())) or 1, 0
+    bar.reset(total=size)
+    for name, tensor in pairs:
+        yield name, tensor
+        done += prod(shapes[name])
+        bar.update(size * done // total - bar.n)
 
 
 def load(
@@ -318,14 +381,26 @@ def load(
     """Spec and parameters of a checkpoint: a Hugging Face directory, hub id, `.safetensors` or `.gguf` file.
 
     `device` None is torch's default device, `dtype` None the checkpoint's own. Host memory beyond the parameters
-    stays about one tensor plus the mapped file. ValueError names what is missing, unexpected or mis-shaped. The spec
+    stays about one tensor plus the mapped file. ValueError names what is damaged, missing, unexpected or mis-shaped,
+    before memory is taken. Of several candidates in a folder the files are those that transformers takes; and where the
+    config ties the head to the embedding, but the file has another head, the spec is not tied. The spec
     is the whole model's; parameters are a rank's at `place`, of which alone the files are read. `region` makes the
     memory that they lie in, of so many bytes.
     """
     path = resolve(model)
     with tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-        config, tensors = _gguf(path) if path.suffix == ".gguf" else (read_config(path), _tensors(path, bar, place))
-        spec = from_hf(config)
+        tensors: Iterable[tuple[str, Any]]
+        if path.suffix == ".gguf":
+            from fastgen.models import gguf  # whose reader takes a while to import
+
+            config, tensors = gguf.read(path)
+            spec, shapes, bytes = _spec(path, config), tensors.shapes, path.stat().st_size
+        else:
+            config = read_config(path)
+            checkpoint = open_checkpoint(path, config)
+            spec = _untie(_spec(path, config), checkpoint)
+            tensors, shapes, bytes = checkpoint.tensors(sliced=place != WHOLE), checkpoint.shapes, checkpoint.size
+        _check(shapes, spec, str(path))
         kind = dtype or getattr(torch, spec.dtype)
         room = None if region is None else region(size(spec, kind, place))
 
@@ -333,7 +408,7 @@ def load(
             return torch.zeros(leaf.shape, device=device, dtype=kind) if room is None else room.take(leaf.shape, kind)
 
         params = tree_map_only(Leaf, make, declare(spec, place))
-        update(params, spec, tensors, source=str(path), place=place)
+        update(params, spec, _shown(tensors, shapes, bytes // place.size, bar), source=str(path), place=place)
     return spec, params
 
 
