@@ -26,8 +26,7 @@ def new_cache(
     dtype: torch.dtype | None = None,
     region: Region | None = None,
 ) -> Cache:
-    """An empty cache of `slots` tokens, in a region's memory where one is given. Zeros, since masked attention still
-    multiplies what it reads."""
+    """Makes an empty cache of `slots` tokens, in a region's memory where one is given."""
     shape = (slots, spec.kv_heads, spec.head)
 
     def leaf() -> Tensor:

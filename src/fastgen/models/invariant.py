@@ -186,6 +186,7 @@ def attention(batch: Batch, spec: Spec) -> Attend:
         seen = live(position[:, None], key, window)
         slot = torch.where(seen, pages * page + key % page, 0)
         k, v = (c[slot].transpose(1, 2).float() for c in caches)  # [t, K, KEYS, H]
+        v = v.masked_fill(~seen[:, None, :, None], 0)  # scratch may hold NaN, which a weight of 0 does not silence
         score = (q @ k.transpose(-1, -2)) * spec.head**-0.5
         score = score.masked_fill(~seen[:, None, None], float("-inf"))
         top = torch.maximum(m, score.amax(-1, keepdim=True).clamp_min(-1e30))  # a tile may hold no key that is seen

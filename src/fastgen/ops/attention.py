@@ -59,8 +59,9 @@ def reference(batch: Batch, spec: Spec) -> Attend:
         k, v = k_cache[slots].float(), v_cache[slots].float()
         group = q.unflatten(1, (spec.kv_heads, -1)).float()
         score = torch.einsum("tkgh,tskh->tkgs", group, k) * spec.head**-0.5
-        mask = live(batch.position[:, None], key, window)
-        weight = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+        hidden = ~live(batch.position[:, None], key, window)
+        weight = score.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+        v = v.masked_fill(hidden[:, :, None, None], 0)  # a weight of 0 does not silence NaN
         return torch.einsum("tkgs,tskh->tkgh", weight, v).flatten(1, 2).to(q.dtype)
 
     return attend
@@ -87,7 +88,9 @@ def sdpa(batch: Batch, spec: Spec) -> Attend:
         index = torch.tensor(rows, device=device)
         pages = table[index, : -(-most // page)]
         query = batch.length[index][:, None, None, None] - 1
-        decode.append((batch.start[index].long(), pages, query, torch.arange(pages.shape[1] * page, device=device)))
+        key = torch.arange(pages.shape[1] * page, device=device)
+        beyond = (key >= batch.length[index][:, None]).flatten().nonzero()[:, 0]  # gathered slots of no sequence
+        decode.append((batch.start[index].long(), pages, query, key, beyond))
 
     def gather(leaf: Tensor, pages: Tensor) -> Tensor:
         """[..., P] page ids -> [..., P * page, K, H]"""
@@ -104,7 +107,7 @@ def sdpa(batch: Batch, spec: Spec) -> Attend:
     @cache
     def visible(i: int, window: int | None) -> Tensor:
         """The mask of the i-th group of decoding sequences."""
-        _, _, query, key = decode[i]
+        _, _, query, key, _ = decode[i]
         return live(query, key, window).expand(-1, spec.kv_heads, group, -1)
 
     alone = not prefill and len(decode) == 1  # all tokens are one group, in order
@@ -116,9 +119,12 @@ def sdpa(batch: Batch, spec: Spec) -> Attend:
             mask, x = causal(i, window), q[span].transpose(0, 1)[None]
             o = F.scaled_dot_product_attention(x, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             out[span] = o[0].transpose(0, 1)
-        for i, (token, pages, _, _) in enumerate(decode):
+        for i, (token, pages, _, _, beyond) in enumerate(decode):
+            k, v = (gather(c, pages) for c in (k_cache, v_cache))
+            for x in (k, v):  # a mask is added to scores and a weight of 0 multiplied: neither silences NaN
+                x.flatten(0, 1).index_fill_(0, beyond, 0)
             # The query heads of a kv head become the query rows, so that keys are read once for all of them.
-            k, v = (gather(c, pages).transpose(1, 2) for c in (k_cache, v_cache))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
             x = (q if alone else q[token]).unflatten(1, (spec.kv_heads, group))
             o = F.scaled_dot_product_attention(x, k, v, attn_mask=visible(i, window)).flatten(1, 2)
             if alone:
