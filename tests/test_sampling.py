@@ -1,5 +1,6 @@
 """Noise, filters, penalties and logprobs, against plain Python and the statistics they should have."""
 
+import itertools
 import math
 from typing import Any
 
@@ -9,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgen.sampling import edit, exponential, keep, logprobs, sample
-from fastgen.types import Edits, Filter, Sampling
+from fastgen.sampling import decide, edit, exponential, keep, logprobs, partial, sample
+from fastgen.types import Edits, Filter, Sampled, Sampling
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 SEEDS = [0, 1, -1, 12345, 2**32, 2**63 - 1, -(2**63)]
@@ -366,3 +367,69 @@ def test_logprobs_when_nobody_asks() -> None:
     assert plain.logprob.tolist() == [0, 0] and (scored.logprob < 0).all()
     for drawn in (plain, scored):
         assert drawn.top_token.shape == drawn.top_logprob.shape == (2, 0)
+
+
+COLD = [1e-45, 1.2e-38, 1e-30, 9.9e-6]  # of fp32, from its smallest number on
+
+
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_temperature_near_0_is_greedy(filtered: bool, processed: bool) -> None:
+    """Token, logprob and most likely tokens are those of temperature 0, also of large logits and beside other rows."""
+    logits = spread(5 * 40, 3.0).view(5, 40)
+    logits[1] *= 1e6
+    filter = filters(5, 40, top_k=7, top_p=0.9, min_p=0.01) if filtered else None
+    how: dict[str, Any] = {"processed": processed, "filter": filter, "position": torch.arange(5)}
+    wanted = sample(logits, params(5, temperature=torch.tensor([0.0] * 4 + [1.0]), **how), top=3)
+    drawn = sample(logits, params(5, temperature=torch.tensor([*COLD, 1.0]), **how), top=3)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, wanted, strict=True))
+    assert torch.isfinite(drawn.logprob).all()
+    parts = [partial(logits[:, i : i + 20], params(5, temperature=torch.tensor([*COLD, 1.0]), **how), 3, i, 20)
+             for i in (0, 20)]  # fmt: skip
+    if not filtered:
+        assert torch.equal(decide(torch.stack(parts), 40, 3).token, wanted.token)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-45, 1e-38, 1e-10])
+def test_a_top_p_near_0_keeps_the_most_likely_token(top_p: float) -> None:
+    """The smallest set that reaches it has one token, never none; of ties all."""
+    logits = spread(30).view(2, 15)
+    logits[1, 4] = logits[1, 9] = 20.0
+    kept = keep(logits, filters(2, 15, top_p=top_p)) > OFF
+    assert kept.sum(-1).tolist() == [1, 2] and kept[0, logits[0].argmax()] and kept[1, [4, 9]].all()
+
+
+@pytest.mark.parametrize("count", [1, 33])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("way", ["greedy", "drawn", "filtered", "edited", "guided", "masked", "parts"])
+def test_logits_that_are_no_numbers_show(way: str, value: float, count: int) -> None:
+    """The logprob of such a row is not finite, whether or not anybody asks for logprobs, or a grammar masks the logit;
+    its token is one of the vocabulary, and other rows are as without it."""
+    logits, vocab = spread(4 * 33).view(4, 33), 33
+    spoilt = logits.clone()
+    spoilt[2, 5 : 5 + count] = value
+    how: dict[str, Any] = {"seed": None if way == "greedy" else 3, "position": torch.arange(4)}
+    how["temperature"] = 0.0 if way == "greedy" else torch.tensor([0.0, 0.7, 0.7, 1.3])
+    if way == "filtered":
+        how["filter"] = filters(4, vocab, top_k=5, top_p=0.9)
+    if way == "edited":
+        how["edits"] = Edits(*(torch.tensor([x]) for x in (2, 5, OFF, 0.0, False, 0.0, 0.0, 1.0)))
+    if way in ("guided", "masked"):
+        how["allowed"] = torch.full((4, 2), ~(1 << 5) if way == "masked" else -1, dtype=torch.int32)
+
+    def draw(x: Tensor, s: Sampling, top: int | None) -> Sampled:
+        if way != "parts":
+            return sample(x, s, top)
+        x = torch.nn.functional.pad(x, (0, 1))
+        found = [partial(x[:, i : i + 17], s, top, i, min(17, vocab - i)) for i in (0, 17)]
+        return decide(torch.stack(found), vocab, top)
+
+    for processed, top in itertools.product((False, True), (None, 0, 2)):
+        s = params(4, **how, processed=processed)
+        drawn, wanted = draw(spoilt, s, top), draw(logits, s, top)
+        sound = way == "masked" and count == 1 and processed and top is not None  # what is drawn from
+        assert bool(drawn.logprob[2].isfinite()) is sound
+        assert ((drawn.token >= 0) & (drawn.token < vocab)).all()
+        others = torch.tensor([0, 1, 3])
+        assert all(torch.equal(a[others], b[others]) for a, b in zip(drawn, wanted, strict=True))
+        assert wanted.logprob.isfinite().all()

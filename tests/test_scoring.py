@@ -101,7 +101,8 @@ def test_first_and_temperature() -> None:
         ([[1, 101]], {}, "token 101 is outside"),
         ([[1] * 257], {}, "context of 256"),
         ([[1, 2]], {"first": [1, 1]}, "2 values of `first` for 1"),
-        ([[1, 2]], {"temperature": 0}, "temperature must be positive"),
+        ([[1, 2]], {"temperature": 0}, "temperature must be finite"),
+        ([[1, 2]], {"temperature": 1e-44}, "at least 1e-05"),
     ],
 )
 def test_what_cannot_be_scored(many: list[list[int]], how: dict[str, Any], said: str) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+MIN_TEMPERATURE = 1e-5  # anything lower is greedy: logits divided by it could leave the range of fp32
+
 
 def _range(owner: str, name: str, value: Any, low: float | None, high: float | None = None, *, whole: bool) -> None:
     kinds = int if whole else int | float
@@ -39,7 +41,7 @@ class SamplingParams:
     before temperature). `logprobs=0` returns the sampled token's, `k` adds the k most likely.
     """
 
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy; so is anything below 1e-5, which becomes 0
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
     min_p: float = 0.0
@@ -74,6 +76,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         _range(me, "temperature", self.temperature, 0, 100, whole=False)
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         _range(me, "top_p", self.top_p, 0, 1, whole=False)
         if self.top_p == 0:
             raise ValueError(f"{me}.top_p must be above 0 and at most 1, got {self.top_p!r}")

@@ -529,6 +529,7 @@ class Loop:
                 target = out.prompt_token_ids[first + 1 : stop + 1]
                 some = x[at + first - span.start : at + stop - span.start]
                 value, best = score(self.params, some, target, top, self._stepper.ops)
+                sample.invalid |= any(x != x for x in value)
                 out.prompt_logprobs += value
                 if out.prompt_top_logprobs is not None:
                     out.prompt_top_logprobs += best

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Literal
 
 from fastgen.config import SamplingParams
@@ -13,7 +14,7 @@ from fastgen.models.spec import Spec
 from fastgen.tokenizer import Detokenizer, Prompt, prompt_list
 from fastgen.types import Tokenizer
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]  # error: the logits were NaN or inf
 TopLogprobs = dict[int, float]  # token -> logprob, most likely first
 
 
@@ -141,6 +142,7 @@ class Sample:
         self.special |= guide is not None
         self.looks_back = penalised or p.min_tokens > 0 or guide is not None  # what is drawn depends on what was
         self.scores_prompt = p.prompt_logprobs is not None and index == 0
+        self.invalid = False  # whether a logprob of its prompt is NaN
         self.text = Detokenizer(tokenizer, self.tokens, params.stop) if tokenizer is not None else None
         self.counts: Counter[int] = Counter()  # of generated tokens
         self.started = False  # whether it ever ran
@@ -204,8 +206,14 @@ class Sample:
         return found
 
     def push(self, token: int, logprob: float, top: Sequence[tuple[int, float]], version: int = 0) -> Event:
-        """Take a token that parameters of this version drew; what it adds."""
+        """Takes a token that parameters of this version drew; returns what it adds.
+
+        A logprob that is not finite ends the completion without the token, which means nothing: there were logits that
+        are NaN or inf.
+        """
         c, p = self.completion, self.params
+        if self.invalid or not isfinite(logprob):
+            return self.end("error")
         self.tokens.append(token)
         c.token_ids.append(token)
         c.versions.append(version)

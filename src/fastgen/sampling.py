@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastgen.config import MIN_TEMPERATURE
 from fastgen.types import Edits, Filter, Sampled, Sampling
 
 MASK = 0xFFFFFFFF
@@ -73,12 +74,14 @@ def keep(logits: Float[Tensor, "N V"], f: Filter) -> Float[Tensor, "N V"]:
     most = p.amax(-1, keepdim=True)
     k = f.top_k[:, None]
     p = p.where(p >= _floor(p, lambda m: m.sum(-1, keepdim=True) >= k), 0.0)
-    mass = f.top_p[:, None] * p.sum(-1, keepdim=True)
+    mass = (f.top_p[:, None] * p.sum(-1, keepdim=True)).clamp_min(
+        torch.finfo(p.dtype).tiny
+    )  # the most likely, at least
     enough = _floor(p, lambda m: p.where(m, 0.0).sum(-1, keepdim=True) >= mass)
     enough = torch.where(f.top_p[:, None] < 1, enough, 0.0)
     kept = (p >= enough) & (p >= f.min_p[:, None] * most) & (p > 0)
     off = (k >= logits.shape[1]) & (f.top_p[:, None] >= 1) & (f.min_p[:, None] <= 0)  # as if no row had a filter
-    return logits.masked_fill(~(kept | off), float("-inf"))
+    return logits.masked_fill(~(kept | off | most.isnan()), float("-inf"))  # NaN stays, to be seen
 
 
 Measure = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]  # as `logprobs`
@@ -93,6 +96,8 @@ def sample(
     rows: int | None = None,
 ) -> Sampled:
     """Draws one token a row. `logits` fp32; `top` None skips logprobs (returned as 0), k adds the k most likely.
+
+    Of a row with logits that are NaN or inf the logprob is NaN or -inf in any case; the token is one of the vocabulary.
 
     `measure` computes the logprobs; `rows`: so many rows are drawn at once, always.
     """
@@ -111,19 +116,26 @@ def sample(
 def _pick(z: Float[Tensor, "N V"], logits: Float[Tensor, "N V"], s: Sampling, top: int | None, of: Measure) -> Sampled:
     """From edited logits z. By the exponential race: argmax of p / E equals a draw from p (Gumbel's trick in linear
     form)."""
+    edited = z is not logits
     z, score = _race(z, s)
-    token = score.argmax(-1)
+    best, token = score.max(-1)
     if top is None:
         none = logits.new_zeros(len(logits), 0)
-        return Sampled(token, logits.new_zeros(len(logits)), none.long(), none)
+        best = best + logits.amax(-1) if edited else best  # what was banned may be NaN as well
+        return Sampled(token, _zero_or_nan(best), none.long(), none)
     return Sampled(token, *of(torch.where(s.processed[:, None], z, logits), token, top))
+
+
+def _zero_or_nan(x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """0 where x is finite or -inf, NaN where it is NaN or inf."""
+    return x.clamp_min(torch.finfo(x.dtype).min) * 0
 
 
 def _race(z: Float[Tensor, "N V"], s: Sampling, first: int = 0) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
     """The logits that are drawn from, and every token's score: the highest is drawn. `first` is the first's token."""
     if s.seed is None:
         return z, z
-    cold = (s.temperature == 0)[:, None]
+    cold = (s.temperature < MIN_TEMPERATURE)[:, None]
     z = z / torch.where(cold, 1.0, s.temperature[:, None])
     if s.filter is not None:
         z = torch.where(cold, z, keep(z, s.filter))
@@ -159,7 +171,7 @@ def decide(found: Float[Tensor, "ranks N numbers"], vocab: int, top: int | None)
     which, values = (x.movedim(0, 1).flatten(1) for x in found[..., 5:].chunk(2, -1))
     values, order = values.topk(min(top or 0, vocab), -1)
     tokens, tops = which.gather(-1, order).long(), values - (most + log)[:, None]
-    logprob = logprob.new_zeros(len(logprob)) if top is None else logprob - log
+    logprob = _zero_or_nan(most) if top is None else logprob - log
     return Sampled(token.clamp_max(vocab - 1).long(), logprob, tokens, tops)
 
 

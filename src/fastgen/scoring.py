@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.batch import stage
+from fastgen.config import MIN_TEMPERATURE
 from fastgen.models import invariant
 from fastgen.models.spec import Spec, split
 from fastgen.models.transformer import PLAIN, Ops, block, table
@@ -75,8 +76,8 @@ def check(sequences: list[list[int]], first: list[int], spec: Spec, temperature:
     """ValueError for what cannot be scored."""
     if len(first) != len(sequences):
         raise ValueError(f"{len(first)} values of `first` for {len(sequences)} sequences")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not (temperature >= MIN_TEMPERATURE and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be finite and at least {MIN_TEMPERATURE}, got {temperature}")
     for i, (tokens, start) in enumerate(zip(sequences, first, strict=True)):
         if not 1 <= start <= len(tokens):
             problem = "it has no tokens" if not tokens else f"first={start} is not within 1 to {len(tokens)}"

@@ -163,7 +163,7 @@ class Filter(NamedTuple):
 class Sampling(NamedTuple):
     """Sampling settings as arrays, a row for each sampled token. None: no row asks for it."""
 
-    temperature: Float[Tensor, " N"]  # 0 is greedy
+    temperature: Float[Tensor, " N"]  # below 1e-5, 0 included, is greedy
     seed: Int[Tensor, " N"] | None  # None: every row is greedy
     position: Int[Tensor, " N"]  # of the token being drawn, counted from the start of the prompt
     processed: Bool[Tensor, " N"]  # logprobs of the sampled distribution instead of the model's
@@ -176,6 +176,6 @@ class Sampled(NamedTuple):
     """What one step drew. `top_*` are sorted by falling logprob; k may be 0."""
 
     token: Int[Tensor, " N"]
-    logprob: Float[Tensor, " N"]
+    logprob: Float[Tensor, " N"]  # not finite where logits are NaN or inf: the token then means nothing
     top_token: Int[Tensor, "N k"]
     top_logprob: Float[Tensor, "N k"]

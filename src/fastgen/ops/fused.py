@@ -11,6 +11,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastgen.config import MIN_TEMPERATURE
 from fastgen.ops import hopper
 from fastgen.ops.hopper import begin
 
@@ -19,6 +20,7 @@ CHUNK = 1024  # tokens of the vocabulary that a program of `draw` looks at toget
 PROGRAMS = 4 * 132  # of `draw` where rows are few: their vocabulary is shared out
 FIXED = 16  # of those for each row, where the sum must not depend on how many rows there are
 STAGED = ["temperature", "seed", "position", "processed", "last", "seat"]  # parts of one buffer: aligned by chance
+COLDEST = tl.constexpr(MIN_TEMPERATURE)  # of a row that is not greedy
 NOTHING = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
 
 
@@ -122,11 +124,10 @@ def _race(
         better = score > best  # of equals the first
         best = tl.where(better, score, best)
         index = tl.where(better, token, index)
-        # One of the two exponentials of the running sum is of 0.
-        top = tl.maximum(m, v)
-        e = tl.exp(tl.minimum(m, v) - top)
+        # One of the two exponentials of the running sum is of 0. A maximum leaves NaN out, a difference does not.
+        e = tl.exp(-tl.abs(m - v))
         l = tl.where(v > m, l * e + 1.0, l + e)
-        m = top
+        m = tl.maximum(m, v)
     return best, index, m, l
 
 
@@ -140,6 +141,7 @@ def _draw(
     last = tl.minimum(first + share * B, vocab)
     at = logits + row.to(tl.int64) * width
     heat = tl.load(temperature + row)
+    heat = tl.where(heat < COLDEST, 0.0, heat)
     scale = tl.load(processed + row) != 0
     s, p = tl.load(seed + row).to(tl.int64), tl.load(position + row).to(tl.uint32)
     low, high = _mix(s.to(tl.uint32)), _mix((s >> 32).to(tl.uint32))
@@ -195,8 +197,9 @@ def draw(
     """A token for each row (int32) and its natural-log probability (fp32): `sampling.sample` without filters or edits.
     The tokens are also written to `last` (int32) at `seat`.
 
-    The probability is the model's, or of logits / temperature where `processed`. The token does not depend on how the
-    vocabulary is shared out; the probability does, by rounding, unless that is `fixed`.
+    The probability is the model's, or of logits / temperature where `processed`, and NaN where a logit is NaN or inf.
+    The token does not depend on how the vocabulary is shared out; the probability does, by rounding, unless that is
+    `fixed`.
 
     Over ranks, these are the logits of a `part` of the `vocab`: its first token and how many there are, at most W on
     each rank. What each has found, a few numbers a row, is put together by `gather`, [...] -> [ranks, ...].
