@@ -1,15 +1,28 @@
 """`fgrun`, from its arguments to what it prints, with a model of random weights."""
 
+import gzip
+import io
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+import fastgen
 from fastgen import Completion, Engine, Output
-from fastgen.cli import run
+from fastgen.cli import bench, chat, files, run, serve
+from fastgen.cli.config import overrides
+from fastgen.cli.files import read_prompts
 from fastgen.config import SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
@@ -104,16 +117,134 @@ def test_multirun(fgrun: Run, tmp_path: Path) -> None:
     assert (tmp_path / "sweep/0/r.jsonl").read_text() == (tmp_path / "sweep/1/r.jsonl").read_text()
 
 
+CHAT = [{"role": "user", "content": "Hi é"}]
+ROWS = ["Hi é, you", [1, 2], CHAT]
+
+
+def parquet(**columns: list) -> bytes:
+    """A Parquet file of some columns."""
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "prompts"),
+    ("name", "content", "prompts"),
     [
         ("p.txt", "one\n\n two, three \n", ["one", "two, three"]),
-        ("p.jsonl", '"a"\n[1, 2]\n{"prompt": "b"}\n{"messages": [{"a": 1}]}', ["a", [1, 2], "b", [{"a": 1}]]),
+        ("p", "one\u2028still one\r\ntwo", ["one\u2028still one", "two"]),
+        ("bom.txt", "\ufeffone\n", ["one"]),
+        ("p.txt.gz", gzip.compress("é\ntwo".encode()), ["é", "two"]),
+        ("p.JSONL", "".join(json.dumps(row) + "\n\n" for row in ROWS), ROWS),
+        ("p.jsonl", '{"prompt": "b", "id": 5}\n' + json.dumps({"messages": CHAT, "prompt": "x"}), ["b", CHAT]),
+        ("p.jsonl.gz", gzip.compress('\ufeff{"prompt_token_ids": [0, 7], "prompt": "x"}'.encode()), [[0, 7]]),
+        ("p.json", json.dumps([*ROWS, {"prompt": "b"}], indent=1), [*ROWS, "b"]),
+        ("q.csv", 'id,prompt\n1,"a ""b"",\nc"\n2,[1]\n', ['a "b",\nc', "[1]"]),
+        ("q.tsv", "prompt\tx\na, b\t1\n", ["a, b"]),
+        ("q.csv", '\ufeffmessages\n"[{""role"": ""user"", ""content"": ""Hi é""}]"\n', [CHAT]),
+        ("q.parquet", parquet(prompt=["a", "b"], id=[1, 2]), ["a", "b"]),
+        ("q.parquet", parquet(messages=[CHAT]), [CHAT]),
+        ("q.parquet", parquet(prompt_token_ids=[[1, 2], [3]]), [[1, 2], [3]]),
     ],
 )
-def test_prompt_files(name: str, text: str, prompts: list, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text)
+def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: Path) -> None:
+    """The format is that of the suffix, and whatever `task.format` says is read so."""
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert run._prompts(run.compose(f"task.prompts={tmp_path / name}")) == prompts
+    suffix = name.lower().removesuffix(".gz").partition(".")[2] or "text"
+    other = tmp_path / ("x.gz" if name.endswith(".gz") else "x")
+    other.write_bytes((tmp_path / name).read_bytes())
+    assert run._prompts(run.compose(f"task.prompts={other}", f"task.format={suffix.replace('txt', 'text')}")) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", "fine\nh\xe9\n".encode("latin1"), "p.txt, line 2: byte 0xe9 is not UTF-8"),
+        ("p.txt", b"a\n\x1f\x8b\0", "p.txt, line 2: byte 0x8b is not UTF-8"),
+        ("p", b"a\nb\0", "p, line 2: has a NUL character"),
+        ("p.txt.gz", b"plain", "p.txt.gz: cannot be read: Not a gzipped file"),
+        (
+            "p.txt.gz",
+            gzip.compress(b"long enough to be cut" * 9)[:-9],
+            "p.txt.gz: cannot be read: Compressed file ended",
+        ),
+        ("p.pdf", "text", "p.pdf: cannot tell its format from '.pdf'"),
+        ("p.jsonl", '"fine"\n{"text": "no prompt"}', "p.jsonl, line 2: must be a text"),
+        ("p.jsonl", '{"prompt": 5}', "p.jsonl, line 1: must be a text, a list of token ids"),
+        ("p.jsonl", "5", "line 1: must be"),
+        ("p.jsonl", "null", "line 1: must be"),
+        ("p.jsonl", '"ok"\n""', "line 2: must be"),
+        ("p.jsonl", "[]", "line 1: must be"),
+        ("p.jsonl", "[1, true]", "line 1: must be"),
+        ("p.jsonl", "[1, -1]", "line 1: must be"),
+        ("p.jsonl", '["two", "texts"]', "line 1: must be"),
+        ("p.jsonl", '[{"content": "no role"}]', "line 1: must be"),
+        ("p.jsonl", '{"messages": "text"', "line 1: must be"),
+        ("p.jsonl", "[" * 10**5, "line 1: must be"),
+        ("p.json", '{"prompt": "a"}', "p.json: must be an array"),
+        ("p.json", '["a", 5]', "p.json, element 1: must be"),
+        ("p.json", '["a"', "p.json: must be"),
+        ("q.csv", "text,id\na,1\n", "q.csv: needs a column 'prompt' or 'messages', has 'text', 'id'"),
+        ("q.csv", "prompt,id\na,1\n,2\n", "q.csv, line 3: must be"),
+        ("q.csv", 'prompt\n"a\n', "q.csv, line "),
+        ("q.csv", "messages\nhello\n", "q.csv, line 2: must be"),
+        ("q.parquet", parquet(text=["a"]), "q.parquet: needs a column 'prompt' or 'messages', has 'text'"),
+        ("q.parquet", parquet(prompt=["a", None]), "q.parquet, row 1: must be"),
+        ("q.parquet", parquet(prompt=[5]), "q.parquet, row 0: must be"),
+        ("q.parquet", b"PAR1 no", "q.parquet: cannot be read as Parquet"),
+        ("empty.txt", "\n\n", "empty.txt is empty"),
+        ("empty.json", "[]", "empty.json is empty"),
+    ],
+)
+def test_bad_prompt_files(name: str, content: str | bytes, said: str, tmp_path: Path) -> None:
+    """The file, the line, and what is wanted."""
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_prompts(str(tmp_path / name))
+    with pytest.raises(ValueError, match="is a folder"):
+        read_prompts(str(tmp_path), "text")
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_prompts_from_standard_input(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "piped").write_text('"a"\n[1]\n')
+    monkeypatch.setattr(files, "_opened", lambda file: (tmp_path / "piped").open("rb"))
+    assert read_prompts(name) == ['"a"', "[1]"] and read_prompts(name, "jsonl") == ["a", [1]]
+
+
+@pytest.mark.parametrize(
+    ("argument", "override"),
+    [
+        ("stop=END", 'sampling.stop=["END"]'),
+        ("stop=a,b", 'sampling.stop=["a,b"]'),
+        ("sampling.stop=[a,b]", "sampling.stop=[a,b]"),
+        ("sampling.stop=[/INST]", "sampling.stop=[/INST]"),
+        ("stop=[END", 'sampling.stop=["[END"]'),
+        ("stop=null", "sampling.stop=null"),
+        ("stop_token_ids=5", "sampling.stop_token_ids=[5]"),
+        ("stop_token_ids=5,6", "sampling.stop_token_ids=[5,6]"),
+        ("grammar=regex:[0-9]+", 'sampling.grammar="regex:[0-9]+"'),
+        ('grammar=json:{"type": "object"}', r'sampling.grammar="json:{\"type\": \"object\"}"'),
+        ("out=a=b (c).jsonl", 'out="a=b (c).jsonl"'),
+        ("model.adapters.x=/a b/{c}", 'model.adapters.x="/a b/{c}"'),
+        ("temperature=0,0.7", "sampling.temperature=0,0.7"),
+        ("+experiment=capitals", "+experiment=capitals"),
+        ("What is 2+2=?", 'prompt="What is 2+2=?"'),
+        ("~foo", "~foo"),
+        ("Hello, you", 'prompt="Hello, you"'),
+    ],
+)
+def test_arguments(argument: str, override: str) -> None:
+    """What one would type is what Hydra is told."""
+    assert overrides([argument]) == [override]
+
+
+def test_values_of_arguments() -> None:
+    config = run.compose("stop=END", "stop_token_ids=5", "grammar=regex:[0-9]+", "out=a=b.jsonl")
+    assert (config.sampling.stop, config.sampling.stop_token_ids) == (("END",), (5,))
+    assert (config.sampling.grammar, config.out) == ("regex:[0-9]+", "a=b.jsonl")
+    assert overrides(["--cfg", "job", "Hi"]) == ["--cfg", "job", 'prompt="Hi"']
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -129,9 +260,10 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def close(self) -> None: ...
 
-        def generate(self, prompts: list, sampling: SamplingParams) -> list[Output]:
+        def as_completed(self, prompts: list, sampling: SamplingParams) -> Iterator[tuple[int, Output]]:
             asked.extend(prompts)
-            return [Output(i, [1], [Completion([2], f"answer {i}")]) for i in range(len(prompts))]
+            found = [(i, Output(i, [1], [Completion([2], f"answer {i}")])) for i in range(len(prompts))]
+            return reversed(found)
 
     monkeypatch.setattr(run, "engine", lambda _, progress=True: Echo())
     monkeypatch.setattr(run, "listen", lambda *_: None)
@@ -155,6 +287,9 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (["prompt=a", "task.prompts=b"], 1, "both prompt and task.prompts"),
         (["task.prompts=nowhere.txt"], 1, "there is no file nowhere.txt"),
         (["prompt=[1]", "out=nowhere/out.jsonl"], 1, "out: there is no folder"),
+        (["prompt=[1]", "out=."], 1, "is a folder"),
+        (["prompt=[1]", "task=profile", "task.trace=nowhere/t.json"], 1, "task.trace: there is no folder"),
+        (["one", "two"], 1, 'one prompt, not 2: put the text in quotes, "one two"'),
         (["model.path=/nowhere", "prompt=[1]"], 1, "/nowhere"),
         ([*TINY, "prompt=[1,999]"], 1, "token 999 is outside the vocabulary of 256"),
         ([*TINY, "prompt=Hello"], 1, "without a tokenizer"),
@@ -169,13 +304,6 @@ def test_mistakes(arguments: list[str], code: int, message: str, fgrun: Run, tmp
     assert [line for line in out.splitlines() if not line.startswith("#")] == []
 
 
-def test_bad_prompt_files(fgrun: Run, tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('"fine"\n{"text": "no prompt"}\n')
-    assert "p.jsonl, line 2: must be a JSON text" in fgrun("task.prompts=p.jsonl")[2]
-    (tmp_path / "empty.txt").write_text("\n\n")
-    assert "empty.txt is empty" in fgrun("task.prompts=empty.txt")[2]
-
-
 def test_full_error(fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """HYDRA_FULL_ERROR=1 gives the exception itself, and is left as it was."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
@@ -185,19 +313,72 @@ def test_full_error(fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fgrun(*TINY, "prompt=[1,999]")[0] == 1
 
 
-def test_interrupt(fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("task", "error", "status"),
+    [
+        ("generate", KeyboardInterrupt, 130),
+        ("generate", run.Terminated, 143),
+        ("generate", BrokenPipeError, 141),
+        ("stream", KeyboardInterrupt, 130),
+    ],
+)
+def test_interrupts(
+    task: str, error: type[BaseException], status: int, fgrun: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What had finished is printed and saved, and said; the exit status is that of the signal."""
+    original, dup2 = getattr(Engine, method := {"generate": "as_completed"}.get(task, task)), list[tuple[int, int]]()
 
-    monkeypatch.setattr(run, "generate", interrupted)
-    assert fgrun(*TINY, "prompt=[1]") == (130, "", "")
+    def interrupted(self: Engine, prompts: list, sampling: list) -> Iterator[Any]:
+        settings = [replace(sampling, max_tokens=4 if i == 1 else 9) for i in range(len(prompts))]
+        for item in original(self, prompts, settings):
+            yield item
+            if isinstance(item, tuple) or item.output:
+                raise error
+
+    monkeypatch.setattr(Engine, method, interrupted)
+    monkeypatch.setattr(os, "dup2", lambda *files: dup2.append(files))
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+    code, out, err = fgrun(*TINY, "prompt=[[1,2,3],[4,5],[6]]", f"task={task}", "out=o.jsonl")
+    assert code == status and "[1.0] " in out
+    assert f"fgrun: ended early: 1 of 3 requests had finished; they are in {tmp_path}/o.jsonl\n" in err
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == [[4, 5]]
+    assert bool(dup2) == (error is BrokenPipeError)
+
+
+def test_out_is_not_the_input(fgrun: Run, tmp_path: Path) -> None:
+    """By whatever name; nothing was loaded, and the input is as it was."""
+    (tmp_path / "p.jsonl").write_text("[1]")
+    (tmp_path / "link").symlink_to("p.jsonl")
+    for out in ("p.jsonl", "./p.jsonl", "link"):
+        code, _, err = fgrun("model.path=/nowhere", "task.prompts=p.jsonl", f"out={out}")
+        assert code == 1 and "is the input itself" in err
+    assert (tmp_path / "p.jsonl").read_text() == "[1]"
+
+
+def test_version(fgrun: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fgrun("--version") == (0, f"fgrun {fastgen.__version__}\n", "")
+    for tool in (bench, chat, serve):
+        with pytest.raises(SystemExit, match="^0$"):
+            tool.main(["--version"])
+        assert capsys.readouterr().out == f"fg{tool.__name__.rpartition('.')[2]} {fastgen.__version__}\n"
+
+
+def test_scripts_start_quietly() -> None:
+    """Ctrl-C while torch is imported ends a tool without a traceback."""
+    script = "import sys, fastgen.cli.scripts as s; print(flush=True); s.fgrun()"
+    tool = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert tool.stdout and tool.stdout.readline()
+    while b"torch" not in Path(f"/proc/{tool.pid}/maps").read_bytes():  # its libraries are being loaded
+        assert tool.poll() is None
+    tool.send_signal(signal.SIGINT)
+    assert tool.communicate() == (b"", b"") and tool.returncode in (-signal.SIGINT, 130)
 
 
 def test_help(fgrun: Run) -> None:
     """Examples, every option of every group, and the whole configuration."""
     code, out, _ = fgrun("--help")
     assert code == 0
-    for part in ('fgrun prompt="What is the capital of France?"', "+experiment=capitals", "--multirun", "llama31_8b"):
+    for part in ('fgrun "What is the capital of France?"', "+experiment=capitals", "--multirun", "llama31_8b"):
         assert part in out
     assert "token_budget: 8192" in out
 

@@ -6,64 +6,27 @@ with fastgen.Engine.from_pretrained() as engine:
     print(engine.generate("The capital of France is")[0].completions[0].text)
 """
 
-from fastgen import lora
-from fastgen.aio import AsyncEngine
-from fastgen.batch import stage
-from fastgen.cache.prefix import Counts
-from fastgen.config import SamplingParams, Settings
-from fastgen.engine import Engine
-from fastgen.exchange import adopt, handles, receive, send
-from fastgen.models.spec import Rope, Spec, from_hf
-from fastgen.models.transformer import forward, hidden, unembed
-from fastgen.models.weights import init, load, save
-from fastgen.replicas import Replicas
-from fastgen.request import Completion, Event, Output
-from fastgen.scoring import Mismatch, compare, mismatch, score
-from fastgen.snapshot import Snapshot
-from fastgen.step import new_cache
-from fastgen.types import Adapter, Adapters, Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling, Share
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Adapter",
-    "Adapters",
-    "AsyncEngine",
-    "Batch",
-    "Cache",
-    "Completion",
-    "Counts",
-    "Edits",
-    "Engine",
-    "Event",
-    "Filter",
-    "Layer",
-    "Mismatch",
-    "Output",
-    "Params",
-    "Replicas",
-    "Rope",
-    "Sampled",
-    "Sampling",
-    "SamplingParams",
-    "Settings",
-    "Share",
-    "Snapshot",
-    "Spec",
-    "adopt",
-    "compare",
-    "forward",
-    "from_hf",
-    "handles",
-    "hidden",
-    "init",
-    "load",
-    "lora",
-    "mismatch",
-    "new_cache",
-    "receive",
-    "save",
-    "score",
-    "send",
-    "stage",
-    "unembed",
-]
+if TYPE_CHECKING:
+    from fastgen.api import *  # noqa: F403
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a submodule, or all public names, when first used, so that the tools start before torch is imported."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "__all__" and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    api = import_module(f"{__name__}.api")
+    if not hasattr(api, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module(f"{__name__}.api").__all__})

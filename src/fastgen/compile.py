@@ -344,7 +344,12 @@ class Stepper:
             return
         shapes = self.shapes()
         with tqdm(
-            total=len(shapes) + 1, desc="warm-up", unit="graph", delay=1, leave=False, disable=not progress
+            total=len(shapes) + 1,
+            desc="warm-up",
+            unit="graph",
+            delay=1,
+            leave=False,
+            disable=None if progress else True,
         ) as bar:
             for shape in () if self._measured else self._kinds():
                 self._compute(cache, *self._padding(shape), decode=shape.decode)

@@ -65,15 +65,26 @@ def locate(model: str | Path | None, dtype: str, device: str) -> tuple[Path, str
     return default.default_path() if model is None else weights.resolve(model), device
 
 
+def completed(ids: Sequence[int], events: Iterable[Event]) -> Iterator[tuple[int, Output]]:
+    """Yields the position in `ids` and the output of each request when its last event comes."""
+    index = {id: i for i, id in enumerate(ids)}
+    for event in events:
+        if event.output is not None:
+            yield index[event.request_id], event.output
+
+
 def collect(ids: Sequence[int], events: Iterable[Event], progress: bool | None) -> list[Output]:
-    """The outputs of requests, in the order of their ids, once their events have come."""
+    """Returns the outputs of requests, in the order of their ids, once their events have come.
+
+    `progress` None shows a bar on a terminal or in a notebook, when it takes longer than two seconds.
+    """
     done: dict[int, Output] = {}
-    with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=progress is False) as bar:
-        for event in events:
-            if event.output is not None:
-                done[event.request_id] = event.output
-                bar.update()
-    return [done[id] for id in ids]
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=hidden) as bar:
+        for i, output in completed(ids, events):
+            done[i] = output
+            bar.update()
+    return [done[i] for i in range(len(ids))]
 
 
 def _from_caller(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -160,10 +171,17 @@ class Engine(Loop):
 
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        ids = self._add_all(prompts, sampling, live=True)
-        events = self._events(ids)
-        weakref.finalize(events, self._abort, ids).atexit = False  # dropped unread, it would never run its `finally`
-        return events
+        return self._abandonable_events(self._add_all(prompts, sampling, live=True))
+
+    def as_completed(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[tuple[int, Output]]:
+        """Returns an iterator over (index of the prompt, output) of one or many prompts, as they finish.
+
+        Leaving the loop early, or an interrupt, aborts what is not finished.
+        """
+        ids = self._add_all(prompts, sampling, live=False)
+        return completed(ids, self._abandonable_events(ids))
 
     def generate(
         self,
@@ -174,7 +192,7 @@ class Engine(Loop):
     ) -> list[Output]:
         """Outputs of one or many prompts, in their order. `sampling` is one for all, or one for each.
 
-        `progress` None shows a bar when it takes longer than two seconds.
+        `progress` None shows a bar, on a terminal or in a notebook, when it takes longer than two seconds.
         """
         ids = self._add_all(prompts, sampling, live=False)
         return collect(ids, self._events(ids), progress)
@@ -196,6 +214,12 @@ class Engine(Loop):
                 raise ValueError(f"prompt {len(new)}: {e}") from e
             raise
         return self._submit(new)
+
+    def _abandonable_events(self, ids: list[int]) -> Iterator[Event]:
+        """Returns an iterator over the events of requests, which aborts them when it is dropped."""
+        events = self._events(ids)
+        weakref.finalize(events, self._abort, ids).atexit = False  # dropped unread, it would never run its `finally`
+        return events
 
     def _events(self, ids: list[int]) -> Iterator[Event]:
         """Steps until the requests `ids` have ended; what others receive meanwhile waits for their next step."""

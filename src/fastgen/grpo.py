@@ -378,7 +378,7 @@ def train(trainer: Trainer, folder: str | Path = "grpo", *, resume: bool = False
         raise ValueError(f"{folder} has a run: go on with it (grpo.resume=true) or name another (grpo.folder=…)")
     folder.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))  # steps after the checkpoint are done again
-    bar = tqdm(total=s.steps, initial=trainer.done, unit="step", disable=not progress)
+    bar = tqdm(total=s.steps, initial=trainer.done, unit="step", disable=None if progress else True)
     with bar, log.open("a") as file, interruptible() as asked:
         while trainer.done < s.steps and not asked.is_set():
             rows.append(trainer.step())

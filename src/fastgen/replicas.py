@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from fastgen import lora
 from fastgen import tokenizer as tokens
 from fastgen.config import SamplingParams, Settings
-from fastgen.engine import Engine, collect, locate
+from fastgen.engine import Engine, collect, completed, locate
 from fastgen.grammar import Guides
 from fastgen.models import weights
 from fastgen.models.spec import Spec, split
@@ -395,10 +395,14 @@ class Replicas:
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Event]:
         """Events of one or many prompts as they come, as `Engine.stream`."""
-        ids = self._add_all(prompts, sampling, quiet=False)
-        events = self._events(ids)
-        weakref.finalize(events, self._forget, ids).atexit = False  # dropped unread, it would never run its `finally`
-        return events
+        return self._abandonable_events(self._add_all(prompts, sampling, quiet=False))
+
+    def as_completed(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[tuple[int, Output]]:
+        """Returns an iterator over (index of the prompt, output), as they finish, as `Engine.as_completed`."""
+        ids = self._add_all(prompts, sampling, quiet=True)
+        return completed(ids, self._abandonable_events(ids))
 
     def generate(
         self,
@@ -421,6 +425,12 @@ class Replicas:
                 raise ValueError(f"prompt {len(new)}: {e}") from e
             raise
         return self._queue(new)
+
+    def _abandonable_events(self, ids: list[int]) -> Iterator[Event]:
+        """Returns an iterator over the events of requests, which ends them when it is dropped."""
+        events = self._events(ids)
+        weakref.finalize(events, self._forget, ids).atexit = False  # dropped unread, it would never run its `finally`
+        return events
 
     def _events(self, ids: list[int]) -> Iterator[Event]:
         """Steps until the requests `ids` have ended; what others receive meanwhile waits for their next step."""

@@ -18,8 +18,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
+import fastgen
 from fastgen import Engine, Replicas, SamplingParams, Settings, limits, lora
 from fastgen.cli.config import Config, chosen, compose
+from fastgen.cli.files import check_output
 from fastgen.cli.machine import clocks_during, hardware, memory, peak, probe, versions
 from fastgen.cli.rows import Row, Workload, merge, peer_rows, plot, read, table
 from fastgen.config import Parallel
@@ -194,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "fgbench", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    p.add_argument("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
     p.add_argument("model", nargs="?", help="config.json, checkpoint or its folder, hub id, or a name of conf/model")
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for fgrun")
     p.add_argument(
@@ -294,9 +297,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
         if bool(works or args.start_up) != bool(args.model) or not (args.model or args.out or args.peer):
             raise ValueError("give a model and what to run: fgbench MODEL --workload 512x1024x128; see fgbench --help")
-        for path in (args.out, args.plot):
-            if path and not path.parent.is_dir():
-                raise ValueError(f"there is no folder {path.parent}")
+        for name, path in (("--out", args.out), ("--plot", args.plot)):
+            if path:
+                check_output(name, path, [args.peer_log])
         if args.plot and not find_spec("matplotlib"):
             raise ValueError("--plot needs matplotlib: pip install fastgen[notebook]")
         config = _config(args) if args.model else None

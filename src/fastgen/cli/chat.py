@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils._pytree import tree_leaves
 
+import fastgen
 from fastgen import Engine, SamplingParams, tokenizer
 from fastgen.chat import Conversation, TooLong, check
 from fastgen.cli.config import Config, chosen, compose, explain
@@ -277,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "fgchat", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    p.add_argument("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
     p.add_argument("words", nargs="*", metavar="MODEL KEY=VALUE", help="at most one folder, hub id, .gguf or "
                    ".safetensors file or name of conf/model (none: a small default model); settings")  # fmt: skip
     p.add_argument("--tensor-parallel", type=int, metavar="N", help="GPUs to spread the model over")

@@ -4,6 +4,8 @@ The schema is the dataclasses of fastgen.config themselves, so a key, a type or 
 """
 
 import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from fastgen.cli.files import FORMATS
 from fastgen.config import Grpo, Model, SamplingParams, Settings, unknown
 
 TASKS = ("generate", "stream", "profile", "grpo")
@@ -27,12 +30,15 @@ class Task:
 
     name: str = "generate"
     prompts: str | None = None
+    format: str | None = None  # of the file (see `fastgen.cli.files`); None: by its suffix
     steps: int = 8  # recorded, after two that are not
     trace: str | None = None  # .json or .json.gz; None: a file in the working directory
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
             raise ValueError(unknown("task.name", self.name, list(TASKS)))
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(unknown("task.format", self.format, list(FORMATS)))
         if self.steps < 1:
             raise ValueError(f"task.steps must be at least 1, got {self.steps}")
 
@@ -110,23 +116,58 @@ def full(argument: str) -> str:
     return f"{KEYS.get(key, key)}{equals}{text}"
 
 
-def quote(argument: str) -> str:
-    """`prompt=any text` in the quotes that Hydra's grammar wants, and paths; null, lists and quoted text stay as is.
+TEXTS = ("prompt", "model.path", "sampling.grammar")  # texts whatever they contain: a comma makes no sweep of them
 
-    A key without its group gets it.
+
+def _parses(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+def quote(argument: str) -> str:
+    """Returns an override as Hydra's grammar wants it: the key with its group, and a text as a value in quotes.
+
+    `prompt`, `model.path` and `sampling.grammar` are texts unless they are null, quoted already or, for a prompt, a
+    list; so is every value that Hydra could not parse. One value for a list (`stop=END`) becomes a list.
     """
     argument = full(argument)
-    key, _, text = argument.partition("=")
-    if key not in ("prompt", "model.path") or text == "null":
+    key, equals, text = argument.partition("=")
+    if not equals or text == "null":
         return argument
-    if text.startswith(("[", "{", "'", '"')):
-        try:
-            OverridesParser.create().parse_override(argument)
-            return argument
-        except HydraException:  # a text that begins with one of these
-            pass
-    text = text.replace("${", r"\${")  # not an interpolation
-    return f"{key}={QuotedString(text, Quote.double).with_quotes()}"
+    quoted = QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()  # no interpolation
+    if key == "sampling.stop_token_ids" and not text.startswith("["):
+        return f"{key}=[{text}]"
+    if key == "sampling.stop":
+        return argument if text.startswith("[") and _parses(argument) else f"{key}=[{quoted}]"
+    is_form = text.startswith(("[", "{", "'", '"') if key == "prompt" else ("'", '"')) or key not in TEXTS
+    return argument if is_form and _parses(argument) else f"{key}={quoted}"
+
+
+FLAGS_WITH_VALUE = {
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+    "--info", "-i", "--experimental-rerun",
+}  # fmt: skip
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """Returns a command line as Hydra reads it: flags, overrides with quoted values, and a bare text as the prompt.
+
+    ValueError for two bare texts, which are mostly one that lacks its quotes.
+    """
+    result, bare = list[str](), list[str]()
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("-") or before in FLAGS_WITH_VALUE or re.match(r"~[\w/@.]+$", argument):
+            result.append(argument)
+        elif re.match(r"[+~]{0,2}[\w/@.:-]+=", argument):
+            result.append(quote(argument))
+        else:
+            bare.append(argument)
+    if len(bare) > 1:
+        raise ValueError(f'one prompt, not {len(bare)}: put the text in quotes, "{" ".join(bare)}"')
+    return result + [quote(f"prompt={text}") for text in bare]
 
 
 def _unknown_key(key: str) -> str:

@@ -11,7 +11,9 @@ The same configuration in a notebook or a script:
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,9 +25,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from tqdm.auto import tqdm
 
+import fastgen
 from fastgen import Engine, Output, Replicas, SamplingParams, Settings
-from fastgen.cli.config import Config, Task, compose, conf_dir, explain, quote, typed
+from fastgen.cli.config import Config, Task, compose, conf_dir, explain, overrides, typed
+from fastgen.cli.files import check_output, read_prompts
 from fastgen.grpo import Trainer, find, train
 from fastgen.profiler import listen
 from fastgen.tokenizer import Prompt, is_one
@@ -33,40 +38,55 @@ from fastgen.tokenizer import Prompt, is_one
 __all__ = ["compose", "engine", "engines", "main", "run"]
 
 
-def generate(engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams) -> list[Output]:
-    """Print the completions when all are done."""
-    outputs = engine.generate(prompts, sampling)
-    alone = len(outputs) == sampling.n == 1
-    for output in outputs:
-        for j, c in enumerate(output.completions):
-            text = c.text if engine.tokenizer else str(c.token_ids)
-            print(text if alone else f"[{output.request_id}.{j}] {text}")
-    return outputs
+class Answers:
+    """Collects the outputs of a run by their prompt's index, and prints them."""
+
+    def __init__(self, prompts: list[Prompt], sampling: SamplingParams, has_text: bool) -> None:
+        self.prompts, self.has_text = prompts, has_text
+        self.is_single = len(prompts) == sampling.n == 1
+        self.outputs: dict[int, Output] = {}
+
+    def print(self) -> None:
+        """Prints the completions in the order of their prompts."""
+        for i in sorted(self.outputs):
+            for j, c in enumerate(self.outputs[i].completions):
+                text = c.text if self.has_text else str(c.token_ids)
+                print(text if self.is_single else f"[{i}.{j}] {text}")
+
+    def save(self, path: Path) -> None:
+        """Writes a JSON line for each prompt that has an output, in order."""
+        rows = ({"prompt": self.prompts[i]} | asdict(o) for i, o in sorted(self.outputs.items()))
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def stream(engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams) -> list[Output]:
-    """Print tokens as they come. Several completions take turns, each on a line of its own."""
-    outputs, last = {}, None
-    alone = len(prompts) == sampling.n == 1
+def generate(engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams, answers: Answers) -> None:
+    """Collects the outputs as they finish."""
+    with tqdm(total=len(prompts), unit="request", delay=2, leave=False, disable=None) as bar:
+        for i, output in engine.as_completed(prompts, sampling):
+            answers.outputs[i] = output
+            bar.update()
+
+
+def stream(engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams, answers: Answers) -> None:
+    """Prints tokens as they come. Several completions take turns, each on a line of its own."""
+    last = None
     for event in engine.stream(prompts, sampling):
         who = f"[{event.request_id}.{event.index}] "
         text = event.text if engine.tokenizer else "".join(f"{t} " for t in event.token_ids)
-        if text and not alone and who != last:
+        if text and not answers.is_single and who != last:
             text, last = ("\n" if last else "") + who + text, who
         print(text, end="", flush=True)
         if event.output:
-            outputs[event.request_id] = event.output
+            answers.outputs[event.request_id] = event.output
     print()
-    return [outputs[i] for i in sorted(outputs)]
 
 
-def profile(engine: Engine, prompts: list[Prompt], sampling: SamplingParams, task: Task) -> list[Output]:
-    """Print where the time of some steps goes, and where their trace is."""
+def profile(engine: Engine, prompts: list[Prompt], sampling: SamplingParams, answers: Answers, task: Task) -> None:
+    """Prints where the time of some steps goes, and where their trace is."""
     with engine.profile(task.steps, task.trace) as p:
-        outputs = engine.generate(prompts, sampling)
+        answers.outputs |= enumerate(engine.generate(prompts, sampling))
     print(p.summary)
     print(f"trace: {p.trace}")
-    return outputs
 
 
 def grpo(config: Config, folder: Path = Path()) -> None:
@@ -114,53 +134,67 @@ def _prompts(config: Config) -> list[Prompt]:
         raise ValueError(f'{problem}: give prompt="a text", task.prompts=FILE or +experiment=NAME; see fgrun --help')
     if file is None:
         return given if isinstance(given, list) and not is_one(given) else [given]
-    if not Path(file).is_file():
-        raise ValueError(f"task.prompts: there is no file {file}")
-    prompts = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line) if file.endswith(".jsonl") else line.strip()
-            prompts.append(value.get("messages") or value["prompt"] if isinstance(value, dict) else value)
-        except (json.JSONDecodeError, KeyError) as e:
-            wanted = "a JSON text, list of token ids, list of messages, or an object with 'prompt' or 'messages'"
-            raise ValueError(f"{file}, line {number}: must be {wanted}, got {line[:60]!r}") from e
-    if not prompts:
-        raise ValueError(f"task.prompts: {file} is empty")
-    return prompts
+    return read_prompts(file, config.task.format)
 
 
 def run(config: Config, folder: Path = Path()) -> list[Output]:
-    """Do the task: results on stdout, a line of timing on stderr. `config.out` is relative to `folder`."""
+    """Does the task: results on stdout, a line of timing on stderr. `config.out` is relative to `folder`.
+
+    When it ends early, by an interrupt or an error, the outputs that had finished are printed and saved all the same.
+    """
     if config.task.name == "grpo":
         grpo(config, folder)
         return []
-    prompts = _prompts(config)
     out = folder / config.out if config.out else None
-    if out and not out.parent.is_dir():
-        raise ValueError(f"out: there is no folder {out.parent}")
+    if out:
+        check_output("out", out, [config.task.prompts])
+    if config.task.trace:
+        check_output("task.trace", Path(config.task.trace), [config.task.prompts, config.out])
+    prompts = _prompts(config)
     if config.task.name == "profile" and config.parallel.replicas > 1:
         raise ValueError("task=profile looks at one engine: parallel.replicas must be 1")
+    failure: BaseException | None = None
     with engines(config) as e:
         if isinstance(e, Engine):
             listen(e.profiler, folder)  # kill -USR2 PID records what runs
         templated = config.chat and e.tokenizer is not None and e.tokenizer.chat_template
         asked = [[{"role": "user", "content": p}] if templated and isinstance(p, str) else p for p in prompts]
+        answers = Answers(prompts, config.sampling, e.tokenizer is not None)
         start = time.perf_counter()
-        if config.task.name == "profile" and isinstance(e, Engine):
-            outputs = profile(e, asked, config.sampling, config.task)
-        else:
-            outputs = {"generate": generate, "stream": stream}[config.task.name](e, asked, config.sampling)
+        try:
+            if config.task.name == "profile" and isinstance(e, Engine):
+                profile(e, asked, config.sampling, answers, config.task)
+            else:
+                {"generate": generate, "stream": stream}[config.task.name](e, asked, config.sampling, answers)
+        except ValueError:  # of a prompt that cannot run: nothing has begun
+            raise
+        except BaseException as error:
+            failure = error
         seconds = time.perf_counter() - start
-    if out:
-        rows = ({"prompt": p} | asdict(o) for p, o in zip(prompts, outputs, strict=True))
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    read = sum(len(o.prompt_token_ids) for o in outputs)
-    made = sum(len(c.token_ids) for o in outputs for c in o.completions)
-    line = f"{read} prompt tokens, {made} output tokens, {seconds:.2f} s, {made / seconds:.1f} tokens/s"
-    print(line, file=sys.stderr, flush=True)
+    if out and (answers.outputs or failure is None):
+        answers.save(out)
+    if config.task.name == "generate":
+        answers.print()
+    outputs = [output for _, output in sorted(answers.outputs.items())]
+    num_read = sum(len(o.prompt_token_ids) for o in outputs)
+    num_made = sum(len(c.token_ids) for o in outputs for c in o.completions)
+    lines = [f"{num_read} prompt tokens, {num_made} output tokens, {seconds:.2f} s, {num_made / seconds:.1f} tokens/s"]
+    if failure is not None:
+        saved = f"; they are in {out}" if out and outputs else ""
+        lines.insert(0, f"fgrun: ended early: {len(outputs)} of {len(prompts)} requests had finished{saved}")
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    if failure is not None:
+        raise failure
     return outputs
+
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM, which ends a run as Ctrl-C does."""
+
+
+def _terminate(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    raise Terminated
 
 
 def _fail(e: Exception) -> int:
@@ -168,6 +202,12 @@ def _fail(e: Exception) -> int:
     form = isinstance(e, HydraException | OmegaConfBaseException)
     print(f"fgrun: {explain(e) if form else e}", file=sys.stderr)
     return 2 if form else 1
+
+
+def _closed() -> int:
+    """Returns the exit status when nobody reads stdout any more, as with `head` or a pager that was left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
+    return 128 + signal.SIGPIPE
 
 
 def main() -> int:
@@ -180,17 +220,29 @@ def main() -> int:
             print(f"# {about.job.override_dirname}", flush=True)
         try:
             run(typed(cfg), Path(about.runtime.output_dir))
+        except BrokenPipeError:
+            sys.exit(_closed())
         except (ValueError, OSError) as e:
             if full == "1":
                 raise
             sys.exit(_fail(e))  # past Hydra, which would add lines of its own
 
-    sys.argv[1:] = [quote(argument) for argument in sys.argv[1:]]
+    if "--version" in sys.argv[1:]:
+        print(f"fgrun {fastgen.__version__}")
+        return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
+        sys.argv[1:] = overrides(sys.argv[1:])
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+        sys.stdout.flush()
+    except Terminated:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return _closed()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as e:
         if full == "1":
             raise

@@ -29,6 +29,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import fastgen
 from fastgen import Engine, Replicas, lora
 from fastgen.cli import run
 from fastgen.cli.config import Config, chosen, compose, full
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="fgserve", description="An OpenAI-compatible server.", epilog=EPILOG, formatter_class=form
     )
+    p.add_argument("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
     p.add_argument("model", nargs="?", metavar="MODEL")
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is every one (%(default)s)")

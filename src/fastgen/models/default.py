@@ -31,7 +31,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _bar(what: str, total: int) -> tqdm:
-    return tqdm(desc=f"{what} {FOLDER}", total=total, unit="B", unit_scale=True, leave=False)
+    return tqdm(desc=f"{what} {FOLDER}", total=total, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def _download(folder: Path) -> Path:

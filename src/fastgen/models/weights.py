@@ -388,7 +388,9 @@ def load(
     memory that they lie in, of so many bytes.
     """
     path = resolve(model)
-    with tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+    with tqdm(
+        desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=None if progress else True, leave=False
+    ) as bar:
         tensors: Iterable[tuple[str, Any]]
         if path.suffix == ".gguf":
             from fastgen.models import gguf  # whose reader takes a while to import
