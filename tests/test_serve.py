@@ -469,7 +469,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "0.5"}, "temperature"),
     ({"temperature": float("inf")}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"top_k": -2}, "top_k"),
     ({"min_p": 1.5}, "min_p"),
     ({"n": 0}, "n"),

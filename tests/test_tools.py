@@ -3,9 +3,12 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -19,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastgen import SamplingParams, tokenizer
 from fastgen.serve import app, tools
-from fastgen.serve.answer import Answer, Chat, Choice, Vocabulary
+from fastgen.serve.answer import Answer, Chat, Choice, Delta, Vocabulary
 from fastgen.serve.client import Client
 from fastgen.serve.core import Piece
 from fastgen.serve.metrics import Metrics
@@ -82,6 +85,62 @@ TEXTS: list[tuple[tools.FamilyName, str, str, list[tuple[str, str]]]] = [
         [("get", '{"a": 1}'), ("get_time", "{}")],
     ),
     ("mistral", 'get{"a": 1} [TOOL_CALLS]get{"a": 1}', 'get{"a": 1}', [("get", '{"a": 1}')]),
+    ("mistral", '[TOOL_CALLS] [{"arguments": {"a": 1}, "name": "get"}]', "", [("get", '{"a": 1}')]),
+    (
+        "mistral",
+        f'[TOOL_CALLS][{{"id": "a", "x": [{{"name": "no"}}], "arguments": {HARD}, "name": "get", "type": "f"}}, '
+        '{"index":1,"name":"get_time"}]',
+        "",
+        [("get", HARD), ("get_time", "{}")],
+    ),
+    ("mistral", '[TOOL_CALLS] {"arguments": {}, "name": "get"} so', " so", [("get", "{}")]),
+    ("mistral", '[TOOL_CALLS] [{"arguments": null, "name": "get"}]', "", [("get", "{}")]),
+    ("mistral", '[TOOL_CALLS] [{"name": "get", "arguments": null}]', "", [("get", "{}")]),
+    ("mistral", '[TOOL_CALLS] [{"name": "get", "arguments": ""}]', "", [("get", "{}")]),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "get", "arguments": "{\\"a\\": \\"\\\\u00e9\\"}"}]',
+        "",
+        [("get", '{"a": "\\u00e9"}')],
+    ),
+    ("mistral", '[TOOL_CALLS] [{"n\\u0061me": "\\u0067et", "arguments": {}}]', "", [("get", "{}")]),
+    *(
+        ("mistral", f'[TOOL_CALLS] [{{"name": "get", "arguments": {wrong}}}]')
+        + (f'[TOOL_CALLS] [{{"name": "get", "arguments": {wrong}}}]', [])
+        for wrong in ("[1]", "7", '"no"', '"[]"', "true", '"\\x"')
+    ),
+    ("mistral", '[TOOL_CALLS] [{"arguments": {"a": 1}}]', '[TOOL_CALLS] [{"arguments": {"a": 1}}]', []),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"arguments": {x: 1}, "name": "get"}]',
+        '[TOOL_CALLS] [{"arguments": {x: 1}, "name": "get"}]',
+        [],
+    ),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"arguments": {"a": 1}, "name": "ge',
+        '[TOOL_CALLS] [{"arguments": {"a": 1}, "name": "ge',
+        [],
+    ),
+    ("mistral", '[TOOL_CALLS] [{"name": "get", "arguments": {"a": 1}, x}]', ", x}]", [("get", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"arguments":{"a":1},"name":"get"}</tool_call>.', ".", [("get", '{"a":1}')]),
+    (
+        "hermes",
+        '<tool_call>\n[{"name": "get_time"}, {"arguments": {}, "name": "get"}]\n</tool_call>',
+        "",
+        [("get_time", "{}"), ("get", "{}")],
+    ),
+    ("hermes", '<tool_call>{"name": "get", "arguments": {"a": {}}</tool_call>', "", [("get", '{"a": {}}')]),
+    (
+        "hermes",
+        'So <think>\n<tool_call>{"name": "get"}</tool_call></think> <tool_call>{"name": "get_time"}</tool_call>',
+        'So <think>\n<tool_call>{"name": "get"}</tool_call></think>',
+        [("get_time", "{}")],
+    ),
+    ("llama", '{"parameters": {"a": 1}, "name": "get"}', "", [("get", '{"a": 1}')]),
+    ("llama", '[{"type": "function", "parameters": {}, "name": "get"}]', "", [("get", "{}")]),
+    ("llama", '{"id": 3, "city": "Paris", "name": "get"}', '{"id": 3, "city": "Paris", "name": "get"}', []),
+    ("llama", '<|python_tag|>{"why": "x", "name": "get"}', "", [("get", "{}")]),
     ("mistral", "[TOOL_CALLS] [] and [1, 2]", "[TOOL_CALLS] [] and [1, 2]", []),
     ("mistral", '[TOOL_CALLS] [{"name": "get", "arguments": {}}, {"name": "g', ', {"name": "g', [("get", "{}")]),
 ]
@@ -133,6 +192,52 @@ def test_any_split_of_any_text_reads_the_same(form: tools.FamilyName, parts: lis
     assert read(form, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]) == read(form, [text])
 
 
+OBJECTS = st.dictionaries(
+    st.text(max_size=3),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=6,
+    ),
+    max_size=3,
+)
+MORE = {"id": st.text(max_size=5), "type": st.just("function"), "index": st.integers(0, 9)}
+AROUND: dict[tools.FamilyName, list[tuple[str, str]]] = {
+    "hermes": [("<tool_call>\n", "\n</tool_call>"), ("<tool_call>[", "]</tool_call>")],
+    "llama": [("", ""), ("<|python_tag|>", "")],
+    "mistral": [("[TOOL_CALLS] [", "]"), ("[TOOL_CALLS]", "")],
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), form=st.sampled_from(tools.FAMILIES), arguments=OBJECTS)
+def test_objects_have_no_order(data: st.DataObject, form: tools.FamilyName, arguments: dict[str, Any]) -> None:
+    """Any order of members, white space, escapes, and split of the text: the same call."""
+    given = data.draw(st.sampled_from([arguments, json.dumps(arguments)]))
+    members: dict[str, Any] = {"name": "get", data.draw(st.sampled_from(tools.ARGUMENTS)): given}
+    members |= data.draw(st.fixed_dictionaries({}, optional=MORE))
+    members = dict(data.draw(st.permutations(list(members.items()))))
+    space = st.text(" \n\t\r", max_size=2)
+    separators = data.draw(space) + "," + data.draw(space), data.draw(space) + ":" + data.draw(space)
+    text = json.dumps(members, separators=separators, ensure_ascii=data.draw(st.booleans()))
+    text = "{" + data.draw(space) + text[1:-1] + data.draw(space) + "}"
+    before, after = data.draw(st.sampled_from(AROUND[form]))
+    text = before + text + after
+    ends = sorted({0, len(text), *data.draw(st.lists(st.integers(0, len(text)), max_size=8))})
+    content, [(name, found)] = read(form, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)])
+    assert (content, name, json.loads(found)) == ("", "get", arguments)
+
+
+def test_what_may_be_a_call_is_read_once() -> None:
+    """A hundred kilobytes that may still become a call, token by token, takes a second or so and not minutes."""
+    text = '<tool_call>{"x": [' * 5_000 + '"' + "a" * 50_000 + '"' + "]" * 5_000
+    began = time.monotonic()
+    assert read("hermes", [text[i : i + 4] for i in range(0, len(text), 4)]) == (text, [])
+    long = '{"arguments": {"x": "' + "<tool_call>{ " * 10_000 + '"}, "name": "get"}'
+    _, [(_, arguments)] = read("llama", [long[i : i + 4] for i in range(0, len(long), 4)])
+    assert len(arguments) > 100_000 and time.monotonic() - began < 20
+
+
 def test_text_is_held_back_only_while_it_may_begin_a_call() -> None:
     """And arguments are passed on as they come."""
     reader = Reader("hermes", NAMES)
@@ -143,7 +248,8 @@ def test_text_is_held_back_only_while_it_may_begin_a_call() -> None:
         ("<", ""),
         ("b>", "\n<b>"),
         (" <tool_call>", ""),
-        ("{x", " <tool_call>{x"),
+        ('{"x": [7], ', ""),
+        ('"name": "got"', ' <tool_call>{"x": [7], "name": "got"'),
     ):
         assert reader.push(new) == (sent, [])
     said = [
@@ -298,6 +404,73 @@ def test_a_call_goes_to_the_model_and_comes_back(form: tools.FamilyName) -> None
     assert said[2]["name"] == "get" and said[2]["tool_call_id"] == said[1]["tool_calls"][0]["id"]
 
 
+# Idioms of templates that have been published: what they do with an answer's content and its calls.
+IDIOMS = {
+    "QwQ": "{% set content = m.content.split('</think>')[-1].lstrip() %}{{ content if m.content }}"
+    "{% for c in m.tool_calls %}<tool_call>" + BODY % "arguments" + "</tool_call>{% endfor %}",
+    "Qwen3": "{% if m.content is string %}{% set content = m.content %}{% endif %}"
+    "{% if m.reasoning_content is string %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ content + '' }}"
+    "{% for c in m.tool_calls %}<tool_call>" + BODY % "arguments" + "</tool_call>{% endfor %}",
+    "R1": "{% if m['content'] is not none %}{{ m['content'] + '' }}{% endif %}{% for c in m['tool_calls'] %}"
+    "{{ c['function']['name'] + '```json' + c['function']['arguments'] + '```' }}{% endfor %}",
+    "SmolLM2": "{{ m['role'] + m['content'] }}",
+    "Python": "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments }}){% endfor %}",
+    "items": "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}{% endfor %}",
+}  # fmt: skip
+PUBLISHED = Path(find_spec("trl").origin).parent / "chat_templates" if find_spec("trl") else Path()  # type: ignore[union-attr, arg-type]
+NAMES_OF_TEMPLATES = ("deepseek_r1_distill", "deepseekv3", "glm4moe", "llama3_1", "llama3_2", "qwen2_5", "qwen3",
+                      "qwen3_instruct_2507", "gptoss")  # fmt: skip
+SECOND_TURN = [
+    {"role": "user", "content": "How is it?"},
+    {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "function_call": None,
+     "reasoning_content": "Ask.", "tool_calls": [{"id": "call_0123456789abcdef", "index": 0, "type": "function",
+     "function": {"name": "get", "arguments": '{"city": "Paris"}'}}]},
+    {"role": "tool", "tool_call_id": "call_0123456789abcdef", "content": "Sunny."},
+]  # fmt: skip
+
+
+def second_turn(template: str, **more: Any) -> str:
+    """The prompt of a conversation in which a tool was called: what the server's clients send back."""
+    vocabulary = coder()
+    vocabulary.chat_template = template
+    service = worker(vocabulary)
+    service.family = tools.family(vocabulary)
+    messages = [Message.model_validate(message) for message in SECOND_TURN]
+    return vocabulary.decode(asyncio.run(service.chat(messages, TOOLS, enforced=True)))
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_second_turns_of_templates_of_all_kinds(name: str) -> None:
+    """An answer without content has it empty, and arguments are objects or text, as the template takes them."""
+    text = second_turn("{% for m in messages %}" + IDIOMS[name] + "|{% endfor %}")
+    lines = text.split("|")
+    assert lines[0].endswith("How is it?") and lines[2].endswith("Sunny.")
+    assert (
+        lines[1]
+        == {
+            "QwQ": '<tool_call>{"name": "get", "arguments": {"city": "Paris"}}</tool_call>',
+            "Qwen3": '<think>Ask.</think><tool_call>{"name": "get", "arguments": {"city": "Paris"}}</tool_call>',
+            "R1": 'get```json{"city": "Paris"}```',
+            "SmolLM2": "assistant",
+            "Python": 'get({"city": "Paris"})',
+            "items": "get<city>Paris",
+        }[name]
+    )
+
+
+@pytest.mark.parametrize("name", NAMES_OF_TEMPLATES)
+def test_second_turns_of_published_templates(name: str) -> None:
+    """As TRL brings them. R1's leaves out calls beside content that is empty; the others tell of them."""
+    if not (path := PUBLISHED / f"{name}.jinja").is_file():
+        pytest.skip("TRL does not bring it")
+    text = second_turn(path.read_text(encoding="utf-8"))
+    assert "Sunny." in text and (
+        '"city": "Paris"' in text or "<arg_value>Paris" in text or name == "deepseek_r1_distill"
+    )
+    assert "{'city'" not in text and '\\"city' not in text
+
+
 @pytest.mark.parametrize("name", CODERS)
 def test_families_by_their_tokens(name: str) -> None:
     """Where the template says nothing."""
@@ -345,6 +518,83 @@ def test_chunks_add_up_to_the_whole_answer(reason: str, named: bool, wanted: str
         assert found["logprobs"] == len(full["logprobs"]["content"]) == len(tokens)
 
 
+DRAFT = '<tool_call>{"name": "get", "arguments": {}}</tool_call>'
+CALL = '<tool_call>{"name": "get_time"}</tool_call>'
+# the prompt's end, text, and of it: reasoning, content, names called
+REASONED: list[tuple[str, str, str, str, list[str]]] = [
+    ("", f"<think>\nFirst {DRAFT}?\n</think>\n\n{CALL}", f"First {DRAFT}?", "", ["get_time"]),
+    ("", f"\n<think>{DRAFT}</think>No.", DRAFT, "No.", []),
+    ("", f"<think>{DRAFT}", DRAFT, "", []),
+    ("", "<think>\n\n</think>\n\nHi </think> there", "", "Hi </think> there", []),
+    ("", f"<think>a < b </thin </think> Well.\n{CALL}", "a < b </thin", "Well.", ["get_time"]),
+    ("", "<think>Hm. \n", "Hm.", "", []),
+    ("", "<thin", "", "<thin", []),
+    ("", " so <think>x</think>", "", " so <think>x</think>", []),
+    ("", f"See <think>{DRAFT}</think> {CALL}", "", f"See <think>{DRAFT}</think>", ["get_time"]),
+    ("assistant<think>\n", f"Hm {DRAFT}</think>{CALL}", f"Hm {DRAFT}", "", ["get_time"]),
+    ("assistant<think>\n", f"{DRAFT} and on", f"{DRAFT} and on", "", []),
+    ("<think>", "<think>\nHm\n</think>\nYes", "Hm", "Yes", []),
+    ("<think>x</think>", "Yes", "", "Yes", []),
+    ("", f"[THINK]Hm {DRAFT}[/THINK]{CALL}", f"Hm {DRAFT}", "", ["get_time"]),
+    ("[THINK]", "a</think>b[/THINK]c", "a</think>b", "c", []),
+]
+
+
+@pytest.mark.parametrize("prompt, text, thought, content, names", REASONED, ids=lambda x: str(x)[:30])
+def test_reasoning_is_taken_out_before_calls_are_read(
+    prompt: str, text: str, thought: str, content: str, names: list[str]
+) -> None:
+    """Whole, and streamed wherever the text is cut; a call that is drafted there is none."""
+    vocabulary = Vocabulary(BYTE_LEVEL)
+    for tooled in (True, False):
+        form = Chat(vocabulary, partial(Reader, "hermes", NAMES) if tooled else None)
+        for cuts in ([], range(1, len(text)), *([i] for i in range(1, len(text)))):
+            form.readers.clear()
+            tokens = BYTE_LEVEL(prompt, add_special_tokens=False).input_ids
+            choice = Choice(0, vocabulary, tokens, SamplingParams(), live=True, shown={})
+            ends, parts = [0, *cuts, len(text)], list[dict[str, Any]]()
+            for a, b in zip(ends, ends[1:], strict=False):
+                new = Delta(text[a:b], reason="stop" if b == len(text) else None)
+                choice.whole.text, choice.whole.reason = choice.whole.text + new.text, new.reason
+                if part := form.part(choice, new):
+                    parts.append(part)
+            deltas = [part["delta"] for part in parts]
+            full = form.full(choice, None)
+            message = full["message"]
+            assert (
+                "".join(d.get("reasoning_content", "") for d in deltas)
+                == message.get("reasoning_content", "")
+                == thought
+            )
+            whole = "".join(d.get("content") or "" for d in deltas)
+            called = [c["function"]["name"] for d in deltas for c in d.get("tool_calls", ()) if "id" in c]
+            assert whole == (message["content"] or "") and called == [
+                c["function"]["name"] for c in message.get("tool_calls", ())
+            ]
+            assert full["finish_reason"] == parts[-1]["finish_reason"] == ("tool_calls" if called else "stop")
+            if tooled:
+                assert (whole, called) == (content, names)
+            assert message["content"] is not None or thought or called
+
+
+def test_an_answer_that_follows_a_grammar_is_no_reasoning() -> None:
+    """Even after a prompt that opens it; a turn in which calls are free may begin with some."""
+    vocabulary = Vocabulary(BYTE_LEVEL)
+    prompt = BYTE_LEVEL("<think>\n", add_special_tokens=False).input_ids
+    made = Choice(0, vocabulary, prompt, SamplingParams(), live=True, shown={})
+    made.whole.text = '{"a": 1}'
+    assert Chat(vocabulary, reasons=False).full(made, None)["message"]["content"] == '{"a": 1}'
+    service = worker(coder())
+    service.family = "hermes"
+    for choice, reasons in (("auto", True), ("required", False)):
+        body = asks(tools=strictly(), tool_choice=choice)
+        assert app._calling(service, body, body.choice, many=True).reasons == reasons
+
+
+def strictly() -> list[dict[str, Any]]:
+    return [GIVEN[0] | {"function": GIVEN[0]["function"] | {"strict": True}}]
+
+
 def test_markers_that_are_special_tokens_are_seen() -> None:
     """Other special tokens are not; nothing changes without calls."""
     vocabulary = CODERS["mistral"]
@@ -365,7 +615,7 @@ def worker(vocabulary: PreTrainedTokenizerFast | None) -> Service:
     """What the endpoints use, without an engine. The form of its model's calls is not known."""
     made = Service.__new__(Service)
     made.encoder, made.vocabulary, made.family, made.markers = vocabulary, Vocabulary(vocabulary), None, {}
-    made.tooled, made.thread = False, ThreadPoolExecutor(1)
+    made.tooled, made.thread, made.takes_text = False, ThreadPoolExecutor(1), {}
     return made
 
 
@@ -441,6 +691,6 @@ def test_special_tokens_of_calls_reach_their_reader() -> None:
     message = form.full(choice, None)["message"]
     [call] = message["tool_calls"]
     assert message["content"] == "Hm." and call["function"] == {"name": "get", "arguments": '{"a": 1}'}
-    strictly = asks(tools=[GIVEN[0] | {"function": GIVEN[0]["function"] | {"strict": True}}])
-    app._calling(service, strictly, strictly.choice, many=True)
-    assert (strictly.sampling().grammar or "").startswith("lark:") and strictly.names()["lark"] == "tools"
+    body = asks(tools=strictly())
+    app._calling(service, body, body.choice, many=True)
+    assert (body.sampling().grammar or "").startswith("lark:") and body.names()["lark"] == "tools"

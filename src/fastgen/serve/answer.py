@@ -16,12 +16,14 @@ from fastgen.serve.client import Client
 from fastgen.serve.core import Piece
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import Refused
+from fastgen.serve.reasoning import ReasoningReader, opened
 from fastgen.serve.tools import Reader
 from fastgen.tokenizer import Detokenizer
 from fastgen.types import Tokenizer
 
 Json = dict[str, Any]
 LEAST = -9999.0  # JSON has no -inf
+TAG_TOKENS = 16  # of a prompt's end, which are more than a tag and a line break have
 # Ends of lines to Python's splitlines, by which some clients read streams: U+0085, U+2028 and U+2029.
 BREAKS = tuple((chr(c).encode(), f"\\u{c:04x}".encode()) for c in (0x85, 0x2028, 0x2029))
 
@@ -152,7 +154,10 @@ class Form:
 
 
 class Chat(Form):
-    """/chat/completions; `reader` makes what tells calls from a choice's text, if there may be calls."""
+    """/chat/completions: reasoning is told from the answer first, then calls from its text.
+
+    `reader` makes what reads calls, if there may be any.
+    """
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -163,11 +168,18 @@ class Chat(Form):
         shown: dict[int, str] | None = None,
         *,
         named: bool = False,
+        reasons: bool = True,
     ) -> None:
-        """`named`: the client chose the function, which OpenAI's finish_reason does not tell it again."""
+        """`named`: the client chose the function, which OpenAI's finish_reason does not tell it again. `reasons`:
+        whether an answer may begin with reasoning, as it may not where all of it follows a grammar."""
         super().__init__(vocabulary)
-        self.reader, self.shown, self.named = reader, shown or {}, named
-        self.readers: dict[int, Reader] = {}  # of choices that are streamed
+        self.reader, self.shown, self.named, self.reasons = reader, shown or {}, named, reasons
+        self.readers: dict[int, tuple[ReasoningReader | None, Reader | None]] = {}  # of choices that are streamed
+
+    def _readers(self, choice: Choice) -> tuple[ReasoningReader | None, Reader | None]:
+        """What reads a choice's text from its beginning."""
+        end = self.vocabulary.decode(choice.prompt[-TAG_TOKENS:], special=True) if self.reasons else ""
+        return ReasoningReader(opened(end)) if self.reasons else None, self.reader() if self.reader else None
 
     def _reason(self, reason: str | None, reader: Reader | None) -> str | None:
         called = reason == "stop" and reader is not None and reader.count > 0 and not self.named
@@ -188,15 +200,20 @@ class Chat(Form):
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def part(self, choice: Choice, new: Delta) -> Json | None:
-        """Text that is new, and calls."""
-        text, calls, reader = new.text, list[Json](), None
-        if self.reader:
-            reader = self.readers.setdefault(choice.index, self.reader())
+        """Reasoning and text that are new, and calls."""
+        if choice.index not in self.readers:
+            self.readers[choice.index] = self._readers(choice)
+        reasoner, reader = self.readers[choice.index]
+        reasoning, text, calls = "", new.text, list[Json]()
+        if reasoner:
+            reasoning, text = reasoner.push(text, last=bool(new.reason))
+        if reader:
             text, calls = reader.push(text, last=bool(new.reason))
         logprobs = self._logprobs(new) if new.tokens else None
-        if not (text or calls or new.reason or logprobs):
+        if not (reasoning or text or calls or new.reason or logprobs):
             return None
-        delta: Json = {"content": text} if text or not (calls or new.reason) else {}
+        delta: Json = {"reasoning_content": reasoning} if reasoning else {}
+        delta |= {"content": text} if text or not (reasoning or calls or new.reason) else {}
         reason = self._reason(new.reason, reader)
         delta |= {"tool_calls": calls} if calls else {}
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -204,13 +221,18 @@ class Chat(Form):
     def full(self, choice: Choice, scored: Piece | None) -> Json:
         """The message."""
         all = choice.whole
-        message: Json = {"role": "assistant", "content": all.text, "refusal": None}
-        reader = self.reader() if self.reader else None
+        reasoner, reader = self._readers(choice)
+        reasoning, text, calls = "", all.text, list[Json]()
+        if reasoner:
+            reasoning, text = reasoner.push(text, last=True)
         if reader:
-            text, calls = reader.push(all.text, last=True)
-            if calls:
-                given = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
-                message |= {"content": text or None, "tool_calls": given}
+            text, calls = reader.push(text, last=True)
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning or calls:
+            message["content"] = text or None
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        if calls:
+            message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
         return {
             "index": choice.index,
             "message": message,

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
+from fastgen.serve import reasoning
 from fastgen.serve import tools as calls
 from fastgen.serve.answer import Chat, Choice, Completion, Generate, Vocabulary, dump
 from fastgen.serve.gate import HANDLERS, Gate
@@ -50,7 +51,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service = _service(request)
     model = await service.named(body.model)
     choice, many = body.choice, body.parallel_tool_calls is not False
-    form = Chat(service.vocabulary)
+    shown = {id: text for text, id in service.markers.items() if text in reasoning.MARKERS}
+    form = Chat(service.vocabulary, shown=shown, reasons=body.guide() is None)
     tools = body.tools if choice != "none" else []  # a model that is told of tools would call them
     if tools:
         form = _calling(service, body, choice, many=many)
@@ -78,7 +80,7 @@ def _calling(service: Service, body: ChatRequest, choice: str, *, many: bool) ->
     names = [tool.function.name for tool in tools]
     shown = {id: text for text, id in service.markers.items()}
     reader = partial(calls.Reader, family or "llama", names, None if many else 1)
-    return Chat(service.vocabulary, reader, shown, named=choice == "named")
+    return Chat(service.vocabulary, reader, shown, named=choice == "named", reasons=choice == "auto")
 
 
 @router.post("/completions", response_model=None)

@@ -16,11 +16,19 @@ from fastgen.config import SamplingParams
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Fields of OpenAI's and vLLM's requests that are not supported, with the values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "best_of": (),
-    "suffix": (),
-    "functions": ([],),
+    "audio": (),
     "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "prompt_cache_retention": ("in_memory",),
+    "reasoning_effort": ("medium",),
+    "service_tier": ("auto", "default"),
     "structured_outputs": (),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
 FIRST_WORD = re.compile(r"\w+")
 TOO_LONG = re.compile(r"\d+ prompt tokens and max_tokens=")  # how the library begins to say what does not fit
@@ -69,9 +77,11 @@ Tokens = Annotated[list[int], Field(min_length=1)]
 
 
 class StreamOptions(Strict):
-    """`include_usage`: a last chunk with the number of tokens."""
+    """`include_usage`: a last chunk with the number of tokens. The other two are not supported, and may be false."""
 
     include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
+    include_obfuscation: Literal[False] = False
 
 
 class JsonSchema(Strict):
@@ -127,18 +137,21 @@ class Common(Drawing):
     stop: Text | list[Text] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Word | None = None  # accepted, and not used
+    # Accepted, and not used: they say who asks, or what is to be kept, and nothing of the answer.
+    user: Word | None = None
+    safety_identifier: Word | None = None
+    metadata: dict[Word, Word] = {}
+    store: bool = False
+    prompt_cache_key: Word | None = None
+
     response_format: ResponseFormat | None = None
     guided_json: Word | dict[str, Any] | None = None  # these four are vLLM's
     guided_regex: Word | None = None
     guided_choice: Annotated[list[Word] | None, Field(min_length=1)] = None
     guided_grammar: Word | None = None
 
-    # Declared so that they are refused with a reason, and not as unknown.
-    best_of: Any = None
-    suffix: Any = None
-    functions: Any = None
-    function_call: Any = None
+    # Declared so that they are refused with a reason, and not as unknown; see REFUSED.
+    service_tier: Any = None
     structured_outputs: Any = None
 
     _calls: str | None = PrivateAttr(None)  # the grammar of calls, where they are enforced
@@ -171,7 +184,7 @@ class Common(Drawing):
 
     def _sampling(self, longest: tuple[str, int | None], logprobs: int | None, echo: bool = False) -> SamplingParams:
         unsupported(self)
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise Refused(400, "stream_options needs stream=true", param="stream_options")
         guide = self.guide()
         given = self.drawn() | {"max_tokens": longest[1], "grammar": guide[1] if guide else None}
@@ -181,10 +194,11 @@ class Common(Drawing):
 
 
 class Part(Strict):
-    """A part of a message. Only text is supported."""
+    """A part of a message. Only text is supported. All of a prompt is cached, with a breakpoint or without."""
 
     type: Literal["text"]
     text: Word
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]  # of a function, as OpenAI has it
@@ -249,9 +263,10 @@ class CalledFunction(Strict):
 
 
 class Call(Strict):
-    """A call that the model made before."""
+    """A call that the model made before. `index` is what a stream's deltas have, and clients send back."""
 
     id: Text
+    index: int | None = None
     type: Literal["function"]
     function: CalledFunction
 
@@ -262,20 +277,28 @@ class Call(Strict):
 
 
 class Message(Strict):
-    """What somebody said. A developer is the system to chat templates."""
+    """What somebody said. A developer is the system to chat templates.
+
+    `reasoning_content` is the reasoning of an assistant's former answer, for templates that have a place for it.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Word | list[Part] = ""
     name: Word | None = None
-    tool_calls: Annotated[list[Call] | None, Field(min_length=1)] = None
+    reasoning_content: Word | None = None
+    tool_calls: list[Call] = []
     tool_call_id: Text | None = None
+    # What answers have beside it; nothing else of theirs has a place in a prompt.
+    refusal: Literal[""] = ""
+    annotations: Annotated[list[Any], Field(max_length=0)] = []
 
     @model_validator(mode="after")
     def _fits(self) -> "Message":
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError("tool_call_id must be given for the role tool, and for no other")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls are the assistant's")
+        for name in ("tool_calls", "reasoning_content"):
+            if getattr(self, name) and self.role != "assistant":
+                raise ValueError(f"{name}: only the assistant has this")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -284,8 +307,9 @@ class Message(Strict):
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.name is not None:
             found["name"] = self.name
+        if self.reasoning_content:
+            found["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
-            found["content"] = text or None
             found["tool_calls"] = [call.plain() for call in self.tool_calls]
         if self.tool_call_id is not None:
             found["tool_call_id"] = self.tool_call_id
@@ -296,7 +320,7 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
     """All of them; a tool's get the name of what was called, which some templates ask for."""
     found, called = list[dict[str, Any]](), dict[str, str]()
     for i, message in enumerate(messages):
-        called |= {c.id: c.function.name for c in message.tool_calls or ()}
+        called |= {c.id: c.function.name for c in message.tool_calls}
         found.append(message.plain())
         if message.tool_call_id is not None:
             param = f"messages.{i}.tool_call_id"
@@ -328,6 +352,19 @@ class ChatRequest(Common, Tooled):
     max_completion_tokens: int | None = None  # the newer name of max_tokens
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
+    prediction: dict[str, Any] | None = None  # of the answer, which it could make faster and not change; not used
+
+    # See REFUSED.
+    audio: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    moderation: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
 
     @property
     def choice(self) -> str:
@@ -356,7 +393,7 @@ class ChatRequest(Common, Tooled):
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             problem = "max_tokens and max_completion_tokens are two names of the same: give one"
             raise Refused(400, problem, param="max_completion_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         new = self.max_completion_tokens is not None
         most = ("max_completion_tokens", self.max_completion_tokens) if new else ("max_tokens", self.max_tokens)
@@ -369,6 +406,9 @@ class CompletionRequest(Common):
     prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(min_length=1)]
     echo: bool = False
     logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
+    best_of: int | None = None
+
+    suffix: Any = None  # see REFUSED
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -380,6 +420,9 @@ class CompletionRequest(Common):
         """What is wrong is Refused, by name."""
         if self.echo and self.stream and self.logprobs is not None:
             raise Refused(400, "echo with logprobs cannot be streamed: the prompt's come at the end", param="echo")
+        if self.best_of not in (None, self.n):
+            problem = f"best_of={self.best_of} is not supported by this server: leave it out, or make it n={self.n}"
+            raise Refused(400, problem, param="best_of", code="unsupported_parameter")
         most = 16 if self.max_tokens is None else self.max_tokens
         return self._sampling(("max_tokens", most), self.logprobs, self.echo)
 
@@ -465,16 +508,18 @@ class UnloadAdapterRequest(Strict):
 def unsupported(request: Common) -> None:
     """Refuse, by name, what asks for something that is not there. The one place that decides it."""
     for name, harmless in REFUSED.items():
-        value = getattr(request, name)
+        value = getattr(request, name, None)
         if value is not None and value not in harmless:
-            raise Refused(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+            problem = f"{name} is not supported by this server"
+            problem += f", but for {' or '.join(map(json.dumps, harmless))}" if harmless else ""
+            raise Refused(400, problem, param=name, code="unsupported_parameter")
 
 
 def checked(names: dict[str, str], **given: Any) -> SamplingParams:
     """SamplingParams, or a 400 for the field that is out of range; `names` has those that clients call otherwise."""
     if given["top_k"] == -1 or given["top_k"] > 2**31 - 1:  # more than any vocabulary is all of it
         given["top_k"] = 0
-    if 0 < given["top_p"] < 1e-6:  # in single precision no token might be left
+    if 0 <= given["top_p"] < 1e-6:  # the likeliest token alone, also in single precision, where none might be left
         given["top_p"] = 1e-6
     try:
         return SamplingParams(**given)

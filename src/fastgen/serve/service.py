@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ class Service:
         self.encoder: Any = None  # a tokenizer for the thread's own use: two threads may not share one
         self.thread = ThreadPoolExecutor(1, "tokenizer")
         self.family: calls.FamilyName | None = None  # whose form calls have
-        self.markers: dict[str, int] = {}  # of calls, that are special tokens
+        self.markers: dict[str, int] = {}  # of calls and reasoning, that are special tokens
         self.tooled = False  # whether the chat template was seen to tell of tools
+        # Whether it wants arguments of calls as text, with tools and without: a template may be another one with them.
+        self.takes_text: dict[bool, bool] = {}
         self.context = self.most = 0
         self.has_adapters = False  # whether the engine has room for them
         self.spec: Spec | None = None
@@ -147,14 +150,21 @@ class Service:
 
     async def chat(self, messages: list[Message], tools: list[Tool], *, enforced: bool = False) -> list[int]:
         """The tokens of messages. Refused if the template does not tell of the tools; enforced calls come anyhow."""
-        said, told = calls.for_template(plain(messages), self.family), [tool.plain() for tool in tools] or None
+        said, told = plain(messages), [tool.plain() for tool in tools] or None
 
         def encode() -> list[int]:
+            as_text = False
+            if any("tool_calls" in message for message in said):
+                if (has_tools := bool(told)) not in self.takes_text:
+                    render = partial(tokenizer.render, self.encoder, tools=told)
+                    self.takes_text[has_tools] = calls.takes_text(render)
+                as_text = self.takes_text[has_tools]
+            messages = calls.for_template(said, self.family, as_text=as_text)
             if told and not enforced and not self.tooled:
-                self.tooled = tokenizer.render(self.encoder, said, told) != tokenizer.render(self.encoder, said)
+                self.tooled = tokenizer.render(self.encoder, messages, told) != tokenizer.render(self.encoder, messages)
                 if not self.tooled:
                     raise Refused(400, "tools: this model's chat template has no place for tools", param="tools")
-            return tokenizer.encode(self.encoder, said, told)
+            return tokenizer.encode(self.encoder, messages, told)
 
         try:
             return await self.in_thread(encode)
