@@ -1,21 +1,26 @@
 """What a trainer does with an engine: one memory, updates in place, versions of tokens, memory given back."""
 
+import copy
 import gc
+import pickle
+import re
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from trainer import DICE, GREEDY, PROMPTS, SPEC, engine, expected, fresh, told, trainer
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
 import fastgen
-from fastgen import SamplingParams
+from fastgen import SamplingParams, exchange, scoring
 from fastgen.models import weights
 from fastgen.models.spec import to_hf
 
@@ -97,6 +102,256 @@ def test_gradients_by_score_and_by_the_model_agree(model: PreTrainedModel) -> No
     grads = tree_map_only(Tensor, lambda w: w.grad, own)
     for name, grad in weights.named(grads, spec):
         torch.testing.assert_close(grad, wanted[name], atol=1e-6, rtol=1e-4)
+
+
+CONFIGS: dict[str, Any] = {"Llama": LlamaConfig, "Qwen2": Qwen2Config, "Qwen3": Qwen3Config}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"tie_word_embeddings": True},
+    "Qwen2": {"tie_word_embeddings": False},  # with biases
+    "Qwen3": {"tie_word_embeddings": True, "head_dim": 8},  # with norms of queries and keys
+}
+
+
+def made(family: str, **changes: Any) -> PreTrainedModel:
+    """A transformers model of random weights, in training, large enough for gradients of all sizes."""
+    torch.manual_seed(0)
+    config = tiny.config(family, vocab=97, context=128, **FAMILIES[family] | changes)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family].from_dict(config), dtype=torch.float32)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.1)
+    return model.to(torch.get_default_device()).train()
+
+
+def loss_of(logprobs: list[Tensor]) -> Tensor:
+    return torch.stack([-x.mean() for x in logprobs]).sum()
+
+
+def own_loss(model: PreTrainedModel, many: list[list[int]]) -> Tensor:
+    """The same loss by transformers' own forward."""
+    return torch.stack([model(x, labels=x).loss for x in (torch.tensor([tokens]) for tokens in many)]).sum()
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def same_gradients(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
+    for name, grad in wanted.items():
+        if grad is None:
+            assert found[name] is None, name
+        else:
+            torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+FROZEN = {
+    "nothing": r"$.",
+    "parts of packed ones": r"layers\.0.*(k_proj|up_proj|q_proj\.bias)|layers\.1.*(q_proj|v_proj)",
+    "all but the head and a norm": r"(?!lm_head|model\.norm)",
+    "all but a projection": r"(?!.*layers\.1\.self_attn\.k_proj\.weight)",
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_give_gradients_to_the_models_parameters(family: str, frozen: str) -> None:
+    """Those of transformers' own backward, accumulated over two; for all that require them, and for those alone."""
+    model, twin = made(family), made(family)
+    before = family != "Qwen2"  # whether parameters are frozen before they are adopted
+    spec, params = fastgen.adopt(model) if before else (None, None)
+    for one in (model, twin):
+        for name, p in one.named_parameters():
+            p.requires_grad_(not re.match(FROZEN[frozen], name))
+    if spec is None:
+        spec, params = fastgen.adopt(model)
+    for checkpointed in (False, True):
+        loss_of(fastgen.score(params, spec, PROMPTS[:3], checkpointed=checkpointed, token_budget=30)).backward()
+        own_loss(twin, PROMPTS[:3]).backward()
+        same_gradients(gradients(model), gradients(twin))
+    assert any(g is not None for g in gradients(model).values())
+    for set_to_none in (False, True):
+        for one in (model, twin):
+            one.zero_grad(set_to_none=set_to_none)
+        loss_of(fastgen.score(params, spec, PROMPTS[1:3])).backward()
+        own_loss(twin, PROMPTS[1:3]).backward()
+        same_gradients(gradients(model), gradients(twin))
+    with torch.no_grad():
+        assert not fastgen.score(params, spec, PROMPTS[:1])[0].requires_grad
+    assert not any(w.requires_grad for w in tree_leaves(params) if w is not None), "the engine's stay plain tensors"
+
+
+def test_training_by_scores_is_training_by_transformers() -> None:
+    """Three steps of AdamW end at the same parameters, with an engine that samples between them."""
+    model, twin = made("Qwen3"), made("Qwen3")
+    model.gradient_checkpointing_enable()
+    spec, params = fastgen.adopt(model)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.01, eps=1e-4) for one in (model, twin)]
+    with fastgen.Engine(params, spec, progress=False, page_size=16, cache_tokens=1024) as engine:
+        for i in range(3):
+            (output,) = engine.generate(PROMPTS[1], GREEDY)
+            tokens = [*output.prompt_token_ids, *output.completions[0].token_ids]
+            losses = loss_of(engine.score([tokens])), own_loss(twin, [tokens])
+            torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+            for loss, optimizer in zip(losses, optimizers, strict=True):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            engine.generate(PROMPTS[0], GREEDY)
+            assert engine.version == i + 1
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradients_of_leaves_that_require_them() -> None:
+    """Where packed leaves were made to require gradients, they and the parameters get the same numbers."""
+    model = made("Qwen2")
+    spec, params = fastgen.adopt(model)
+    for w in scoring.leaves(params):
+        w.requires_grad_()
+    loss_of(fastgen.score(params, spec, PROMPTS[1:3])).backward()
+    found = gradients(model)
+    for name, grad in weights.named(tree_map_only(Tensor, lambda w: w.grad, params), spec):
+        torch.testing.assert_close(grad, found[name], atol=0, rtol=0)
+
+
+def test_a_backward_after_a_step_is_refused() -> None:
+    """As torch refuses it: the forward was computed with parameters that are gone."""
+    model = made("Llama")
+    spec, params = fastgen.adopt(model)
+    loss = loss_of(fastgen.score(params, spec, PROMPTS[1:2]))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_copies_of_adopted_parameters_are_plain() -> None:
+    """A deep copy, as for a reference policy, neither copies the model nor follows it."""
+    model = made("Llama")
+    spec, params = fastgen.adopt(model)
+    with torch.no_grad():
+        wanted = fastgen.score(params, spec, PROMPTS[1:2])[0]
+    reference = copy.deepcopy(params)
+    assert len(pickle.dumps(reference)) < 3 * sum(p.nbytes for p in model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    found = fastgen.score(reference, spec, PROMPTS[1:2])[0]
+    assert torch.equal(found, wanted) and not found.requires_grad
+
+
+def test_adopting_again_keeps_the_memory() -> None:
+    """Two engines of one model follow it both."""
+    model = made("Qwen2")
+    one, two = fastgen.adopt(model)[1], fastgen.adopt(model)[1]
+    assert all(a is b for a, b in zip(tree_leaves(one), tree_leaves(two), strict=True))
+    with engine(one) as a, engine(two) as b:
+        with torch.no_grad():
+            model.model.layers[1].self_attn.v_proj.weight.mul_(1.5)
+        assert told(a.generate(PROMPTS, GREEDY)) == told(b.generate(PROMPTS, GREEDY)) == expected(one)
+        assert a.version == b.version == 1
+
+
+# --- a model that goes its own ways ---------------------------------------------------------------------------------
+
+
+def replaced(model: PreTrainedModel, name: str) -> torch.nn.Parameter:
+    """Another parameter in the place of one."""
+    owner, _, own = name.rpartition(".")
+    new = torch.nn.Parameter(model.get_parameter(name).detach().clone())
+    setattr(model.get_submodule(owner), own, new)
+    return new
+
+
+def moved_data(model: PreTrainedModel) -> None:
+    p = model.model.layers[1].mlp.down_proj.weight
+    p.data = p.data * 1.5
+
+
+def lora(model: PreTrainedModel) -> None:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"]))
+
+
+def wrapped(model: PreTrainedModel) -> None:
+    layer = model.model.layers[0].mlp
+    layer.up_proj = torch.nn.Sequential(layer.up_proj)
+
+
+APART: dict[str, tuple[Any, str]] = {
+    "assign": (lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+               "model.embed_tokens.weight was replaced"),
+    "data": (moved_data, "model.layers.1.mlp.down_proj.weight was moved"),
+    "to": (lambda m: m.to(torch.bfloat16).to(torch.float32), "model.embed_tokens.weight was moved"),
+    "half": (lambda m: m.half(), "model.embed_tokens.weight was moved"),
+    "peft": (lora, r"it got the parameter model.layers.\d.self_attn.v_proj.lora_"),
+    "setattr": (lambda m: replaced(m, "model.layers.0.self_attn.k_proj.weight"), "k_proj.weight was replaced"),
+    "norm": (lambda m: replaced(m, "model.norm.weight"), "model.norm.weight was replaced"),
+    "_parameters": (lambda m: m.lm_head._parameters.update(weight=torch.nn.Parameter(torch.zeros(97, 32))), "lm_head"),
+    "untied": (lambda m: replaced(m, "lm_head.weight"), "lm_head.weight"),
+    "resized": (lambda m: m.resize_token_embeddings(100), "model.embed_tokens.weight was"),
+    "layers": (lambda m: m.model.layers.pop(1), "model.layers.1.* is not there"),
+    "module": (wrapped, "mlp.up_proj.weight is not there"),
+    "meta": (lambda m: m.to("meta"), "model.embed_tokens.weight was"),
+    "bias": (lambda m: m.model.layers[1].mlp.down_proj.register_parameter("bias", torch.nn.Parameter(torch.ones(32))),
+             "it got the parameter model.layers.1.mlp.down_proj.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", APART)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])  # tied, and not
+def test_a_model_that_comes_apart_from_its_engine(family: str, way: str) -> None:
+    """The next step says which parameter it is, loses nothing, and the version has not moved."""
+    model = made(family, head_dim=8)
+    spec, params = fastgen.adopt(model)
+    with fastgen.Engine(params, spec, progress=False, page_size=16, cache_tokens=1024) as one:
+        id = one.add(PROMPTS[1], GREEDY)
+        one.step()
+        change, problem = APART[way]
+        change(model)
+        if way == "untied" and family == "Qwen2":
+            problem = "lm_head.weight was replaced"
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"{problem}.*adopt the model again"):
+                one.step()
+        with pytest.raises(ValueError, match=rf"{problem}.*adopt the model again"):
+            fastgen.score(params, spec, PROMPTS[:1])
+        assert one.version == 0
+        assert one.abort(id) is not None
+
+
+def test_what_leaves_model_and_engine_together() -> None:
+    """A value head, compiled layers, checkpoint wrappers, values loaded in place, LoRA that was taken off again."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    peft = pytest.importorskip("peft")
+    model = made("Llama").requires_grad_(False)
+    spec, params = fastgen.adopt(model)
+    with fastgen.Engine(params, spec, progress=False, page_size=16, cache_tokens=1024) as one:
+        before = one.score(PROMPTS[1:2])[0]
+        model.value_head = torch.nn.Linear(32, 1)
+        model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+        model.model.layers[1] = torch.compile(model.model.layers[1])
+        model.to(torch.float32).eval()
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"])).unload()
+        one.generate(PROMPTS[1], GREEDY)
+        assert one.version == 0 and torch.equal(one.score(PROMPTS[1:2])[0], before)
+        model.load_state_dict({k: v * 1.25 for k, v in model.state_dict().items()})
+        del model
+        gc.collect()
+        one.generate(PROMPTS[1], GREEDY)
+        apart = tree_map_only(Tensor, lambda w: w.detach().clone(), params)
+        after = fastgen.score(apart, spec, PROMPTS[1:2])[0]
+        assert one.version == 1 and torch.equal(one.score(PROMPTS[1:2])[0], after) and not torch.equal(before, after)
+
+
+def test_watching_a_model_costs_a_step_little() -> None:
+    """300 parameters: some 30 microseconds; the bound is that of a slow machine."""
+    model = made("Qwen3", num_hidden_layers=27)
+    _, params = fastgen.adopt(model)
+    (adoption,) = exchange.adoptions(params)
+    assert len(list(model.parameters())) == 299
+    assert min(timeit.repeat(adoption.check, number=20, repeat=5)) / 20 < 500e-6
 
 
 def test_what_cannot_be_adopted(model: PreTrainedModel) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastgen
-from fastgen.trl import Rollout, merged, params
+from fastgen.exchange import merged
+from fastgen.trl import Rollout, params
 
 pytest.importorskip("trl", reason="pip install fastgen[trl]")
 WARNINGS = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

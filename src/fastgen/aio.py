@@ -3,7 +3,7 @@
 async with fastgen.AsyncEngine(engine) as e:
     async for index, output in e.generate(prompts, sampling):  # as they finish
         ...
-    await e.call(fastgen.Engine.update_params, tensors)        # requests in flight go on
+    await e.update_params(tensors)                             # requests in flight go on
 """
 
 import asyncio
@@ -18,10 +18,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastgen import exchange
 from fastgen.config import SamplingParams, unknown
 from fastgen.engine import Engine
+from fastgen.models import weights
 from fastgen.request import Event, Output
 from fastgen.tokenizer import Prompt
+from fastgen.types import Params
 
 T = TypeVar("T")
 Many = Prompt | Sequence[Prompt]
@@ -203,6 +206,33 @@ class AsyncEngine:
         """f(engine, …), between two steps: `call(Engine.touch)`, `call(Engine.update_params, tensors)`, …"""
         return await self._ask(lambda: f(self.engine, *args, **named))
 
+    async def update_params(
+        self, source: Any, *, device: torch.device | str | None = None, partial: bool = False, **named: Any
+    ) -> int:
+        """`Engine.update_params` that takes the tensors from `source` beside the steps, and writes them between two.
+
+        For sources that come late or slowly, such as `receive(group)`: a thread copies all of their tensors to
+        `device`, by default the one where each is, before any is written. What is wrong with the source or
+        its tensors is raised here, the parameters stay as they are, and requests go on.
+        """
+        if self._closed:
+            raise RuntimeError("this AsyncEngine was closed")
+        spec, dtype, loop = self.engine.spec, self.engine.dtype, asyncio.get_running_loop()
+        staged: asyncio.Future[list[tuple[str, torch.Tensor]]] = loop.create_future()
+
+        def receive() -> None:
+            try:
+                pairs = weights.named(source, spec) if isinstance(source, Params) else source
+                tensors, error = exchange.staged(pairs, device), None
+                weights.check(dict(tensors), spec, dtype, source="update_params", partial=partial)
+            except BaseException as e:
+                tensors, error = [], e
+            with suppress(RuntimeError):  # the loop was closed, and nobody waits any more
+                loop.call_soon_threadsafe(_settle, staged, tensors, error)
+
+        threading.Thread(target=receive, name="fastgen-update", daemon=True).start()
+        return await self.call(Engine.update_params, await staged, partial=partial, **named)
+
     async def pause(self, mode: str = "keep") -> None:
         """No step begins until `resume`, and none is running any more.
 
@@ -315,7 +345,8 @@ class AsyncEngine:
                     self._hand_out(self._taken())
                 if not closed and self._ready():
                     self._hand_out(self.engine.step())
-            except BaseException as e:  # the engine has ended everything, and can go on
+            except BaseException as e:  # everything ends, and the engine can go on
+                self.engine._abort_all()
                 self._hand_out(self._taken(), e)
 
     def _ready(self) -> bool:

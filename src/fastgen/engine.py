@@ -363,7 +363,8 @@ class Engine(Loop):
         """Copy other parameters into the engine's, in place, so that captured graphs stay valid; the new version.
 
         `source`: a tree like `params`, a module, a mapping or iterable of (checkpoint name, tensor), or `handles` of
-        another process. Tensors are whole ones of any dtype and device; shards of a DTensor are put together, one at a
+        another process. Names may be those of DDP, FSDP, `torch.compile` and PEFT, and a module's LoRA is merged into
+        copies. Tensors are whole ones of any dtype and device; shards of a DTensor are put together, one at a
         time. All weights must be given, unless `partial`. What is running goes on with the keys and values it has, or,
         with `recompute`, computes them again. ValueError names what is missing, unknown or mis-shaped; parameters may
         have changed in part then. In a process group each rank makes this call; an engine that has started its ranks
@@ -398,12 +399,16 @@ class Engine(Loop):
         """What rank 0 hands on."""
         self._take(exchange.receive(device=self.device), partial, recompute)
 
-    def score(self, sequences: Sequence[Sequence[int]], **how: Any) -> list[Tensor]:
-        """`fastgen.score` by this engine's parameters and in its mode; of several ranks, by all, without gradients."""
-        self._tell("score", [[*s] for s in sequences], **how)
+    def score(self, sequences: Sequence[Sequence[int] | str], **how: Any) -> list[Tensor]:
+        """Scores by `fastgen.score` with this engine's parameters, in its mode; texts are tokenized as prompts are.
+
+        Over several ranks, all take part, and there are no gradients.
+        """
+        many = scoring.token_ids(sequences, self.tokenizer)
+        self._tell("score", many, **how)
         fixed: dict[str, Any] = {"deterministic": self.settings.compile.deterministic, "group": self.group}
         with torch.set_grad_enabled(self.group is None and torch.is_grad_enabled()):
-            return self._together(lambda: scoring.score(self.params, self.spec, sequences, **fixed | how))
+            return self._together(lambda: scoring.score(self.params, self.spec, many, **fixed | how))
 
     def _together(self, call: Callable[[], T]) -> T:
         """What the ranks that were started here have been told to do as well; they refuse wrong input as this one."""

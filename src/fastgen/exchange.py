@@ -1,15 +1,19 @@
 """Parameters between a trainer and an engine: one memory for both, or tensors sent from one process to another.
 
 adopt           a transformers model's weights become views of packed parameters: nothing is ever sent
+merged, named   what `Engine.update_params` takes, by the names of the checkpoint
+staged          the same in memory of its own, for an update beside an engine's steps
 handles         a GPU's tensors for another process on the same host, by CUDA IPC
 send, receive   over a group of torch.distributed, in buckets
 """
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,15 +21,97 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fastgen.models.spec import Spec, from_hf
 from fastgen.models.weights import EMBED, HEAD, declare
 from fastgen.types import Params
 
 BUCKET = 2**28  # bytes that are sent together
-SOURCES = "fastgen_sources"  # attribute of a packed leaf: the parameters that are views of it
 WATCHED = "fastgen_watched"  # attribute of what an engine looks at
+WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)\.")
+PREFIXES = re.compile(r"^(?:module\.|base_model\.model\.)+")
+
+
+def checkpoint_name(name: str) -> str:
+    """Removes what `torch.compile`, DDP, FSDP, activation checkpointing and PEFT add to a parameter's name."""
+    return PREFIXES.sub("", WRAPPERS.sub("", name))
+
+
+# --- one memory -----------------------------------------------------------------------------------------------------
+
+
+class Adoption:
+    """Watches whether a model still computes with the parameters that were adopted from it."""
+
+    def __init__(self, model: torch.nn.Module, params: Mapping[str, torch.nn.Parameter]) -> None:
+        """`params`: by checkpoint name, those that were adopted."""
+        self._model = weakref.ref(model)
+        self._names, self._params = list(params), list(params.values())
+        self._addresses = [p.data_ptr() for p in self._params]
+        self._record(model)
+
+    def _record(self, model: torch.nn.Module) -> None:
+        """Remember which parameters and modules every module has."""
+        both = ((m._modules, m._parameters) for m in model.modules())
+        self._dicts: list[dict[str, Any]] = [d for pair in both for d in pair if d]
+        self._contents = [dict(d) for d in self._dicts]
+
+    def check(self) -> None:
+        """Raises ValueError, with the parameter's name, if the model has another one or it has moved.
+
+        Runs before every step, so it compares addresses, and the dictionaries of all modules in one comparison.
+        """
+        moved = list(map(Tensor.data_ptr, self._params)) != self._addresses
+        try:  # all contents are the same objects, or something has changed: then == compares tensors, and may raise
+            same = self._dicts == self._contents
+        except (RuntimeError, TypeError):
+            same = False
+        if moved or not same:
+            self._find()
+
+    def _find(self) -> None:
+        """Check name by name."""
+        model = self._model()
+        problem = None
+        if model is None:  # it was deleted, and left its parameters to the engine
+            found = dict(zip(self._names, self._params, strict=True))
+        else:
+            found = {checkpoint_name(name): p for name, p in model.named_parameters()}
+        for name, p, address in zip(self._names, self._params, self._addresses, strict=True):
+            if name not in found:
+                problem = f"{name} is not there any more"
+            elif found[name] is not p:
+                problem = f"{name} was replaced by another parameter"
+            elif p.data_ptr() != address:
+                problem = f"{name} was moved to other memory"
+            if problem:
+                break
+        else:
+            inner = (name for name in found.keys() - set(self._names) if name.startswith(("model.", "lm_head.")))
+            if name := min(inner, default=None):
+                problem = f"it got the parameter {name}, which the engine does not have"
+        if problem:
+            raise ValueError(
+                f"the adopted model and the engine no longer share their parameters: {problem} (load_state_dict with "
+                "assign=True, `.data =`, `.to()`, resizing and PEFT do this); adopt the model again and make a new "
+                "engine, or give an engine parameters of its own and call Engine.update_params after each step"
+            )
+        if model is not None:
+            self._record(model)
+
+
+class _Adopted(NamedTuple):
+    """Where a leaf of packed parameters comes from."""
+
+    adoption: Adoption
+    sources: tuple[torch.nn.Parameter, ...]  # views of the leaf, along its first dimension
+
+
+# Leaves and parameters are kept apart from what is known of them: copies of a leaf must not take its model along.
+_adopted: MutableMapping[Tensor, _Adopted] = WeakTensorKeyDictionary()  # of leaves
+_leaves: MutableMapping[Tensor, TensorWeakRef] = WeakTensorKeyDictionary()  # by the first of their sources
 
 
 def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
@@ -34,7 +120,10 @@ def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
     The model's own `nn.Parameter` objects stay, with optimizers and hooks that know them, and become views: q, k and
     v of one packed leaf, gate and up of another; other leaves are their memory as it was. So `optimizer.step()` is
     the update, captured graphs stay valid, and an engine sees from their version counters that they have changed.
-    Repacking needs room for one more packed leaf at a time.
+    `score` of the parameters returned has the gradients of the model's own, as far as those require them. Repacking
+    needs room for one more packed leaf at a time; a model that is adopted again keeps its memory.
+
+    If the model gets other parameters or memory later, the engine's next step raises ValueError.
 
     Where one memory is impossible a ValueError says why: parameters that are sharded (FSDP, tensor parallel), on
     `meta`, of several dtypes or devices, or not of a plain decoder of a supported family (wrapped by PEFT,
@@ -45,23 +134,24 @@ def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
         raise ValueError(f"{type(model).__name__} has no config: adopt takes a transformers model")
     made = {} if config.architectures else {"architectures": [type(model).__name__]}  # not from a checkpoint
     spec = from_hf(config.to_dict() | made)
-    own = dict(model.named_parameters())
-    every = dict(model.named_parameters(remove_duplicate=False))
-    if {EMBED, HEAD} <= every.keys():  # the config may say otherwise: a checkpoint's head that differs is not tied
-        spec = replace(spec, tied=every[HEAD] is every[EMBED])
+    own = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
+    if {EMBED, HEAD} <= own.keys():  # the config may say otherwise: a checkpoint's head that differs is not tied
+        spec = replace(spec, tied=own[HEAD] is own[EMBED])
+        own = {name: p for name, p in own.items() if not (spec.tied and name == HEAD)}
     tree = declare(spec)
-    names = [part.name for leaf in tree_leaves(tree) if leaf is not None for part in leaf.parts]
-    _check(own, names, spec)
-    leaves: list[Tensor | None] = []
-    for leaf in tree_leaves(tree):
-        if leaf is None:
-            leaves.append(None)
-            continue
-        parts = [own[part.name] for part in leaf.parts]
-        for part, p in zip(leaf.parts, parts, strict=True):
-            if tuple(p.shape) != part.shape:
-                raise ValueError(f"{part.name} has shape {tuple(p.shape)}, the config says {part.shape}")
-        leaves.append(_pack(parts, leaf.shape))
+    declared = [leaf for leaf in tree_leaves(tree) if leaf is not None]
+    parts = [part for leaf in declared for part in leaf.parts]
+    _check(own, [part.name for part in parts], spec)
+    for part in parts:
+        if tuple(own[part.name].shape) != part.shape:
+            raise ValueError(f"{part.name} has shape {tuple(own[part.name].shape)}, the config says {part.shape}")
+    sources = [tuple(own[part.name] for part in leaf.parts) for leaf in declared]
+    packed = [_pack(some, leaf.shape) for some, leaf in zip(sources, declared, strict=True)]
+    adoption = Adoption(model, {part.name: own[part.name] for part in parts})
+    for leaf, some in zip(packed, sources, strict=True):
+        _adopted[leaf], _leaves[some[0]] = _Adopted(adoption, some), TensorWeakRef(leaf)
+    rest = iter(packed)
+    leaves = [None if leaf is None else next(rest) for leaf in tree_leaves(tree)]
     return spec, tree_unflatten(leaves, tree_flatten(tree)[1])
 
 
@@ -95,29 +185,82 @@ def _check(own: dict[str, Any], names: Sequence[str], spec: Spec) -> None:
         raise ValueError(f"the parameters are on several devices, {sorted(map(str, devices))}{advice}")
 
 
-def _pack(parts: Sequence[torch.nn.Parameter], shape: tuple[int, ...]) -> Tensor:
-    if len(parts) == 1:
-        packed = parts[0].detach()
-    else:
-        packed = torch.cat([p.detach() for p in parts]).view(shape)
-        start = 0
-        for p in parts:
-            p.data = packed[start : start + len(p)]
-            start += len(p)
-    setattr(packed, SOURCES, tuple(parts))
+def _pack(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...]) -> Tensor:
+    """The leaf whose views the parameters are, or become."""
+    ref = _leaves.get(sources[0])
+    known = None if ref is None else ref()
+    if known is not None and known.shape == shape and _in_place(known, sources):
+        return known
+    if len(sources) == 1:
+        return sources[0].detach()
+    packed = torch.cat([p.detach() for p in sources]).view(shape)
+    for p, view in zip(sources, packed.split([len(p) for p in sources]), strict=True):
+        p.data = view
     return packed
+
+
+def _in_place(leaf: Tensor, sources: tuple[torch.nn.Parameter, ...]) -> bool:
+    views = leaf.split([len(p) for p in sources])
+    return all(
+        (p.data_ptr(), p.dtype, p.device) == (v.data_ptr(), v.dtype, v.device)
+        for p, v in zip(sources, views, strict=True)
+    )
+
+
+def _adopted_leaves(params: Params) -> list[tuple[Tensor, _Adopted]]:
+    """The leaves that come from a model."""
+    leaves = [(leaf, _adopted.get(leaf)) for leaf in tree_leaves(params) if leaf is not None]
+    return [(leaf, known) for leaf, known in leaves if known is not None]
+
+
+def adoptions(params: Params) -> tuple[Adoption, ...]:
+    """What watches the models that parameters were adopted from."""
+    return tuple(dict.fromkeys(known.adoption for _, known in _adopted_leaves(params)))
+
+
+class _Join(torch.autograd.Function):
+    """A packed leaf as it lies in memory, whose gradient is split over the parameters that are its views."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(*sources)
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        sources = ctx.saved_tensors  # raises where an optimizer has written since: forward used what is gone
+        parts = grads[0].split([len(p) for p in sources])
+        first, *rest = ctx.needs_input_grad
+        return (grads[0] if first else None, *(g if wanted else None for g, wanted in zip(parts, rest, strict=True)))
+
+
+def trained(params: Params) -> Params:
+    """The same memory, as functions of the parameters it was adopted from: those that require gradients get them.
+
+    Raises ValueError if their model has other parameters now.
+    """
+    for adoption in adoptions(params):
+        adoption.check()
+
+    def join(leaf: Tensor) -> Tensor:
+        known = _adopted.get(leaf)
+        if known is None or not any(p.requires_grad for p in known.sources):
+            return leaf
+        return _Join.apply(leaf, *known.sources)  # type: ignore[return-value]
+
+    return tree_map_only(Tensor, join, params) if torch.is_grad_enabled() else params
 
 
 def marks(params: Params) -> tuple[Tensor, ...]:
     """Everything whose version counter moves when the parameters are written in place."""
-    found = []
-    for leaf in tree_leaves(params):
-        if leaf is not None:
-            found += [t for t in (leaf, *getattr(leaf, SOURCES, ())) if not t.is_inference()]
-    for t in found:
+    found = {id(leaf): leaf for leaf in tree_leaves(params) if leaf is not None}
+    sources = [p for _, known in _adopted_leaves(params) for p in known.sources]
+    for t in (*found.values(), *sources):
         setattr(t, WATCHED, True)
     _watch()
-    return tuple(found)
+    # A leaf of one source has its version counter.
+    more = [p for _, known in _adopted_leaves(params) if len(known.sources) > 1 for p in known.sources]
+    return tuple(t for t in (*found.values(), *more) if not t.is_inference())
 
 
 @cache
@@ -129,6 +272,9 @@ def _watch() -> None:
         increment_version([p for p in params if getattr(p, WATCHED, False)])
 
     register_optimizer_step_post_hook(stepped)
+
+
+# --- from one process to another ------------------------------------------------------------------------------------
 
 
 def handles(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
@@ -225,12 +371,69 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
+@torch.no_grad()
+def merged(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor) pairs of a module's parameters, as it computes with them.
+
+    PEFT's LoRA is added to copies of the matrices it changes; modules that PEFT trains whole are taken in the place of
+    their originals. ValueError for other changes. What wrappers add to names is left out.
+    """
+    for name, p in module.named_parameters():
+        owner, _, own = name.rpartition(".")
+        if owner.endswith(".base_layer"):
+            p = _lora(owner.removesuffix(".base_layer"), module, own, p)
+        elif ".lora_" in name:
+            continue
+        elif one := re.fullmatch(r"(.*)\.(?:modules_to_save\.([^.]+)|original_module)(\..*)", name):
+            wrapper: Any = module.get_submodule(one[1])
+            if one[2] != (None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)):
+                continue
+            name = one[1] + one[3]
+        yield checkpoint_name(name), p
+
+
+def _lora(owner: str, module: torch.nn.Module, own: str, p: Tensor) -> Tensor:
+    """A parameter of a layer that PEFT has wrapped, with its LoRA."""
+    layer: Any = module.get_submodule(owner)
+    biased = any(getattr(layer, "lora_bias", {}).values())
+    if getattr(layer, "lora_variant", None) or not hasattr(layer, "scaling") or biased:
+        raise ValueError(f"{owner} is wrapped by {type(layer).__name__}, not by plain LoRA")
+    if own != "weight":
+        return p
+    present = {*layer.merged_adapters}  # whose change the matrix has
+    wanted = set() if layer.disable_adapters else present or {*layer.active_adapters}
+    for adapter in (wanted ^ present) & layer.scaling.keys():
+        delta = layer.get_delta_weight(adapter)
+        p = p + delta if adapter in wanted else p - delta
+    return p
+
+
 def named(source: Any) -> Iterator[tuple[str, Any]]:
-    """(checkpoint name, tensor) pairs of a module, a mapping, handles or pairs; shards are put together."""
+    """(checkpoint name, tensor) pairs of a module, a mapping, handles or pairs; shards are put together.
+
+    Names may have what DDP, FSDP, `torch.compile`, activation checkpointing and PEFT add to them.
+    """
     if isinstance(source, torch.nn.Module):
-        source = source.named_parameters()
+        source = merged(source)
     elif isinstance(source, bytes):
         source = opened(source)
     elif hasattr(source, "items"):
         source = source.items()
-    return ((name, _whole(tensor)) for name, tensor in source)
+    elif isinstance(source, str) or not isinstance(source, Iterable):
+        raise ValueError(f"parameters come as a tree, module, mapping, pairs or handles, not {type(source).__name__}")
+    return ((checkpoint_name(name), _whole(tensor)) for name, tensor in source)
+
+
+def staged(source: Any, device: torch.device | str | None = None) -> list[tuple[str, Tensor]]:
+    """All (checkpoint name, tensor) pairs of a source, in memory of their own on `device`; None: where each is.
+
+    For a thread beside an engine's: a GPU's tensors are received on a stream of their own, and are there at the end.
+    """
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    stream = torch.cuda.Stream() if on_gpu else None
+    with torch.no_grad(), torch.cuda.stream(stream):
+        pairs = ((name, t if isinstance(t, Tensor) else torch.as_tensor(t)) for name, t in named(source))
+        found = [(name, t.to(device or t.device, copy=True)) for name, t in pairs]
+    if stream is not None:
+        stream.synchronize()
+    return found

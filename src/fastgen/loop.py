@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
+from operator import attrgetter
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from fastgen.cache.host import Mover, page_bytes
 from fastgen.cache.prefix import Counts, Tree
 from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
-from fastgen.exchange import marks
+from fastgen.exchange import adoptions, marks
 from fastgen.grammar import Guides
 from fastgen.lora import Shelf
 from fastgen.memory import Region
@@ -141,7 +142,7 @@ class Loop:
                 raise ValueError(f"offload.host_gb={self.settings.offload.host_gb} holds not even a page: raise it")
             self._mover = Mover(here, page, self.dtype, self.device, host_pages)
             self.version = 0  # of the parameters: how often they have changed
-            self._marks = marks(params)
+            self._marks, self._adoptions = marks(params), adoptions(params)
             self._marked = self._mark()
             self._regions: dict[str, Region] = {}  # memory of our own, by what it holds
             self.capacity = self._capacity()  # tokens
@@ -346,7 +347,7 @@ class Loop:
 
     def _mark(self) -> int:
         """Changes when the parameters are written in place."""
-        return sum(t._version for t in self._marks)
+        return sum(map(attrgetter("_version"), self._marks))
 
     def _held(self) -> None:
         if gone := [name for name, region in self._regions.items() if not region.held]:
@@ -382,9 +383,12 @@ class Loop:
         """Launch one step; what was added to each request. An error or interrupt aborts everything that was running.
 
         With `overlap`, the events are those of the step before: it is waited for while the new one runs.
-        ValueError, and nothing is lost, while memory is given back (`release`).
+        ValueError, and nothing is lost, while memory is given back (`release`), or if an adopted model has other
+        parameters now.
         """
         self._held()
+        for adoption in self._adoptions:
+            adoption.check()
         try:
             if self._crew is None:
                 self._step()
@@ -568,7 +572,15 @@ class Loop:
         self._running = None
         if "_mover" in self.__dict__:
             self._mover.close()
-        for name in ("_stepper", "_mover", "cache", "_shelf", "params", "_marks"):  # graphs before what they read
+        for name in (
+            "_stepper",
+            "_mover",
+            "cache",
+            "_shelf",
+            "params",
+            "_marks",
+            "_adoptions",
+        ):  # graphs before what they read
             self.__dict__.pop(name, None)
         self._regions = {}
         if crew is not None:

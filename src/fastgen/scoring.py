@@ -1,8 +1,9 @@
 """Logprobs of tokens that are given, by the functions that generate: for references, old policies, and gradients."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.batch import stage
 from fastgen.config import MIN_TEMPERATURE
+from fastgen.exchange import trained
 from fastgen.models import invariant
 from fastgen.models.spec import Spec, split
 from fastgen.models.transformer import PLAIN, Ops, block, table
@@ -20,7 +22,8 @@ from fastgen.parallel import Group, sharded
 from fastgen.request import Output
 from fastgen.schedule import Span
 from fastgen.step import CHUNK
-from fastgen.types import Batch, Params
+from fastgen.tokenizer import encode
+from fastgen.types import Batch, Params, Tokenizer
 
 PAGE = 64  # tokens; of the cache that lives as long as a call
 
@@ -43,18 +46,19 @@ def score(
     `first` is one index for all or one for each, 1 at least: a prompt's length scores what was generated. The
     probabilities are of logits / temperature.
 
-    Differentiable: where gradients are enabled and a leaf of `params` requires one, so do the results; `checkpointed`
-    computes each block again on the way back instead of keeping its activations. Logits are never held for more than
-    2**24 entries at once, with gradients or without.
+    Differentiable: where gradients are enabled and a leaf of `params` requires one, or a parameter of the model that
+    it was adopted from, so do the results; `checkpointed` computes each block again on the way back instead of keeping
+    its activations. Logits are never held for more than 2**24 entries at once, with gradients or without.
 
     `deterministic`: with the kernels of an engine's `compile.deterministic`, so that the results are its logprobs, bit
     for bit. Sequences are computed whole, as many at once as fit `token_budget`. ValueError for what cannot be scored.
 
     `group`: `params` are a rank's of it, and every rank makes this call; without gradients, and not `deterministic`.
     """
-    many, each = [[*s] for s in sequences], [first] * len(sequences) if isinstance(first, int) else list(first)
+    many = token_ids(sequences)
+    each = list(first) if isinstance(first, Sequence) else [first] * len(many)
     check(many, each, spec, temperature)
-    device = params.embed.device
+    params, device = trained(params), params.embed.device
     grad = torch.is_grad_enabled() and any(w.requires_grad for w in leaves(params))
     if group is not None and (grad or deterministic):
         raise ValueError("score: over ranks there are no gradients, and sums have no fixed order; leave both off")
@@ -72,12 +76,38 @@ def score(
     return found
 
 
+def token_ids(sequences: Any, tokenizer: Tokenizer | None = None) -> list[list[int]]:
+    """Token ids as lists, from lists, arrays, tensors or, with a tokenizer, texts. ValueError for other things."""
+    if isinstance(sequences, str | bytes | Mapping) or not isinstance(sequences, Iterable):
+        raise ValueError(f"score takes a list of sequences, each a list of token ids, not {type(sequences).__name__}")
+    many = []
+    s: Any
+    for i, s in enumerate(sequences):
+        if isinstance(s, str):
+            if tokenizer is None:
+                raise ValueError(f"sequence {i} is a text, and there is no tokenizer: give token ids")
+            s = encode(tokenizer, s) if s else []
+        tokens = s.tolist() if hasattr(s, "tolist") else s
+        if isinstance(tokens, Integral):
+            raise ValueError(f"sequence {i} is a number: score takes a list of sequences, [[1, 2, 3]] for a single one")
+        if not isinstance(tokens, list | tuple):
+            raise ValueError(f"sequence {i} is a {type(tokens).__name__}, not a list of token ids")
+        for kind in set(map(type, tokens)):
+            if kind is bool or not issubclass(kind, Integral):
+                raise ValueError(f"sequence {i} has a {kind.__name__} in it: score takes lists of token ids")
+        many.append(list(map(int, tokens)))
+    return many
+
+
 def check(sequences: list[list[int]], first: list[int], spec: Spec, temperature: float) -> None:
     """ValueError for what cannot be scored."""
+    if not all(isinstance(f, Integral) for f in first):
+        raise ValueError(f"first is one index for all sequences or one for each, not {first!r:.80}")
     if len(first) != len(sequences):
         raise ValueError(f"{len(first)} values of `first` for {len(sequences)} sequences")
-    if not (temperature >= MIN_TEMPERATURE and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be finite and at least {MIN_TEMPERATURE}, got {temperature}")
+    number = isinstance(temperature, int | float) and math.isfinite(temperature)
+    if not number or temperature < MIN_TEMPERATURE:
+        raise ValueError(f"temperature must be finite and at least {MIN_TEMPERATURE}, got {temperature!r}")
     for i, (tokens, start) in enumerate(zip(sequences, first, strict=True)):
         if not 1 <= start <= len(tokens):
             problem = "it has no tokens" if not tokens else f"first={start} is not within 1 to {len(tokens)}"

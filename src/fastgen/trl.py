@@ -6,11 +6,10 @@ trainer = GRPOTrainer(model, rewards, args, train_dataset=data, rollout_func=Rol
 Nothing here imports TRL (`pip install fastgen[trl]`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastgen.config import SamplingParams, unknown
@@ -38,7 +37,7 @@ class Rollout:
     trainer's model, in one memory (see `fastgen.adopt`): after `optimizer.step()` the next rollout has the new ones.
     Where that is impossible a ValueError says why; then give an engine of its own, `Rollout(engine)`, into which the
     parameters are copied after each step. `weights(trainer)` gives (checkpoint name, tensor) pairs for that; those of
-    `merged` unless given.
+    its model unless given, with PEFT's LoRA merged.
 
     `release`: the cache's memory is given back between rollouts, for the trainer to use.
     """
@@ -56,19 +55,33 @@ class Rollout:
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         """For each prompt: its token ids, those of a completion, and their logprobs."""
         model = trainer.accelerator.unwrap_model(trainer.model)
-        engine = self.engine = self.engine or self._make(model, trainer)
+        self.engine = self.engine or self._make(model, trainer)
+        self.engine.restore()
+        self._sync(self.engine, model, trainer)
+        if trainer.tools:  # the turn after a tool's result is not asked of a rollout_func
+            if not hasattr(trainer, "_generate_single_turn"):
+                raise ValueError("Rollout: this version of TRL generates what follows a tool's result in another way")
+            trainer._generate_single_turn = lambda prompts, *_, **__: self._generate(prompts, trainer, shorten=True)
+        prompt_ids = encode(prompts, trainer)
+        completion_ids, logprobs = self._generate(prompt_ids, trainer)
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
+
+    def _generate(
+        self, prompts: list[list[int]], trainer: Any, *, shorten: bool = False
+    ) -> tuple[list[list[int]], list[Any]]:
+        """Token ids of a completion for each prompt, and their logprobs; `shorten`: to what fits behind the prompt."""
+        engine, sampling = self.engine, params(trainer)
+        assert engine is not None
         engine.restore()
-        self._sync(engine, model, trainer)
-        sampling = params(trainer)
-        outputs = engine.generate(encode(prompts, trainer), sampling, progress=False)
+        each = [sampling] * len(prompts)
+        if shorten and sampling.max_tokens is not None:
+            longest = min(engine.spec.context, engine.capacity + 1)
+            each = [replace(sampling, max_tokens=min(sampling.max_tokens, max(1, longest - len(p)))) for p in prompts]
+        outputs = engine.generate(prompts, each, progress=False)
         if self._release:
             engine.release("cache")
         done = [o.completions[0] for o in outputs]
-        return {
-            "prompt_ids": [o.prompt_token_ids for o in outputs],
-            "completion_ids": [c.token_ids for c in done],
-            "logprobs": [c.logprobs for c in done],
-        }
+        return [c.token_ids for c in done], [c.logprobs for c in done]
 
     def _make(self, model: Any, trainer: Any) -> Engine:
         try:
@@ -94,28 +107,11 @@ class Rollout:
         if self._synced == trainer.state.global_step:
             return
         try:
-            engine.update_params(merged(model) if self._weights is None else self._weights(trainer))
+            engine.update_params(model if self._weights is None else self._weights(trainer))
         except ValueError as e:
             advice = "give Rollout weights=, a function of the trainer that gives (checkpoint name, whole tensor)"
             raise ValueError(f"Rollout: the trainer's parameters do not fit the engine: {e}; {advice}") from e
         self._synced = trainer.state.global_step
-
-
-@torch.no_grad()
-def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters by their names in its checkpoint; PEFT's active LoRA is added to copies of what it wraps."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, p in base.named_parameters():
-        owner, _, own = name.rpartition(".")
-        if owner.endswith(".base_layer"):
-            layer = base.get_submodule(owner.removesuffix(".base_layer"))
-            if getattr(layer, "lora_variant", None) or not hasattr(layer, "scaling"):
-                raise ValueError(f"{owner} is wrapped by {type(layer).__name__}, not by plain LoRA")
-            for adapter in layer.active_adapters if own == "weight" else ():
-                p = p + layer.get_delta_weight(adapter) if adapter in layer.scaling else p
-            yield name.replace(".base_layer", ""), p
-        elif ".lora_" not in name:
-            yield name, p
 
 
 def tokenizer(trainer: Any) -> Any:
@@ -127,19 +123,9 @@ def tokenizer(trainer: Any) -> Any:
 
 
 def encode(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
-    """Token ids, as the trainer makes them: messages through its chat template, with its tools."""
-    found = tokenizer(trainer)
-    if isinstance(prompts[0], str):
-        return found(text=list(prompts))["input_ids"]
-    return found.apply_chat_template(
-        conversation=list(prompts),
-        tools=trainer.tools or None,
-        chat_template=trainer.chat_template,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **trainer.chat_template_kwargs,
-    )["input_ids"]
+    """Token ids, as the trainer makes them: messages through its chat template, each with its own tools."""
+    tokenizer(trainer)
+    return trainer._tokenize_prompts(list(prompts))[0]
 
 
 def params(trainer: Any) -> SamplingParams:

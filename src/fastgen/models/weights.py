@@ -22,6 +22,7 @@ from fastgen.types import Layer, Params
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old checkpoints carry
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where the head is tied
+NORM = "model.norm.weight"
 ROWS = 8192  # of two tensors that are compared at a time
 
 
@@ -222,15 +223,11 @@ def update(
                 unexpected.append(name)
             continue
         part, view = targets[name]
-        shape = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
-        if shape != part.shape:
+        if (shape := _shape(source, name, tensor)) != part.shape:
             raise ValueError(f"{source}: {name} has shape {shape}, the config says {part.shape}")
         if spec.tied and part.name == EMBED and tied not in ("", name):
             if not _equal(view, part.of(tensor), view.dtype):
-                raise ValueError(
-                    f"{source}: {EMBED} and {HEAD} differ, but this model's head is tied to its embedding: load the "
-                    "model with tie_word_embeddings false, or from a checkpoint in which they differ"
-                )
+                raise ValueError(_untied(source))
             continue
         view.copy_(part.of(tensor))
         left.discard(part.name)
@@ -240,16 +237,45 @@ def update(
 
 def _refuse(source: str, spec: Spec, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Raises ValueError if there are any names, with the first eight of each kind."""
-    found = [f"{what}: {', '.join(sorted(names)[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-             for what, names in (("missing", [*missing]), ("unexpected", [*unexpected])) if names]  # fmt: skip
+    names, unexpected = [*missing], [*unexpected]
+    found = [f"{what}: {', '.join(sorted(some)[:8])}" + (f" and {len(some) - 8} more" if len(some) > 8 else "")
+             for what, some in (("missing", names), ("unexpected", unexpected)) if some]  # fmt: skip
+    prefix = next((n.removesuffix(NORM) for n in unexpected if n.endswith("." + NORM)), None) if NORM in names else None
+    if prefix:
+        found.append(f"leave {prefix!r} out of the names")
+    elif any(".lora_" in n for n in unexpected):
+        found.append("merge the adapter into the matrices, or give it to Engine.add_adapter")
     if found:
         raise ValueError(f"{source}: tensors do not match {spec.architecture}; {'; '.join(found)}")
 
 
-def _check(shapes: Mapping[str, tuple[int, ...]], spec: Spec, source: str) -> None:
+def check(
+    tensors: Mapping[str, Any], spec: Spec, dtype: torch.dtype, *, source: str = "update", partial: bool = False
+) -> None:
+    """Raises the ValueError that `update` would raise with parameters of `dtype`, before anything is written."""
+    shapes = {name: _shape(source, name, tensor) for name, tensor in tensors.items()}
+    _check(shapes, spec, source, partial=partial)
+    if spec.tied and {EMBED, HEAD} <= shapes.keys() and not _equal(tensors[EMBED], tensors[HEAD], dtype):
+        raise ValueError(_untied(source))
+
+
+def _shape(source: str, name: str, tensor: Any) -> tuple[int, ...]:
+    if not isinstance(tensor, Tensor) and not hasattr(tensor, "get_shape"):  # a slice of a file
+        raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, not a tensor")
+    return tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+
+
+def _untied(source: str) -> str:
+    return (
+        f"{source}: {EMBED} and {HEAD} differ, but this model's head is tied to its embedding: load the model with "
+        "tie_word_embeddings false, or from a checkpoint in which they differ"
+    )
+
+
+def _check(shapes: Mapping[str, tuple[int, ...]], spec: Spec, source: str, *, partial: bool = False) -> None:
     """Raises ValueError, as `update` would, where a checkpoint's tensors are not those of `spec`."""
     wanted = {part.name: part.shape for leaf in tree_leaves(declare(spec)) if leaf is not None for part in leaf.parts}
-    missing = wanted.keys() - shapes.keys()
+    missing = set() if partial else wanted.keys() - shapes.keys()
     if spec.tied:
         wanted[HEAD] = wanted[EMBED]
         missing -= {EMBED} if HEAD in shapes else set()
