@@ -450,6 +450,35 @@ def test_update_of_some_and_wrong_ones() -> None:
         assert told(one.generate(PROMPTS, GREEDY)) == expected(params), "what was cached meanwhile is of no use"
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("tree", float("nan")), ("mapping", float("inf")), ("module", 1e39), ("pairs", float("-inf"))],
+)
+def test_update_with_values_that_are_not_finite(kind: str, value: float) -> None:
+    """Refused by the tensor's name; from memory nothing is written then, and nothing cached is lost. 1e39 is finite as
+    given, and not in the engine's dtype."""
+    params, other = fresh(0), tree_map_only(Tensor, torch.Tensor.double, fresh(1))
+    wrong = "model.layers.1.self_attn.k_proj.weight"
+    pairs = dict(weights.named(other, SPEC))
+    pairs[wrong][1, 2] = value  # a view of the tree
+    module = torch.nn.Module()
+    module.named_parameters = lambda: iter(pairs.items())  # type: ignore[method-assign, assignment]
+    source = {"tree": other, "mapping": pairs, "module": module, "pairs": (p for p in pairs.items())}[kind]
+    with engine(params) as one:
+        wanted = told(one.generate(PROMPTS, GREEDY))
+        with pytest.raises(ValueError, match=rf"update_params: NaN or infinite .* in {wrong} \(float32\)") as refused:
+            one.update_params(source)
+        if kind == "pairs":  # those before it are written
+            assert one.version == 1 and "the 15 tensors before it are written" in str(refused.value)
+        else:
+            assert one.version == 0 and "nothing is written" in str(refused.value)
+            again = told(one.generate(PROMPTS, GREEDY))
+            assert one.counts.reused and [tokens for tokens, _ in again] == [tokens for tokens, _ in wanted]
+        assert all(bool(w.isfinite().all()) for w in tree_leaves(params) if w is not None)
+        assert one.update_params(pairs, finite=False) == one.version
+        assert not bool(params.layers[1].qkv.isfinite().all())
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_update_in_flight(recompute: bool) -> None:
     """Tokens carry the version that drew them; with `recompute` the later ones are the new parameters' altogether."""

@@ -3,8 +3,8 @@
 import hashlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -359,7 +359,7 @@ class Engine(Loop):
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
-    def update_params(self, source: Any, *, partial: bool = False, recompute: bool = False) -> int:
+    def update_params(self, source: Any, *, partial: bool = False, recompute: bool = False, finite: bool = True) -> int:
         """Copy other parameters into the engine's, in place, so that captured graphs stay valid; the new version.
 
         `source`: a tree like `params`, a module, a mapping or iterable of (checkpoint name, tensor), or `handles` of
@@ -369,35 +369,48 @@ class Engine(Loop):
         with `recompute`, computes them again. ValueError names what is missing, unknown or mis-shaped; parameters may
         have changed in part then. In a process group each rank makes this call; an engine that has started its ranks
         hands the tensors on to them, in buckets.
+
+        `finite`: ValueError for values that are NaN or infinite, or too large for the engine's dtype. Nothing is
+        written then if all tensors are in memory, or else those before it, as the error says.
         """
-        pairs = weights.named(source, self.spec) if isinstance(source, Params) else named(source)
+        pairs = list(weights.named(source, self.spec)) if isinstance(source, Params) else named(source)
+        if finite and isinstance(pairs, list):
+            weights.check_update(self.params, self.spec, pairs, self._place, "update_params")
+            finite = False
         if self._crew is None:
-            self._take(source if isinstance(source, Params) and self.group is None else pairs, partial, recompute)
+            given = source if isinstance(source, Params) and self.group is None else pairs
+            self._take(given, partial, recompute, finite)
             return self.version
-        self._tell("_take_received", partial, recompute)
+        self._tell("_take_received", partial, recompute, finite)
         handed = exchange.pass_on(_from_caller(pairs), device=self.device)
-        self._together(lambda: self._take(handed, partial, recompute))
+        self._together(lambda: self._take(handed, partial, recompute, finite))
         return self.version
 
-    def _take(self, source: Params | Iterator[tuple[str, Tensor]], partial: bool, recompute: bool) -> None:
+    @property
+    def _place(self) -> Place:
+        """Which rank's parameters these are."""
+        return WHOLE if self.group is None else self.group.place
+
+    def _take(
+        self, source: Params | Iterable[tuple[str, Tensor]], partial: bool, recompute: bool, finite: bool
+    ) -> None:
         """Write the parameters, or this rank's."""
         self._receive()
-        place = WHOLE if self.group is None else self.group.place
         try:
             if isinstance(source, Params):
                 weights.copy(self.params, source)
             else:
-                with closing(source):  # type: ignore[type-var]
-                    how: dict[str, Any] = {"source": "update_params", "place": place, "partial": partial}
-                    weights.update(self.params, self.spec, source, **how)
+                with closing(source) if isinstance(source, Generator) else nullcontext():
+                    how: dict[str, Any] = {"partial": partial, "finite": finite, "place": self._place}
+                    weights.update(self.params, self.spec, source, source="update_params", **how)
         finally:
             self._touched()
             if recompute:
                 self._park()
 
-    def _take_received(self, partial: bool, recompute: bool) -> None:
+    def _take_received(self, partial: bool, recompute: bool, finite: bool) -> None:
         """What rank 0 hands on."""
-        self._take(exchange.receive(device=self.device), partial, recompute)
+        self._take(exchange.receive(device=self.device), partial, recompute, finite)
 
     def score(self, sequences: Sequence[Sequence[int] | str], **how: Any) -> list[Tensor]:
         """Scores by `fastgen.score` with this engine's parameters, in its mode; texts are tokenized as prompts are.

@@ -408,19 +408,25 @@ def _lora(owner: str, module: torch.nn.Module, own: str, p: Tensor) -> Tensor:
     return p
 
 
-def named(source: Any) -> Iterator[tuple[str, Any]]:
+def named(source: Any) -> Iterable[tuple[str, Any]]:
     """(checkpoint name, tensor) pairs of a module, a mapping, handles or pairs; shards are put together.
 
-    Names may have what DDP, FSDP, `torch.compile`, activation checkpointing and PEFT add to them.
+    Names may have what DDP, FSDP, `torch.compile`, activation checkpointing and PEFT add to them. A list where all of
+    the tensors are in memory, or else an iterator.
     """
     if isinstance(source, torch.nn.Module):
-        source = merged(source)
+        changed = any(".lora_" in name for name, _ in source.named_parameters())  # sums, made one at a time
+        source = merged(source) if changed else list(merged(source))
     elif isinstance(source, bytes):
-        source = opened(source)
-    elif hasattr(source, "items"):
+        source = list(opened(source))
+    elif isinstance(source, dict):
+        source = list(source.items())
+    elif hasattr(source, "items"):  # it may read each from a file
         source = source.items()
     elif isinstance(source, str) or not isinstance(source, Iterable):
         raise ValueError(f"parameters come as a tree, module, mapping, pairs or handles, not {type(source).__name__}")
+    if isinstance(source, list | tuple) and not any(hasattr(tensor, "full_tensor") for _, tensor in source):
+        return [(checkpoint_name(name), tensor) for name, tensor in source]
     return ((checkpoint_name(name), _whole(tensor)) for name, tensor in source)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -183,7 +184,10 @@ def _views(leaf: Leaf, tensor: Tensor) -> Iterator[tuple[Part, Tensor]]:
 
 
 def _parts(params: Params, spec: Spec, place: Place) -> Iterator[tuple[Part, Tensor]]:
-    for leaf, tensor in zip(tree_leaves(declare(spec, place)), tree_leaves(params), strict=True):
+    declared, tensors = tree_leaves(declare(spec, place)), tree_leaves(params)
+    if len(declared) != len(tensors) or any(a and b is None for a, b in zip(declared, tensors, strict=True)):
+        raise ValueError(f"parameters are missing or too many of {spec.architecture}: are these another model's?")
+    for leaf, tensor in zip(declared, tensors, strict=True):
         if leaf is not None:
             yield from _views(leaf, tensor)
 
@@ -203,10 +207,12 @@ def update(
     source: str = "update",
     place: Place = WHOLE,
     partial: bool = False,
+    finite: bool = True,
 ) -> None:
     """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each leaf's dtype; every weight once.
 
-    `partial`: those that are not given stay as they are.
+    `partial`: those that are not given stay as they are. `finite`: a tensor that `check_finite` refuses is not written,
+    nor are those after it.
 
     The tensors are whole ones, or slices of a safetensors file; a rank's parameters at `place` take their cuts. Where
     the head is tied, either of its two names will do, and if both are given they must be equal.
@@ -229,6 +235,10 @@ def update(
             if not _equal(view, part.of(tensor), view.dtype):
                 raise ValueError(_untied(source))
             continue
+        if finite:
+            whole = tensor if isinstance(tensor, Tensor) else part.of(tensor)
+            done = f"the {len(targets) - len(left)} tensors before it are written" if len(left) < len(targets) else ""
+            check_finite([(name, whole, view.dtype)], source, done or "nothing is written")
         view.copy_(part.of(tensor))
         left.discard(part.name)
         tied = name if part.name == EMBED else tied
@@ -295,6 +305,40 @@ def _equal(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
         if not torch.equal(x, y) and not (x.shape == y.shape and torch.allclose(x, y, 0, 0, equal_nan=True)):
             return False
     return rows == count
+
+
+@torch.no_grad()
+def check_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str, done: str) -> None:
+    """Raises ValueError, naming the first eight of the (name, tensor, dtype), where values are NaN or infinite, or
+    would be in that dtype.
+
+    One reduction a tensor, and one wait for each kind of them. `done` says what has become of the parameters.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.dtype, Tensor]]] = defaultdict(list)
+    for name, x, dtype in tensors:
+        if x.is_floating_point() and x.numel():
+            x = x.float() if x.itemsize == 1 else x  # float8 has no minimum
+            kinds[x.device, x.dtype].append((name, dtype, torch.stack(torch.aminmax(x))))
+    wrong = list[str]()
+    for some in kinds.values():
+        ends = torch.stack([both for _, _, both in some]).tolist()
+        for (name, dtype, _), (low, high) in zip(some, ends, strict=True):
+            if not (-torch.finfo(dtype).max <= low and high <= torch.finfo(dtype).max):
+                wrong.append(f"{name} ({dtype})".replace("torch.", ""))
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(
+            f"{source}: NaN or infinite values, or ones beyond the dtype, in {', '.join(wrong[:8])}{more}; {done}. "
+            "finite=False takes them as they are"
+        )
+
+
+def check_update(params: Params, spec: Spec, tensors: Iterable[tuple[str, Tensor]], place: Place, source: str) -> None:
+    """Raises ValueError as `check_finite`, of those of (checkpoint name, tensor) that `update` would write."""
+    dtypes = {part.name: view.dtype for part, view in _parts(params, spec, place)}
+    if spec.tied:
+        dtypes[HEAD] = dtypes[EMBED]
+    check_finite([(n, t, dtypes[n]) for n, t in tensors if n in dtypes], source, "nothing is written")
 
 
 @torch.no_grad()
@@ -403,6 +447,7 @@ def load(
     progress: bool = True,
     place: Place = WHOLE,
     region: Callable[[int], Region] | None = None,
+    finite: bool = True,
 ) -> tuple[Spec, Params]:
     """Spec and parameters of a checkpoint: a Hugging Face directory, hub id, `.safetensors` or `.gguf` file.
 
@@ -411,7 +456,8 @@ def load(
     before memory is taken. Of several candidates in a folder the files are those that transformers takes; and where the
     config ties the head to the embedding, but the file has another head, the spec is not tied. The spec
     is the whole model's; parameters are a rank's at `place`, of which alone the files are read. `region` makes the
-    memory that they lie in, of so many bytes.
+    memory that they lie in, of so many bytes. `finite`: ValueError for values that are NaN or infinite, or too large
+    for the dtype.
     """
     path = resolve(model)
     with tqdm(
@@ -436,7 +482,11 @@ def load(
             return torch.zeros(leaf.shape, device=device, dtype=kind) if room is None else room.take(leaf.shape, kind)
 
         params = tree_map_only(Leaf, make, declare(spec, place))
-        update(params, spec, _shown(tensors, shapes, bytes // place.size, bar), source=str(path), place=place)
+        shown = _shown(tensors, shapes, bytes // place.size, bar)
+        update(params, spec, shown, source=str(path), place=place, finite=False)
+        if finite:  # where they are now: a reduction is fastest there
+            found = ((part.name, view, view.dtype) for part, view in _parts(params, spec, place))
+            check_finite(found, str(path), "the file may be damaged, or the dtype too narrow for it")
     return spec, params
 
 
