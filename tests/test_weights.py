@@ -395,6 +395,19 @@ def test_misshaped_tensors_are_named(name: str, shape: tuple[int, ...], folder: 
     assert name in said and str(shape) in said and str(want) in said
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e5])
+def test_values_that_are_not_finite_are_named(value: float, folder: Path) -> None:
+    """Refused by the tensor's name, unless they are asked for; also what only the dtype makes infinite."""
+    name = "model.layers.1.self_attn.v_proj.weight"
+    rewrite(folder, lambda tensors: tensors[name][0].fill_(value))
+    with pytest.raises(ValueError, match=rf"in {name} \(float16\); .*finite=False"):
+        fastgen.load(folder, progress=False, dtype=torch.float16)
+    _, params = fastgen.load(folder, progress=False, dtype=torch.float16, finite=False)
+    assert int((~params.layers[1].qkv.isfinite()).sum()) == params.layers[1].qkv.shape[1]
+    if value == 1e5:
+        fastgen.load(folder, progress=False, dtype=torch.float32)
+
+
 def test_absent_files_are_named(tmp_path: Path) -> None:
     """A shard that the index names, all of the weights, the config."""
     theirs().save_pretrained(tmp_path, max_shard_size="9KB")
