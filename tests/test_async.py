@@ -5,18 +5,21 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from trainer import DICE, GREEDY, PROMPTS, SPEC, engine, fresh
 from trainer import expected as expected_with_logprobs
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fastgen
-from fastgen import AsyncEngine, Engine, SamplingParams
+from fastgen import AsyncEngine, Engine, SamplingParams, scoring
+from fastgen.models import weights
 
 LONG = replace(GREEDY, max_tokens=60)
 OVERLAP = pytest.mark.parametrize("overlap", [False, True])
@@ -255,6 +258,107 @@ def test_update_in_flight(overlap: bool) -> None:
             assert again.completions[0].token_ids == c.token_ids[n:]
 
     with engine(fresh(), overlap=overlap) as one, AsyncEngine(one) as e:
+        run(main(e))
+
+
+@OVERLAP
+def test_an_update_that_is_received_beside_the_steps(overlap: bool) -> None:
+    """Requests begin and end while the sender is silent; then all is written at once, into those that run."""
+    told_now = threading.Event()
+
+    def sent() -> Iterator[tuple[str, torch.Tensor]]:
+        buffer = torch.empty(97 * 32)
+        for i, (name, tensor) in enumerate(weights.named(fresh(1), SPEC)):
+            if i == 3:
+                assert told_now.wait(30)
+            yield name, buffer[: tensor.numel()].view_as(tensor).copy_(tensor)  # one memory for all
+
+    async def main(e: AsyncEngine) -> None:
+        update = asyncio.create_task(e.update_params(sent()))
+        before = await gathered(e.generate(PROMPTS, GREEDY))
+        assert told(before) == expected(fresh(0)), "the old parameters' until all have come"
+        assert {v for o in before for v in o.completions[0].versions} == {0}
+        running = await e.add(PROMPTS[1], replace(GREEDY, max_tokens=80))
+        seen = [event async for event, _ in zip_async(running, 5)]
+        assert len(seen) == 5 and not update.done()
+        told_now.set()
+        assert await update == 1
+        versions = (await running.output()).completions[0].versions
+        assert versions == sorted(versions) and versions[0] == 0
+        assert told(await gathered(e.generate(PROMPTS, GREEDY))) == expected(fresh(1))
+
+    with engine(fresh(), overlap=overlap) as one, AsyncEngine(one) as e:
+        run(main(e))
+
+
+async def zip_async(events: AsyncIterator[fastgen.Event], n: int) -> AsyncIterator[tuple[fastgen.Event, int]]:
+    for i in range(n):
+        yield await anext(events), i
+
+
+def failing() -> Iterator[tuple[str, torch.Tensor]]:
+    """Half of the tensors."""
+    for i, pair in enumerate(weights.named(fresh(1), SPEC)):
+        if i == 8:
+            raise ConnectionError("the trainer has gone")
+        yield pair
+
+
+def other_than(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(weights.named(fresh(1), SPEC)) | {name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        (failing, ConnectionError, "the trainer has gone"),
+        (lambda: other_than("model.norm.weight", torch.ones(31)), ValueError, r"shape \(31,\)"),
+        (lambda: other_than("model.more.weight", torch.ones(31)), ValueError, "unexpected: model.more.weight"),
+        (lambda: {"model.norm.weight": torch.ones(32)}, ValueError, "missing: "),
+        (lambda: fresh(1)._replace(norm=torch.ones(31)), ValueError, r"shape \(31,\)"),
+        (lambda: "folder", ValueError, "not str"),
+    ],
+)
+def test_an_update_that_fails_changes_nothing(source: Any, error: type[Exception], said: str) -> None:
+    """Neither a parameter, nor the version, nor what runs."""
+
+    async def main(e: AsyncEngine) -> None:
+        running = asyncio.create_task(gathered(e.generate(PROMPTS, GREEDY)))
+        await until(lambda: steps(e) > 2)
+        with pytest.raises(error, match=said):
+            await e.update_params(source())
+        assert told(await running) == wanted
+        assert await e.call(lambda one: one.version) == 0
+        for mine, old in zip(scoring.leaves(params), scoring.leaves(fresh()), strict=True):
+            assert torch.equal(mine, old)
+        assert await e.update_params({"model.norm.weight": torch.ones(32)}, partial=True, recompute=True) == 1
+        assert bool((params.norm == 1).all())
+
+    params = fresh()
+    wanted = expected(params)
+    with engine(params) as one:
+        with AsyncEngine(one) as e:
+            run(main(e))
+        with pytest.raises(RuntimeError, match="was closed"):
+            run(e.update_params(fresh(1)))
+
+
+def test_an_adopted_model_that_moves_ends_requests_and_not_the_thread() -> None:
+    """Each consumer hears which parameter it is, and nothing goes on without tokens."""
+
+    async def main(e: AsyncEngine) -> None:
+        request = await e.add(PROMPTS[1], replace(GREEDY, max_tokens=100))
+        await anext(request)
+        model.model.norm.weight.data = torch.ones(32)
+        with pytest.raises(RuntimeError, match="ended with it") as caught:
+            await request.output()
+        assert "model.norm.weight was moved" in str(caught.value.__cause__)
+        assert not await e.call(lambda one: one.unfinished)
+
+    config = Qwen2Config(**tiny.config("Qwen2", vocab=97, context=128))
+    model = Qwen2ForCausalLM(config).to(torch.get_default_device())
+    spec, params = fastgen.adopt(model)
+    with fastgen.Engine(params, spec, progress=False, cache_tokens=1024) as one, AsyncEngine(one) as e:
         run(main(e))
 
 

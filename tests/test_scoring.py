@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -101,6 +102,7 @@ def test_first_and_temperature() -> None:
         ([[1, 101]], {}, "token 101 is outside"),
         ([[1] * 257], {}, "context of 256"),
         ([[1, 2]], {"first": [1, 1]}, "2 values of `first` for 1"),
+        ([[1, 2], [1, -3]], {}, "sequence 1: token -3 is outside"),
         ([[1, 2]], {"temperature": 0}, "temperature must be finite"),
         ([[1, 2]], {"temperature": 1e-44}, "at least 1e-05"),
     ],
@@ -109,6 +111,58 @@ def test_what_cannot_be_scored(many: list[list[int]], how: dict[str, Any], said:
     spec, params = model("llama")
     with pytest.raises(ValueError, match=said):
         fastgen.score(params, spec, many, **how)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "said"),
+    [
+        ("text", "takes a list of sequences, .* not str"),
+        (5, "not int"),
+        ({"prompt_token_ids": [1]}, "not dict"),
+        (["text"], "sequence 0 is a text, and there is no tokenizer"),
+        ([[1], "text"], "sequence 1 is a text"),
+        ([1, 2], r"sequence 0 is a number: .*\[\[1, 2, 3\]\]"),
+        (torch.tensor([1, 2]), "sequence 0 is a number"),
+        ([[1], None], "sequence 1 is a NoneType"),
+        ([{"role": "user"}], "sequence 0 is a dict"),
+        ([[[1, 2]]], "has a list in it"),
+        ([[1, "2"]], "has a str in it"),
+        ([[1, True]], "has a bool in it"),
+        ([[1, None]], "has a NoneType in it"),
+        (torch.ones(1, 2), "has a float in it"),
+    ],
+)
+def test_what_are_no_token_ids(sequences: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        scoring.token_ids(sequences)
+
+
+class Words:
+    """A tokenizer for which a character is a token."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(c) % 101 for c in text])
+
+
+def test_texts_and_arrays_are_scored() -> None:
+    spec, params = model("llama")
+    many = [[ord(c) % 101 for c in "to be"], [3, 4, 5]]
+    with fastgen.Engine(params, spec, page_size=16, cache_tokens=256) as engine:
+        wanted = engine.score(many)
+        assert all(map(torch.equal, engine.score([torch.tensor(tokens) for tokens in many]), wanted))
+        arrays = [np.array(many[0], dtype=np.int32), tuple(map(np.int64, many[1]))]
+        assert scoring.token_ids(arrays) == many
+        with pytest.raises(ValueError, match="no tokenizer"):
+            engine.score(["to be"])
+        engine.tokenizer = Words()  # type: ignore[assignment]
+        assert all(map(torch.equal, engine.score(["to be", many[1]]), wanted))
+        assert engine.score([]) == []
+        with pytest.raises(ValueError, match="sequence 1: it has no tokens"):
+            engine.score(["to be", ""])
+        with pytest.raises(ValueError, match="sequence 0: token -1 is outside"):
+            engine.score([[3, -1]])
 
 
 def test_sampler_and_scorer(one: tuple[fastgen.Spec, fastgen.Params]) -> None:

@@ -5,7 +5,8 @@ import gc
 import pickle
 import re
 import timeit
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,36 @@ def test_gradients_of_leaves_that_require_them() -> None:
     found = gradients(model)
     for name, grad in weights.named(tree_map_only(Tensor, lambda w: w.grad, params), spec):
         torch.testing.assert_close(grad, found[name], atol=0, rtol=0)
+
+
+def blocks(file: str, word: str) -> list[str]:
+    """The Python of a document that has a word in it."""
+    text = (Path(__file__).parents[1] / file).read_text()
+    return [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if word in code]
+
+
+def test_the_documents_lines_teach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    fastgen.save("path/to/checkpoint", SPEC, fresh())
+    names: dict[str, Any] = {
+        "tokenizer": None, "prompts": PROMPTS, "sampling": replace(GREEDY, temperature=1, seed=0),
+        "rewards": [1.0, -1.0, 0.5, 0.0], "advantages": [1.0, -1.0, 0.5, 0.0],
+    }  # fmt: skip
+    first, *_, second = blocks("docs/training.md", "fastgen.score(params")
+    exec(first, names)
+    engine, model = names["engine"], names["model"]
+    assert engine.version == 1
+    for p, old in zip(scoring.leaves(names["params"]), scoring.leaves(fresh()), strict=True):
+        assert not torch.equal(p, old)
+    names["optimizer"].zero_grad()
+    exec(second, names)
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+    names |= {"hf_model": model, "cache": engine.cache, "batch": engine.batch}
+    (readme,) = blocks("README.md", "fastgen.adopt")
+    exec(readme, names)
+    assert names["logits"].dtype == torch.float32 and all(x.requires_grad for x in names["logprobs"])
+    assert names["engine"].params.embed is engine.params.embed
 
 
 def test_a_backward_after_a_step_is_refused() -> None:
@@ -431,6 +462,65 @@ def test_update_from(kind: str, tmp_path: Path) -> None:
         assert one.update_params(sources[kind]) == one.version == 1
         assert told(one.generate(PROMPTS, GREEDY)) == expected(other)
     assert [w.data_ptr() for w in tree_leaves(params) if w is not None] == addresses
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "DDP": lambda n: "module." + n,
+    "compiled": lambda n: "_orig_mod." + n,
+    "compiled layers": lambda n: re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", n),
+    "FSDP": lambda n: re.sub(r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module.", "_fsdp_wrapped_module." + n),
+    "checkpointed": lambda n: re.sub(r"(layers\.\d+\.)", r"\1_checkpoint_wrapped_module.", n),
+    "PEFT": lambda n: "base_model.model." + re.sub(r"([qv]_proj)", r"\1.base_layer", n),
+    "several": lambda n: "module._orig_mod.base_model.model." + n.replace("down_proj", "down_proj.base_layer"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_names_that_wrappers_have_changed(wrapper: str) -> None:
+    params, other = fresh(0), fresh(1)
+    pairs = [(WRAPPED[wrapper](name), t) for name, t in weights.named(other, SPEC)]
+    weights.update(params, SPEC, exchange.named(pairs))
+    for mine, wanted in zip(tree_leaves(params), tree_leaves(other), strict=True):
+        assert mine is wanted is None or torch.equal(mine, wanted)
+
+
+def test_names_of_others_are_refused_with_advice() -> None:
+    params, own = fresh(), dict(weights.named(fresh(), SPEC))
+    with pytest.raises(ValueError, match="leave 'policy.net.' out of the names"):
+        weights.update(params, SPEC, exchange.named({"policy.net." + n: t for n, t in own.items()}))
+    changed = own | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 32)}
+    with pytest.raises(ValueError, match=r"unexpected: model.*lora_A.*; merge the adapter"):
+        weights.update(params, SPEC, exchange.named(changed))
+    with pytest.raises(ValueError, match="model.norm.weight is a list, not a tensor"):
+        weights.update(params, SPEC, exchange.named({"model.norm.weight": [1.0]}), partial=True)
+    for wrong in ("a/folder", 5, None):
+        with pytest.raises(ValueError, match="parameters come as a tree, module"):
+            exchange.named(wrong)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("state", ["active", "merged", "disabled", "merged, then disabled"])
+def test_parameters_of_a_module_that_peft_has_wrapped(state: str) -> None:
+    """They are those that it computes with, whatever is merged, and compiled or not."""
+    peft = pytest.importorskip("peft")
+    source = made("Qwen2")
+    plain = {name: p.detach().clone() for name, p in source.named_parameters()}
+    how = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"],
+                          init_lora_weights=False)  # fmt: skip
+    model = peft.get_peft_model(source, how)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    changed = {n: p.detach().clone() for n, p in copy.deepcopy(model).merge_and_unload().named_parameters()}
+    if "merged" in state:
+        model.merge_adapter()
+    if "disabled" in state:
+        model.base_model.disable_adapter_layers()
+    wanted = plain if "disabled" in state else changed
+    found = dict(exchange.merged(torch.compile(model)))  # type: ignore[arg-type]
+    assert found.keys() == wanted.keys()
+    for name, p in found.items():
+        torch.testing.assert_close(p, wanted[name], atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert not torch.equal(plain["lm_head.weight"], changed["lm_head.weight"])
 
 
 def test_update_of_some_and_wrong_ones() -> None:

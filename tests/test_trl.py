@@ -1,5 +1,6 @@
 """TRL's own GRPOTrainer, with completions from fastgen on the parameters that it trains."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,22 @@ def reward(completions: list[Any], **given: Any) -> list[float]:
     return [float(t.count("a")) + 0.1 * len(t) for t in texts]
 
 
+class Calling(PreTrainedTokenizerFast):
+    """Whose model calls `shout` with all that it says, until it has a result, which begins with a q."""
+
+    def parse_response(self, ids: Any, prefix: Any = None, tools: Any = None) -> dict[str, Any]:
+        text = self.decode(ids, skip_special_tokens=True)
+        function = {"name": "shout", "arguments": {"text": text}}
+        called = {} if "q" in self.decode(prefix) else {"tool_calls": [{"type": "function", "function": function}]}
+        return {"role": "assistant", "content": text} | called
+
+
+WITH_TOOLS = (
+    "{% for m in messages %}{{ 'q' if m.role == 'tool' }}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{{ c.function.arguments }}{% endfor %}{% endfor %}{{ 'z' if add_generation_prompt }}"
+)
+
+
 class Seen:
     """What went through a trainer."""
 
@@ -58,7 +75,14 @@ class Seen:
 
 
 def trainer(
-    folder: Path, rollout: Callable[..., Any], *, model: Any = None, prompts: list[Any] | None = None, **args: Any
+    folder: Path,
+    rollout: Callable[..., Any],
+    *,
+    model: Any = None,
+    prompts: list[Any] | None = None,
+    words: Any = None,
+    tools: list[Callable[..., Any]] | None = None,
+    **args: Any,
 ) -> tuple[Any, Seen]:
     """A trainer of a few steps on the CPU whose rollouts are looked at, and its model's own logprobs of them."""
     from datasets import Dataset
@@ -68,7 +92,7 @@ def trainer(
 
     def looked(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         found = rollout(prompts, trainer)
-        seen.calls.append((prompts, found))
+        seen.calls.append((prompts, copy.deepcopy(found)))  # TRL writes into it
         seen.versions.append(rollout.engine.version)  # type: ignore[attr-defined]
         return found
 
@@ -80,8 +104,8 @@ def trainer(
     config = GRPOConfig(**fixed | args)
     data = Dataset.from_dict({"prompt": prompts or ["abc", "hello", "z", "fastgenisfast"]})
     one = GRPOTrainer(
-        model=model or llama(), reward_funcs=reward, args=config, train_dataset=data, processing_class=letters(),
-        rollout_func=looked,
+        model=model or llama(), reward_funcs=reward, args=config, train_dataset=data,
+        processing_class=words or letters(), rollout_func=looked, tools=tools,
     )  # fmt: skip
     inner = one._generate_and_score_completions
 
@@ -95,7 +119,7 @@ def trainer(
 
 def agree(scored: dict[str, Any]) -> None:
     """The logprobs that TRL computes again and the sampler's."""
-    mask = scored["completion_mask"].bool()
+    mask = scored["completion_mask"].bool() & scored.get("tool_mask", torch.tensor(True)).bool()
     old, mine = scored["old_per_token_logps"][mask], scored["sampling_per_token_logps"][mask]
     assert len(old) > 20
     torch.testing.assert_close(mine, old, atol=1e-4, rtol=0)
@@ -147,6 +171,44 @@ def test_messages_and_settings(tmp_path: Path) -> None:
     assert {tuple(p) for p in found["prompt_ids"]} == {tuple(letters()(x).input_ids) for x in ("abcz", "helloz")}
     assert {len(c) for c in found["completion_ids"]} == {5}
     assert len({tuple(c) for c in found["completion_ids"]}) <= 2, "one for each prompt"
+
+
+def test_tools(tmp_path: Path) -> None:
+    """What follows a tool's result is drawn by the engine too, with the logprobs it was drawn with."""
+    heard: list[str] = []
+
+    def shout(text: str) -> str:
+        """
+        Say a text aloud.
+
+        Args:
+            text: What to say.
+        """
+        heard.append(text)
+        return "bab"
+
+    words = Calling(tokenizer_object=letters().backend_tokenizer, eos_token="<end>", pad_token="<pad>")
+    words.chat_template, words.response_template = WITH_TOOLS, {"it is": "parse_response that decides"}
+    prompts = [[{"role": "user", "content": text}] for text in ("abc", "hello")]
+    # One prompt and answer reach the end of the model's context.
+    one, seen = trainer(
+        tmp_path, Rollout(cache_tokens=1024), prompts=prompts, words=words, tools=[shout], max_completion_length=56,
+        num_iterations=2, max_steps=2,
+    )  # fmt: skip
+    one.train()
+    ((_, found),), (scored, *_) = seen.calls, seen.scored
+    firsts = [words.decode(c, skip_special_tokens=True) for c in found["completion_ids"]]
+    assert heard and set(heard) <= set(firsts)
+    agree(scored)
+    after = 0
+    for ids, mask, ours in zip(scored["completion_ids"], scored["completion_mask"], scored["tool_mask"], strict=True):
+        ids, ours = ids[mask.bool()].tolist(), ours[mask.bool()].tolist()
+        if 0 in ours:
+            start, stop = ours.index(0), len(ours) - ours[::-1].index(0)
+            assert words.decode(ids[start:stop]) == "qbabz", "the tool's result"
+            assert ids[:start] in found["completion_ids"]
+            after += len(ids) - stop
+    assert after > len(heard)
 
 
 def test_parameters_that_are_copied(tmp_path: Path) -> None:

@@ -412,7 +412,7 @@ class Engine(Loop):
         """What rank 0 hands on."""
         self._take(exchange.receive(device=self.device), partial, recompute, finite)
 
-    def score(self, sequences: Sequence[Sequence[int] | str], **how: Any) -> list[Tensor]:
+    def score(self, sequences: Tensor | Sequence[Sequence[int] | Tensor | str], **how: Any) -> list[Tensor]:
         """Scores by `fastgen.score` with this engine's parameters, in its mode; texts are tokenized as prompts are.
 
         Over several ranks, all take part, and there are no gradients.

@@ -365,7 +365,7 @@ def receive(group: Any = None, src: int = 0, *, device: torch.device | str = "cp
         raise
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Any) -> Any:
     """All of a tensor; the shards of a DTensor are put together, which every rank of its mesh has to do."""
     full: Any = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()

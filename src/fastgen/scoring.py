@@ -31,7 +31,7 @@ PAGE = 64  # tokens; of the cache that lives as long as a call
 def score(
     params: Params,
     spec: Spec,
-    sequences: Sequence[Sequence[int]],
+    sequences: Tensor | Sequence[Sequence[int] | Tensor],
     *,
     first: int | Sequence[int] = 1,
     temperature: float = 1.0,
