@@ -70,7 +70,8 @@ def write(
     keys = {"block_count": 1, "context_length": 512, "embedding_length": DIM, "feed_forward_length": FFN,
             "attention.head_count": HEADS, "attention.head_count_kv": KV, "rope.freq_base": 50000.0,
             "attention.layer_norm_rms_epsilon": 1e-5} | extra  # fmt: skip
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array,
+           bool: writer.add_bool}  # fmt: skip
     for key, value in keys.items():
         if key not in drop:
             add[type(value)](key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
@@ -229,12 +230,13 @@ def test_wrong_files(tmp_path: Path) -> None:
             gguf.read(path)
 
 
-def vocabulary(pre: str) -> dict:
-    """Metadata of a byte-level tokenizer: all bytes, two spaces as one token, and two special tokens."""
+def vocabulary(pre: str | None, more: tuple[str, ...] = (), control: tuple[str, ...] = (), **fields: object) -> dict:
+    """Metadata of a byte-level tokenizer: two special tokens, all bytes, two spaces as one token, and what is added."""
     spelling = [letter for _, letter in sorted(bytes_to_unicode().items())]
-    tokens = ["<|im_start|>", "<|im_end|>", *spelling, "ĠĠ"]
-    fields = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": [3, 3] + [1] * (len(tokens) - 2),
-              "merges": ["Ġ Ġ"], "bos_token_id": 0, "eos_token_id": 1, "padding_token_id": 1}  # fmt: skip
+    tokens = ["<|im_start|>", "<|im_end|>", *spelling, "ĠĠ", *more, *control]
+    types = [3, 3, *[1] * (len(tokens) - 2 - len(control)), *[3] * len(control)]
+    fields = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": ["Ġ Ġ"], "bos_token_id": 0,
+              "eos_token_id": 1, "padding_token_id": 1} | ({"pre": pre} if pre else {}) | fields  # fmt: skip
     template = {"tokenizer.chat_template": "{{ messages }}"}
     return {f"tokenizer.ggml.{k}": v for k, v in fields.items()} | template
 
@@ -253,6 +255,141 @@ def test_tokenizer(tmp_path: Path) -> None:
     write(tmp_path / "q.gguf", "qwen2", model(), **vocabulary("qwen2"))
     tok = gguf.tokenizer(tmp_path / "q.gguf")
     assert tok("e\u0301").input_ids == tok("\u00e9").input_ids  # composed, as Qwen's own tokenizer does
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        ("llama-bpe", "I'LL pay 12345 in São Paulo!\n\n  x", "I 'LL Ġpay Ġ 123 45 Ġin ĠSÃ£o ĠPaulo !ĊĊ Ġ Ġx"),
+        ("qwen2", "I'LL 123", "I 'LL Ġ 1 2 3"),
+        ("qwen35", "te\u0301 12", "teÌģ Ġ 1 2"),
+        ("tekken", "CamelCase's 12/", "Camel Case 's Ġ 1 2 /"),
+        ("gpt-4o", "CamelCase's 1234", "Camel Case's Ġ 123 4"),
+        ("gpt-2", "I'LL 1234\n\n x", "I ' LL Ġ1234 ĊĊ Ġx"),
+        ("smollm", " 4 ½ months", "Ġ 4 Ġ Â½ Ġmonths"),
+        ("falcon", "3333 =\n=", "333 3 Ġ = Ċ ="),
+        ("default", "3333+x $5", "333 3 + x Ġ $ 5"),
+        ("deepseek-llm", "Don't 漢字x ½", "Don ' t Ġ æ¼¢åŃĹ x Ġ Â½"),
+        ("deepseek-coder", "a 12\n (b)", "a Ġ 1 2 Ċ Ġ( b )"),
+        ("deepseek-v3", "x.length = 12345", "x .length Ġ= Ġ 123 45"),
+    ],
+)
+def test_words(tmp_path: Path, pre: str, text: str, words: str) -> None:
+    """Texts are cut as llama.cpp cuts them: every word that is a token shows where."""
+    parts = words.split()
+    merges = [f"{word[:i]} {word[i]}" for word in parts for i in range(1, len(word))]
+    more = [w for word in parts for w in (word[:i] for i in range(2, len(word) + 1))]
+    more = tuple(dict.fromkeys(w for w in more if w != "ĠĠ"))
+    write(tmp_path / "m.gguf", "llama", model(), **vocabulary(pre, more, merges=[*dict.fromkeys(merges)]))
+    assert gguf.tokenizer(tmp_path / "m.gguf").tokenize(text) == parts
+
+
+def test_llama3(tmp_path: Path) -> None:
+    """Its files say neither that a text begins with BOS nor that a token no merge leads to is made all the same."""
+    path = tmp_path / "m.gguf"
+    write(path, "llama", model(), **vocabulary("llama-bpe", ("Viá»ĩt",)))
+    tok = gguf.tokenizer(path)
+    assert tok.convert_ids_to_tokens(tok("Việt").input_ids) == ["<|im_start|>", "Viá»ĩt"]
+    assert tok("a", add_special_tokens=False).input_ids == [tok.convert_tokens_to_ids("a")]
+    for pre, said, bos in (("llama-bpe", False, 0), ("qwen2", None, 0), ("qwen2", True, 1), ("tekken", None, 1)):
+        write(path, "llama", model(), **vocabulary(pre, **({} if said is None else {"add_bos_token": said})))
+        assert gguf.tokenizer(path)("a").input_ids.count(0) == bos
+    write(path, "llama", model(), **vocabulary("smollm", add_eos_token=True))
+    assert gguf.tokenizer(path)("a").input_ids[-1] == 1
+
+
+def test_special_tokens(tmp_path: Path) -> None:
+    """Any letters may spell one, and user-defined ones are found in texts too."""
+    more = vocabulary("llama-bpe", control=("<｜User｜>", "<think>", "  "), add_bos_token=False)
+    more["tokenizer.ggml.token_type"][-2:] = [4, 4]
+    write(tmp_path / "m.gguf", "llama", model(), **more)
+    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    text = "a<｜User｜>  b<think>"
+    assert tok.tokenize(text) == ["a", "<｜User｜>", "  ", "b", "<think>"]
+    assert tok.decode(tok(text).input_ids) == text
+    assert tok.decode(tok(text).input_ids, skip_special_tokens=True) == "a  b<think>"
+
+
+@pytest.mark.parametrize(
+    ("pre", "control", "normal", "fields", "ends"),
+    [
+        ("qwen2", ("<|endoftext|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"), (), {}, 5),
+        ("llama-bpe", ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"), (), {}, 4),
+        ("llama-bpe", ("<|end_of_text|>", "<|python_tag|>"), (), {}, 2),
+        ("smollm", (), ("<|endoftext|>",), {}, 2),  # a file that says it is a word like any other is wrong
+        ("qwen2", (), ("</s>",), {}, 1),  # this is one: it ends a word that is struck out
+        ("qwen2", ("</s>",), (), {}, 2),
+        ("qwen2", ("<|return|>", "<|call|>", "<|end|>"), (), {}, 3),
+        ("qwen2", ("x", "y", "z"), (), {"eot_token_id": 260, "eom_token_id": 261}, 3),
+        ("qwen2", ("x", "<|fim_pad|>"), (), {"fim_pad_token_id": 260}, 2),  # the file's own, not the name's
+    ],
+)  # fmt: skip
+def test_end_tokens(tmp_path: Path, pre: str, control: tuple, normal: tuple, fields: dict, ends: int) -> None:
+    """All that llama.cpp ends an answer at, the model's own first; they are special tokens."""
+    write(tmp_path / "m.gguf", "llama", model(), **vocabulary(pre, normal, control, **fields))
+    found = gguf.read(tmp_path / "m.gguf")[0]["eos_token_id"]
+    found = [found] if isinstance(found, int) else found
+    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    assert (len(found), found[0]) == (ends, tok.eos_token_id)
+    assert tok.decode(found, skip_special_tokens=True) == ""
+
+
+def spm(*more: str, **fields: object) -> dict:
+    """Metadata of a SentencePiece tokenizer; the pieces' scores fall."""
+    pieces = ["▁", "a", "b", "▁▁", "▁a", "ab", "▁ab", "aa", "▁▁▁▁", *more]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces, "<tool>"]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))] + [0.0]
+    fields = {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores,
+              "token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces) + [4]} | fields  # fmt: skip
+    return {f"tokenizer.ggml.{k}": v for k, v in fields.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("a", "▁a"),
+        (" ", "▁▁"),
+        ("  a", "▁▁ ▁a"),
+        ("   ", "▁▁▁▁"),
+        ("aab", "▁a ab"),
+        ("a  b", "▁a ▁▁ b"),
+        ("a</s>b", "▁a </s> ▁ b"),  # a blank precedes what follows a special token, too
+        ("a</s> a", "▁a </s> ▁▁ a"),
+        ("a<tool>a<unk></s>", "▁a <tool> ▁a <unk> </s>"),
+        ("é\n", "▁ <0xC3> <0xA9> <0x0A>"),
+        ("▁a", "▁▁ a"),
+        ("", ""),
+    ],
+)
+def test_sentencepiece(tmp_path: Path, text: str, pieces: str) -> None:
+    """The pieces that llama.cpp finds in a file that names no BOS and no end token: they are 1 and 2 then."""
+    write(tmp_path / "m.gguf", "llama", model(), **spm())
+    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    assert tok.convert_ids_to_tokens(tok(text).input_ids) == ["<s>", *pieces.split()]
+    if "</s>" not in pieces:
+        assert tok.decode(tok(text).input_ids, skip_special_tokens=True) == text.replace("▁", " ")
+    assert (tok.bos_token_id, tok.eos_token_id) == (1, 2) and gguf.read(tmp_path / "m.gguf")[0]["eos_token_id"] == 2
+
+
+def test_sentencepiece_without_a_prefix(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", "llama", model(), **spm(add_space_prefix=False, add_bos_token=False))
+    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    assert tok.tokenize("ab a") == ["ab", "▁a"]
+    assert tok.decode(tok(" a").input_ids) == " a"
+
+
+def test_unknown_tokenizers(tmp_path: Path) -> None:
+    """By name, with what to do; a file of the time before there were names is read as it was then."""
+    path = tmp_path / "m.gguf"
+    write(path, "llama", model(), **vocabulary("kimi-k2"))
+    with pytest.raises(ValueError, match=r"m\.gguf: tokenizer\.ggml\.pre is 'kimi-k2', which is not supported; put"):
+        gguf.tokenizer(path)
+    write(path, "llama", model(), **vocabulary("default", model="t5"))
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.model is 't5'; only gpt2 and llama"):
+        gguf.tokenizer(path)
+    write(path, "llama", model(), **vocabulary(None))
+    with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.pre is missing"):
+        assert gguf.tokenizer(path).tokenize("12  ") == ["1", "2", "ĠĠ"]
 
 
 def no_hub(*_: object, **__: object) -> None:

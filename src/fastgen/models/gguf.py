@@ -1,15 +1,18 @@
 """Reads a `.gguf` file as a Hugging Face config, tensors and tokenizer. Format: ggml's docs/gguf.md."""
 
 import re
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFValueType, ReaderTensor
+from gguf import GGUFReader, GGUFValueType, ReaderTensor, TokenType
 from gguf.quants import dequantize
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
 from fastgen.types import Tokenizer
 
@@ -23,6 +26,8 @@ INNER = {
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+BYTES = {f"<0x{b:02X}>" for b in range(256)}  # SentencePiece's tokens for single bytes
+BESIDE = "put the model's tokenizer.json and config.json into a folder with its .safetensors instead"
 
 
 class _Reader(GGUFReader):
@@ -113,7 +118,7 @@ def _config(reader: GGUFReader, meta: dict) -> dict:
     head = _positive(meta, "attention.key_length", _positive(meta, "embedding_length") // heads or None)
     if {meta.get(k, head) for k in ("attention.value_length", "rope.dimension_count")} != {head}:
         raise ValueError("keys, values and rope differ in width; only one head_dim is supported")
-    bos, pad, *ends = (meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "padding", "eos", "eot"))
+    v = _Vocabulary(reader, meta)
     return {
         "architectures": [ARCHITECTURES[arch]], "model_type": arch, "hidden_act": "silu",
         "hidden_size": meta["embedding_length"], "intermediate_size": meta["feed_forward_length"],
@@ -123,9 +128,9 @@ def _config(reader: GGUFReader, meta: dict) -> dict:
         "rope_scaling": _scaling(meta, freqs, theta), "sliding_window": meta.get("attention.sliding_window"),
         # float32's 1e-5 is 9.99e-6
         "rms_norm_eps": float(f"{_positive(meta, 'attention.layer_norm_rms_epsilon'):.6g}"),
-        "tie_word_embeddings": "output.weight" not in tensors, "bos_token_id": bos,
-        "attention_bias": "blk.0.attn_q.bias" in tensors, "pad_token_id": pad,
-        "eos_token_id": ends[0] if ends[1] in (None, ends[0]) else [t for t in ends if t is not None],
+        "tie_word_embeddings": "output.weight" not in tensors, "bos_token_id": v.bos,
+        "attention_bias": "blk.0.attn_q.bias" in tensors, "pad_token_id": v.pad,
+        "eos_token_id": v.ends if len(v.ends) > 1 else next(iter(v.ends), None),
         "torch_dtype": str(STORED.get(embed.tensor_type.name, torch.float32)).removeprefix("torch."),
     }  # fmt: skip
 
@@ -178,18 +183,206 @@ def read(path: str | Path) -> tuple[dict, Tensors]:
     return config, Tensors(path, reader, config)
 
 
+@dataclass(frozen=True, slots=True)
+class _PreTokenizer:
+    """How a kind of byte-level BPE cuts a text into words before it merges within them."""
+
+    splits: tuple[str, ...]  # regular expressions, each applied to the pieces that the one before left
+    ignore_merges: bool = False  # a word that is a token is that token, whatever the merges make of it
+    add_bos: bool = False  # where the file does not say it
+    nfc: bool = False  # Unicode's composed form: Qwen's own tokenizers have it, llama.cpp does not
+
+
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_GPT4 = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASES = (  # words part where a small letter is followed by a large one
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|\p{{N}}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
+)
+_CASED = (  # letters of scripts with two cases, as DeepSeek LLM lists them
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ"
+    "-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰"
+    "-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
+)
+
+# By the names of `tokenizer.ggml.pre`, as llama.cpp's llama-vocab.cpp has them. Where llama.cpp writes an expression in
+# another way, because its engine lacks something, this is the one of the models' own tokenizer.json.
+PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
+    name: pre
+    for names, pre in {
+        "default": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2": _PreTokenizer(
+            (_GPT4 % "{1,3}",), ignore_merges=True, add_bos=True
+        ),
+        "dbrx smaug-bpe": _PreTokenizer((_GPT4 % "{1,3}",)),
+        "qwen2": _PreTokenizer((_GPT4 % "",), nfc=True),
+        "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan": _PreTokenizer((_GPT4 % "",)),
+        "qwen35": _PreTokenizer(
+            ((_GPT4 % "").replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),)
+        ),
+        "tekken": _PreTokenizer((_CASES % ("", "", ""),), ignore_merges=True, add_bos=True),
+        "gpt-4o llama4 kanana2": _PreTokenizer((_CASES % (_ENDINGS + "?", _ENDINGS + "?", "{1,3}"),)),
+        "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo jais trillion granite-docling": _PreTokenizer((_GPT2,)),
+        "smollm starcoder refact command-r codeshell exaone minerva-7b": _PreTokenizer((r"\p{N}", _GPT2)),
+        "falcon": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+        "deepseek-llm": _PreTokenizer(
+            (
+                "[\r\n]",
+                rf"\s?[{_CASED}]+",
+                "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+                r"\s+$",
+                _IDEOGRAPHS,
+                r"\p{N}+",
+            )
+        ),
+        "deepseek-coder": _PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, r"\p{N}")),
+        "deepseek-v3": _PreTokenizer(_DEEPSEEK3),
+    }.items()
+    for name in names.split()
+}
+
+# Tokens that end an answer, whatever else the file says of them: llama.cpp's list.
+END_TOKENS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
+    "<eos>", "<｜end▁of▁sentence｜>", "[e~[",
+)  # fmt: skip
+# And those by which a code model leaves the file it writes: metadata's name, and spellings for where that is absent.
+END_OF_FILE = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+
+
+class _Vocabulary:
+    """The tokens of a GGUF file, by llama.cpp's rules: what each is, and which are special.
+
+    `bos` and `eos` are ids or None; `ends` are the tokens that end an answer, `eos` first.
+    """
+
+    def __init__(self, reader: GGUFReader, meta: dict) -> None:
+        def array(name: str) -> list:
+            field = reader.fields.get(f"tokenizer.ggml.{name}")
+            return [] if field is None else field.contents()
+
+        self.tokens: list[str] = [token or f"[EMPTY_{i}]" for i, token in enumerate(array("tokens"))]
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self.scores, self.merges = array("scores"), array("merges")
+        types = array("token_type") or [TokenType.NORMAL] * len(self.tokens)
+        spm = meta.get("tokenizer.ggml.model") == "llama"
+        defaults = {"bos": 1, "eos": 2, "unknown": 0} if spm else {}  # where the file names none
+
+        def special(name: str) -> int | None:
+            id = meta.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
+            return id if id is not None and (0 <= id < len(self.tokens) or not self.tokens) else None
+
+        self.bos, self.eos, self.unk, self.pad = map(special, ("bos", "eos", "unknown", "padding"))
+        known = [self.ids[name] for name in END_TOKENS if name in self.ids]
+        # A text such as </s> that a byte-level vocabulary has as any other is no end (llama.cpp takes it for one).
+        ends = [i for i in known if self.tokens[i] != "</s>" or types[i] == TokenType.CONTROL]
+        for name, spellings in END_OF_FILE.items():
+            found = special(name)
+            ends += [i for i in ([self.ids.get(x) for x in spellings] if found is None else [found]) if i is not None][
+                :1
+            ]
+        if "<|end|>" in self.ids and {"<|return|>", "<|call|>"} <= self.ids.keys():  # there it ends a message only
+            ends.remove(self.ids["<|end|>"])
+        named = [i for i in map(special, ("eos", "eot", "eom")) if i is not None]
+        self.ends = [*dict.fromkeys((*named, *sorted(ends)))]
+        control = {i for i, t in enumerate(types) if t in (TokenType.CONTROL, TokenType.UNKNOWN)}
+        self.special = sorted(control | set(ends))
+        self.added = [i for i, t in enumerate(types) if t == TokenType.USER_DEFINED and i not in ends]
+
+
+def _byte_level(vocabulary: _Vocabulary, pre: _PreTokenizer) -> Backend:
+    """GPT-2's kind of BPE: each token is bytes, written as letters."""
+    v, merges = vocabulary, list[tuple[str, str]]()
+    for merge in v.merges:
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if left in v.ids and right in v.ids and left + right in v.ids:
+            merges.append((left, right))
+    backend = Backend(models.BPE(v.ids, merges, ignore_merges=pre.ignore_merges))
+    if pre.nfc:
+        backend.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, spell])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(vocabulary: _Vocabulary, *, prefix: bool) -> Backend:
+    """SentencePiece's BPE: two neighbors become the token of the highest score; what is no token becomes bytes.
+
+    `prefix`: a blank precedes a text, and what follows a special token.
+    """
+    v, special = vocabulary, {*vocabulary.special, *vocabulary.added}
+    pieces = {token: v.scores[i] for i, token in enumerate(v.tokens) if i not in special and token not in BYTES}
+    found = list[tuple[float, int, str, str]]()
+    for piece, score in pieces.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in pieces and right in pieces:
+                found.append((-score, -cut, left, right))
+    merges = [(left, right) for *_, left, right in sorted(found)]
+    unk = None if v.unk is None else v.tokens[v.unk]
+    backend = Backend(models.BPE(v.ids, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    blanks = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks] if prefix else [blanks])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
+    return backend
+
+
 def tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a GGUF file, with its chat template. Raises ValueError where the file has none."""
+    """Build the tokenizer of a GGUF file, with its chat template. It gives llama.cpp's tokens, with `parse_special`.
+
+    Raises ValueError where the file has none, or one of a kind that is not known here.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    path, meta = Path(path), _open(path)[1]
-    if "tokenizer.ggml.model" not in meta:
+    path, (reader, meta) = Path(path), _open(path)
+    v, kind = _Vocabulary(reader, meta), meta.get("tokenizer.ggml.model")
+    if kind is None or not v.tokens:
         raise ValueError(f"{path}: no tokenizer in this file; name one beside the model")
-    made = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    pre, backend = meta.get("tokenizer.ggml.pre"), made.backend_tokenizer
-    if pre == "smollm":  # transformers 5.23 loses the digit split, which also parts spaces from a digit
-        digits, rest = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
-    if pre == "qwen2":  # and the normalizer of this one
-        backend.normalizer = normalizers.NFC()
+    add_bos = kind == "llama"
+    if kind == "gpt2":
+        name = meta.get("tokenizer.ggml.pre")
+        if name is None:  # of 2023; models newer than that were converted wrongly
+            warnings.warn(
+                f"{path}: tokenizer.ggml.pre is missing, as in old files: texts may be cut wrongly", stacklevel=2
+            )
+        if (pre := PRE_TOKENIZERS.get(name or "default")) is None:
+            raise ValueError(f"{path}: tokenizer.ggml.pre is {name!r}, which is not supported; {BESIDE}")
+        backend, add_bos = _byte_level(v, pre), pre.add_bos
+    elif kind == "llama":
+        backend = _sentencepiece(v, prefix=meta.get("tokenizer.ggml.add_space_prefix", True))
+    else:
+        raise ValueError(f"{path}: tokenizer.ggml.model is {kind!r}; only gpt2 and llama are supported; {BESIDE}")
+    backend.add_special_tokens([AddedToken(v.tokens[i], normalized=False, special=True) for i in v.special])
+    backend.add_tokens([AddedToken(v.tokens[i], normalized=False, special=False) for i in v.added])
+    add_bos = meta.get("tokenizer.ggml.add_bos_token", add_bos) and v.bos is not None
+    add_eos = meta.get("tokenizer.ggml.add_eos_token", False) and v.eos is not None
+    around = [(v.tokens[i], i) for i, there in ((v.bos, add_bos), (v.eos, add_eos)) if there and i is not None]
+    if around:
+        single = [*([v.tokens[v.bos or 0]] * add_bos), "$A", *([v.tokens[v.eos or 0]] * add_eos)]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
+    names = {"bos": v.bos, "eos": v.eos, "unk": v.unk, "pad": v.pad}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{f"{name}_token": v.tokens[i] for name, i in names.items() if i is not None},
+    )
+    made.chat_template = meta.get("tokenizer.chat_template")
     return made
