@@ -320,8 +320,8 @@ def test_special_tokens(tmp_path: Path) -> None:
         ("qwen2", (), ("</s>",), {}, 1),  # this is one: it ends a word that is struck out
         ("qwen2", ("</s>",), (), {}, 2),
         ("qwen2", ("<|return|>", "<|call|>", "<|end|>"), (), {}, 3),
-        ("qwen2", ("x", "y", "z"), (), {"eot_token_id": 260, "eom_token_id": 261}, 3),
-        ("qwen2", ("x", "<|fim_pad|>"), (), {"fim_pad_token_id": 260}, 2),  # the file's own, not the name's
+        ("qwen2", ("<x>", "<y>", "<z>"), (), {"eot_token_id": 260, "eom_token_id": 261}, 3),
+        ("qwen2", ("<x>", "<|fim_pad|>"), (), {"fim_pad_token_id": 260}, 2),  # the file's own, not the name's
     ],
 )  # fmt: skip
 def test_end_tokens(tmp_path: Path, pre: str, control: tuple, normal: tuple, fields: dict, ends: int) -> None:
@@ -387,6 +387,10 @@ def test_unknown_tokenizers(tmp_path: Path) -> None:
     write(path, "llama", model(), **vocabulary("default", model="t5"))
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.model is 't5'; only gpt2 and llama"):
         gguf.tokenizer(path)
+    for damaged in ({"token_type": [1]}, {"tokens": ["a", "a"]}, {"tokens": [1, 2]}, {"bos_token_id": "x"}):
+        write(path, "llama", model(), **vocabulary("default", **damaged))
+        with pytest.raises(ValueError, match=r"m\.gguf: (its tokens are not|tokenizer\.ggml\.bos_token_id is 'x')"):
+            gguf.tokenizer(path)
     write(path, "llama", model(), **vocabulary(None))
     with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.pre is missing"):
         assert gguf.tokenizer(path).tokenize("12  ") == ["1", "2", "ĠĠ"]

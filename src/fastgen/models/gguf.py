@@ -281,10 +281,17 @@ class _Vocabulary:
         self.scores, self.merges = array("scores"), array("merges")
         types = array("token_type") or [TokenType.NORMAL] * len(self.tokens)
         spm = meta.get("tokenizer.ggml.model") == "llama"
+        texts = {type(x) for x in (*self.tokens, *self.merges)} <= {str}
+        if not texts or len(self.ids) < len(self.tokens) or len(types) < len(self.tokens):
+            raise ValueError("its tokens are not distinct texts, each with a type")
+        if spm and len(self.scores) < len(self.tokens):
+            raise ValueError("its tokens need a score each")
         defaults = {"bos": 1, "eos": 2, "unknown": 0} if spm else {}  # where the file names none
 
         def special(name: str) -> int | None:
             id = meta.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
+            if id is not None and not isinstance(id, int):
+                raise ValueError(f"tokenizer.ggml.{name}_token_id is {id!r}, and no token's number")
             return id if id is not None and (0 <= id < len(self.tokens) or not self.tokens) else None
 
         self.bos, self.eos, self.unk, self.pad = map(special, ("bos", "eos", "unknown", "padding"))
@@ -349,28 +356,33 @@ def _sentencepiece(vocabulary: _Vocabulary, *, prefix: bool) -> Backend:
 def tokenizer(path: str | Path) -> Tokenizer:
     """Build the tokenizer of a GGUF file, with its chat template. It gives llama.cpp's tokens, with `parse_special`.
 
-    Raises ValueError where the file has none, or one of a kind that is not known here.
+    Raises ValueError where the file has none, or one of a kind that is not known here, or one that is damaged.
     """
+    reader, meta = _open(path)
+    try:
+        return _tokenizer(reader, meta)
+    except Exception as e:  # of the tokenizers library, which raises nothing more precise
+        raise ValueError(f"{path}: {e}") from e
+
+
+def _tokenizer(reader: GGUFReader, meta: dict) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
-    path, (reader, meta) = Path(path), _open(path)
     v, kind = _Vocabulary(reader, meta), meta.get("tokenizer.ggml.model")
     if kind is None or not v.tokens:
-        raise ValueError(f"{path}: no tokenizer in this file; name one beside the model")
+        raise ValueError(f"no tokenizer in this file; {BESIDE}")
     add_bos = kind == "llama"
     if kind == "gpt2":
         name = meta.get("tokenizer.ggml.pre")
         if name is None:  # of 2023; models newer than that were converted wrongly
-            warnings.warn(
-                f"{path}: tokenizer.ggml.pre is missing, as in old files: texts may be cut wrongly", stacklevel=2
-            )
+            warnings.warn("tokenizer.ggml.pre is missing, as in old GGUF files: texts may be cut wrongly", stacklevel=3)
         if (pre := PRE_TOKENIZERS.get(name or "default")) is None:
-            raise ValueError(f"{path}: tokenizer.ggml.pre is {name!r}, which is not supported; {BESIDE}")
+            raise ValueError(f"tokenizer.ggml.pre is {name!r}, which is not supported; {BESIDE}")
         backend, add_bos = _byte_level(v, pre), pre.add_bos
     elif kind == "llama":
         backend = _sentencepiece(v, prefix=meta.get("tokenizer.ggml.add_space_prefix", True))
     else:
-        raise ValueError(f"{path}: tokenizer.ggml.model is {kind!r}; only gpt2 and llama are supported; {BESIDE}")
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; only gpt2 and llama are supported; {BESIDE}")
     backend.add_special_tokens([AddedToken(v.tokens[i], normalized=False, special=True) for i in v.special])
     backend.add_tokens([AddedToken(v.tokens[i], normalized=False, special=False) for i in v.added])
     add_bos = meta.get("tokenizer.ggml.add_bos_token", add_bos) and v.bos is not None
