@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import tiny
@@ -49,6 +50,13 @@ def tokens(outputs: list[fastgen.Output]) -> list[list[list[int]]]:
     return [[c.token_ids for c in o.completions] for o in outputs]
 
 
+def listening(pid: int | str = "self") -> set[str]:
+    """The addresses at which a process listens for TCP connections, in the kernel's hexadecimal form."""
+    links = [os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir() if f.is_symlink()]
+    rows = [x.split() for v in ("tcp", "tcp6") for x in Path(f"/proc/{pid}/net/{v}").read_text().splitlines()[1:]]
+    return {r[1].partition(":")[0] for r in rows if r[3] == "0A" and f"socket:[{r[9]}]" in links}
+
+
 def endless(e: fastgen.Engine) -> None:
     prompts, _ = load(3, 6)
     while True:
@@ -61,7 +69,7 @@ def late(rank: int, port: int, file: str) -> None:
     os.environ.update({name: str(value) for name, value in given.items()})
     time.sleep(2.5 if rank == 0 else 0)
     with engine() as e:
-        torch.save(tokens(e.generate(*load(1, 3), progress=False)), f"{file}.{rank}")
+        torch.save((tokens(e.generate(*load(1, 3), progress=False)), listening()), f"{file}.{rank}")
     dist.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import SETTINGS, SPEC, endless, engine, late, load, tokens, weights
+from ranks import SETTINGS, SPEC, endless, engine, late, listening, load, tokens, weights
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
@@ -22,6 +22,7 @@ from fastgen import SamplingParams, launch
 from fastgen.models.weights import named
 
 LIMIT = 10  # seconds within which everything ends
+LOOPBACK = "0100007F"  # 127.0.0.1, as /proc/net/tcp has it
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,8 @@ def test_outputs(tmp_path: Path) -> None:
         want = calls(alone)
     with engine() as e:
         assert e.group is not None and e.group.place.size == 2
+        pids = [os.getpid(), *(p.pid for p in multiprocessing.active_children() if p.pid)]
+        assert len(pids) == 2 and all(listening(pid) <= {LOOPBACK} for pid in pids)  # for nobody on other machines
         with pytest.raises(ValueError, match="already runs an engine"):
             engine()
         got = calls(e)
@@ -342,7 +345,8 @@ def test_a_late_rank(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(late, (free_port(), str(tmp_path / "tokens")), nprocs=2)  # type: ignore[attr-defined]
     with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
         want = tokens(alone.generate(*load(1, 3), progress=False))
-    assert torch.load(tmp_path / "tokens.0") == torch.load(tmp_path / "tokens.1") == want
+    found = [torch.load(tmp_path / f"tokens.{rank}") for rank in range(2)]
+    assert [f[0] for f in found] == [want, want] and all(f[1] <= {LOOPBACK} for f in found)
 
 
 def test_sizes() -> None:

@@ -13,11 +13,12 @@ import queue
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
@@ -43,6 +44,7 @@ ANSWER = 7.0  # seconds in which somebody listens where torchrun says that they 
 GATHER = 0.5  # seconds in which others may say why it happened, once one is gone
 LAST = 6.0  # seconds that a call gets to notice; then this process ends as well
 RULES = ("fork", "restore", "score", "_take_received")  # calls that refuse wrong input on every rank alike
+SHM = "/dev/shm"
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -88,10 +90,13 @@ def _of_environment(size: int, kind: str) -> Ranks:
         raise ValueError(f"{where} as LOCAL_RANK={local}, and this machine shows {count} GPUs")
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     try:
-        _connect(kind, int(rank), size, _meet(int(rank), size), timedelta(seconds=START))
+        store = _meet(int(rank), size)
+        with _on_loopback() if _is_loopback(os.environ["MASTER_ADDR"]) else nullcontext():
+            _connect(kind, int(rank), size, store, timedelta(seconds=START))
+            ranks = Ranks()
     except (dist.DistError, RuntimeError, OSError, TimeoutError, ValueError) as e:
         raise ValueError(f"rank {rank} of {size} found no group at {place}: {str(e).splitlines()[0]}") from e
-    return Ranks()
+    return ranks
 
 
 def _meet(rank: int, size: int) -> Any:
@@ -108,7 +113,9 @@ def _meet(rank: int, size: int) -> Any:
                 raise
             time.sleep(0.1)
     left = timedelta(seconds=ANSWER / 3)  # it tries twice
-    store = TCPStore(address, port, size, is_master=first, timeout=left, wait_for_workers=False)
+    listener = socket.create_server((address, port)).detach() if first and _is_loopback(address) else None
+    options: dict[str, Any] = {"is_master": first, "timeout": left, "wait_for_workers": False}
+    store = TCPStore(address, port, size, master_listen_fd=listener, **options)  # by itself it listens everywhere
     store = PrefixStore(f"fastgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     store.set(str(rank), "here")
     end = time.monotonic() + START
@@ -117,6 +124,24 @@ def _meet(rank: int, size: int) -> Any:
             raise TimeoutError(f"rank {', '.join(late)} did not come within {START:.0f} s")
         time.sleep(0.05)
     return store
+
+
+def _is_loopback(address: str) -> bool:
+    return address in ("localhost", "127.0.0.1")
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have gloo and NCCL listen on the loopback interface alone while they connect, unless the user chose another."""
+    name = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    chosen = [v for v in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name and v not in os.environ]
+    os.environ.update({variable: name or "" for variable in chosen})
+    try:
+        yield
+        dist.barrier()  # NCCL reads its variable when the first collective connects the ranks
+    finally:
+        for variable in chosen:
+            del os.environ[variable]
 
 
 def _connect(kind: str, rank: int, size: int, store: Any, limit: timedelta) -> None:
@@ -164,14 +189,16 @@ class Crew(Ranks):
         self._here, self._failed = set[int](), dict[int, tuple[float, str]]()
         self._since: float | None = None  # of the call that is being made
         self._lock = threading.Lock()  # of the pipes
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # Through a file the ranks meet without a socket. Only this user can open it; where there is one it lies in a
+        # file system of memory, which is never full of others' files. If this process is killed, a rank removes it.
+        self._file = tempfile.NamedTemporaryFile(prefix="fastgen-ranks-", dir=SHM if os.path.isdir(SHM) else None)
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = list[Connection](), list[BaseProcess]()
         Crew.active = self
         try:
             for rank in range(1, size):
                 ours, theirs = context.Pipe()
-                arguments = theirs, rank, size, store.port, kind, load, settings, make
+                arguments = theirs, rank, size, self._file.name, kind, load, settings, make
                 process = context.Process(target=_rank, args=arguments, name=f"rank {rank}", daemon=True)
                 process.start()
                 theirs.close()
@@ -185,8 +212,8 @@ class Crew(Ranks):
                     late = [r for r in range(1, size) if r not in self._here]
                     raise RuntimeError(f"rank {', '.join(map(str, late))} did not start within {START:.0f} s")
                 time.sleep(0.01)
-            with self.call():
-                _connect(kind, 0, size, store, timedelta(minutes=30))
+            with self.call(), _on_loopback():
+                _connect(kind, 0, size, FileStore(self._file.name, -1), timedelta(minutes=30))
                 super().__init__()
         except BaseException:
             self.close()
@@ -322,11 +349,12 @@ class Crew(Ranks):
         if dist.is_initialized():
             with suppress(RuntimeError):  # a group that was aborted
                 dist.destroy_process_group()
+        self._file.close()
         Crew.active = None
 
 
 def _rank(
-    pipe: Connection, rank: int, size: int, port: int, kind: str, load: Load, settings: dict[str, Any], make: Any
+    pipe: Connection, rank: int, size: int, path: str, kind: str, load: Load, settings: dict[str, Any], make: Any
 ) -> None:
     """The process of another rank: its engine makes the calls that rank 0's makes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too, and decides
@@ -338,14 +366,16 @@ def _rank(
             while True:
                 calls.put(pipe.recv())
         except (EOFError, OSError):
+            with suppress(OSError):
+                os.unlink(path)
             os._exit(1)  # rank 0 is gone, and a collective may wait for it
 
     try:
         threading.Thread(target=read, daemon=True).start()
         pipe.send((0.0, ""))
-        limit = timedelta(minutes=30)
-        _connect(kind, rank, size, TCPStore("127.0.0.1", port, is_master=False), limit)
-        ranks = Ranks()
+        with _on_loopback():
+            _connect(kind, rank, size, FileStore(path, -1), timedelta(minutes=30))
+            ranks = Ranks()
         where, own = device(kind, rank), list[Region]()
 
         def region(size: int) -> Region:
