@@ -827,7 +827,7 @@ def test_junk_is_refused_and_disturbs_nobody(server: Server, library: fastgen.En
         wanted = ask(library, "Hello", temperature=0, max_tokens=150, ignore_eos=True)
         assert beside.result().json()["choices"][0]["text"] == texts(wanted)[0]
     quiet(server)
-    assert not any("Traceback" in line for line in server.lines)
+    assert not any("Traceback" in line for line in server.lines), "".join(server.lines[-60:])
 
 
 def test_whatever_the_schema_allows(server: Server) -> None:
@@ -1005,8 +1005,10 @@ def test_metrics(server: Server, client: openai.OpenAI) -> None:
             other.completions.create(
                 model="tiny", prompt=[5, 6, 7, 8, i], max_tokens=4, n=2, extra_body={"ignore_eos": True}
             )
-    after = read()
     label = '{model_name="tiny"}'
+    ended = f"vllm:e2e_request_latency_seconds_count{label}"  # counted last, once the answer is sent
+    server.until(lambda: read()[ended] - before[ended] == 6, 10)
+    after = read()
     grown = {
         f"vllm:prompt_tokens_total{label}": 30,
         f"vllm:generation_tokens_total{label}": 48,
@@ -1070,6 +1072,37 @@ def test_a_worker_that_is_killed(server: Server, library: fastgen.Engine) -> Non
             assert reply.json()["choices"][0]["text"] == wanted
 
 
+def test_health_of_a_stopped_engine(bare: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 within the deadline while it is stopped, 200 when it goes on."""
+    engine = bare.children()["engine"]
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        reply = bare.http.get("/health")
+        assert reply.status_code == 503 and "has not answered for 5 s" in reply.json()["error"]["message"]
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    bare.until(lambda: bare.http.get("/health").status_code == 200, 10)
+
+
+def test_what_starts_workers_is_killed(bare: Server) -> None:
+    """Nobody notices; and when a worker dies after it, another comes all the same."""
+    worker = bare.children()["worker-0"]
+    parent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    assert parent != bare.process.pid
+    os.kill(parent, signal.SIGKILL)
+    assert bare.http.post("/completions", json={"prompt": [1, 2], "max_tokens": 1}).status_code == 200
+    assert "worker-1" not in bare.children()
+    os.kill(worker, signal.SIGKILL)
+    bare.until(lambda: "worker-1" in bare.children(), 30)
+
+    def answers() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{bare.url}/health").status_code == 200
+        return False
+
+    bare.until(answers, 30)
+
+
 def test_a_model_without_a_tokenizer(bare: Server) -> None:
     """Tokens are served; what needs text is refused."""
     given = {"temperature": 0, "max_tokens": 5}
@@ -1126,7 +1159,7 @@ def test_the_end(server: Server, library: fastgen.Engine) -> None:
         assert found + "".join(c["choices"][0]["text"] for c in chunks) == wanted
         assert [*others][-1]["error"]["code"] == "shutting_down"
     assert server.stop(ask=False) == 0
-    assert not any("Traceback" in line for line in server.lines)
+    assert not any("Traceback" in line for line in server.lines), "".join(server.lines[-60:])
 
 
 def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:

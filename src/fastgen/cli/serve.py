@@ -8,18 +8,20 @@ death ends everything.
 """
 
 import argparse
+import fcntl
 import functools
 import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -38,6 +40,8 @@ from fastgen.models import default, weights
 Load = Callable[[], tuple[Engine | Replicas, str]]  # an engine or several, and where their model is
 NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
 VALUES = ("--lora", "--api-key", "--served-model-name")  # options whose value may look like a setting
+FOLDER = "fgserve-"  # how the name of a server's temporary folder begins
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end the server
 DEATHS = 5  # of workers within a minute; then something is broken for good
 EPILOG = """
 MODEL is a folder, a hub id, a .safetensors or .gguf file, or a name of conf/model; without one, the embedded default.
@@ -202,6 +206,29 @@ class Child:
     control: Connection
     name: str
     ready: bool = False  # the engine when its model is loaded, a worker when it takes requests
+    handle: int | None = None  # a pidfd, where there are such: workers are grandchildren, and outlive their parent
+
+    def __post_init__(self) -> None:
+        with suppress(OSError, AttributeError):
+            self.handle = os.pidfd_open(self.process.pid or 0)
+
+    @property
+    def sentinel(self) -> int:
+        """What `wait` takes, and is ready when the process has ended."""
+        return self.process.sentinel if self.handle is None else self.handle
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return not wait([self.sentinel], 0)
+
+    def send_signal(self, number: int) -> None:
+        """Nothing happens if it has ended."""
+        with suppress(OSError):
+            if self.handle is None:
+                os.kill(self.process.pid or 0, number)
+            else:
+                signal.pidfd_send_signal(self.handle, number)
 
     def hear(self) -> None:
         """Take its word that it is ready."""
@@ -210,10 +237,9 @@ class Child:
 
     def end(self, seconds: float) -> None:
         """Wait for it, and not for longer."""
-        self.process.join(max(0.0, seconds))
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        if not wait([self.sentinel], max(0.0, seconds)):
+            self.send_signal(signal.SIGKILL)
+        self.process.join(5)
 
 
 class Supervisor:
@@ -254,50 +280,55 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve; the exit status."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # else nohup has started this
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # inherited: who stops a whole group of processes means this one
         try:
             told = self.load, self.options.address, self.most
             self.engine = self._child(self.spawns, _run_engine, *told, name="engine")
             forkserver.ensure_running()
             signal.set_wakeup_fd(self.waker.fileno())
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS if hung_up else SIGNALS[:2]:
                 signal.signal(number, self._signal)
-            for _ in range(self.wanted):
-                self._worker()
             return self._watch(self.engine)
         finally:
             for child in (*self.workers, *([self.engine] if self.engine else [])):
-                child.process.kill()
-                child.process.join()
+                child.end(0)
 
     def _watch(self, engine: Child) -> int:
         said = False
         while True:
+            try:
+                while len(self.workers) < self.wanted:
+                    self._worker()
+            except (OSError, EOFError) as e:  # what starts them may have died just now; it is started again
+                _say(f"no worker could be started, which is tried again: {e}")
+            missing = len(self.workers) < self.wanted
             children = (engine, *self.workers)
             awaited = [child for child in children if not child.ready]
-            wait([self.woken, *(c.process.sentinel for c in children), *(c.control for c in awaited)])
+            events = [self.woken, *(c.sentinel for c in children), *(c.control for c in awaited)]
+            wait(events, 1.0 if missing else None)
             if self.signals:
                 return self._drain(engine)
             for child in awaited:
                 if child.control.poll():
                     child.hear()
-            if not said and all(child.ready for child in children):  # a connection may be any worker's
+            if not said and not missing and all(child.ready for child in children):  # a connection may be any worker's
                 said = True
                 _say(f"{', '.join(self.options.names)} is ready")
-            if not engine.process.is_alive():
+            if not engine.alive:
                 return self._engine_died(engine)
-            for worker in [w for w in self.workers if not w.process.is_alive()]:
+            for worker in [w for w in self.workers if not w.alive]:
                 self.workers.remove(worker)
                 now = time.monotonic()
                 self.deaths = [t for t in self.deaths if t > now - 60] + [now]
+                worker.end(0)
                 _say(f"{worker.name} ended with {worker.process.exitcode}; its requests are lost")
                 if len(self.deaths) >= DEATHS:
                     _say(f"{DEATHS} workers ended within a minute: giving up")
                     return 1
                 with suppress(OSError):  # it may be dying as well
                     engine.control.send(worker.name.encode())
-                self._worker()
 
     def _engine_died(self, engine: Child) -> int:
         """Whoever waits is told before this is over."""
@@ -306,7 +337,7 @@ class Supervisor:
         self.listener.close()
         for worker in self.workers:
             worker.control.close()
-        end = time.monotonic() + 5
+        end = time.monotonic() + 10
         for worker in self.workers:
             worker.end(end - time.monotonic())
         return 1
@@ -318,15 +349,14 @@ class Supervisor:
             return 0
         _say("shutting down")
         for worker in self.workers:
-            with suppress(OSError, ValueError):
-                os.kill(worker.process.pid or 0, signal.SIGTERM)
-        before, end = self.signals, time.monotonic() + self.options.grace + 5
+            worker.send_signal(signal.SIGTERM)
+        before, end = self.signals, time.monotonic() + self.options.grace + 10
         self.woken.setblocking(False)
-        while alive := [w.process.sentinel for w in self.workers if w.process.is_alive()]:
+        while alive := [w.sentinel for w in self.workers if w.alive]:
             with suppress(BlockingIOError):
                 self.woken.recv(64)
-            wait([self.woken, engine.process.sentinel, *alive], max(0.0, end - time.monotonic()))
-            if not engine.process.is_alive():
+            wait([self.woken, engine.sentinel, *alive], max(0.0, end - time.monotonic()))
+            if not engine.alive:
                 return self._engine_died(engine)
             if self.signals > before or time.monotonic() >= end:
                 return 1
@@ -348,8 +378,27 @@ def _run_worker(options: Any, name: str, listener: socket.socket, control: Conne
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"fgserve: {text}\n")  # at once, unlike print: other processes write there too
-    sys.stderr.flush()
+    with suppress(OSError, AttributeError):  # nobody reads it, or there is none
+        sys.stderr.write(f"fgserve: {text}\n")  # at once, unlike print: other processes write there too
+        sys.stderr.flush()
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Make a folder for the server's sockets, which only its user can enter (0700), and remove it in the end.
+
+    Those of servers that were killed are removed as well: nobody holds their locks.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with suppress(OSError), open(old / "lock") as lock:  # another user's, or locked
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, open(f"{folder}/lock.new", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, f"{folder}/lock")  # now it can be seen, and is locked
+        # Here multiprocessing puts its sockets, and so do its processes; its own folder would outlive a kill.
+        multiprocessing.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
+        yield folder
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -390,10 +439,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         _say(str(e))
         return 2
-    with tempfile.TemporaryDirectory(prefix="fgserve-") as folder:  # 0700: nobody else reaches the sockets in it
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        from fastgen.serve.service import Options
+    from fastgen.serve.log import always_read
+    from fastgen.serve.service import Options
 
+    with temporary_folder() as folder, always_read():
         options = Options(
             address=f"ipc://{folder}/engine",
             names=names,

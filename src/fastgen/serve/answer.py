@@ -411,6 +411,7 @@ class Answer(Response):
             "cached_tokens": cached,
             "output_tokens": sum(len(c.whole.tokens) for c in self.choices),
         }
+        self.metrics.flush()
 
     async def _steps(self) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
         """What each step adds, until every choice has ended."""
@@ -494,7 +495,7 @@ class Answer(Response):
             await emit(*final, last=True)
         except Refused as e:
             self.entry["status"] = e.status
-            await emit(e.body())
+            await emit(e.body(), last=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -192,11 +192,13 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
 
 @router.get("/health", response_model=None)
 async def health(request: Request) -> Response:
-    """200 while requests are taken."""
+    """200 while requests are taken, and the engine's process answers."""
     service = _service(request)
     if service.draining:
         raise Refused(503, "the server is shutting down")
     service.check()
+    if problem := await service.client.problem():
+        raise Refused(503, problem, code="engine_error")
     return _json({"status": "ok"})
 
 
@@ -205,8 +207,8 @@ async def metrics(request: Request) -> Response:
     """For Prometheus; of all workers together."""
     service = _service(request)
     service.check()
-    stats = await service.client.ask("stats")
-    return Response(exposition(stats, service.options.names[0]), media_type=CONTENT_TYPE_LATEST)
+    counts, stats = await service.client.ask("metrics")
+    return Response(exposition(counts, stats, service.options.names[0]), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/status.json", response_model=None)

@@ -10,8 +10,11 @@ import zmq
 import zmq.asyncio
 
 from fastgen.config import SamplingParams
-from fastgen.serve.core import Piece, pack
+from fastgen.serve.core import Piece, health_address, pack
+from fastgen.serve.metrics import Key
 from fastgen.serve.protocol import Refused, refusal
+
+HEALTH_SECONDS = 5.0  # in which the engine's process says how it is
 
 
 class Client:
@@ -25,6 +28,9 @@ class Client:
         self.socket.connect(address)
         self.info: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.dead = False
+        self.address = address
+        self._failure: Refused | None = None  # why nothing is asked of the engine any more
+        self._check: asyncio.Task[str] | None = None  # of the engine's health, which all who ask meanwhile wait for
         self._keys = map(str, itertools.count())
         self._asked: dict[str, asyncio.Future[Any]] = {}
         self._calls: dict[str, asyncio.Queue[list[Piece] | Refused]] = {}
@@ -52,6 +58,8 @@ class Client:
         """The engine's reply."""
         if self.dead:
             raise Refused(503, "the engine has stopped")
+        if self._failure:
+            raise self._failure
         key = next(self._keys)
         self._asked[key] = future = asyncio.get_running_loop().create_future()
         self._send(kind, key, *rest)
@@ -59,6 +67,25 @@ class Client:
             return await future
         finally:
             self._asked.pop(key, None)
+
+    def count(self, changes: dict[Key, float]) -> None:
+        """Add to what all workers have counted."""
+        self._send("count", changes)
+
+    async def problem(self) -> str:
+        """What is wrong with the engine; nothing if it is well."""
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(self._ask_health())
+        return await asyncio.shield(self._check)
+
+    async def _ask_health(self) -> str:
+        with zmq.asyncio.Context.instance().socket(zmq.REQ) as socket:
+            socket.linger = 0
+            socket.connect(health_address(self.address))
+            await socket.send(b"")
+            if not await socket.poll(int(HEALTH_SECONDS * 1000)):
+                return f"the engine has not answered for {HEALTH_SECONDS:.0f} s"
+            return (await socket.recv()).decode()
 
     async def add(self, call: str, prompts: list[list[int]], params: SamplingParams, names: dict[str, str]) -> None:
         """Queue a call; Refused if the engine does not take it. `close` it in the end."""
@@ -94,7 +121,8 @@ class Client:
             self._send("abort", call, None)
 
     def fail(self, why: Refused) -> None:
-        """End everything that waits for the engine."""
+        """End everything that waits for the engine, and whatever would."""
+        self._failure = why
         for queue in self._calls.values():
             queue.put_nowait(why)
         for future in self._asked.values():

@@ -6,23 +6,29 @@ lies in a folder only its user can enter, so that nobody else can send one.
     worker -> engine   ("hello",)  ("add", key, call, prompts, params)  ("abort", call, slot or None)
                        ("stats", key)  ("kill", key, call)  ("profile", key, folder, steps, skip)
                        ("adapters", key)  ("adapter", key, name, tree or None, again)
+                       ("count", changes)  ("metrics", key)
     engine -> worker   ("info", {...})  ("reply", key, value)  ("events", {call: [Piece, ...]})
+
+On a second socket a thread answers whether the engine is well, which a long step does not delay.
 
 A call is what one HTTP request asks for. Each of its completions is a request of its own to the engine, its *slot*,
 so that one can end at a stop string while the others go on; the prefix cache computes their prompt once.
 """
 
 import contextlib
+import multiprocessing
+import os
 import pickle
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import zmq
@@ -33,6 +39,8 @@ from fastgen.request import Event, sample_seed
 from fastgen.types import Adapter
 
 FAILURES = 3  # steps in a row that may fail; then something is broken for good
+STUCK = 120.0  # seconds after which a step counts as one that will not end
+ORPHAN = 15.0  # seconds for an engine to end by itself once its supervisor has
 
 
 class Piece(NamedTuple):
@@ -61,6 +69,8 @@ class Core:
         self.calls: dict[str, tuple[bytes, dict[int, int]]] = {}  # call -> its worker, and slot -> request
         self.owner: dict[int, tuple[bytes, str, int]] = {}  # request -> worker, call, slot
         self.began, self.requests, self.prompt_tokens, self.tokens = time.time(), 0, 0, 0
+        self.counts: Counter[Any] = Counter()  # what workers have counted, by `metrics.Key`
+        self.stepping: float | None = None  # since when a step runs
 
     def send(self, worker: bytes, *message: Any) -> None:
         """To a worker; one that is gone is not missed."""
@@ -81,6 +91,14 @@ class Core:
 
     def on_stats(self, worker: bytes, key: str) -> None:
         self.send(worker, "reply", key, self.stats())
+
+    def on_count(self, worker: bytes, changes: dict[Any, Any]) -> None:
+        """Add up what a worker has counted since it last said so."""
+        for key, change in changes.items():
+            self.counts[key] += change
+
+    def on_metrics(self, worker: bytes, key: str) -> None:
+        self.send(worker, "reply", key, (dict(self.counts), self.stats()))
 
     def on_add(self, worker: bytes, key: str, call: str, prompts: list[list[int]], params: SamplingParams) -> None:
         """All of a call's completions, or none; the reply is None, or (status, message)."""
@@ -169,7 +187,12 @@ class Core:
     def step(self) -> None:
         """One step, and its events on their way, a message for each worker."""
         found: dict[bytes, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
-        for event in self.engine.step():
+        self.stepping = time.monotonic()
+        try:
+            events = self.engine.step()
+        finally:
+            self.stepping = None
+        for event in events:
             if event.request_id in self.owner:  # else nobody waits for it any more
                 worker, call, slot = self.owner[event.request_id]
                 found[worker][call].append(self._piece(event, slot))
@@ -212,6 +235,54 @@ class Core:
         }
 
 
+def health_address(address: str) -> str:
+    """Where `answer_health` listens, beside the engine's own socket."""
+    return f"{address}-health"
+
+
+def answer_health(core: Core, address: str) -> None:
+    """A thread: answers each message with what is wrong with the engine, or with nothing.
+
+    A process that is stopped does not answer, which its deadline tells whoever asks.
+    """
+    socket = zmq.Context.instance().socket(zmq.REP)
+    socket.linger = 0
+    socket.bind(health_address(address))
+    while True:
+        socket.recv()
+        since = core.stepping
+        stuck = since is not None and time.monotonic() - since > STUCK
+        problem = f"a step has been running for more than {STUCK:.0f} s" if stuck else ""
+        if stopped := stopped_children():
+            problem = f"process {stopped[0]} of the engine is stopped"
+        socket.send(problem.encode())
+
+
+def stopped_children() -> list[int]:
+    """This process's descendants that a signal or a debugger has stopped; none where there is no /proc."""
+    states, children = dict[int, str](), defaultdict[int, list[int]](list)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]  # behind its name, which may hold anything
+            states[int(path.parent.name)] = state
+            children[int(parent)].append(int(path.parent.name))
+    left, found = [os.getpid()], list[int]()
+    while left:
+        left += (own := children[left.pop()])
+        found += [pid for pid in own if states[pid] in ("T", "t")]
+    return sorted(found)
+
+
+def _end_with_parent(ready: threading.Event) -> None:
+    """A thread: an engine that is still loading, or hangs, ends when its supervisor has."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        if ready.is_set():
+            time.sleep(ORPHAN)  # its loop hears of it too, and ends in order
+        os._exit(1)
+
+
 def run(
     build: Callable[[], tuple[Engine | Replicas, str]], address: str, control: Connection, most: int | None
 ) -> None:
@@ -219,8 +290,10 @@ def run(
 
     Over `control` come the names of workers that died; its end is this process's.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # the supervisor says when, after the last request
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the supervisor says when, after the last request
         signal.signal(number, signal.SIG_IGN)
+    ready = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(ready,), daemon=True).start()
     try:
         engine, path = build()
     except (ValueError, OSError) as e:
@@ -237,6 +310,8 @@ def run(
     info = {"path": path, "context": min(spec.context, engine.capacity + 1), "spec": spec, "most": most}
     info["has_adapters"] = engine.settings.lora.max_adapters > 0
     core = Core(engine, socket, most, info)
+    threading.Thread(target=answer_health, args=(core, address), daemon=True).start()
+    ready.set()
     control.send("ready")
     poller, failures = zmq.Poller(), 0
     poller.register(socket, zmq.POLLIN)

@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import json
 import re
-import sys
 import time
 import traceback
 import uuid
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen.serve import protocol
 from fastgen.serve.answer import refuse
+from fastgen.serve.log import say
 from fastgen.serve.protocol import Refused
 from fastgen.serve.service import Service
 
@@ -71,7 +71,7 @@ class Gate:
                 await refuse(e)(scope, receive, named)
         except Exception:
             entry["status"] = 500
-            traceback.print_exc()
+            say(traceback.format_exc())
             if not started:
                 await refuse(Refused(500, "internal error"))(scope, receive, named)
         finally:
@@ -171,9 +171,7 @@ def _log(scope: Scope, entry: dict[str, Any]) -> None:
     entry["duration"] = round(time.monotonic() - entry.pop("began"), 6)
     if "ttft" in entry:
         entry["ttft"] = round(entry["ttft"], 6)
-    line = json.dumps({"time": round(time.time(), 3)} | entry | {"endpoint": scope["path"][:200]})
-    sys.stderr.write(f"{line}\n")  # at once, unlike print: other workers write there too
-    sys.stderr.flush()
+    say(json.dumps({"time": round(time.time(), 3)} | entry | {"endpoint": scope["path"][:200]}))
 
 
 async def _on_refused(request: Request, e: Exception) -> Response:

@@ -1,58 +1,108 @@
-"""Prometheus metrics under vLLM's names. The workers count, in files that whoever is asked adds up; what the engine
-holds at the moment is asked of it."""
+"""Prometheus metrics under vLLM's names. Workers count in memory and send what has changed to the engine's process,
+which adds it up; so nothing is lost with a worker, and no file is needed that a full disk would make fatal."""
 
-import os
-from collections.abc import Iterator
+import asyncio
+from bisect import bisect_left
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
+Key = tuple[str, str | int]  # a metric's name; the label of a counter, or a histogram's bucket, or its "sum"
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 GAPS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+DELAY = 0.2  # seconds after which counts are sent at the latest
+COUNTERS = {"vllm:prompt_tokens": "Prompt tokens.", "vllm:generation_tokens": "Generated tokens."}
+HISTOGRAMS = {
+    "vllm:time_to_first_token_seconds": ("From the request to its first token.", FIRST),
+    "vllm:inter_token_latency_seconds": ("Between two tokens of a completion.", GAPS),
+    "vllm:e2e_request_latency_seconds": ("From the request to its end.", WHOLE),
+}
+ENDED = "vllm:request_success"
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """A number that grows."""
+
+    name: str
+    count: Callable[[Key, float], None]
+
+    def inc(self, by: float = 1) -> None:
+        """Add to it."""
+        self.count((self.name, ""), by)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many values there were up to each of some bounds, and their sum."""
+
+    name: str
+    count: Callable[[Key, float], None]
+
+    def observe(self, value: float) -> None:
+        """Take a value."""
+        self.count((self.name, bisect_left(HISTOGRAMS[self.name][1], value)), 1)
+        self.count((self.name, "sum"), value)
 
 
 class Metrics:
-    """What a worker counts."""
+    """What a worker counts. `send` takes what has changed since it was called last."""
 
-    def __init__(self, model: str) -> None:
-        own = CollectorRegistry()  # never shown: the files are
-        label = {"labelnames": ["model_name"], "registry": own}
-        self.model = model
-        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens.", **label).labels(model)
-        self.tokens = Counter("vllm:generation_tokens", "Generated tokens.", **label).labels(model)
-        self.first = Histogram(
-            "vllm:time_to_first_token_seconds", "From the request to its first token.", buckets=FIRST, **label
-        ).labels(model)
-        self.gap = Histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens of a completion.", buckets=GAPS, **label
-        ).labels(model)
-        self.whole = Histogram(
-            "vllm:e2e_request_latency_seconds", "From the request to its end.", buckets=WHOLE, **label
-        ).labels(model)
-        self.ended = Counter(
-            "vllm:request_success",
-            "Completions that ended, and why.",
-            labelnames=["model_name", "finished_reason"],
-            registry=own,
-        )
+    def __init__(self, send: Callable[[dict[Key, float]], None]) -> None:
+        self._send, self._changes, self._timer = send, Counts[Key](), None
+        self.prompt_tokens, self.tokens = (Counter(name, self._count) for name in COUNTERS)
+        self.first, self.gap, self.whole = (Histogram(name, self._count) for name in HISTOGRAMS)
 
     def finished(self, reason: str) -> None:
         """A completion ended."""
-        self.ended.labels(self.model, reason).inc()
+        self._count((ENDED, reason), 1)
+
+    def _count(self, key: Key, by: float) -> None:
+        self._changes[key] += by  # type: ignore[assignment]
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(DELAY, self.flush)
+
+    def flush(self) -> None:
+        """Send what has changed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        changes, self._changes = self._changes, Counts[Key]()
+        if changes:
+            self._send(dict(changes))
 
 
-class _Engine:
-    """The engine's figures, as a collector."""
+class _Collector:
+    """All figures, in the form that prometheus_client wants."""
 
-    def __init__(self, stats: dict[str, Any], model: str) -> None:
-        self.stats, self.model = stats, model
+    def __init__(self, counts: Mapping[Key, float], stats: dict[str, Any], model: str) -> None:
+        self.counts, self.stats, self.model = counts, stats, model
 
     def collect(self) -> Iterator[Metric]:
-        """In the form prometheus_client wants."""
+        """Of the workers, and of the engine."""
+        for name, about in COUNTERS.items():
+            family = CounterMetricFamily(name, about, labels=["model_name"])
+            family.add_metric([self.model], self.counts.get((name, ""), 0))
+            yield family
+        for name, (about, bounds) in HISTOGRAMS.items():
+            totals = [*accumulate(self.counts.get((name, i), 0) for i in range(len(bounds) + 1))]
+            named = [*map(floatToGoString, (*bounds, float("inf")))]
+            histogram = HistogramMetricFamily(name, about, labels=["model_name"])
+            pairs = [*zip(named, totals, strict=True)]
+            histogram.add_metric([self.model], pairs, self.counts.get((name, "sum"), 0))  # type: ignore[arg-type]
+            yield histogram
+        ended = CounterMetricFamily(ENDED, "Completions that ended, and why.", labels=["model_name", "finished_reason"])
+        for (name, reason), count in self.counts.items():
+            if name == ENDED:
+                ended.add_metric([self.model, str(reason)], count)
+        yield ended
         gauges = {
             "vllm:num_requests_running": ("running", "Completions that run."),
             "vllm:num_requests_waiting": ("waiting", "Completions that wait for room."),
@@ -70,9 +120,8 @@ class _Engine:
                 yield family
 
 
-def exposition(stats: dict[str, Any], model: str) -> bytes:
+def exposition(counts: Mapping[Key, float], stats: dict[str, Any], model: str) -> bytes:
     """All workers' counts and the engine's figures, as Prometheus reads them."""
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, os.environ[FOLDER])
-    registry.register(_Engine(stats, model))  # type: ignore[arg-type]
+    registry.register(_Collector(counts, stats, model))  # type: ignore[arg-type]
     return generate_latest(registry)

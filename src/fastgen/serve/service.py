@@ -46,7 +46,7 @@ class Service:
     def __init__(self, options: Options, name: str) -> None:
         self.options = options
         self.client = Client(options.address, name)
-        self.metrics = Metrics(options.names[0])
+        self.metrics = Metrics(lambda changes: self.client.count(changes))
         self.vocabulary = Vocabulary(None)
         self.encoder: Any = None  # a tokenizer for the thread's own use: two threads may not share one
         self.thread = ThreadPoolExecutor(1, "tokenizer")

@@ -1,9 +1,11 @@
 """The process of an HTTP worker: its connections, its signals, and its end."""
 
 import asyncio
+import errno
 import resource
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -12,14 +14,96 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from fastgen.serve.app import create
+from fastgen.serve.log import say
 from fastgen.serve.protocol import Refused
 from fastgen.serve.service import Options, Service
 
 HEAD_SECONDS = 30.0  # to send what comes before a body, and to be idle between two requests
+FLUSH_SECONDS = 5.0  # for clients to read their error event once the time to finish is over
+ACCEPTS = 100  # connections that are taken in a row
+PAUSE = 0.25  # seconds without accepting once files or memory have run out
+QUIET = 60.0  # seconds without saying so again
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Acceptor:
+    """Takes connections, and pauses where files run out.
+
+    asyncio's own loop (Python 3.11) goes on for the whole backlog then, with a traceback for each try.
+    """
+
+    def __init__(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
+        self.listener, self.protocol = listener, protocol
+        self._loop = asyncio.get_running_loop()
+        self._said = -QUIET
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks = set[asyncio.Task[None]]()
+
+    def start(self) -> None:
+        """Accept from now on."""
+        self._timer = None
+        self._loop.add_reader(self.listener.fileno(), self._accept)
+
+    def stop(self) -> None:
+        """Accept no more, for now or for good."""
+        self._loop.remove_reader(self.listener.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS):
+            try:
+                connection, _ = self.listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as e:
+                self.stop()
+                self._timer = self._loop.call_later(PAUSE, self.start)
+                now = self._loop.time()
+                if now - self._said >= QUIET:
+                    said = "ulimit -n is reached" if e.errno in EXHAUSTED else str(e)
+                    say(f"fgserve: no more connections can be accepted for now: {said}")
+                    self._said = now
+                return
+            connection.setblocking(False)
+            task = self._loop.create_task(self._connect(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self.protocol, connection)
+        except OSError:  # it is gone already
+            connection.close()
 
 
 class _Server(uvicorn.Server):
-    """Signals are the worker's: uvicorn's own handling would stop listening at the first one."""
+    """Signals are the worker's: uvicorn's own handling would stop listening at the first one. So is accepting."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self.listener = listener
+        self.acceptor: Acceptor | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, once the app has started."""
+        await super().startup(sockets=[])
+        if not self.should_exit:
+            made = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+            self.acceptor = Acceptor(self.listener, lambda: _Connection(**made))
+            self.acceptor.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and end."""
+        if self.acceptor is not None:
+            self.acceptor.stop()
+        self.listener.close()
+        await super().shutdown()
+
+    @property
+    def connections(self) -> list["_Connection"]:
+        """Those that are open."""
+        return [*self.server_state.connections]  # type: ignore[list-item]
 
     def capture_signals(self) -> Any:
         """Leave them alone."""
@@ -32,7 +116,25 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
     cycle: Any  # the request that is answered, or was last
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
+    flow: Any
     late: asyncio.TimerHandle | None = None
+    last_words = False  # whether what is left to say is sent without waiting for a client that does not read
+
+    def pause_writing(self) -> None:
+        """As the others."""
+        if not self.last_words:
+            super().pause_writing()
+
+    def finish(self) -> None:
+        """Let what is answered come to its end, whether its client reads or not."""
+        self.last_words = True
+        self.flow.resume_writing()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being answered, or has not been sent yet."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        return answering or self.transport.get_write_buffer_size() > 0
 
     def connection_made(self, transport: Any) -> None:
         """Of asyncio.Protocol, as the others."""
@@ -73,7 +175,7 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
         timeout_keep_alive=round(HEAD_SECONDS),
         timeout_graceful_shutdown=1,  # what runs has ended before
     )
-    server, loop = _Server(config), asyncio.get_running_loop()
+    server, loop = _Server(config, listener), asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
     async def drain(grace: float) -> None:
@@ -83,9 +185,13 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
         while service.active and loop.time() < end:
             await asyncio.sleep(0.02)
         service.client.fail(Refused(503, "the server is shutting down", code="shutting_down"))
-        end = loop.time() + 2
-        while service.active and loop.time() < end:
+        end = loop.time() + FLUSH_SECONDS
+        while (busy := [c for c in server.connections if c.busy]) and loop.time() < end:
+            for connection in busy:
+                connection.finish()
             await asyncio.sleep(0.02)
+        for connection in busy:
+            connection.transport.abort()
         server.should_exit = True
 
     def begin(grace: float) -> None:
@@ -99,10 +205,11 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
         service.client.fail(Refused(500, "the engine has stopped", code="engine_error"))
         begin(2)
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, begin, options.grace)
     loop.add_reader(control.fileno(), told)
-    await server.serve([listener])
+    await server.serve()
 
 
 def run(options: Options, name: str, listener: socket.socket, control: Connection) -> None:
