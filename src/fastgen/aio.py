@@ -222,6 +222,8 @@ class AsyncEngine:
 
         def receive() -> None:
             try:
+                if self.engine.device.type == "cuda":
+                    torch.cuda.set_device(self.engine.device)  # is a thread's own
                 pairs = weights.named(source, spec) if isinstance(source, Params) else source
                 tensors, error = exchange.staged(pairs, device), None
                 weights.check(dict(tensors), spec, dtype, source="update_params", partial=partial)
@@ -346,7 +348,8 @@ class AsyncEngine:
                 if not closed and self._ready():
                     self._hand_out(self.engine.step())
             except BaseException as e:  # everything ends, and the engine can go on
-                self.engine._abort_all()
+                with suppress(RuntimeError):  # of ranks that are gone
+                    self.engine._abort_all()
                 self._hand_out(self._taken(), e)
 
     def _ready(self) -> bool:

@@ -64,9 +64,9 @@ class Adoption:
         Runs before every step, so it compares addresses, and the dictionaries of all modules in one comparison.
         """
         moved = list(map(Tensor.data_ptr, self._params)) != self._addresses
-        try:  # all contents are the same objects, or something has changed: then == compares tensors, and may raise
+        try:  # the same objects are equal at once; where one is another, == compares tensors, and raises
             same = self._dicts == self._contents
-        except (RuntimeError, TypeError):
+        except Exception:
             same = False
         if moved or not same:
             self._find()
@@ -121,7 +121,8 @@ def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
     v of one packed leaf, gate and up of another; other leaves are their memory as it was. So `optimizer.step()` is
     the update, captured graphs stay valid, and an engine sees from their version counters that they have changed.
     `score` of the parameters returned has the gradients of the model's own, as far as those require them. Repacking
-    needs room for one more packed leaf at a time; a model that is adopted again keeps its memory.
+    needs room for one more packed leaf at a time. A model that is adopted again gives the same parameters, while they
+    live.
 
     If the model gets other parameters or memory later, the engine's next step raises ValueError.
 
@@ -442,4 +443,7 @@ def staged(source: Any, device: torch.device | str | None = None) -> list[tuple[
         found = [(name, t.to(device or t.device, copy=True)) for name, t in pairs]
     if stream is not None:
         stream.synchronize()
+        for _, t in found:
+            if t.is_cuda:  # the engine's stream reads it, so its memory is not another's before that is done
+                t.record_stream(torch.cuda.default_stream(t.device))
     return found
