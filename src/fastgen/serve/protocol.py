@@ -144,6 +144,7 @@ class Common(Drawing):
     store: bool = False
     prompt_cache_key: Word | None = None
 
+    return_weight_versions: bool = False  # of each token: `weight_versions` of a choice
     response_format: ResponseFormat | None = None
     guided_json: Word | dict[str, Any] | None = None  # these four are vLLM's
     guided_regex: Word | None = None
@@ -443,6 +444,7 @@ class GenerateRequest(Strict):
     token_ids: Tokens
     sampling_params: GenerateSampling = GenerateSampling()
     stream: bool = False
+    return_weight_versions: bool = False  # as of completions
 
     def sampling(self) -> SamplingParams:
         """What is wrong is Refused, by name."""
