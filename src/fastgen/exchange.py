@@ -109,9 +109,9 @@ class _Adopted(NamedTuple):
     sources: tuple[torch.nn.Parameter, ...]  # views of the leaf, along its first dimension
 
 
-# Leaves and parameters are kept apart from what is known of them: copies of a leaf must not take its model along.
-_adopted: MutableMapping[Tensor, _Adopted] = WeakTensorKeyDictionary()  # of leaves
-_leaves: MutableMapping[Tensor, TensorWeakRef] = WeakTensorKeyDictionary()  # by the first of their sources
+# Beside the leaves, not an attribute of them: copies of a leaf must not take its model along.
+_adopted: MutableMapping[Tensor, _Adopted] = WeakTensorKeyDictionary()
+_leaves: MutableMapping[torch.nn.Module, list[TensorWeakRef]] = weakref.WeakKeyDictionary()  # of a model, in order
 
 
 def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
@@ -147,10 +147,12 @@ def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
         if tuple(own[part.name].shape) != part.shape:
             raise ValueError(f"{part.name} has shape {tuple(own[part.name].shape)}, the config says {part.shape}")
     sources = [tuple(own[part.name] for part in leaf.parts) for leaf in declared]
-    packed = [_pack(some, leaf.shape) for some, leaf in zip(sources, declared, strict=True)]
+    known = [ref() for ref in _leaves.get(model, [])] + [None] * len(declared)
+    packed = [_pack(some, leaf.shape, old) for some, leaf, old in zip(sources, declared, known, strict=False)]
     adoption = Adoption(model, {part.name: own[part.name] for part in parts})
     for leaf, some in zip(packed, sources, strict=True):
-        _adopted[leaf], _leaves[some[0]] = _Adopted(adoption, some), TensorWeakRef(leaf)
+        _adopted[leaf] = _Adopted(adoption, some)
+    _leaves[model] = list(map(TensorWeakRef, packed))
     rest = iter(packed)
     leaves = [None if leaf is None else next(rest) for leaf in tree_leaves(tree)]
     return spec, tree_unflatten(leaves, tree_flatten(tree)[1])
@@ -186,10 +188,8 @@ def _check(own: dict[str, Any], names: Sequence[str], spec: Spec) -> None:
         raise ValueError(f"the parameters are on several devices, {sorted(map(str, devices))}{advice}")
 
 
-def _pack(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...]) -> Tensor:
-    """The leaf whose views the parameters are, or become."""
-    ref = _leaves.get(sources[0])
-    known = None if ref is None else ref()
+def _pack(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...], known: Tensor | None) -> Tensor:
+    """The leaf whose views the parameters become; the known one, if they are its views."""
     if known is not None and known.shape == shape and _in_place(known, sources):
         return known
     if len(sources) == 1:
