@@ -1,5 +1,7 @@
 """Prompts to tokens, and text as tokens arrive, with tokenizers of both kinds of byte handling."""
 
+import codecs
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,7 @@ def byte_tokens(data: bytes) -> list[int]:
 
 def pieces(detokenizer: Detokenizer, tokens: list[int]) -> list[str]:
     """What each token gave, and the rest."""
-    return [*(detokenizer.push(token)[0] for token in tokens), detokenizer.finish()]
+    return [*(detokenizer.push(token)[0] for token in tokens), detokenizer.end([])]
 
 
 def whole(kind: PreTrainedTokenizerFast, prompt: list[int], tokens: list[int]) -> str:
@@ -105,7 +107,9 @@ def test_any_text(kind: str, prompt: str, text: str) -> None:
     """Whatever the text and the prompt, and where tokens cut the characters of both."""
     before, tokens = KINDS[kind](prompt).input_ids, KINDS[kind](text).input_ids
     got = pieces(Detokenizer(KINDS[kind], before), tokens)
-    assert "".join(got) == whole(KINDS[kind], before, tokens) == Detokenizer(KINDS[kind], before).whole(tokens)
+    assert (
+        "".join(got) == whole(KINDS[kind], before, tokens) == Detokenizer(KINDS[kind], before, live=False).end(tokens)
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -116,7 +120,7 @@ def test_pieces_byte_by_byte(text: str) -> None:
         got = [detokenizer.push(token)[0] for token in byte_tokens(character.encode())]
         if "\ufffd" not in text:
             assert got == [""] * (len(got) - 1) + [character]
-    detokenizer.finish()
+    detokenizer.end([])
     assert detokenizer.text == text
 
 
@@ -153,6 +157,112 @@ def test_prompt_that_ends_in_a_row_of_bytes(count: int) -> None:
     assert len(tokens) == 21  # the first is a blank
     cut = 1 + 4 * count
     assert "".join(pieces(Detokenizer(BYTE_FALLBACK, tokens[:cut]), tokens[cut:])) == "😀" * (5 - count)
+
+
+def each_byte(e: UnicodeError) -> tuple[str, int]:
+    """U+FFFD for every byte that is part of no character, as SentencePiece has it."""
+    assert isinstance(e, UnicodeDecodeError)
+    return "\ufffd" * (e.end - e.start), e.end
+
+
+codecs.register_error("each_byte", each_byte)
+
+
+def reference(kind: str, tokens: list[int]) -> str:
+    """The text of tokens, decoded at once, without special ones."""
+    if kind == "level":
+        return BYTE_LEVEL.decode(tokens, skip_special_tokens=True)
+    pieces = [BYTE_FALLBACK.convert_ids_to_tokens(t) for t in tokens if t not in (1, 2)]
+    data = b"".join(bytes([int(p[3:5], 16)]) if p.startswith("<0x") else p.replace("▁", " ").encode() for p in pieces)
+    return data.decode(errors="each_byte").removeprefix(" ")
+
+
+RUNS = [
+    b"\xf0\x9f\x98",
+    b"\x80",
+    b"\x9f\x98\x80",
+    b"\xe2\x82",
+    "é€😀".encode(),
+    b"a ",
+    "\ufffd".encode(),
+    b"\xf0\x9f\x98\x80",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@QUICK
+@given(data=st.data(), cut=st.integers(0, 40), fork=st.integers(0, 40))
+def test_any_tokens_after_any(kind: str, data: st.DataObject, cut: int, fork: int) -> None:
+    """Streamed, at once and after a fork alike, wherever the prompt ends; nothing is lost and nothing told twice."""
+    some = st.integers(0, len(KINDS[kind]) - 1).map(lambda t: [t])
+    bytes_ = st.sampled_from(RUNS).map(lambda b: byte_tokens(b) if kind == "level" else [3 + x for x in b])
+    tokens = sum(data.draw(st.lists(st.one_of(some, bytes_), max_size=30)), list[int]())
+    prompt, tokens = tokens[:cut], tokens[cut:]
+    detokenizer = Detokenizer(KINDS[kind], prompt)
+    begun = "".join(detokenizer.push(t)[0] for t in tokens[:fork])
+    streams = [begun + "".join(pieces(d, tokens[fork:])) for d in (detokenizer.copy(), detokenizer)]
+    at_once = Detokenizer(KINDS[kind], prompt, live=False)
+    assert all(at_once.push(t) == ("", False) for t in tokens)
+    before, everything = reference(kind, prompt), reference(kind, prompt + tokens)
+    # Characters of the prompt that the completion does not change are the prompt's.
+    want = everything[len(os.path.commonprefix([before, everything])) :]
+    assert streams == [want, want] and at_once.end(tokens) == at_once.text == want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("known", [1, 2, 3])
+def test_a_prompt_that_ends_within_a_character(kind: str, known: int) -> None:
+    """The completion has the character it finishes, and all after it; what it does not finish is the prompt's."""
+
+    def tokens(data: bytes) -> list[int]:
+        return byte_tokens(data) if kind == "level" else [3 + b for b in data]
+
+    smile = "😀".encode()
+    prompt = KINDS[kind]("a ab").input_ids + tokens(smile[:known])
+    for rest, want in ((smile[known:] + b" two", "😀 two"), (b" two", " two"), (b"", ""), (smile, "😀")):
+        assert "".join(pieces(Detokenizer(KINDS[kind], prompt), tokens(rest))) == want
+        assert Detokenizer(KINDS[kind], prompt, live=False).end(tokens(rest)) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "want"),
+    [
+        ("ab<|im_start|>cd", ("<|im_start|>",), "ab"),
+        ("ab<|im_end|>cd", ("<|im_start|>",), None),
+        ("abx<|im_end|>cd", ("x<|im_end|>",), "ab"),
+        ("aby<|im_end|>cd", ("x<|im_end|>",), None),
+        ("abx<|im_end|>cd", ("<|im_end|>cd",), "abx"),
+        ("ab<|im_end|>c<|im_start|>d", ("<|im_end|>c<|im_start|>",), "ab"),
+        ("a<|im_end|><|im_end|>b<|im_start|>c", ("b<|im_start|>", "zz"), "a"),
+        ("a<|im_end|>b", ("ab",), ""),  # others are found in the text, which has no special tokens
+        ("a<|im_end|>bc", ("bc", "<|im_end|>b"), "a"),  # the earliest in the text
+        ("a<|im_end|>b", ("im_end",), None),
+        ("é<|im_start|>€", ("é<|im_start|>€",), ""),
+    ],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_stop_strings_with_special_tokens(text: str, stop: tuple[str, ...], want: str | None, as_text: bool) -> None:
+    """They stop, whether the special token was drawn or spelled, and nothing of them is ever sent."""
+    tokens = BYTE_LEVEL(text).input_ids
+    if as_text:
+        tokens, places = byte_tokens(text.encode()), [text.find(s) for s in stop if s in text]
+        want = text[: min(places)] if places else None
+    detokenizer, got, stopped = Detokenizer(BYTE_LEVEL, [], stop), "", False
+    for token in tokens:
+        piece, stopped = detokenizer.push(token)
+        got += piece
+        if stopped:
+            break
+    got += "" if stopped else detokenizer.end([])
+    final = BYTE_LEVEL.decode(tokens, skip_special_tokens=True) if want is None else want
+    assert (got, detokenizer.text, stopped) == (final, final, want is not None)
+
+
+def test_min_tokens_and_special_tokens() -> None:
+    """Before so many tokens, no stop string counts."""
+    tokens = BYTE_LEVEL("<|im_start|>a<|im_start|>b").input_ids
+    detokenizer = Detokenizer(BYTE_LEVEL, [], ("<|im_start|>",), min_tokens=2)
+    assert [detokenizer.push(t) for t in tokens[:3]] == [("", False), ("a", False), ("", True)]
 
 
 def test_special_tokens_are_not_text() -> None:
@@ -216,7 +326,7 @@ def test_stop_strings(text: str, stop: tuple[str, ...], want: str | None, step: 
         if stopped:
             break
     if not stopped:
-        got.append(detokenizer.finish())
+        got.append(detokenizer.end([]))
     final = text if want is None else want
     assert "".join(got) == detokenizer.text == final
     assert stopped == any(s in text for s in stop)
@@ -236,9 +346,9 @@ def test_what_is_held_back() -> None:
     detokenizer = Detokenizer(BYTE_LEVEL, [], ("END", "NX"))
     sent = [detokenizer.push(token) for token in byte_tokens(b"aENEz")]
     assert sent == [("a", False), ("", False), ("", False), ("EN", False), ("Ez", False)]
-    assert detokenizer.finish() == ""
+    assert detokenizer.end([]) == ""
     assert detokenizer.push(byte_tokens(b"E")[0]) == ("", False)
-    assert detokenizer.finish() == "E" and detokenizer.text == "aENEzE"
+    assert detokenizer.end([]) == "E" and detokenizer.text == "aENEzE"
 
 
 @QUICK
@@ -265,7 +375,7 @@ def test_any_stop_strings(words: list[str], stop: list[str], early: int) -> None
         rests = [text[i:] for i in range(len(text))]
         held = max((len(r) for r in rests if any(s.startswith(r) and s != r for s in stop)), default=0)
         assert sent == text[: max(len(text) - held, len(sent) - len(piece))]
-    assert sent + detokenizer.finish() == detokenizer.text == text
+    assert sent + detokenizer.end([]) == detokenizer.text == text
 
 
 def test_may_stop_only_later() -> None:

@@ -135,7 +135,6 @@ class Sample:
     ) -> None:
         self.guide = guide  # the grammar's, where there is one
         self.adapter = 0  # among the engine's; 0: none
-        self.live = live or bool(params.stop)  # whether text is made as tokens come, and not at the end
         self.output, self.index, self.params, self.limit = output, index, params, limit
         self.prompt = len(output.prompt_token_ids)
         self.tokens = list(output.prompt_token_ids)
@@ -150,7 +149,9 @@ class Sample:
         self.looks_back = penalised or p.min_tokens > 0 or guide is not None  # what is drawn depends on what was
         self.scores_prompt = p.prompt_logprobs is not None and index == 0
         self.invalid = False  # whether a logprob of its prompt is NaN
-        self.text = Detokenizer(tokenizer, self.tokens, params.stop) if tokenizer is not None else None
+        self.text: Detokenizer | None = None
+        if tokenizer is not None:
+            self.text = Detokenizer(tokenizer, self.tokens, params.stop, min_tokens=params.min_tokens, live=live)
         self.counts: Counter[int] = Counter()  # of generated tokens
         self.started = False  # whether it ever ran
         c = self.completion = output.completions[index]
@@ -195,7 +196,7 @@ class Sample:
         if self.guide is not None:
             for token in c.token_ids:
                 self.guide.push(token)
-        if self.text is not None and self.live:
+        if self.text is not None:
             for token in c.token_ids:
                 self.text.push(token, may_stop=False)
 
@@ -237,8 +238,8 @@ class Sample:
             if self.guide.failed and token not in self.ends:
                 return self.end("abort", event)
         cut, early = False, len(c.token_ids) < p.min_tokens
-        if self.text is not None and self.live:
-            event.text, cut = self.text.push(token, may_stop=not early)
+        if self.text is not None:
+            event.text, cut = self.text.push(token)
         if cut or (token in self.ends and not early):
             return self.end("stop", event, cut=cut)
         if len(self.tokens) >= self.limit:
@@ -250,7 +251,7 @@ class Sample:
         event = event or Event(self.output.request_id, self.index, [], "")
         if self.text is not None:
             if not cut:
-                event.text += self.text.finish() if self.live else self.text.whole(self.completion.token_ids)
+                event.text += self.text.end(self.completion.token_ids)
             self.completion.text = self.text.text
         event.finish_reason = self.completion.finish_reason = reason
         event.output = self.output if self.output.finished else None

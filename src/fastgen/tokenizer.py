@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from itertools import chain
+from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
@@ -14,6 +15,7 @@ from fastgen.types import Tokenizer
 
 Message = dict[str, Any]
 CONTEXT = 6  # tokens decoded again with each new one, or a few more
+REPLACEMENT = "\ufffd"  # stands for bytes that are no text
 LONGEST = 8  # tokens that text is held back for: more than any character has
 # Text, token ids (also an array), chat messages, or a mapping that holds one of the first two (`_from_mapping`).
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
@@ -141,11 +143,64 @@ def _templated(tokenizer: Tokenizer, prompt: Sequence[Any], **options: Any) -> A
         raise ValueError(f"the model's chat template refuses these messages: {e}") from e
 
 
+class _Traits:
+    """What decoding needs to know of a tokenizer: its special tokens, and its tokens for single bytes."""
+
+    _known: "WeakKeyDictionary[Tokenizer, _Traits]" = WeakKeyDictionary()
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special = {id: token.content for id, token in added.items() if token.special}
+        ids: Any = tokenizer.convert_tokens_to_ids([f"<0x{b:02X}>" for b in range(256)])
+        replacement = [ids[b] for b in REPLACEMENT.encode()]
+        # SentencePiece's, where all of them are there and mean bytes.
+        fallback = len({*ids}) == 256 and None not in ids and tokenizer.decode(replacement) == REPLACEMENT
+        self.bytes: dict[int, int] = {id: b for b, id in enumerate(ids)} if fallback else {}
+        self.replacement: list[int] = replacement
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "_Traits":
+        """Returns those of a tokenizer, which are read once."""
+        if (found := cls._known.get(tokenizer)) is None:
+            found = cls._known[tokenizer] = cls(tokenizer)
+        return found
+
+    def valid(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Replaces each byte that is part of no character by U+FFFD, itself spelled in bytes.
+
+        The decoder of the tokenizers library gives up all characters of a row of bytes for one wrong byte. The second
+        value counts the bytes at the end that may still become a character.
+        """
+        found, run, unsure = list[int](), list[int](), 0
+        for token in (*tokens, None):
+            if token in self.bytes:
+                run.append(token)
+                continue
+            data, begin = bytes(self.bytes[t] for t in run), 0
+            while begin < len(run):
+                try:
+                    data[begin:].decode()
+                    found += run[begin:]
+                    break
+                except UnicodeDecodeError as e:
+                    found += run[begin : begin + e.start] + self.replacement * (e.end - e.start)
+                    unsure = e.end - e.start if token is None and "unexpected end" in e.reason else 0
+                    begin += e.end
+            run = []
+            if token is not None:
+                found.append(token)
+        return found, unsure
+
+
 class Detokenizer:
     """Text of a growing list of tokens, and where a stop string cuts it.
 
     Only the last few tokens are decoded at each call. Text is held back while it may still change: an unfinished
-    UTF-8 character, or the beginning of a stop string.
+    UTF-8 character, or the beginning of a stop string. A character that the prompt's last tokens begin and that these
+    finish is part of the text; what remains U+FFFD of the prompt's bytes is not.
+
+    Special tokens are left out of the text, but a stop string that contains one's text is found all the same, and cuts
+    the text where it begins.
     """
 
     def __init__(
@@ -154,71 +209,126 @@ class Detokenizer:
         prompt: Sequence[int],
         stop: Sequence[str] = (),
         shown: Mapping[int, str] = MappingProxyType({}),
+        *,
+        min_tokens: int = 0,
+        live: bool = True,
     ) -> None:
-        """`shown`: special tokens that the text has all the same, and how."""
-        self.tokenizer, self.stop, self.shown = tokenizer, stop, shown
+        """`shown`: special tokens that the text has all the same, and how. `min_tokens`: no stop string counts before.
+
+        Where nobody reads along (`live` false, and no stop string) all text is made by `end`: a decode for each token
+        of hundreds of requests would take the host longer than the step takes the GPU.
+        """
+        self.tokenizer, self.shown, self.min_tokens = tokenizer, shown, min_tokens
+        self.live = live or bool(stop)
+        self.traits = _Traits.of(tokenizer)
+        # Left out. `special` itself where none is shown: there may be a thousand.
+        special = self.traits.special
+        self.hidden = {t: text for t, text in special.items() if t not in shown} if shown else special
+        special_stop = [s for s in stop if any(text in s for text in self.hidden.values())]
+        self.special_stop, self.stop = special_stop, [s for s in stop if s not in special_stop]
+        self.count = 0  # of tokens pushed
         self.text = ""  # everything decoded, held-back part included
         self.sent = 0  # characters already returned
-        # Tokens whose text is taken, a list for each piece of it: the first of them must begin a character, since
-        # some tokenizers decode none of a row of bytes that begins within one. The prompt's last tokens come first:
-        # some decode a token differently at the start of a text.
-        ends = [list(prompt[-n:]) for n in range(CONTEXT, CONTEXT + 4)]
-        self.taken = [next((end for end in ends if not self._decode(end).startswith("\ufffd")), ends[0])]
+        self.raw = ""  # where a stop string asks for it: the text with special tokens
+        self.places: list[tuple[int, int]] = []  # and where in it those begin and end
+        # Tokens whose text is taken, a list for each piece of it: the first of them must begin a character. The
+        # prompt's last tokens come first: some tokenizers decode a token differently at the start of a text.
+        last = [*islice((t for t in reversed(prompt) if t not in self.hidden), CONTEXT + 3)][::-1]
+        ends = [last[-n:] for n in range(CONTEXT, CONTEXT + 4)]
+        self.taken = [next((end for end in ends if not self._decode(end)[0].startswith(REPLACEMENT)), ends[0])]
         self.pending: list[int] = []  # tokens after those
-        self.decoded = len(self._window())  # characters taken of the text of both
+        text, self.unfinished = self._window()  # U+FFFD at the end of the prompt's text that may yet become a character
+        self.decoded = len(text) - self.unfinished  # characters taken of the text of both
 
     def copy(self) -> "Detokenizer":
         """One that goes on from here by itself."""
         other = copy(self)
-        other.taken, other.pending = [*self.taken], [*self.pending]
+        other.taken, other.pending, other.places = [*self.taken], [*self.pending], [*self.places]
         return other
 
-    def _window(self) -> str:
+    def _window(self) -> tuple[str, int]:
         return self._decode([*chain(*self.taken), *self.pending])
 
-    def _decode(self, tokens: list[int]) -> str:
-        options: Any = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    def _decode(self, tokens: list[int]) -> tuple[str, int]:
+        """Returns the text of tokens, and how many U+FFFD at its end may become a character with the next token."""
         text, begin = "", 0
         for i, token in enumerate(tokens) if self.shown else ():
             if token in self.shown:
-                text += cast(str, self.tokenizer.decode(tokens[begin:i], **options)) + self.shown[token]
+                text += self._plain(tokens[begin:i])[0] + self.shown[token]
                 begin = i + 1
-        return text + cast(str, self.tokenizer.decode(tokens[begin:], **options))
+        last, unsure = self._plain(tokens[begin:])
+        return text + last, unsure
+
+    def _plain(self, tokens: list[int]) -> tuple[str, int]:
+        unsure, options = 0, {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        if self.traits.bytes and not self.traits.bytes.keys().isdisjoint(tokens):
+            tokens, unsure = self.traits.valid(tokens)
+        text = cast(str, self.tokenizer.decode(tokens, **options))
+        return text, unsure if self.traits.bytes else int(text.endswith(REPLACEMENT))
 
     def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
-        """The text that became certain with `token`, and whether a stop string ends it."""
-        self.pending.append(token)
-        text = self._window()
-        unsure = text.endswith("\ufffd")
-        if unsure and len(self.pending) < LONGEST:
+        """Takes a token. Returns the text that became certain with it, and whether a stop string ends it."""
+        self.count += 1
+        if not self.live:
             return "", False
-        before = len(self.text)
-        # After so many bytes that are no text, only the last of them can still begin a character.
-        self.text += text[self.decoded : len(text) - unsure]
-        self.taken.append(self.pending)
-        self.pending = []
-        while sum(map(len, self.taken[1:])) >= CONTEXT:
-            del self.taken[0]
-        self.decoded = len(self._window()) - unsure
-        found = (self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop) if may_stop else ()
-        if cuts := [i for i in found if i >= 0]:
-            self.text = self.text[: min(cuts)]
-            return self._send(len(self.text)), True
-        return self._send(len(self.text) - self._held()), False
+        before, raw_before = len(self.text), len(self.raw)
+        if token in self.hidden:
+            if self.special_stop:
+                self.raw += self.hidden[token]
+                self.places.append((raw_before, len(self.raw)))
+        else:
+            self.pending.append(token)
+            text, unsure = self._window()
+            if unsure and len(self.pending) < LONGEST:
+                return "", False
+            # After so many bytes that are no text, only the last of them can still begin a character.
+            self._add(text[self.decoded : len(text) - unsure])
+            self.taken.append(self.pending)
+            self.pending = []
+            while sum(map(len, self.taken[1:])) >= CONTEXT:
+                del self.taken[0]
+            text, unsure = self._window()
+            self.decoded = len(text) - unsure
+        if may_stop and self.count >= self.min_tokens:
+            found = [self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop]
+            places = (self.raw.find(s, max(0, raw_before - len(s) + 1)) for s in self.special_stop)
+            found += [self._visible(i) for i in places if i >= 0]
+            if cuts := [i for i in found if i >= 0]:
+                self.text = self.text[: min(cuts)]
+                return self._send(len(self.text)), True
+        return self._send(
+            min(self._held(self.text, self.stop), self._visible(self._held(self.raw, self.special_stop)))
+        ), False
 
-    def whole(self, tokens: Sequence[int]) -> str:
-        """The text of all tokens at once, where nobody reads along and no stop string may cut it."""
-        self.text = self._decode([*self.taken[0], *tokens])[self.decoded :]
+    def end(self, tokens: Sequence[int]) -> str:
+        """Returns the text that was held back, when nothing comes after `tokens`, which are all of the completion."""
+        if self.live:
+            self._add(self._window()[0][self.decoded :])
+        else:
+            shown = [t for t in tokens if t not in self.hidden]
+            self._add(self._decode([*self.taken[0], *shown])[0][self.decoded :])
         return self._send(len(self.text))
 
-    def finish(self) -> str:
-        """What was held back, when nothing more comes."""
-        self.text += self._window()[self.decoded :]
-        return self._send(len(self.text))
+    def _add(self, text: str) -> None:
+        """Appends text, without the U+FFFD that the prompt's unfinished bytes have become."""
+        if text:
+            own = min(self.unfinished, len(text) - len(text.lstrip(REPLACEMENT)))
+            self.text, self.unfinished = self.text + text[own:], 0
+            if self.special_stop:
+                self.raw += text[own:]
 
-    def _held(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        return max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+    def _visible(self, place: int) -> int:
+        """Returns where in the text a place of `raw` is."""
+        after = len(self.raw) - place
+        for begin, end in reversed(self.places):
+            if end <= place:
+                break
+            after -= end - max(begin, place)
+        return len(self.text) - after
+
+    def _held(self, text: str, stop: Sequence[str]) -> int:
+        """Returns where the longest end of the text begins that begins a stop string; its length if there is none."""
+        return len(text) - max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
     def _send(self, upto: int) -> str:
         new, self.sent = self.text[self.sent : upto], max(self.sent, upto)

@@ -93,9 +93,10 @@ class Choice:
         shown: dict[int, str],
     ) -> None:
         self.index, self.prompt, self.params = index, prompt, params
-        self.live = live or bool(params.stop)  # whether text is made as tokens come
-        tokenizer = vocabulary.tokenizer
-        self.detokenizer = Detokenizer(tokenizer, prompt, params.stop, shown) if tokenizer is not None else None
+        self.detokenizer: Detokenizer | None = None
+        if (tokenizer := vocabulary.tokenizer) is not None:
+            options: Json = {"min_tokens": params.min_tokens, "live": live}
+            self.detokenizer = Detokenizer(tokenizer, prompt, params.stop, shown, **options)
         with_logprobs = params.logprobs is not None
         self.whole = Delta(logprobs=[] if with_logprobs else None, top=[] if params.logprobs else None)
         self.last: Piece | None = None  # with the counts
@@ -107,17 +108,17 @@ class Choice:
         new, cut, d = Delta(), False, self.detokenizer
         for token in piece.tokens:
             new.tokens.append(token)
-            if d is not None and self.live:
-                new.offsets.append(len(d.text))
-                early = len(self.whole.tokens) + len(new.tokens) < self.params.min_tokens
-                text, cut = d.push(token, may_stop=not early)
+            if d is not None:
+                if d.live:
+                    new.offsets.append(len(d.text))
+                text, cut = d.push(token)
                 new.text += text
             if cut:
                 break
         if cut or piece.reason:
             new.reason, self.last = "stop" if cut else piece.reason, piece
             if d is not None and not cut:
-                new.text += d.finish() if self.live else d.whole([*self.whole.tokens, *new.tokens])
+                new.text += d.end([*self.whole.tokens, *new.tokens])
         all, count = self.whole, len(new.tokens)
         if all.logprobs is not None and piece.logprobs is not None:
             new.logprobs = piece.logprobs[:count]
