@@ -614,6 +614,33 @@ def test_counts_of_reuse() -> None:
     assert off.counts.reused == off.counts.copied == 0
 
 
+def test_salts_keep_prefixes_apart(tmp_path: Path) -> None:
+    """What another salt has cached is not found, nor by a fork or in a snapshot's pages; tokens are the same."""
+    e, other, prompt = engine(40, host=8), engine(40), STEM[:14]
+    want = plain(prompt, GREEDY)
+    for salt, found in ((None, 0), ("a", 0), ("b", 0), ("a", 13), (None, 13), ("b", 13), ("", None), (3, None)):
+        if found is None:
+            with pytest.raises(ValueError, match="cache_salt must be a text of 1 to 256"):
+                replace(GREEDY, cache_salt=salt)
+            continue
+        (output,) = e.generate([prompt], replace(GREEDY, cache_salt=salt))
+        assert output.cached_tokens == found and output.completions[0].token_ids == want.completions[0].token_ids
+    source = e.add(prompt, replace(GREEDY, cache_salt="a"))
+    for _ in range(3):
+        e.step()
+    e.snapshot(source, pages=True).save(tmp_path / "salted")
+    (fork,) = e.fork(source)
+    done = drain(e)
+    assert done[fork].completions[0].token_ids == done[source].completions[0].token_ids == want.completions[0].token_ids
+    snapshot = Snapshot.load(tmp_path / "salted")
+    assert snapshot.params.cache_salt == "a"
+    restored = other.restore(snapshot)
+    same(drain(other)[restored], want)
+    assert other.counts.reused == 16
+    for salt, found in ((None, 0), ("b", 0), ("a", 13)):
+        assert other.generate([prompt], replace(GREEDY, cache_salt=salt))[0].cached_tokens == found
+
+
 def test_counts_of_the_host() -> None:
     """Pages that leave and come back are not counted, or travel more often than they need."""
     e = engine(6, host=20)

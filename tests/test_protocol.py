@@ -156,6 +156,8 @@ def test_what_they_mean() -> None:
         assert request(CompletionRequest, {"prompt": "x", "top_p": value}).top_p == 1e-6
     assert request(GenerateRequest, {"token_ids": [5], "sampling_params": {"top_p": 0}}).top_p == 1e-6
     assert request(CompletionRequest, {"prompt": "x", "best_of": 3, "n": 3}).n == 3
+    assert request(CompletionRequest, {"prompt": "x", "cache_salt": "a"}).cache_salt == "a"
+    assert request(GenerateRequest, {"token_ids": [5], "cache_salt": "b"}).cache_salt == "b"
     given = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL | {"index": 0}]}
     function = {"name": "f", "arguments": {}}
     [said] = plain([Message.model_validate(given)])

@@ -113,6 +113,16 @@ def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
     pair.add_adapter("poet", lora.load(poet, spec, device="cpu"))
 
 
+def test_salts_go_where_their_prefix_is(pair: Replicas) -> None:
+    """A prompt that was seen with another salt is cached nowhere for this one."""
+    prompt = [*range(9, 9 + 2 * pair.settings.pages.page_size)]
+    keys = len(pair._seen)
+    for salt, found in (("a", False), ("b", False), ("a", True), ("b", True)):
+        (output,) = pair.generate([prompt], SamplingParams(max_tokens=1, cache_salt=salt), progress=False)
+        assert (output.cached_tokens > 0) == found
+    assert len(pair._seen) == keys + 2
+
+
 def test_stream_and_abort(pair: Replicas) -> None:
     """Events as they come; what waits and what runs can be aborted, and others' events are kept for them."""
     long = SamplingParams(max_tokens=400, ignore_eos=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastgen import Completion, Output, SamplingParams, schedule
 from fastgen.batch import Stager
-from fastgen.cache.prefix import Tree
+from fastgen.cache.prefix import Namespace, Tree
 from fastgen.config import Schedule
 from fastgen.request import Sample
 from fastgen.schedule import Moves, Plan, Sequence, State
@@ -39,6 +39,7 @@ class Job(NamedTuple):
     abort: int | None = None  # is dropped so long after its arrival
     fork: int | None = None  # goes on twice, so long after its arrival
     whole: bool = False
+    namespace: Namespace = 0
 
     @property
     def limit(self) -> int:
@@ -85,6 +86,7 @@ def loads(draw: st.DrawFn) -> Load:
         abort=st.none() | st.none() | st.integers(0, 15),
         fork=st.none() | st.none() | st.integers(0, 9),
         whole=st.sampled_from((False, False, False, True)),
+        namespace=st.sampled_from((0, 0, 0, (0, "a"), (0, "a"), (0, "b"), 1, (1, "a"))),
     )
     jobs = sorted(draw(st.lists(job, min_size=1, max_size=12)), key=lambda j: j.arrival)
     biggest = max(-(-(j.limit - 1) // page) for j in jobs)
@@ -124,6 +126,9 @@ def ids(state: State) -> list[int]:
     return [s.id for s in (*state.running, *state.waiting)]
 
 
+Written = tuple[int, int, Namespace]  # a token, its position, and whose it is
+
+
 @dataclass
 class Run:
     """A simulation: what an engine does, with a model that sees nothing but batches and pages."""
@@ -133,9 +138,9 @@ class Run:
     tokens: dict[int, list[int]] = field(default_factory=dict)  # known
     seats: list[int] = field(init=False)  # token last drawn in each
     flying: list[tuple[int, int]] | None = None  # sequence, token: drawn and not yet known
-    memory: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot -> token, position
-    host: dict[tuple[int, int], tuple[int, int] | None] = field(default_factory=dict)
-    early: dict[int, tuple[int, int] | None] = field(default_factory=dict)  # on its way to the memory
+    memory: dict[int, Written] = field(default_factory=dict)  # by slot
+    host: dict[tuple[int, int], Written | None] = field(default_factory=dict)
+    early: dict[int, Written | None] = field(default_factory=dict)  # on its way to the memory
     ended: set[int] = field(default_factory=set)
     steps: int = 0
 
@@ -150,9 +155,10 @@ class Run:
     def check(self) -> None:
         schedule.check(self.state, self.limits)
 
-    def add(self, id: int, prompt: list[int], limit: int, whole: bool = False) -> None:
-        self.tokens[id] = list(prompt)
-        self.state = schedule.add(self.state, Sequence(id, len(prompt), limit, whole))
+    def add(self, id: int, job: Job) -> None:
+        self.tokens[id] = list(job.prompt)
+        new = Sequence(id, len(job.prompt), job.limit, job.whole, namespace=job.namespace)
+        self.state = schedule.add(self.state, new)
 
     def drop(self, ids: set[int]) -> None:
         self.state = schedule.drop(self.state, ids, self.tokens)
@@ -247,11 +253,12 @@ class Run:
         token, position, slot, start, length, seat = (x.tolist() for x in b[:6])
         token = [self.seats[-t] if t < 0 else t for t in token]
         assert all(x < page for x in slot[start[len(plan)] :]), "padding left the scratch page"
+        spaces = {s.id: s.namespace for s in self.state.running}
         for r, span in enumerate(plan):
             for i in range(start[r], start[r + 1]):
                 if span.write:
                     assert slot[i] >= page
-                    self.memory[slot[i]] = token[i], position[i]
+                    self.memory[slot[i]] = token[i], position[i], spaces[span.id]
                 else:
                     assert slot[i] < page and span.stop - span.start == 1
         drawn = []
@@ -259,11 +266,12 @@ class Run:
             table = b.pages[seat[r]].tolist()
             assert table[: len(span.pages)] == list(span.pages), "the table is not what the sequence holds"
             seen = [self.memory[table[i // page] * page + i % page] for i in range(length[r])]
-            assert [at for _, at in seen] == list(range(span.stop))
+            assert [at for _, at, _ in seen] == list(range(span.stop))
             known = self.tokens[span.id]
-            assert [t for t, _ in seen][: len(known)] == known[: span.stop], "it reads somebody else's tokens"
+            assert [t for t, *_ in seen][: len(known)] == known[: span.stop], "it reads somebody else's tokens"
+            assert {space for *_, space in seen} == {spaces[span.id]}, "it reads what was computed for another salt"
             if span.sample:
-                drawn.append((span.id, next_token([t for t, _ in seen])))
+                drawn.append((span.id, next_token([t for t, *_ in seen])))
                 self.seats[span.seat] = drawn[-1][1]
         self.groups(plan)
         return drawn
@@ -289,7 +297,7 @@ def test_any_load(load: Load) -> None:
     for now in itertools.count():
         for id, job in enumerate(jobs):
             if job.arrival == now:
-                run.add(id, list(job.prompt), job.limit, job.whole)
+                run.add(id, job)
         for id, job in enumerate(jobs):
             present = id in ids(run.state) and id not in run.ended
             if job.fork is not None and job.arrival + job.fork == now and present:
@@ -297,7 +305,7 @@ def test_any_load(load: Load) -> None:
                 if id not in run.ended:
                     known = run.tokens[id]
                     run.tokens[100 + id] = [*known]
-                    new = Sequence(100 + id, len(known), job.limit)
+                    new = Sequence(100 + id, len(known), job.limit, namespace=job.namespace)
                     run.state = schedule.fork(run.state, id, new, run.tokens)
                     forked.add(100 + id)
                     run.check()
@@ -313,6 +321,8 @@ def test_any_load(load: Load) -> None:
         assert found == (wanted[: len(found)] if job.abort is not None else wanted)
     tree = run.state.tree
     assert tree.available() == load.capacity - 1, "a page is lost"
+    tree.begin()  # the last plan's nodes are not pinned any longer
+    assert all(root.kids for root in tree.salted_roots.values()), "a salt without anything cached is remembered"
     if not tree.active:
         assert not tree.idle
 
@@ -328,9 +338,10 @@ class Played:
         self.limits = Schedule(**{"max_requests": 8, "token_budget": 64} | limits)
         self.tokens: dict[int, list[int]] = {}
 
-    def add(self, id: int, prompt: list[int], limit: int | None = None) -> None:
+    def add(self, id: int, prompt: list[int], limit: int | None = None, namespace: Namespace = 0) -> None:
         self.tokens[id] = prompt
-        self.state = schedule.add(self.state, Sequence(id, len(prompt), limit or len(prompt) + 5))
+        new = Sequence(id, len(prompt), limit or len(prompt) + 5, namespace=namespace)
+        self.state = schedule.add(self.state, new)
 
     def step(self) -> tuple[list[tuple[int, int, int]], Moves]:
         """(sequence, start, stop) of what is computed; every token drawn is 9."""
@@ -412,6 +423,41 @@ def test_least_recently_used_go_first() -> None:
     for id, (first, hit) in enumerate(((10, 7), (30, 7), (20, 0)), 4):
         p.add(id, [first, 1, 2, 3, 4, 5, 6, 7], limit=9)
         assert p.step()[0] == [(id, hit, 8)]
+
+
+def test_salts_share_nothing() -> None:
+    """Neither whole pages, nor tails, nor what is planned in the same step; requests of one salt share all of it."""
+    p = Played(pages=60)
+    spaces: list[Namespace] = [0, (0, "a"), (0, "b"), (1, "a"), 1]
+    prompt = [*range(11)]
+    for id, space in enumerate(spaces):
+        p.add(id, prompt, 12, space)
+    assert p.step()[0] == [(id, 0, 11) for id in range(5)]
+    for id, space in enumerate(spaces, 5):
+        p.add(id, prompt, 12, space)
+    assert sorted(p.step()[0]) == [(id, 10, 11) for id in range(5, 10)]
+    assert schedule.plant(p.state.tree, prompt, (0, "b")) == () != schedule.plant(p.state.tree, prompt, (0, "c"))
+    p.state.tree.reset_adapter(1)
+    schedule.check(p.state, p.limits)
+    for id, space in enumerate(spaces, 10):
+        p.add(id, prompt, 12, space)
+    assert sorted(p.step()[0]) == [*((id, 10, 11) for id in (10, 11, 12)), (13, 0, 11), (14, 0, 11)]
+    p.state.tree.reset()
+    schedule.check(p.state, p.limits)
+    assert not p.state.tree.salted_roots and p.state.tree.available() == 59
+
+
+def test_salts_are_forgotten_with_what_was_cached_for_them() -> None:
+    """Each request may bring another one. On the host they stay as long as their pages."""
+    for host in (0, 6):
+        p = Played(pages=7, host=host, max_requests=1)
+        for id in range(40):
+            p.add(id, [id, *range(7)], 9, (0, f"salt {id}"))
+            p.step()
+        assert p.state.tree.available() == 6 and not p.state.running
+        assert {int(key[1].split()[1]) for key in p.state.tree.salted_roots if isinstance(key, tuple)} == {
+            *range(40 - 3 - host // 2, 40)
+        }
 
 
 def test_other_parameters_find_nothing() -> None:

@@ -434,6 +434,27 @@ def test_cached_tokens(client: openai.OpenAI) -> None:
     assert cached[0] == 0 and cached[1] is not None and 64 <= cached[1] < 80
 
 
+def test_cached_tokens_tell_nothing_across_salts(server: Server) -> None:
+    """A guess of another client's prompt is not confirmed; one salt's requests share what they computed."""
+    http, tokens = server.http, [*range(60, 140)]
+    said: list[dict[str, Any]] = [{"role": "user", "content": "My PIN is 4711. " * 4}]
+    for path, body in (
+        ("/v1/completions", {"prompt": tokens, "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": said, "max_tokens": 1}),
+    ):
+        for salt, found in (("mine", False), ("other", False), (None, False), ("mine", True), ("other", True)):
+            usage = http.post(path, json=body | {"cache_salt": salt}).raise_for_status().json()["usage"]
+            assert (usage["prompt_tokens_details"]["cached_tokens"] >= 48) == found, (path, salt, usage)
+    for path, body in (
+        ("/v1/completions", COMPLETION),
+        ("/v1/chat/completions", {"messages": QUESTION}),
+        ("/inference/v1/generate", {"token_ids": [5]}),
+    ):
+        for wrong in ("", "x" * 257, 3):
+            reply = http.post(path, json=body | {"cache_salt": wrong})
+            assert reply.status_code == 400 and reply.json()["error"]["param"] == "cache_salt", reply.text
+
+
 def test_fields_that_are_null_are_not_given(server: Server, library: fastgen.Engine) -> None:
     """Clients send whole objects back, with null for what is not there."""
     messages = [{**QUESTION[0], "name": None}, {"role": "assistant", "content": None, "tool_calls": None}]

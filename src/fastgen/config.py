@@ -61,6 +61,7 @@ class SamplingParams:
     logprob_mode: str = "raw"
     grammar: str | None = None  # regex:…, json:… or lark:…, which the output follows; see `fastgen.grammar`
     adapter: str | None = None  # by the name the engine was told; None: the model alone
+    cache_salt: str | None = None  # cached prefixes are shared with requests of the same salt, and with no others
 
     def __post_init__(self) -> None:
         me = "SamplingParams"
@@ -71,6 +72,10 @@ class SamplingParams:
                 raise ValueError(f"{me}.grammar says where the output ends: min_tokens must be 0 and ignore_eos false")
         if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
             raise ValueError(f"{me}.adapter must be an adapter's name or None, got {self.adapter!r}")
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
+            raise ValueError(
+                f"{me}.cache_salt must be a text of 1 to 256 characters or None, got {self.cache_salt!r:.80}"
+            )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from fastgen import exchange, launch, lora, schedule, scoring, tokenizer
 from fastgen.cache.host import page_bytes
-from fastgen.cache.prefix import Counts
+from fastgen.cache.prefix import Counts, Namespace, namespace
 from fastgen.config import SamplingParams, Settings, unknown
 from fastgen.exchange import named
 from fastgen.loop import Loop, ranks, whole
@@ -312,7 +312,8 @@ class Engine(Loop):
             raise ValueError(f"{max(going)} tokens and one more do not fit the {place} tokens")
         if snapshot.pages and not adapter and self.state.tree.prefix and snapshot.model == self._fingerprint():
             for i, values in snapshot.pages.items():
-                self._adopt((*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]], values)
+                known = (*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]]
+                self._adopt(known, values, namespace(adapter, snapshot.params.cache_salt))
         return self._queue([samples])[0]
 
     def _take_back(self) -> tuple[int, torch.OutOfMemoryError | None]:
@@ -347,9 +348,9 @@ class Engine(Loop):
             digest.update(x[:8].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _adopt(self, tokens: Sequence[int], values: Tensor) -> None:
+    def _adopt(self, tokens: Sequence[int], values: Tensor, space: Namespace) -> None:
         """Put keys and values of some tokens into the tree, as if a request had left them, if there is room."""
-        held = schedule.plant(self.state.tree, tokens)
+        held = schedule.plant(self.state.tree, tokens, space)
         if not held:
             return
         out, copies, back = self.state.tree.moves()
@@ -486,19 +487,15 @@ class Engine(Loop):
         """The tensors that steps read, as a tree of views: they stay where they are until the adapter is removed."""
         return self._room()[name].params
 
-    @whole
     def update_adapter(self, name: str, adapter: Adapter | None = None) -> None:
         """Say that an adapter's tensors were changed in place, or copy others into them.
 
-        The `versions` of tokens drawn with it from now on are one more. Nothing cached under the adapter is used any
-        more; what is cached of others, and of the model alone, is. Where this engine has started other ranks, `adapter`
-        must be given: their tensors are in other processes.
+        Nothing cached under the adapter is used any more; what is cached of others, and of the model alone, is.
+        Where this engine has started other ranks, `adapter` must be given: their tensors are in other processes.
         """
         if self._crew is not None and adapter is None:
             raise ValueError(f"adapter {name!r}: other ranks have parts of it, too: give the tree that it has become")
-        shelf = self._room()
-        self._receive()  # what runs was launched with the adapter as it was
-        held = shelf.update(name, adapter)
+        held = self._room().update(name, adapter)
         if adapter is not None:
             self._hand("update_adapter", name, adapter)
         self.state.tree.reset_adapter(held.index)

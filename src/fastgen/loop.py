@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fastgen import launch, schedule, tokenizer
 from fastgen.batch import Stager, edits, places, to_device
 from fastgen.cache.host import Mover, page_bytes
-from fastgen.cache.prefix import Counts, Tree
+from fastgen.cache.prefix import Counts, Tree, namespace
 from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
 from fastgen.exchange import adoptions, marks
@@ -274,7 +274,8 @@ class Loop:
         return [samples[0].output.request_id for samples in requests]
 
     def _sequence(self, id: int, s: Sample) -> schedule.Sequence:
-        return schedule.Sequence(id, len(s.tokens), s.limit, s.scores_prompt, adapter=s.adapter)
+        space = namespace(s.adapter, s.params.cache_salt)
+        return schedule.Sequence(id, len(s.tokens), s.limit, s.scores_prompt, namespace=space)
 
     def abort(self, request_id: int) -> Output | None:
         """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
@@ -505,13 +506,12 @@ class Loop:
             rows = list(launched.rows())
         if self.group is not None:
             self._drawn = hash(tuple(row[0] for row in rows))
-        stopped, changes = set(), None if self._shelf is None else self._shelf.versions
+        stopped = set()
         with self.profiler.range("commit"):
             for span, row in zip(launched.plan, rows, strict=False):
                 sample = self._samples.get(span.id) if span.sample else None
                 if sample is not None:  # it may have been aborted, or have stopped a step ago
-                    version = launched.version if changes is None else launched.version + changes[sample.adapter]
-                    event = sample.push(*row, version)
+                    event = sample.push(*row, launched.version)
                     self._undelivered.append(event)
                     if event.finish_reason:
                         stopped.add(span.id)

@@ -262,7 +262,11 @@ class Replicas:
             if not (r := self._requests[id]).wanted:
                 del self._requests[self._waiting.popleft()]
                 continue
-            key = hash((r.params.adapter, *r.prompt[:page])) if page and len(r.prompt) > page else None
+            key = (
+                hash((r.params.adapter, r.params.cache_salt, *r.prompt[:page]))
+                if page and len(r.prompt) > page
+                else None
+            )
             seen = set[int]() if key is None else self._seen.get(key, set())
             room = [n == 0 or n + r.params.n <= most for n in self._running]
             if (to := choose(self._load, room, seen, r.cost)) is None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence as Tokens
 from typing import NamedTuple
 
 from fastgen.cache import pages
-from fastgen.cache.prefix import Match, Node, Tree
+from fastgen.cache.prefix import Match, Namespace, Node, Tree
 from fastgen.config import Schedule
 
 SEATS = -2  # a pool of as many free seats as are ever needed; seat 0 is padding's
@@ -42,7 +42,7 @@ class Sequence(NamedTuple):
     tail: Node | None = None  # node of the page after those
     root: Node | None = None  # of the tree it was admitted to: another one is of other parameters
     seat: int = 0  # row of the device's tables while it runs
-    adapter: int = 0  # that changes the parameters for it; 0: none
+    namespace: Namespace = 0  # of what is cached for it: its adapter, and its salt if it has one
 
 
 class State(NamedTuple):
@@ -103,9 +103,9 @@ def add(state: State, *sequences: Sequence) -> State:
 def extend(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequence:
     """Its whole pages of the first `upto` tokens become nodes; where there is one of the same tokens, it reads that."""
     page, end = tree.page, min(upto, len(tokens))
-    while tree.active and s.root is tree.root(s.adapter) and (len(s.path) + 1) * page <= end:
+    while tree.active and s.root is tree.root(s.namespace) and (len(s.path) + 1) * page <= end:
         i = len(s.path)
-        block, parent = tuple(tokens[i * page : (i + 1) * page]), s.path[-1] if s.path else tree.root(s.adapter)
+        block, parent = tuple(tokens[i * page : (i + 1) * page]), s.path[-1] if s.path else tree.root(s.namespace)
         node = parent.kids.get(block)
         if node is None:
             if s.tail is not None:
@@ -127,8 +127,8 @@ def extend(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequence:
 def show_tail(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequence:
     """Others may copy what the page after its whole ones holds of the first `upto` tokens."""
     rest = tuple(tokens[len(s.path) * tree.page : min(upto, len(tokens))])
-    parent = s.path[-1] if s.path else tree.root(s.adapter)
-    fits = tree.least <= len(rest) < tree.page and tree.active and s.root is tree.root(s.adapter)
+    parent = s.path[-1] if s.path else tree.root(s.namespace)
+    fits = tree.least <= len(rest) < tree.page and tree.active and s.root is tree.root(s.namespace)
     if not fits or rest in parent.kids:
         return s
     if s.tail is not None:
@@ -139,7 +139,7 @@ def show_tail(tree: Tree, s: Sequence, tokens: Tokens[int], upto: int) -> Sequen
 
 def release(tree: Tree, s: Sequence, tokens: Tokens[int], *, parked: bool = False) -> None:
     """It runs no longer: what is known of it stays in the tree as long as nobody wants the pages."""
-    stale = s.root is not tree.root(s.adapter)
+    stale = s.root is not tree.root(s.namespace)
     s = show_tail(tree, extend(tree, s, tokens, s.cached), tokens, s.cached)
     for page in s.pages[len(s.path) + (s.tail is not None) :]:
         tree.give(page)
@@ -285,7 +285,7 @@ class _Planner:
         self.waiting = tuple(delayed)
 
     def _match(self, s: Sequence) -> Match:
-        return self.tree.match(self.tokens[s.id], s.known, s.adapter) if self.tree.active else Match(())
+        return self.tree.match(self.tokens[s.id], s.known, s.namespace) if self.tree.active else Match(())
 
     def _enter(self, s: Sequence, found: Match, left: int) -> tuple[Sequence, Span | None] | None:
         """The sequence as a running one, and its first span. None: there are not the pages for it.
@@ -310,7 +310,7 @@ class _Planner:
         start = min(reached, s.known - 1)
         n = min(s.known - start, self.chunk, left)
         (seat,), self.seats = pages.take(self.seats, 1)
-        held, root = (*(x.page for x in path), *held), tree.root(s.adapter)
+        held, root = (*(x.page for x in path), *held), tree.root(s.namespace)
         s = s._replace(cached=start, reused=start, seat=seat, pages=held, path=path, root=root)
         tree.counts.asked += s.known
         tree.counts.reused += start
@@ -369,14 +369,14 @@ def fork(state: State, id: int, new: Sequence, tokens: Known) -> State:
     return add(state._replace(running=tuple(running)), new)
 
 
-def plant(tree: Tree, tokens: Tokens[int]) -> tuple[int, ...]:
+def plant(tree: Tree, tokens: Tokens[int], namespace: Namespace = 0) -> tuple[int, ...]:
     """Whole pages for `tokens`, from the first one on, as idle nodes of the tree, which the caller fills; 0 for those
     that are there already. None of them if there is not the room.
     """
     blocks = [tuple(tokens[i : i + tree.page]) for i in range(0, len(tokens) - tree.page + 1, tree.page)]
-    if len(blocks) > tree.available() or len(tree.match(tokens, len(tokens)).path) == len(blocks):
+    if len(blocks) > tree.available() or len(tree.match(tokens, len(tokens), namespace).path) == len(blocks):
         return ()
-    held, path, filled = [tree.take() for _ in blocks], [tree.root()], list[int]()
+    held, path, filled = [tree.take() for _ in blocks], [tree.root(namespace)], list[int]()
     for block, page in zip(blocks, held, strict=True):
         node = path[-1].kids.get(block)
         filled.append(0 if node is not None and node.page else page)

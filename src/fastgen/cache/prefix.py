@@ -8,7 +8,9 @@ root to it, and on nothing else. Sequences that begin alike hold the same nodes,
 holds is idle: it stays until its page is wanted, the least recently used first, and then moves to the host's pages
 or is forgotten. Children are released before their parents, so they are also taken before them.
 
-Each adapter has a root of its own: the same tokens have other keys and values under another one.
+Each adapter has a root of its own: the same tokens have other keys and values under another one. So has each salt
+under each adapter: requests of different salts share no page, so that how much of a prompt was cached tells nothing
+of requests of another salt. A salt's root is forgotten with the last node under it.
 
 A node of fewer tokens than a page holds is a *tail*: the end of what somebody computed. Nobody but the sequence that
 still fills the page holds it; others copy the page and go on in the copy.
@@ -18,11 +20,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from fastgen.cache import pages
 
 Block = tuple[int, ...]  # the tokens of a page
+Namespace = int | tuple[int, str]  # whose tree: of an adapter (0: none), or of an adapter and a salt
 SCANNED = 64  # children looked at for one that begins alike, the newest first
+
+
+def namespace(adapter: int, salt: str | None) -> Namespace:
+    """The namespace of a request's adapter and salt."""
+    return adapter if salt is None else (adapter, salt)
 
 
 class Node:
@@ -31,7 +40,7 @@ class Node:
     `born` is the step that fills the page: only later steps may copy it.
     """
 
-    __slots__ = ("born", "host", "kids", "page", "parent", "parked", "refs", "tokens")
+    __slots__ = ("__weakref__", "born", "host", "kids", "page", "parent", "parked", "refs", "tokens")
 
     def __init__(self, parent: "Node | None", tokens: Block, page: int = 0, born: int = 0) -> None:
         self.parent, self.tokens, self.page, self.born = parent, tokens, page, born
@@ -81,7 +90,9 @@ class Tree:
         self.page, self.prefix, self.only_parked = page, prefix, only_parked
         self.pages, self.host_pages = device_pages, host_pages
         self.free, self.host_free = pages.pool(device_pages), pages.pool(host_pages + 1)
-        self.roots = {0: Node(None, ())}  # of each adapter; 0 is none
+        self.roots: dict[Namespace, Node] = {}  # of each adapter
+        # Held by those who read from them and by the nodes under them, which nobody forgets while they have a page.
+        self.salted_roots: WeakValueDictionary[Namespace, Node] = WeakValueDictionary()
         self.idle: dict[Node, None] = {}  # the least recently used first
         self.hosted: dict[Node, None] = {}  # nodes with a page of the host, likewise
         self.clock = 0  # steps planned
@@ -99,9 +110,13 @@ class Tree:
         """Whether anything is kept at all."""
         return self.prefix or self.host_pages > 0
 
-    def root(self, adapter: int = 0) -> Node:
-        """Of the tree of an adapter, as it is now."""
-        return self.roots.setdefault(adapter, Node(None, ()))
+    def root(self, namespace: Namespace = 0) -> Node:
+        """Of the tree of a namespace, as it is now."""
+        roots = self.roots if isinstance(namespace, int) else self.salted_roots
+        root = roots.get(namespace)
+        if root is None:
+            root = roots[namespace] = Node(None, ())
+        return root
 
     def begin(self) -> None:
         """A new plan."""
@@ -172,12 +187,14 @@ class Tree:
     def _forget(self, node: Node) -> None:
         """Remove a node without pages, and what hangs on it."""
         self._detach(node)
-        for below in node.walk():
+        for below in [*node.walk()]:
             assert not below.refs, "a page was taken from under somebody who holds the next one"
             if below in self.idle:
                 del self.idle[below]
                 self.give(below.page)
             self._free_host(below)
+            below.kids.clear()
+        node.kids.clear()  # no cycle keeps them, nor a salt's root above them
 
     def _free_host(self, node: Node) -> None:
         if node.host:
@@ -187,9 +204,9 @@ class Tree:
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
-    def match(self, tokens: Sequence[int], known: int, adapter: int = 0) -> Match:
+    def match(self, tokens: Sequence[int], known: int, namespace: Namespace = 0) -> Match:
         """The longest cached beginning of the first `known` tokens."""
-        path, node, page = list[Node](), self.root(adapter), self.page
+        path, node, page = list[Node](), self.root(namespace), self.page
         while len(path) < known // page:
             kid = node.kids.get(tuple(tokens[len(path) * page : (len(path) + 1) * page]))
             if kid is None:
@@ -287,11 +304,14 @@ class Tree:
         for node in [*self.hosted]:
             self._free_host(node)
         self.idle.clear()
-        self.roots = {0: Node(None, ())}
+        self.roots.clear()
+        self.salted_roots.clear()
 
     def reset_adapter(self, adapter: int) -> None:
-        """The same for what is cached under one adapter, which has changed or is gone."""
-        for node in self.roots.pop(adapter, Node(None, ())).walk():
+        """The same for what is cached under one adapter, with any salt, which has changed or is gone."""
+        salted = [key for key in self.salted_roots if isinstance(key, tuple) and key[0] == adapter]
+        roots = [self.roots.pop(adapter, None), *(self.salted_roots.pop(key, None) for key in salted)]
+        for node in [node for root in roots if root is not None for node in root.walk()]:
             if node in self.idle:
                 del self.idle[node]
                 self.give(node.page)
@@ -300,7 +320,7 @@ class Tree:
     def check(self, owned: Sequence[int], held: dict[Node, int]) -> None:
         """Asserts that every page has exactly one owner. `owned`: pages that sequences have for themselves; `held`:
         how many sequences hold each node."""
-        roots = {*self.roots.values()}
+        roots = {*self.roots.values(), *self.salted_roots.values()}
         nodes = [n for root in roots for n in root.walk()]
         known = {*nodes, *held}  # the held ones of a former tree, too
         used = [*owned, *(n.page for n in known if n.page)]

@@ -50,11 +50,10 @@ class Piece(NamedTuple):
     tokens: list[int]
     logprobs: list[float] | None
     top: list[dict[int, float]] | None
-    reason: str | None  # stop, length, abort, error (logits that are no numbers), or failed (the engine)
+    reason: str | None  # stop, length, abort or error
     cached: int = 0
     prompt_logprobs: list[float | None] | None = None
     prompt_top: list[dict[int, float] | None] | None = None
-    version: int | None = None  # of the weights that drew the tokens
 
 
 def pack(message: tuple) -> bytes:
@@ -204,9 +203,7 @@ class Core:
             self.send(worker, "events", dict(calls))
 
     def _piece(self, event: Event, slot: int) -> Piece:
-        piece = Piece(
-            slot, event.token_ids, event.logprobs, event.top_logprobs, event.finish_reason, version=event.version
-        )
+        piece = Piece(slot, event.token_ids, event.logprobs, event.top_logprobs, event.finish_reason)
         if (o := event.output) is None:
             return piece
         return piece._replace(
@@ -222,7 +219,7 @@ class Core:
     def failed(self) -> None:
         """A step raised, which ended everything: say so to whoever waits."""
         for worker, call, slot in self.owner.values():
-            self.send(worker, "events", {call: [Piece(slot, [], None, None, "failed")]})
+            self.send(worker, "events", {call: [Piece(slot, [], None, None, "error")]})
         self.owner.clear()
         self.calls.clear()
 

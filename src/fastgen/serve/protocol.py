@@ -144,9 +144,9 @@ class Common(Drawing):
     store: bool = False
     prompt_cache_key: Word | None = None
 
-    return_weight_versions: bool = False  # of each token: `weight_versions` of a choice
+    cache_salt: Word | None = None  # vLLM's, as the next four
     response_format: ResponseFormat | None = None
-    guided_json: Word | dict[str, Any] | None = None  # these four are vLLM's
+    guided_json: Word | dict[str, Any] | None = None
     guided_regex: Word | None = None
     guided_choice: Annotated[list[Word] | None, Field(min_length=1)] = None
     guided_grammar: Word | None = None
@@ -189,6 +189,7 @@ class Common(Drawing):
             raise Refused(400, "stream_options needs stream=true", param="stream_options")
         guide = self.guide()
         given = self.drawn() | {"max_tokens": longest[1], "grammar": guide[1] if guide else None}
+        given["cache_salt"] = self.cache_salt
         given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         prompt = logprobs if echo else None
         return checked({"max_tokens": longest[0]} | self.names(), **given, logprobs=logprobs, prompt_logprobs=prompt)
@@ -443,8 +444,8 @@ class GenerateRequest(Strict):
     model: Word | None = None
     token_ids: Tokens
     sampling_params: GenerateSampling = GenerateSampling()
+    cache_salt: Word | None = None
     stream: bool = False
-    return_weight_versions: bool = False  # as of completions
 
     def sampling(self) -> SamplingParams:
         """What is wrong is Refused, by name."""
@@ -453,7 +454,7 @@ class GenerateRequest(Strict):
             problem = "prompt_logprobs cannot be streamed: they come at the end"
             raise Refused(400, problem, param="sampling_params.prompt_logprobs")
         names = {name: f"sampling_params.{name}" for name in GenerateSampling.model_fields}
-        return checked(names, **(asked.model_dump() | asked.drawn()))
+        return checked(names, **(asked.model_dump() | asked.drawn()), cache_salt=self.cache_salt)
 
 
 class TokenizeRequest(Tooled):
