@@ -8,6 +8,7 @@ async with fastgen.AsyncEngine(engine) as e:
 
 import asyncio
 import atexit
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -113,9 +114,9 @@ class Request:
 class AsyncEngine:
     """An engine that a thread steps while there is something to do, for any number of coroutines, loops and threads.
 
-    While this lives the engine is its thread's: `call` reaches it. `close()` (or `with`, or `async with`) aborts what
-    runs and ends the thread; the engine is its owner's again. Nothing slows a step down for consumers that do not
-    keep up: what they have not read waits in memory.
+    While this lives the engine is its thread's: `call` reaches it, and every other caller is refused (RuntimeError).
+    `close()` (or `with`, or `async with`) aborts what runs and ends the thread; the engine is its owner's again.
+    Nothing slows a step down for consumers that do not keep up: what they have not read waits in memory.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -125,6 +126,8 @@ class AsyncEngine:
                 "coroutines do not; take Engine(…, tensor_parallel=N), which starts the other ranks itself"
             )
         self.engine = engine
+        self._process = os.getpid()
+        engine._owner.hold()
         self._changed = threading.Condition()  # of the next two
         self._jobs, self._closed = list[Callable[[], None]](), False
         self._paused = self._draining = False  # these, and all that follows, are the thread's own
@@ -132,7 +135,11 @@ class AsyncEngine:
         self._outbox: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
         self._drained: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="fastgen", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            engine._owner.let_go()
+            raise
         atexit.register(self.close)  # a thread that is in torch when Python ends takes the process down
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -280,7 +287,9 @@ class AsyncEngine:
         await done
 
     def close(self) -> None:
-        """Abort what runs, and end the thread."""
+        """Abort what runs, end the thread, and leave the engine to its owner. In a fork of the process: nothing."""
+        if self._process != os.getpid():
+            return
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -307,6 +316,10 @@ class AsyncEngine:
 
     def _post(self, job: Callable[[], None], *, late: bool = False) -> None:
         """Have the thread do something before its next step. RuntimeError if it has ended, unless `late`."""
+        if self._process != os.getpid():
+            if late:
+                return
+            self.engine._owner.check()
         with self._changed:
             if not self._closed:
                 self._jobs.append(job)
@@ -331,6 +344,13 @@ class AsyncEngine:
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self.engine._owner.thread = threading.get_ident()
+        try:
+            self._loop()
+        finally:
+            self.engine._owner.let_go()
+
+    def _loop(self) -> None:
         if self.engine.device.type == "cuda":
             torch.cuda.set_device(self.engine.device)  # is a thread's own
         closed = False

@@ -3,8 +3,9 @@
 import hashlib
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,12 @@ from fastgen.cache.host import page_bytes
 from fastgen.cache.prefix import Counts, Namespace, namespace
 from fastgen.config import SamplingParams, Settings, unknown
 from fastgen.exchange import named
-from fastgen.loop import Loop, ranks, whole
+from fastgen.loop import Loop, ranks
 from fastgen.lora import Held
 from fastgen.memory import Region
 from fastgen.models import default, weights
 from fastgen.models.spec import WHOLE, Place, Spec, split
+from fastgen.ownership import exclusive, plain_modes
 from fastgen.profiler import Window
 from fastgen.request import Event, Output, Sample, longest, pairs
 from fastgen.snapshot import Snapshot
@@ -97,6 +99,54 @@ def _from_caller(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Ten
         raise ValueError(f"update_params: what gives the tensors failed: {type(e).__name__}: {e}") from e
 
 
+class Stream(Iterator[Event]):
+    """Events of some requests, for which their engine is stepped. Closed or dropped, it aborts those that go on."""
+
+    def __init__(self, engine: Any, ids: Sequence[int]) -> None:
+        self._engine, self._left, self._events = engine, set(ids), deque[Event]()
+        # The garbage collector may find this in any thread, in the middle of anything: the next call aborts them.
+        self._end = weakref.finalize(self, engine._dropped.append, frozenset(ids))
+        self._end.atexit = False
+
+    def __next__(self) -> Event:
+        if self._engine._owner.closed:
+            self._take(self._engine._undelivered)  # of its end
+        elif not self._events:
+            self._engine._advance(self)
+        if not self._events:
+            raise StopIteration
+        return self._events.popleft()
+
+    def advance(self) -> None:
+        """Within a call of the engine: step until there is something, or all requests have ended."""
+        try:
+            while self._left and not self._events:
+                self._engine._undelivered += self._take(self._engine.step())
+        except BaseException:
+            self._left.clear()
+            self._end()
+            self._engine._drop()
+            raise
+        if not self._left:
+            self._end.detach()
+
+    def _take(self, events: Sequence[Event]) -> list[Event]:
+        """Keep its own; the others."""
+        left = frozenset(self._left)
+        self._events += [e for e in events if e.request_id in left]
+        self._left -= {e.request_id for e in self._events if e.output is not None}
+        return [e for e in events if e.request_id not in left]
+
+    def close(self) -> None:
+        """Abort what has not ended; at once, unless another thread is inside a call of the engine."""
+        self._left.clear()
+        self._events.clear()
+        if self._end.alive:
+            self._end()
+            with suppress(RuntimeError):
+                self._engine._settle()
+
+
 class Engine(Loop):
     """Generates from a dense transformer; many requests share each step.
 
@@ -108,10 +158,12 @@ class Engine(Loop):
     take its place), `spec` is the whole model's, and every rank makes the same calls in the same order (see
     `fastgen.parallel`).
 
-    Not for several threads at once. `close()` (or `with`) frees the cache.
+    For one thread at a time, of the process that made it: others are refused (RuntimeError), and nothing is changed.
+    `close()` (or `with`) frees the cache.
     """
 
     @classmethod
+    @plain_modes
     def from_pretrained(
         cls,
         model: str | Path | None = None,
@@ -164,6 +216,7 @@ class Engine(Loop):
 
     # --- many at once -------------------------------------------------------------------------------------------------
 
+    @exclusive("params", "cache")
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Event]:
@@ -171,8 +224,9 @@ class Engine(Loop):
 
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        return self._abandonable_events(self._add_all(prompts, sampling, live=True))
+        return Stream(self, self._add_all(prompts, sampling, live=True))
 
+    @exclusive("params", "cache")
     def as_completed(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[tuple[int, Output]]:
@@ -181,8 +235,9 @@ class Engine(Loop):
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
         ids = self._add_all(prompts, sampling, live=False)
-        return completed(ids, self._abandonable_events(ids))
+        return completed(ids, Stream(self, ids))
 
+    @exclusive("params", "cache")
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -195,7 +250,8 @@ class Engine(Loop):
         `progress` None shows a bar, on a terminal or in a notebook, when it takes longer than two seconds.
         """
         ids = self._add_all(prompts, sampling, live=False)
-        return collect(ids, self._events(ids), progress)
+        with closing(Stream(self, ids)) as events:
+            return collect(ids, events, progress)
 
     def _add_all(
         self,
@@ -215,28 +271,19 @@ class Engine(Loop):
             raise
         return self._submit(new)
 
-    def _abandonable_events(self, ids: list[int]) -> Iterator[Event]:
-        """Returns an iterator over the events of requests, which aborts them when it is dropped."""
-        events = self._events(ids)
-        weakref.finalize(events, self._abort, ids).atexit = False  # dropped unread, it would never run its `finally`
-        return events
+    @exclusive("params", "cache")
+    def _advance(self, stream: "Stream") -> None:
+        """Step until there is something for a stream; what others receive meanwhile waits for their next step."""
+        stream.advance()
 
-    def _events(self, ids: list[int]) -> Iterator[Event]:
-        """Steps until the requests `ids` have ended; what others receive meanwhile waits for their next step."""
-        left = set(ids)
-        try:
-            while left:
-                events = self.step()
-                self._undelivered += [e for e in events if e.request_id not in left]
-                for event in [e for e in events if e.request_id in left]:
-                    left -= {event.request_id} if event.output is not None else set()
-                    yield event
-        finally:
-            self._abort(left)
+    @exclusive()
+    def _settle(self) -> None:
+        """Abort now what was dropped."""
+        self._drop()
 
     # --- requests as values -------------------------------------------------------------------------------------------
 
-    @whole
+    @exclusive()
     def fork(self, request_id: int, n: int = 1, *, index: int = 0, seeds: Sequence[int] | None = None) -> list[int]:
         """Go on from a request's present token in `n` further requests, each with a seed of its own; their ids.
 
@@ -260,7 +307,7 @@ class Engine(Loop):
             new.append(copy.output.request_id)
         return new
 
-    @whole
+    @exclusive()
     @torch.no_grad()
     def snapshot(self, request_id: int, *, pages: bool = False) -> Snapshot:
         """A request as it stands, as a value that can be saved and restored, here or by another engine.
@@ -270,6 +317,8 @@ class Engine(Loop):
         """
         if self._crew is not None and pages:
             raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
+        if pages:
+            self._require("params", "cache")
         self._tell("_receive")
         going = self._unfinished(request_id)
         samples = {i: self._samples[id] for i, id in going.items()}
@@ -284,7 +333,7 @@ class Engine(Loop):
             }
         return found
 
-    @whole
+    @exclusive()
     @torch.no_grad()
     def restore(self, snapshot: Snapshot | None = None) -> int:
         """Go on with a request that was saved; its id here. It gets the tokens that it would have got.
@@ -299,6 +348,7 @@ class Engine(Loop):
             if short is not None:
                 raise short
             return taken
+        self._require("params", "cache")
         if self._crew is not None:
             snapshot = replace(snapshot, pages={})
         self._tell("restore", snapshot)
@@ -339,7 +389,7 @@ class Engine(Loop):
     def _fingerprint(self) -> str:
         """Tells models apart, and one's parameters before and after training."""
         digest = hashlib.blake2b(repr((self.spec, self.dtype)).encode(), digest_size=16)
-        leaves = [x for x in tree_leaves(self.params) if x is not None]
+        leaves = [x for x in tree_leaves(self._params) if x is not None]
         words = {2: torch.int16, 4: torch.int32}
         # Sums of bits, all of them: training may have changed any one. The first rows tell orders apart.
         sums = torch.stack([x.view(words[x.itemsize]).sum(dtype=torch.int64) for x in leaves])
@@ -360,6 +410,7 @@ class Engine(Loop):
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
+    @exclusive("params")
     def update_params(self, source: Any, *, partial: bool = False, recompute: bool = False, finite: bool = True) -> int:
         """Copy other parameters into the engine's, in place, so that captured graphs stay valid; the new version.
 
@@ -376,7 +427,7 @@ class Engine(Loop):
         """
         pairs = list(weights.named(source, self.spec)) if isinstance(source, Params) else named(source)
         if finite and isinstance(pairs, list):
-            weights.check_update(self.params, self.spec, pairs, self._place, "update_params")
+            weights.check_update(self._params, self.spec, pairs, self._place, "update_params")
             finite = False
         if self._crew is None:
             given = source if isinstance(source, Params) and self.group is None else pairs
@@ -399,11 +450,11 @@ class Engine(Loop):
         self._receive()
         try:
             if isinstance(source, Params):
-                weights.copy(self.params, source)
+                weights.copy(self._params, source)
             else:
                 with closing(source) if isinstance(source, Generator) else nullcontext():
                     how: dict[str, Any] = {"partial": partial, "finite": finite, "place": self._place}
-                    weights.update(self.params, self.spec, source, source="update_params", **how)
+                    weights.update(self._params, self.spec, source, source="update_params", **how)
         finally:
             self._touched()
             if recompute:
@@ -413,6 +464,7 @@ class Engine(Loop):
         """What rank 0 hands on."""
         self._take(exchange.receive(device=self.device), partial, recompute, finite)
 
+    @exclusive("params")
     def score(self, sequences: Tensor | Sequence[Sequence[int] | Tensor | str], **how: Any) -> list[Tensor]:
         """Scores by `fastgen.score` with this engine's parameters, in its mode; texts are tokenized as prompts are.
 
@@ -422,7 +474,7 @@ class Engine(Loop):
         self._tell("score", many, **how)
         fixed: dict[str, Any] = {"deterministic": self.settings.compile.deterministic, "group": self.group}
         with torch.set_grad_enabled(self.group is None and torch.is_grad_enabled()):
-            return self._together(lambda: scoring.score(self.params, self.spec, many, **fixed | how))
+            return self._together(lambda: scoring.score(self._params, self.spec, many, **fixed | how))
 
     def _together(self, call: Callable[[], T]) -> T:
         """What the ranks that were started here have been told to do as well; they refuse wrong input as this one."""
@@ -437,6 +489,7 @@ class Engine(Loop):
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
+    @exclusive()
     def release(self, what: str = "all") -> int:
         """Give back the device's memory of the "cache", the "params" or "all"; the bytes. `restore()` takes it again.
 
@@ -459,8 +512,10 @@ class Engine(Loop):
     @property
     def adapters(self) -> dict[str, Held]:
         """By name, those that requests may choose."""
+        self._owner.check()
         return {} if self._shelf is None else dict(self._shelf.held)
 
+    @exclusive()
     def add_adapter(self, name: str, adapter: Adapter, scale: float | None = None) -> Adapter:
         """Copy a low-rank adapter into the engine, for requests with `SamplingParams(adapter=name)`.
 
@@ -478,15 +533,18 @@ class Engine(Loop):
         if self._crew is not None:
             self._tell(call, name, lora.on_host(adapter))
 
+    @exclusive()
     def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
         """Add those of PEFT's folders or hub ids, by the names that requests give. ValueError for another model's."""
         for name, folder in folders.items():
             self.add_adapter(name, lora.load(folder, self.spec, device="cpu"))
 
+    @exclusive()
     def adapter_params(self, name: str) -> Adapter:
         """The tensors that steps read, as a tree of views: they stay where they are until the adapter is removed."""
         return self._room()[name].params
 
+    @exclusive()
     def update_adapter(self, name: str, adapter: Adapter | None = None) -> None:
         """Say that an adapter's tensors were changed in place, or copy others into them.
 
@@ -500,6 +558,7 @@ class Engine(Loop):
             self._hand("update_adapter", name, adapter)
         self.state.tree.reset_adapter(held.index)
 
+    @exclusive()
     def remove_adapter(self, name: str) -> None:
         """Make room for another. ValueError while requests use it."""
         index = self._room()[name].index
@@ -513,6 +572,7 @@ class Engine(Loop):
 
     def prepare_grammars(self) -> None:
         """Do now what the first grammar would wait for, a second or two, if grammars can be used at all."""
+        self._owner.check()
         self._guides.prepare()
 
     def profile(self, steps: int = 8, path: str | Path | None = None, *, skip: int = 2) -> Window:
@@ -521,8 +581,10 @@ class Engine(Loop):
         Then `print(p.summary)` says where their time went, and `p.trace` is a file for Perfetto or chrome://tracing,
         written to `path` or the working directory.
         """
+        self._owner.check()
         return self.profiler.window(steps, path, skip)
 
+    @exclusive()
     def table(self) -> str:
         """What the engine made of its settings and the memory, in a few lines."""
         s, page, gb = self.settings.schedule, self.state.page, {k: v / 1e9 for k, v in self._owners().items()}

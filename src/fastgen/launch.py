@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from fastgen.memory import Region
 from fastgen.models.spec import WHOLE, Place, Spec
 from fastgen.models.weights import share
+from fastgen.ownership import disown_in_forks
 from fastgen.parallel import Ranks
 from fastgen.types import Params, Tokenizer
 
@@ -186,6 +187,7 @@ class Crew(Ranks):
         self.cause = ""  # of the end of them all
         self.place = WHOLE  # until all have met
         self._ending = threading.Event()
+        self._process = os.getpid()
         self._here, self._failed = set[int](), dict[int, tuple[float, str]]()
         self._since: float | None = None  # of the call that is being made
         self._lock = threading.Lock()  # of the pipes
@@ -201,6 +203,7 @@ class Crew(Ranks):
                 arguments = theirs, rank, size, self._file.name, kind, load, settings, make
                 process = context.Process(target=_rank, args=arguments, name=f"rank {rank}", daemon=True)
                 process.start()
+                disown_in_forks([process])
                 theirs.close()
                 self._pipes.append(ours)
                 self._processes.append(process)
@@ -331,8 +334,8 @@ class Crew(Ranks):
             process.kill()
 
     def close(self) -> None:
-        """The others end; those that do not within seconds are killed."""
-        if self._ending.is_set():
+        """The others end; those that do not within seconds are killed. In a fork of this process: nothing."""
+        if self._ending.is_set() or self._process != os.getpid():
             return
         self._ending.set()
         with self._lock:

@@ -1,13 +1,14 @@
 """The loop of an engine: parameters, a paged cache and a scheduler's state, advanced a step at a time."""
 
 import itertools
+import os
 import random
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
 from operator import attrgetter
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +25,14 @@ from fastgen.grammar import Guides
 from fastgen.lora import Shelf
 from fastgen.memory import Region
 from fastgen.models.spec import Spec, split
+from fastgen.ownership import Owner, check_fork, exclusive, plain_modes
 from fastgen.parallel import Group
 from fastgen.profiler import OFF, Profiler
 from fastgen.request import Completion, Event, Output, Sample, longest
 from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
-from fastgen.types import Batch, Filter, Params, Sampling, Tokenizer
+from fastgen.types import Batch, Cache, Filter, Params, Sampling, Tokenizer
 
-P = ParamSpec("P")
-T = TypeVar("T")
-L = TypeVar("L", bound="Loop")
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
 
 
@@ -46,23 +45,6 @@ def ranks(settings: Settings) -> int:
             "or fgserve, or leave it at 1"
         )
     return p.tensor_parallel
-
-
-def whole(call: Callable[Concatenate[L, P], T]) -> Callable[Concatenate[L, P], T]:
-    """A call in whose middle no stream is aborted that the garbage collector finds: that waits until it is done."""
-
-    @wraps(call)
-    def uninterrupted(self: L, *args: P.args, **named: P.kwargs) -> T:
-        if self._busy:
-            return call(self, *args, **named)
-        self._busy = True
-        try:
-            return call(self, *args, **named)
-        finally:
-            self._busy = False
-            self._drop()
-
-    return uninterrupted
 
 
 class Launched(NamedTuple):
@@ -101,6 +83,7 @@ class _Tokens(Mapping[int, Sequence[int]]):
 class Loop:
     """Requests that share steps: queued, planned, launched, handed out. `Engine` is what one calls."""
 
+    @plain_modes
     def __init__(
         self,
         params: Params,
@@ -111,6 +94,9 @@ class Loop:
         group: Group | None = None,
         **settings: Any,
     ) -> None:
+        check_fork("Engine")
+        self._owner = Owner("this engine", "fastgen.AsyncEngine serves any number of threads and coroutines")
+        self._dropped = deque[frozenset[int]]()  # requests that nobody waits for any more, to abort with the next call
         chosen = Settings.of(**settings)
         if (size := ranks(chosen)) > 1 and group is None:
             split(spec, size)  # a ValueError before anything is started
@@ -120,9 +106,8 @@ class Loop:
         self._crew = group if isinstance(group, launch.Crew) else None
         if self._crew is not None:
             weakref.finalize(self, self._crew.close)
-        self._busy, self._dropped = False, set[int]()  # whether a call changes the state; requests to abort after it
         with launch.guard(self._crew):
-            self.params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
+            self._params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
             here = spec if group is None else split(spec, group.place.size)
             self.device, self.dtype = params.embed.device, params.embed.dtype
             self.settings = chosen.on(self.device.type)
@@ -149,9 +134,9 @@ class Loop:
             slots = self.capacity + page
             size = Region.bytes([(slots, here.kv_heads, here.head)] * 2 * here.layers, self.dtype)
             self._regions["cache"] = Region(size, self.device)
-            self.cache = new_cache(here, slots, dtype=self.dtype, region=self._regions["cache"])
-            self._mover.attach(self.cache)
-            self._stepper.warm_up(self.cache, progress=progress)
+            self._cache = new_cache(here, slots, dtype=self.dtype, region=self._regions["cache"])
+            self._mover.attach(self._cache)
+            self._stepper.warm_up(self._cache, progress=progress)
             self.state = schedule.State(self._tree())
             self._batch: tuple[schedule.Plan, list[Sample], Batch] | None = None  # of the last step launched
             self.steps = 0  # launched
@@ -211,7 +196,7 @@ class Loop:
         p, s, total = self.settings.pages, self.settings.schedule, 0
         if self.device.type == "cuda":
             total = torch.cuda.mem_get_info(self.device)[1]
-        weight = sum(w.nbytes for w in tree_leaves(self.params) if w is not None)
+        weight = sum(w.nbytes for w in tree_leaves(self._params) if w is not None)
         return (
             f"{problem}: {p.cache_fraction:.0%} of {total / 1e9:.1f} GB, {weight / 1e9:.1f} GB of which are weights. "
             f"Lower schedule.token_budget ({s.token_budget}) or schedule.max_requests ({s.max_requests}), "
@@ -220,6 +205,7 @@ class Loop:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
+    @exclusive()
     def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, live: bool = True) -> int:
         """Queue a request; its id. `prompt` is text, token ids, or chat messages.
 
@@ -250,7 +236,6 @@ class Loop:
         if self._crew is not None:
             self._crew.tell(name, *args, **named)
 
-    @whole
     def _submit(self, requests: Sequence[list[Sample]]) -> list[int]:
         """New requests, on every rank."""
         if self._crew is not None:  # checking hundreds of settings again takes a while
@@ -277,11 +262,11 @@ class Loop:
         space = namespace(s.adapter, s.params.cache_salt)
         return schedule.Sequence(id, len(s.tokens), s.limit, s.scores_prompt, namespace=space)
 
+    @exclusive()
     def abort(self, request_id: int) -> Output | None:
         """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
         return self._end({request_id}).get(request_id)
 
-    @whole
     def _end(self, requests: Container[int]) -> dict[int, Output]:
         """Abort those of the requests that run; what each has so far."""
         gone = {id: s for id, s in self._samples.items() if s.output.request_id in requests}
@@ -302,7 +287,10 @@ class Loop:
     @property
     def unfinished(self) -> bool:
         """Whether a step has anything left to do or to report."""
-        return bool(self._samples or self._undelivered)
+        if not self._dropped:
+            return bool(self._samples or self._undelivered)
+        left = {s.output.request_id for s in self._samples.values()} | {e.request_id for e in self._undelivered}
+        return not left <= frozenset[int]().union(*self._dropped)
 
     def _unfinished(self, request_id: int) -> dict[int, int]:
         """A request's completions that go on, with all tokens drawn so far: index -> sequence. ValueError if none."""
@@ -319,6 +307,7 @@ class Loop:
         The staged batch lacks a token that the step before it drew (see `Batch.token`): here that is filled in. On a
         GPU the other tensors change with the next step.
         """
+        self._owner.check()
         if self._batch is None:
             return None
         plan, samples, batch = self._batch
@@ -331,6 +320,7 @@ class Loop:
 
     # --- parameters and memory ----------------------------------------------------------------------------------------
 
+    @exclusive()
     def touch(self) -> None:
         """Say that the parameters have changed: `version` counts one more, and nothing that is cached is used again.
 
@@ -350,9 +340,28 @@ class Loop:
         """Changes when the parameters are written in place."""
         return sum(map(attrgetter("_version"), self._marks))
 
-    def _held(self) -> None:
-        if gone := [name for name, region in self._regions.items() if not region.held]:
-            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call restore() before the next step")
+    @property
+    def params(self) -> Params:
+        """The parameters that steps read. ValueError while their memory is given back (`release`).
+
+        Tensors that were taken from here before must not be read meanwhile: their memory is gone.
+        """
+        self._owner.check()
+        self._require("params")
+        return self._params
+
+    @property
+    def cache(self) -> Cache:
+        """The paged keys and values. ValueError while their memory is given back, as for `params`."""
+        self._owner.check()
+        self._require("cache")
+        return self._cache
+
+    def _require(self, *memory: str) -> None:
+        """ValueError if one of these parts of the memory is given back."""
+        gone = [name for name in memory if (region := self._regions.get(name)) is not None and not region.held]
+        if gone:
+            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call restore() first")
 
     def _park(self) -> None:
         """Everybody waits, with nothing computed and nothing cached."""
@@ -370,15 +379,15 @@ class Loop:
 
     def _owners(self) -> dict[str, int]:
         """Bytes of the device's memory by what they hold."""
-        params = {w.data_ptr(): w.nbytes for w in tree_leaves(self.params) if w is not None}
-        cache = sum(w.nbytes for w in tree_leaves(self.cache))
+        params = {w.data_ptr(): w.nbytes for w in tree_leaves(self._params) if w is not None}
+        cache = sum(w.nbytes for w in tree_leaves(self._cache))
         found = {"params": sum(params.values()), "cache": cache, "tables": self._stager.bytes}
         found |= {} if self._shelf is None else {"adapters": self._shelf.bytes}
         return found | {"staging": self._mover.bytes} | self._stepper.bytes()
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    @whole
+    @exclusive("params", "cache")
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Launch one step; what was added to each request. An error or interrupt aborts everything that was running.
@@ -387,7 +396,6 @@ class Loop:
         ValueError, and nothing is lost, while memory is given back (`release`), or if an adopted model has other
         parameters now.
         """
-        self._held()
         for adoption in self._adoptions:
             adoption.check()
         try:
@@ -403,7 +411,6 @@ class Loop:
             else:  # an interrupt: the step was done as a whole
                 self._abort_all()
             raise
-        self._drop()
         events, self._undelivered = self._undelivered, []
         return events
 
@@ -442,7 +449,7 @@ class Loop:
         with self.profiler.range("move"):
             ready = self._mover.move(moves)
         with self.profiler.range("forward"):
-            computed = self._stepper.run(self.cache, batch, settings, shape, scored=scored, ready=ready)
+            computed = self._stepper.run(self._cache, batch, settings, shape, scored=scored, ready=ready)
             if computed.hidden is not None:
                 self._score_prompts(plan, computed.hidden)
             if any(s.looks_back for s in samples):
@@ -533,7 +540,7 @@ class Loop:
                     continue
                 target = out.prompt_token_ids[first + 1 : stop + 1]
                 some = x[at + first - span.start : at + stop - span.start]
-                value, best = score(self.params, some, target, top, self._stepper.ops)
+                value, best = score(self._params, some, target, top, self._stepper.ops)
                 sample.invalid |= any(x != x for x in value)
                 out.prompt_logprobs += value
                 if out.prompt_top_logprobs is not None:
@@ -554,35 +561,37 @@ class Loop:
         self._end({s.output.request_id for s in self._samples.values()})
 
     def _abort(self, ids: Iterable[int]) -> None:
-        """Abort requests whose events nobody waits for; after the call in whose middle that is found, if any."""
-        self._dropped.update(ids)
-        if not self._busy:
-            self._drop()
+        """Abort requests whose events nobody waits for."""
+        self._dropped.append(frozenset(ids))
+        self._drop()
 
     def _drop(self) -> None:
-        """Abort them now."""
+        """Abort what was dropped, unless other ranks have ended and all requests with them."""
+        if self.cause:
+            self._dropped.clear()
         while self._dropped:
-            gone, self._dropped = self._dropped, set()
+            gone = self._dropped.popleft()
             self._end(gone)
             self._undelivered = [e for e in self._undelivered if e.request_id not in gone]
 
     def close(self) -> None:
-        """Abort everything and let go of cache, parameters and other ranks."""
+        """Abort everything and let go of cache, parameters and other ranks. Nothing is done the second time.
+
+        In a fork of the process nothing is done either: all that is the first process's.
+        """
+        if self._owner.process == os.getpid() and not self._owner.closed:
+            self._close()
+
+    @exclusive()
+    def _close(self) -> None:
+        self._owner.closed = True
         crew, self._crew = self._crew, None
         self._abort_all()
         self._running = None
         if "_mover" in self.__dict__:
             self._mover.close()
-        for name in (
-            "_stepper",
-            "_mover",
-            "cache",
-            "_shelf",
-            "params",
-            "_marks",
-            "_adoptions",
-        ):  # graphs before what they read
+        for name in ("_stepper", "_mover", "_cache", "_shelf", "_params", "_marks", "_adoptions"):  # graphs first
             self.__dict__.pop(name, None)
-        self._regions = {}
+        self._batch, self._regions = None, {}
         if crew is not None:
             crew.close()

@@ -6,6 +6,7 @@ can have it. On a CPU it is a storage of torch, emptied and filled.
 """
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 from math import prod
@@ -59,6 +60,7 @@ class _Mapped:
         grain = ctypes.c_size_t()
         _call("cuMemGetAllocationGranularity", ctypes.byref(grain), ctypes.byref(self._kind), 0)
         self.size = -(-size // grain.value) * grain.value
+        self._process = os.getpid()
         self._at, self._handle = ctypes.c_uint64(), ctypes.c_uint64()
         zero = ctypes.c_uint64(0)
         _call("cuMemAddressReserve", ctypes.byref(self._at), ctypes.c_size_t(self.size), ctypes.c_size_t(0), zero, zero)
@@ -82,6 +84,8 @@ class _Mapped:
 
     @staticmethod
     def _free(at: ctypes.c_uint64, size: int, state: dict[str, Any]) -> None:
+        if state["_process"] != os.getpid():  # a fork has no part in it
+            return
         torch.cuda.synchronize()
         if state["mapped"]:
             _unmap(at, size, state["_handle"])

@@ -15,10 +15,9 @@ import signal
 import threading
 import time
 import traceback
-import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -33,10 +32,11 @@ from tqdm.auto import tqdm
 from fastgen import lora
 from fastgen import tokenizer as tokens
 from fastgen.config import SamplingParams, Settings
-from fastgen.engine import Engine, collect, completed, locate
+from fastgen.engine import Engine, Stream, collect, completed, locate
 from fastgen.grammar import Guides
 from fastgen.models import weights
 from fastgen.models.spec import Spec, split
+from fastgen.ownership import Owner, disown_in_forks, exclusive
 from fastgen.request import Completion, Event, Output, longest, pairs
 from fastgen.tokenizer import Prompt
 from fastgen.types import Adapter, Tokenizer
@@ -133,13 +133,15 @@ def figures(engine: "Engine | Replicas") -> Figures:
 
 
 class Replicas:
-    """Engines behind one queue: requests as of `Engine`, each run by one of them. Not for several threads at once.
+    """Engines behind one queue: requests as of `Engine`, each run by one of them. For one thread at a time.
 
     When a replica ends, whatever it was, all end and the call says which and why; so does every later one.
     """
 
     def __init__(self, model: Path, count: int, loading: dict[str, Any], settings: Settings, *, progress: bool) -> None:
         kind, size = loading["device"], settings.parallel.tensor_parallel
+        self._owner = Owner("these replicas", "hand requests to the thread that calls them by a queue")
+        self._dropped = deque[frozenset[int]]()  # requests that nobody waits for any more, to end with the next call
         self.cause = ""  # of the end of them all
         self.tokenizer: Tokenizer | None = tokens.load(model)
         threads = max(1, torch.get_num_threads() // (count * size))
@@ -158,6 +160,7 @@ class Replicas:
                 given = theirs, threads, where, model, loading, each, progress and i == 0
                 process = context.Process(target=_replica, args=given, name=f"replica {i}")
                 process.start()
+                disown_in_forks([process])
                 theirs.close()
                 pipes.append(ours)
                 self._processes.append(process)
@@ -230,6 +233,7 @@ class Replicas:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
+    @exclusive()
     def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, live: bool = True) -> int:
         """Queue a request; its id. As `Engine.add`."""
         return self._queue([self._new(prompt, sampling or SamplingParams(), live=live, quiet=False)])[0]
@@ -284,6 +288,7 @@ class Replicas:
             if some:
                 self._outbox.put((i, ("add", some)))
 
+    @exclusive()
     def abort(self, request_id: int) -> None:
         """End a request. Its last events, with what it has, come with later steps."""
         r = self._requests.get(request_id)
@@ -304,6 +309,7 @@ class Replicas:
         """Whether anything is left to do or to report."""
         return bool(self._requests or self._undelivered)
 
+    @exclusive()
     def step(self) -> list[Event]:
         """What the replicas have added to requests; waits until there is something.
 
@@ -361,6 +367,7 @@ class Replicas:
         """Those that requests may choose."""
         return frozenset() if self._shelf is None else frozenset(self._shelf.held)
 
+    @exclusive()
     def add_adapter(self, name: str, adapter: Adapter, scale: float | None = None) -> None:
         """Copy a low-rank adapter into every replica, as `Engine.add_adapter`."""
         adapter = adapter if scale is None else adapter._replace(scale=scale)
@@ -368,12 +375,14 @@ class Replicas:
         self._shelf_of().add(name, adapter)
         self._call("add_adapter", name, lora.on_host(adapter))
 
+    @exclusive()
     def update_adapter(self, name: str, adapter: Adapter) -> None:
         """Give every replica what the adapter has become, a tree of the same shapes, as `Engine.update_adapter`."""
         self._check()
         self._shelf_of().update(name, adapter)
         self._call("update_adapter", name, lora.on_host(adapter))
 
+    @exclusive()
     def remove_adapter(self, name: str) -> None:
         """Make room for another. ValueError while requests use it."""
         self._check()
@@ -395,19 +404,22 @@ class Replicas:
 
     # --- many at once ---------------------------------------------------------------------------------------------
 
+    @exclusive()
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Event]:
         """Events of one or many prompts as they come, as `Engine.stream`."""
-        return self._abandonable_events(self._add_all(prompts, sampling, quiet=False))
+        return Stream(self, self._add_all(prompts, sampling, quiet=False))
 
+    @exclusive()
     def as_completed(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[tuple[int, Output]]:
         """Returns an iterator over (index of the prompt, output), as they finish, as `Engine.as_completed`."""
         ids = self._add_all(prompts, sampling, quiet=True)
-        return completed(ids, self._abandonable_events(ids))
+        return completed(ids, Stream(self, ids))
 
+    @exclusive()
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -417,7 +429,8 @@ class Replicas:
     ) -> list[Output]:
         """Outputs of one or many prompts, in their order, as `Engine.generate`."""
         ids = self._add_all(prompts, sampling, quiet=True)
-        return collect(ids, self._events(ids), progress)
+        with closing(Stream(self, ids)) as events:
+            return collect(ids, events, progress)
 
     def _add_all(self, prompts: Any, sampling: Any, *, quiet: bool) -> list[int]:
         many, new = pairs(prompts, sampling), list[Request]()
@@ -430,39 +443,31 @@ class Replicas:
             raise
         return self._queue(new)
 
-    def _abandonable_events(self, ids: list[int]) -> Iterator[Event]:
-        """Returns an iterator over the events of requests, which ends them when it is dropped."""
-        events = self._events(ids)
-        weakref.finalize(events, self._forget, ids).atexit = False  # dropped unread, it would never run its `finally`
-        return events
+    @exclusive()
+    def _advance(self, stream: Stream) -> None:
+        """Step until there is something for a stream; what others receive meanwhile waits for their next step."""
+        stream.advance()
 
-    def _events(self, ids: list[int]) -> Iterator[Event]:
-        """Steps until the requests `ids` have ended; what others receive meanwhile waits for their next step."""
-        left, others = set(ids), list[Event]()
-        try:
-            while left:
-                for event in self.step():
-                    if event.request_id not in left:
-                        others.append(event)
-                        continue
-                    left -= {event.request_id} if event.output is not None else set()
-                    yield event
-        finally:
-            self._undelivered += others
-            self._forget(left)
+    @exclusive()
+    def _settle(self) -> None:
+        """End now what was dropped."""
+        self._drop()
 
-    def _forget(self, ids: Iterable[int]) -> None:
-        """End requests whose events nobody waits for. The garbage collector may call this in the middle of anything."""
-        for id in ids:
-            if (r := self._requests.get(id)) is not None and r.wanted:
-                r.wanted = False
-                if r.replica is not None:
-                    self._outbox.put((r.replica, ("abort", [id])))
+    def _drop(self) -> None:
+        """End what was dropped: nobody waits for its events."""
+        while self._dropped:
+            for id in self._dropped.popleft():
+                if (r := self._requests.get(id)) is not None and r.wanted:
+                    r.wanted = False
+                    if r.replica is not None:
+                        self._outbox.put((r.replica, ("abort", [id])))
 
     # --- the end --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the replicas, and whatever they run."""
+        """End the replicas, and whatever they run; from any thread. In a fork of the process: nothing."""
+        if self._owner.process != os.getpid():
+            return
         self.cause = self.cause or "the replicas are closed"
         self._end()
         for name in ("_requests", "_waiting", "_undelivered"):

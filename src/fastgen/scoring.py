@@ -18,6 +18,7 @@ from fastgen.models import invariant
 from fastgen.models.spec import Spec, split
 from fastgen.models.transformer import PLAIN, Ops, block, table
 from fastgen.ops.attention import sdpa
+from fastgen.ownership import check_fork, no_autocast
 from fastgen.parallel import Group, sharded
 from fastgen.request import Output
 from fastgen.schedule import Span
@@ -28,6 +29,7 @@ from fastgen.types import Batch, Params, Tokenizer
 PAGE = 64  # tokens; of the cache that lives as long as a call
 
 
+@no_autocast
 def score(
     params: Params,
     spec: Spec,
@@ -55,6 +57,7 @@ def score(
 
     `group`: `params` are a rank's of it, and every rank makes this call; without gradients, and not `deterministic`.
     """
+    check_fork("score")
     many = token_ids(sequences)
     each = list(first) if isinstance(first, Sequence) else [first] * len(many)
     check(many, each, spec, temperature)
@@ -212,6 +215,7 @@ class _Through(torch.autograd.Function):
         return fast(*args)
 
     @staticmethod
+    @no_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         wanted = ctx.needs_input_grad[2:]
         saved = [None if x is None else x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted,

@@ -17,6 +17,7 @@ from fastgen.models import layers
 from fastgen.models.layers import rms_norm, rotations, swiglu
 from fastgen.models.spec import Spec
 from fastgen.ops.attention import Attend, Backend, sdpa
+from fastgen.ownership import no_autocast
 from fastgen.sampling import logprobs
 from fastgen.types import Adapters, Batch, Cache, Layer, Params, Stack
 
@@ -224,6 +225,7 @@ def blocks(
     return x, y
 
 
+@no_autocast
 def hidden(
     params: Params,
     cache: Cache,
@@ -243,6 +245,7 @@ def table(params: Params) -> Float[Tensor, "V D"]:
     return params.embed if params.head is None else params.head
 
 
+@no_autocast
 def unembed(params: Params, x: Float[Tensor, "N D"], ops: Ops = PLAIN) -> Float[Tensor, "N V"]:
     """fp32 logits of hidden states."""
     return ops.head(x, table(params)).float()
