@@ -121,7 +121,8 @@ class Stream(Iterator[Event]):
         """Within a call of the engine: step until there is something, or all requests have ended."""
         try:
             while self._left and not self._events:
-                self._engine._undelivered += self._take(self._engine.step())
+                others = self._take(self._engine.step())
+                self._engine._undelivered += others
         except BaseException:
             self._left.clear()
             self._end()
@@ -395,7 +396,7 @@ class Engine(Loop):
         sums = torch.stack([x.view(words[x.itemsize]).sum(dtype=torch.int64) for x in leaves])
         digest.update(sums.cpu().numpy().tobytes())
         for x in leaves:
-            digest.update(x[:8].float().cpu().numpy().tobytes())
+            digest.update(x[:8].double().cpu().numpy().tobytes())  # of a copy: what NumPy has seen stays allocated
         return digest.hexdigest()
 
     def _adopt(self, tokens: Sequence[int], values: Tensor, space: Namespace) -> None:
@@ -501,9 +502,13 @@ class Engine(Loop):
             raise ValueError(unknown("memory", what, ["cache", "params", "all"]))
         if what == "params" and "params" not in self._regions:
             raise ValueError("release: these parameters were given to the engine, and are whose they were")
+        chosen = [r for name, r in self._regions.items() if what in (name, "all") and r.held]
+        if not all(r.resizable for r in chosen):
+            raise ValueError(
+                "release: NumPy has seen this memory (`x.numpy()`) and keeps it: give it copies (`x.clone()`)"
+            )
         self._tell("release", what)
         self._park()
-        chosen = [r for name, r in self._regions.items() if what in (name, "all") and r.held]
         self._give_back(chosen)
         return sum(r.size for r in chosen)
 

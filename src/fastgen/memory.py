@@ -132,6 +132,11 @@ class Region:
             raise ValueError(f"a region of {self.size} bytes has no room left for {size}")
         return self._bytes[first : first + size].view(dtype).view(*shape)
 
+    @property
+    def resizable(self) -> bool:
+        """Whether it can be given back: a NumPy array that shares a CPU's memory keeps it."""
+        return self._mapped is not None or self._bytes.untyped_storage().resizable()
+
     def release(self, *, keep: bool = False) -> None:
         """Give the memory back. `keep`: what is in it goes to the host, and comes back with it."""
         if not self.held:

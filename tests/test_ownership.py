@@ -1,0 +1,339 @@
+"""Who may call an engine, and when: refusals that change nothing, in every public call."""
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import fastgen
+from fastgen import Engine, SamplingParams
+
+SPEC = fastgen.from_hf(tiny.config())
+PARAMS = tiny.weights(SPEC)
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+PROMPTS = [[1, 2, 3], [4, 5] * 9]
+CALLS: dict[str, Callable[[Engine], Any]] = {  # that need an engine of one's own
+    "add": lambda e: e.add(PROMPTS[0], GREEDY),
+    "step": lambda e: e.step(),
+    "generate": lambda e: e.generate(PROMPTS, GREEDY),
+    "stream": lambda e: e.stream(PROMPTS, GREEDY),
+    "as_completed": lambda e: e.as_completed(PROMPTS, GREEDY),
+    "abort": lambda e: e.abort(0),
+    "fork": lambda e: e.fork(0),
+    "snapshot": lambda e: e.snapshot(0),
+    "restore": lambda e: e.restore(),
+    "release": lambda e: e.release(),
+    "touch": lambda e: e.touch(),
+    "score": lambda e: e.score(PROMPTS),
+    "update_params": lambda e: e.update_params(PARAMS),
+    "add_adapter": lambda e: e.add_adapter("a", fastgen.lora.init(SPEC)),
+    "load_adapters": lambda e: e.load_adapters({}),
+    "adapter_params": lambda e: e.adapter_params("a"),
+    "update_adapter": lambda e: e.update_adapter("a"),
+    "remove_adapter": lambda e: e.remove_adapter("a"),
+    "table": lambda e: e.table(),
+}
+READS: dict[str, Callable[[Engine], Any]] = {  # that any thread may make of an engine that is open
+    "params": lambda e: e.params,
+    "cache": lambda e: e.cache,
+    "batch": lambda e: e.batch,
+    "adapters": lambda e: e.adapters,
+    "profile": lambda e: e.profile(),
+    "prepare_grammars": lambda e: e.prepare_grammars(),
+}
+ALWAYS = {"close", "cause", "counts", "unfinished", "from_pretrained"}
+
+
+def engine(**settings: Any) -> Engine:
+    return Engine(PARAMS, SPEC, progress=False, **{"cache_tokens": 512, **settings})
+
+
+def tokens(e: Engine) -> list[list[int]]:
+    return [o.completions[0].token_ids for o in e.generate(PROMPTS, GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[list[int]]:
+    with engine() as e:
+        return tokens(e)
+
+
+def run(call: Callable[[], Any]) -> list[Any]:
+    """What a call in another thread returned, or raised."""
+    found: list[Any] = []
+
+    def inner() -> None:
+        try:
+            found.append(call())
+        except BaseException as e:
+            found.append(e)
+
+    thread = threading.Thread(target=inner)
+    thread.start()
+    thread.join()
+    return found
+
+
+def test_every_public_call_is_tried() -> None:
+    """A new one must say here how it is refused."""
+    public = {name for name, _ in inspect.getmembers(Engine) if not name.startswith("_")}
+    assert public == CALLS.keys() | READS.keys() | ALWAYS
+
+
+@pytest.mark.parametrize("name", [*CALLS, *READS])
+def test_closed(name: str) -> None:
+    e = engine()
+    e.close()
+    e.close()
+    with pytest.raises(RuntimeError, match="engine is closed: make another one"):
+        (CALLS | READS)[name](e)
+
+
+def test_held_by_an_async_engine(wanted: list[list[int]]) -> None:
+    """Every call from outside is refused, another AsyncEngine and `close` too; its own requests lose nothing."""
+
+    async def use(a: fastgen.AsyncEngine) -> dict[int, list[int]]:
+        found = {}
+        async for i, output in a.generate(PROMPTS, GREEDY):
+            found[i] = output.completions[0].token_ids
+            for name, call in CALLS.items():
+                with pytest.raises(RuntimeError, match="held by an AsyncEngine"):
+                    call(e)
+                assert not isinstance(await a.call(lambda _: 0), BaseException), name
+            for wrong in (e.close, lambda: fastgen.AsyncEngine(e)):
+                with pytest.raises(RuntimeError, match="held by an AsyncEngine"):
+                    wrong()
+        return found
+
+    with engine() as e:
+        with fastgen.AsyncEngine(e) as a:
+            assert asyncio.run(use(a)) == dict(enumerate(wanted))
+        assert tokens(e) == wanted, "it is its owner's again"
+        e.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            fastgen.AsyncEngine(e)
+
+
+def test_two_threads(wanted: list[list[int]]) -> None:
+    """A thread inside a call has the engine: all calls of others are refused; one after the other, they may."""
+    with engine() as e:
+        seen: list[Any] = []
+
+        def source() -> Iterator[tuple[str, Any]]:
+            for call in CALLS.values():
+                seen.extend(run(lambda call=call: call(e)))
+            seen.extend(run(lambda: fastgen.AsyncEngine(e)))
+            seen.extend(run(e.close))
+            yield "model.norm.weight", PARAMS.norm
+
+        e.update_params(source(), partial=True)
+        assert len(seen) == len(CALLS) + 2
+        assert all(isinstance(x, RuntimeError) and "AsyncEngine serves any number of threads" in str(x) for x in seen)
+        (there,) = run(lambda: tokens(e))
+        assert there == tokens(e) == wanted
+
+
+def test_a_stream_that_is_refused_goes_on(wanted: list[list[int]]) -> None:
+    """Iterated while another thread is inside a call, it loses nothing."""
+    with engine() as e:
+        stream = e.stream(PROMPTS[0], GREEDY)
+        found = [next(stream)]
+
+        def source() -> Iterator[tuple[str, Any]]:
+            (refused,) = run(lambda: next(stream))
+            assert isinstance(refused, RuntimeError)
+            yield "model.norm.weight", PARAMS.norm
+
+        e.update_params(source(), partial=True)
+        found += [*stream]
+        assert [t for x in found for t in x.token_ids] == wanted[0]
+
+
+def test_a_dropped_stream_never_aborts_inside_a_call(wanted: list[list[int]]) -> None:
+    """The garbage collector finds it in another thread, in the middle of a call: the next call aborts its requests."""
+    with engine() as e:
+        streams = [e.stream([7, 8], GREEDY)]
+        next(streams[0])
+
+        def source() -> Iterator[tuple[str, Any]]:
+            run(lambda: (streams.clear(), gc.collect()))
+            assert e.state.running or e.state.waiting
+            assert not e.unfinished
+            yield "model.norm.weight", PARAMS.norm
+
+        e.update_params(source(), partial=True)
+        assert e.step() == [] and not e.state.running and not e.state.waiting
+        assert tokens(e) == wanted
+
+
+@contextlib.contextmanager
+def bf16() -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16):
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")
+@pytest.mark.parametrize("mode", [bf16, torch.inference_mode, torch.enable_grad], ids=str)
+def test_modes_of_torch(mode: Any, wanted: list[list[int]]) -> None:
+    """Autocast and inference mode around making, using and scoring change nothing, then or later."""
+    score = fastgen.score(PARAMS, SPEC, PROMPTS)
+    with mode():
+        e = engine()
+        assert tokens(e) == wanted
+        for got in (e.score(PROMPTS), fastgen.score(PARAMS, SPEC, PROMPTS)):
+            assert all(map(torch.equal, got, score))
+        logits = fastgen.forward(e.params, e.cache, e.batch, SPEC)
+        e.touch()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, fastgen.forward(e.params, e.cache, e.batch, SPEC))
+    e.touch()
+    assert tokens(e) == wanted
+    e.close()
+
+
+@pytest.fixture
+def own(tmp_path: Any) -> Iterator[Engine]:
+    """One whose memory is all its own."""
+    fastgen.save(tmp_path, SPEC, PARAMS)
+    with Engine.from_pretrained(tmp_path, progress=False, cache_tokens=512, max_adapters=1) as e:
+        yield e
+
+
+def test_released(own: Engine, wanted: list[list[int]]) -> None:
+    """What touches memory that is given back says so; nothing is lost, counted or queued."""
+    id = own.add(PROMPTS[0], GREEDY)
+    for _ in range(3):
+        own.step()
+    snapshot = own.snapshot(id, pages=True)
+    assert snapshot.pages
+    stream = own.stream(PROMPTS[1], GREEDY)
+    own.release("all")
+    touching: list[Callable[[], Any]] = [
+        lambda: own.params, lambda: own.cache, lambda: own.step(), lambda: own.generate(PROMPTS, GREEDY),
+        lambda: own.stream(PROMPTS, GREEDY), lambda: own.as_completed(PROMPTS, GREEDY), lambda: own.score(PROMPTS),
+        lambda: own.update_params(PARAMS), lambda: own.snapshot(id, pages=True), lambda: own.restore(snapshot),
+        lambda: next(stream), lambda: fastgen.forward(own.params, own.cache, own.batch, SPEC),
+    ]  # fmt: skip
+    for call in touching:
+        with pytest.raises(ValueError, match=r"was given back: call restore\(\)"):
+            call()
+    assert own.version == 0 and len(own.state.waiting) == 2
+    assert own.table() and own.snapshot(id).completions[0].token_ids == snapshot.completions[0].token_ids
+    own.restore()
+    assert [t for x in stream for t in x.token_ids] == wanted[1]
+    done = {x.request_id: x.output for x in own.step() if x.output} | {0: None}
+    assert done.keys() == {0}
+    assert tokens(own) == wanted
+    own.release("cache")  # a trainer's turn: the parameters are there
+    assert own.update_params(PARAMS) == 1 and len(own.score(PROMPTS)) == 2
+    own.restore()
+    assert tokens(own) == wanted
+    own.params.norm.numpy()
+    with pytest.raises(ValueError, match="NumPy"):
+        own.release("all")
+    assert own.release("cache") > 0 and own.restore() > 0
+    assert tokens(own) == wanted
+
+
+def forked(check: Callable[[], Any], *, leave: bool = True) -> int:
+    """The exit status of a fork that makes a check; `leave`: with what Python does at its end. Killed after a while."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            code = 0 if check() else 3
+        except BaseException:
+            code = 4
+        if not leave:
+            os._exit(code)
+        raise SystemExit(code)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -1
+
+
+def refused(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except RuntimeError as e:
+        return "start processes with spawn" in str(e)
+    return False
+
+
+def test_a_fork_is_refused(wanted: list[list[int]]) -> None:
+    """In every call, from inside a call as well, of an AsyncEngine too; `close` does nothing there."""
+    with engine() as e:
+        calls = [lambda call=call: call(e) for call in CALLS.values()]
+        assert forked(lambda: all(map(refused, calls)), leave=False) == 0
+
+        def source() -> Iterator[tuple[str, Any]]:
+            assert forked(lambda: all(map(refused, calls)), leave=False) == 0
+            yield "model.norm.weight", PARAMS.norm
+
+        e.update_params(source(), partial=True)
+        with fastgen.AsyncEngine(e) as a:
+            ask: list[Callable[[], Any]] = [
+                lambda: asyncio.run(a.call(Engine.touch)),
+                lambda: asyncio.run(a.add(PROMPTS[0], GREEDY)),
+                lambda: fastgen.AsyncEngine(e),
+            ]
+            assert forked(lambda: all(map(refused, ask)) and a.close() is None, leave=False) == 0
+        assert forked(lambda: e.close() is None, leave=False) == 0
+        assert tokens(e) == wanted
+        torch.set_num_threads(2)
+        try:
+            alone: list[Callable[[], Any]] = [lambda: fastgen.score(PARAMS, SPEC, PROMPTS), engine]
+            assert forked(lambda: all(map(refused, alone)), leave=False) == 0
+        finally:
+            torch.set_num_threads(1)
+
+
+FORK = """
+import asyncio, os, sys
+import tiny, fastgen
+spec = fastgen.from_hf(tiny.config())
+engine = fastgen.Engine(tiny.weights(spec), spec, progress=False, cache_tokens=512, tensor_parallel=2)
+sampling = fastgen.SamplingParams(temperature=0, max_tokens=12)
+want = engine.generate([1, 2, 3], sampling)[0].completions[0].token_ids
+held = fastgen.AsyncEngine(engine)
+if pid := os.fork():
+    assert os.waitpid(pid, 0)[1] == 0
+    held.close()
+    assert engine.generate([1, 2, 3], sampling)[0].completions[0].token_ids == want
+    engine.close()
+    print("went on")
+else:
+    try:
+        engine.generate([1, 2, 3], sampling)
+    except RuntimeError as e:
+        assert "spawn" in str(e)
+        sys.exit(0)  # with all that Python does at its end
+"""
+
+
+def test_the_end_of_a_fork_leaves_ranks_alone() -> None:
+    """Finalizers in the child end the parent's ranks, or wait for its threads for ever."""
+    import subprocess
+
+    here = os.path.dirname(__file__)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.stdout == "went on\n", done.stderr
