@@ -6,6 +6,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,15 +14,28 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 import zmq
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from test_tokenizer import BYTE_LEVEL
 
 import fastgen
+from fastgen import Output, SamplingParams
+from fastgen.batch import edits
 from fastgen.cli import serve
+from fastgen.request import Completion, Sample
+from fastgen.schedule import Span
 from fastgen.serve import core, log, worker
+from fastgen.serve.gate import HANDLERS
 from fastgen.serve.metrics import Metrics, exposition
+from fastgen.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
+from fastgen.tokenizer import StopString, longest_text
 
 
 def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,3 +216,125 @@ def test_counts_are_added_up() -> None:
         'vllm:num_preemptions_total{model_name="m"} 1.0',
     ):
         assert line in lines, "\n".join(lines)
+
+
+# --- limits, and work that is linear ---------------------------------------------------------------------------------
+
+
+def held_and_cut(text: str, stop: list[str]) -> tuple[int, int]:
+    """The end of a text that begins a stop string, and where the first one begins; by the definition."""
+    held = max(n for s in stop for n in range(len(s)) if text.endswith(s[:n]))
+    return held, min((i for s in stop if (i := text.find(s)) >= 0), default=-1)
+
+
+def test_stop_strings_in_a_stream() -> None:
+    """As by the definition, in pieces of any length, and for those that overlap themselves and each other."""
+    dice = random.Random(0)
+    for _ in range(300):
+        stop = ["".join(dice.choices("ab", k=dice.randrange(1, 7))) for _ in range(dice.randrange(1, 4))]
+        strings, text = [StopString(s) for s in stop], ""
+        while len(text) < 40:
+            new = "".join(dice.choices("abc", weights=(5, 5, 1), k=dice.randrange(1, 6)))
+            cuts = [len(text) + n - len(s.text) for s in strings if (n := s.push(new)) is not None]
+            text += new
+            held, cut = held_and_cut(text, stop)
+            if cut >= 0:
+                assert min(cuts) == cut
+                break
+            assert not cuts and max(s.matched for s in strings) == held
+
+
+def test_long_stop_strings_cost_little() -> None:
+    """A megabyte of them, against a text that almost is one: no more than the text's length in steps."""
+    stop = StopString("a" * 10**6 + "b")
+    began = time.monotonic()
+    for _ in range(2000):
+        assert stop.push("a" * 50) is None
+    assert stop.matched == 10**5 and time.monotonic() - began < 2
+    assert stop.push("c") is None and stop.matched == 0
+
+
+def changes(s: Sample) -> dict[int, tuple[float, float, bool]]:
+    """What a sample changes of logits, one by one."""
+    p, found = s.params, dict[int, tuple[float, float, bool]]()
+    if p.repetition_penalty != 1:
+        found |= {t: (0.0, 0, True) for t in s.tokens}
+    if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
+        found |= {t: (0.0, n, True) for t, n in s.counts.items()}
+    for token, bias in p.logit_bias.items():
+        found[token] = (bias, *found.get(token, (0.0, 0, False))[1:])
+    if len(s.completion.token_ids) < p.min_tokens:
+        found |= {t: (float("-inf"), *found.get(t, (0.0, 0, False))[1:]) for t in s.ends}
+    return found
+
+
+def test_edits_are_each_samples_own() -> None:
+    """What many samples change together is what each changes; samples that change nothing have none."""
+    dice = random.Random(1)
+    samples: dict[int, Sample] = {}
+    for i in range(40):
+        params = SamplingParams(
+            max_tokens=64,
+            repetition_penalty=dice.choice([1, 1.5]),
+            presence_penalty=dice.choice([0, 0.25]),
+            frequency_penalty=dice.choice([0, 0.5]),
+            logit_bias={dice.randrange(50): dice.choice([-100, 2.5]) for _ in range(dice.choice([0, 5]))},
+            min_tokens=dice.choice([0, 4]),
+            stop_token_ids=tuple(dice.sample(range(50), 3)),
+        )
+        output = Output(i, [dice.randrange(50) for _ in range(6)], [Completion()])
+        samples[i] = Sample(output, 0, params, 0, 99, frozenset({1}), None)
+        for _ in range(dice.randrange(8)):
+            samples[i].push(dice.randrange(50), 0.0, ())
+    plan = tuple(Span(i, 0, 1, i % 5 > 0, ()) for i in range(40))
+    found = edits(plan, samples, torch.device("cpu"))
+    assert found is not None and found.row.dtype == torch.long and found.bias.dtype == torch.float32
+    wanted = [
+        (r, t, *x, s.params.presence_penalty, s.params.frequency_penalty, s.params.repetition_penalty)
+        for r, s in samples.items()
+        if r % 5
+        for t, x in sorted(changes(s).items())
+    ]
+    names = ("row", "token", "bias", "count", "seen", "presence", "frequency", "repetition")
+    assert [*zip(*(getattr(found, name).tolist() for name in names), strict=True)] == wanted
+    plain = Sample(Output(0, [1], [Completion()]), 0, SamplingParams(), 0, 9, frozenset({1}), None)
+    assert edits((Span(0, 0, 1, True, ()),), {0: plain}, torch.device("cpu")) is None
+
+
+HEAVY: list[tuple[type, dict[str, Any], str]] = [
+    (CompletionRequest, {"prompt": ["x"] * 300_000 + [1]}, "at most 16384"),
+    (CompletionRequest, {"prompt": [""] * 10_000}, "at least 1 character"),
+    (CompletionRequest, {"prompt": ["x", *[1] * 10_000]}, "valid string"),
+    (CompletionRequest, {"prompt": [1, *["x"] * 10_000]}, "valid integer"),
+    (CompletionRequest, {"prompt": [[1], *["x"] * 10_000]}, "valid list"),
+    (CompletionRequest, {"prompt": "x", "stop": "x" * 10**6}, "at most 2048 characters"),
+    (CompletionRequest, {"prompt": "x", "stop": ["x"] * 65}, "at most 64"),
+    (CompletionRequest, {"prompt": "x", "stop_token_ids": [*range(50_000)]}, "at most 1024"),
+    (CompletionRequest, {"prompt": "x", "logit_bias": {str(i): "x" for i in range(50_000)}}, "at most 1024"),
+    (CompletionRequest, {"prompt": "x"} | {f"x{i}": 0 for i in range(10_000)}, "more than 256 fields"),
+    (ChatRequest, {"messages": [{}] * 300_000}, "at most 8192"),
+    (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 10_000}]}, "at most 8192"),
+    (ChatRequest, {"messages": [{"role": "nobody"}] * 8000}, "system"),
+    (DetokenizeRequest, {"tokens": [0] * 300_000}, "at most 262144"),
+    (GenerateRequest, {"token_ids": ["x"] * 10_000}, "valid integer"),
+]
+
+
+@pytest.mark.parametrize("model, body, message", HEAVY)
+def test_bodies_that_hold_too_much(model: type[BaseModel], body: dict[str, Any], message: str) -> None:
+    """The first thing that is wrong ends it: few errors, little work, and a short message."""
+    began = time.monotonic()
+    with pytest.raises(ValidationError, match=message) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() <= 8 and time.monotonic() - began < 1
+    request = RequestValidationError([e | {"loc": ("body", *e["loc"])} for e in caught.value.errors()])
+    reply = asyncio.run(HANDLERS[RequestValidationError](MagicMock(spec=Request), request))
+    assert reply.status_code == 400 and len(reply.body) < 500 and time.monotonic() - began < 1
+
+
+def test_texts_that_can_never_fit() -> None:
+    """As many characters as the longest token times the context; what fits is no longer."""
+    longest = longest_text(BYTE_LEVEL, 100)
+    token = max(BYTE_LEVEL.get_vocab().items(), key=lambda item: len(item[0]))[1]
+    assert len(BYTE_LEVEL.decode([token] * 100)) <= longest <= 100 * 4 * 64
+    assert longest_text(None, 100) == 0

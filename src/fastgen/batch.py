@@ -273,22 +273,28 @@ class Stager:
 
 def edits(plan: Plan, samples: Mapping[int, Sample], device: torch.device) -> Edits | None:
     """The changes to logits that the plan's sequences ask for; rows are the plan's. None where there are none."""
-    drawing = [(r, samples[span.id]) for r, span in enumerate(plan) if span.sample and span.id in samples]
-    found = [(r, token, *edit, s.params) for r, s in drawing for token, edit in s.edits().items()]
+    drawing = [(r, s) for r, span in enumerate(plan) if span.sample and (s := samples.get(span.id)) is not None]
+    found = [(r, s.params, changes) for r, s in drawing if (changes := s.edits()) is not None]
     if not found:
         return None
-    row, token, bias, count, seen, p = zip(*found, strict=True)
+    rows, params, changes = zip(*found, strict=True)
+    token, bias, count, seen = (np.concatenate(arrays) for arrays in zip(*changes, strict=True))
+    sizes = [len(tokens) for tokens, *_ in changes]
 
-    def tensor(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return to_device(torch.tensor(list(values), dtype=dtype, device="cpu"), device)
+    def each(values: Iterable[float], dtype: type) -> Tensor:
+        """A row's value for each of its entries."""
+        return tensor(np.repeat(np.array([*values], dtype), sizes))
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(values), device)
 
     return Edits(
-        row=tensor(row, torch.long),
-        token=tensor(token, torch.long),
-        bias=tensor(bias, torch.float32),
-        count=tensor(count, torch.float32),
-        seen=tensor(seen, torch.bool),
-        presence=tensor((x.presence_penalty for x in p), torch.float32),
-        frequency=tensor((x.frequency_penalty for x in p), torch.float32),
-        repetition=tensor((x.repetition_penalty for x in p), torch.float32),
+        row=each(rows, np.int64),
+        token=tensor(token),
+        bias=tensor(bias),
+        count=tensor(count),
+        seen=tensor(seen),
+        presence=each((p.presence_penalty for p in params), np.float32),
+        frequency=each((p.frequency_penalty for p in params), np.float32),
+        repetition=each((p.repetition_penalty for p in params), np.float32),
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
 
+import numpy as np
+
 from fastgen.config import SamplingParams
 from fastgen.grammar import Guide
 from fastgen.models.spec import Spec
@@ -15,6 +17,7 @@ from fastgen.tokenizer import Detokenizer, Prompt, prompt_list
 from fastgen.types import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]  # error: the logits were NaN or inf
+NO_TOKENS = np.zeros(0, np.int64)
 TopLogprobs = dict[int, float]  # token -> logprob, most likely first
 
 
@@ -146,6 +149,10 @@ class Sample:
         if tokenizer is not None:
             self.text = Detokenizer(tokenizer, self.tokens, params.stop, min_tokens=params.min_tokens, live=live)
         self.counts: Counter[int] = Counter()  # of generated tokens
+        self.penalised = penalised
+        bias = p.logit_bias
+        self._biased = np.fromiter(bias, np.int64, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
+        self._banned = np.fromiter(self.ends, np.int64, len(self.ends)) if p.min_tokens else NO_TOKENS
         self.started = False  # whether it ever ran
         c = self.completion = output.completions[index]
         if params.logprobs is not None:
@@ -193,18 +200,25 @@ class Sample:
             for token in c.token_ids:
                 self.text.push(token, may_stop=False)
 
-    def edits(self) -> dict[int, tuple[float, int, bool]]:
-        """token -> (bias, times generated, seen in prompt or output), where this sample changes logits."""
-        p, found = self.params, dict[int, tuple[float, int, bool]]()
-        if p.repetition_penalty != 1:
-            found |= {t: (0.0, 0, True) for t in self.tokens}
-        if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
-            found |= {t: (0.0, n, True) for t, n in self.counts.items()}
-        for token, bias in p.logit_bias.items():
-            found[token] = (bias, *found.get(token, (0.0, 0, False))[1:])
-        if len(self.completion.token_ids) < p.min_tokens:
-            found |= {t: (float("-inf"), 0, False) for t in self.ends}
-        return found
+    def edits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+        """Returns the tokens whose logits this sample changes, each once; of each its bias, how many times it was
+        generated, and whether prompt or output has it. None where there are none.
+        """
+        biased, biases = self._biased
+        banned = self._banned if len(self.completion.token_ids) < self.params.min_tokens else NO_TOKENS
+        if not (self.penalised or len(biased) or len(banned)):
+            return None
+        seen = counted = NO_TOKENS
+        if self.penalised:
+            counted = np.fromiter(self.counts, np.int64, len(self.counts))
+            seen = np.array(self.tokens, np.int64) if self.params.repetition_penalty != 1 else counted
+        token = np.unique(np.concatenate((seen, biased, banned)))
+        bias, count, is_seen = (np.zeros(len(token), kind) for kind in (np.float32, np.float32, np.bool_))
+        is_seen[np.searchsorted(token, seen)] = True
+        count[np.searchsorted(token, counted)] = np.fromiter(self.counts.values(), np.float32, len(counted))
+        bias[np.searchsorted(token, biased)] = biases
+        bias[np.searchsorted(token, banned)] = float("-inf")
+        return token, bias, count, is_seen
 
     def push(self, token: int, logprob: float, top: Sequence[tuple[int, float]], version: int = 0) -> Event:
         """Takes a token that parameters of this version drew; returns what it adds.

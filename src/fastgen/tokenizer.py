@@ -37,6 +37,19 @@ def load(path: Path) -> Tokenizer | None:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def longest_text(tokenizer: Tokenizer | None, context: int) -> int:
+    """The most characters that `context` tokens can be, so that a longer text need not be tokenized to be refused.
+
+    Tokens of the vocabulary are written with a character a byte or more. A normalizer may compose characters (NFC), of
+    up to four.
+    """
+    if tokenizer is None:
+        return 0
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    composed = 1 if backend is not None and backend.normalizer is None else 4
+    return context * composed * max(map(len, tokenizer.get_vocab()), default=1)
+
+
 def is_one(prompts: object) -> bool:
     """Tells a single prompt (a text, token ids, chat messages, a mapping) from a collection of prompts."""
     if isinstance(prompts, str | Mapping):
@@ -192,6 +205,43 @@ class _Traits:
         return found, unsure
 
 
+class StopString:
+    """Finds a text in a stream of characters: the work is linear in the characters, however long the text is.
+
+    After Knuth, Morris and Pratt: `fallback[i]` is the length of the longest beginning of the text that also ends its
+    first i + 1 characters. It is filled in only as far as the stream has matched, and shared by copies.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0  # characters at the end of the stream that begin the text, and are not all of it
+        self.fallback = [0]
+
+    def push(self, new: str) -> int | None:
+        """Takes more characters; how many of them complete the text for the first time, None if none do."""
+        text, matched, found = self.text, self.matched, None
+        if not matched and text[0] not in new:
+            return None
+        for count, character in enumerate(new, 1):
+            while matched and text[matched] != character:
+                matched = self.fallback[matched - 1]
+            matched += text[matched] == character
+            if matched > len(self.fallback):
+                self._extend()
+            if matched == len(text):
+                found = found or count
+                matched = self.fallback[-1]
+        self.matched = matched
+        return found
+
+    def _extend(self) -> None:
+        end = len(self.fallback)
+        length = self.fallback[-1]
+        while length and self.text[length] != self.text[end]:
+            length = self.fallback[length - 1]
+        self.fallback.append(length + (self.text[length] == self.text[end]))
+
+
 class Detokenizer:
     """Text of a growing list of tokens, and where a stop string cuts it.
 
@@ -224,8 +274,9 @@ class Detokenizer:
         # Left out. `special` itself where none is shown: there may be a thousand.
         special = self.traits.special
         self.hidden = {t: text for t, text in special.items() if t not in shown} if shown else special
-        special_stop = [s for s in stop if any(text in s for text in self.hidden.values())]
-        self.special_stop, self.stop = special_stop, [s for s in stop if s not in special_stop]
+        special_stop = {s for s in stop if any(text in s for text in self.hidden.values())}
+        self.special_stop = [StopString(s) for s in stop if s in special_stop]  # looked for in `raw`
+        self.stop = [StopString(s) for s in stop if s not in special_stop]
         self.count = 0  # of tokens pushed
         self.text = ""  # everything decoded, held-back part included
         self.sent = 0  # characters already returned
@@ -244,6 +295,7 @@ class Detokenizer:
         """One that goes on from here by itself."""
         other = copy(self)
         other.taken, other.pending, other.places = [*self.taken], [*self.pending], [*self.places]
+        other.stop, other.special_stop = [copy(s) for s in self.stop], [copy(s) for s in self.special_stop]
         return other
 
     def _window(self) -> tuple[str, int]:
@@ -289,13 +341,11 @@ class Detokenizer:
                 del self.taken[0]
             text, unsure = self._window()
             self.decoded = len(text) - unsure
-        if may_stop and self.count >= self.min_tokens:
-            found = [self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop]
-            places = (self.raw.find(s, max(0, raw_before - len(s) + 1)) for s in self.special_stop)
-            found += [self._visible(i) for i in places if i >= 0]
-            if cuts := [i for i in found if i >= 0]:
-                self.text = self.text[: min(cuts)]
-                return self._send(len(self.text)), True
+        cuts = self._found(self.stop, before, self.text)
+        cuts += map(self._visible, self._found(self.special_stop, raw_before, self.raw))
+        if cuts and may_stop and self.count >= self.min_tokens:
+            self.text = self.text[: min(cuts)]
+            return self._send(len(self.text)), True
         return self._send(
             min(self._held(self.text, self.stop), self._visible(self._held(self.raw, self.special_stop)))
         ), False
@@ -326,9 +376,14 @@ class Detokenizer:
             after -= end - max(begin, place)
         return len(self.text) - after
 
-    def _held(self, text: str, stop: Sequence[str]) -> int:
+    def _found(self, stop: Sequence[StopString], before: int, text: str) -> list[int]:
+        """Returns where stop strings begin that what is new of `text`, after `before`, completes."""
+        new = text[before:] if stop else ""
+        return [before + n - len(s.text) for s in stop if (n := s.push(new)) is not None]
+
+    def _held(self, text: str, stop: Sequence[StopString]) -> int:
         """Returns where the longest end of the text begins that begins a stop string; its length if there is none."""
-        return len(text) - max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return len(text) - max((s.matched for s in stop), default=0)
 
     def _send(self, upto: int) -> str:
         new, self.sent = self.text[self.sent : upto], max(self.sent, upto)

@@ -21,6 +21,7 @@ from fastgen.serve.answer import Chat, Choice, Completion, Generate, Vocabulary,
 from fastgen.serve.gate import HANDLERS, Gate
 from fastgen.serve.metrics import exposition
 from fastgen.serve.protocol import (
+    MAX_DECODED,
     AbortRequest,
     ChatRequest,
     CompletionRequest,
@@ -33,7 +34,7 @@ from fastgen.serve.protocol import (
     TokenizeRequest,
     UnloadAdapterRequest,
 )
-from fastgen.serve.service import Service
+from fastgen.serve.service import TOKENIZED, Service
 
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
@@ -169,11 +170,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The tokens of a text or of messages."""
     service = _service(request)
     await service.named(body.model)
-    coder, prompt = service.coder("prompt"), body.prompt
+    service.coder("prompt")
     if body.messages is not None:
         tokens = await service.chat(body.messages, body.tools)
     else:
-        tokens = await service.in_thread(lambda: coder(prompt, add_special_tokens=body.add_special_tokens).input_ids)
+        prompt, most = body.prompt or "", max(TOKENIZED, service.longest)
+        options = {"add_special_tokens": body.add_special_tokens}
+        tokens = await service.tokenized(lambda coder: coder(prompt, **options).input_ids, len(prompt), "prompt", most)
     return _json({"count": len(tokens), "max_model_len": service.context, "tokens": tokens})
 
 
@@ -182,11 +185,14 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of tokens, special ones included."""
     service = _service(request)
     await service.named(body.model)
-    coder = service.coder("tokens")
-    vocab = len(coder)
+    vocab = len(service.coder("tokens"))
     if wrong := [t for t in body.tokens if not 0 <= t < vocab]:
         raise Refused(400, f"tokens: {wrong[0]} is outside the tokenizer's {vocab}", param="tokens")
-    text = await service.in_thread(lambda: Vocabulary(coder).decode(body.tokens, special=True))
+
+    def decode(coder: Any) -> str:
+        return Vocabulary(coder).decode(body.tokens, special=True)
+
+    text = await service.tokenized(decode, len(body.tokens), "tokens", MAX_DECODED)
     return _json({"prompt": text})
 
 

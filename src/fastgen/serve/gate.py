@@ -30,6 +30,7 @@ MODELS = [x for x in vars(protocol).values() if isinstance(x, type) and issubcla
 FIELDS = {name for model in MODELS for name in model.model_fields}
 OPEN = ("/", "/health", "/v1/health")  # without a key: they tell nothing but that there is a server
 JSON_TYPE = re.compile(rb"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
+MAX_VALUES = 2**21  # of a body, as its commas count them
 BODY_SECONDS = 60.0  # to send a request's body
 
 
@@ -111,9 +112,16 @@ class Gate:
                     if size > most:
                         raise Refused(413, f"the body is more than the {most} bytes that are taken")
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        return _readable(b"".join(parts))
         except TimeoutError as e:
             raise Refused(408, f"the body did not come within {BODY_SECONDS:.0f} s") from e
+
+
+def _readable(body: bytes) -> bytes:
+    """Refuses a body of more values than can be read without keeping other clients waiting."""
+    if len(body) > MAX_VALUES and body.count(b",") > MAX_VALUES:
+        raise Refused(413, f"the body has more than {MAX_VALUES} commas, of values or in texts")
+    return body
 
 
 def _check_sender(headers: dict[bytes, bytes], hosts: Collection[str]) -> None:
@@ -203,10 +211,19 @@ async def _on_invalid(request: Request, e: Exception) -> Response:
     if first["type"] == "extra_forbidden":
         where = [str(x) for x in first["loc"][1:]]
     name = ".".join(where)
-    sent = json.dumps(first.get("input"), ensure_ascii=False, default=str)  # as it stood in the body
-    got = "" if first["type"] == "missing" else f", got {sent if len(sent) <= 60 else sent[:60] + '…'}"
+    got = "" if first["type"] == "missing" else f", got {_beginning(first.get('input'))}"
     problems = {"extra_forbidden": "there is no such parameter", "missing": "is required"}
     return refuse(Refused(400, f"{name}: {problems.get(first['type'], said + got)}", param=name))
+
+
+def _beginning(value: Any, most: int = 60) -> str:
+    """A value as it stood in the body, or as much of it as fits in a message; the rest is not looked at."""
+    text = ""
+    for piece in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+        text += piece[: most + 1]
+        if len(text) > most:
+            return f"{text[:most]}…"
+    return text
 
 
 async def _on_error(request: Request, e: Exception) -> Response:

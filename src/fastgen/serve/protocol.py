@@ -9,7 +9,15 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
 
 from fastgen.config import SamplingParams
 
@@ -32,6 +40,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 FIRST_WORD = re.compile(r"\w+")
 TOO_LONG = re.compile(r"\d+ prompt tokens and max_tokens=")  # how the library begins to say what does not fit
+# Limits that are checked before there is any work with what a request holds.
+MAX_FIELDS = 256  # of an object with named fields
+MAX_PROMPTS = 2**14  # texts, or lists of tokens
+MAX_TOKENS = 2**21  # of a list
+MAX_MESSAGES = 2**13  # and parts and calls of all of them
+MAX_TOOLS = 1024
+MAX_STOPS, STOP_LENGTH = 64, 2048  # stop strings, and characters of each
+MAX_CHOICES = 4096  # of guided_choice
+MAX_EDITED = 1024  # tokens of logit_bias, and of stop_token_ids
+MAX_DECODED = 2**18  # tokens of /detokenize
 MOST = 128  # completions of a prompt, as OpenAI's limit
 TOP = 20  # most likely tokens beside each, likewise
 
@@ -59,7 +77,32 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MAX_FIELDS:
+            raise ValueError(f"an object of more than {MAX_FIELDS} fields")
+        return {k: v for k, v in data.items() if v is not None}
+
+
+def _at_most(count: int) -> BeforeValidator:
+    """Refuses what has more elements, before any of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise ValueError(f"at most {count} are taken, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _not_too_many_parts(messages: Any) -> Any:
+    """Refuses more messages, parts and calls together than a server should spend its time with."""
+    if isinstance(messages, list):
+        held = [m.get(name) for m in messages if isinstance(m, dict) for name in ("content", "tool_calls")]
+        count = len(messages) + sum(len(x) for x in held if isinstance(x, list))
+        if count > MAX_MESSAGES:
+            raise ValueError(f"at most {MAX_MESSAGES} messages, parts and calls are taken together, got {count}")
+    return messages
 
 
 def _encodable(text: str) -> str:
@@ -72,8 +115,9 @@ def _encodable(text: str) -> str:
 
 
 Word = Annotated[str, AfterValidator(_encodable)]
-Text = Annotated[Word, Field(min_length=1)]
-Tokens = Annotated[list[int], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
+StopText = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH), AfterValidator(_encodable)]
+Tokens = Annotated[list[int], Field(min_length=1, fail_fast=True), _at_most(MAX_TOKENS)]
 
 
 class StreamOptions(Strict):
@@ -117,12 +161,12 @@ class Drawing(Strict):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
-    stop_token_ids: list[int] = []
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True), _at_most(MAX_EDITED)] = []
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: dict[str, float] = {}
+    logit_bias: Annotated[dict[str, float], _at_most(MAX_EDITED)] = {}
 
     def drawn(self) -> dict[str, Any]:
         """As SamplingParams has them."""
@@ -134,7 +178,7 @@ class Common(Drawing):
     """What chat and text completions have in common."""
 
     model: Word | None = None
-    stop: Text | list[Text] = []
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True), _at_most(MAX_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     # Accepted, and not used: they say who asks, or what is to be kept, and nothing of the answer.
@@ -148,7 +192,7 @@ class Common(Drawing):
     response_format: ResponseFormat | None = None
     guided_json: Word | dict[str, Any] | None = None
     guided_regex: Word | None = None
-    guided_choice: Annotated[list[Word] | None, Field(min_length=1)] = None
+    guided_choice: Annotated[list[Word], Field(min_length=1, fail_fast=True), _at_most(MAX_CHOICES)] | None = None
     guided_grammar: Word | None = None
 
     # Declared so that they are refused with a reason, and not as unknown; see REFUSED.
@@ -339,16 +383,19 @@ def _distinct(tools: list[Tool]) -> list[Tool]:
     return tools
 
 
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_not_too_many_parts)]
+
+
 class Tooled(Strict):
     """What has messages, and tools beside them."""
 
-    tools: Annotated[list[Tool], AfterValidator(_distinct)] = []
+    tools: Annotated[list[Tool], Field(fail_fast=True), _at_most(MAX_TOOLS), AfterValidator(_distinct)] = []
 
 
 class ChatRequest(Common, Tooled):
     """POST /chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = None  # the newer name of max_tokens
@@ -402,10 +449,14 @@ class ChatRequest(Common, Tooled):
         return self._sampling(most, (self.top_logprobs or 0) if self.logprobs else None)
 
 
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPTS)]
+TokenLists = Annotated[list[Tokens], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPTS)]
+
+
 class CompletionRequest(Common):
     """POST /completions"""
 
-    prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(min_length=1)]
+    prompt: Text | Tokens | Texts | TokenLists
     echo: bool = False
     logprobs: Annotated[int | None, Field(ge=0, le=TOP)] = None
     best_of: int | None = None
@@ -462,7 +513,7 @@ class TokenizeRequest(Tooled):
 
     model: Word | None = None
     prompt: Word | None = None
-    messages: Annotated[list[Message] | None, Field(min_length=1)] = None
+    messages: Messages | None = None
     add_special_tokens: bool = True  # of a prompt
 
     @model_validator(mode="after")
@@ -478,7 +529,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize"""
 
     model: Word | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True), _at_most(MAX_DECODED)]
 
 
 class AbortRequest(Strict):

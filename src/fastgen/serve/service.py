@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from starlette.requests import Request
@@ -22,6 +22,11 @@ from fastgen.serve.client import Client
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import Message, Refused, Tool, plain
 from fastgen.types import Adapter
+
+T = TypeVar("T")
+LONG = 2**15  # characters of a text that is tokenized beside the others
+MAX_LONG = 16  # of those at a time
+TOKENIZED = 2**20  # characters of a text that /tokenize takes, if not more can fit the context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +53,14 @@ class Service:
         self.client = Client(options.address, name)
         self.metrics = Metrics(lambda changes: self.client.count(changes))
         self.vocabulary = Vocabulary(None)
-        self.encoder: Any = None  # a tokenizer for the thread's own use: two threads may not share one
+        # A tokenizer for a thread's own use, since two threads may not share one; and another for long texts, which
+        # others do not wait for. Tokenizers release the interpreter.
+        self.encoder: Any = None
         self.thread = ThreadPoolExecutor(1, "tokenizer")
+        self.long_encoder: Any = None
+        self.long_thread = ThreadPoolExecutor(1, "tokenizer of long texts")
+        self.num_long = 0  # long texts that are in work or wait
+        self.longest = 0  # characters that can fit the context
         self.family: calls.FamilyName | None = None  # whose form calls have
         self.markers: dict[str, int] = {}  # of calls and reasoning, that are special tokens
         self.tooled = False  # whether the chat template was seen to tell of tools
@@ -68,13 +79,34 @@ class Service:
         loaded = await self.in_thread(tokenizer.load, Path(info["path"]))
         self.vocabulary, self.context = Vocabulary(loaded), info["context"]
         self.most, self.spec, self.has_adapters = info["most"], info["spec"], info["has_adapters"]
-        self.encoder = copy.deepcopy(loaded)
+        self.encoder, self.long_encoder = copy.deepcopy(loaded), copy.deepcopy(loaded)
+        self.longest = tokenizer.longest_text(loaded, self.context)
         self.family, self.markers = self.options.tool_parser or calls.family(loaded), calls.special(loaded)
         self.ready = True
 
     async def in_thread(self, function: Callable, *arguments: Any) -> Any:
         """Run what takes a while, one after the other; a ValueError of the library is a 400."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
+
+    async def tokenized(self, function: Callable[[Any], T], size: int, param: str, most: int | None = None) -> T:
+        """What `function` makes of a tokenizer, in a thread, for a text of `size` characters.
+
+        Refused, before it is looked at, if it has more than `most` (None: those that can fit the context).
+        """
+        if size > (limit := self.longest if most is None else most):
+            problem = f"{param}: {size} characters are more than the {limit} that are taken with a context of "
+            problem += f"{self.context} tokens"
+            raise Refused(400, problem, param=param, code="context_length_exceeded")
+        if size <= LONG:
+            return await self.in_thread(function, self.encoder)
+        if self.num_long >= MAX_LONG:
+            raise Refused(429, f"{MAX_LONG} long texts wait to be tokenized: try again later", retry=1)
+        self.num_long += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.long_thread, function, self.long_encoder)
+        finally:
+            self.num_long -= 1
 
     def check(self) -> Spec:
         """The model's shape. Refused if it is not there yet, or not any more."""
@@ -152,29 +184,33 @@ class Service:
         """The tokens of messages. Refused if the template does not tell of the tools; enforced calls come anyhow."""
         said, told = plain(messages), [tool.plain() for tool in tools] or None
 
-        def encode() -> list[int]:
+        def encode(coder: Any) -> list[int]:
             as_text = False
             if any("tool_calls" in message for message in said):
                 if (has_tools := bool(told)) not in self.takes_text:
-                    render = partial(tokenizer.render, self.encoder, tools=told)
+                    render = partial(tokenizer.render, coder, tools=told)
                     self.takes_text[has_tools] = calls.takes_text(render)
                 as_text = self.takes_text[has_tools]
             messages = calls.for_template(said, self.family, as_text=as_text)
             if told and not enforced and not self.tooled:
-                self.tooled = tokenizer.render(self.encoder, messages, told) != tokenizer.render(self.encoder, messages)
+                self.tooled = tokenizer.render(coder, messages, told) != tokenizer.render(coder, messages)
                 if not self.tooled:
                     raise Refused(400, "tools: this model's chat template has no place for tools", param="tools")
-            return tokenizer.encode(self.encoder, messages, told)
+            return tokenizer.encode(coder, messages, told)
 
+        size = sum(len(text) for message in said for text in message.values() if isinstance(text, str))
         try:
-            return await self.in_thread(encode)
+            return await self.tokenized(encode, size, "messages")
         except ValueError as e:
             raise Refused(400, f"messages: {e}", param="messages") from e
 
     async def encode(self, prompt: Any, param: str) -> list[int]:
         """A prompt's tokens."""
         try:
-            tokens = await self.in_thread(tokenizer.encode, self.encoder, prompt)
+            if isinstance(prompt, str) and self.encoder is not None:
+                tokens = await self.tokenized(lambda coder: tokenizer.encode(coder, prompt), len(prompt), param)
+            else:
+                tokens = tokenizer.encode(self.encoder, prompt)
         except ValueError as e:
             raise Refused(400, f"{param}: {e}", param=param) from e
         return self.taken(tokens, param)
@@ -182,12 +218,12 @@ class Service:
     def taken(self, tokens: list[int], param: str) -> list[int]:
         """Tokens that the model knows, and of which there are not more than the context. Refused if not."""
         vocab = self.check().vocab
-        if wrong := [t for t in tokens if not 0 <= t < vocab]:
-            problem = f"{param}: token {wrong[0]} is outside the vocabulary of {vocab}"
-            raise Refused(400, problem, param=param)
         if len(tokens) >= self.context:
             problem = f"{param}: {len(tokens)} tokens leave no room for output in the context of {self.context}"
             raise Refused(400, problem, param=param, code="context_length_exceeded")
+        if not 0 <= min(tokens) <= max(tokens) < vocab:
+            wrong = next(t for t in tokens if not 0 <= t < vocab)
+            raise Refused(400, f"{param}: token {wrong} is outside the vocabulary of {vocab}", param=param)
         return tokens
 
     async def start(
