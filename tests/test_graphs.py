@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import SamplingParams, lora, schedule
@@ -267,3 +267,49 @@ def test_memory_fits_the_fraction() -> None:
         assert e.capacity == 96 * 4096 or 0.45 * total < total - free < 0.51 * total
     with pytest.raises(ValueError, match="token_budget"):
         engine(cache_tokens=None, cache_fraction=0.01, token_budget=2**18)
+
+
+POISONED = {
+    "graphs": {},
+    "inductor": {"compile": "inductor"},
+    "eager": {"compile": "eager"},
+    "deterministic": {"deterministic": True},
+    "host": {"offload": "host", "host_gb": 0.05, "cache_tokens": 4096},
+    "adapters": {"max_adapters": 2, "max_rank": 8},
+}
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in every page, scratch among them, in the host's pages, the graphs' logits and adapters' free slots: the same
+    tokens and logprobs as from zeros, alone, in groups, and from what is cached."""
+    monkeypatch.setattr(schedule, "LEAST", 1)
+    work = [load(2, 60), related(5)]
+    with engine(**POISONED[name]) as clean, engine(**POISONED[name]) as poisoned:
+        shelf = [] if poisoned._shelf is None else tree_leaves(poisoned._shelf.adapters.layers)
+        logits = [] if poisoned._stepper.logits is None else [poisoned._stepper.logits]
+        for x in (*tree_leaves(poisoned.cache), *poisoned._mover.host, *logits, *(x[1:] for x in shelf)):
+            x.fill_(float("nan"))
+        for some in (*work, *work):
+            found, wanted = (e.generate(*some, progress=False) for e in (poisoned, clean))
+            for a, b in zip(found, wanted, strict=True):
+                for x, y in zip(a.completions, b.completions, strict=True):
+                    assert (x.token_ids, x.finish_reason) == (y.token_ids, y.finish_reason)
+                    assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-5))
+
+
+@pytest.mark.parametrize("settings", [{}, {"deterministic": True}, {"overlap": False}], ids=str)
+def test_parameters_of_nan_and_then_good_ones(settings: dict[str, Any]) -> None:
+    """Requests of every kind end with an error under parameters of NaN; after good ones all is as before."""
+    work = load(4, 60)
+    with engine(**settings) as one:
+        wanted = one.generate(*work, progress=False)
+        good = tree_map_only(torch.Tensor, torch.clone, one.params)
+        one.update_params(tree_map_only(torch.Tensor, lambda w: w * float("nan"), good), finite=False)
+        found = [c for o in one.generate(*work, progress=False) for c in o.completions]
+        assert all((c.finish_reason, c.token_ids) == ("error", []) for c in found)
+        with pytest.raises(ValueError, match="NaN or infinite values"):
+            one.update_params(one.params)
+        one.update_params(good)
+        again = one.generate(*work, progress=False)
+    assert [o.completions[0].token_ids for o in again] == [o.completions[0].token_ids for o in wanted]

@@ -279,3 +279,12 @@ def test_fgrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         code, _, err = fgrun(*wrong)
         assert code in (1, 2) and any(part in err for part in message.split("|")), err
     assert not Path("a").exists()
+
+
+def test_parameters_that_have_diverged() -> None:
+    """Answers that have ended with an error are none to learn from."""
+    one = trainer()
+    with torch.no_grad():
+        one.params.norm[0] = float("nan")
+    with pytest.raises(RuntimeError, match="the parameters have diverged"):
+        one.step()

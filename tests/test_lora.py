@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +379,10 @@ def test_fork_and_snapshot(tmp_path: Path) -> None:
 def test_refused() -> None:
     """What cannot be, with what to do; nothing else is disturbed."""
     off = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256, compile="eager")
+
+    def one_stack(adapter: Adapter) -> object:
+        return lora.stack([adapter], SPEC)
+
     refused: list[tuple[Callable[[], object], str]] = [
         (lambda: off.add_adapter("x", ADAPTERS["all"]), "max_adapters=N"),
         (lambda: off.add([1], SamplingParams(adapter="all", max_tokens=1)), "max_adapters=N"),
@@ -407,7 +411,12 @@ def test_refused() -> None:
         (lambda: lora.init(SPEC, targets=("q_porj",)), "did you mean q_proj"),
         (lambda: lora.init(SPEC, rank=0), "at least 1"),
         (lambda: lora.stack([Adapter((Changes(),) * 2, 1.0)], SPEC), "changes anything"),
-        (lambda: e.update_adapter("all", tree_map_only(Tensor, lambda x: x / 0, ADAPTERS["all"])), "not finite"),
+        (lambda: e.update_adapter("all", tree_map_only(Tensor, lambda x: x / 0, ADAPTERS["all"])), "in layers.0.q.a"),
+        *(
+            (partial(call, *args, ADAPTERS["all"]._replace(scale=scale)), "scale must be a finite number")
+            for scale in (float("nan"), float("-inf"), 1e39)
+            for call, *args in ((e.update_adapter, "all"), (partial(lora.merge, PARAMS, SPEC),), (one_stack,))
+        ),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=message):
@@ -524,6 +533,61 @@ def test_load_refuses_by_name(option: str, tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: REFUSED[option]}))
     with pytest.raises(ValueError, match=f"{option}.*not supported"):
         lora.load(tmp_path, SPEC)
+
+
+@pytest.mark.parametrize("alpha", ["1e308", "-1e40", "NaN", "-Infinity", "1e400", "9" * 400, "9" * 5000, "true"])
+def test_load_refuses_scales_that_are_not_finite(alpha: str, tmp_path: Path) -> None:
+    """With the file, whether float32, float64 or JSON has no such number; nothing of it is added to an engine."""
+    lora.save(tmp_path, SPEC, ADAPTERS["all"])
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora_alpha": 8.0', f'"lora_alpha": {alpha}'))
+    for call in (lambda: lora.load(tmp_path, SPEC), lambda: lora.room(Lora(), {"x": tmp_path})):
+        with pytest.raises(ValueError, match="adapter_config.json"):
+            call()
+
+
+def test_a_slot_is_clean_for_the_next_adapter() -> None:
+    """NaN that somebody writes through views of an adapter which is gone reaches none that has its place."""
+    one, wanted = (engine(adapters={name: ADAPTERS[name]}, max_adapters=1) for name in ("wide", "some"))
+    stale = lora.leaves(one.adapter_params("wide"))
+    one.remove_adapter("wide")
+    for x in stale:
+        x.fill_(float("nan"))
+    one.add_adapter("some", ADAPTERS["some"])
+    work = [(prompt, how, "some") for prompt, how, _ in load(2, 4)]
+    for got, want in zip(run(one, work), run(wanted, work), strict=True):
+        same(got, want)
+
+
+def test_versions_count_changes_of_the_adapter() -> None:
+    """A token's version is the model's plus its own adapter's, in flight as well; a name given anew goes on."""
+    one, how = engine(), {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    ids = {name: one.add([1, 2, 3], SamplingParams(**how, adapter=name)) for name in NAMES}
+    done: dict[int, Output] = {}
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            done.update({e.request_id: e.output for e in one.step() if e.output is not None})
+
+    steps(2)
+    one.update_adapter("all", ADAPTERS["all"]._replace(scale=0.1))
+    steps(2)
+    one.touch()
+    steps(2)
+    for x in lora.leaves(one.adapter_params("some")):
+        x.mul_(0.5)
+    one.update_adapter("some")
+    steps(2)
+    versions = {name: done[id].completions[0].versions for name, id in ids.items()}
+    assert versions == {
+        None: [0] * 4 + [1] * 4, "wide": [0] * 4 + [1] * 4,
+        "all": [0, 0, 1, 1, 2, 2, 2, 2], "some": [0] * 4 + [1, 1, 2, 2],
+    }  # fmt: skip
+    assert one.version + one.adapters["all"].version == 2
+    one.remove_adapter("all")
+    one.add_adapter("all", ADAPTERS["all"])
+    (again,) = run(one, [([1, 2, 3], how, "all")])
+    assert {*again.completions[0].versions} == {3} == {one.version + one.adapters["all"].version}
 
 
 def test_load_refuses_other_files(tmp_path: Path) -> None:
@@ -669,6 +733,43 @@ def test_serve(tmp_path: Path) -> None:
         lora.save(tmp_path / "judge", spec, trees["judge"])
         post(load, 200, lora_name="judge", lora_path="judge", load_inplace=True)
         check("judge")
+
+        def versions(name: str, **how: Any) -> list[list[int]]:
+            body = {"model": name, "prompt": "x", "max_tokens": 6, "return_weight_versions": True, "ignore_eos": True}
+            reply = server.http.post("/v1/completions", json=body | how)
+            lines = [x.removeprefix("data: ") for x in reply.text.splitlines() if x.startswith("data: {")]
+            parts = [c for line in lines or [reply.text] for c in json.loads(line)["choices"]]
+            return [[v for c in parts if c["index"] == i for v in c["weight_versions"]] for i in range(how.get("n", 1))]
+
+        assert versions("judge", n=2) == versions("judge", n=2, stream=True) == [[1] * 6] * 2
+        assert versions("poet") == versions("tiny", stream=True) == [[0] * 6]
+        body = {
+            "model": "judge",
+            "token_ids": [5],
+            "return_weight_versions": True,
+            "sampling_params": {"max_tokens": 2},
+        }
+        assert json.loads(post("/inference/v1/generate", 200, **body))["choices"][0]["weight_versions"] == [1, 1]
+        config = tmp_path / "judge" / "adapter_config.json"
+        before = config.read_text()
+        for alpha in ("1e308", "9" * 400, "Infinity", "NaN", "1e400", "9" * 5000):
+            config.write_text(json.dumps(json.loads(before) | {"lora_alpha": "ALPHA"}).replace('"ALPHA"', alpha))
+            for name in ("judge", "third"):
+                said = post(load, 400, lora_name=name, lora_path="judge", load_inplace=True)
+                assert "adapter_config.json" in said, said
+        config.write_text(before)
+        check("judge", "poet", None)
+        for value, status in ((float("nan"), 409), (1e30, 200)):
+            lora.save(tmp_path / "judge", spec, tree_map_only(Tensor, lambda x, v=value: x * v, trees["judge"]))
+            post(load, status, lora_name="judge", lora_path="judge", load_inplace=True)
+            if status == 200:
+                for stream in (False, True):
+                    said = post("/v1/completions", 200 if stream else 500, model="judge", prompt="x", stream=stream)
+                    assert "NaN or infinite" in said and "engine_error" in said
+            check(None, "poet")
+        lora.save(tmp_path / "judge", spec, trees["judge"])
+        post(load, 200, lora_name="judge", lora_path="judge", load_inplace=True)
+        check("judge", "poet", None)
         with server.http.stream("POST", "/v1/completions", json={"model": "judge", "prompt": "x", "stream": True,
                                 "max_tokens": 400, "n": 90, "ignore_eos": True}) as stream:  # fmt: skip
             lines = stream.iter_lines()

@@ -553,12 +553,15 @@ class Engine(Loop):
     def update_adapter(self, name: str, adapter: Adapter | None = None) -> None:
         """Say that an adapter's tensors were changed in place, or copy others into them.
 
-        Nothing cached under the adapter is used any more; what is cached of others, and of the model alone, is.
-        Where this engine has started other ranks, `adapter` must be given: their tensors are in other processes.
+        The `versions` of tokens drawn with it from now on are one more. Nothing cached under the adapter is used any
+        more; what is cached of others, and of the model alone, is. Where this engine has started other ranks, `adapter`
+        must be given: their tensors are in other processes.
         """
         if self._crew is not None and adapter is None:
             raise ValueError(f"adapter {name!r}: other ranks have parts of it, too: give the tree that it has become")
-        held = self._room().update(name, adapter)
+        shelf = self._room()
+        self._receive()  # what runs was launched with the adapter as it was
+        held = shelf.update(name, adapter)
         if adapter is not None:
             self._hand("update_adapter", name, adapter)
         self.state.tree.reset_adapter(held.index)

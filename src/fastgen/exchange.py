@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from fastgen.types import Params
 
 BUCKET = 2**28  # bytes that are sent together
 WATCHED = "fastgen_watched"  # attribute of what an engine looks at
-WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)\.")
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)\.")
 PREFIXES = re.compile(r"^(?:module\.|base_model\.model\.)+")
 
 
@@ -46,14 +47,14 @@ class Adoption:
     """Watches whether a model still computes with the parameters that were adopted from it."""
 
     def __init__(self, model: torch.nn.Module, params: Mapping[str, torch.nn.Parameter]) -> None:
-        """`params`: by checkpoint name, those that were adopted."""
+        """Takes the adopted parameters by checkpoint name."""
         self._model = weakref.ref(model)
         self._names, self._params = list(params), list(params.values())
         self._addresses = [p.data_ptr() for p in self._params]
         self._record(model)
 
     def _record(self, model: torch.nn.Module) -> None:
-        """Remember which parameters and modules every module has."""
+        """Remembers which parameters and modules every module has."""
         both = ((m._modules, m._parameters) for m in model.modules())
         self._dicts: list[dict[str, Any]] = [d for pair in both for d in pair if d]
         self._contents = [dict(d) for d in self._dicts]
@@ -72,7 +73,7 @@ class Adoption:
             self._find()
 
     def _find(self) -> None:
-        """Check name by name."""
+        """Compares name by name, and raises ValueError for the first parameter that differs."""
         model = self._model()
         problem = None
         if model is None:  # it was deleted, and left its parameters to the engine
@@ -109,9 +110,9 @@ class _Adopted(NamedTuple):
     sources: tuple[torch.nn.Parameter, ...]  # views of the leaf, along its first dimension
 
 
-# Leaves and parameters are kept apart from what is known of them: copies of a leaf must not take its model along.
-_adopted: MutableMapping[Tensor, _Adopted] = WeakTensorKeyDictionary()  # of leaves
-_leaves: MutableMapping[Tensor, TensorWeakRef] = WeakTensorKeyDictionary()  # by the first of their sources
+# Beside the leaves, not an attribute of them: copies of a leaf must not take its model along.
+_adopted: MutableMapping[Tensor, _Adopted] = WeakTensorKeyDictionary()
+_leaves: MutableMapping[torch.nn.Module, list[TensorWeakRef]] = weakref.WeakKeyDictionary()  # of a model, in order
 
 
 def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
@@ -147,10 +148,12 @@ def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
         if tuple(own[part.name].shape) != part.shape:
             raise ValueError(f"{part.name} has shape {tuple(own[part.name].shape)}, the config says {part.shape}")
     sources = [tuple(own[part.name] for part in leaf.parts) for leaf in declared]
-    packed = [_pack(some, leaf.shape) for some, leaf in zip(sources, declared, strict=True)]
+    known = [ref() for ref in _leaves.get(model, [])] + [None] * len(declared)
+    packed = [_pack(some, leaf.shape, old) for some, leaf, old in zip(sources, declared, known, strict=False)]
     adoption = Adoption(model, {part.name: own[part.name] for part in parts})
     for leaf, some in zip(packed, sources, strict=True):
-        _adopted[leaf], _leaves[some[0]] = _Adopted(adoption, some), TensorWeakRef(leaf)
+        _adopted[leaf] = _Adopted(adoption, some)
+    _leaves[model] = list(map(TensorWeakRef, packed))
     rest = iter(packed)
     leaves = [None if leaf is None else next(rest) for leaf in tree_leaves(tree)]
     return spec, tree_unflatten(leaves, tree_flatten(tree)[1])
@@ -186,11 +189,9 @@ def _check(own: dict[str, Any], names: Sequence[str], spec: Spec) -> None:
         raise ValueError(f"the parameters are on several devices, {sorted(map(str, devices))}{advice}")
 
 
-def _pack(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...]) -> Tensor:
-    """The leaf whose views the parameters are, or become."""
-    ref = _leaves.get(sources[0])
-    known = None if ref is None else ref()
-    if known is not None and known.shape == shape and _in_place(known, sources):
+def _pack(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...], known: Tensor | None) -> Tensor:
+    """The leaf whose views the parameters become; the known one, if they are its views."""
+    if known is not None and _in_place(known, sources):
         return known
     if len(sources) == 1:
         return sources[0].detach()
@@ -201,9 +202,13 @@ def _pack(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...]) -> Te
 
 
 def _in_place(leaf: Tensor, sources: tuple[torch.nn.Parameter, ...]) -> bool:
+    """Whether a leaf was made of just these parameters, and they still are its views."""
+    before = _adopted[leaf].sources
+    if len(before) != len(sources) or any(a is not b for a, b in zip(before, sources, strict=True)):
+        return False
     views = leaf.split([len(p) for p in sources])
     return all(
-        (p.data_ptr(), p.dtype, p.device) == (v.data_ptr(), v.dtype, v.device)
+        (p.data_ptr(), p.dtype, p.shape) == (v.data_ptr(), v.dtype, v.shape)
         for p, v in zip(sources, views, strict=True)
     )
 
@@ -236,9 +241,10 @@ class _Join(torch.autograd.Function):
 
 
 def trained(params: Params) -> Params:
-    """The same memory, as functions of the parameters it was adopted from: those that require gradients get them.
+    """Returns the same values as functions of the parameters that they were adopted from, which then get gradients.
 
-    Raises ValueError if their model has other parameters now.
+    The memory is the leaves'; parameters that do not require gradients get none. Raises ValueError if their model has
+    other parameters now.
     """
     for adoption in adoptions(params):
         adoption.check()
@@ -254,14 +260,14 @@ def trained(params: Params) -> Params:
 
 def marks(params: Params) -> tuple[Tensor, ...]:
     """Everything whose version counter moves when the parameters are written in place."""
-    found = {id(leaf): leaf for leaf in tree_leaves(params) if leaf is not None}
-    sources = [p for _, known in _adopted_leaves(params) for p in known.sources]
-    for t in (*found.values(), *sources):
-        setattr(t, WATCHED, True)
+    leaves = [leaf for leaf in tree_leaves(params) if leaf is not None]
+    sources = [known.sources for _, known in _adopted_leaves(params)]
+    for t in (*leaves, *chain(*sources)):
+        if not t.is_inference():
+            setattr(t, WATCHED, True)
     _watch()
-    # A leaf of one source has its version counter.
-    more = [p for _, known in _adopted_leaves(params) if len(known.sources) > 1 for p in known.sources]
-    return tuple(t for t in (*found.values(), *more) if not t.is_inference())
+    packed = chain(*(some for some in sources if len(some) > 1))  # a leaf of one source has its version counter
+    return tuple(t for t in (*leaves, *packed) if not t.is_inference())
 
 
 @cache

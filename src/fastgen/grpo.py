@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from fastgen.config import Grpo, SamplingParams, unknown
 from fastgen.engine import Engine
 from fastgen.models.weights import save
-from fastgen.request import Output
+from fastgen.request import Output, refuse_errors
 from fastgen.scoring import leaves, score
 from fastgen.tokenizer import Prompt
 from fastgen.types import Params
@@ -200,6 +200,7 @@ class Trainer:
         prompts = [self.problem.draw(dice) for _ in range(self.settings.prompts)]
         asked = [replace(self.sampling, seed=derive(self.seed, self.done, i)) for i in range(len(prompts))]
         outputs = self.engine.generate(prompts, asked, progress=False)
+        refuse_errors(outputs)
         rewards = [
             [self._reward(p, o, i) for i in range(self.sampling.n)] for p, o in zip(prompts, outputs, strict=True)
         ]

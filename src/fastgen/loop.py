@@ -513,12 +513,13 @@ class Loop:
             rows = list(launched.rows())
         if self.group is not None:
             self._drawn = hash(tuple(row[0] for row in rows))
-        stopped = set()
+        stopped, changes = set(), None if self._shelf is None else self._shelf.versions
         with self.profiler.range("commit"):
             for span, row in zip(launched.plan, rows, strict=False):
                 sample = self._samples.get(span.id) if span.sample else None
                 if sample is not None:  # it may have been aborted, or have stopped a step ago
-                    event = sample.push(*row, launched.version)
+                    version = launched.version if changes is None else launched.version + changes[sample.adapter]
+                    event = sample.push(*row, version)
                     self._undelivered.append(event)
                     if event.finish_reason:
                         stopped.add(span.id)

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.config import Lora, unknown
 from fastgen.models import weights
+from fastgen.models.files import open_safetensors, read_json
 from fastgen.models.spec import WHOLE, Place, Spec
 from fastgen.models.weights import Cut
 from fastgen.parallel import Group
@@ -72,7 +72,8 @@ def _tree(spec: Spec, pairs: Mapping[tuple[int, str], LowRank], scale: float) ->
 
 
 def _pairs(adapter: Adapter, spec: Spec, place: Place = WHOLE) -> Iterator[tuple[Site, LowRank]]:
-    """Where an adapter changes something, and how. ValueError if it is another model's."""
+    """Where an adapter changes something, and how. ValueError if it is another model's, or its scale is not finite."""
+    _checked(adapter.scale, "scale")
     if len(adapter.layers) != spec.layers:
         raise ValueError(f"an adapter of {len(adapter.layers)} layers for a model of {spec.layers}")
     for site in sites(spec, place):
@@ -111,8 +112,27 @@ def rank(adapter: Adapter) -> int:
 
 
 def scaling(rank: int, alpha: float, *, rslora: bool = False) -> float:
-    """What changes are multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
-    return alpha / (math.sqrt(rank) if rslora else rank)
+    """What changes are multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
+
+    ValueError if that is not a finite number of fp32.
+    """
+    try:
+        scale = alpha / (math.sqrt(rank) if rslora else rank)
+    except (OverflowError, ZeroDivisionError):  # whole numbers may be beyond all others
+        scale = math.inf
+    return _checked(scale, "lora_alpha / r")
+
+
+def _checked(scale: float, name: str) -> float:
+    """`scale`. ValueError if it is not a finite number in fp32, in which changes are multiplied by it."""
+    try:
+        valid = not isinstance(scale, bool) and abs(scale) <= torch.finfo(torch.float32).max
+    except TypeError:
+        valid = False
+    if not valid:
+        said = f"{scale!r:.40}" if isinstance(scale, float) else f"a {type(scale).__name__}"
+        raise ValueError(f"adapter: {name} must be a finite number within the range of float32, and is {said}")
+    return scale
 
 
 def init(
@@ -171,14 +191,22 @@ def _by_name(tensors: Iterable[tuple[str, Tensor]], spec: Spec, source: str) -> 
     return {(site.layer, site.field): LowRank(pair["A"], pair["B"]) for site, pair in found.items()}
 
 
-@torch.no_grad()
-def check(name: str, adapter: Adapter, group: Group | None = None) -> None:
-    """ValueError for values that are not finite, of one rank's part if there is a `group`. They would outlive their
-    request: attention reads pages to their end, where the keys of whoever had them before may be, and masks by a
-    product with 0."""
-    finite = not leaves(adapter) or bool(torch.stack([x.isfinite().all() for x in leaves(adapter)]).all())
-    if not (finite if group is None else group.least(int(finite))):
-        raise ValueError(f"adapter {name!r} has values that are not finite: run nothing with it before they are mended")
+def check(name: str, adapter: Adapter, dtype: torch.dtype, group: Group | None = None) -> None:
+    """Raises ValueError, naming the tensors, for values that are NaN or infinite, or would be in `dtype`; of one rank's
+    part if there is a `group`, on all of its ranks."""
+    wrong = None
+    advice = "run nothing with it before they are mended"
+    tensors = [(f"layers.{i}.{field}.{letter}", x, dtype) for i, layer in enumerate(adapter.layers)
+               for field, pair in zip(Changes._fields, layer, strict=True) if pair is not None
+               for letter, x in zip(LowRank._fields, pair, strict=True)]  # fmt: skip
+    try:
+        weights.check_finite(tensors, f"adapter {name!r}", advice)
+    except ValueError as e:
+        wrong = e
+    if group is not None and not group.least(int(wrong is None)):
+        wrong = wrong or ValueError(f"adapter {name!r}: another rank's part has NaN or infinite values; {advice}")
+    if wrong is not None:
+        raise wrong
 
 
 @torch.no_grad()
@@ -203,10 +231,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = weights.resolve(folder)
     if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
         raise ValueError(f"{path}: not an adapter: there must be adapter_config.json and adapter_model.safetensors")
-    config = json.loads((path / "adapter_config.json").read_text())
-    r, alpha = (config.get(name) if isinstance(config, dict) else None for name in ("r", "lora_alpha"))
-    if type(r) is not int or r < 1 or not isinstance(alpha, int | float):
+    config = read_json(path / "adapter_config.json")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if type(r) is not int or r < 1 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise ValueError(f"{path}: adapter_config.json has r={r!r} and lora_alpha={alpha!r}, where numbers are wanted")
+    try:
+        scaling(r, alpha, rslora=bool(config.get("use_rslora")))
+    except ValueError as e:
+        raise ValueError(f"{path}: adapter_config.json: {e}") from e
     for name, allowed in PLAIN.items():
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(
@@ -234,7 +266,7 @@ def load(
     ValueError for a kind of adapter that is not computed here, by the name of the option.
     """
     path, config = weights.resolve(folder), read_config(folder)
-    with safe_open(path / "adapter_model.safetensors", "pt") as f:
+    with open_safetensors(path / "adapter_model.safetensors") as f:
         tensors = ((name, f.get_tensor(name).to(device or torch.get_default_device(), dtype)) for name in f.keys())
         pairs = _by_name(tensors, spec, str(path))
     r = config["r"]
@@ -351,7 +383,7 @@ def views(adapters: Adapters, spec: Spec, i: int, like: Adapter, place: Place = 
 
 class Held(NamedTuple):
     """An adapter of an engine: its number, its tensors (or a rank's share of them) as views of the engine's, and how
-    often it was changed."""
+    often it was changed: also under an earlier adapter of that name."""
 
     index: int
     params: Adapter
@@ -364,11 +396,13 @@ class Shelf:
     def __init__(
         self, spec: Spec, limits: Lora, device: torch.device, dtype: torch.dtype, group: Group | None = None
     ) -> None:
-        self.spec, self.limits, self.group = spec, limits, group
+        self.spec, self.limits, self.dtype, self.group = spec, limits, dtype, group
         self.place = WHOLE if group is None else group.place
         self.rank = limits.max_rank or RANK
         self.adapters = empty(spec, limits.max_adapters, self.rank, device, dtype, self.place)
         self.held: dict[str, Held] = {}
+        self.versions = [0] * (limits.max_adapters + 1)  # of each, by its number; 0 is no adapter
+        self._last: dict[str, int] = {}  # the version that each name had last
 
     def __getitem__(self, name: str) -> Held:
         """ValueError, with those that there are."""
@@ -389,13 +423,20 @@ class Shelf:
         if not free:
             most = self.limits.max_adapters
             raise ValueError(f"adapter {name!r}: {most} are there already; remove one or raise lora.max_adapters")
-        check(name, adapter)
+        mine = share(adapter, self.spec, self.place)
+        check(name, adapter, self.dtype)
         i = min(free)
+        for x in tree_leaves(self.adapters.layers):  # whoever still has views of the last one may have written there
+            x[i].zero_()
         params = views(self.adapters, self.spec, i, adapter, self.place)
-        copy(params, share(adapter, self.spec, self.place))
+        copy(params, mine)
         self.adapters.scale[i] = adapter.scale
-        self.held[name] = Held(i, params, 0)
-        return self.held[name]
+        return self._hold(name, Held(i, params, self._last.get(name, -1) + 1))
+
+    def _hold(self, name: str, held: Held) -> Held:
+        self.held[name] = held
+        self.versions[held.index] = self._last[name] = held.version
+        return held
 
     @torch.no_grad()
     def remove(self, name: str) -> Held:
@@ -411,14 +452,13 @@ class Shelf:
         """It has changed: in place, or now to a copy of `adapter`, of the same shapes."""
         held = self[name]
         if adapter is None:
-            check(name, held.params, self.group)
+            check(name, held.params, self.dtype, self.group)
         else:
-            check(name, adapter)
+            check(name, adapter, self.dtype)
             copy(held.params, share(adapter, self.spec, self.place))
             self.adapters.scale[held.index] = adapter.scale
             held = held._replace(params=held.params._replace(scale=adapter.scale))
-        self.held[name] = held._replace(version=held.version + 1)
-        return self.held[name]
+        return self._hold(name, held._replace(version=held.version + 1))
 
     @property
     def bytes(self) -> int:

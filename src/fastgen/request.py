@@ -30,7 +30,7 @@ class Completion:
     logprobs: list[float] | None = None  # of each token
     top_logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None  # None: still running
-    versions: list[int] = field(default_factory=list)  # of the parameters that drew each token (`Engine.version`)
+    versions: list[int] = field(default_factory=list)  # of the weights that drew each token; see `Engine.version`
 
 
 @dataclass(slots=True)
@@ -62,6 +62,13 @@ class Event:
     top_logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None
     output: Output | None = None
+    version: int | None = None  # of the weights that drew the token, as in `Completion.versions`
+
+
+def refuse_errors(outputs: Sequence[Output]) -> None:
+    """Raises RuntimeError if a completion has ended with an error: training cannot go on from there."""
+    if count := sum(c.finish_reason == "error" for o in outputs for c in o.completions):
+        raise RuntimeError(f"the logits of {count} completions are NaN or infinite: the parameters have diverged")
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -233,7 +240,7 @@ class Sample:
         c.token_ids.append(token)
         c.versions.append(version)
         self.counts[token] += 1
-        event = Event(self.output.request_id, self.index, [token], "")
+        event = Event(self.output.request_id, self.index, [token], "", version=version)
         if c.logprobs is not None:
             c.logprobs.append(logprob)
             event.logprobs = [logprob]

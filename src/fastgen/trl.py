@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgen.config import SamplingParams, unknown
 from fastgen.engine import Engine
 from fastgen.exchange import adopt
+from fastgen.request import refuse_errors
 
 # GRPOConfig's names of what SamplingParams calls otherwise; None in it is the default.
 SETTINGS = {
@@ -80,6 +81,7 @@ class Rollout:
         outputs = engine.generate(prompts, each, progress=False)
         if self._release:
             engine.release("cache")
+        refuse_errors(outputs)
         done = [o.completions[0] for o in outputs]
         return [c.token_ids for c in done], [c.logprobs for c in done]
 

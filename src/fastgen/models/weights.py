@@ -24,6 +24,7 @@ from fastgen.types import Layer, Params
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old checkpoints carry
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where the head is tied
 NORM = "model.norm.weight"
+ANYHOW = "finite=False takes them as they are"
 ROWS = 8192  # of two tensors that are compared at a time
 
 
@@ -238,7 +239,7 @@ def update(
         if finite:
             whole = tensor if isinstance(tensor, Tensor) else part.of(tensor)
             done = f"the {len(targets) - len(left)} tensors before it are written" if len(left) < len(targets) else ""
-            check_finite([(name, whole, view.dtype)], source, done or "nothing is written")
+            check_finite([(name, whole, view.dtype)], source, f"{done or 'nothing is written'}. {ANYHOW}")
         view.copy_(part.of(tensor))
         left.discard(part.name)
         tied = name if part.name == EMBED else tied
@@ -308,11 +309,11 @@ def _equal(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
 
 
 @torch.no_grad()
-def check_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str, done: str) -> None:
+def check_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str, advice: str) -> None:
     """Raises ValueError, naming the first eight of the (name, tensor, dtype), where values are NaN or infinite, or
     would be in that dtype.
 
-    One reduction a tensor, and one wait for each kind of them. `done` says what has become of the parameters.
+    One reduction a tensor, and one wait for each kind of them. `advice` ends the message.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.dtype, Tensor]]] = defaultdict(list)
     for name, x, dtype in tensors:
@@ -327,10 +328,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str
                 wrong.append(f"{name} ({dtype})".replace("torch.", ""))
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(
-            f"{source}: NaN or infinite values, or ones beyond the dtype, in {', '.join(wrong[:8])}{more}; {done}. "
-            "finite=False takes them as they are"
-        )
+        problem = f"{source}: NaN or infinite values, or ones beyond the dtype, in {', '.join(wrong[:8])}{more}"
+        raise ValueError(f"{problem}; {advice}")
 
 
 def check_update(params: Params, spec: Spec, tensors: Iterable[tuple[str, Tensor]], place: Place, source: str) -> None:
@@ -338,7 +337,7 @@ def check_update(params: Params, spec: Spec, tensors: Iterable[tuple[str, Tensor
     dtypes = {part.name: view.dtype for part, view in _parts(params, spec, place)}
     if spec.tied:
         dtypes[HEAD] = dtypes[EMBED]
-    check_finite([(n, t, dtypes[n]) for n, t in tensors if n in dtypes], source, "nothing is written")
+    check_finite([(n, t, dtypes[n]) for n, t in tensors if n in dtypes], source, f"nothing is written. {ANYHOW}")
 
 
 @torch.no_grad()
@@ -486,7 +485,7 @@ def load(
         update(params, spec, shown, source=str(path), place=place, finite=False)
         if finite:  # where they are now: a reduction is fastest there
             found = ((part.name, view, view.dtype) for part, view in _parts(params, spec, place))
-            check_finite(found, str(path), "the file may be damaged, or the dtype too narrow for it")
+            check_finite(found, str(path), f"is the file damaged, or the dtype too narrow? {ANYHOW}")
     return spec, params
 
 

@@ -23,6 +23,10 @@ from fastgen.types import Tokenizer
 
 Json = dict[str, Any]
 LEAST = -9999.0  # JSON has no -inf
+BROKEN = {  # what a piece's reason means that has no answer
+    "failed": "the engine failed while it computed this",
+    "error": "the model's output is NaN or infinite for this request: its weights, or the adapter's, are broken",
+}
 TAG_TOKENS = 16  # of a prompt's end, which are more than a tag and a line break have
 # Ends of lines to Python's splitlines, by which some clients read streams: U+0085, U+2028 and U+2029.
 BREAKS = tuple((chr(c).encode(), f"\\u{c:04x}".encode()) for c in (0x85, 0x2028, 0x2029))
@@ -97,6 +101,7 @@ class Choice:
         self.whole = Delta(logprobs=[] if with_logprobs else None, top=[] if params.logprobs else None)
         self.last: Piece | None = None  # with the counts
         self.time: float | None = None  # of the last token
+        self.versions: list[int] = []  # of tokens whose version the client was not told yet
 
     def push(self, piece: Piece) -> Delta:
         """Take what came; what of it is new."""
@@ -371,11 +376,13 @@ class Answer(Response):
         *,
         stream: bool,
         usage: bool = False,
+        versions: bool = False,
     ) -> None:
         # Not Response's own: there is no body yet, and `entry`, the request's line in the log, gets the counts.
         self.background = None
         self.client, self.metrics, self.form, self.call, self.model = client, metrics, form, call, model
         self.prompts, self.params, self.entry, self.stream, self.usage = prompts, params, entry, stream, usage
+        self.versions = versions  # whether tokens are told with the version of the weights that drew them
         live = form.live and (stream or params.logprobs is not None)
         vocabulary = form.vocabulary if form.live else Vocabulary(None)
         self.choices = [
@@ -423,9 +430,12 @@ class Answer(Response):
                 choice = self.choices[piece.slot]
                 if choice.whole.reason:
                     continue  # tokens after a stop string
-                if piece.reason == "error":
-                    raise Refused(500, "the engine failed while it computed this", code="engine_error")
+                if piece.reason in BROKEN:
+                    choice.whole.reason = "error"
+                    raise Refused(500, BROKEN[piece.reason], code="engine_error")
                 new = choice.push(piece)
+                if self.versions and piece.version is not None:
+                    choice.versions += [piece.version] * len(new.tokens)
                 self._time(choice, len(new.tokens))
                 if new.reason:
                     left -= 1
@@ -459,6 +469,12 @@ class Answer(Response):
     def _frame(self, choices: list[Json], *, chunk: bool) -> Json:
         return self.form.frame(self.call, self.created, self.model, chunk=chunk) | {"choices": choices}
 
+    def _versioned(self, choice: Choice, part: Json) -> Json:
+        """A part of an answer, with the versions of the tokens since the last part if the client asked for them."""
+        if self.versions:
+            part["weight_versions"], choice.versions = choice.versions, []
+        return part
+
     async def _whole(self, send: Send) -> None:
         try:
             async with aclosing(self._steps()) as steps:
@@ -468,7 +484,9 @@ class Answer(Response):
             await refuse(e)(_NO_SCOPE, _nothing, send)
             return
         n = self.params.n
-        choices = [self.form.full(c, self.choices[i - i % n].last) for i, c in enumerate(self.choices)]
+        choices = [
+            self._versioned(c, self.form.full(c, self.choices[i - i % n].last)) for i, c in enumerate(self.choices)
+        ]
         body = self._frame(choices, chunk=False) | {"usage": self._usage()}
         await Response(dump(body), media_type="application/json")(_NO_SCOPE, _nothing, send)
 
@@ -489,7 +507,7 @@ class Answer(Response):
             async with aclosing(self._steps()) as steps:
                 async for found in steps:
                     told = [(c, d) for c, d in found if d.text or d.reason or d.logprobs or not self.form.live]
-                    parts = [part for c, d in told if (part := self.form.part(c, d))]
+                    parts = [self._versioned(c, part) for c, d in told if (part := self.form.part(c, d))]
                     if parts:
                         await emit(*(self._frame([part], chunk=True) | blank for part in parts))
             final = [self._frame([], chunk=True) | {"usage": self._usage()}] if self.usage else []

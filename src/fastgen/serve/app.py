@@ -65,7 +65,10 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     names = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}
     names |= body.names()
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    return await service.start(request, form, model, [tokens], params, names, stream=body.stream, usage=usage)
+    versions = body.return_weight_versions
+    return await service.start(
+        request, form, model, [tokens], params, names, stream=body.stream, usage=usage, versions=versions
+    )
 
 
 def _calling(service: Service, body: ChatRequest, choice: str, *, many: bool) -> Chat:
@@ -93,13 +96,16 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     service.fits(len(prompts) * params.n, "n" if len(prompts) == 1 else "prompt")
     tokens = [await service.encode(prompt, "prompt") for prompt in prompts]
     usage = bool(body.stream_options and body.stream_options.include_usage)
+    versions = body.return_weight_versions
 
     def echo(choice: Choice) -> str:
         prompt = prompts[choice.index // params.n]
         return prompt if isinstance(prompt, str) else service.vocabulary.decode(prompt)
 
     form = Completion(service.vocabulary, echo if body.echo else None)
-    return await service.start(request, form, model, tokens, params, body.names(), stream=body.stream, usage=usage)
+    return await service.start(
+        request, form, model, tokens, params, body.names(), stream=body.stream, usage=usage, versions=versions
+    )
 
 
 @router.post("/inference/v1/generate", response_model=None)
@@ -112,7 +118,8 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     tokens = await service.encode(body.token_ids, "token_ids")
     names = {"prompt": "token_ids"} | {n: f"sampling_params.{n}" for n in type(body.sampling_params).model_fields}
     form = Generate(service.vocabulary)
-    return await service.start(request, form, model, [tokens], params, names, stream=body.stream)
+    versions = body.return_weight_versions
+    return await service.start(request, form, model, [tokens], params, names, stream=body.stream, versions=versions)
 
 
 @router.post("/abort", response_model=None)

@@ -50,10 +50,11 @@ class Piece(NamedTuple):
     tokens: list[int]
     logprobs: list[float] | None
     top: list[dict[int, float]] | None
-    reason: str | None  # stop, length, abort or error
+    reason: str | None  # stop, length, abort, error (logits that are no numbers), or failed (the engine)
     cached: int = 0
     prompt_logprobs: list[float | None] | None = None
     prompt_top: list[dict[int, float] | None] | None = None
+    version: int | None = None  # of the weights that drew the tokens
 
 
 def pack(message: tuple) -> bytes:
@@ -203,7 +204,9 @@ class Core:
             self.send(worker, "events", dict(calls))
 
     def _piece(self, event: Event, slot: int) -> Piece:
-        piece = Piece(slot, event.token_ids, event.logprobs, event.top_logprobs, event.finish_reason)
+        piece = Piece(
+            slot, event.token_ids, event.logprobs, event.top_logprobs, event.finish_reason, version=event.version
+        )
         if (o := event.output) is None:
             return piece
         return piece._replace(
@@ -219,7 +222,7 @@ class Core:
     def failed(self) -> None:
         """A step raised, which ended everything: say so to whoever waits."""
         for worker, call, slot in self.owner.values():
-            self.send(worker, "events", {call: [Piece(slot, [], None, None, "error")]})
+            self.send(worker, "events", {call: [Piece(slot, [], None, None, "failed")]})
         self.owner.clear()
         self.calls.clear()
 

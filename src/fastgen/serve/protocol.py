@@ -188,7 +188,8 @@ class Common(Drawing):
     store: bool = False
     prompt_cache_key: Word | None = None
 
-    cache_salt: Word | None = None  # vLLM's, as the next four
+    return_weight_versions: bool = False  # of each token: `weight_versions` of a choice
+    cache_salt: Word | None = None  # vLLM's, as the guided ones
     response_format: ResponseFormat | None = None
     guided_json: Word | dict[str, Any] | None = None
     guided_regex: Word | None = None
@@ -497,6 +498,7 @@ class GenerateRequest(Strict):
     sampling_params: GenerateSampling = GenerateSampling()
     cache_salt: Word | None = None
     stream: bool = False
+    return_weight_versions: bool = False  # as of completions
 
     def sampling(self) -> SamplingParams:
         """What is wrong is Refused, by name."""
