@@ -316,6 +316,7 @@ def other_than(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         (lambda: other_than("model.more.weight", torch.ones(31)), ValueError, "unexpected: model.more.weight"),
         (lambda: {"model.norm.weight": torch.ones(32)}, ValueError, "missing: "),
         (lambda: fresh(1)._replace(norm=torch.ones(31)), ValueError, r"shape \(31,\)"),
+        (lambda: other_than("model.norm.weight", torch.full((32,), torch.inf)), ValueError, "NaN or infinite"),
         (lambda: "folder", ValueError, "not str"),
     ],
 )

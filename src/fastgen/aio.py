@@ -214,7 +214,13 @@ class AsyncEngine:
         return await self._ask(lambda: f(self.engine, *args, **named))
 
     async def update_params(
-        self, source: Any, *, device: torch.device | str | None = None, partial: bool = False, **named: Any
+        self,
+        source: Any,
+        *,
+        device: torch.device | str | None = None,
+        partial: bool = False,
+        recompute: bool = False,
+        finite: bool = True,
     ) -> int:
         """`Engine.update_params` that takes the tensors from `source` beside the steps, and writes them between two.
 
@@ -224,23 +230,26 @@ class AsyncEngine:
         """
         if self._closed:
             raise RuntimeError("this AsyncEngine was closed")
-        spec, dtype, loop = self.engine.spec, self.engine.dtype, asyncio.get_running_loop()
+        engine, loop = self.engine, asyncio.get_running_loop()
         staged: asyncio.Future[list[tuple[str, torch.Tensor]]] = loop.create_future()
 
         def receive() -> None:
             try:
-                if self.engine.device.type == "cuda":
-                    torch.cuda.set_device(self.engine.device)  # is a thread's own
-                pairs = weights.named(source, spec) if isinstance(source, Params) else source
+                if engine.device.type == "cuda":
+                    torch.cuda.set_device(engine.device)  # is a thread's own
+                pairs = weights.named(source, engine.spec) if isinstance(source, Params) else source
                 tensors, error = exchange.staged(pairs, device), None
-                weights.check(dict(tensors), spec, dtype, source="update_params", partial=partial)
+                weights.check(dict(tensors), engine.spec, engine.dtype, source="update_params", partial=partial)
+                if finite:
+                    weights.check_update(engine.params, engine.spec, tensors, engine._place, "update_params")
             except BaseException as e:
                 tensors, error = [], e
             with suppress(RuntimeError):  # the loop was closed, and nobody waits any more
                 loop.call_soon_threadsafe(_settle, staged, tensors, error)
 
         threading.Thread(target=receive, name="fastgen-update", daemon=True).start()
-        return await self.call(Engine.update_params, await staged, partial=partial, **named)
+        how = {"partial": partial, "recompute": recompute, "finite": False}  # they have been looked at
+        return await self.call(Engine.update_params, await staged, **how)
 
     async def pause(self, mode: str = "keep") -> None:
         """No step begins until `resume`, and none is running any more.
