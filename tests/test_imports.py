@@ -25,7 +25,7 @@ LAYERS = [  # each may import from its own line and those above
     ["chat", "replicas", "aio", "trl", "grpo"],
     ["api"],
     ["__init__"],
-    ["serve.protocol", "serve.core", "serve.metrics", "serve.log"],
+    ["serve.protocol", "serve.core", "serve.metrics", "serve.log", "serve.reasoning"],
     ["serve.client", "serve.tools"],
     ["serve.answer"],
     ["serve.service"],
