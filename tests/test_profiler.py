@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from fastgen import limits
 from fastgen.models.spec import Spec
-from fastgen.profiler import Profiler, listen
+from fastgen.profiler import Profiler, Window, listen
 from fastgen.schedule import Plan, Span
 from fastgen.trace import Summary, ceilings, kernels, layers, part_of, row, summarize, work
 
@@ -345,6 +345,7 @@ def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) 
     os.kill(os.getpid(), usr2)
     assert "signal ignored: a profile is being taken already" in capfd.readouterr().err
     steps(p, 5)
+    p.wait()
     trace, summary = sorted((tmp_path / "new").iterdir())
     assert len([e for e in read(trace) if e["name"].startswith("step ")]) == 2
     assert "2 steps of 5.0 tokens" in summary.read_text() and off(p)
@@ -353,7 +354,30 @@ def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) 
     listen(p, tmp_path / "file" / "in a file")
     os.kill(os.getpid(), usr2)
     steps(p, 11)
+    p.wait()
     assert "the profile failed" in capfd.readouterr().err and off(p)
+
+
+def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """It ends with the steps there were, or for the next one if none came; and one is written at a time."""
+    monkeypatch.setattr("fastgen.profiler.SECONDS", 0.0)
+    p = profiler()
+    p.request(8, tmp_path)
+    p.request(8, tmp_path, skip=0)  # no step has come for the first
+    steps(p, 2)
+    p.wait()
+    assert "profiled 1 steps" in capfd.readouterr().err and off(p)
+    monkeypatch.undo()
+    p.request(1, tmp_path, skip=0)
+    go = threading.Event()
+    monkeypatch.setattr(Window, "_write", lambda self: go.wait(10))
+    steps(p, 2)
+    with pytest.raises(ValueError, match="being written: wait for its end"):
+        p.request(1, tmp_path)
+    go.set()
+    p.wait()
+    p.request(1, tmp_path)
+    assert not off(p)
 
 
 def test_off_costs_nothing() -> None:

@@ -32,6 +32,7 @@ from fastgen.cli import serve
 from fastgen.request import Completion, Sample
 from fastgen.schedule import Span
 from fastgen.serve import core, log, worker
+from fastgen.serve.answer import dump, pieces
 from fastgen.serve.gate import HANDLERS
 from fastgen.serve.metrics import Metrics, exposition
 from fastgen.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
@@ -338,3 +339,20 @@ def test_texts_that_can_never_fit() -> None:
     token = max(BYTE_LEVEL.get_vocab().items(), key=lambda item: len(item[0]))[1]
     assert len(BYTE_LEVEL.decode([token] * 100)) <= longest <= 100 * 4 * 64
     assert longest_text(None, 100) == 0
+
+
+def test_json_in_pieces() -> None:
+    """The bytes are those of one go, for lists of any length, and for what is empty or no text."""
+    top = [{"token": "é\u2028", "logprob": -0.5, "bytes": [1, 2]}] * 3
+    long = [{"token": "x", "top_logprobs": top}] * 150
+    values = [
+        {"logprobs": {"content": long, "refusal": None}, "index": 0},
+        {},
+        [],
+        [*range(64)],
+        [*range(65)],
+        "\ud800",
+    ]
+    for value in values:
+        assert b"".join(pieces(value)) == dump(value)
+    assert max(map(len, pieces(values[0]))) < len(dump(values[0])) / 2

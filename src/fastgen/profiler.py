@@ -5,10 +5,12 @@ skipped steps (the tracer warms up) -> `steps` recorded ones -> trace file, Summ
 
 import gzip
 import json
+import math
 import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
@@ -23,6 +25,7 @@ from fastgen.models.spec import Spec
 from fastgen.schedule import Plan
 from fastgen.trace import Summary, ceilings, kernels, row, summarize
 
+SECONDS = 60.0  # in which a window that was requested ends
 OFF: AbstractContextManager[None] = nullcontext()  # shared by every range while nothing is recorded
 
 
@@ -34,6 +37,7 @@ class Profiler:
 
     _window: "Window | None" = None
     _recording = False
+    _writer: threading.Thread | None = None  # of the last window that was requested
 
     def __init__(
         self,
@@ -63,14 +67,24 @@ class Profiler:
     def request(self, steps: int = 8, folder: str | Path = ".", skip: int = 2) -> Path:
         """Trace the next steps, from any thread; trace and summary go to `folder`, their paths to stderr.
 
-        The engine's thread writes them after the last step, which takes a few seconds. The trace's path; the summary
-        ends in .txt instead of .json.gz. ValueError while another profile is being taken.
+        A thread writes them after the last step, which takes a few seconds; `wait` waits for it. The window ends after
+        60 s with the steps there were. The trace's path; the summary ends in .txt instead of .json.gz. ValueError while
+        another profile is being taken or written.
         """
         window = Window(self, steps, skip, Path(folder) / (_stamp() + ".json.gz"), told=True)
         self._open(window)
         return window._path
 
+    def wait(self) -> None:
+        """Until what was requested and has been recorded is written."""
+        if self._writer is not None:
+            self._writer.join()
+
     def _open(self, window: "Window") -> None:
+        if self._writer is not None and self._writer.is_alive():
+            raise ValueError("a profile is being written: wait for its end")
+        if (old := self._window) is not None and old._torch is None and time.monotonic() > old._end:
+            vars(self).pop("_window", None)  # no step has come for it
         if vars(self).setdefault("_window", window) is not window:  # one operation, so that two threads cannot both
             raise ValueError("a profile is being taken already: wait for its end")
 
@@ -97,6 +111,7 @@ class Window:
         if not path.name.endswith((".json", ".json.gz")):
             raise ValueError(f"the trace's path must end in .json or .json.gz, got {path}")
         self._profiler, self._skip, self._until, self._path, self._told = profiler, skip, skip + steps, path, told
+        self._end = time.monotonic() + SECONDS if told else math.inf
         self._torch: profile | None = None
         self._seen, self._thread = 0, 0
         self._plans: list[Plan] = []
@@ -149,14 +164,20 @@ class Window:
             self._try(self._next)
 
     def _next(self) -> None:
-        if self._seen < self._until:
+        if self._seen < self._until and time.monotonic() < self._end:
             self._start()
         elif self._profiler._window is self:
             self._stop()
             if self._told:
-                summary = self._path.with_name(self._path.name.split(".json")[0] + ".txt")
-                summary.write_text(f"{self.summary}\n", encoding="utf-8")
-                _say(f"profiled {len(self._plans)} steps: {self._path} and {summary}")
+                self._profiler._writer = threading.Thread(target=self._try, args=(self._write,))
+                self._profiler._writer.start()
+
+    def _write(self) -> None:
+        """A thread: neither the engine's steps nor a request waits for the files."""
+        summary = self._path.with_name(self._path.name.split(".json")[0] + ".txt")
+        text = f"{self.summary}\n"
+        summary.write_text(text, encoding="utf-8")
+        _say(f"profiled {len(self._plans)} steps: {self._path} and {summary}")
 
     def _start(self) -> None:
         """Trace from now on if enough steps were skipped; at a step's end, so that what lies between steps is seen."""
@@ -197,8 +218,9 @@ class Window:
         except Exception as e:
             if not self._told:
                 raise
-            self._profiler._recording = False
-            vars(self._profiler).pop("_window", None)
+            if self._profiler._window is self:
+                self._profiler._recording = False
+                vars(self._profiler).pop("_window", None)
             _say(f"the profile failed: {e}")
 
     def _result(self) -> Summary:

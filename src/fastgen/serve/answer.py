@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,8 @@ from fastgen.tokenizer import Detokenizer
 from fastgen.types import Tokenizer
 
 Json = dict[str, Any]
+INLINE = 4096  # logprobs of an answer that is written within the loop; more are in a thread
+PIECE = 64  # elements of a list that are written at once there
 LEAST = -9999.0  # JSON has no -inf
 BROKEN = {  # what a piece's reason means that has no answer
     "failed": "the engine failed while it computed this",
@@ -38,6 +40,21 @@ def dump(value: Any) -> bytes:
     for raw, escaped in BREAKS:
         data = data.replace(raw, escaped)
     return data
+
+
+def pieces(value: Any) -> Iterator[bytes]:
+    """What `dump` gives, a little at a time: no other thread runs while the encoder makes a piece."""
+    if isinstance(value, dict) and value:
+        for i, (name, member) in enumerate(value.items()):
+            yield (b"," if i else b"{") + dump(name) + b":"
+            yield from pieces(member)
+        yield b"}"
+    elif isinstance(value, list) and len(value) > PIECE:
+        for i in range(0, len(value), PIECE):
+            yield (b"," if i else b"[") + dump(value[i : i + PIECE])[1:-1]
+        yield b"]"
+    else:
+        yield dump(value)
 
 
 class Vocabulary:
@@ -483,12 +500,27 @@ class Answer(Response):
         except Refused as e:
             await refuse(e)(_NO_SCOPE, _nothing, send)
             return
-        n = self.params.n
-        choices = [
-            self._versioned(c, self.form.full(c, self.choices[i - i % n].last)) for i, c in enumerate(self.choices)
-        ]
-        body = self._frame(choices, chunk=False) | {"usage": self._usage()}
-        await Response(dump(body), media_type="application/json")(_NO_SCOPE, _nothing, send)
+        prompts = self.prompts if self.params.prompt_logprobs is not None else []
+        tokens = sum(len(c.whole.tokens) for c in self.choices) + sum(map(len, prompts))
+        if self.params.logprobs is None and not prompts or tokens * (1 + (self.params.logprobs or 0)) <= INLINE:
+            parts = self._parts(dump)
+        else:
+            parts = await asyncio.to_thread(self._parts, lambda value: b"".join(pieces(value)))
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(sum(map(len, parts))).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _parts(self, encode: Callable[[Any], bytes]) -> list[bytes]:
+        """The body of a whole answer: what comes before the choices, each of them, and what comes after."""
+        n, parts = self.params.n, list[bytes]()
+        for i, choice in enumerate(self.choices):
+            parts.append(
+                b"," * (i > 0) + encode(self._versioned(choice, self.form.full(choice, self.choices[i - i % n].last)))
+            )
+        before = self.form.frame(self.call, self.created, self.model, chunk=False)
+        return [dump(before)[:-1] + b',"choices":[', *parts, b'],"usage":' + dump(self._usage()) + b"}"]
 
     async def _stream(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
