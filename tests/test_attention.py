@@ -240,7 +240,7 @@ def test_memory_of_nobody_never_takes_part(
         batch, q, k, v = make_shared(4, spec, page, device, 2)
         pad = int((batch.seat == 0).sum())
     elif kind == "long":  # several programs for a sequence's keys
-        monkeypatch.setitem(KINDS, "long", lambda r: (r.randint(300, 600), 1))
+        monkeypatch.setitem(KINDS, "long", lambda r: (r.randint(258, 300), 1))
         batch, q, k, v, _ = make(0, kind, spec, page, device, sequences=2, pad=pad)
     else:
         batch, q, k, v, _ = make(4, kind, spec, page, device, sequences=3, pad=pad)

@@ -163,7 +163,7 @@ def test_draw(rows: int, vocab: int, dtype: torch.dtype) -> None:
     compare(logits, temperature.flip(0), torch.arange(rows) % 3 == 1, seed=1)
 
 
-@pytest.mark.parametrize("cold", [1e-45, 1.2e-38, 9.9e-6])
+@pytest.mark.parametrize("cold", [1e-45, 9.9e-6])
 def test_draw_near_temperature_0(cold: float) -> None:
     """As temperature 0, logprob included, however large the logits are; from 1e-5 on it draws."""
     logits = torch.tensor([1.0, 1e30, 1.0])[:, None] * torch.randn(3, 1100)
@@ -176,23 +176,21 @@ def test_draw_near_temperature_0(cold: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of Triton's interpreter, which computes by NumPy
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("count", [1, 1100])
-def test_draw_of_logits_that_are_no_numbers(count: int, value: float) -> None:
+@pytest.mark.parametrize(("value", "count"), [(float("nan"), 1), (float("inf"), 1100)])
+def test_draw_of_logits_that_are_no_numbers(value: float, count: int) -> None:
     """A logprob of NaN, whether one logit is none or all are; a token of the vocabulary; other rows are as ever."""
     logits, rows = torch.randn(5, 1100), torch.tensor([0, 2, 4])
     spoilt = logits.clone()
     spoilt[1::2, -count:] = value
     args = (torch.tensor([0.0, 0.0, 1.0, 1.0, 0.5]), torch.arange(5), torch.arange(5), torch.arange(5) % 2 == 1)
     last, seat = torch.zeros(6, dtype=torch.int32), torch.arange(1, 6)
-    for fixed in (False, True):
-        token, logprob = fused.draw(spoilt, *args, last, seat, fixed=fixed)
-        wanted = fused.draw(logits, *args, last.clone(), seat, fixed=fixed)
-        assert logprob.isnan().tolist() == [False, True, False, True, False]
-        assert ((token >= 0) & (token < 1100)).all() and torch.equal(last[1:], token)
-        assert torch.equal(token[rows], wanted[0][rows]) and torch.equal(logprob[rows], wanted[1][rows])
-        value_of = fused.logprobs(spoilt, token, 2)[0]
-        assert value_of.isnan().tolist() == [False, True, False, True, False]
+    token, logprob = fused.draw(spoilt, *args, last, seat, fixed=count == 1)
+    wanted = fused.draw(logits, *args, last.clone(), seat, fixed=count == 1)
+    assert logprob.isnan().tolist() == [False, True, False, True, False]
+    assert ((token >= 0) & (token < 1100)).all() and torch.equal(last[1:], token)
+    assert torch.equal(token[rows], wanted[0][rows]) and torch.equal(logprob[rows], wanted[1][rows])
+    value_of = fused.logprobs(spoilt, token, 2)[0]
+    assert value_of.isnan().tolist() == [False, True, False, True, False]
 
 
 def test_draw_ties() -> None:

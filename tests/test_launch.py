@@ -1,5 +1,6 @@
 """Ranks as processes: the same tokens, and one that ends ends all, quickly and with its cause."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -116,10 +117,15 @@ def test_update_and_score() -> None:
             ({name: torch.ones(2)}, "shape"), (pairs[:3], "missing"),
             ([*pairs, ("more", torch.ones(1))], "unexpected"), (breaks(ValueError("no")), "no"),
             (breaks(KeyError("gone")), "what gives the tensors failed: KeyError: 'gone'"),
+            ([*pairs[:2], (pairs[2][0], pairs[2][1] * math.nan)], f"in {pairs[2][0]} .*; nothing is written"),
+            (iter([*pairs[:2], (pairs[2][0], pairs[2][1] * math.nan)]), "the 2 tensors before it are written"),
         ]  # fmt: skip
         for source, message in wrong:
             with pytest.raises(ValueError, match=message):
                 e.update_params(source)
+        e.update_params({name: new.layers[0].down * math.nan}, partial=True, finite=False)
+        assert {c.finish_reason for o in e.generate(*prompts, progress=False) for c in o.completions} == {"error"}
+        e.update_params(new)
         assert tokens(e.generate(*prompts, progress=False)) == want
         id = e.add(prompts[0][0], SamplingParams(temperature=0, max_tokens=30))
         for _ in range(3):

@@ -14,7 +14,7 @@ import fastgen
 from fastgen import Output, SamplingParams, lora
 
 SPEC = fastgen.from_hf(tiny.config("Mistral", **tiny.WINDOWED))
-PROMPTS = [[(7 * i + j) % 61 for j in range(n)] for i, n in enumerate((5, 1, 23, 9, 2, 17))]
+PROMPTS = [[(7 * i + j) % 61 for j in range(n)] for i, n in enumerate((5, 1, 19, 9, 2, 11))]
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "greedy with logprobs": {"temperature": 0, "logprobs": 2},
@@ -23,7 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "penalised": {"temperature": 0.9, "repetition_penalty": 1.2, "logit_bias": {3: 2.0}, "logprob_mode": "processed"},
     "scored": {"temperature": 0, "prompt_logprobs": 1, "logprobs": 0},
 }
-SAMPLING = [SamplingParams(**how, seed=i, max_tokens=9, ignore_eos=True) for i, how in enumerate(KINDS.values())]
+SAMPLING = [SamplingParams(**how, seed=i, max_tokens=6, ignore_eos=True) for i, how in enumerate(KINDS.values())]
 NAN = tree_map_only(Tensor, lambda w: w * math.nan, tiny.weights(SPEC))
 WAYS: dict[str, dict[str, Any]] = {
     "sdpa": {},
@@ -70,14 +70,14 @@ def test_parameters_of_nan_and_then_good_ones(way: str) -> None:
         wanted = told(clean.generate(PROMPTS, SAMPLING))
         ids = [one.add(p, s) for p, s in zip(PROMPTS, SAMPLING, strict=True)]
         done: dict[int, Output] = {}
-        for _ in range(4):
+        for _ in range(3):
             done |= {e.request_id: e.output for e in one.step() if e.output is not None}
         one.update_params(NAN, finite=False)
         while one.unfinished:
             done |= {e.request_id: e.output for e in one.step() if e.output is not None}
         for id, (tokens, *_) in zip(ids, wanted, strict=True):
             c = done[id].completions[0]
-            assert c.finish_reason == "error" and len(c.token_ids) == len(c.versions) < 9
+            assert c.finish_reason == "error" and len(c.token_ids) == len(c.versions) < 6
             assert c.token_ids == tokens[: len(c.token_ids)] and {*c.versions} <= {0}
             assert c.logprobs is None or len(c.logprobs) == len(c.token_ids) and all(map(math.isfinite, c.logprobs))
         assert broken(one.generate(PROMPTS, SAMPLING))

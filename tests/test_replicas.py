@@ -101,6 +101,7 @@ def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
         sampling = [SamplingParams(temperature=0, max_tokens=6, adapter=name) for name in (None, "mine")] * 4
         got = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
         assert said(got) == said(alone.generate([[5, 6, 7]] * 8, sampling, progress=False))
+        assert [{*o.completions[0].versions} for o in got] == [{0}, {1}] * 4
     id = pair.add([1], sampling[1])
     with pytest.raises(ValueError, match=rf"used by requests \[{id}\]"):
         pair.remove_adapter("mine")

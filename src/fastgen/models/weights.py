@@ -220,7 +220,7 @@ def update(
     Raises ValueError naming the tensors that are mis-shaped, unexpected or missing, and a head that is another.
     """
     targets = {part.name: (part, view) for part, view in _parts(params, spec, place)}
-    left, unexpected = set(targets), []
+    left, total, unexpected = set(targets), len(targets), []
     if spec.tied:
         targets[HEAD] = targets[EMBED]
     tied = ""  # the one of the two names that came first
@@ -238,8 +238,9 @@ def update(
             continue
         if finite:
             whole = tensor if isinstance(tensor, Tensor) else part.of(tensor)
-            done = f"the {len(targets) - len(left)} tensors before it are written" if len(left) < len(targets) else ""
-            check_finite([(name, whole, view.dtype)], source, f"{done or 'nothing is written'}. {ANYHOW}")
+            count = total - len(left)
+            done = f"the {count} tensors before it are written" if count else "nothing is written"
+            check_finite([(name, whole, view.dtype)], source, f"{done}. {ANYHOW}")
         view.copy_(part.of(tensor))
         left.discard(part.name)
         tied = name if part.name == EMBED else tied
