@@ -317,8 +317,8 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
             guide.push(tokens[-1])
         shown = {id: text for text, id in markers.items()}
         decoder = Detokenizer(vocabulary, [], shown=shown)
-        text = "".join(decoder.push(t)[0] for t in tokens) + decoder.finish()
-        assert text == Detokenizer(vocabulary, [], shown=shown).whole(tokens)
+        text = "".join(decoder.push(t)[0] for t in tokens) + decoder.end(tokens)
+        assert text == Detokenizer(vocabulary, [], shown=shown, live=False).end(tokens)
         content, calls = read(form, [text])
         assert content == "" and calls, text
         counts.add(len(calls))
@@ -600,12 +600,12 @@ def test_markers_that_are_special_tokens_are_seen() -> None:
     vocabulary = CODERS["mistral"]
     id = tools.special(vocabulary)[tools.CALLS]
     tokens = vocabulary('é[TOOL_CALLS] [{"name"').input_ids + [256]
-    assert Detokenizer(vocabulary, []).whole(tokens) == 'é [{"name"'
+    assert Detokenizer(vocabulary, [], live=False).end(tokens) == 'é [{"name"'
     for decoder in (
         Detokenizer(vocabulary, [1, id, 2], shown={id: tools.CALLS}),
         Detokenizer(vocabulary, [], shown={id: tools.CALLS}),
     ):
-        assert "".join(decoder.push(t)[0] for t in tokens) + decoder.finish() == 'é[TOOL_CALLS] [{"name"'
+        assert "".join(decoder.push(t)[0] for t in tokens) + decoder.end(tokens) == 'é[TOOL_CALLS] [{"name"'
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -615,7 +615,7 @@ def worker(vocabulary: PreTrainedTokenizerFast | None) -> Service:
     """What the endpoints use, without an engine. The form of its model's calls is not known."""
     made = Service.__new__(Service)
     made.encoder, made.vocabulary, made.family, made.markers = vocabulary, Vocabulary(vocabulary), None, {}
-    made.tooled, made.thread, made.takes_text = False, ThreadPoolExecutor(1), {}
+    made.tooled, made.thread, made.takes_text, made.longest = False, ThreadPoolExecutor(1), {}, 10**6
     return made
 
 
