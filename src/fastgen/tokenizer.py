@@ -181,6 +181,8 @@ class _Traits:
     _known: "WeakKeyDictionary[Tokenizer, _Traits]" = WeakKeyDictionary()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode  # is there: it made the tokenizer
+
         added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = {id: token.content for id, token in added.items() if token.special}
         ids: Any = tokenizer.convert_tokens_to_ids([f"<0x{b:02X}>" for b in range(256)])
@@ -189,6 +191,7 @@ class _Traits:
         fallback = len({*ids}) == 256 and None not in ids and tokenizer.decode(replacement) == REPLACEMENT
         self.bytes: dict[int, int] = {id: b for b, id in enumerate(ids)} if fallback else {}
         self.replacement: list[int] = replacement
+        self.letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "_Traits":
@@ -259,6 +262,29 @@ class StopString:
         while length and self.text[length] != self.text[end]:
             length = self.fallback[length - 1]
         self.fallback.append(length + (self.text[length] == self.text[end]))
+
+
+def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
+    """Returns what a token adds to a text that goes before it, as UTF-8; for a special token, its name.
+
+    The bytes of a part of a character are those that the token stands for, where the tokenizer tells.
+    """
+    traits = _Traits.of(tokenizer)
+    if id in traits.special:
+        return traits.special[id].encode()
+    if id in traits.bytes:
+        return bytes([traits.bytes[id]])
+    options: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    before = [tokenizer.convert_tokens_to_ids("a")]  # some decode a token differently at the start of a text
+    if before[0] is None or tokenizer.decode(before, **options) != "a":
+        before = []
+    text = cast(str, tokenizer.decode([*before, id], **options))[len(before) :]
+    spelled: Any = tokenizer.convert_ids_to_tokens(id) if REPLACEMENT in text else ""
+    if spelled and set(spelled) <= traits.letters.keys():
+        data = bytes(traits.letters[letter] for letter in spelled)
+        if data.decode(errors="replace") == text:
+            return data
+    return text.encode()
 
 
 class Detokenizer:

@@ -1,6 +1,7 @@
 """From what the engine's steps give to what a client reads: text, stop strings, OpenAI's forms, server-sent events."""
 
 import asyncio
+import codecs
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -18,7 +19,7 @@ from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import Refused
 from fastgen.serve.reasoning import ReasoningReader, opened
 from fastgen.serve.tools import Reader
-from fastgen.tokenizer import Detokenizer
+from fastgen.tokenizer import Detokenizer, token_bytes
 from fastgen.types import Tokenizer
 
 Json = dict[str, Any]
@@ -62,26 +63,55 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
-        self._seen: dict[int, str] = {}
+        self._seen: dict[int, bytes] = {}
 
-    def decode(self, tokens: list[int], *, special: bool = False) -> str:
-        """The text of tokens."""
+    def decode(self, tokens: list[int]) -> str:
+        """Returns the text of tokens, special ones included."""
         if self.tokenizer is None:
             return ""
-        options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(tokens, **options)  # type: ignore[return-value]
 
-    def token(self, id: int) -> str:
-        """One token, by itself."""
+    def bytes(self, id: int) -> bytes:
+        """Returns what a token adds to a text, as UTF-8."""
         if id not in self._seen:
-            self._seen[id] = self.decode([id], special=True)
+            self._seen[id] = b"" if self.tokenizer is None else token_bytes(self.tokenizer, id)
         return self._seen[id]
 
+    def token(self, id: int) -> str:
+        """Returns what a token adds to a text."""
+        return self.bytes(id).decode(errors="replace")
+
     def named(self, id: int, logprob: float) -> Json:
-        """A token in a chat's logprobs. The bytes of a piece of a character are not known."""
-        text = self.token(id)
-        known = list(text.encode()) if "\ufffd" not in text else None
-        return {"token": text, "logprob": max(logprob, LEAST), "bytes": known}
+        """Returns a token as a chat's logprobs have it; `bytes` tell parts of characters apart."""
+        return {"token": self.token(id), "logprob": max(logprob, LEAST), "bytes": [*self.bytes(id)]}
+
+    def echo(self, prompt: list[int], hidden: frozenset[int] = frozenset()) -> "Echo":
+        """Returns a prompt's text and where its tokens begin in it.
+
+        `hidden` are the places of tokens that the tokenizer has put around a text: they are not part of it.
+        """
+        if self.tokenizer is None:
+            return Echo("", [0] * len(prompt))
+        decoder, text, offsets = codecs.getincrementaldecoder("utf-8")("replace"), "", list[int]()
+        for place, token in enumerate(prompt):
+            offsets.append(len(text))
+            if place not in hidden:
+                text += decoder.decode(self.bytes(token))
+        text += decoder.decode(b"", final=True)
+        own = [token for place, token in enumerate(prompt) if place not in hidden]
+        blanks = len(text) - len(text.lstrip(" "))
+        if blanks and not self.decode(own).startswith(" " * blanks):  # SentencePiece's own one, before the first word
+            text, offsets = text[1:], [max(0, offset - 1) for offset in offsets]
+        return Echo(text, offsets)
+
+
+@dataclass(slots=True, frozen=True)
+class Echo:
+    """A prompt as it is given back."""
+
+    text: str
+    offsets: list[int]  # of each token in it
 
 
 @dataclass(slots=True)
@@ -201,7 +231,7 @@ class Chat(Form):
 
     def _readers(self, choice: Choice) -> tuple[ReasoningReader | None, Reader | None]:
         """What reads a choice's text from its beginning."""
-        end = self.vocabulary.decode(choice.prompt[-TAG_TOKENS:], special=True) if self.reasons else ""
+        end = self.vocabulary.decode(choice.prompt[-TAG_TOKENS:]) if self.reasons else ""
         return ReasoningReader(opened(end)) if self.reasons else None, self.reader() if self.reader else None
 
     def _reason(self, reason: str | None, reader: Reader | None) -> str | None:
@@ -269,7 +299,7 @@ class Completion(Form):
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, vocabulary: Vocabulary, echo: Callable[[Choice], str] | None = None) -> None:
+    def __init__(self, vocabulary: Vocabulary, echo: Callable[[Choice], Echo] | None = None) -> None:
         super().__init__(vocabulary)
         self.echo = echo
 
@@ -281,37 +311,42 @@ class Completion(Form):
         return {
             "tokens": [self.vocabulary.token(t) for t in new.tokens],
             "token_logprobs": [max(p, LEAST) for p in new.logprobs],
-            "top_logprobs": [self._top({t: p} | likely) for t, p, likely in drawn],
+            "top_logprobs": [self._top(t, p, likely) for t, p, likely in drawn],
             "text_offset": [before + i for i in new.offsets or [0] * len(new.tokens)],
         }
 
-    def _top(self, pairs: dict[int, float]) -> dict[str, float]:
-        """By text; of tokens that look alike the likelier counts."""
-        found: dict[str, float] = {}
-        for token, logprob in sorted(pairs.items(), key=lambda pair: -pair[1]):
-            found.setdefault(self.vocabulary.token(token), max(logprob, LEAST))
-        return found
+    def _top(self, token: int, logprob: float, likely: dict[int, float]) -> dict[str, float]:
+        """Returns the likeliest tokens and the one that was drawn by their texts, the likeliest first.
+
+        Where two look alike, the drawn one, or else the likelier one, has the text, and the other is `token_id:N`.
+        """
+        pairs = sorted((likely | {token: logprob}).items(), key=lambda pair: -pair[1])
+        names = {self.vocabulary.token(token): token}
+        for id, _ in pairs:
+            names.setdefault(self.vocabulary.token(id), id)
+        texts = {id: text for text, id in names.items()}
+        return {texts.get(id, f"token_id:{id}"): max(p, LEAST) for id, p in pairs}
 
     def first(self, choice: Choice) -> Json | None:
         """The prompt, if it is asked for."""
         if self.echo is None:
             return None
-        return {"index": choice.index, "text": self.echo(choice), "logprobs": None, "finish_reason": None}
+        return {"index": choice.index, "text": self.echo(choice).text, "logprobs": None, "finish_reason": None}
 
     def part(self, choice: Choice, new: Delta) -> Json:
         """Text that is new."""
-        before = len(self.echo(choice)) if self.echo else 0
+        before = len(self.echo(choice).text) if self.echo else 0
         logprobs = self._logprobs(new, before) if new.tokens else None
         return {"index": choice.index, "text": new.text, "logprobs": logprobs, "finish_reason": new.reason}
 
     def full(self, choice: Choice, scored: Piece | None) -> Json:
         """The text, and what it was drawn with."""
-        all, lead = choice.whole, self.echo(choice) if self.echo else ""
+        all, lead = choice.whole, self.echo(choice).text if self.echo else ""
         logprobs = self._logprobs(all, len(lead))
         if self.echo and logprobs and scored and scored.prompt_logprobs is not None:
             top = scored.prompt_top or [{} for _ in choice.prompt]
             likely = [
-                None if p is None else self._top({t: p} | (others or {}))
+                None if p is None else self._top(t, p, others or {})
                 for t, p, others in zip(choice.prompt, scored.prompt_logprobs, top, strict=True)
             ]
             logprobs = {
@@ -319,19 +354,9 @@ class Completion(Form):
                 "token_logprobs": [p if p is None else max(p, LEAST) for p in scored.prompt_logprobs]
                 + logprobs["token_logprobs"],
                 "top_logprobs": likely + logprobs["top_logprobs"],
-                "text_offset": self._offsets(choice.prompt, len(lead)) + logprobs["text_offset"],
+                "text_offset": self.echo(choice).offsets + logprobs["text_offset"],
             }
         return {"index": choice.index, "text": lead + all.text, "logprobs": logprobs, "finish_reason": all.reason}
-
-    def _offsets(self, prompt: list[int], end: int) -> list[int]:
-        """Where each of a prompt's tokens begins in its text."""
-        if self.vocabulary.tokenizer is None:
-            return [0] * len(prompt)
-        found, decoder = [], Detokenizer(self.vocabulary.tokenizer, [])
-        for token in prompt:
-            found.append(min(len(decoder.text), end))
-            decoder.push(token)
-        return found
 
 
 class Generate(Form):

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from fastgen.serve import reasoning
 from fastgen.serve import tools as calls
-from fastgen.serve.answer import Chat, Choice, Completion, Generate, Vocabulary, dump
+from fastgen.serve.answer import Chat, Choice, Completion, Echo, Generate, Vocabulary, dump
 from fastgen.serve.gate import HANDLERS, Gate
 from fastgen.serve.metrics import exposition
 from fastgen.serve.protocol import (
@@ -98,9 +98,10 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     usage = bool(body.stream_options and body.stream_options.include_usage)
     versions = body.return_weight_versions
 
-    def echo(choice: Choice) -> str:
-        prompt = prompts[choice.index // params.n]
-        return prompt if isinstance(prompt, str) else service.vocabulary.decode(prompt)
+    echoes = [await service.echo(prompt, ids) for prompt, ids in zip(prompts, tokens, strict=True)] if body.echo else []
+
+    def echo(choice: Choice) -> Echo:
+        return echoes[choice.index // params.n]
 
     form = Completion(service.vocabulary, echo if body.echo else None)
     return await service.start(
@@ -197,7 +198,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         raise Refused(400, f"tokens: {wrong[0]} is outside the tokenizer's {vocab}", param="tokens")
 
     def decode(coder: Any) -> str:
-        return Vocabulary(coder).decode(body.tokens, special=True)
+        return Vocabulary(coder).decode(body.tokens)
 
     text = await service.tokenized(decode, len(body.tokens), "tokens", MAX_DECODED)
     return _json({"prompt": text})

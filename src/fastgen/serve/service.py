@@ -17,7 +17,7 @@ from fastgen import lora, tokenizer
 from fastgen.config import SamplingParams
 from fastgen.models.spec import Spec
 from fastgen.serve import tools as calls
-from fastgen.serve.answer import Answer, Form, Vocabulary
+from fastgen.serve.answer import Answer, Echo, Form, Vocabulary
 from fastgen.serve.client import Client
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import Message, Refused, Tool, plain
@@ -214,6 +214,19 @@ class Service:
         except ValueError as e:
             raise Refused(400, f"{param}: {e}", param=param) from e
         return self.taken(tokens, param)
+
+    async def echo(self, prompt: str | list[int], tokens: list[int]) -> Echo:
+        """Returns a prompt as text, and where its tokens begin: of a text, without what the tokenizer put around it."""
+
+        def decode(coder: Any) -> Echo:
+            hidden = frozenset[int]()
+            if isinstance(prompt, str):
+                own = coder(prompt, add_special_tokens=False).input_ids
+                begin = next(i for i in range(len(tokens) + 1) if tokens[i : i + len(own)] == own)
+                hidden = frozenset(range(len(tokens))) - frozenset(range(begin, begin + len(own)))
+            return Vocabulary(coder).echo(tokens, hidden)
+
+        return await self.tokenized(decode, len(prompt), "prompt")
 
     def taken(self, tokens: list[int], param: str) -> list[int]:
         """Tokens that the model knows, and of which there are not more than the context. Refused if not."""
