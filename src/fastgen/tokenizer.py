@@ -275,7 +275,7 @@ def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
     if id in traits.bytes:
         return bytes([traits.bytes[id]])
     options: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    before = [tokenizer.convert_tokens_to_ids("a")]  # some decode a token differently at the start of a text
+    before: Any = [tokenizer.convert_tokens_to_ids("a")]  # some decode a token differently at the start of a text
     if before[0] is None or tokenizer.decode(before, **options) != "a":
         before = []
     text = cast(str, tokenizer.decode([*before, id], **options))[len(before) :]
