@@ -314,24 +314,28 @@ class Engine(Loop):
         """A request as it stands, as a value that can be saved and restored, here or by another engine.
 
         `pages`: with its keys and values, so that nothing has to be computed again. The request goes on.
-        ValueError if it has ended.
+        Pages are those of the present parameters only. ValueError if it has ended.
         """
         if self._crew is not None and pages:
             raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
         if pages:
             self._require("params", "cache")
+            if self._mark() != self._marked:
+                self._touched()  # pages that were computed before are of other parameters than `model` says
         self._tell("_receive")
         going = self._unfinished(request_id)
         samples = {i: self._samples[id] for i, id in going.items()}
         found = Snapshot.of(next(iter(samples.values())).output, samples)
         if pages:
             running = {s.id: s for s in self.state.running}
-            cached = {i: running[id] for i, id in going.items() if id in running and running[id].cached}
+            current = {id: s for id, s in running.items() if s.root is self.state.tree.root(s.namespace)}
+            cached = {i: current[id] for i, id in going.items() if id in current and current[id].cached}
             found.model = self._fingerprint()
             found.pages = {
                 i: self._mover.read(s.pages[: schedule.need(self.state.page, s.cached)], s.cached)
                 for i, s in cached.items()
             }
+            found.checksum = found.pages_checksum()
         return found
 
     @exclusive()
@@ -350,8 +354,16 @@ class Engine(Loop):
                 raise short
             return taken
         self._require("params", "cache")
+        if not isinstance(snapshot, Snapshot):
+            raise ValueError(f"restore takes a Snapshot (Snapshot.load reads a file), not {type(snapshot).__name__}")
+        snapshot.check(self.spec.vocab)
+        same = bool(snapshot.pages) and snapshot.model == self._fingerprint()
+        for i, x in snapshot.pages.items() if same else ():
+            want = self.spec.layers, 2, x.shape[2], self.spec.kv_heads, self.spec.head
+            if tuple(x.shape) != want or x.dtype != self.dtype:
+                raise ValueError(f"snapshot: the pages of completion {i} are {tuple(x.shape)} {x.dtype}, not {want}")
         if self._crew is not None:
-            snapshot = replace(snapshot, pages={})
+            snapshot = replace(snapshot, pages={}, checksum="")
         self._tell("restore", snapshot)
         has_text = self.tokenizer is not None
         limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
@@ -361,7 +373,9 @@ class Engine(Loop):
         if max(going, default=0) >= limit:
             place = f"model's context of {self.spec.context} or cache of {self.capacity}"
             raise ValueError(f"{max(going)} tokens and one more do not fit the {place} tokens")
-        if snapshot.pages and not adapter and self.state.tree.prefix and snapshot.model == self._fingerprint():
+        if any(s.guide is not None and s.guide.failed for s in samples):
+            raise ValueError("snapshot: its tokens do not follow its grammar")
+        if same and not adapter and self.state.tree.prefix:
             for i, values in snapshot.pages.items():
                 known = (*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]]
                 self._adopt(known, values, namespace(adapter, snapshot.params.cache_salt))
