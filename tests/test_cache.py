@@ -1,5 +1,6 @@
 """Reuse, host pages, preemption, forks and snapshots on a tiny random model: they never change what a request gets."""
 
+import copy
 import itertools
 import pkgutil
 import random
@@ -520,6 +521,124 @@ def test_restore_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("no")
     with pytest.raises(ValueError, match=r"is not a snapshot"):
         Snapshot.load(tmp_path / "x")
+
+
+def damaged(snapshot: Snapshot) -> dict[str, tuple[Callable[[Snapshot], Any], str]]:
+    """Changes of a snapshot that no engine makes, and what is said of them."""
+
+    def pages(change: Callable[[Tensor], Tensor]) -> Callable[[Snapshot], Any]:
+        return lambda s: s.pages.update({0: change(s.pages[0].clone())})
+
+    def one(**changes: Any) -> Callable[[Snapshot], Any]:
+        return lambda s: [setattr(s.completions[0], name, value) for name, value in changes.items()]
+
+    return {
+        "zeros": (pages(torch.zeros_like), "checksum"),
+        "one bit": (pages(lambda x: x.index_fill_(2, torch.tensor([1]), 0.5)), "checksum"),
+        "nan": (pages(lambda x: x.mul_(float("nan"))), "NaN"),
+        "integers": (pages(Tensor.int), "int32"),
+        "half": (pages(Tensor.half), "checksum"),
+        "heads": (pages(lambda x: x[:, :, :, :1]), "checksum"),
+        "layers": (pages(lambda x: x[:1]), "checksum"),
+        "dimensions": (pages(lambda x: x[0]), "layers, 2"),
+        "none": (lambda s: s.pages.update({0: None}), "NoneType"),
+        "of nobody": (lambda s: s.pages.update({7: s.pages[0]}), "wrong type"),
+        "other tokens": (lambda s: setattr(s, "prompt", (2, *s.prompt[1:])), "checksum"),
+        "token": (one(token_ids=[1, 61, 2]), "token 61 is outside"),
+        "negative token": (lambda s: setattr(s, "prompt", (-1, *s.prompt[1:])), "token -1 is outside"),
+        "text token": (lambda s: setattr(s, "prompt", ("1", *s.prompt[1:])), "token '1' is outside"),
+        "no prompt": (lambda s: setattr(s, "prompt", ()), "no prompt"),
+        "seed": (lambda s: s.seeds.update({0: 2**70}), "not within"),
+        "seed's kind": (lambda s: s.seeds.update({0: "x"}), "not within"),
+        "seed of nobody": (lambda s: s.seeds.update({3: 1}), "those that go on"),
+        "no seed": (lambda s: s.seeds.clear(), "those that go on"),
+        "ended": (one(finish_reason="stop"), "those that go on"),
+        "reason": (one(finish_reason="why"), "finish reason"),
+        "logprobs": (one(logprobs=[0.0]), "1 values for 3 tokens"),
+        "no logprobs": (one(logprobs=None), "logprobs where"),
+        "versions": (one(versions=["1"] * 3), "no such value"),
+        "params": (lambda s: setattr(s, "params", {}), "SamplingParams"),
+        "completions": (lambda s: setattr(s, "completions", [None]), "wrong type"),
+    }
+
+
+def test_damaged_snapshots_are_refused() -> None:
+    """What was changed is restored and answered from, or cached: then the same prompt is wrong for everybody."""
+    e, other = engine(60), engine(60)
+    source = e.add(STEM[:14], replace(GREEDY, logprobs=0))
+    for _ in range(3):
+        e.step()
+    snapshot = e.snapshot(source, pages=True)
+    for name, (change, reason) in damaged(snapshot).items():
+        wrong = copy.deepcopy(snapshot)
+        change(wrong)
+        with pytest.raises(ValueError, match=reason):
+            other.restore(wrong)
+        with pytest.raises(ValueError, match="snapshot: "):
+            wrong.save("/nowhere")
+        assert not other.unfinished and other.state.tree.available() == other.state.tree.pages - 1, name
+    with pytest.raises(ValueError, match=r"Snapshot\.load"):
+        other.restore("file")  # type: ignore[arg-type]
+    same(drain(other)[other.restore(snapshot)], plain(STEM[:14], replace(GREEDY, logprobs=0)))
+    assert other.counts.reused
+
+
+def test_damaged_snapshot_files_are_refused(tmp_path: Path) -> None:
+    """Cut anywhere, or with any byte changed, it is refused by name."""
+    e, file, dice = engine(60), tmp_path / "s.safetensors", random.Random(0)
+    source = e.add(STEM[:9], GREEDY)
+    for _ in range(3):
+        e.step()
+    e.snapshot(source, pages=True).save(file)
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    at = [
+        *range(0, 12),
+        *(dice.randrange(12, header) for _ in range(60)),
+        *(dice.randrange(header, len(whole)) for _ in range(60)),
+    ]
+    for i in at:
+        changed = bytearray(whole)
+        changed[i] ^= 1 << dice.randrange(8)
+        file.write_bytes(changed)
+        try:
+            other = Snapshot.load(file)
+        except ValueError as error:
+            assert "s.safetensors" in str(error)
+        else:  # blanks that fill the header up, or the name of the format's own field
+            assert i < header and other.checksum == e.snapshot(source, pages=True).checksum
+    for n in (0, 3, 8, 60, header, header + 5, len(whole) - 1):
+        file.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=r"s\.safetensors"):
+            Snapshot.load(file)
+    with pytest.raises(FileNotFoundError):
+        Snapshot.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="damaged"):
+        Snapshot.load(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["told", "noticed"])
+def test_pages_of_parameters_before_an_update_are_not_saved(how: str) -> None:
+    """Keys and values computed before an update would be taken for the new parameters' wherever they are restored."""
+    params = tiny.weights(SPEC)
+    e = engine(40, params=params)
+    source = e.add(STEM[:14], GREEDY)
+    for _ in range(3):
+        e.step()
+    assert e.snapshot(source, pages=True).pages
+    if how == "told":
+        e.update_params([("model.norm.weight", params.norm * 2)], partial=True)
+    else:
+        params.norm.mul_(2)
+    snapshot = e.snapshot(source, pages=True)
+    assert not snapshot.pages and e.version == 1
+    other = engine(40, params=params)
+    id = other.restore(snapshot)
+    (got,) = drain(other)[id].completions
+    (want,) = engine(40, params=params, **OFF).generate(
+        [STEM[:14] + snapshot.completions[0].token_ids], replace(GREEDY, max_tokens=6)
+    )
+    assert got.token_ids == snapshot.completions[0].token_ids + want.completions[0].token_ids
 
 
 def test_restore_evicts_what_is_idle() -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,6 +245,51 @@ def test_released(own: Engine, wanted: list[list[int]]) -> None:
         own.release("all")
     assert own.release("cache") > 0 and own.restore() > 0
     assert tokens(own) == wanted
+
+
+@pytest.mark.parametrize("wrong", ["some/model", None, torch.nn.Linear(2, 2), PARAMS])
+def test_what_is_no_engine(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="from_pretrained"):
+        Engine(wrong)
+    with pytest.raises(ValueError, match="AsyncEngine takes an Engine"):
+        fastgen.AsyncEngine(wrong)
+
+
+LONG, OUTSIDE = [1] * 80, [3, 61]
+
+
+def test_prompts_that_cannot_run(wanted: list[list[int]]) -> None:
+    """Skipped, each has its reason in its place, and the others their tokens; else all are refused, with the first."""
+    prompts: list[Any] = [LONG, PROMPTS[0], OUTSIDE, [], PROMPTS[1]]
+    reasons = ["the prompt alone is too long", None, "token 61 is outside", "empty", None]
+
+    def right(outputs: list[fastgen.Output]) -> None:
+        assert [o.completions[0].token_ids for o in outputs] == [[], wanted[0], [], [], wanted[1]]
+        for o, reason in zip(outputs, reasons, strict=True):
+            assert (o.error is None) if reason is None else (o.error is not None and reason in o.error)
+            assert {c.finish_reason for c in o.completions} == {"length" if reason is None else "error"} and o.finished
+
+    async def all_of(a: fastgen.AsyncEngine) -> list[fastgen.Output]:
+        found = {i: o async for i, o in a.generate(prompts, GREEDY, on_error="skip")}
+        return [found[i] for i in range(len(prompts))]
+
+    with engine() as e:
+        right(e.generate(prompts, GREEDY, on_error="skip"))
+        found = dict(e.as_completed(prompts, GREEDY, on_error="skip"))
+        right([found[i] for i in range(len(prompts))])
+        events = [x for x in e.stream(prompts, GREEDY, on_error="skip") if x.output]
+        right([x.output for x in sorted(events, key=lambda x: x.request_id) if x.output])
+        both = replace(GREEDY, n=2)
+        assert [len(o.completions) for o in e.generate([LONG, PROMPTS[0]], both, on_error="skip")] == [2, 2]
+        assert all(o.error for o in e.generate([LONG, OUTSIDE], GREEDY, on_error="skip"))
+        for call in (e.generate, e.stream, e.as_completed):
+            with pytest.raises(ValueError, match="prompt 2: .*outside the vocabulary"):
+                call([*PROMPTS, OUTSIDE, LONG], GREEDY)
+            with pytest.raises(ValueError, match="on_error"):
+                call(PROMPTS, GREEDY, on_error="ignore")
+        assert not e.unfinished and tokens(e) == wanted
+        with fastgen.AsyncEngine(e) as a:
+            right(asyncio.run(all_of(a)))
 
 
 def forked(check: Callable[[], Any], *, leave: bool = True) -> int:

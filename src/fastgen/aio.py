@@ -119,7 +119,9 @@ class AsyncEngine:
     Nothing slows a step down for consumers that do not keep up: what they have not read waits in memory.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | Any) -> None:
+        if not isinstance(engine, Engine):
+            raise ValueError(f"AsyncEngine takes an Engine (Engine.from_pretrained(…) makes one), not {engine!r:.200}")
         if engine.group is not None and engine._crew is None:
             raise ValueError(
                 "AsyncEngine: in a group that was there every rank makes the same calls in the same order, which "
@@ -144,9 +146,14 @@ class AsyncEngine:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    async def generate(self, prompts: Many, sampling: Each = None) -> AsyncIterator[tuple[int, Output]]:
-        """(index, output) of one or many prompts, as they finish. Leaving the loop early aborts the others."""
-        request = await self._follow(lambda e: e._add_all(prompts, sampling, live=False), whole=True)
+    async def generate(
+        self, prompts: Many, sampling: Each = None, *, on_error: str = "raise"
+    ) -> AsyncIterator[tuple[int, Output]]:
+        """(index, output) of one or many prompts, as they finish. Leaving the loop early aborts the others.
+
+        `on_error` "skip": prompts that cannot run get an output with `error`, as from `Engine.generate`.
+        """
+        request = await self._follow(lambda e: e._add_all(prompts, sampling, live=False, on_error=on_error), whole=True)
         place = {id: i for i, id in enumerate(request.ids)}
         try:
             async for event in request:
@@ -155,9 +162,12 @@ class AsyncEngine:
         finally:
             request.close()
 
-    async def stream(self, prompts: Many, sampling: Each = None) -> AsyncIterator[Event]:
-        """Events of one or many prompts as they come. Leaving the loop early aborts what is not finished."""
-        request = await self._follow(lambda e: e._add_all(prompts, sampling, live=True))
+    async def stream(self, prompts: Many, sampling: Each = None, *, on_error: str = "raise") -> AsyncIterator[Event]:
+        """Events of one or many prompts as they come. Leaving the loop early aborts what is not finished.
+
+        `on_error` as for `generate`.
+        """
+        request = await self._follow(lambda e: e._add_all(prompts, sampling, live=True, on_error=on_error))
         try:
             async for event in request:
                 yield event

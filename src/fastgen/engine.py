@@ -29,7 +29,7 @@ from fastgen.models import default, weights
 from fastgen.models.spec import WHOLE, Place, Spec, split
 from fastgen.ownership import exclusive, plain_modes
 from fastgen.profiler import Window
-from fastgen.request import Event, Output, Sample, longest, pairs
+from fastgen.request import Event, Output, Sample, each_prompt, longest
 from fastgen.snapshot import Snapshot
 from fastgen.tokenizer import Prompt
 from fastgen.types import Adapter, Params, Tokenizer
@@ -219,23 +219,33 @@ class Engine(Loop):
 
     @exclusive("params", "cache")
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: str = "raise",
     ) -> Iterator[Event]:
         """Events of one or many prompts as they come; `request_id` counts the prompts from the first one's id.
 
+        `on_error`: what to do about prompts that cannot run, as for `generate`.
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        return Stream(self, self._add_all(prompts, sampling, live=True))
+        return Stream(self, self._add_all(prompts, sampling, live=True, on_error=on_error))
 
     @exclusive("params", "cache")
     def as_completed(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: str = "raise",
     ) -> Iterator[tuple[int, Output]]:
         """Returns an iterator over (index of the prompt, output) of one or many prompts, as they finish.
 
+        `on_error`: what to do about prompts that cannot run, as for `generate`.
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        ids = self._add_all(prompts, sampling, live=False)
+        ids = self._add_all(prompts, sampling, live=False, on_error=on_error)
         return completed(ids, Stream(self, ids))
 
     @exclusive("params", "cache")
@@ -245,12 +255,16 @@ class Engine(Loop):
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
+        on_error: str = "raise",
     ) -> list[Output]:
         """Outputs of one or many prompts, in their order. `sampling` is one for all, or one for each.
 
         `progress` None shows a bar, on a terminal or in a notebook, when it takes longer than two seconds.
+
+        `on_error` "raise": a prompt that cannot run is a ValueError, which says which and why, and none of them runs.
+        "skip": the others run, and its Output has the reason in `error`, and finish reasons "error".
         """
-        ids = self._add_all(prompts, sampling, live=False)
+        ids = self._add_all(prompts, sampling, live=False, on_error=on_error)
         with closing(Stream(self, ids)) as events:
             return collect(ids, events, progress)
 
@@ -260,16 +274,10 @@ class Engine(Loop):
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         *,
         live: bool,
+        on_error: str = "raise",
     ) -> list[int]:
-        many = pairs(prompts, sampling)
-        new: list[list[Sample]] = []
-        try:
-            for prompt, params in many:
-                new.append(self._new(prompt, params, live))
-        except ValueError as e:
-            if len(many) > 1:
-                raise ValueError(f"prompt {len(new)}: {e}") from e
-            raise
+        make = partial(self._new, live=live)
+        new: list[list[Sample] | Output] = each_prompt(make, prompts, sampling, on_error)
         return self._submit(new)
 
     @exclusive("params", "cache")
@@ -359,7 +367,8 @@ class Engine(Loop):
         snapshot.check(self.spec.vocab)
         same = bool(snapshot.pages) and snapshot.model == self._fingerprint()
         for i, x in snapshot.pages.items() if same else ():
-            want = self.spec.layers, 2, x.shape[2], self.spec.kv_heads, self.spec.head
+            here = self._stepper.spec
+            want = here.layers, 2, x.shape[2], here.kv_heads, here.head
             if tuple(x.shape) != want or x.dtype != self.dtype:
                 raise ValueError(f"snapshot: the pages of completion {i} are {tuple(x.shape)} {x.dtype}, not {want}")
         if self._crew is not None:

@@ -28,7 +28,7 @@ from fastgen.models.spec import Spec, split
 from fastgen.ownership import Owner, check_fork, exclusive, plain_modes
 from fastgen.parallel import Group
 from fastgen.profiler import OFF, Profiler
-from fastgen.request import Completion, Event, Output, Sample, longest
+from fastgen.request import Completion, Event, Output, Sample, longest, refusal, refused
 from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
 from fastgen.types import Batch, Cache, Filter, Params, Sampling, Tokenizer
@@ -86,8 +86,8 @@ class Loop:
     @plain_modes
     def __init__(
         self,
-        params: Params,
-        spec: Spec,
+        params: Params | Any,
+        spec: Spec | None = None,
         tokenizer: Tokenizer | None = None,
         *,
         progress: bool = True,
@@ -95,6 +95,12 @@ class Loop:
         **settings: Any,
     ) -> None:
         check_fork("Engine")
+        if not isinstance(params, Params) or spec is None:
+            what = repr(params) if isinstance(params, str) else type(params).__name__
+            raise ValueError(
+                f"Engine takes Params and their Spec, not {what}: Engine.from_pretrained(…) takes a folder or hub id, "
+                "and fastgen.adopt(…) makes both of a transformers model"
+            )
         self._owner = Owner("this engine", "fastgen.AsyncEngine serves any number of threads and coroutines")
         self._dropped = deque[frozenset[int]]()  # requests that nobody waits for any more, to abort with the next call
         chosen = Settings.of(**settings)
@@ -236,27 +242,34 @@ class Loop:
         if self._crew is not None:
             self._crew.tell(name, *args, **named)
 
-    def _submit(self, requests: Sequence[list[Sample]]) -> list[int]:
-        """New requests, on every rank."""
+    def _submit(self, requests: Sequence[list[Sample] | Output]) -> list[int]:
+        """New requests, on every rank; an Output in the place of one that cannot run."""
         if self._crew is not None:  # checking hundreds of settings again takes a while
-            many = [(s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed)) for s in requests]
+            many = [
+                None if isinstance(s, Output) else (s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed))
+                for s in requests
+            ]
             self._crew.tell("_join", many)
         return self._queue(requests)
 
-    def _join(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
+    def _join(self, requests: Sequence[tuple[list[int], SamplingParams] | None]) -> None:
         """What rank 0 has submitted; nobody reads along here."""
-        self._queue([self._new(prompt, params, False) for prompt, params in requests])
+        self._queue([refused("", 1) if one is None else self._new(*one, False) for one in requests])
 
-    def _queue(self, requests: Sequence[list[Sample]]) -> list[int]:
+    def _queue(self, requests: Sequence[list[Sample] | Output]) -> list[int]:
         """Requests join the others, all at once: the queue is a value, and a copy of it for each takes seconds."""
-        for samples in requests:
-            samples[0].output.request_id = next(self._request_ids)
+        outputs = [one if isinstance(one, Output) else one[0].output for one in requests]
+        for output in outputs:
+            output.request_id = next(self._request_ids)
+            self._undelivered += refusal(output) if output.error is not None else ()
+        going = [one for one in requests if not isinstance(one, Output)]
+        for samples in going:
             for s in samples:
                 s.adapter = self._adapter(s.params)
-        new = {next(self._ids): sample for samples in requests for sample in samples}
+        new = {next(self._ids): sample for samples in going for sample in samples}
         self._samples |= new
         self.state = schedule.add(self.state, *(self._sequence(id, s) for id, s in new.items()))
-        return [samples[0].output.request_id for samples in requests]
+        return [output.request_id for output in outputs]
 
     def _sequence(self, id: int, s: Sample) -> schedule.Sequence:
         space = namespace(s.adapter, s.params.cache_salt)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -37,7 +38,7 @@ from fastgen.grammar import Guides
 from fastgen.models import weights
 from fastgen.models.spec import Spec, split
 from fastgen.ownership import Owner, disown_in_forks, exclusive
-from fastgen.request import Completion, Event, Output, longest, pairs
+from fastgen.request import Completion, Event, Output, each_prompt, longest, refusal
 from fastgen.tokenizer import Prompt
 from fastgen.types import Adapter, Tokenizer
 
@@ -248,11 +249,16 @@ class Replicas:
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         return Request(ids, replace(params, seed=seed, max_tokens=limit - len(ids)), live, quiet)
 
-    def _queue(self, requests: Sequence[Request]) -> list[int]:
+    def _queue(self, requests: Sequence[Request | Output]) -> list[int]:
         self._check()
         ids = [next(self._ids) for _ in requests]
-        self._requests.update(zip(ids, requests, strict=True))
-        self._waiting += ids
+        for id, request in zip(ids, requests, strict=True):
+            if isinstance(request, Output):
+                request.request_id = id
+                self._undelivered += refusal(request)
+            else:
+                self._requests[id] = request
+                self._waiting.append(id)
         self._hand()
         return ids
 
@@ -406,17 +412,25 @@ class Replicas:
 
     @exclusive()
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: str = "raise",
     ) -> Iterator[Event]:
         """Events of one or many prompts as they come, as `Engine.stream`."""
-        return Stream(self, self._add_all(prompts, sampling, quiet=False))
+        return Stream(self, self._add_all(prompts, sampling, quiet=False, on_error=on_error))
 
     @exclusive()
     def as_completed(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: str = "raise",
     ) -> Iterator[tuple[int, Output]]:
         """Returns an iterator over (index of the prompt, output), as they finish, as `Engine.as_completed`."""
-        ids = self._add_all(prompts, sampling, quiet=True)
+        ids = self._add_all(prompts, sampling, quiet=True, on_error=on_error)
         return completed(ids, Stream(self, ids))
 
     @exclusive()
@@ -426,21 +440,16 @@ class Replicas:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
+        on_error: str = "raise",
     ) -> list[Output]:
         """Outputs of one or many prompts, in their order, as `Engine.generate`."""
-        ids = self._add_all(prompts, sampling, quiet=True)
+        ids = self._add_all(prompts, sampling, quiet=True, on_error=on_error)
         with closing(Stream(self, ids)) as events:
             return collect(ids, events, progress)
 
-    def _add_all(self, prompts: Any, sampling: Any, *, quiet: bool) -> list[int]:
-        many, new = pairs(prompts, sampling), list[Request]()
-        try:
-            for prompt, params in many:
-                new.append(self._new(prompt, params, live=not quiet, quiet=quiet))
-        except ValueError as e:
-            if len(many) > 1:
-                raise ValueError(f"prompt {len(new)}: {e}") from e
-            raise
+    def _add_all(self, prompts: Any, sampling: Any, *, quiet: bool, on_error: str) -> list[int]:
+        make = partial(self._new, live=not quiet, quiet=quiet)
+        new: list[Request | Output] = each_prompt(make, prompts, sampling, on_error)
         return self._queue(new)
 
     @exclusive()

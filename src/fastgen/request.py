@@ -2,21 +2,22 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from fastgen.config import SamplingParams
+from fastgen.config import SamplingParams, unknown
 from fastgen.grammar import Guide
 from fastgen.models.spec import Spec
 from fastgen.tokenizer import Detokenizer, Prompt, prompt_list
 from fastgen.types import Tokenizer
 
-FinishReason = Literal["stop", "length", "abort", "error"]  # error: the logits were NaN or inf
+FinishReason = Literal["stop", "length", "abort", "error"]  # error: the logits were NaN or inf, or it could not run
+R = TypeVar("R")
 NO_TOKENS = np.zeros(0, np.int64)
 TopLogprobs = dict[int, float]  # token -> logprob, most likely first
 
@@ -43,6 +44,7 @@ class Output:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
     cached_tokens: int = 0  # of the prompt, found in the cache; of all completions together
+    error: str | None = None  # why it could not run (`on_error="skip"`): its completions are empty then
 
     @property
     def finished(self) -> bool:
@@ -88,6 +90,44 @@ def pairs(
     if len(each) != len(many):
         raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")
     return [(prompt, params or SamplingParams()) for prompt, params in zip(many, each, strict=True)]
+
+
+def each_prompt(
+    make: Callable[[Prompt, SamplingParams], R],
+    prompts: Prompt | Sequence[Prompt],
+    sampling: SamplingParams | Sequence[SamplingParams] | None,
+    on_error: str,
+) -> list[R | Output]:
+    """Returns what `make` makes of each prompt; where that is a ValueError and `on_error` is "skip", an Output with it.
+
+    With "raise", the ValueError says which of several prompts it is.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(unknown("on_error", on_error, ["raise", "skip"]))
+    found, many = list[R | Output](), pairs(prompts, sampling)
+    for prompt, params in many:
+        try:
+            found.append(make(prompt, params))
+        except ValueError as e:
+            if on_error == "skip":
+                found.append(refused(str(e), params.n))
+            elif len(many) > 1:
+                raise ValueError(f"prompt {len(found)}: {e}") from e
+            else:
+                raise
+    return found
+
+
+def refused(error: str, n: int) -> Output:
+    """Returns the output of a request that cannot run, in the place of its n completions."""
+    return Output(-1, [], [Completion(finish_reason="error") for _ in range(n)], error=error)
+
+
+def refusal(output: Output) -> list[Event]:
+    """Returns the events of a request that cannot run."""
+    events = [Event(output.request_id, i, [], "", finish_reason="error") for i in range(len(output.completions))]
+    events[-1].output = output
+    return events
 
 
 def longest(prompt: Sequence[int], params: SamplingParams, spec: Spec, capacity: int, has_text: bool) -> int:

@@ -28,7 +28,7 @@ def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name].detach().cpu().contiguous()
         digest.update(repr((name, x.dtype, tuple(x.shape))).encode())
-        digest.update(x.view(-1).view(torch.uint8).numpy() if x.numel() else b"")
+        digest.update(x.view(-1).view(torch.uint8).numpy().data if x.numel() else b"")
     return digest.hexdigest()
 
 
@@ -179,7 +179,7 @@ class Snapshot:
         return output, samples
 
     def save(self, path: str | Path) -> None:
-        """To a .safetensors file: tokens and pages as tensors, everything else as JSON in its header, with checksums."""
+        """To a .safetensors file: tokens and pages as tensors, the rest as JSON in its header, with checksums."""
         self.check()
         tensors = {"prompt": torch.tensor(self.prompt, device="cpu")}
         completions = []
