@@ -1,7 +1,9 @@
 """Text to tokens and back: any tokenizer of `transformers`, chat templates, and decoding as tokens arrive."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
+from importlib.util import find_spec
 from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
@@ -36,11 +38,10 @@ def load(path: Path) -> Tokenizer | None:
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
     if not any((folder / name).is_file() for name in files):
         return None
-    from transformers import AutoTokenizer
-
     try:
-        # Code beside a tokenizer is not run, nor is the user asked for it.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _from_folder(folder)
+    except ImportError as e:
+        raise ValueError(f"{folder}: {e}") from e
     except Exception as e:  # the tokenizers library raises no other, and its callers whatever damaged values lead to
         raise ValueError(f"{folder}: the tokenizer's files cannot be read: {type(e).__name__}: {e}") from e
     length, template = tokenizer.model_max_length, tokenizer.chat_template
@@ -51,6 +52,42 @@ def load(path: Path) -> Tokenizer | None:
     ):
         if not fits:
             raise ValueError(f"{folder}: tokenizer_config.json: {name} is of type {type(value).__name__}")
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    """Reads a folder's tokenizer with the tokenizers library. ImportError says what to install where it needs more."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    def need(file: str, *packages: tuple[str, str]) -> None:
+        if missing := [name for module, name in packages if module not in sys.modules and not find_spec(module)]:
+            names = " and ".join(missing)
+            advice = f"pip install {' '.join(missing)}, or put the model's tokenizer.json into this folder"
+            raise ImportError(f"{file} cannot be read without {names}: {advice}")
+
+    def has(name: str) -> bool:
+        return (folder / name).is_file()
+
+    if has("tekken.json"):  # which transformers reads with mistral-common's own tokenizer, where that is installed
+        if has("tokenizer.json"):
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        need("tekken.json", ("mistral_common", "mistral-common"))
+        from transformers.integrations.mistral import convert_tekken_tokenizer  # type: ignore[reportPrivateImportUsage]
+
+        tokenizer: Any = convert_tekken_tokenizer(str(folder / "tekken.json"))
+        tokenizer.add_bos_token = True
+        return tokenizer
+    bare = has("tokenizer.model") and not (has("tokenizer.json") or has("vocab.json"))
+    # A protobuf begins with the tag of its first field; tiktoken's files are lines of base64.
+    sentencepiece = bare and (folder / "tokenizer.model").read_bytes()[:1] == b"\n"
+    if bare and sentencepiece:
+        need("tokenizer.model", ("sentencepiece", "sentencepiece"), ("google", "protobuf"))
+    elif bare:
+        need("tokenizer.model", ("tiktoken", "tiktoken"))
+    # Code beside a tokenizer is not run, nor is the user asked for it.
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if sentencepiece and not has("tokenizer_config.json"):  # which would say so
+        tokenizer.add_bos_token = True
     return tokenizer
 
 
