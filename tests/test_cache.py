@@ -577,7 +577,8 @@ def test_damaged_snapshots_are_refused() -> None:
         with pytest.raises(ValueError, match="snapshot: "):
             wrong.save("/nowhere")
         assert not other.unfinished and other.state.tree.available() == other.state.tree.pages - 1, name
-    same(drain(other)[other.restore(snapshot)], plain(STEM[:14], replace(GREEDY, logprobs=0)))
+    id = other.restore(snapshot)
+    same(drain(other)[id], plain(STEM[:14], replace(GREEDY, logprobs=0)))
     assert other.counts.reused
 
 
