@@ -159,7 +159,8 @@ class Tensors:
         for name, t in self.tensors.items():
             stored = STORED.get(t.tensor_type.name)
             try:
-                array = np.array(t.data) if stored else dequantize(t.data, t.tensor_type)
+                with np.errstate(all="ignore"):  # who loads refuses values that are not finite, by name
+                    array = np.array(t.data) if stored else dequantize(t.data, t.tensor_type)
             except NotImplementedError as e:
                 raise ValueError(f"{self.path}: {t.name} is {t.tensor_type.name}, which is not supported: {e}") from e
             x = torch.from_numpy(array).view(stored or torch.float32)  # bfloat16 comes as bytes
