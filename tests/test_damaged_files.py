@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def damage_json(data: bytes, r: random.Random) -> bytes:
         elif what == 3:
             parent[key] = "NESTED"
         else:
-            parent[key] = r.choice(ABSURD)
+            parent[key] = deepcopy(r.choice(ABSURD))
     if r.randrange(20) == 0:
         tree = r.choice(ABSURD)
     text = json.dumps(tree)
