@@ -185,7 +185,7 @@ def bf16() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")
-@pytest.mark.parametrize("mode", [bf16, torch.inference_mode, torch.enable_grad], ids=str)
+@pytest.mark.parametrize("mode", [bf16, torch.inference_mode, torch.enable_grad], ids=["bf16", "inference", "grad"])
 def test_modes_of_torch(mode: Any, wanted: list[list[int]]) -> None:
     """Autocast and inference mode around making, using and scoring change nothing, then or later."""
     score = fastgen.score(PARAMS, SPEC, PROMPTS)
