@@ -1,7 +1,12 @@
 """Output that follows a grammar, on a tiny random model whose tokens are bytes."""
 
+import asyncio
 import json
 import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fastgen
-from fastgen import Output, SamplingParams
-from fastgen.grammar import Guides
+from fastgen import Output, SamplingParams, grammar
+from fastgen.grammar import Cancelled, Guides, json_depth
+from fastgen.grammar_trial import Limits, compile_grammar
 from fastgen.sampling import restrict
 
 pytest.importorskip("llguidance")
@@ -60,8 +66,8 @@ def engine(words: PreTrainedTokenizerFast | None, **settings: Any) -> fastgen.En
     return fastgen.Engine(PARAMS, SPEC, words, progress=False, **settings)
 
 
-def guided(grammar: str, **more: Any) -> SamplingParams:
-    return SamplingParams(**{"grammar": grammar, "max_tokens": 200} | more)
+def guided(form: str, **more: Any) -> SamplingParams:
+    return SamplingParams(**{"grammar": form, "max_tokens": 200} | more)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -168,8 +174,219 @@ def test_a_grammar_that_fails_ends_its_request_alone(words: PreTrainedTokenizerF
         assert sample.guide is not None
         sample.guide.matcher.consume_token(words.encode("z")[0])  # no digit
         done = finish(e)
-    assert done[one].completions[0].finish_reason in ("abort", "stop")
+    failed = done[one].completions[0]
+    assert failed.finish_reason == "error" and "the grammar cannot be followed any further" in failed.error
     assert re.fullmatch(DATE, done[two].completions[0].text)
+
+
+def nested(depth: int) -> str:
+    return '{"items": ' * depth + "{}" + "}" * depth
+
+
+def refs(count: int) -> str:
+    """A schema with a chain of references."""
+    chain = {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(count)}
+    return json.dumps({"$ref": "#/$defs/d0", "$defs": chain | {f"d{count}": {}}})
+
+
+def rules(count: int) -> str:
+    """A grammar with a chain of rules."""
+    return "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1}' for i in range(count)), f'r{count}: "b"'])
+
+
+LETTERS = [{"type": "string", "pattern": f".*{chr(97 + i)}.*{chr(98 + i)}.*"} for i in range(25)]
+HARD = {
+    "json:" + nested(500): "nested 501 levels deep, and the limit is 128",
+    "json:" + '{"const": ' + "[" * 200_000 + "]" * 200_000 + "}": "nested 200001 levels deep",
+    "json:" + '["' * 500 + '"]' * 500: "nested|Expecting",
+    'lark:start: %json {"items": ' + nested(3000) + "}": "lark grammar",
+    "json:" + refs(500): "too long a chain",
+    "lark:" + rules(1000): "too long a chain",
+    "lark:" + rules(50_000): "too big|too long a chain|longer than 0.6 s",
+    "lark:start: " + "(" * 5000 + '"a"' + ")" * 5000: "too deeply nested",
+    "lark:start: " + '"a"? ' * 20_000: "too big|longer than 0.6 s",
+    "regex:" + "(" * 5000 + ")" * 5000: "regex grammar",
+    "regex:(a{1000}){1000}": "regex grammar",
+    "json:" + json.dumps({"allOf": LETTERS}): "longer than 0.6 s to compile|more than 64 MiB of memory",
+    'json:{"type": "integer", "multipleOf": 1000003}': "longer than 0.6 s to compile|more than 64 MiB of memory",
+    "json:" + json.dumps({"allOf": [{"multipleOf": p} for p in (1000003, 999983, 1000033)]}): "json grammar",
+    "json:" + json.dumps({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}): "json grammar",
+    "regex:" + "a" * (2**20 + 1): "1048577 characters are more than the limit of 1048576",
+}
+
+
+@pytest.fixture(scope="module")
+def small(words: PreTrainedTokenizerFast) -> Iterator[Guides]:
+    """Guides with small limits, so that they are reached soon."""
+    made = Guides(words, 300, frozenset([256]))
+    made._trials.limits = Limits(seconds=0.6, memory=2**26, stack=2**19)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("number", range(len(HARD)))
+def test_grammars_that_would_end_or_stop_the_process(number: int, small: Guides) -> None:
+    """Each is refused with its reason, also at the second time, and the next one is compiled."""
+    grammar, message = [*HARD.items()][number]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            small.make(grammar)
+    assert len(small.make("regex:a", 3)) == 3
+
+
+def test_json_depth() -> None:
+    """Brackets in strings do not count, and quotes that are escaped do not end them."""
+    assert json_depth('{"a[[[": [{"b\\"]]{{{": []}, {}], "c": "\\\\"}') == 4
+    assert json_depth("[" * 10**5) == 10**5 and json_depth('"[') == 1 and not json_depth("3")
+
+
+def test_a_trial_is_cancelled(small: Guides) -> None:
+    """Who leaves ends a trial long before its limits would; it is the process that ends, not just the wait."""
+    small.make("regex:a")
+    small._trials.close()
+    small._trials.limits = Limits(seconds=60.0)
+    stop = threading.Event()
+    timer = threading.Timer(0.1, stop.set)
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(Cancelled):
+        small.make("json:" + json.dumps({"allOf": LETTERS[1:]}), stop=stop)
+    assert time.monotonic() - begin < 5
+    helper = small._trials.process
+    assert helper is not None
+    children = Path(f"/proc/{helper.pid}/task/{helper.pid}/children")
+    while children.exists() and children.read_text():
+        assert time.monotonic() - begin < 5
+        time.sleep(0.01)
+    assert small.make("regex:ab")
+
+
+def test_the_process_that_tries_grammars_is_started_again(small: Guides) -> None:
+    """Whatever has ended it."""
+    small.make("regex:a")
+    assert small._trials.process is not None
+    small._trials.process.kill()
+    small._trials.process.wait()
+    assert small.make("regex:abc")
+    with pytest.raises(ValueError, match="regex grammar"):
+        small.make("regex:[c")
+
+
+def test_what_is_compiled_again_and_what_is_copied(small: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow compilation is made once for all completions and requests, and again after it has failed; its memory is
+    counted while a guide lives."""
+    calls = list[str]()
+
+    def compile(*args: Any) -> Any:
+        calls.append(args[2])
+        return compile_grammar(*args)
+
+    monkeypatch.setattr(grammar, "compile_grammar", compile)
+    small.make("regex:x+", 3)
+    assert calls == ["x+"] * 3
+    monkeypatch.setattr(grammar, "QUICK", 0)
+    monkeypatch.setitem(small._verdicts, grammar._key("regex:y+"), {"bytes": 1000})
+    before = small._bytes[0]
+    guides = small.make("regex:y+", 3) + small.make("regex:y+", 2)
+    assert calls[3:] == ["y+"] and small._bytes[0] == before + 1000
+    guides[0].push(small.tokenizer.encode("y")[0])  # type: ignore[union-attr]
+    assert not guides[1].matcher.is_accepting() and guides[0].matcher.is_accepting()
+    small._compiled.popitem()[1].error = "an error"
+    assert not small.make("regex:y+")[0].failed and calls[3:] == ["y+"] * 2
+    monkeypatch.setattr(grammar, "BUDGET", 500)
+    small._compiled.clear()
+    with pytest.raises(ValueError, match="try again later"):
+        small.make("regex:y+")
+    del guides
+    assert small._bytes[0] == before
+
+
+def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after a slow one finds out whose masks are slow."""
+    from llguidance import numpy
+
+    par, one, slow = numpy.fill_next_token_bitmask_par, numpy.fill_next_token_bitmask, list[Any]()
+
+    def burn(matchers: list[Any]) -> None:
+        end = time.thread_time() + 0.1 * any(m is s for m in matchers for s in slow)
+        while time.thread_time() < end:
+            pass
+
+    def slow_par(pool: Any, matchers: Any, bits: Any) -> None:
+        burn([m for m, _ in matchers])
+        par(pool, matchers, bits)
+
+    def slow_one(matcher: Any, bits: Any, row: int) -> None:
+        burn([matcher])
+        one(matcher, bits, row)
+
+    monkeypatch.setattr(numpy, "fill_next_token_bitmask_par", slow_par)
+    monkeypatch.setattr(numpy, "fill_next_token_bitmask", slow_one)
+    monkeypatch.setattr(grammar, "MASK_SECONDS", 0.09)
+    with engine(words) as e:
+        ids = [e.add("once", guided(f"regex:{DATE}", seed=i)) for i in range(3)]
+        e.step()
+        sample = next(s for s in e._samples.values() if s.output.request_id == ids[1])
+        assert sample.guide is not None
+        slow.append(sample.guide.matcher)
+        done = finish(e)
+    c = done[ids[1]].completions[0]
+    assert c.finish_reason == "error" and "its next tokens take longer than 0.09 s to find" in c.error
+    assert re.fullmatch(DATE, done[ids[0]].completions[0].text) and re.fullmatch(DATE, done[ids[2]].completions[0].text)
+
+
+def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request runs from beginning to end meanwhile; who leaves ends the compilation; errors are the same."""
+
+    async def main(e: fastgen.AsyncEngine) -> None:
+        make, stops, going = e.engine._guides.make, list[threading.Event](), threading.Event()
+
+        def waiting(form: str, count: int = 1, stop: threading.Event | None = None) -> Any:
+            if stop is None:
+                return make(form, count)
+            stops.append(stop)
+            while not (stop.wait(0.005) or going.is_set()):
+                pass
+            return make(form, count, stop)
+
+        monkeypatch.setattr(e.engine._guides, "make", waiting)
+        one, two = (asyncio.create_task(e.add("once", guided(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
+        plain = [o async for _, o in e.generate(["a", "b"], SamplingParams(max_tokens=20))]
+        assert len(plain) == 2 and not one.done() and not two.done()
+        two.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await two
+        going.set()
+        output = await (await one).output()
+        assert all(re.fullmatch(DATE, c.text) for c in output.completions if c.finish_reason == "stop")
+        assert [stop.is_set() for stop in stops] == [False, True] and not e.engine._guides._stock.get(
+            grammar._key(f"regex:{DATE}")
+        )
+        with pytest.raises(ValueError, match="prompt 1: json grammar: it is nested 501 levels"):
+            await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), guided("json:" + nested(500))]))
+
+    with engine(words) as e, fastgen.AsyncEngine(e) as ae:
+        asyncio.run(main(ae))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("where", ["push", "end"])
+def test_a_tokenizer_that_fails_ends_its_request_alone(
+    where: str, overlap: bool, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of one request's text, in the middle or at the end; the others' texts are as without it."""
+    params = [SamplingParams(max_tokens=6, seed=i, ignore_eos=True) for i in range(3)]
+    with engine(words, overlap=overlap) as e:
+        wanted = [o.completions[0] for o in e.generate(["a", "b", "c"], params)]
+        ids = [e.add(p, s) for p, s in zip("abc", params, strict=True)]
+        sample = next(s for s in e._samples.values() if s.output.request_id == ids[1])
+        monkeypatch.setattr(sample.text, where, lambda *_, **__: 1 / 0)
+        done = finish(e)
+        assert not e._samples and e.generate("a", params[0])[0].completions[0] == wanted[0]
+    failed = done[ids[1]].completions[0]
+    assert failed.finish_reason == "error" and failed.error == "ZeroDivisionError: division by zero"
+    assert failed.token_ids == wanted[1].token_ids[: 1 if where == "push" else 6]
+    assert [done[i].completions[0] for i in (ids[0], ids[2])] == [wanted[0], wanted[2]]
 
 
 @settings(deadline=None, max_examples=50)
@@ -189,7 +406,7 @@ def test_restrict(allowed: list[int], rows: int) -> None:
 def test_masks_of_many(words: PreTrainedTokenizerFast) -> None:
     """Rows without a guide allow everything; a finished one allows the end alone."""
     guides = Guides(words, 300, frozenset([256]))
-    a, b = guides.guide("regex:a"), guides.guide("regex:a")
+    a, b = guides.make("regex:a", 2)
     b.push(words.encode("a")[0])
     b.push(256)
     bits = guides.masks([(1, a), (3, b)], 5).view(np.uint32)

@@ -16,7 +16,7 @@ LAYERS = [  # each may import from its own line and those above
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
     + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves", "ops.lowrank", "ops.peers"],
     ["models.transformer", "models.weights", "tokenizer"],
-    ["models.default", "models.invariant", "grammar", "request", "step"],
+    ["models.default", "models.invariant", "grammar_trial", "grammar", "request", "step"],
     ["batch", "trace", "profiler", "cache.host", "snapshot"],
     ["parallel", "scoring", "exchange"],
     ["lora"],

@@ -9,11 +9,14 @@ import os
 import pickle
 import random
 import re
+import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from unittest.mock import AsyncMock, MagicMock
@@ -29,10 +32,11 @@ from test_tokenizer import BYTE_LEVEL, TEMPLATE
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.cli import serve
+from fastgen.grammar import Cancelled
 from fastgen.serve import service, worker
 from fastgen.serve.answer import dump
 from fastgen.serve.client import Client
-from fastgen.serve.core import Core
+from fastgen.serve.core import Core, pack
 from fastgen.serve.gate import Gate
 from fastgen.serve.protocol import Refused, refusal
 
@@ -162,6 +166,44 @@ def test_answers_that_follow_a_schema(client: openai.OpenAI) -> None:
             )  # type: ignore[call-overload]
             parsed.append(answer.choices[0].message.parsed)
     assert parsed and all(isinstance(p, Person) for p in parsed)
+
+
+def test_hard_grammars_are_refused_beside_others(server: Server) -> None:
+    """Each would end the engine, or keep it busy for long; other clients' tokens come meanwhile."""
+    letters = [{"type": "string", "pattern": f".*{chr(97 + i)}.*{chr(98 + i)}.*"} for i in range(25)]
+    chain = "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1}' for i in range(9000)), 'r9000: "b"'])
+    hard = [
+        ({"guided_json": '{"items": ' * 500 + "{}" + "}" * 500}, "guided_json grammar: it is nested 501 levels deep"),
+        ({"guided_grammar": chain}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"allOf": letters}}}, "n": 8},
+         "response_format grammar: it takes (longer than 2 s|more than 256 MiB)"),
+    ]  # fmt: skip
+    gaps, done = list[float](), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            body = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True, "stream": True}
+            last = time.monotonic()
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=server.headers) as stream:
+                for _ in events(stream):
+                    gaps.append(time.monotonic() - last)
+                    last = time.monotonic()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            post = [pool.submit(server.http.post, "/v1/completions", json={"prompt": "x"} | body) for body, _ in hard]
+            replies = [p.result() for p in post]
+    finally:
+        done.set()
+        watcher.join()
+    for reply, (_, message) in zip(replies, hard, strict=True):
+        if message is None:  # only an engine's own stack is too small for it
+            assert set(reply.raise_for_status().json()["choices"][0]["text"]) == {"a"}
+        else:
+            assert reply.status_code == 400 and re.match(message, reply.json()["error"]["message"]), reply.text
+    assert max(gaps) < 2, "others' streams stand still"
 
 
 GUIDED: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
@@ -1183,15 +1225,99 @@ def test_the_end(server: Server, library: fastgen.Engine) -> None:
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines[-60:])
 
 
+def posted(post: MagicMock) -> list[Any]:
+    """What a `Core` has sent since the last call: (worker, message)."""
+    found = [(worker, pickle.loads(raw)) for ((worker, raw),), _ in post.send_multipart.call_args_list]
+    post.reset_mock()
+    return found
+
+
+def test_a_message_that_fails_costs_its_request(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises, its key is answered, nothing of it stays, and what follows is done."""
+    post = MagicMock(spec=zmq.Socket)
+    core, params = Core(library, post, 8, {}), SamplingParams(temperature=0, max_tokens=3)
+
+    def receive(*frames: tuple[str, bytes]) -> list[Any]:
+        post.recv_multipart.side_effect = [*((b"a", key.encode(), raw) for key, raw in frames), zmq.Again()]
+        core.drain()
+        return posted(post)
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RecursionError("too deep")
+
+    good = pack(("add", "9", "good", [[5, 6]], params))
+    wrong = [b"no pickle", pack(("nothing", "1")), pack(("add", "2")), pack(("add", "3", "x", 7, params)), pack((3,))]
+    sent = receive(*((str(i), raw) for i, raw in enumerate(wrong)), ("", b"\x80"), ("9", good))
+    assert [(kind, key) for _, (kind, key, _) in sent] == [("failed", str(i)) for i in range(5)] + [("reply", "9")]
+    assert sent[-1][1][2] is None and [*core.calls] == ["good"]
+    with monkeypatch.context() as m:
+        m.setattr(library, "_new", failing)
+        ((_, said),) = receive(("4", pack(("add", "4", "other", [[5, 6]], params))))
+    assert said == ("failed", "4", "the engine failed at this: RecursionError: too deep")
+    assert [*core.calls] == ["good"]
+    while library.unfinished:
+        core.step()
+    assert [t for _, (_, e) in posted(post) for p in e["good"] for t in p.tokens]
+
+
+def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request ends meanwhile. The call is answered and counted; it ends with its client or worker, or by id."""
+    pytest.importorskip("llguidance")
+    post, going, stops = MagicMock(spec=zmq.Socket), threading.Event(), dict[str, threading.Event]()
+    post.recv_multipart.side_effect = zmq.Again()
+    core, compile = Core(library, post, 8, {}), library._compile
+    params = SamplingParams(temperature=0, max_tokens=3, n=2)
+
+    def waiting(params: SamplingParams, stop: threading.Event | None = None) -> Any:
+        if stop is None:
+            return compile(params)
+        stops[str(params.grammar)] = stop
+        while not (going.is_set() or stop.wait(0.01)):
+            pass
+        if stop.is_set():
+            raise Cancelled
+        return compile(params, stop)
+
+    monkeypatch.setattr(library, "_compile", waiting)
+    monkeypatch.setattr(core, "_pool", ThreadPoolExecutor(8))
+    for call in ("one", "left", "killed", "gone"):
+        core.on_add(b"b" if call == "gone" else b"a", call, call, [[5, 6]], replace(params, grammar=f"regex:{call}"))
+    assert posted(post) == []
+    core.on_add(b"a", "more", "more", [[5, 6]], params)
+    assert posted(post)[0][1][2][0] == 429
+    core.on_abort(b"a", "left", None)
+    core.on_add(b"a", "plain", "plain", [[5, 6]], params)
+    while library.unfinished:
+        core.step()
+        core.drain()
+    pieces = [p for _, (kind, *e) in posted(post) if kind == "events" for p in e[0]["plain"]]
+    assert [p.reason for p in pieces if p.reason] == ["length"] * 2
+    core.on_kill(b"a", "kill", "killed")
+    core.gone(b"b")
+    assert [m[:2] for _, m in posted(post)] == [("reply", "killed"), ("reply", "kill")]
+    assert [*core.compiling] == ["one"]
+    core._pool.submit(going.wait, 60)
+    going.set()
+    while core.compiling:
+        select.select([core.bell], [], [], 60)
+        core.drain()
+    assert posted(post) == [(b"a", ("reply", "one", None))] and [*core.calls] == ["one"]
+    core._pool.shutdown()
+    core.drain()
+    while library.unfinished:
+        core.step()
+    tokens = [t for _, (_, e) in posted(post) for p in e["one"] if p.slot == 0 for t in p.tokens]
+    assert "one".startswith(BYTE_LEVEL.decode(tokens, skip_special_tokens=True)) and tokens and not core.calls
+    assert {g for g, stop in stops.items() if stop.is_set()} == {"regex:left", "regex:killed", "regex:gone"}
+
+
 def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever runs is told; the next one is computed. What a dead worker asked for ends, and only that."""
     post = MagicMock(spec=zmq.Socket)
     core = Core(library, post, 8, {})
 
     def sent() -> list[Any]:
-        found = [(worker, pickle.loads(raw)) for ((worker, raw),), _ in post.send_multipart.call_args_list]
-        post.reset_mock()
-        return found
+        return posted(post)
 
     params = SamplingParams(temperature=0, max_tokens=3, n=2)
     core.on_add(b"a", "key", "call", [[5, 6]], params)
@@ -1202,7 +1328,7 @@ def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, mo
     core.failed()
     reply, *rest = sent()
     assert reply == (b"a", ("reply", "key", None))
-    assert [(p.slot, p.reason) for _, (_, e) in rest for p in e["call"]] == [(0, "error"), (1, "error")]
+    assert [(p.slot, p.reason) for _, (_, e) in rest for p in e["call"]] == [(0, "failed"), (1, "failed")]
     core.on_add(b"a", "key", "one", [[5, 6]], params)
     core.on_add(b"b", "key", "two", [[5, 6]], params)
     core.on_abort(b"b", "one", None)  # not its own

@@ -310,7 +310,7 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
     grammar = tools.grammar(form, TOOLS, "required", markers, many=many)
     counts = set()
     for _ in range(4):
-        guide, tokens = guides[name].guide(grammar), list[int]()
+        guide, tokens = guides[name].make(grammar)[0], list[int]()
         while not guide.matcher.is_stopped():
             bits = guides[name].masks([(0, guide)], 1)[0]
             tokens.append(dice.choice([t for t in range(len(vocabulary)) if bits[t // 32] >> t % 32 & 1]))
@@ -333,7 +333,7 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
 
 
 def allows(guides: Any, vocabulary: Any, grammar: str, text: str) -> bool:
-    guide = guides.guide(grammar)
+    guide = guides.make(grammar)[0]
     tokens = vocabulary(text, add_special_tokens=False).input_ids
     return guide.matcher.validate_tokens(tokens) == len(tokens)
 

@@ -23,7 +23,7 @@ from fastgen import exchange
 from fastgen.config import SamplingParams, unknown
 from fastgen.engine import Engine
 from fastgen.models import weights
-from fastgen.request import Event, Output
+from fastgen.request import Event, Output, pairs
 from fastgen.tokenizer import Prompt
 from fastgen.types import Params
 
@@ -153,6 +153,7 @@ class AsyncEngine:
 
         `on_error` "skip": prompts that cannot run get an output with `error`, as from `Engine.generate`.
         """
+        await self._compile_ahead(prompts, sampling)
         request = await self._follow(lambda e: e._add_all(prompts, sampling, live=False, on_error=on_error), whole=True)
         place = {id: i for i, id in enumerate(request.ids)}
         try:
@@ -167,6 +168,7 @@ class AsyncEngine:
 
         `on_error` as for `generate`.
         """
+        await self._compile_ahead(prompts, sampling)
         request = await self._follow(lambda e: e._add_all(prompts, sampling, live=True, on_error=on_error))
         try:
             async for event in request:
@@ -176,7 +178,22 @@ class AsyncEngine:
 
     async def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, live: bool = True) -> Request:
         """Queue a request. `live` false: only its last event is told. ValueError for what can never run."""
+        await self._compile_ahead([prompt], sampling)
         return await self._follow(lambda e: [e.add(prompt, sampling, live=live)], whole=not live)
+
+    async def _compile_ahead(self, prompts: Many, sampling: Each) -> None:
+        """Compiles grammars beside the steps, for the requests that follow. Whoever leaves ends that."""
+        if sampling is None or (isinstance(sampling, SamplingParams) and sampling.grammar is None):
+            return
+        stop = threading.Event()
+        try:
+            with suppress(ValueError):  # which the request itself gets at once
+                for _, params in pairs(prompts, sampling):
+                    if params.grammar is not None:
+                        await asyncio.to_thread(self.engine._compile_ahead, params, stop)
+        except asyncio.CancelledError:
+            stop.set()
+            raise
 
     async def follow(self, f: Callable[..., int | Sequence[int]], *args: Any, **named: Any) -> Request:
         """The requests whose ids f(engine, …) returns, from their first event on: `follow(Engine.fork, id, 4)`."""
@@ -379,7 +396,8 @@ class AsyncEngine:
                 jobs, self._jobs, closed = self._jobs, [], self._closed
             try:
                 for job in jobs:
-                    job()
+                    with suppress(Exception):  # of those without an answer: it concerns who has posted it alone
+                        job()
                 if closed:
                     self.engine._abort_all()
                 if jobs or closed:

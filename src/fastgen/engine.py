@@ -373,11 +373,12 @@ class Engine(Loop):
                 raise ValueError(f"snapshot: the pages of completion {i} are {tuple(x.shape)} {x.dtype}, not {want}")
         if self._crew is not None:
             snapshot = replace(snapshot, pages={}, checksum="")
+        guides = self._compile(snapshot.params)[: len(snapshot.seeds)]
         self._tell("restore", snapshot)
         has_text = self.tokenizer is not None
         limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
         adapter = self._adapter(snapshot.params)
-        output, samples = snapshot.revive(limit, self._eos, self.tokenizer, self._guides)
+        output, samples = snapshot.revive(limit, self._eos, self.tokenizer, guides)
         going = [len(s.tokens) for s in samples]
         if max(going, default=0) >= limit:
             place = f"model's context of {self.spec.context} or cache of {self.capacity}"

@@ -387,6 +387,7 @@ def _rank(
 
         spec, params, tokenizer = load(ranks.place, where, region=region)
         with make(params, spec, tokenizer, progress=False, group=ranks, **settings) as engine:
+            engine._guides.trusted = True  # rank 0 has tried the grammars that come
             if own:
                 engine._regions["params"] = own[0]
             del params

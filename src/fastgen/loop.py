@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import threading
 import weakref
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from fastgen.cache.prefix import Counts, Tree, namespace
 from fastgen.compile import Stepper, largest
 from fastgen.config import SamplingParams, Settings
 from fastgen.exchange import adoptions, marks
-from fastgen.grammar import Guides
+from fastgen.grammar import Guide, Guides
 from fastgen.lora import Shelf
 from fastgen.memory import Region
 from fastgen.models.spec import Spec, split
@@ -112,6 +113,7 @@ class Loop:
         self._crew = group if isinstance(group, launch.Crew) else None
         if self._crew is not None:
             weakref.finalize(self, self._crew.close)
+        self._failed = set[int]()  # requests of which a completion failed, to abort after the call
         with launch.guard(self._crew):
             self._params, self.spec, self.tokenizer, self.group = params, spec, tokenizer, group
             here = spec if group is None else split(spec, group.place.size)
@@ -157,7 +159,7 @@ class Loop:
             self._drawn = 0  # a digest of the tokens of the last step, for the other ranks
             eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
             self._eos = frozenset(spec.eos) | frozenset(eos if isinstance(eos, list) else [eos])
-            self._guides = Guides(tokenizer, spec.vocab, self._eos)
+            self._guides = Guides(tokenizer, spec.vocab, self._eos, timed=group is None)
 
     def _tree(self, counts: Counts | None = None) -> Tree:
         """A tree in which nothing is cached."""
@@ -219,9 +221,49 @@ class Loop:
 
         ValueError, with the numbers, for what can never run; nothing else is disturbed.
         """
-        return self._submit([self._new(prompt, sampling or SamplingParams(), live)])[0]
+        return self._add(prompt, sampling or SamplingParams(), live=live)
 
-    def _new(self, prompt: Prompt, params: SamplingParams, live: bool) -> list[Sample]:
+    @exclusive()
+    def _add(
+        self, prompt: Prompt, params: SamplingParams, *, live: bool, guides: Sequence[Guide | None] | None = None
+    ) -> int:
+        """As `add`; `guides` are what `_compile` made for this request."""
+        return self._submit([self._new(prompt, params, live, guides)])[0]
+
+    def _compile(self, params: SamplingParams, stop: threading.Event | None = None) -> list[Guide | None]:
+        """Guides for a request's completions. ValueError for a grammar that cannot be used.
+
+        Changes nothing else, so that any thread may call this while another one steps. Cancelled soon after `stop`.
+        """
+        if params.grammar is None:
+            return [None] * params.n
+        guides, problem = list[Guide | None](), None
+        try:
+            if self._crew is not None and not self._guides.stocked(params.grammar, params.n):
+                self._guides.check(params.grammar, stop)
+                self._crew.tell("_compile_early", params.grammar, params.n)
+            guides += self._guides.make(params.grammar, params.n, stop)
+        except ValueError as e:
+            problem = e
+        if self.group is not None and self._crew is None and not self._guides.trusted:  # in step with other callers
+            if not self.group.least(int(problem is None)):
+                problem = problem or ValueError("another rank refuses the grammar")
+        if problem is not None:
+            raise problem
+        return guides
+
+    def _compile_ahead(self, params: SamplingParams, stop: threading.Event) -> None:
+        """As `_compile`, for the next request with these settings."""
+        if params.grammar is not None:
+            self._guides.put(params.grammar, [g for g in self._compile(params, stop) if g is not None])
+
+    def _compile_early(self, grammar: str, count: int) -> None:
+        """Of a rank: compiles beside the steps what rank 0 compiles now."""
+        self._guides.make_early(grammar, count)
+
+    def _new(
+        self, prompt: Prompt, params: SamplingParams, live: bool, guides: Sequence[Guide | None] | None = None
+    ) -> list[Sample]:
         """A request's completions, not yet queued. ValueError for what can never run."""
         prompt_ids = tokenizer.encode(self.tokenizer, prompt)
         limit = longest(prompt_ids, params, self.spec, self.capacity, self.tokenizer is not None)
@@ -230,11 +272,10 @@ class Loop:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if params.prompt_logprobs else None
-        guides = [None if params.grammar is None else self._guides.guide(params.grammar) for _ in range(params.n)]
         self._adapter(params)
         return [
             Sample(output, index, params, seed, limit, self._eos, self.tokenizer, live=live, guide=guide)
-            for index, guide in enumerate(guides)
+            for index, guide in enumerate(self._compile(params) if guides is None else guides)
         ]
 
     def _tell(self, name: str, *args: Any, **named: Any) -> None:
@@ -424,6 +465,9 @@ class Loop:
             else:  # an interrupt: the step was done as a whole
                 self._abort_all()
             raise
+        if self._failed:  # by a call of its own: the other ranks know nothing of the error
+            failed, self._failed = self._failed, set()
+            self._end(failed)
         events, self._undelivered = self._undelivered, []
         return events
 
@@ -530,12 +574,17 @@ class Loop:
         with self.profiler.range("commit"):
             for span, row in zip(launched.plan, rows, strict=False):
                 sample = self._samples.get(span.id) if span.sample else None
-                if sample is not None:  # it may have been aborted, or have stopped a step ago
-                    version = launched.version if changes is None else launched.version + changes[sample.adapter]
+                if sample is None or sample.completion.finish_reason:  # aborted, or it has stopped a step ago
+                    continue
+                version = launched.version if changes is None else launched.version + changes[sample.adapter]
+                try:
                     event = sample.push(*row, version)
-                    self._undelivered.append(event)
-                    if event.finish_reason:
-                        stopped.add(span.id)
+                except Exception as e:  # a tokenizer's or grammar's, which concerns this request alone
+                    event = sample.fail(f"{type(e).__name__}: {e}")
+                    self._failed.add(sample.output.request_id)
+                self._undelivered.append(event)
+                if event.finish_reason and sample.output.request_id not in self._failed:
+                    stopped.add(span.id)
         self.state = schedule.drop(self.state, stopped, self._known())
         for id in stopped:
             del self._samples[id]
@@ -602,6 +651,8 @@ class Loop:
         crew, self._crew = self._crew, None
         self._abort_all()
         self._running = None
+        if "_guides" in self.__dict__:
+            self._guides.close()
         if "_mover" in self.__dict__:
             self._mover.close()
         for name in ("_stepper", "_mover", "_cache", "_shelf", "_params", "_marks", "_adoptions"):  # graphs first

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -34,7 +35,7 @@ from fastgen import lora
 from fastgen import tokenizer as tokens
 from fastgen.config import SamplingParams, Settings
 from fastgen.engine import Engine, Stream, collect, completed, locate
-from fastgen.grammar import Guides
+from fastgen.grammar import Guide, Guides
 from fastgen.models import weights
 from fastgen.models.spec import Spec, split
 from fastgen.ownership import Owner, disown_in_forks, exclusive
@@ -237,15 +238,28 @@ class Replicas:
     @exclusive()
     def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, live: bool = True) -> int:
         """Queue a request; its id. As `Engine.add`."""
-        return self._queue([self._new(prompt, sampling or SamplingParams(), live=live, quiet=False)])[0]
+        return self._add(prompt, sampling or SamplingParams(), live=live)
 
-    def _new(self, prompt: Prompt, params: SamplingParams, *, live: bool, quiet: bool) -> Request:
+    @exclusive()
+    def _add(
+        self, prompt: Prompt, params: SamplingParams, *, live: bool, guides: Sequence[Guide | None] | None = None
+    ) -> int:
+        """As `add`; `guides` are what `_compile` returned for this request."""
+        return self._queue([self._new(prompt, params, live=live, quiet=False, tried=guides is not None)])[0]
+
+    def _compile(self, params: SamplingParams, stop: threading.Event | None = None) -> list[Guide | None]:
+        """As `Engine._compile`, but a grammar is only tried here: the replica that gets the request compiles it."""
+        if params.grammar is not None:
+            self._guides.check(params.grammar, stop)
+        return [None] * params.n
+
+    def _new(self, prompt: Prompt, params: SamplingParams, *, live: bool, quiet: bool, tried: bool = False) -> Request:
         ids = tokens.encode(self.tokenizer, prompt)
         limit = longest(ids, params, self.spec, self.capacity, self.tokenizer is not None)
         if params.adapter is not None:
             self._shelf_of()[params.adapter]  # a ValueError for one that is not there
-        if params.grammar is not None:
-            self._guides.guide(params.grammar)  # a ValueError here, and not in the replica
+        if not tried:
+            self._compile(params)  # a ValueError here, and not in the replica
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         return Request(ids, replace(params, seed=seed, max_tokens=limit - len(ids)), live, quiet)
 
@@ -479,6 +493,8 @@ class Replicas:
             return
         self.cause = self.cause or "the replicas are closed"
         self._end()
+        if "_guides" in self.__dict__:
+            self._guides.close()
         for name in ("_requests", "_waiting", "_undelivered"):
             if name in self.__dict__:
                 self.__dict__[name].clear()
@@ -541,6 +557,7 @@ def _replica(
         if gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus
         with Engine.from_pretrained(model, progress=progress, **loading, **settings) as engine:
+            engine._guides.trusted = True  # the first process has tried the grammars that come
             e = engine
             pipe.send(Started(e.spec, e.capacity, e.device, e.dtype, e.settings, figures(e)))
             _serve(engine, calls, pipe)
@@ -559,7 +576,33 @@ def _said(e: BaseException) -> str:
 def _serve(engine: Engine, calls: queue.SimpleQueue[tuple[str, Any]], pipe: Connection) -> None:
     """Do what is asked until the end of it."""
     words, theirs, ours, quiet = engine.tokenizer, dict[int, int](), dict[int, int](), set[int]()
-    told = 0.0
+    left = set[int]()  # requests that were aborted while their grammar was compiled
+    compiling = dict[int, Future]()
+    pool = ThreadPoolExecutor(2, "grammar")
+    told, found = 0.0, deque[Event]()
+
+    def begin(asked: list[tuple[Asked, Sequence[Guide | None] | None]]) -> None:
+        """Requests join the others; one that cannot ends alone."""
+        new, ids = [], []
+        for (id, prompt, params, live, hush, text), guides in asked:
+            engine.tokenizer = words if text else None
+            try:
+                new.append(engine._new(prompt, params, live, guides))
+            except Exception as e:
+                found.extend(_refused(id, prompt, params, e))
+            else:
+                ids.append((id, hush))
+        for (id, hush), mine in zip(ids, engine._submit(new), strict=True):
+            ours[id], theirs[mine] = mine, id
+            quiet.update({id} if hush else ())
+            if id in left:
+                engine.abort(mine)
+
+    def compile(one: Asked) -> None:
+        """Compiles a request's grammar beside the steps; the call "compiled" follows."""
+        compiling[one[0]] = future = pool.submit(engine._compile, one[2])
+        future.add_done_callback(lambda _: calls.put(("compiled", one)))
+
     while True:
         asked = [] if engine.unfinished else [calls.get()]
         while not calls.empty():
@@ -571,18 +614,23 @@ def _serve(engine: Engine, calls: queue.SimpleQueue[tuple[str, Any]], pipe: Conn
                 for id in value:
                     if id in ours:
                         engine.abort(ours[id])
+                    elif id in compiling:
+                        left.add(id)
                 continue
             if kind == "call":
                 getattr(engine, value[0])(*value[1])
                 continue
-            new = []
-            for _, prompt, params, live, _, text in value:
-                engine.tokenizer = words if text else None
-                new.append(engine._new(prompt, params, live))
-            for (id, *_, hush, _), mine in zip(value, engine._submit(new), strict=True):
-                ours[id], theirs[mine] = mine, id
-                quiet |= {id} if hush else set()
-        found = deque[Event]()
+            if kind == "compiled":
+                try:
+                    begin([(value, compiling.pop(value[0]).result())])
+                except Exception as e:
+                    found.extend(_refused(value[0], value[1], value[2], e))
+                left.discard(value[0])
+                continue
+            begin([(one, None) for one in value if one[2].grammar is None])
+            for one in value:
+                if one[2].grammar is not None:
+                    compile(one)
         for event in engine.step() if engine.unfinished else ():
             event.request_id = theirs[event.request_id]
             if event.output is not None:
@@ -595,3 +643,13 @@ def _serve(engine: Engine, calls: queue.SimpleQueue[tuple[str, Any]], pipe: Conn
         if found or not engine.unfinished or time.monotonic() > told + 0.2:
             told = time.monotonic()
             pipe.send((found, figures(engine)))
+            found = deque[Event]()
+
+
+def _refused(id: int, prompt: list[int], params: SamplingParams, error: Exception) -> list[Event]:
+    """The events of a request that the engine does not take, and that the first process took to be right."""
+    why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    output = Output(id, prompt, [Completion(finish_reason="error", error=why) for _ in range(params.n)])
+    events = [Event(id, i, [], "", finish_reason="error", error=why) for i in range(params.n)]
+    events[-1].output = output
+    return events

@@ -16,9 +16,10 @@ from fastgen.models.spec import Spec
 from fastgen.tokenizer import Detokenizer, Prompt, prompt_list
 from fastgen.types import Tokenizer
 
-FinishReason = Literal["stop", "length", "abort", "error"]  # error: the logits were NaN or inf, or it could not run
+FinishReason = Literal["stop", "length", "abort", "error"]  # error: see `Completion.error` and `Output.error`
 R = TypeVar("R")
 NO_TOKENS = np.zeros(0, np.int64)
+NOT_FINITE = "the logits are NaN or infinite"
 TopLogprobs = dict[int, float]  # token -> logprob, most likely first
 
 
@@ -32,6 +33,7 @@ class Completion:
     top_logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None  # None: still running
     versions: list[int] = field(default_factory=list)  # of the weights that drew each token; see `Engine.version`
+    error: str = ""  # what went wrong, where the finish reason is "error"
 
 
 @dataclass(slots=True)
@@ -64,12 +66,13 @@ class Event:
     top_logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None
     output: Output | None = None
+    error: str = ""  # as the completion's
     version: int | None = None  # of the weights that drew the token, as in `Completion.versions`
 
 
 def refuse_errors(outputs: Sequence[Output]) -> None:
     """Raises RuntimeError if a completion has ended with an error: training cannot go on from there."""
-    if count := sum(c.finish_reason == "error" for o in outputs for c in o.completions):
+    if count := sum(c.error == NOT_FINITE for o in outputs for c in o.completions):
         raise RuntimeError(f"the logits of {count} completions are NaN or infinite: the parameters have diverged")
 
 
@@ -120,7 +123,7 @@ def each_prompt(
 
 def refused(error: str, n: int) -> Output:
     """Returns the output of a request that cannot run, in the place of its n completions."""
-    return Output(-1, [], [Completion(finish_reason="error") for _ in range(n)], error=error)
+    return Output(-1, [], [Completion(finish_reason="error", error=error) for _ in range(n)], error=error)
 
 
 def refusal(output: Output) -> list[Event]:
@@ -274,8 +277,10 @@ class Sample:
         are NaN or inf.
         """
         c, p = self.completion, self.params
+        if self.guide is not None and self.guide.failed:
+            return self.end("error", error=self.guide.reason)
         if self.invalid or not isfinite(logprob):
-            return self.end("error")
+            return self.end("error", error=NOT_FINITE)
         self.tokens.append(token)
         c.token_ids.append(token)
         c.versions.append(version)
@@ -289,8 +294,8 @@ class Sample:
             c.top_logprobs += event.top_logprobs
         if self.guide is not None:
             self.guide.push(token)
-            if self.guide.failed and token not in self.ends:
-                return self.end("abort", event)
+            if self.guide.failed:
+                return self.end("error", event, error=self.guide.reason)
         cut, early = False, len(c.token_ids) < p.min_tokens
         if self.text is not None:
             event.text, cut = self.text.push(token)
@@ -300,13 +305,24 @@ class Sample:
             return self.end("length", event)
         return event
 
-    def end(self, reason: FinishReason, event: Event | None = None, *, cut: bool = False) -> Event:
+    def end(self, reason: FinishReason, event: Event | None = None, *, cut: bool = False, error: str = "") -> Event:
         """Close the completion; the event that says so."""
         event = event or Event(self.output.request_id, self.index, [], "")
         if self.text is not None:
-            if not cut:
-                event.text += self.text.end(self.completion.token_ids)
-            self.completion.text = self.text.text
+            try:
+                if not cut:
+                    event.text += self.text.end(self.completion.token_ids)
+                self.completion.text = self.text.text
+            except Exception as e:  # a tokenizer's, which concerns this completion alone
+                reason, error = "error", f"{type(e).__name__}: {e}"
+        return self._close(reason, event, error)
+
+    def fail(self, error: str) -> Event:
+        """Closes the completion after an error of its own, without the rest of its text; the event that says so."""
+        return self._close("error", Event(self.output.request_id, self.index, [], ""), error)
+
+    def _close(self, reason: FinishReason, event: Event, error: str) -> Event:
         event.finish_reason = self.completion.finish_reason = reason
+        self.completion.error = event.error = error
         event.output = self.output if self.output.finished else None
         return event

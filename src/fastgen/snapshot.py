@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgen.config import SamplingParams
-from fastgen.grammar import Guides
+from fastgen.grammar import Guide
 from fastgen.request import Completion, FinishReason, Output, Sample, TopLogprobs
 from fastgen.types import Tokenizer
 
@@ -159,18 +159,20 @@ class Snapshot:
         limit: int,
         eos: frozenset[int],
         tokenizer: Tokenizer | None,
-        guides: Guides,
+        guides: Sequence[Guide | None],
     ) -> tuple[Output, list[Sample]]:
-        """The request again, and the completions that go on. `limit` counts prompt and output."""
+        """The request again, and the completions that go on. `limit` counts prompt and output.
+
+        `guides` are at the beginning of the grammar, one for each of these completions.
+        """
         output = Output(-1, [*self.prompt], [_own(c) for c in self.completions])
         p, samples = self.params, []
         if p.prompt_logprobs is not None:
             output.prompt_logprobs = [*self.prompt_logprobs] if self.prompt_logprobs else [None]
             tops: list[TopLogprobs | None] = [*self.prompt_top_logprobs] if self.prompt_top_logprobs else [None]
             output.prompt_top_logprobs = tops if p.prompt_logprobs else None
-        for i, seed in self.seeds.items():
+        for (i, seed), guide in zip(self.seeds.items(), guides, strict=True):
             output.completions[i] = Completion()
-            guide = None if p.grammar is None else guides.guide(p.grammar)
             sample = Sample(output, i, p, 0, limit, eos, tokenizer, guide=guide)
             sample.seed = seed
             sample.scores_prompt &= self.prompt_logprobs is None

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastgen.config import SamplingParams
+from fastgen.request import NOT_FINITE
 from fastgen.serve.client import Client
 from fastgen.serve.core import Piece
 from fastgen.serve.metrics import Metrics
@@ -474,7 +475,8 @@ class Answer(Response):
                     continue  # tokens after a stop string
                 if piece.reason in BROKEN:
                     choice.whole.reason = "error"
-                    raise Refused(500, BROKEN[piece.reason], code="engine_error")
+                    why = BROKEN[piece.reason] if piece.error in ("", NOT_FINITE) else piece.error
+                    raise Refused(500, why, code="engine_error")
                 new = choice.push(piece)
                 if self.versions and piece.version is not None:
                     choice.versions += [piece.version] * len(new.tokens)

@@ -48,11 +48,15 @@ class Client:
                 key, value = rest
                 if (future := self._asked.pop(key, None)) and not future.done():
                     future.set_result(value)
+            elif kind == "failed":
+                key, why = rest
+                if (future := self._asked.pop(key, None)) and not future.done():
+                    future.set_exception(Refused(500, why, code="engine_error"))
             elif not self.info.done():
                 self.info.set_result(rest[0])
 
-    def _send(self, *message: Any) -> None:
-        self.socket.send(pack(message))  # at once: nothing bounds the queue
+    def _send(self, *message: Any, key: str = "") -> None:
+        self.socket.send_multipart([key.encode(), pack(message)])  # at once: nothing bounds the queue
 
     async def ask(self, kind: str, *rest: Any) -> Any:
         """The engine's reply."""
@@ -62,7 +66,7 @@ class Client:
             raise self._failure
         key = next(self._keys)
         self._asked[key] = future = asyncio.get_running_loop().create_future()
-        self._send(kind, key, *rest)
+        self._send(kind, key, *rest, key=key)
         try:
             return await future
         finally:

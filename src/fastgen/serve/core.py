@@ -8,6 +8,9 @@ lies in a folder only its user can enter, so that nobody else can send one.
                        ("adapters", key)  ("adapter", key, name, tree or None, again)
                        ("count", changes)  ("metrics", key)
     engine -> worker   ("info", {...})  ("reply", key, value)  ("events", {call: [Piece, ...]})
+    engine -> worker   ("info", {...})  ("reply", key, value)  ("failed", key, why)  ("events", {call: [Piece, ...]})
+
+A key stands in a frame of its own as well, so that a message that cannot be read is answered.
 
 On a second socket a thread answers whether the engine is well, which a long step does not delay.
 
@@ -19,6 +22,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
@@ -26,6 +30,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -34,6 +39,7 @@ from typing import Any, NamedTuple
 import zmq
 
 from fastgen import Engine, Replicas, SamplingParams
+from fastgen.grammar import Guide
 from fastgen.replicas import figures
 from fastgen.request import Event, sample_seed
 from fastgen.types import Adapter
@@ -50,7 +56,8 @@ class Piece(NamedTuple):
     tokens: list[int]
     logprobs: list[float] | None
     top: list[dict[int, float]] | None
-    reason: str | None  # stop, length, abort, error (logits that are no numbers), or failed (the engine)
+    reason: str | None  # stop, length, abort, error (logits that are no numbers, a grammar), or failed (the engine)
+    error: str = ""  # what went wrong with this slot alone
     cached: int = 0
     prompt_logprobs: list[float | None] | None = None
     prompt_top: list[dict[int, float] | None] | None = None
@@ -60,6 +67,15 @@ class Piece(NamedTuple):
 def pack(message: tuple) -> bytes:
     """A message on its way."""
     return pickle.dumps(message, protocol=5)
+
+
+class Compiling(NamedTuple):
+    """A call whose grammar is compiled, in a thread."""
+
+    worker: bytes
+    key: str  # of its "add", which is answered when it joins the others
+    count: int  # completions
+    stop: threading.Event
 
 
 class Core:
@@ -72,20 +88,36 @@ class Core:
         self.began, self.requests, self.prompt_tokens, self.tokens = time.time(), 0, 0, 0
         self.counts: Counter[Any] = Counter()  # what workers have counted, by `metrics.Key`
         self.stepping: float | None = None  # since when a step runs
+        self.compiling: dict[str, Compiling] = {}  # by call
+        self.compiled: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # to be done between two steps
+        self.bell, self._ring = os.pipe()  # can be read when there is such a thing
+        self._pool = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), "grammar")
 
     def send(self, worker: bytes, *message: Any) -> None:
         """To a worker; one that is gone is not missed."""
         self.socket.send_multipart([worker, pack(message)])
 
     def drain(self) -> None:
-        """Take every message that has come."""
+        """Take every message that has come. An error costs the request that it came with."""
         while True:
             try:
-                worker, raw = self.socket.recv_multipart(zmq.NOBLOCK)
+                worker, key, raw = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
-            kind, *rest = pickle.loads(raw)
-            getattr(self, f"on_{kind}")(worker, *rest)
+                break
+            try:
+                kind, *rest = pickle.loads(raw)
+                getattr(self, f"on_{kind}")(worker, *rest)
+            except Exception as e:
+                self._fail(worker, key.decode(), e)
+        while not self.compiled.empty():
+            os.read(self.bell, 1)
+            self.compiled.get()()
+
+    def _fail(self, worker: bytes, key: str, error: Exception) -> None:
+        """Answers a message, if it has a key, whose handling has failed."""
+        traceback.print_exception(error)
+        if key:
+            self.send(worker, "failed", key, f"the engine failed at this: {type(error).__name__}: {error}")
 
     def on_hello(self, worker: bytes) -> None:
         self.send(worker, "info", self.info)
@@ -102,38 +134,91 @@ class Core:
         self.send(worker, "reply", key, (dict(self.counts), self.stats()))
 
     def on_add(self, worker: bytes, key: str, call: str, prompts: list[list[int]], params: SamplingParams) -> None:
-        """All of a call's completions, or none; the reply is None, or (status, message)."""
+        """All of a call's completions, or none; the reply is None, or (status, message).
+
+        A grammar is compiled beside the steps first.
+        """
+        count = len(prompts) * params.n
+        used = len(self.owner) + sum(c.count for c in self.compiling.values())
+        if call in self.calls or call in self.compiling:
+            self.send(worker, "reply", key, (409, f"the request id {call} is in use"))
+        elif used + count > self.most:
+            busy = f"{used} completions are running or waiting, of {self.most} at most: try again later"
+            self.send(worker, "reply", key, (429, busy))
+        elif params.grammar is None:
+            self._try_add(worker, key, call, prompts, params, None)
+        else:
+            self.compiling[call] = found = Compiling(worker, key, count, threading.Event())
+            self._pool.submit(self._compile, found, call, prompts, params)
+
+    def _compile(self, found: Compiling, call: str, prompts: list[list[int]], params: SamplingParams) -> None:
+        """In a thread of its own: makes the guides of a call, which then joins the others."""
+        guides, error = [], None
         try:
-            self.send(worker, "reply", key, self._add(worker, call, prompts, params))
+            if not found.stop.is_set():
+                guides = self.engine._compile(replace(params, n=found.count), found.stop)
+        except Exception as e:
+            error = e
+
+        def join() -> None:
+            if self.compiling.get(call) is not found:
+                return  # nobody waits for it any more
+            del self.compiling[call]
+            self._try_add(found.worker, found.key, call, prompts, params, guides, error)
+
+        self.compiled.put(join)
+        os.write(self._ring, b".")
+
+    def _try_add(
+        self,
+        worker: bytes,
+        key: str,
+        call: str,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        guides: list[Guide | None] | None,
+        error: Exception | None = None,  # of its grammar
+    ) -> None:
+        try:
+            if error is not None:
+                raise error
+            self._add(worker, call, prompts, params, guides)
+            self.send(worker, "reply", key, None)
         except ValueError as e:
             self._end(call)
             self.send(worker, "reply", key, (400, str(e)))
+        except Exception as e:
+            self._end(call)
+            self._fail(worker, key, e)
 
     def _add(
-        self, worker: bytes, call: str, prompts: list[list[int]], params: SamplingParams
-    ) -> tuple[int, str] | None:
-        count = len(prompts) * params.n
-        if call in self.calls:
-            return 409, f"the request id {call} is in use"
-        if len(self.owner) + count > self.most:
-            return 429, f"{len(self.owner)} completions are running or waiting, of {self.most} at most: try again later"
+        self,
+        worker: bytes,
+        call: str,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        guides: list[Guide | None] | None,
+    ) -> None:
         slots: dict[int, int] = {}
         self.calls[call] = worker, slots
         for prompt in prompts:
             for i in range(params.n):
                 seed = None if params.seed is None else sample_seed(params.seed, i)
                 scored = params.prompt_logprobs if i == 0 else None
-                id = self.engine.add(prompt, replace(params, n=1, seed=seed, prompt_logprobs=scored), live=False)
+                one = replace(params, n=1, seed=seed, prompt_logprobs=scored)
+                guide = guides and [guides[len(slots)]]
+                id = self.engine._add(prompt, one, live=False, guides=guide)
                 self.owner[id] = worker, call, len(slots)
                 slots[len(slots)] = id
         self.requests += 1
         self.prompt_tokens += sum(map(len, prompts))
-        return None
 
     def on_abort(self, worker: bytes, call: str, slot: int | None) -> None:
         """End a worker's call, or one slot of it; nobody waits for its events."""
         if call in self.calls and self.calls[call][0] == worker:
             self._end(call, slot)
+        elif call in self.compiling and self.compiling[call].worker == worker:
+            self._stop(call)
 
     def on_kill(self, worker: bytes, key: str, call: str) -> None:
         """End a call, of whichever worker: that one hears of it. The reply says whether there was one."""
@@ -141,6 +226,9 @@ class Core:
         if found is not None:
             for id in list(found[1].values()):
                 self.engine.abort(id)  # its events come with the next step
+        elif call in self.compiling:
+            ended = self._stop(call)
+            self.send(ended.worker, "reply", ended.key, (409, "the request was ended before it began"))
         self.send(worker, "reply", key, found is not None)
 
     def on_profile(self, worker: bytes, key: str, folder: str, steps: int, skip: int) -> None:
@@ -180,8 +268,16 @@ class Core:
         if not slots:
             self.calls.pop(call, None)
 
+    def _stop(self, call: str) -> Compiling:
+        """Ends a call whose grammar is compiled, which then ends soon."""
+        found = self.compiling.pop(call)
+        found.stop.set()
+        return found
+
     def gone(self, worker: bytes) -> None:
         """A worker died: end what it asked for."""
+        for call in [call for call, c in self.compiling.items() if c.worker == worker]:
+            self._stop(call)
         for call in [call for call, (who, _) in self.calls.items() if who == worker]:
             self._end(call)
 
@@ -205,7 +301,13 @@ class Core:
 
     def _piece(self, event: Event, slot: int) -> Piece:
         piece = Piece(
-            slot, event.token_ids, event.logprobs, event.top_logprobs, event.finish_reason, version=event.version
+            slot,
+            event.token_ids,
+            event.logprobs,
+            event.top_logprobs,
+            event.finish_reason,
+            event.error,
+            version=event.version,
         )
         if (o := event.output) is None:
             return piece
@@ -319,6 +421,7 @@ def run(
     poller, failures = zmq.Poller(), 0
     poller.register(socket, zmq.POLLIN)
     poller.register(control.fileno(), zmq.POLLIN)
+    poller.register(core.bell, zmq.POLLIN)
     with engine, contextlib.suppress(EOFError, ConnectionError):  # the supervisor closed its end, or is gone
         while True:
             if not engine.unfinished:
