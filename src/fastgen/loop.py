@@ -254,8 +254,9 @@ class Loop:
 
     def _compile_ahead(self, params: SamplingParams, stop: threading.Event) -> None:
         """As `_compile`, for the next request with these settings."""
-        if params.grammar is not None:
-            self._guides.put(params.grammar, [g for g in self._compile(params, stop) if g is not None])
+        guides = [guide for guide in self._compile(params, stop) if guide is not None]
+        if params.grammar is not None and not stop.is_set():  # nobody would take them
+            self._guides.put(params.grammar, guides)
 
     def _compile_early(self, grammar: str, count: int) -> None:
         """Of a rank: compiles beside the steps what rank 0 compiles now."""
