@@ -7,7 +7,9 @@ from itertools import combinations, product
 from typing import Any
 
 import hydra
+import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +60,8 @@ BAD = [
     (Lora, "max_rank", [0, 257, "8"], "between 1 and 256"),
     (Parallel, "replicas", [0, 65, 1.5], "between 1 and 64"),
     (Parallel, "peer_memory", [1, None], "true or false"),
+    (SamplingParams, "cache_salt", ["", 5, b"x"], "1 to 256 characters"),
+    (SamplingParams, "ignore_eos", [1, "false", None], "true or false"),
     (Grpo, "problem", ["", None], "must be a name"),
     (Grpo, "folder", ["", 3], "must be a name"),
     (Grpo, "variant", ["ppo", None], "grpo, dr_grpo"),
@@ -91,9 +95,32 @@ def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
 
 def test_every_field_is_tested_or_free() -> None:
     """A new knob without a bad value here is noticed."""
-    free = {"path", "device", "random_seed", "ignore_eos", "grammar"}
+    free = {"path", "device", "random_seed", "grammar"}
     kinds = (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Lora, Compile, Grpo)
     assert {f.name for kind in kinds for f in fields(kind)} == {name for _, name, _, _ in BAD} | free
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "logit_bias"])
+@pytest.mark.parametrize("value", [5, 1.5, True, object(), b"x", np.array(3)])
+def test_what_is_no_collection(name: str, value: Any) -> None:
+    """A lone number, bytes and anything else that cannot be listed are refused in a sentence."""
+    with pytest.raises(ValueError, match=rf"SamplingParams\.{name} must (be a list of|map token ids)"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("one", [np.int64(1), np.int8(1), np.float32(1), torch.tensor(1)])
+def test_numbers_of_numpy_and_torch(one: Any) -> None:
+    """Become Python's own, which can be saved with a snapshot."""
+    params = SamplingParams(temperature=one, top_p=one, repetition_penalty=one)
+    assert params == SamplingParams(temperature=1, top_p=1, repetition_penalty=1)
+    assert {type(x) for x in (params.temperature, params.top_p)} <= {int, float}
+    if not isinstance(one, np.floating):
+        lists = {"stop_token_ids": np.array([1, 7]), "logit_bias": {one: np.float32(2)}, "stop": np.array(["a", "b"])}
+        params = SamplingParams(max_tokens=one, n=one, seed=one, logprobs=one, **lists)
+        assert [type(x) for x in (params.max_tokens, params.seed, *params.stop_token_ids)] == [int] * 4
+        assert (params.stop_token_ids, params.stop, params.logit_bias) == ((1, 7), ("a", "b"), {1: 2.0})
+    with pytest.raises(ValueError, match=r"max_tokens must be a whole number, got True"):
+        SamplingParams(max_tokens=np.bool_(True))  # type: ignore[arg-type]
 
 
 def test_stop_is_a_tuple_of_texts() -> None:
@@ -190,7 +217,6 @@ def test_debug_model_is_there() -> None:
         ("+experiment=capital", "unknown experiment 'capital'; did you mean capitals"),
         ("schedule.token_budget=many", "schedule.token_budget: Value 'many' .* could not be converted to Integer"),
         ("schedule.token_budget=0", "schedule.token_budget must be at least 1, got 0"),
-        ("sampling.stop=END", "sampling.stop: must be a list"),
         ("sampling.n=null", "sampling.n: .*not Optional"),
         ("task.name=gnerate", "unknown task.name 'gnerate'; did you mean generate"),
         ("hello", "Error parsing override 'hello'"),

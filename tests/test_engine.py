@@ -665,6 +665,14 @@ def test_logprobs_in_events() -> None:
     assert [x for e in events for x in e.top_logprobs] == c.top_logprobs
 
 
+@pytest.mark.parametrize("top_k", [61, 2**31, 2**70])
+def test_top_k_beyond_the_vocabulary(top_k: int) -> None:
+    """Is all of the vocabulary."""
+    params = SamplingParams(seed=1, max_tokens=6)
+    outputs = engine().generate([PROMPTS[0]] * 2, [params, replace(params, top_k=top_k)])
+    assert outputs[0].completions[0].token_ids == outputs[1].completions[0].token_ids
+
+
 def test_logprob_modes() -> None:
     """Raw logprobs feel temperature, filters and bias, or processed ones do not; in one batch."""
     raw = SamplingParams(temperature=0.5, top_k=3, logit_bias={7: 2.0}, seed=1, max_tokens=6, logprobs=4)

@@ -2,7 +2,7 @@
 
 import codecs
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fastgen import tokenizer as ours
+from fastgen.request import pairs
 from fastgen.tokenizer import LONGEST, Detokenizer, encode, is_one, prompt_list
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=150)
@@ -433,6 +434,12 @@ def unchecked(function: Callable) -> Callable:
         ({}, "a mapping as a prompt"),
         ({"input_ids": [[1, 2], [3]]}, "have 2 rows"),
         (b"bytes", "not bytes"),
+        ("a\ud800", "half of a surrogate pair"),
+        ({"input_ids": "abc"}, "input_ids of a prompt are token ids, or rows of them, not str"),
+        ({"input_ids": None}, "not NoneType"),
+        ({"input_ids": [[1], 5]}, "rows of them"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "the same shape"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 1], [1, 1]]}, "the same shape"),
         ("", "at least one token"),
         ([], "at least one token"),
         ((), "at least one token"),
@@ -448,6 +455,38 @@ def test_what_is_no_prompt(prompt: Any, said: str) -> None:
     """Each mistake with what is wanted instead."""
     with pytest.raises(ValueError, match=said):
         unchecked(encode)(BYTE_LEVEL, prompt)
+
+
+class Table:
+    """What a data frame of pandas is like."""
+
+    columns = ("prompt", "answer")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        *((x, f"not {type(x).__name__}") for x in (None, 5, True, b"ab", Path("x"), np.array(5), torch.tensor(5))),
+        (Table(), "not Table: give one of its columns"),
+    ],
+)
+def test_what_are_no_prompts(prompts: Any, said: str) -> None:
+    """A table is iterated by its columns' names, which are nobody's prompts."""
+    with pytest.raises(ValueError, match=said):
+        unchecked(prompt_list)(prompts)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kind"),
+    [(5, "int"), ({"n": 1}, "dict"), ("x", "str"), ([{}, {}], "a list with dict"), ([None, 0], "a list with int")],
+)
+def test_what_is_no_sampling(sampling: Any, kind: str) -> None:
+    """Settings of another kind are refused before anything runs."""
+    with pytest.raises(ValueError, match=f"one SamplingParams or a list of them, got {kind}"):
+        unchecked(pairs)([[1], [2]], sampling)
 
 
 @pytest.mark.parametrize("prompt", ["text", MESSAGES])

@@ -184,7 +184,8 @@ class Stager:
                 self.seed[span.seat] = samples[span.id].seed
                 if self.adapter is not None:
                     self.adapter[span.seat] = samples[span.id].adapter
-                values = (p.temperature, p.top_k or self.vocab, p.top_p, p.min_p, p.logprob_mode == "processed")
+                top_k = min(p.top_k or self.vocab, self.vocab)  # any number is allowed; more would not fit 32 bits
+                values = (p.temperature, top_k, p.top_p, p.min_p, p.logprob_mode == "processed")
                 for name, setting in zip(self.rows, values, strict=True):
                     self.rows[name][span.seat] = setting
             elif span.pages is held:

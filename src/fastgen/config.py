@@ -1,10 +1,16 @@
 """Every knob, as frozen dataclasses that check themselves. Hydra's groups mirror them; nothing here imports hydra."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any
 
+SCALARS = (  # fields of SamplingParams
+    "temperature", "top_p", "top_k", "min_p", "seed", "n", "max_tokens", "min_tokens", "ignore_eos",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "prompt_logprobs",
+)  # fmt: skip
 MIN_TEMPERATURE = 1e-5  # anything lower is greedy: logits divided by it could leave the range of fp32
 
 
@@ -26,6 +32,25 @@ def _flag(owner: str, name: str, value: object, options: str = "true or false") 
     """ValueError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{owner}.{name} must be {options}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Returns Python's own number for a number of NumPy or a tensor of one; anything else as it is."""
+    if type(value) in (int, float, bool, str, NoneType):
+        return value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
+
+
+def _elements(owner: str, name: str, value: Any, what: str) -> tuple[Any, ...]:
+    """Returns what a list, an array or any other collection holds. ValueError for what is none; None is empty."""
+    if value is None:
+        return ()
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"{owner}.{name} must be a list of {what}, got {value!r:.80}")
+    return tuple(map(_plain, value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +90,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         me = "SamplingParams"
+        for name in SCALARS:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        _flag(me, "ignore_eos", self.ignore_eos)
         if self.grammar is not None:
             if not isinstance(self.grammar, str):
                 raise ValueError(f"{me}.grammar must be a text, got {self.grammar!r}")
@@ -76,10 +104,14 @@ class SamplingParams:
             raise ValueError(
                 f"{me}.cache_salt must be a text of 1 to 256 characters or None, got {self.cache_salt!r:.80}"
             )
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        stop = (self.stop,) if isinstance(self.stop, str) else _elements(me, "stop", self.stop, "strings")
+        object.__setattr__(self, "stop", stop)
+        ends = _elements(me, "stop_token_ids", self.stop_token_ids, "token ids, [5] for a single one")
+        object.__setattr__(self, "stop_token_ids", ends)
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise ValueError(f"{me}.logit_bias must map token ids to biases, {{5: -1.0}}, got {self.logit_bias!r:.80}")
+        biases = {_plain(token): _plain(bias) for token, bias in (self.logit_bias or {}).items()}
+        object.__setattr__(self, "logit_bias", biases)
         _range(me, "temperature", self.temperature, 0, 100, whole=False)
         if self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)

@@ -134,7 +134,8 @@ def adopt(model: torch.nn.Module) -> tuple[Spec, Params]:
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"{type(model).__name__} has no config: adopt takes a transformers model")
-    made = {} if config.architectures else {"architectures": [type(model).__name__]}  # not from a checkpoint
+    kind = type(getattr(model, "_orig_mod", model))  # of a compiled one: what was compiled
+    made = {} if config.architectures else {"architectures": [kind.__name__]}  # not from a checkpoint
     spec = from_hf(config.to_dict() | made)
     own = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
     if {EMBED, HEAD} <= own.keys():  # the config may say otherwise: a checkpoint's head that differs is not tied

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -87,9 +87,17 @@ def sample_seed(seed: int, index: int) -> int:
 def pairs(
     prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[Prompt, SamplingParams]]:
-    """One or many prompts, each with its settings; one for all, or one for each."""
+    """Pairs one or many prompts with their settings, which are one for all, or one for each. ValueError for others."""
     many = prompt_list(prompts)
-    each = [sampling] * len(many) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
+    each: list[SamplingParams | None]
+    if sampling is None or isinstance(sampling, SamplingParams):
+        each = [sampling] * len(many)
+    elif isinstance(sampling, str | bytes | Mapping) or not isinstance(sampling, Iterable):
+        raise ValueError(f"sampling is one SamplingParams or a list of them, got {type(sampling).__name__}")
+    else:
+        each = list(sampling)
+    if (wrong := next((s for s in each if not isinstance(s, SamplingParams | None)), None)) is not None:
+        raise ValueError(f"sampling is one SamplingParams or a list of them, got a list with {type(wrong).__name__}")
     if len(each) != len(many):
         raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")
     return [(prompt, params or SamplingParams()) for prompt, params in zip(many, each, strict=True)]

@@ -1,7 +1,7 @@
 """Text to tokens and back: any tokenizer of `transformers`, chat templates, and decoding as tokens arrive."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from importlib.util import find_spec
 from itertools import chain, islice
@@ -25,6 +25,7 @@ Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 # What templates raise, and what the operators in them do: of a text and what is none, of objects far too deep, ...
 TEMPLATE_ERRORS = (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError, ValueError)
 TEMPLATE_ERRORS += (RuntimeError, MemoryError)
+PROMPTS = "prompts are a text, a list of token ids, a list of chat messages, or a list of these"
 Tools = list[dict[str, Any]] | None  # functions that the chat template tells the model of
 
 
@@ -124,25 +125,36 @@ def prompt_list(prompts: Any) -> list[Prompt]:
     """
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         return _unpadded_rows(prompts)
-    return [prompts] if is_one(prompts) else list(prompts)
+    if is_one(prompts):
+        return [prompts]
+    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
+        raise ValueError(f"{PROMPTS}, not {type(prompts).__name__}")
+    if hasattr(prompts, "columns"):  # of pandas, polars or Arrow: it would be iterated by column
+        raise ValueError(f"{PROMPTS}, not {type(prompts).__name__}: give one of its columns")
+    return list(prompts)
 
 
 def _unpadded_rows(encoding: Mapping[str, Any]) -> list[Prompt]:
     """Returns the token ids of each row of a `BatchEncoding`, without the tokens that its attention mask leaves out."""
 
     def rows(name: str) -> list[Any]:
-        values = encoding[name]
-        values = (
-            values.tolist()
-            if hasattr(values, "tolist")
-            else [v.tolist() if hasattr(v, "tolist") else v for v in values]
-        )
-        return [values] if not values or isinstance(values[0], Integral) else values
+        values: Any = encoding[name]
+        if hasattr(values, "tolist"):
+            values = values.tolist()
+        elif isinstance(values, Iterable) and not isinstance(values, str):
+            values = [v.tolist() if hasattr(v, "tolist") else v for v in values]
+        if isinstance(values, list):
+            values = [values] if not values or isinstance(values[0], Integral) else values
+            if all(isinstance(row, list | tuple) for row in values):
+                return values
+        raise ValueError(f"{name} of a prompt are token ids, or rows of them, not {type(encoding[name]).__name__}")
 
     ids = rows("input_ids")
     if encoding.get("attention_mask") is None:
         return ids
     masks = rows("attention_mask")
+    if list(map(len, ids)) != list(map(len, masks)):
+        raise ValueError("the input_ids and the attention_mask of a prompt must have the same shape")
     return [[t for t, kept in zip(row, mask, strict=True) if kept] for row, mask in zip(ids, masks, strict=True)]
 
 
@@ -184,7 +196,11 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None) -> 
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
     if isinstance(prompt, str):
-        if not (tokens := tokenizer(prompt).input_ids):
+        try:
+            tokens = tokenizer(prompt).input_ids
+        except (TypeError, UnicodeEncodeError) as e:
+            raise ValueError("the prompt is no text: half of a surrogate pair is in it") from e
+        if not tokens:
             raise ValueError(f"the prompt {prompt!r} is no token for this tokenizer: it needs at least one")
         return tokens
     return _templated(tokenizer, prompt, tools=tools, tokenize=True, return_dict=True)["input_ids"]
