@@ -377,7 +377,7 @@ def test_fork_refused() -> None:
     id = e.add(STEM[:9], SamplingParams(temperature=0, max_tokens=3))
     with pytest.raises(ValueError, match=r"n=2 copies and 1 seeds"):
         e.fork(id, 2, seeds=[1])
-    with pytest.raises(ValueError, match=r"n=0 copies"):
+    with pytest.raises(ValueError, match=r"fork: n must be"):
         e.fork(id, 0)
     with pytest.raises(ValueError, match=r"completion 1 has ended; \[0\] go on"):
         e.fork(id, index=1)

@@ -161,6 +161,21 @@ def test_a_stream_that_is_refused_goes_on(wanted: list[list[int]]) -> None:
         assert [t for x in found for t in x.token_ids] == wanted[0]
 
 
+def test_a_stream_whose_events_step_has_given_ends() -> None:
+    """Who calls `step` himself has all events of that step: a stream that waits for them waits for ever."""
+    with engine() as e:
+        stream = e.stream([7, 8], GREEDY)
+        first, rest = next(stream), list[fastgen.Event]()
+        while e.unfinished:
+            rest += e.step()
+        assert first.token_ids + [t for x in rest for t in x.token_ids] == tokens_of(e, [7, 8])
+        assert [*stream] == []
+
+
+def tokens_of(e: Engine, prompt: list[int]) -> list[int]:
+    return e.generate(prompt, GREEDY)[0].completions[0].token_ids
+
+
 def test_a_dropped_stream_never_aborts_inside_a_call(wanted: list[list[int]]) -> None:
     """The garbage collector finds it in another thread, in the middle of a call: the next call aborts its requests."""
     with engine() as e:

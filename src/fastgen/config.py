@@ -1,7 +1,7 @@
 """Every knob, as frozen dataclasses that check themselves. Hydra's groups mirror them; nothing here imports hydra."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import NoneType
@@ -23,8 +23,22 @@ def _range(owner: str, name: str, value: Any, low: float | None, high: float | N
         raise ValueError(f"{owner}.{name} must be {above}, got {value!r}")
 
 
-def _choice(owner: str, name: str, value: object, options: tuple[str, ...]) -> None:
+def check_int(what: str, value: object, low: int, high: int) -> None:
+    """Raises ValueError unless `value` is a whole number from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{what} must be a whole number from {low} to {high}, got {value!r:.100}")
+
+
+def check_choice(what: str, value: object, options: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of the options."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be one of {', '.join(options)}, got {value!r:.100}")
     if value not in options:
+        raise ValueError(unknown(what, value, list(options)))
+
+
+def _choice(owner: str, name: str, value: object, options: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{owner}.{name} must be one of {', '.join(options)}, got {value!r}")
 
 
@@ -285,6 +299,8 @@ class Settings:
     seed: int | None = None  # of requests that bring none; None: from the operating system
 
     def __post_init__(self) -> None:
+        if self.seed is not None:
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.compile.deterministic and self.lora.max_adapters:
             raise ValueError(
                 "compile.deterministic=true with lora.max_adapters: adapters' products have no fixed order; merge one"

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from fastgen import exchange, launch, lora, schedule, scoring, tokenizer
 from fastgen.cache.host import page_bytes
 from fastgen.cache.prefix import Counts, Namespace, namespace
-from fastgen.config import SamplingParams, Settings, unknown
+from fastgen.config import SamplingParams, Settings, check_choice, check_int
 from fastgen.exchange import named
-from fastgen.loop import Loop, ranks
+from fastgen.loop import IDS, Loop, ranks
 from fastgen.lora import Held
 from fastgen.memory import Region
 from fastgen.models import default, weights
@@ -123,6 +123,8 @@ class Stream(Iterator[Event]):
             while self._left and not self._events:
                 others = self._take(self._engine.step())
                 self._engine._undelivered += others
+                if not self._events and not self._engine._runs(self._left):
+                    self._left.clear()  # who called `step` has had their last events
         except BaseException:
             self._left.clear()
             self._end()
@@ -300,11 +302,17 @@ class Engine(Loop):
         outputs begin with the tokens that were there. `index` says which of several completions. ValueError if that
         has ended, or `seeds` are not n.
         """
+        check_int("fork: n", n, 1, 4096)
+        check_int("fork: index", index, 0, 4095)
+        if seeds is not None and not isinstance(seeds, Sequence):
+            raise ValueError(f"fork: seeds must be a list, got {seeds!r:.100}")
+        if seeds is not None and len(seeds) != n:
+            raise ValueError(f"fork of request {request_id}: n={n} copies and {len(seeds)} seeds")
+        for seed in seeds or ():
+            check_int("fork: a seed", seed, *IDS)
         given = [self._random.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
         self._tell("fork", request_id, n, index=index, seeds=given)
         going = self._unfinished(request_id)
-        if n < 1 or len(given) != n:
-            raise ValueError(f"fork of request {request_id}: n={n} copies and {len(given)} seeds")
         if index not in going:
             raise ValueError(f"fork of request {request_id}: completion {index} has ended; {[*going]} go on")
         source, new = going[index], list[int]()
@@ -522,8 +530,7 @@ class Engine(Loop):
         computed again; parameters are kept in the host's memory. Only an engine's own can be given back
         (`from_pretrained`): those that were given to it are the caller's, ValueError. The bytes are this rank's.
         """
-        if what not in ("cache", "params", "all"):
-            raise ValueError(unknown("memory", what, ["cache", "params", "all"]))
+        check_choice("memory", what, ["cache", "params", "all"])
         if what == "params" and "params" not in self._regions:
             raise ValueError("release: these parameters were given to the engine, and are whose they were")
         chosen = [r for name, r in self._regions.items() if what in (name, "all") and r.held]
@@ -552,7 +559,7 @@ class Engine(Loop):
         the adapter's unless given. ValueError if there is no room for it. `adapter` is a whole one, of which each of
         several ranks takes its share.
         """
-        adapter = adapter if scale is None else adapter._replace(scale=scale)
+        adapter = lora.scaled(adapter, scale)
         held = self._room().add(name, adapter)
         self._hand("add_adapter", name, adapter)
         return held.params
@@ -565,6 +572,8 @@ class Engine(Loop):
     @exclusive()
     def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
         """Add those of PEFT's folders or hub ids, by the names that requests give. ValueError for another model's."""
+        if not isinstance(folders, Mapping):
+            raise ValueError(f"load_adapters takes folders by the names that requests give, got {folders!r:.100}")
         for name, folder in folders.items():
             self.add_adapter(name, lora.load(folder, self.spec, device="cpu"))
 

@@ -301,7 +301,11 @@ def handles(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
 
 def opened(handles: bytes) -> Iterator[tuple[str, Tensor]]:
     """What `handles` has packed."""
-    for name, (rebuild, args) in pickle.loads(handles):
+    try:
+        packed = pickle.loads(handles)
+    except (pickle.UnpicklingError, EOFError, ImportError, LookupError, AttributeError, ValueError) as e:
+        raise ValueError(f"these bytes are no `handles`: {e}") from e
+    for name, (rebuild, args) in packed:
         yield name, rebuild(*args)
 
 
@@ -416,6 +420,13 @@ def _lora(owner: str, module: torch.nn.Module, own: str, p: Tensor) -> Tensor:
     return p
 
 
+def _pair(x: Any) -> tuple[str, Any]:
+    """(checkpoint name, tensor), or a ValueError."""
+    if isinstance(x, list | tuple) and len(x) == 2 and isinstance(x[0], str):
+        return x[0], x[1]
+    raise ValueError(f"parameters come as pairs of a checkpoint's name and a tensor, and one is {x!r:.100}")
+
+
 def named(source: Any) -> Iterable[tuple[str, Any]]:
     """(checkpoint name, tensor) pairs of a module, a mapping, handles or pairs; shards are put together.
 
@@ -433,9 +444,11 @@ def named(source: Any) -> Iterable[tuple[str, Any]]:
         source = source.items()
     elif isinstance(source, str) or not isinstance(source, Iterable):
         raise ValueError(f"parameters come as a tree, module, mapping, pairs or handles, not {type(source).__name__}")
-    if isinstance(source, list | tuple) and not any(hasattr(tensor, "full_tensor") for _, tensor in source):
+    if isinstance(source, list | tuple):
+        source = [_pair(x) for x in source]
+    if isinstance(source, list) and not any(hasattr(tensor, "full_tensor") for _, tensor in source):
         return [(checkpoint_name(name), tensor) for name, tensor in source]
-    return ((checkpoint_name(name), _whole(tensor)) for name, tensor in source)
+    return ((checkpoint_name(name), _whole(tensor)) for name, tensor in map(_pair, source))
 
 
 def staged(source: Any, device: torch.device | str | None = None) -> list[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from fastgen.batch import Stager, edits, places, to_device
 from fastgen.cache.host import Mover, page_bytes
 from fastgen.cache.prefix import Counts, Tree, namespace
 from fastgen.compile import Stepper, largest
-from fastgen.config import SamplingParams, Settings
+from fastgen.config import SamplingParams, Settings, check_int
 from fastgen.exchange import adoptions, marks
 from fastgen.grammar import Guide, Guides
 from fastgen.lora import Shelf
@@ -34,6 +34,7 @@ from fastgen.step import Computed, new_cache, score
 from fastgen.tokenizer import Prompt
 from fastgen.types import Batch, Cache, Filter, Params, Sampling, Tokenizer
 
+IDS = -(2**63), 2**63 - 1  # what numbers of requests may be asked for; seeds, too
 CPU_CACHE = 2**30  # bytes at most, where the size is not given
 
 
@@ -96,8 +97,8 @@ class Loop:
         **settings: Any,
     ) -> None:
         check_fork("Engine")
-        if not isinstance(params, Params) or spec is None:
-            what = repr(params) if isinstance(params, str) else type(params).__name__
+        if not isinstance(params, Params) or not isinstance(spec, Spec):
+            what = repr(params) if isinstance(params, str) else f"{type(params).__name__} and {type(spec).__name__}"
             raise ValueError(
                 f"Engine takes Params and their Spec, not {what}: Engine.from_pretrained(…) takes a folder or hub id, "
                 "and fastgen.adopt(…) makes both of a transformers model"
@@ -221,7 +222,7 @@ class Loop:
 
         ValueError, with the numbers, for what can never run; nothing else is disturbed.
         """
-        return self._add(prompt, sampling or SamplingParams(), live=live)
+        return self._add(prompt, SamplingParams() if sampling is None else sampling, live=live)
 
     @exclusive()
     def _add(
@@ -266,6 +267,8 @@ class Loop:
         self, prompt: Prompt, params: SamplingParams, live: bool, guides: Sequence[Guide | None] | None = None
     ) -> list[Sample]:
         """A request's completions, not yet queued. ValueError for what can never run."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling must be SamplingParams, got {params!r:.100}")
         prompt_ids = tokenizer.encode(self.tokenizer, prompt)
         limit = longest(prompt_ids, params, self.spec, self.capacity, self.tokenizer is not None)
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
@@ -320,6 +323,7 @@ class Loop:
     @exclusive()
     def abort(self, request_id: int) -> Output | None:
         """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
+        check_int("request_id", request_id, *IDS)
         return self._end({request_id}).get(request_id)
 
     def _end(self, requests: Container[int]) -> dict[int, Output]:
@@ -347,8 +351,14 @@ class Loop:
         left = {s.output.request_id for s in self._samples.values()} | {e.request_id for e in self._undelivered}
         return not left <= frozenset[int]().union(*self._dropped)
 
+    def _runs(self, requests: Container[int]) -> bool:
+        """Whether there will be events of any of these requests."""
+        running = (s.output.request_id for s in self._samples.values())
+        return any(id in requests for id in itertools.chain(running, (e.request_id for e in self._undelivered)))
+
     def _unfinished(self, request_id: int) -> dict[int, int]:
         """A request's completions that go on, with all tokens drawn so far: index -> sequence. ValueError if none."""
+        check_int("request_id", request_id, *IDS)
         self._receive()
         found = {s.index: id for id, s in self._samples.items() if s.output.request_id == request_id}
         if not found:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastgen.config import Lora, unknown
+from fastgen.config import Lora, check_int, unknown
 from fastgen.models import weights
 from fastgen.models.files import open_safetensors, read_json, read_shapes
 from fastgen.models.spec import WHOLE, Place, Spec
@@ -108,6 +108,31 @@ def on_host(adapter: Adapter) -> Adapter:
     return tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, adapter)
 
 
+def scaled(adapter: Adapter, scale: float | None) -> Adapter:
+    """Returns the adapter with another scale, unless that is None. ValueError for what is no adapter."""
+    _check_tree("", adapter)
+    return adapter if scale is None else adapter._replace(scale=scale)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise ValueError(f"an adapter's name is a text, got {name!r:.100}")
+
+
+def _check_tree(name: str, adapter: Any) -> None:
+    """Raises ValueError for what is no tree of an adapter, before anything reads it."""
+    if not isinstance(adapter, Adapter) or not isinstance(adapter.layers, tuple):
+        raise ValueError(
+            f"adapter {name!r}: a {type(adapter).__name__} is no fastgen.Adapter (load_adapters reads files)"
+        )
+    if isinstance(adapter.scale, bool) or not isinstance(adapter.scale, int | float):
+        raise ValueError(f"adapter {name!r}: its scale must be a number, got {adapter.scale!r:.100}")
+    for i, layer in enumerate(adapter.layers):
+        for field, pair in layer._asdict().items() if isinstance(layer, Changes) else [("", layer)]:
+            if pair is not None and not (isinstance(pair, LowRank) and all(isinstance(x, Tensor) for x in pair)):
+                raise ValueError(f"adapter {name!r}: layers.{i}.{field} is no LowRank of tensors")
+
+
 def rank(adapter: Adapter) -> int:
     """The largest rank of its changes."""
     return max((len(pair.a) for layer in adapter.layers for pair in layer if pair is not None), default=0)
@@ -155,8 +180,9 @@ def init(
     for name in targets:
         if name not in TARGETS:
             raise ValueError(unknown("target", name, list(TARGETS)))
-    if rank < 1 or not targets:
-        raise ValueError(f"an adapter of rank {rank} with {len(targets)} targets: both must be at least 1")
+    check_int("rank", rank, 1, MOST_RANK)
+    if not targets:
+        raise ValueError(f"an adapter of rank {rank} with {len(targets)} targets: at least 1 is needed")
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
     kind, pairs = dtype or getattr(torch, spec.dtype), {}
     for site in (x for x in sites(spec) if x.target in targets):
@@ -414,6 +440,7 @@ class Shelf:
 
     def __getitem__(self, name: str) -> Held:
         """ValueError, with those that there are."""
+        _check_name(name)
         if name not in self.held:
             raise ValueError(
                 unknown("adapter", name, [*self.held]) if self.held else f"no adapter {name!r}: add it first"
@@ -423,6 +450,8 @@ class Shelf:
     @torch.no_grad()
     def add(self, name: str, adapter: Adapter) -> Held:
         """A copy of an adapter, a whole one, joins the others."""
+        _check_name(name)
+        _check_tree(name, adapter)
         if not name or name in self.held:
             raise ValueError(f"adapter {name!r}: " + ("it is there already" if name else "it needs a name"))
         if rank(adapter) > self.rank:
@@ -462,6 +491,7 @@ class Shelf:
         if adapter is None:
             check(name, held.params, self.dtype, self.group)
         else:
+            _check_tree(name, adapter)
             check(name, adapter, self.dtype)
             copy(held.params, share(adapter, self.spec, self.place))
             self.adapters.scale[held.index] = adapter.scale

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
@@ -390,7 +390,7 @@ class Replicas:
     @exclusive()
     def add_adapter(self, name: str, adapter: Adapter, scale: float | None = None) -> None:
         """Copy a low-rank adapter into every replica, as `Engine.add_adapter`."""
-        adapter = adapter if scale is None else adapter._replace(scale=scale)
+        adapter = lora.scaled(adapter, scale)
         self._check()
         self._shelf_of().add(name, adapter)
         self._call("add_adapter", name, lora.on_host(adapter))
@@ -475,6 +475,10 @@ class Replicas:
     def _settle(self) -> None:
         """End now what was dropped."""
         self._drop()
+
+    def _runs(self, requests: Iterable[int]) -> bool:
+        """Whether there will be events of any of these requests."""
+        return any(id in self._requests for id in requests) or bool(self._undelivered)
 
     def _drop(self) -> None:
         """End what was dropped: nobody waits for its events."""

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from fastgen.config import SamplingParams, unknown
+from fastgen.config import SamplingParams, check_choice
 from fastgen.grammar import Guide
 from fastgen.models.spec import Spec
 from fastgen.tokenizer import Detokenizer, Prompt, prompt_list
@@ -113,8 +113,7 @@ def each_prompt(
 
     With "raise", the ValueError says which of several prompts it is.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(unknown("on_error", on_error, ["raise", "skip"]))
+    check_choice("on_error", on_error, ["raise", "skip"])
     found, many = list[R | Output](), pairs(prompts, sampling)
     for prompt, params in many:
         try:

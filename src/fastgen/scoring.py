@@ -1,6 +1,6 @@
 """Logprobs of tokens that are given, by the functions that generate: for references, old policies, and gradients."""
 
-import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from numbers import Integral
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.batch import stage
-from fastgen.config import MIN_TEMPERATURE
+from fastgen.config import MIN_TEMPERATURE, check_int
 from fastgen.exchange import trained
 from fastgen.models import invariant
 from fastgen.models.spec import Spec, split
@@ -61,6 +61,8 @@ def score(
     many = token_ids(sequences)
     each = list(first) if isinstance(first, Sequence) else [first] * len(many)
     check(many, each, spec, temperature)
+    check_int("token_budget", token_budget, 1, 2**31)
+    temperature = float(temperature)
     params, device = trained(params), params.embed.device
     grad = torch.is_grad_enabled() and any(w.requires_grad for w in leaves(params))
     if group is not None and (grad or deterministic):
@@ -81,7 +83,8 @@ def score(
 
 def token_ids(sequences: Any, tokenizer: Tokenizer | None = None) -> list[list[int]]:
     """Token ids as lists, from lists, arrays, tensors or, with a tokenizer, texts. ValueError for other things."""
-    if isinstance(sequences, str | bytes | Mapping) or not isinstance(sequences, Iterable):
+    wrong = isinstance(sequences, str | bytes | Mapping) or getattr(sequences, "ndim", 1) == 0
+    if wrong or not isinstance(sequences, Iterable):
         raise ValueError(f"score takes a list of sequences, each a list of token ids, not {type(sequences).__name__}")
     many = []
     s: Any
@@ -108,7 +111,7 @@ def check(sequences: list[list[int]], first: list[int], spec: Spec, temperature:
         raise ValueError(f"first is one index for all sequences or one for each, not {first!r:.80}")
     if len(first) != len(sequences):
         raise ValueError(f"{len(first)} values of `first` for {len(sequences)} sequences")
-    number = isinstance(temperature, int | float) and math.isfinite(temperature)
+    number = isinstance(temperature, int | float) and abs(temperature) <= sys.float_info.max
     if not number or temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature must be finite and at least {MIN_TEMPERATURE}, got {temperature!r}")
     for i, (tokens, start) in enumerate(zip(sequences, first, strict=True)):
@@ -117,8 +120,8 @@ def check(sequences: list[list[int]], first: list[int], spec: Spec, temperature:
             raise ValueError(f"sequence {i}: {problem}; the first token has no probability")
         if len(tokens) > spec.context:
             raise ValueError(f"sequence {i}: {len(tokens)} tokens do not fit the model's context of {spec.context}")
-        if wrong := next((t for t in tokens if not 0 <= t < spec.vocab), None):
-            raise ValueError(f"sequence {i}: token {wrong} is outside the vocabulary of {spec.vocab}")
+        for wrong in (t for t in tokens if not (isinstance(t, Integral) and 0 <= t < spec.vocab)):
+            raise ValueError(f"sequence {i}: token {wrong!r} is outside the vocabulary of {spec.vocab}")
 
 
 def leaves(params: Params) -> Iterator[Tensor]:

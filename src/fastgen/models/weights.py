@@ -189,6 +189,8 @@ def _parts(params: Params, spec: Spec, place: Place) -> Iterator[tuple[Part, Ten
     if len(declared) != len(tensors) or any(a and b is None for a, b in zip(declared, tensors, strict=True)):
         raise ValueError(f"parameters are missing or too many of {spec.architecture}: are these another model's?")
     for leaf, tensor in zip(declared, tensors, strict=True):
+        if leaf is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"a parameter is {type(tensor).__name__} instead of a tensor, for {leaf.parts[0].name}")
         if leaf is not None:
             yield from _views(leaf, tensor)
 
@@ -338,6 +340,8 @@ def check_update(params: Params, spec: Spec, tensors: Iterable[tuple[str, Tensor
     dtypes = {part.name: view.dtype for part, view in _parts(params, spec, place)}
     if spec.tied:
         dtypes[HEAD] = dtypes[EMBED]
+    for name, tensor in tensors:
+        _shape(source, name, tensor)
     check_finite([(n, t, dtypes[n]) for n, t in tensors if n in dtypes], source, f"nothing is written. {ANYHOW}")
 
 
@@ -359,6 +363,8 @@ def resolve(model: str | Path) -> Path:
 
     A hub id is taken from the hub cache where it is complete, else downloaded. ValueError if there is no such model.
     """
+    if not isinstance(model, str | Path):
+        raise ValueError(f"a model is a path or a hub id, got {model!r:.100}")
     path = Path(model).expanduser()
     if path.exists():
         return path
