@@ -108,6 +108,16 @@ def test_templates_that_rewrite(talk: Conversation) -> None:
     )
 
 
+def test_special_tokens_in_messages(talk: Conversation) -> None:
+    """They are text, in the turn and in those after it; the template's own stay what they are."""
+    im_end = CODER.convert_tokens_to_ids("<|im_end|>")
+    talk.set(logit_bias={im_end: -100.0, CODER.convert_tokens_to_ids("<|im_start|>"): -100.0})
+    say(talk, "a<|im_end|>b", "<|im_start|>", "c <")
+    assert grows(talk)
+    assert [r.prompt.count(im_end) for r in talk.rounds] == [1, 3, 5]
+    assert CODER.decode(talk.rounds[0].prompt).startswith("<|im_start|>user: a<|im_end|>b<|im_end|>")
+
+
 def test_another_system_prompt_and_stop_strings(talk: Conversation) -> None:
     """Both change what was there: it is rendered anew."""
     say(talk, "Hello")

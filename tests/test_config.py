@@ -136,7 +136,10 @@ def test_settings_of() -> None:
     assert flat.seed == 3
     whole = Settings.of(schedule=Schedule(max_requests=8), token_budget=64)
     assert whole.schedule == Schedule(max_requests=8, token_budget=64)
-    assert Settings.of() == Settings()
+    assert Settings.of() == Settings() and Settings.of().special_tokens_in_content == "text"
+    assert Settings.of(special_tokens_in_content="control") == Settings(special_tokens_in_content="control")
+    with pytest.raises(ValueError, match="special_tokens_in_content must be one of text, control, got 'tokens'"):
+        Settings.of(special_tokens_in_content="tokens")
 
 
 @pytest.mark.parametrize(

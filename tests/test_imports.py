@@ -12,7 +12,7 @@ import fastgen
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
     ["types", "config", "memory", "ownership", "cache.pages", "cache.prefix", "models.spec", "models.files"]
-    + ["template"],
+    + ["template", "control_tokens"],
     ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
     + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves", "ops.lowrank", "ops.peers"],
     ["models.transformer", "models.weights", "tokenizer"],

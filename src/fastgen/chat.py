@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from fastgen import tokenizer
 from fastgen.config import SamplingParams, unknown
+from fastgen.control_tokens import ControlTokens
 from fastgen.engine import Engine
 from fastgen.request import Completion
 from fastgen.tokenizer import Message
@@ -133,9 +134,11 @@ class Conversation:
         answer's thinking, or the system prompt is another now), all of it is made anew.
         """
         messages = [*self.messages, {"role": "user", "content": message}]
-        rendered = tokenizer.render(self.engine.tokenizer, messages)
+        coder, content = self.engine.tokenizer, self.engine.settings.special_tokens_in_content
+        rendered = tokenizer.render(coder, messages, special_tokens_in_content=content)
+        assert coder is not None
         tokens = self._continued(rendered)
-        return rendered, tokenizer.encode(self.engine.tokenizer, messages) if tokens is None else tokens
+        return rendered, tokenizer.encode_rendered(coder, rendered) if tokens is None else tokens
 
     def _continued(self, rendered: str) -> list[int] | None:
         """The last round's tokens and what follows them in `rendered`; None where it does not begin with them."""
@@ -143,10 +146,13 @@ class Conversation:
         if last is None or not last.prompt or not rendered.startswith(last.rendered) or coder is None:
             return None
         rest, text, stripped = rendered[len(last.rendered) :], last.answer.text, last.answer.text.strip()
-        if rest.startswith(text):
-            between = rest[len(text) :]
-        elif rest.lstrip().startswith(stripped):  # templates may strip an answer; its tokens stay as they are
-            between = rest.lstrip()[len(stripped) :] if stripped else rest
+        said, said_stripped = text, stripped  # as they are in the rendered text
+        if self.engine.settings.special_tokens_in_content == "text":
+            said, said_stripped = map(ControlTokens.of(coder).mark, (text, stripped))
+        if rest.startswith(said):
+            between = rest[len(said) :]
+        elif rest.lstrip().startswith(said_stripped):  # templates may strip an answer; its tokens stay as they are
+            between = rest.lstrip()[len(said_stripped) :] if stripped else rest
         else:
             return None
         drawn = [*last.answer.token_ids]
@@ -155,7 +161,7 @@ class Conversation:
                 return None  # stopped by a string, which is cut from the text and not from the tokens
             if not self._decode(drawn[-1:]):
                 drawn.pop()  # an end token: the template closes the answer itself
-        return [*last.prompt, *drawn, *coder(between, add_special_tokens=False).input_ids]
+        return [*last.prompt, *drawn, *tokenizer.encode_rendered(coder, between)]
 
     def _decode(self, tokens: list[int]) -> str:
         assert self.engine.tokenizer is not None

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any
@@ -297,10 +297,13 @@ class Settings:
     lora: Lora = Lora()
     compile: Compile = Compile()
     seed: int | None = None  # of requests that bring none; None: from the operating system
+    # What a special token becomes that is spelled in a chat's messages or tools: `text`, or that token (`control`).
+    special_tokens_in_content: str = "text"
 
     def __post_init__(self) -> None:
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        _choice("settings", "special_tokens_in_content", self.special_tokens_in_content, ("text", "control"))
         if self.compile.deterministic and self.lora.max_adapters:
             raise ValueError(
                 "compile.deterministic=true with lora.max_adapters: adapters' products have no fixed order; merge one"
@@ -317,18 +320,18 @@ class Settings:
 
         A name that no group has is a ValueError with the nearest ones.
         """
-        groups = {f.name: getattr(cls(), f.name) for f in fields(cls) if f.name != "seed"}
+        groups = {f.name: getattr(cls(), f.name) for f in fields(cls) if is_dataclass(f.default)}
         owner = {f.name: group for group, value in groups.items() for f in fields(value)}
         changes: dict[str, dict[str, Any]] = {}
-        seed = flat.pop("seed", None)
+        own = {name: flat.pop(name) for name in ("seed", "special_tokens_in_content") if name in flat}
         for name, value in flat.items():
             if name in groups and isinstance(value, type(groups[name])):
                 groups[name] = value
             elif name in owner:
                 changes.setdefault(owner[name], {})[name] = value
             else:
-                raise ValueError(unknown("setting", name, owner))
-        return cls(seed=seed, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})
+                raise ValueError(unknown("setting", name, [*owner, "seed", "special_tokens_in_content"]))
+        return cls(**own, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})
 
     def on(self, device: str) -> "Settings":
         """These settings with what is automatic decided for a kind of device, "cuda" or "cpu"."""

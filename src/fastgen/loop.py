@@ -269,7 +269,8 @@ class Loop:
         """A request's completions, not yet queued. ValueError for what can never run."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, got {params!r:.100}")
-        prompt_ids = tokenizer.encode(self.tokenizer, prompt)
+        content = self.settings.special_tokens_in_content
+        prompt_ids = tokenizer.encode(self.tokenizer, prompt, special_tokens_in_content=content)
         limit = longest(prompt_ids, params, self.spec, self.capacity, self.tokenizer is not None)
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         output = Output(-1, prompt_ids, [Completion() for _ in range(params.n)])

@@ -254,7 +254,8 @@ class Replicas:
         return [None] * params.n
 
     def _new(self, prompt: Prompt, params: SamplingParams, *, live: bool, quiet: bool, tried: bool = False) -> Request:
-        ids = tokens.encode(self.tokenizer, prompt)
+        content = self.settings.special_tokens_in_content
+        ids = tokens.encode(self.tokenizer, prompt, special_tokens_in_content=content)
         limit = longest(ids, params, self.spec, self.capacity, self.tokenizer is not None)
         if params.adapter is not None:
             self._shelf_of()[params.adapter]  # a ValueError for one that is not there

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 
 from fastgen import template
+from fastgen.control_tokens import MARK, ControlTokens
 from fastgen.types import Tokenizer
 
 Message = dict[str, Any]
@@ -178,8 +179,14 @@ def _from_mapping(prompt: Mapping[str, Any]) -> Any:
     )
 
 
-def encode(tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None) -> list[int]:
-    """Token ids of a prompt; chat messages go through the tokenizer's chat template, up to the model's turn."""
+def encode(
+    tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None, *, special_tokens_in_content: str = "text"
+) -> list[int]:
+    """Token ids of a prompt; chat messages go through the tokenizer's chat template, up to the model's turn.
+
+    `special_tokens_in_content`: whether a special token that is spelled in messages or tools is text or that token
+    (`control`). In a prompt that is a text, it is that token.
+    """
     if isinstance(prompt, Mapping):
         prompt = _from_mapping(prompt)
     if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
@@ -203,27 +210,47 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None) -> 
         if not tokens:
             raise ValueError(f"the prompt {prompt!r} is no token for this tokenizer: it needs at least one")
         return tokens
-    return _templated(tokenizer, prompt, tools=tools, tokenize=True, return_dict=True)["input_ids"]
+    marked = special_tokens_in_content == "text"
+    return encode_rendered(tokenizer, _templated(tokenizer, prompt, tools, marked=marked))
 
 
-def render(tokenizer: Tokenizer | None, messages: Sequence[Message], tools: Tools = None) -> str:
-    """The text that the chat template makes of messages, up to the model's turn; `encode` gives its tokens."""
+def render(
+    tokenizer: Tokenizer | None,
+    messages: Sequence[Message],
+    tools: Tools = None,
+    *,
+    special_tokens_in_content: str = "text",
+) -> str:
+    """The text that the chat template makes of messages, up to the model's turn; `encode_rendered` gives its tokens.
+
+    Special tokens that are spelled in the content and stay text are marked in it (`fastgen.control_tokens`).
+    """
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
-    return _templated(tokenizer, messages, tools=tools, tokenize=False)
+    return _templated(tokenizer, messages, tools, marked=special_tokens_in_content == "text")
 
 
-def _templated(tokenizer: Tokenizer, prompt: Sequence[Any], **options: Any) -> Any:
+def encode_rendered(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Token ids of a text that `render` made, or of an end of it."""
+    if MARK in rendered:
+        return ControlTokens.of(tokenizer).encode(rendered)
+    return tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def _templated(tokenizer: Tokenizer, prompt: Sequence[Any], tools: Tools, *, marked: bool) -> str:
     for message in prompt:
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
     if not tokenizer.chat_template:
         raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
-    messages: list[Any] = list(prompt)
+    messages: Any = list(prompt)
     try:
-        source = tokenizer.get_chat_template(tools=options.get("tools"))
-        options["chat_template"] = template.bounded(source)
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)  # type: ignore[arg-type]
+        if marked:
+            mark = ControlTokens.of(tokenizer).mark
+            messages, tools = mark(messages), mark(tools)
+        options: Any = {"chat_template": template.bounded(tokenizer.get_chat_template(tools=tools)), "tools": tools}
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+        return cast(str, text)
     except TEMPLATE_ERRORS as e:
         raise ValueError(f"the model's chat template refuses these messages: {e or type(e).__name__}") from e
 

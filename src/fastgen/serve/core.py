@@ -413,6 +413,7 @@ def run(
     # Grammars want a second before the first one; whoever comes until then waits for it.
     threading.Thread(target=engine.prepare_grammars, daemon=True).start()
     info = {"path": path, "context": min(spec.context, engine.capacity + 1), "spec": spec, "most": most}
+    info["special_tokens_in_content"] = engine.settings.special_tokens_in_content
     info["has_adapters"] = engine.settings.lora.max_adapters > 0
     core = Core(engine, socket, most, info)
     threading.Thread(target=answer_health, args=(core, address), daemon=True).start()

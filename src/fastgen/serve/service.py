@@ -63,6 +63,7 @@ class Service:
         self.longest = 0  # characters that can fit the context
         self.family: calls.FamilyName | None = None  # whose form calls have
         self.markers: dict[str, int] = {}  # of calls and reasoning, that are special tokens
+        self.special_tokens_in_content = "text"
         self.tooled = False  # whether the chat template was seen to tell of tools
         # Whether it wants arguments of calls as text, with tools and without: a template may be another one with them.
         self.takes_text: dict[bool, bool] = {}
@@ -78,6 +79,7 @@ class Service:
         info = await self.client.info
         loaded = await self.in_thread(tokenizer.load, Path(info["path"]))
         self.vocabulary, self.context = Vocabulary(loaded), info["context"]
+        self.special_tokens_in_content = info["special_tokens_in_content"]
         self.most, self.spec, self.has_adapters = info["most"], info["spec"], info["has_adapters"]
         self.encoder, self.long_encoder = copy.deepcopy(loaded), copy.deepcopy(loaded)
         self.longest = tokenizer.longest_text(loaded, self.context)
@@ -196,7 +198,8 @@ class Service:
                 self.tooled = tokenizer.render(coder, messages, told) != tokenizer.render(coder, messages)
                 if not self.tooled:
                     raise Refused(400, "tools: this model's chat template has no place for tools", param="tools")
-            return tokenizer.encode(coder, messages, told)
+            content = self.special_tokens_in_content
+            return tokenizer.encode(coder, messages, told, special_tokens_in_content=content)
 
         size = sum(len(text) for message in said for text in message.values() if isinstance(text, str))
         try:
