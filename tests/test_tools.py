@@ -616,6 +616,7 @@ def worker(vocabulary: PreTrainedTokenizerFast | None) -> Service:
     made = Service.__new__(Service)
     made.encoder, made.vocabulary, made.family, made.markers = vocabulary, Vocabulary(vocabulary), None, {}
     made.tooled, made.thread, made.takes_text, made.longest = False, ThreadPoolExecutor(1), {}, 10**6
+    made.special_tokens_in_content = "text"
     return made
 
 
