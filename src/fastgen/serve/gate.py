@@ -32,6 +32,8 @@ OPEN = ("/", "/health", "/v1/health")  # without a key: they tell nothing but th
 JSON_TYPE = re.compile(rb"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 MAX_VALUES = 2**21  # of a body, as its commas count them
 BODY_SECONDS = 60.0  # to send a request's body
+LARGE_BODY = 2**16  # bytes; reading such a body as JSON takes milliseconds
+LARGE_BODY_GAP = 0.005  # seconds between the starts of requests with such bodies
 
 
 class Gate:
@@ -39,6 +41,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, service: Callable[[], Service]) -> None:
         self.app, self.service = app, service
+        self.large_bodies = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -67,6 +70,7 @@ class Gate:
                 self._admit(service, scope, headers)
                 body = await self._body(headers, receive, service.options.max_body)
                 if body is not None:
+                    await self._take_turn(len(body))
                     await self.app(scope, _replay(body, receive), named)
             except Refused as e:
                 await refuse(e)(scope, receive, named)
@@ -78,6 +82,12 @@ class Gate:
         finally:
             service.active -= 1
             _log(scope, entry)
+
+    async def _take_turn(self, size: int) -> None:
+        """Spreads requests with large bodies over iterations of the event loop, so that others' are between them."""
+        if size > LARGE_BODY:
+            async with self.large_bodies:
+                await asyncio.sleep(LARGE_BODY_GAP)
 
     def _admit(self, service: Service, scope: Scope, headers: dict[bytes, bytes]) -> None:
         options = service.options
