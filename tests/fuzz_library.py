@@ -91,7 +91,7 @@ class Round:
         return right() if self.dice.random() < p else self.junk()
 
     def id(self) -> Any:
-        return self.maybe(lambda: self.dice.choice([*self.ids, 0, 1, 99, -1]))
+        return self.maybe(lambda: self.dice.choice([*self.ids, *self.ids, *self.ids, 0, 1, 99, -1]))
 
     def prompt(self) -> Any:
         r = self.dice
@@ -155,11 +155,13 @@ class Round:
         if r.random() < 0.4:
             return copy.deepcopy(found), honest
         s = copy.deepcopy(found)
-        change = r.randrange(9)
+        change = r.choice([0, 0, 0, 0, 0, 0, *range(1, 9)])  # pages above all: others would find them
         if change == 0 and s.pages:
             i = r.choice([*s.pages])
             x = s.pages[i]
-            s.pages[i] = r.choice([x * 0, x * math.nan, x.int(), x[:1], x[:, :, :0], x[0], self.junk()])
+            s.pages[i] = r.choice(
+                [x * 0, x * 0, x + 1, -x, x * math.nan, x.int(), x[:1], x[:, :, :0], x[0], self.junk()]
+            )
         elif change == 1:
             s.seeds = {k: self.junk() for k in s.seeds}
         elif change == 2:
@@ -180,8 +182,8 @@ class Round:
 
     # --- calls
 
-    def request(self) -> None:
-        which = self.dice.randrange(len(HONEST))
+    def request(self, which: int | None = None) -> None:
+        which = self.dice.randrange(len(HONEST)) if which is None else which
         prompt, given = HONEST[which]
         self.ids[self.engine.add(prompt, SamplingParams(**given))] = which
 
@@ -196,7 +198,7 @@ class Round:
     def call(self) -> None:
         r, e = self.dice, self.engine
         names = [n for n in dir(self) if n.startswith("do_")]
-        name = r.choice([*names, "request", "step", "step", "step"])
+        name = r.choice([*names, *["request", "step", "do_snapshot", "do_restore"] * 3])
         self.made[name] += 1
         self.last = name
         getattr(self, name)()
@@ -272,9 +274,14 @@ class Round:
         snapshot, which = self.snapshot()
         if snapshot is None:
             return
+        if self.dice.random() < 0.5:
+            self.engine.touch()  # nothing is cached any more but what the snapshot brings
         id = self.engine.restore(snapshot)
         if which is not None:
             self.ids[id] = which
+        else:  # what it left in the cache reaches nobody
+            for which in range(len(HONEST)):
+                self.request(which)
 
     def do_release(self) -> None:
         self.engine.release(self.dice.choice(["cache", "params", "all", "all", self.junk()]))

@@ -92,7 +92,11 @@ def pairs(
     each: list[SamplingParams | None]
     if sampling is None or isinstance(sampling, SamplingParams):
         each = [sampling] * len(many)
-    elif isinstance(sampling, str | bytes | Mapping) or not isinstance(sampling, Iterable):
+    elif (
+        isinstance(sampling, str | bytes | Mapping)
+        or getattr(sampling, "ndim", 1) == 0
+        or not isinstance(sampling, Iterable)
+    ):
         raise ValueError(f"sampling is one SamplingParams or a list of them, got {type(sampling).__name__}")
     else:
         each = list(sampling)
