@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -31,11 +33,12 @@ from fastgen.batch import edits
 from fastgen.cli import serve
 from fastgen.request import Completion, Sample
 from fastgen.schedule import Span
-from fastgen.serve import core, log, worker
+from fastgen.serve import core, gate, log, worker
 from fastgen.serve.answer import dump, pieces
 from fastgen.serve.gate import HANDLERS
 from fastgen.serve.metrics import Metrics, exposition
-from fastgen.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
+from fastgen.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, Refused
+from fastgen.serve.service import TextThread
 from fastgen.tokenizer import StopString, longest_text
 
 
@@ -339,6 +342,43 @@ def test_texts_that_can_never_fit() -> None:
     token = max(BYTE_LEVEL.get_vocab().items(), key=lambda item: len(item[0]))[1]
     assert len(BYTE_LEVEL.decode([token] * 100)) <= longest <= 100 * 4 * 64
     assert longest_text(None, 100) == 0
+
+
+@pytest.mark.parametrize(("value", "most"), [("1,", 2**21), ("[],", 419_430), ('{"a":1},', 233_016)])
+def test_bodies_of_too_many_values(value: str, most: int) -> None:
+    """Lists, objects and keys are read more slowly than numbers, and count for more."""
+    body = value.encode() * most
+    assert gate._readable(body) is body
+    with pytest.raises(Refused, match="2097152 commas") as e:
+        gate._readable(body + value.encode())
+    assert e.value.status == 413
+
+
+def test_short_texts_go_first() -> None:
+    """Of what waits for a thread the shortest, and of equals the first; what waited long enough goes before all."""
+    done, begin, free = list[str](), threading.Event(), threading.Event()
+
+    def block() -> None:
+        begin.set()
+        free.wait(10)
+
+    async def run() -> None:
+        thread = TextThread("texts")
+        tasks = [asyncio.create_task(thread.run(block))]
+        await asyncio.to_thread(begin.wait, 10)
+        tasks.append(asyncio.create_task(thread.run(lambda: done.append("patient"), -(10**9))))
+        for name, size in (("long", 30_000), ("short", 10), ("left", 20), ("short too", 10)):
+            tasks.append(asyncio.create_task(thread.run(partial(done.append, name), size)))
+        await asyncio.sleep(0)
+        tasks[4].cancel()
+        await asyncio.sleep(0)
+        free.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(ZeroDivisionError):
+            await thread.run(lambda: 1 // 0)
+
+    asyncio.run(run())
+    assert done == ["patient", "short", "short too", "long"]
 
 
 def test_json_in_pieces() -> None:

@@ -1,11 +1,11 @@
 """Calls of functions: read from scripted output, enforced by grammars, and told to models by templates."""
 
 import asyncio
+import copy
 import json
 import random
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastgen.serve.client import Client
 from fastgen.serve.core import Piece
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.protocol import ChatRequest, Message, Refused, Tool, plain
-from fastgen.serve.service import Service
+from fastgen.serve.service import Service, TextThread
 from fastgen.serve.tools import Reader
 from fastgen.tokenizer import Detokenizer
 
@@ -615,9 +615,30 @@ def worker(vocabulary: PreTrainedTokenizerFast | None) -> Service:
     """What the endpoints use, without an engine. The form of its model's calls is not known."""
     made = Service.__new__(Service)
     made.encoder, made.vocabulary, made.family, made.markers = vocabulary, Vocabulary(vocabulary), None, {}
-    made.tooled, made.thread, made.takes_text, made.longest = False, ThreadPoolExecutor(1), {}, 10**6
+    made.tooled, made.thread, made.takes_text, made.longest = False, TextThread("texts"), {}, 10**6
     made.special_tokens_in_content = "text"
     return made
+
+
+@pytest.mark.parametrize("part", ["tools", "calls", "messages"])
+def test_what_a_template_writes_is_bounded(part: str) -> None:
+    """Functions and calls count as texts do: a lot of them is for the thread of long texts, and more is refused."""
+    coder = copy.deepcopy(CODERS["hermes"])
+    coder.chat_template = "{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.tool_calls }}{% endfor %}"
+    service = worker(coder)
+    service.long_thread, service.long_encoder, service.num_long, service.context = TextThread("long"), None, 0, 2048
+    call = {"id": "a", "type": "function", "function": {"name": "get", "arguments": json.dumps({"x": "y" * 100_000})}}
+    body = {
+        "tools": asks(tools=[{"type": "function", "function": {"name": "get", "description": "y" * 100_000}}]),
+        "calls": asks(messages=[{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "x"}]),
+        "messages": asks(messages=[{"role": "user", "content": ""}] * 8192),
+    }[part]
+    with pytest.raises(Refused, match="without a tokenizer"):  # as the thread of long texts has none here
+        asyncio.run(service.chat(body.messages, body.tools))
+    service.long_encoder, service.longest = service.encoder, 99_999
+    with pytest.raises(Refused, match=r"messages: \d{6} characters are more than the 99999 ") as e:
+        asyncio.run(service.chat(body.messages, body.tools))
+    assert (e.value.status, e.value.param, e.value.code) == (400, "messages", "context_length_exceeded")
 
 
 def asks(**given: Any) -> ChatRequest:

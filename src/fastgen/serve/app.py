@@ -183,7 +183,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         tokens = await service.chat(body.messages, body.tools)
     else:
         prompt, most = body.prompt or "", max(TOKENIZED, service.longest)
-        options = {"add_special_tokens": body.add_special_tokens}
+        options = {"add_special_tokens": body.add_special_tokens, "return_attention_mask": False}
         tokens = await service.tokenized(lambda coder: coder(prompt, **options).input_ids, len(prompt), "prompt", most)
     return _json({"count": len(tokens), "max_model_len": service.context, "tokens": tokens})
 

@@ -30,7 +30,7 @@ MODELS = [x for x in vars(protocol).values() if isinstance(x, type) and issubcla
 FIELDS = {name for model in MODELS for name in model.model_fields}
 OPEN = ("/", "/health", "/v1/health")  # without a key: they tell nothing but that there is a server
 JSON_TYPE = re.compile(rb"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
-MAX_VALUES = 2**21  # of a body, as its commas count them
+MAX_VALUES = 2**21  # of a body, as its commas count them; lists, objects and their keys cost about as much as four
 BODY_SECONDS = 60.0  # to send a request's body
 LARGE_BODY = 2**16  # bytes; reading such a body as JSON takes milliseconds
 LARGE_BODY_GAP = 0.005  # seconds between the starts of requests with such bodies
@@ -122,15 +122,16 @@ class Gate:
                     if size > most:
                         raise Refused(413, f"the body is more than the {most} bytes that are taken")
                     if not message.get("more_body"):
-                        return _readable(b"".join(parts))
+                        break
         except TimeoutError as e:
             raise Refused(408, f"the body did not come within {BODY_SECONDS:.0f} s") from e
+        return _readable(b"".join(parts))
 
 
 def _readable(body: bytes) -> bytes:
     """Refuses a body of more values than can be read without keeping other clients waiting."""
-    if len(body) > MAX_VALUES and body.count(b",") > MAX_VALUES:
-        raise Refused(413, f"the body has more than {MAX_VALUES} commas, of values or in texts")
+    if 4 * len(body) > MAX_VALUES and body.count(b",") + 4 * sum(map(body.count, (b"[", b"{", b":"))) > MAX_VALUES:
+        raise Refused(413, f"the body has more than {MAX_VALUES} commas, of values or in texts; [, {{ and : count as 4")
     return body
 
 

@@ -2,12 +2,15 @@
 
 import asyncio
 import copy
+import itertools
+import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import PriorityQueue
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
@@ -27,6 +30,8 @@ T = TypeVar("T")
 LONG = 2**15  # characters of a text that is tokenized beside the others
 MAX_LONG = 16  # of those at a time
 TOKENIZED = 2**20  # characters of a text that /tokenize takes, if not more can fit the context
+PATIENCE = 0.001  # seconds for each character of a text, for which shorter ones that come later go first
+MESSAGE = 32  # characters that a message is counted as, beside its own: a template takes as long for them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,31 @@ class Options:
     hosts: tuple[str, ...] = ()  # by which the server may be addressed, besides IP addresses; (): any
 
 
+class TextThread:
+    """A thread that works with texts, one after the other and short ones first: no other waits for many long ones."""
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, name)
+        self._waiting: PriorityQueue[tuple[float, int, Future[Any], Callable[[], Any]]] = PriorityQueue()
+        self._numbers = itertools.count()  # of what is asked for, so that nothing else of equals is compared
+
+    async def run(self, function: Callable[[], T], size: int = 0) -> T:
+        """Returns or raises what `function` does with a text of `size` characters."""
+        done: Future[T] = Future()
+        self._waiting.put((time.monotonic() + size * PATIENCE, next(self._numbers), done, function))
+        self._executor.submit(self._run_first)
+        return await asyncio.wrap_future(done)
+
+    def _run_first(self) -> None:
+        _, _, done, function = self._waiting.get_nowait()
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            done.set_result(function())
+        except BaseException as e:
+            done.set_exception(e)
+
+
 class Service:
     """What the endpoints use: the engine's client, the tokenizer, and the state of the worker."""
 
@@ -56,9 +86,9 @@ class Service:
         # A tokenizer for a thread's own use, since two threads may not share one; and another for long texts, which
         # others do not wait for. Tokenizers release the interpreter.
         self.encoder: Any = None
-        self.thread = ThreadPoolExecutor(1, "tokenizer")
+        self.thread = TextThread("tokenizer")
         self.long_encoder: Any = None
-        self.long_thread = ThreadPoolExecutor(1, "tokenizer of long texts")
+        self.long_thread = TextThread("tokenizer of long texts")
         self.num_long = 0  # long texts that are in work or wait
         self.longest = 0  # characters that can fit the context
         self.family: calls.FamilyName | None = None  # whose form calls have
@@ -77,7 +107,7 @@ class Service:
     async def load(self) -> None:
         """Wait for the engine, and read the tokenizer of its model."""
         info = await self.client.info
-        loaded = await self.in_thread(tokenizer.load, Path(info["path"]))
+        loaded = await self.thread.run(partial(tokenizer.load, Path(info["path"])))
         self.vocabulary, self.context = Vocabulary(loaded), info["context"]
         self.special_tokens_in_content = info["special_tokens_in_content"]
         self.most, self.spec, self.has_adapters = info["most"], info["spec"], info["has_adapters"]
@@ -86,29 +116,31 @@ class Service:
         self.family, self.markers = self.options.tool_parser or calls.family(loaded), calls.special(loaded)
         self.ready = True
 
-    async def in_thread(self, function: Callable, *arguments: Any) -> Any:
-        """Run what takes a while, one after the other; a ValueError of the library is a 400."""
-        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
-
-    async def tokenized(self, function: Callable[[Any], T], size: int, param: str, most: int | None = None) -> T:
+    async def tokenized(
+        self, function: Callable[[Any], T], size: int, param: str, most: int | None = None, *, work: int = 0
+    ) -> T:
         """What `function` makes of a tokenizer, in a thread, for a text of `size` characters.
 
-        Refused, before it is looked at, if it has more than `most` (None: those that can fit the context).
+        Refused, before it is looked at, if it has more than `most` (None: those that can fit the context). `work`: how
+        many characters take as long, if those are more.
         """
         if size > (limit := self.longest if most is None else most):
-            problem = f"{param}: {size} characters are more than the {limit} that are taken with a context of "
-            problem += f"{self.context} tokens"
-            raise Refused(400, problem, param=param, code="context_length_exceeded")
-        if size <= LONG:
-            return await self.in_thread(function, self.encoder)
+            raise self._too_long(size, limit, param)
+        work = max(work, size)
+        if work <= LONG:
+            return await self.thread.run(lambda: function(self.encoder), work)
         if self.num_long >= MAX_LONG:
             raise Refused(429, f"{MAX_LONG} long texts wait to be tokenized: try again later", retry=1)
         self.num_long += 1
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.long_thread, function, self.long_encoder)
+            return await self.long_thread.run(lambda: function(self.long_encoder), work)
         finally:
             self.num_long -= 1
+
+    def _too_long(self, size: int, limit: int, param: str) -> Refused:
+        problem = f"{param}: {size} characters are more than the {limit} that are taken with a context of "
+        problem += f"{self.context} tokens"
+        return Refused(400, problem, param=param, code="context_length_exceeded")
 
     def check(self) -> Spec:
         """The model's shape. Refused if it is not there yet, or not any more."""
@@ -198,12 +230,16 @@ class Service:
                 self.tooled = tokenizer.render(coder, messages, told) != tokenizer.render(coder, messages)
                 if not self.tooled:
                     raise Refused(400, "tools: this model's chat template has no place for tools", param="tools")
+            if work > LONG and (length := len(tokenizer.render(coder, messages, told))) > self.longest:
+                raise self._too_long(length, self.longest, "messages")  # with the functions and calls
             content = self.special_tokens_in_content
             return tokenizer.encode(coder, messages, told, special_tokens_in_content=content)
 
         size = sum(len(text) for message in said for text in message.values() if isinstance(text, str))
+        objects = [told, *(message["tool_calls"] for message in said if "tool_calls" in message)]
+        work = size + MESSAGE * len(said) + (len(json.dumps(objects)) if told or len(objects) > 1 else 0)
         try:
-            return await self.tokenized(encode, size, "messages")
+            return await self.tokenized(encode, size, "messages", work=work)
         except ValueError as e:
             raise Refused(400, f"messages: {e}", param="messages") from e
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import resource
 import signal
 import socket
@@ -163,6 +164,8 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
     service = Service(options, name)
 
     def loaded() -> None:
+        gc.collect()
+        gc.freeze()  # or reading a body of many values would have all that was loaded looked at again and again
         with suppress(OSError):  # the supervisor is gone, which `told` hears
             control.send("ready")
 
