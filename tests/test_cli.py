@@ -146,6 +146,8 @@ def parquet(**columns: list) -> bytes:
         ("p.json", json.dumps([*ROWS, {"prompt": "b"}], indent=1), [*ROWS, "b"]),
         ("q.csv", 'id,prompt\n1,"a ""b"",\nc"\n2,[1]\n', ['a "b",\nc', "[1]"]),
         ("q.tsv", "prompt\tx\na, b\t1\n", ["a, b"]),
+        ("long.csv", f"prompt,id\n{'a' * 200_000},1\n", ["a" * 200_000]),
+        ("packed", packed(b"one\ntwo"), ["one", "two"]),
         ("q.csv", '\ufeffmessages\n"[{""role"": ""user"", ""content"": ""Hi é""}]"\n', [CHAT]),
         ("q.parquet", parquet(prompt=["a", "b"], id=[1, 2]), ["a", "b"]),
         ("q.parquet", parquet(messages=[CHAT]), [CHAT]),
@@ -193,6 +195,12 @@ def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: 
         ("q.csv", "text,id\na,1\n", "q.csv: needs a column 'prompt' or 'messages', has 'text', 'id'"),
         ("q.csv", "prompt,id\na,1\n,2\n", "q.csv, line 3: must be"),
         ("q.csv", 'prompt\n"a\n', "q.csv, line "),
+        ("q.csv", "prompt\na, and b\n", "q.csv, line 2: has 2 fields for 1 columns"),
+        ("q.csv", "prompt,id,prompt\na,1,b\n", "q.csv: has 2 columns 'prompt'"),
+        ("p.txt", "a\nb".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+        ("p.jsonl", "1" * 5000, "p.jsonl, line 1: must be"),
+        ("p.jsonl", '"fine"\n"\\ud800"', "p.jsonl, line 2: half of a surrogate pair"),
+        ("p.jsonl", '[{"role": "user", "content": "\\ud800"}]', "p.jsonl, line 1: half of a surrogate pair"),
         ("q.csv", "messages\nhello\n", "q.csv, line 2: must be"),
         ("q.parquet", parquet(text=["a"]), "q.parquet: needs a column 'prompt' or 'messages', has 'text'"),
         ("q.parquet", parquet(prompt=["a", None]), "q.parquet, row 1: must be"),
@@ -348,6 +356,36 @@ def test_interrupts(
     assert f"fgrun: ended early: 1 of 3 requests had finished; they are in {tmp_path}/o.jsonl\n" in err
     assert [json.loads(line)["prompt"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == [[4, 5]]
     assert bool(dup2) == (error is BrokenPipeError)
+
+
+def test_out_cannot_be_written(fgrun: Run, tmp_path: Path) -> None:
+    """Refused before anything is loaded; where it can be, nothing is left behind by the look at it."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("no/file")
+    (tmp_path / "later").symlink_to("target")
+    for out in ("loop", "nowhere", "x" * 300, "no/file"):
+        code, _, err = fgrun("model.path=/nowhere", "prompt=a", f"out={out}")
+        assert code == 1 and err.startswith("fgrun: out: ") and "/nowhere'" not in err
+    files.check_output("out", tmp_path / "later", [])
+    files.check_output("out", tmp_path / "new", [])
+    assert {f.name for f in tmp_path.iterdir()} == {"loop", "nowhere", "later"}
+    (tmp_path / "old").write_text("kept")
+    files.check_output("out", tmp_path / "old", [])
+    assert (tmp_path / "old").read_text() == "kept"
+
+
+@pytest.mark.parametrize("out", ["-", "/dev/stdout"])
+def test_out_is_standard_output(out: str, fgrun: Run, tmp_path: Path) -> None:
+    """JSON lines in the place of the texts, and no file."""
+    code, printed, _ = fgrun(*TINY, "prompt=[[1,2,3],[4,5]]", f"out={out}")
+    assert code == 0 and [json.loads(line)["prompt"] for line in printed.splitlines()] == [[1, 2, 3], [4, 5]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_are_printed_where_the_disk_is_full(fgrun: Run) -> None:
+    """What was generated is not lost with the file."""
+    code, printed, err = fgrun(*TINY, "prompt=[1,2,3]", "out=/dev/full")
+    assert code == 1 and len(json.loads(printed)) == 4 and "No space left on device" in err
 
 
 def test_out_is_not_the_input(fgrun: Run, tmp_path: Path) -> None:

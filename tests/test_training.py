@@ -543,6 +543,23 @@ def test_update_of_some_and_wrong_ones() -> None:
             one.update_params({name: torch.ones(31)}, partial=True)
         with pytest.raises(ValueError, match="another model's"):
             one.update_params(params._replace(norm=torch.ones(31)))
+        for wrong, said in (
+            (torch.ones(32, dtype=torch.int8), f"{name} has dtype torch.int8: weights are of floating point"),
+            (torch.ones(32, dtype=torch.complex64), "dtype torch.complex64"),
+            (torch.ones(32, device="meta"), f"{name} is on the meta device"),
+            (torch.ones(32).to_sparse(), f"{name} is torch.sparse_coo"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                one.update_params({name: wrong}, partial=True)
+        other = dict(weights.named(fresh(1), SPEC))
+        first = next(iter(other))
+        for pairs in ([*other.items(), (name, torch.ones(32))], other | {name: torch.ones(31)}):
+            with pytest.raises(ValueError, match=f"{name} (is given twice|has shape)"):
+                one.update_params(pairs)
+        with pytest.raises(ValueError, match=f"{first} is given twice"):
+            one.update_params(iter([(first, other[first])] * 2), partial=True, finite=False)
+        one.update_params(fresh(), partial=True)
+        assert one.version == 3, "refused tensors that are all in memory change nothing"
         assert told(one.generate(PROMPTS, GREEDY)) == expected(params), "what was cached meanwhile is of no use"
 
 

@@ -116,8 +116,11 @@ def test_load_casts(folder: Path) -> None:
     assert spec.dtype == "float32"
 
 
-def test_load_shows_progress(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A bar by default, silence if wished."""
+def test_load_shows_progress(folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar by default on a terminal, silence if wished and elsewhere."""
+    fastgen.load(folder)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     fastgen.load(folder)
     assert "loading" in capfd.readouterr().err
     fastgen.load(folder, progress=False)

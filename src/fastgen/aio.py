@@ -266,7 +266,7 @@ class AsyncEngine:
                     torch.cuda.set_device(engine.device)  # is a thread's own
                 pairs = weights.named(source, engine.spec) if isinstance(source, Params) else source
                 tensors, error = exchange.staged(pairs, device), None
-                weights.check(dict(tensors), engine.spec, engine.dtype, source="update_params", partial=partial)
+                weights.check(tensors, engine.spec, engine.dtype, source="update_params", partial=partial)
                 if finite:
                     weights.check_update(engine.params, engine.spec, tensors, engine._place, "update_params")
             except BaseException as e:

@@ -449,19 +449,21 @@ class Engine(Loop):
 
         `source`: a tree like `params`, a module, a mapping or iterable of (checkpoint name, tensor), or `handles` of
         another process. Names may be those of DDP, FSDP, `torch.compile` and PEFT, and a module's LoRA is merged into
-        copies. Tensors are whole ones of any dtype and device; shards of a DTensor are put together, one at a
-        time. All weights must be given, unless `partial`. What is running goes on with the keys and values it has, or,
-        with `recompute`, computes them again. ValueError names what is missing, unknown or mis-shaped; parameters may
-        have changed in part then. In a process group each rank makes this call; an engine that has started its ranks
-        hands the tensors on to them, in buckets.
+        copies. Tensors are whole ones of any floating-point dtype and device; shards of a DTensor are put together, one
+        at a time. All weights must be given, once, unless `partial`. What is running goes on with the keys and values
+        it has, or, with `recompute`, computes them again. ValueError names what is missing, unknown or mis-shaped;
+        where not all tensors are in memory, parameters may have changed in part then. In a process group each rank
+        makes this call; an engine that has started its ranks hands the tensors on to them, in buckets.
 
         `finite`: ValueError for values that are NaN or infinite, or too large for the engine's dtype. Nothing is
         written then if all tensors are in memory, or else those before it, as the error says.
         """
         pairs = list(weights.named(source, self.spec)) if isinstance(source, Params) else named(source)
-        if finite and isinstance(pairs, list):
-            weights.check_update(self._params, self.spec, pairs, self._place, "update_params")
-            finite = False
+        if isinstance(pairs, list):
+            weights.check(pairs, self.spec, self.dtype, source="update_params", partial=partial)
+            if finite:
+                weights.check_update(self._params, self.spec, pairs, self._place, "update_params")
+                finite = False
         if self._crew is None:
             given = source if isinstance(source, Params) and self.group is None else pairs
             self._take(given, partial, recompute, finite)

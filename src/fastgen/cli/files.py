@@ -1,11 +1,14 @@
 """Reads prompts from files (text, JSON, CSV, Parquet, chosen by the suffix), and checks files that will be written."""
 
+import codecs
 import csv
+import errno
 import gzip
 import io
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,30 +18,34 @@ from fastgen.tokenizer import Prompt
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 SUFFIXES = {".txt": "text", ".ndjson": "jsonl", "": "text"} | {f".{name}": name for name in FORMATS[1:]}
 ROW = "a text, a list of token ids, a list of messages, or an object with 'prompt', 'prompt_token_ids' or 'messages'"
-STANDARD_INPUT = ("-", "/dev/stdin")
+STANDARD_INPUT, STANDARD_OUTPUT = ("-", "/dev/stdin"), ("-", "/dev/stdout")
+GZIP = b"\x1f\x8b"  # the first bytes, which no text in UTF-8 has
 
 
 def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
     """Reads all prompts of a file, or of standard input (`-`).
 
     `format` is one of FORMATS. None takes it from the suffix; standard input and files without a suffix are text, a
-    prompt a line. A further suffix `.gz` is unpacked. Text is UTF-8, with or without a byte order mark. CSV and Parquet
+    prompt a line. What is packed by gzip is unpacked. Text is UTF-8, with or without a byte order mark. CSV and Parquet
     have a column `prompt` or `messages` (in CSV, messages are JSON). ValueError names the file and the line or row.
     """
-    path, is_packed = Path(file), file.lower().endswith(".gz")
+    if file not in STANDARD_INPUT:
+        file = os.path.expanduser(file)
     suffix = "" if file in STANDARD_INPUT else Path(file.lower().removesuffix(".gz")).suffix
     if format is None and (format := SUFFIXES.get(suffix)) is None:
         known = ", ".join(s for s in SUFFIXES if s)
         raise ValueError(f"{file}: cannot tell its format from {suffix!r} (known: {known}); give task.format")
     if file not in STANDARD_INPUT:
-        if path.is_dir():
+        if os.path.isdir(file):
             raise ValueError(f"task.prompts: {file} is a folder")
-        if not path.exists():
-            raise ValueError(f"task.prompts: there is no file {file}")
+        if not os.path.exists(file):
+            raise ValueError(f"task.prompts: there is no file {file!r}")
     try:
         with _opened(file) as raw:
-            content = gzip.GzipFile(fileobj=raw).read() if is_packed else raw.read()
-    except (OSError, EOFError) as e:  # gzip's errors are OSErrors and EOFErrors
+            content = raw.read()
+        if file.lower().endswith(".gz") or content.startswith(GZIP):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{file}: cannot be read: {e}") from e
     prompts = [_prompt(value, f"{file}, {where}") for where, value in READERS[format](content, file)]
     if not prompts:
@@ -48,15 +55,25 @@ def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
 
 def check_output(key: str, path: Path, inputs: Iterable[str | Path | None]) -> None:
     """Raises ValueError where a file cannot be written, or is one of the inputs: better now than after the work."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ValueError(f"{key}: there is no folder {path.parent}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{key}: {path} is a folder")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{key}: {path} cannot be written: permission denied")
+    is_there = os.path.exists(path)
     for file in inputs:
-        if file is not None and path.exists() and Path(file).exists() and path.samefile(file):
+        if file is not None and is_there and os.path.exists(file) and path.samefile(file):
             raise ValueError(f"{key}: {path} is the input itself, and would be overwritten; give another file")
+    try:
+        if is_there and not path.is_file():  # to open a pipe would wait for its reader
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        with open(path, "ab"):  # tells what no permission does: links that lead nowhere, names that are too long, ...
+            pass
+        if not is_there:
+            os.remove(os.path.realpath(path))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{key}: {path} cannot be written: {getattr(e, 'strerror', None) or e}") from e
 
 
 def _opened(file: str) -> BinaryIO:
@@ -75,6 +92,11 @@ def _prompt(value: Any, where: str) -> Prompt:
     chat = is_list and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
     if not (ids or chat or (isinstance(value, str) and value.strip())):
         raise ValueError(f"{where}: must be {ROW}, got {repr(value)[:60]}")
+    rows: Any = value
+    texts = [x for message in rows for x in message.values()] if chat else [value]
+    for text in texts:
+        if isinstance(text, str) and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{where}: half of a surrogate pair is in it, so this is no text")
     return value
 
 
@@ -84,16 +106,17 @@ def _text(content: bytes, file: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
+        source = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
         raise ValueError(
             f"{file}, line {line}: byte {content[e.start]:#04x} is not UTF-8; convert the file first, for example "
-            "iconv -f latin1 -t utf-8"
+            f"iconv -f {source} -t utf-8"
         ) from e
 
 
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # no JSON, numbers of thousands of digits; nested too deep
         raise ValueError(f"{where}: must be {ROW}, got {text[:60]!r} ({e})") from e
 
 
@@ -124,10 +147,19 @@ def _read_json(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(content: bytes, file: str, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(_text(content, file), newline=""), delimiter=delimiter, strict=True)
-    column = _column(reader.fieldnames or (), file)
+    csv.field_size_limit(2**31 - 1)  # of the process; by default 128 KiB, which long prompts exceed
     try:
+        names = reader.fieldnames or ()
+        column = _column(names, file)
+        if names.count(column) > 1:
+            raise ValueError(f"{file}: has {names.count(column)} columns {column!r}")
         for row in reader:
             where = f"line {reader.line_num}"
+            if None in row:
+                raise ValueError(
+                    f"{file}, {where}: has {len(names) + len(row[None])} fields for {len(names)} columns: put a text "
+                    "with the delimiter in it in double quotes"
+                )
             value = row[column]
             yield where, _json(value or "", f"{file}, {where}") if column != "prompt" else value
     except csv.Error as e:

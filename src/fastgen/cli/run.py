@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 import fastgen
 from fastgen import Engine, Output, Replicas, SamplingParams, Settings
 from fastgen.cli.config import Config, Task, compose, conf_dir, explain, overrides, typed
-from fastgen.cli.files import check_output, read_prompts
+from fastgen.cli.files import STANDARD_OUTPUT, check_output, read_prompts
 from fastgen.grpo import Trainer, find, train
 from fastgen.profiler import listen
 from fastgen.tokenizer import Prompt, is_one
@@ -53,10 +54,10 @@ class Answers:
                 text = c.text if self.has_text else str(c.token_ids)
                 print(text if self.is_single else f"[{i}.{j}] {text}")
 
-    def save(self, path: Path) -> None:
-        """Writes a JSON line for each prompt that has an output, in order."""
-        rows = ({"prompt": self.prompts[i]} | asdict(o) for i, o in sorted(self.outputs.items()))
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    def rows(self) -> Iterator[str]:
+        """Yields a JSON line for each prompt that has an output, in order."""
+        for i, output in sorted(self.outputs.items()):
+            yield json.dumps({"prompt": self.prompts[i]} | asdict(output), ensure_ascii=False) + "\n"
 
 
 def generate(engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams, answers: Answers) -> None:
@@ -140,12 +141,14 @@ def _prompts(config: Config) -> list[Prompt]:
 def run(config: Config, folder: Path = Path()) -> list[Output]:
     """Does the task: results on stdout, a line of timing on stderr. `config.out` is relative to `folder`.
 
-    When it ends early, by an interrupt or an error, the outputs that had finished are printed and saved all the same.
+    Where `config.out` is standard output (`-`), its JSON lines take the place of the texts. When the task ends early,
+    by an interrupt or an error, the outputs that had finished are printed and saved all the same.
     """
     if config.task.name == "grpo":
         grpo(config, folder)
         return []
-    out = folder / config.out if config.out else None
+    to_stdout = config.out in STANDARD_OUTPUT
+    out = folder / Path(config.out).expanduser() if config.out and not to_stdout else None
     if out:
         check_output("out", out, [config.task.prompts])
     if config.task.trace:
@@ -172,8 +175,13 @@ def run(config: Config, folder: Path = Path()) -> list[Output]:
             failure = error
         seconds = time.perf_counter() - start
     if out and (answers.outputs or failure is None):
-        answers.save(out)
-    if config.task.name == "generate":
+        try:
+            out.write_text("".join(answers.rows()), encoding="utf-8")
+        except OSError as error:  # the disk is full, say: then they are printed at least
+            failure, out = failure or error, None
+    if to_stdout:
+        sys.stdout.writelines(answers.rows())
+    elif config.task.name == "generate":
         answers.print()
     outputs = [output for _, output in sorted(answers.outputs.items())]
     num_read = sum(len(o.prompt_token_ids) for o in outputs)

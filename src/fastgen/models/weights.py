@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -222,7 +222,7 @@ def update(
     Raises ValueError naming the tensors that are mis-shaped, unexpected or missing, and a head that is another.
     """
     targets = {part.name: (part, view) for part, view in _parts(params, spec, place)}
-    left, total, unexpected = set(targets), len(targets), []
+    left, total, unexpected, given = set(targets), len(targets), [], set[str]()
     if spec.tied:
         targets[HEAD] = targets[EMBED]
     tied = ""  # the one of the two names that came first
@@ -231,6 +231,9 @@ def update(
             if not IGNORED.search(name):
                 unexpected.append(name)
             continue
+        if name in given:
+            raise ValueError(f"{source}: {name} is given twice")
+        given.add(name)
         part, view = targets[name]
         if (shape := _shape(source, name, tensor)) != part.shape:
             raise ValueError(f"{source}: {name} has shape {shape}, the config says {part.shape}")
@@ -264,19 +267,29 @@ def _refuse(source: str, spec: Spec, missing: Iterable[str], unexpected: Iterabl
 
 
 def check(
-    tensors: Mapping[str, Any], spec: Spec, dtype: torch.dtype, *, source: str = "update", partial: bool = False
+    pairs: Sequence[tuple[str, Any]], spec: Spec, dtype: torch.dtype, *, source: str = "update", partial: bool = False
 ) -> None:
     """Raises the ValueError that `update` would raise with parameters of `dtype`, before anything is written."""
-    shapes = {name: _shape(source, name, tensor) for name, tensor in tensors.items()}
+    tensors = dict(pairs)
+    if len(tensors) < len(pairs):
+        raise ValueError(f"{source}: {Counter(name for name, _ in pairs).most_common(1)[0][0]} is given twice")
+    shapes = {name: _shape(source, name, tensor) for name, tensor in pairs}
     _check(shapes, spec, source, partial=partial)
     if spec.tied and {EMBED, HEAD} <= shapes.keys() and not _equal(tensors[EMBED], tensors[HEAD], dtype):
         raise ValueError(_untied(source))
 
 
 def _shape(source: str, name: str, tensor: Any) -> tuple[int, ...]:
-    if not isinstance(tensor, Tensor) and not hasattr(tensor, "get_shape"):  # a slice of a file
+    """Returns a tensor's shape. ValueError for what holds no weights: whole numbers would lack their scales."""
+    if hasattr(tensor, "get_shape"):  # a slice of a file
+        return tuple(tensor.get_shape())
+    if not isinstance(tensor, Tensor):
         raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, not a tensor")
-    return tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+    if not tensor.is_floating_point():
+        raise ValueError(f"{source}: {name} has dtype {tensor.dtype}: weights are of floating point, not quantized")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(f"{source}: {name} is {'on the meta device' if tensor.is_meta else tensor.layout}: no values")
+    return tuple(tensor.shape)
 
 
 def _untied(source: str) -> str:
