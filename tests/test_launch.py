@@ -117,7 +117,7 @@ def test_update_and_score() -> None:
             ({name: torch.ones(2)}, "shape"), (pairs[:3], "missing"),
             ([*pairs, ("more", torch.ones(1))], "unexpected"), (breaks(ValueError("no")), "no"),
             (breaks(KeyError("gone")), "what gives the tensors failed: KeyError: 'gone'"),
-            ([*pairs[:2], (pairs[2][0], pairs[2][1] * math.nan)], f"in {pairs[2][0]} .*; nothing is written"),
+            (dict(pairs) | {pairs[2][0]: pairs[2][1] * math.nan}, f"in {pairs[2][0]} .*; nothing is written"),
             (iter([*pairs[:2], (pairs[2][0], pairs[2][1] * math.nan)]), "the 2 tensors before it are written"),
         ]  # fmt: skip
         for source, message in wrong:
