@@ -180,9 +180,9 @@ def init(
     for name in targets:
         if name not in TARGETS:
             raise ValueError(unknown("target", name, list(TARGETS)))
-    check_int("rank", rank, 1, MOST_RANK)
-    if not targets:
-        raise ValueError(f"an adapter of rank {rank} with {len(targets)} targets: at least 1 is needed")
+    check_int("rank", rank, -MOST_RANK, MOST_RANK)
+    if rank < 1 or not targets:
+        raise ValueError(f"an adapter of rank {rank} with {len(targets)} targets: both must be at least 1")
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
     kind, pairs = dtype or getattr(torch, spec.dtype), {}
     for site in (x for x in sites(spec) if x.target in targets):

@@ -118,7 +118,7 @@ class Snapshot:
             LookupError,
             ArithmeticError,
             RuntimeError,
-        ) as e:  # torch's are RuntimeErrors
+        ) as e:
             raise ValueError(f"snapshot: a part of it is of a wrong type: {e}") from e
         except ValueError as e:
             raise ValueError(f"snapshot: {e}") from e
