@@ -234,6 +234,9 @@ def test_prompts_from_standard_input(name: str, monkeypatch: pytest.MonkeyPatch,
         ("sampling.stop=[a,b]", "sampling.stop=[a,b]"),
         ("sampling.stop=[/INST]", "sampling.stop=[/INST]"),
         ("stop=[END", 'sampling.stop=["[END"]'),
+        ("stop=[<|im_end|>, </s>]", 'sampling.stop=["<|im_end|>","</s>"]'),
+        ("stop='a,b'", "sampling.stop=['a,b']"),
+        ("stop='", """sampling.stop=["'"]"""),
         ("stop=null", "sampling.stop=null"),
         ("stop_token_ids=5", "sampling.stop_token_ids=[5]"),
         ("stop_token_ids=5,6", "sampling.stop_token_ids=[5,6]"),
@@ -245,6 +248,12 @@ def test_prompts_from_standard_input(name: str, monkeypatch: pytest.MonkeyPatch,
         ("+experiment=capitals", "+experiment=capitals"),
         ("What is 2+2=?", 'prompt="What is 2+2=?"'),
         ("~foo", "~foo"),
+        ("~/notes", 'prompt="~/notes"'),
+        ("-5 + 3 = ?", 'prompt="-5 + 3 = ?"'),
+        ("-help me", 'prompt="-help me"'),
+        ("--config-dir=a b", "--config-dir=a b"),
+        ("model=owner/name", 'model.path="owner/name"'),
+        ("model=debug", "model=debug"),
         ("Hello, you", 'prompt="Hello, you"'),
     ],
 )
@@ -257,6 +266,7 @@ def test_values_of_arguments() -> None:
     config = run.compose("stop=END", "stop_token_ids=5", "grammar=regex:[0-9]+", "out=a=b.jsonl")
     assert (config.sampling.stop, config.sampling.stop_token_ids) == (("END",), (5,))
     assert (config.sampling.grammar, config.out) == ("regex:[0-9]+", "a=b.jsonl")
+    assert overrides(["seed=1", "--", "--help"]) == ["seed=1", 'prompt="--help"']
     assert overrides(["--cfg", "job", "Hi"]) == ["--cfg", "job", 'prompt="Hi"']
 
 

@@ -127,23 +127,41 @@ def _parses(argument: str) -> bool:
     return True
 
 
+def _quoted(text: str) -> str:
+    """Returns a text in Hydra's quotes, without interpolation."""
+    return QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()
+
+
 def quote(argument: str) -> str:
     """Returns an override as Hydra's grammar wants it: the key with its group, and a text as a value in quotes.
 
     `prompt`, `model.path` and `sampling.grammar` are texts unless they are null, quoted already or, for a prompt, a
-    list; so is every value that Hydra could not parse. One value for a list (`stop=END`) becomes a list.
+    list; so is every value that Hydra could not parse. One value for a list (`stop=END`) becomes a list. `model` may be
+    a folder, a file or a hub id.
     """
     argument = full(argument)
+    if argument.startswith("model="):
+        argument = chosen(argument.removeprefix("model="))
     key, equals, text = argument.partition("=")
     if not equals or text == "null":
         return argument
-    quoted = QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()  # no interpolation
     if key == "sampling.stop_token_ids" and not text.startswith("["):
         return f"{key}=[{text}]"
     if key == "sampling.stop":
-        return argument if text.startswith("[") and _parses(argument) else f"{key}=[{quoted}]"
+        return f"{key}={_list_of_texts(text)}"
     is_form = text.startswith(("[", "{", "'", '"') if key == "prompt" else ("'", '"')) or key not in TEXTS
-    return argument if is_form and _parses(argument) else f"{key}={quoted}"
+    return argument if is_form and _parses(argument) else f"{key}={_quoted(text)}"
+
+
+def _list_of_texts(text: str) -> str:
+    """Returns one text, quoted or not, or a list of them, as Hydra's list; what stands in it need not be quoted."""
+    if text.startswith("["):
+        if _parses(f"x={text}"):
+            return text
+        if text.endswith("]") and not set(text) & {"'", '"'}:  # characters that Hydra has other uses for
+            return f"[{','.join(_quoted(part.strip()) for part in text[1:-1].split(','))}]"
+    is_quoted = text.startswith(("'", '"')) and _parses(f"x=[{text}]")
+    return f"[{text if is_quoted else _quoted(text)}]"
 
 
 FLAGS_WITH_VALUE = {
@@ -155,11 +173,15 @@ FLAGS_WITH_VALUE = {
 def overrides(arguments: Sequence[str]) -> list[str]:
     """Returns a command line as Hydra reads it: flags, overrides with quoted values, and a bare text as the prompt.
 
-    ValueError for two bare texts, which are mostly one that lacks its quotes.
+    What follows `--` is bare, and so is what begins with a dash but is no flag. ValueError for two bare texts, which
+    are mostly one that lacks its quotes.
     """
     result, bare = list[str](), list[str]()
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.startswith("-") or before in FLAGS_WITH_VALUE or re.match(r"~[\w/@.]+$", argument):
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    bare += arguments[end + 1 :]
+    for before, argument in zip(["", *arguments], arguments[:end], strict=False):
+        is_flag = re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", argument, re.DOTALL)
+        if is_flag or before in FLAGS_WITH_VALUE or re.fullmatch(r"~\w[\w/@.]*", argument):
             result.append(argument)
         elif re.match(r"[+~]{0,2}[\w/@.:-]+=", argument):
             result.append(quote(argument))

@@ -39,7 +39,7 @@ def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
         if os.path.isdir(file):
             raise ValueError(f"task.prompts: {file} is a folder")
         if not os.path.exists(file):
-            raise ValueError(f"task.prompts: there is no file {file!r}")
+            raise ValueError(f"task.prompts: there is no file {file}")
     try:
         with _opened(file) as raw:
             content = raw.read()
