@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import MagicMock
 
 import httpx
 import openai
@@ -272,10 +273,12 @@ def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.Monkey
         config = uvicorn.Config(
             slow, http=worker._Connection, lifespan="off", log_level="warning", timeout_keep_alive=9
         )
-        service = worker._Server(config)
         listener = socket.create_server(("127.0.0.1", 0))
-        task = asyncio.create_task(service.serve([listener]))
-        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        listener.setblocking(False)
+        address = listener.getsockname()
+        service = worker._Server(config, listener)
+        task = asyncio.create_task(service.serve())
+        reader, writer = await asyncio.open_connection(*address)
         for part in sent:
             writer.write(part)
             await asyncio.sleep(0.1 if len(sent[0]) < 12 else 0.5)
@@ -287,6 +290,32 @@ def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.Monkey
         return found
 
     assert asyncio.run(run()).endswith(b"ok") == (len(sent) == 2 and sent[0].endswith(b"\r\n\r\n"))
+
+
+def test_a_connection_is_read_in_small_parts() -> None:
+    """So that others are served while a body comes in chunks of one byte each, which are slow to parse."""
+    sizes, done = list[int](), asyncio.Event()
+
+    class Connection(worker._Connection):
+        def data_received(self, data: bytes) -> None:
+            sizes.append(len(data))
+            if sum(sizes) == 2**18:
+                done.set()
+
+    async def run() -> None:
+        config = uvicorn.Config(MagicMock(), http=Connection, lifespan="off", log_level="warning")
+        config.load()
+        loop = asyncio.get_running_loop()
+        state = uvicorn.server.ServerState()
+        server = await loop.create_server(lambda: Connection(config, state, {}), "127.0.0.1", 0)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(bytes(2**18))
+        await asyncio.wait_for(done.wait(), 5)
+        writer.close()
+        server.close()
+
+    asyncio.run(run())
+    assert max(sizes) <= worker.READ_BYTES
 
 
 # --- the status page, in a browser ----------------------------------------------------------------------------------

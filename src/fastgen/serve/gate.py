@@ -33,7 +33,8 @@ JSON_TYPE = re.compile(rb"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECA
 MAX_VALUES = 2**21  # of a body, as its commas count them; lists, objects and their keys cost about as much as four
 BODY_SECONDS = 60.0  # to send a request's body
 LARGE_BODY = 2**16  # bytes; reading such a body as JSON takes milliseconds
-LARGE_BODY_GAP = 0.005  # seconds between the starts of requests with such bodies
+LARGE_BODY_GAP = 0.005  # seconds between the starts of requests with such bodies, at least
+LARGE_BODY_BYTES = 10**8  # of such bodies that are read in a second, at most: a few megabytes can take 0.3 s
 
 
 class Gate:
@@ -87,7 +88,7 @@ class Gate:
         """Spreads requests with large bodies over iterations of the event loop, so that others' are between them."""
         if size > LARGE_BODY:
             async with self.large_bodies:
-                await asyncio.sleep(LARGE_BODY_GAP)
+                await asyncio.sleep(max(LARGE_BODY_GAP, size / LARGE_BODY_BYTES))
 
     def _admit(self, service: Service, scope: Scope, headers: dict[bytes, bytes]) -> None:
         options = service.options

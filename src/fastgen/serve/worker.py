@@ -19,6 +19,7 @@ from fastgen.serve.log import say
 from fastgen.serve.protocol import Refused
 from fastgen.serve.service import Options, Service
 
+READ_BYTES = 2**13  # that are read of a connection at a time: as chunks of one byte they take 40 ms to parse
 HEAD_SECONDS = 30.0  # to send what comes before a body, and to be idle between two requests
 FLUSH_SECONDS = 5.0  # for clients to read their error event once the time to finish is over
 ACCEPTS = 100  # connections that are taken in a row
@@ -139,6 +140,8 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
 
     def connection_made(self, transport: Any) -> None:
         """Of asyncio.Protocol, as the others."""
+        with suppress(AttributeError):  # of other loops than asyncio's own
+            transport.max_size = READ_BYTES
         super().connection_made(transport)
         self._expect()
 
