@@ -24,7 +24,7 @@ from fastgen.cli import bench, serve
 from fastgen.cli import run as command
 from fastgen.config import Lora
 from fastgen.models.layers import adapt
-from fastgen.models.spec import Spec
+from fastgen.models.spec import Spec, from_hf
 from fastgen.models.weights import named
 from fastgen.ops.attention import reference
 from fastgen.schedule import Span
@@ -818,3 +818,14 @@ def test_serve_makes_room(tmp_path: Path) -> None:
     assert serve.configure(serve._parser().parse_args(words))[0].lora == Lora(max_adapters=1, max_rank=8)
     config, _ = serve.configure(serve._parser().parse_intermixed_args([*words, "lora.max_adapters=5"]))
     assert config.lora == Lora(max_adapters=5, max_rank=8)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64, "meta"])
+def test_adapters_of_other_dtypes(kind: Any) -> None:
+    """Their values would be cast to what they do not mean."""
+    spec = from_hf(tiny.config())
+    adapter = tree_map_only(Tensor, lambda x: x.to(kind), lora.init(spec, 4))
+    with fastgen.Engine(tiny.weights(spec), spec, max_adapters=1, cache_tokens=256, page_size=16) as engine:
+        with pytest.raises(ValueError, match=r"adapter 'a': layers\.0\.q\.a is .* must be of floating point"):
+            engine.add_adapter("a", adapter)
+        assert engine.adapters == {}

@@ -228,6 +228,10 @@ def check(name: str, adapter: Adapter, dtype: torch.dtype, group: Group | None =
                for field, pair in zip(Changes._fields, layer, strict=True) if pair is not None
                for letter, x in zip(LowRank._fields, pair, strict=True)]  # fmt: skip
     try:
+        for place, x, _ in tensors:
+            if not x.is_floating_point() or x.is_meta:
+                kind = "on the meta device" if x.is_meta else x.dtype
+                raise ValueError(f"adapter {name!r}: {place} is {kind}: its tensors must be of floating point")
         weights.check_finite(tensors, f"adapter {name!r}", advice)
     except ValueError as e:
         wrong = e
