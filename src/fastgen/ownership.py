@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from multiprocessing import process
 from multiprocessing.process import BaseProcess
@@ -20,6 +20,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 SPAWN = "start processes with spawn: multiprocessing.get_context('spawn')"
+NOTHING = nullcontext()
+_process = os.getpid()  # this one: asking the system takes longer than all else that a call checks
 computed_in: int | None = None  # the process in which an engine was made, or sequences scored
 
 
@@ -28,7 +30,7 @@ class Owner:
 
     def __init__(self, what: str, advice: str) -> None:
         self.what, self.advice = what, advice  # for messages
-        self.process, self.closed = os.getpid(), False
+        self.process, self.closed = _process, False
         self.thread: int | None = None  # that is inside a call, or for which an AsyncEngine holds the engine
         self.held = False  # by an AsyncEngine
         self.busy = False  # whether `thread` is inside a call
@@ -36,7 +38,7 @@ class Owner:
 
     def check(self) -> None:
         """RuntimeError in a forked child, and after the end."""
-        if self.process != os.getpid():
+        if self.process != _process:
             raise RuntimeError(f"{self.what} was made by another process, of which this one is a fork: {SPAWN}")
         if self.closed:
             raise RuntimeError(f"{self.what} is closed: make another one")
@@ -77,7 +79,7 @@ def exclusive(*memory: str) -> Callable[[F], F]:
         def guarded(self: Any, *args: Any, **named: Any) -> Any:
             owner, me = self._owner, threading.get_ident()
             mine = owner.thread == me
-            if mine and owner.busy and owner.process == os.getpid():  # within another call
+            if mine and owner.busy and owner.process == _process:  # within another call
                 if memory:
                     self._require(*memory)
                 return call(self, *args, **named)
@@ -96,10 +98,11 @@ def exclusive(*memory: str) -> Callable[[F], F]:
                     self._drop()
                 if memory:
                     self._require(*memory)
-                if _plain():
-                    return call(self, *args, **named)
-                with _plain_modes():
-                    return call(self, *args, **named)
+                with NOTHING if _plain() else _plain_modes():
+                    found = call(self, *args, **named)
+                if self._dropped:
+                    self._drop()
+                return found
             finally:
                 owner.busy = False
                 if not mine:
@@ -112,8 +115,7 @@ def exclusive(*memory: str) -> Callable[[F], F]:
 
 def _plain() -> bool:
     """Whether torch is in none of the modes that would change what is computed."""
-    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return not (autocast or torch.is_inference_mode_enabled())
+    return not (torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled())
 
 
 @contextmanager
@@ -164,9 +166,9 @@ def no_autocast(call: Callable[P, T]) -> Callable[P, T]:
 def check_fork(what: str) -> None:
     """RuntimeError where torch would wait for threads that a fork has not copied. Notes that this process computes."""
     global computed_in
-    if computed_in not in (None, os.getpid()) and torch.get_num_threads() > 1:
+    if computed_in not in (None, _process) and torch.get_num_threads() > 1:
         raise RuntimeError(f"{what}: this process is a fork of one that has computed: {SPAWN}")
-    computed_in = os.getpid()
+    computed_in = _process
 
 
 _started: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
@@ -178,6 +180,8 @@ def disown_in_forks(processes: Iterable[BaseProcess]) -> None:
 
 
 def _after_fork() -> None:
+    global _process
+    _process = os.getpid()
     children: set[Any] = process._children  # type: ignore[attr-defined]
     children.difference_update(_started)
 
