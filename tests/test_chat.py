@@ -194,7 +194,7 @@ def test_settings(talk: Conversation) -> None:
         ({"temprature": 1}, "unknown sampling setting 'temprature'; did you mean temperature"),
         ({"top_p": 2}, "top_p must be between 0 and 1"),
         ({"n": 2}, "a conversation has one answer"),
-        ({"stop": 5}, "sampling: "),
+        ({"stop": 5}, "stop must be a list of strings, got 5"),
     ):
         with pytest.raises(ValueError, match=message):
             talk.set(**changes)

@@ -420,6 +420,7 @@ PLACES = (
     "fastgen.loop.Sample.push",
     "fastgen.loop.schedule.commit",
 )
+PUSH = PLACES[3]  # whose errors are a request's own
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, place: str, call: int, error: type[BaseException]) -> None:
@@ -475,7 +476,7 @@ def test_interrupt_keeps_what_was_finished(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("way", ["generate", "stream"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [place for place in PLACES if place != PUSH])
 def test_error(way: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the device runs out of memory, say, the engine is of no more use."""
     e = engine(max_requests=4, prefill_chunk=7)
@@ -484,6 +485,17 @@ def test_error(way: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         WAYS[way](e)
     idle(e)
     assert tokens(e.generate(PROMPTS, GREEDY)) == WANTED
+
+
+def test_error_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tokenizer or a grammar raises about one request ends the others, too."""
+    e = engine(max_requests=4, prefill_chunk=7)
+    failing(monkeypatch, PUSH, 3, RuntimeError)
+    ended = [output.completions[0] for output in e.generate(PROMPTS, GREEDY)]
+    (failed,) = [i for i, c in enumerate(ended) if c.finish_reason == "error"]
+    assert ended[failed].error == "RuntimeError: " and len(ended[failed].token_ids) < len(WANTED[failed])
+    assert [c.token_ids for i, c in enumerate(ended) if i != failed] == [w for i, w in enumerate(WANTED) if i != failed]
+    idle(e)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -770,8 +782,15 @@ def test_interrupt_ends_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     idle(e)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        (place, error)
+        for place in PLACES
+        for error in (KeyboardInterrupt, RuntimeError)
+        if (place, error) != (PUSH, RuntimeError)
+    ],
+)
 def test_failed_call_reports_requests_in_flight(
     place: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -841,13 +860,12 @@ def test_interrupt_while_adding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens(e.generate(PROMPTS[0], GREEDY)) == WANTED[:1]
 
 
-@pytest.mark.parametrize("place", ["fastgen.loop.Sample.push", "fastgen.loop.score"])
-def test_error_in_a_step(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an error in the middle of a step, requests in flight go on with tokens or logprobs doubled."""
     e = engine()
     for p in PROMPTS[:3]:
         e.add(p, replace(GREEDY, prompt_logprobs=0))
-    failing(monkeypatch, place, 1, RuntimeError)
+    failing(monkeypatch, "fastgen.loop.score", 1, RuntimeError)
     with pytest.raises(RuntimeError):
         e.step()
     for id, output in collect(drain(e)).items():
