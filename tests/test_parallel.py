@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
 from fastgen import Sampling, SamplingParams, parallel, sampling, schedule
-from fastgen.models import weights
+from fastgen.models import files
 from fastgen.models.layers import rms_norm
 from fastgen.models.spec import Place, Spec, split
 from fastgen.models.transformer import PLAIN, blocks
@@ -391,7 +391,7 @@ def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.M
     whole = weights_of()
     fastgen.save(tmp_path, SPEC, whole)
     if size > 1:
-        opened = weights.safe_open
+        opened = files.safe_open
 
         class Sliced:
             def __init__(self, *args: Any) -> None:
@@ -410,7 +410,7 @@ def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.M
             def get_slice(self, name: str) -> Any:
                 return self.inner.get_slice(name)
 
-        monkeypatch.setattr(weights, "safe_open", Sliced)
+        monkeypatch.setattr(files, "safe_open", Sliced)
     loaded = [fastgen.load(tmp_path, device="cpu", progress=False, place=Place(r, size))[1] for r in range(size)]
     for r, params in enumerate(loaded):
         for a, b in zip(tree_leaves(params), tree_leaves(spread(whole, SPEC, Place(r, size))), strict=True):
