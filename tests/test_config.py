@@ -300,3 +300,13 @@ def test_tasks() -> None:
 def test_importing_fastgen_does_not_import_hydra() -> None:
     code = "import sys, fastgen; sys.exit(any(m.split('.')[0] in ('hydra', 'omegaconf') for m in sys.modules))"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_grammar_and_where_it_ends() -> None:
+    """A grammar says where the output ends; what is no number is named as everywhere."""
+    for others in ({"min_tokens": 1}, {"ignore_eos": True}):
+        with pytest.raises(ValueError, match="grammar says where the output ends"):
+            SamplingParams(grammar="regex:a", **others)
+    for value in (np.ones(2), torch.ones(2)):
+        with pytest.raises(ValueError, match="SamplingParams.min_tokens must be"):
+            SamplingParams(grammar="regex:a", min_tokens=value)

@@ -499,7 +499,7 @@ def test_names_of_others_are_refused_with_advice() -> None:
         weights.update(params, SPEC, exchange.named(changed))
     with pytest.raises(ValueError, match="model.norm.weight is a list, not a tensor"):
         weights.update(params, SPEC, exchange.named({"model.norm.weight": [1.0]}), partial=True)
-    for wrong in ("a/folder", 5, None):
+    for wrong in ("a/folder", 5, None, torch.tensor(1.0), torch.ones(2, 2)):
         with pytest.raises(ValueError, match="parameters come as a tree, module"):
             exchange.named(wrong)
 

@@ -107,11 +107,8 @@ class SamplingParams:
         for name in SCALARS:
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _flag(me, "ignore_eos", self.ignore_eos)
-        if self.grammar is not None:
-            if not isinstance(self.grammar, str):
-                raise ValueError(f"{me}.grammar must be a text, got {self.grammar!r}")
-            if self.min_tokens or self.ignore_eos:
-                raise ValueError(f"{me}.grammar says where the output ends: min_tokens must be 0 and ignore_eos false")
+        if self.grammar is not None and not isinstance(self.grammar, str):
+            raise ValueError(f"{me}.grammar must be a text, got {self.grammar!r}")
         if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
             raise ValueError(f"{me}.adapter must be an adapter's name or None, got {self.adapter!r}")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
@@ -140,6 +137,8 @@ class SamplingParams:
         if self.max_tokens is not None:
             _range(me, "max_tokens", self.max_tokens, 1, whole=True)
         _range(me, "min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError(f"{me}.grammar says where the output ends: min_tokens must be 0 and ignore_eos false")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"{me}.stop must hold non-empty strings, got {text!r}")

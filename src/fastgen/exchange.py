@@ -443,7 +443,7 @@ def named(source: Any) -> Iterable[tuple[str, Any]]:
         source = list(source.items())
     elif hasattr(source, "items"):  # it may read each from a file
         source = source.items()
-    elif isinstance(source, str) or not isinstance(source, Iterable):
+    elif isinstance(source, str | Tensor) or not isinstance(source, Iterable):
         raise ValueError(f"parameters come as a tree, module, mapping, pairs or handles, not {type(source).__name__}")
     if isinstance(source, list | tuple):
         source = [_pair(x) for x in source]
