@@ -37,14 +37,14 @@ class Owner:
         self.idle = [None]  # empty while a thread has the engine
 
     def check(self) -> None:
-        """RuntimeError in a forked child, and after the end."""
+        """Raises RuntimeError in a forked child, and once the engine is closed."""
         if self.process != _process:
             raise RuntimeError(f"{self.what} was made by another process, of which this one is a fork: {SPAWN}")
         if self.closed:
             raise RuntimeError(f"{self.what} is closed: make another one")
 
     def refuse(self) -> RuntimeError:
-        """The error for a thread that may not call now."""
+        """Returns the error for a thread that may not call now."""
         if self.held:
             return RuntimeError(
                 f"{self.what} is held by an AsyncEngine, whose thread steps it: use the AsyncEngine's methods "
@@ -85,10 +85,9 @@ def exclusive(*memory: str) -> Callable[[F], F]:
                 return call(self, *args, **named)
             owner.check()
             if not mine:
+                # Succeeds in one thread only; no interrupt can come between it and the next `try`.
                 try:
-                    del owner.idle[
-                        0
-                    ]  # succeeds in one thread only; no interrupt can come between it and the next `try`
+                    del owner.idle[0]
                 except IndexError:
                     raise owner.refuse() from None
             try:

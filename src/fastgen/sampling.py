@@ -74,9 +74,8 @@ def keep(logits: Float[Tensor, "N V"], f: Filter) -> Float[Tensor, "N V"]:
     most = p.amax(-1, keepdim=True)
     k = f.top_k[:, None]
     p = p.where(p >= _floor(p, lambda m: m.sum(-1, keepdim=True) >= k), 0.0)
-    mass = (f.top_p[:, None] * p.sum(-1, keepdim=True)).clamp_min(
-        torch.finfo(p.dtype).tiny
-    )  # the most likely, at least
+    least = torch.finfo(p.dtype).tiny  # so that a top_p near 0 keeps the most likely token
+    mass = (f.top_p[:, None] * p.sum(-1, keepdim=True)).clamp_min(least)
     enough = _floor(p, lambda m: p.where(m, 0.0).sum(-1, keepdim=True) >= mass)
     enough = torch.where(f.top_p[:, None] < 1, enough, 0.0)
     kept = (p >= enough) & (p >= f.min_p[:, None] * most) & (p > 0)
