@@ -21,18 +21,18 @@ WAYS: dict[str, tuple[int, int]] = {  # adapters there is room for, and how many
 }  # fmt: skip
 
 
-def drawn(spec: fastgen.Spec, rank: int, seed: int) -> fastgen.Adapter:
+def drawn(spec: fastgen.ModelConfig, rank: int, seed: int) -> fastgen.Adapter:
     """An adapter of all matrices that changes something."""
     dice = torch.Generator().manual_seed(seed)
     adapter = lora.init(spec, rank, 2 * rank, seed=seed, device="cpu")
-    for x in lora.leaves(adapter):
+    for x in lora.parameters(adapter):
         x.copy_(torch.randn(x.shape, generator=dice) * 0.01)
     return adapter
 
 
 def rate(engine: fastgen.Engine, used: int, requests: int, prompt: int, output: int) -> float:
     """Output tokens/s of one run."""
-    prompts = torch.randint(engine.spec.vocab, (requests, prompt)).tolist()
+    prompts = torch.randint(engine.model_config.vocab_size, (requests, prompt)).tolist()
     names = [f"{i % used}" if used else None for i in range(requests)]
     sampling = [SamplingParams(max_tokens=output, ignore_eos=True, adapter=name) for name in names]
     began = time.perf_counter()
@@ -55,7 +55,7 @@ def main() -> None:
         settings = {"max_adapters": room, "max_rank": args.rank, "cache_fraction": 0.6}
         with fastgen.Engine.from_pretrained(args.config, random=True, progress=False, **settings) as engine:
             for i in range(room):
-                engine.add_adapter(f"{i}", drawn(engine.spec, args.rank, i))
+                engine.add_adapter(f"{i}", drawn(engine.model_config, args.rank, i))
             for workload in args.workloads:
                 shape = tuple(map(int, workload.split("x")))
                 rate(engine, used, *shape)

@@ -27,10 +27,10 @@ import fastgen
 from fastgen.ops import paged
 from fastgen.ops.attention import reference
 from fastgen.schedule import Span
-from fastgen.types import Share
+from fastgen.types import SharedPrefix
 
 HERE = Path(__file__).parent
-SPEC = fastgen.from_hf(json.loads((HERE / "configs" / "llama-3.1-8b-instruct.json").read_text()))
+SPEC = fastgen.from_hf_config(json.loads((HERE / "configs" / "llama-3.1-8b-instruct.json").read_text()))
 DECODE = {"512 x 1088": [1088] * 512, "64 x 4096": [4096] * 64, "8 x 32768": [32768] * 8, "1 x 8192": [8192]}
 PREFILL = {  # (all tokens, new tokens)
     "16 x 1024": [(1024, 1024)] * 16,
@@ -40,7 +40,7 @@ PREFILL = {  # (all tokens, new tokens)
     "4096 after 28672": [(32768, 4096)],
 }
 RAGGED = [(300, 300), (129, 129), (500, 100), (640, 128), (700, 60), (513, 2), (200, 1), (1, 1)]
-OWN = (paged.PREFILL, paged.LONG)  # the backend's tiles
+OWN = (paged.PREFILL_TILE, paged.LONG_PREFILL_TILE)  # the backend's tiles
 Variant = tuple[int, dict[str, int] | None, bool]  # page size, tile or the backend's own choice, copy engine
 VARIANTS: list[Variant] = [
     (16, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2}, False),
@@ -67,21 +67,21 @@ def case(shapes: list[tuple[int, int]], page: int, *, groups: int = 0, shared: i
     for i, ((n, new), count) in enumerate(zip(shapes, needed, strict=True)):
         first = common[i * groups // len(shapes)] if groups else ()
         plan.append(Span(i, n - new, n, True, first + tuple(ids.pop() for _ in range(count))))
-    batch = fastgen.stage(tuple(plan), {i: [0] * n for i, (n, _) in enumerate(shapes)}, page, "cuda")
+    batch = fastgen.build_batch(tuple(plan), {i: [0] * n for i, (n, _) in enumerate(shapes)}, page, "cuda")
     kind = {"device": "cuda", "dtype": torch.bfloat16}
     slots = (sum(needed) + groups * (shared // page) + 1) * page
-    k, v = (torch.randn(slots, SPEC.kv_heads, SPEC.head, **kind) for _ in "kv")
+    k, v = (torch.randn(slots, SPEC.num_kv_heads, SPEC.head_dim, **kind) for _ in "kv")
     if groups:
         member = torch.arange(len(shapes), device="cuda", dtype=torch.int32).view(groups, -1)
         keys, skip = (torch.full((n,), shared, device="cuda", dtype=torch.int32) for n in (groups, len(shapes)))
-        batch = batch._replace(share=Share(member, keys, skip))
-    return batch, torch.randn(len(batch.token), SPEC.q_heads, SPEC.head, **kind), k, v
+        batch = batch._replace(share=SharedPrefix(member, keys, skip))
+    return batch, torch.randn(len(batch.token_ids), SPEC.num_q_heads, SPEC.head_dim, **kind), k, v
 
 
 def use(tile: dict[str, int] | None, tma: bool) -> None:
     """What the backend prefills with from here on."""
-    paged.PREFILL, paged.LONG = (tile, tile) if tile else OWN
-    paged.TMA = tma
+    paged.PREFILL_TILE, paged.LONG_PREFILL_TILE = (tile, tile) if tile else OWN
+    paged.USE_TMA = tma
 
 
 def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
@@ -92,7 +92,7 @@ def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
     worst = 0.0
     for window in (None, 100):
         try:
-            ours = paged.paged(batch, SPEC)(q, k, v, window).float()
+            ours = paged.paged_attention(batch, SPEC)(q, k, v, window).float()
         except Exception as error:  # a tile that does not compile is a result
             return f"{type(error).__name__}: {str(error)[:200]}"
         exact = reference(batch, SPEC)(q, k, v, window).float()
@@ -121,14 +121,14 @@ def host_seconds(f: Callable[[], object]) -> float:
 
 
 def flops(shapes: list[tuple[int, int]]) -> float:
-    return sum(4 * (new * (n - new) + new * new / 2) * SPEC.q_heads * SPEC.head for n, new in shapes)
+    return sum(4 * (new * (n - new) + new * new / 2) * SPEC.num_q_heads * SPEC.head_dim for n, new in shapes)
 
 
 def peers(shapes: list[tuple[int, int]]) -> dict[str, float]:
     """FLOP/s of torch's kernels, where all tokens are new."""
     n, count = shapes[0][0], len(shapes)
-    x, y = (torch.randn(count, h, n, SPEC.head, device="cuda", dtype=torch.bfloat16)
-            for h in (SPEC.q_heads, SPEC.kv_heads))  # fmt: skip
+    x, y = (torch.randn(count, h, n, SPEC.head_dim, device="cuda", dtype=torch.bfloat16)
+            for h in (SPEC.num_q_heads, SPEC.num_kv_heads))  # fmt: skip
     rates = {}
     for key, peer in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash2", SDPBackend.FLASH_ATTENTION)):
         with sdpa_kernel(peer):
@@ -154,7 +154,7 @@ def prefill(variants: list[Variant]) -> list[dict[str, Any]]:
                 if of != page or "wrong" in row:
                     continue
                 use(tile, tma)
-                attend = paged.paged(batch, SPEC)
+                attend = paged.paged_attention(batch, SPEC)
                 row[name] = flops(shapes) / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
                 if name == "8 x 1024":
                     row["host_us"] = host_seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023
@@ -166,8 +166,8 @@ def decode(page: int, copy: float) -> list[dict[str, Any]]:
     rows = []
     for name, lengths in DECODE.items():
         batch, q, k, v = case([(n, 1) for n in lengths], page)
-        attend = paged.paged(batch, SPEC)
-        rate = sum(lengths) * 2 * SPEC.kv_heads * SPEC.head * 2 / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
+        attend = paged.paged_attention(batch, SPEC)
+        rate = sum(lengths) * 2 * SPEC.num_kv_heads * SPEC.head_dim * 2 / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
         rows.append({"kind": "decode", "shape": name, "page": page, "triton_tb_s": rate, "of_copy": rate / copy})
     return rows
 
@@ -177,7 +177,9 @@ def shared(page: int) -> list[dict[str, Any]]:
     rows = []
     for groups, each in ((32, 16), (8, 16), (4, 8)):
         batch, q, k, v = case([(1152, 1)] * (groups * each), page, groups=groups, shared=1024)
-        together, alone = (paged.paged(batch._replace(share=share), SPEC) for share in (batch.share, None))
+        together, alone = (
+            paged.paged_attention(batch._replace(share=share), SPEC) for share in (batch.shared_prefix, None)
+        )
         x, y = (attend(q, k, v, None).float() for attend in (together, alone))
         error = float((x - y).norm() / y.norm())
         times = {name: seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023

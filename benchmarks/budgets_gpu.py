@@ -28,22 +28,24 @@ def main() -> None:
         HERE / "configs" / f"{args.model}.json", random=True, dtype="bfloat16", progress=False,
         max_requests=512, token_budget=max(args.budget),
     )  # fmt: skip
-    limits, generator, results = engine.settings.schedule, torch.Generator().manual_seed(0), []
+    limits, generator, results = engine.config.schedule, torch.Generator().manual_seed(0), []
     for workload in args.workload:
         count, length, output = map(int, workload.split("x"))
         sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=output, ignore_eos=True)
         for budget in (max(args.budget), *args.budget):  # the first is the warm-up
             for chunk in args.chunk:
                 changed = replace(limits, token_budget=budget, prefill_chunk=chunk or None)
-                engine.settings = replace(engine.settings, schedule=changed)
-                prompts = torch.randint(100, engine.spec.vocab, (count, length), generator=generator).tolist()
+                engine.config = replace(engine.config, schedule=changed)
+                prompts = torch.randint(
+                    100, engine.model_config.vocab_size, (count, length), generator=generator
+                ).tolist()
                 torch.cuda.synchronize()
-                start, steps = time.perf_counter(), engine.steps
+                start, steps = time.perf_counter(), engine.num_steps
                 engine.generate(prompts, sampling, progress=False)
                 seconds = time.perf_counter() - start
                 row = {
                     "model": args.model, "workload": workload, "budget": budget, "chunk": chunk, "seconds": seconds,
-                    "output_tok_s": count * output / seconds, "steps": engine.steps - steps,
+                    "output_tok_s": count * output / seconds, "steps": engine.num_steps - steps,
                 }  # fmt: skip
                 results.append(row)
                 print(json.dumps(row), flush=True)

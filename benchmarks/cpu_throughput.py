@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import fastgen
-from fastgen.models.default import default_path
+from fastgen.models.default import default_model_path
 
 RESULT = Path(__file__).parent / "results" / "cpu_throughput.json"
 
@@ -33,12 +33,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
 
-    path = default_path()
+    path = default_model_path()
     engine = fastgen.Engine.from_pretrained(path, dtype="float32", device="cpu")
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(16, 65, (args.requests,), generator=generator).tolist()
-    prompts = [torch.randint(100, engine.spec.vocab, (n,), generator=generator).tolist() for n in lengths]
+    prompts = [torch.randint(100, engine.model_config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     sampling = fastgen.SamplingParams(temperature=0, max_tokens=args.output_len, ignore_eos=True)
     exact = {"max_new_tokens": args.output_len, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

@@ -33,7 +33,7 @@ def requests(n: int, vocab: int, dice: random.Random) -> tuple[list[list[int]], 
 def rate(engine: fastgen.Engine, logprobs: int | None, shape: tuple[int, int, int]) -> float:
     """Output tokens/s."""
     n, prompt, output = shape
-    prompts = torch.randint(100, engine.spec.vocab, (n, prompt)).tolist()
+    prompts = torch.randint(100, engine.model_config.vocab_size, (n, prompt)).tolist()
     sampling = SamplingParams(max_tokens=output, ignore_eos=True, logprobs=logprobs)
     start = time.perf_counter()
     engine.generate(prompts, sampling, progress=False)
@@ -58,7 +58,7 @@ def main() -> None:
             config, random=True, dtype="bfloat16", deterministic=mode == "deterministic", cache_fraction=0.6
         )
         one = row[mode] = {}
-        prompts, sampling = requests(args.requests, engine.spec.vocab, random.Random(0))
+        prompts, sampling = requests(args.requests, engine.model_config.vocab_size, random.Random(0))
         outputs = engine.generate(prompts, sampling, progress=False)
         again = engine.generate(prompts[::-1], sampling[::-1], progress=False)[
             ::-1
@@ -68,8 +68,8 @@ def main() -> None:
             (a.completions[0].token_ids, a.completions[0].logprobs)
             != (b.completions[0].token_ids, b.completions[0].logprobs) for a, b in pairs
         )  # fmt: skip
-        one["sampler and scorer"] = fastgen.compare(
-            outputs, engine.params, engine.spec, deterministic=mode == "deterministic"
+        one["sampler and scorer"] = fastgen.compare_logprobs(
+            outputs, engine.params, engine.model_config, deterministic=mode == "deterministic"
         )._asdict()
         print(mode, one, flush=True)
         if not args.no_rates:

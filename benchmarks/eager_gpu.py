@@ -36,19 +36,20 @@ def speed(name: str, requests: int, prompt_len: int, output_len: int, attention:
     made = time.perf_counter() - start
     sampling = fastgen.SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     engine.generate(
-        prompts(requests, prompt_len, engine.spec.vocab), fastgen.SamplingParams(temperature=0, max_tokens=4)
+        prompts(requests, prompt_len, engine.model_config.vocab_size),
+        fastgen.SamplingParams(temperature=0, max_tokens=4),
     )
-    for prompt in prompts(requests, prompt_len, engine.spec.vocab):
+    for prompt in prompts(requests, prompt_len, engine.model_config.vocab_size):
         engine.add(prompt, sampling)
     prefill = decode = 0.0
     steps = tokens = 0
-    while engine.unfinished:
+    while engine.has_unfinished_requests:
         torch.cuda.synchronize()
         start = time.perf_counter()
         events = engine.step()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        if engine.batch is not None and len(engine.batch.token) > len(engine.batch.length):
+        if engine.last_batch is not None and len(engine.last_batch.token_ids) > len(engine.last_batch.seq_lens):
             prefill += seconds
         else:
             decode, steps, tokens = decode + seconds, steps + 1, tokens + len(events)
@@ -65,13 +66,13 @@ def speed(name: str, requests: int, prompt_len: int, output_len: int, attention:
 
 def precision(name: str) -> dict:
     """bf16 against fp32 on the same random weights: logits of fresh prompts, and greedy tokens alone or batched."""
-    spec = fastgen.from_hf(json.loads((HERE / "configs" / f"{name}.json").read_text()))
+    spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{name}.json").read_text()))
     params = fastgen.init(spec, device="cuda", dtype=torch.bfloat16)
     wide = fastgen.init(spec, device="cuda", dtype=torch.float32)
-    from fastgen.models.weights import named, update
+    from fastgen.models.weights import named_weights, update
 
-    update(wide, spec, named(params, spec))
-    asked = prompts(8, 200, spec.vocab)
+    update(wide, spec, named_weights(params, spec))
+    asked = prompts(8, 200, spec.vocab_size)
     sampling = fastgen.SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, prompt_logprobs=0)
     found: dict[str, list[fastgen.Output]] = {}
     alone: dict[str, list[list[int]]] = {}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from fastgen.cli.run import compose, engine
-from fastgen.grpo import Trainer, find, plot, train
+from fastgen.cli.run import compose, build_engine
+from fastgen.grpo import Trainer, load_problem, plot_runs, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,8 +32,8 @@ def main() -> None:
     for seed in args.seeds:
         folder = args.folder / f"seed{seed}"
         config = compose("+experiment=grpo_smollm2", f"seed={seed}", "grpo.export=false", *args.overrides)
-        with engine(config, progress=False) as e:
-            trainer = Trainer(e, find(config.grpo.problem), config.grpo, config.sampling, seed)
+        with build_engine(config, progress=False) as e:
+            trainer = Trainer(e, load_problem(config.grpo.problem), config.grpo, config.sampling, seed)
             runs[f"seed {seed}"] = train(trainer, folder, resume=(folder / "checkpoint.pt").is_file())
             device = torch.cuda.get_device_name() if e.device.type == "cuda" else platform.processor() or "CPU"
         result = {
@@ -45,7 +45,7 @@ def main() -> None:
             "runs": runs,
         }
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-        plot(runs, args.plot)
+        plot_runs(runs, args.plot)
 
 
 if __name__ == "__main__":

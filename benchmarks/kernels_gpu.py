@@ -23,7 +23,7 @@ import fastgen
 from fastgen.models import layers
 from fastgen.ops import fused, skinny
 from fastgen.sampling import sample
-from fastgen.types import Sampling
+from fastgen.types import SamplingTensors
 
 HERE = Path(__file__).parent
 MODELS = {  # (N, K)
@@ -79,10 +79,10 @@ def sweep(w: Tensor, rows: int) -> dict:
     """One shape of weights: the time of every tile, of the default one and of torch."""
     copies, n, k = w.shape
     x = torch.randn(rows, k, **KIND)
-    rule = skinny.tile
+    rule = skinny.select_linear_tile
 
     def ours(config: dict[str, int] | None) -> Callable[[int], Tensor]:
-        skinny.tile = rule if config is None else lambda *_: config
+        skinny.select_linear_tile = rule if config is None else lambda *_: config
         return lambda i: skinny.linear(x, w[i % copies])
 
     def plain(i: int) -> Tensor:
@@ -103,7 +103,7 @@ def sweep(w: Tensor, rows: int) -> dict:
             row["tiles"][str(values)] = gb / seconds(ours(config)) if error < 2**-7 else f"wrong: {error}"
         except Exception as error:  # more shared memory or registers than there are
             row["tiles"][str(values)] = repr(error)[:120]
-    skinny.tile = rule
+    skinny.select_linear_tile = rule
     speeds = {name: speed for name, speed in row["tiles"].items() if isinstance(speed, float)}
     row["best"] = max(speeds, key=lambda name: speeds[name], default="none")
     row["best_gb_s"] = speeds.get(row["best"], 0.0)
@@ -118,8 +118,11 @@ def stores() -> list[dict]:
         qkv = torch.randn(tokens, q + 2 * kv, head, **KIND)
         angle = torch.rand(tokens, 1, head // 2, device="cuda")
         args = (qkv, angle.cos(), angle.sin(), torch.randperm(16384, device="cuda")[:tokens], k, v)
-        same = torch.equal(fused.store(*args), layers.rotate(qkv[:, :q], *args[1:3]))
-        took, plain = seconds(lambda _: fused.store(*args)), seconds(lambda _: layers.store(*args))  # noqa: B023
+        same = torch.equal(fused.rope_and_cache_kv(*args), layers.apply_rope(qkv[:, :q], *args[1:3]))
+        took, plain = (
+            seconds(lambda _: fused.rope_and_cache_kv(*args)),
+            seconds(lambda _: layers.rope_and_cache_kv(*args)),
+        )  # noqa: B023
         rows.append({"kind": "store", "tokens": tokens, "same": same, "us": took * 1e6, "plain_us": plain * 1e6,
                      "gb_s": 2 * qkv.nbytes / took / 1e9})  # fmt: skip
     return rows
@@ -132,16 +135,16 @@ def draws() -> list[dict]:
         seed, flags = torch.arange(n, device="cuda"), torch.zeros(n, dtype=torch.bool, device="cuda")
         for heat in (0.0, 1.0):
             temperature = torch.full((n,), heat, device="cuda")
-            settings = Sampling(temperature, seed, seed, flags, None, None)
+            settings = SamplingTensors(temperature, seed, seed, flags, None, None)
             last = torch.zeros(n + 1, dtype=torch.int32, device="cuda")
-            token, logprob = fused.draw(logits, temperature, seed, seed, flags, last, seed)
-            plain = sample(logits.float(), settings, top=0)
-            took = seconds(lambda _: fused.draw(logits, temperature, seed, seed, flags, last, seed))  # noqa: B023
-            slow = seconds(lambda _: sample(logits.float(), settings, top=0), calls=2)  # noqa: B023
+            token, logprob = fused.sample_tokens(logits, temperature, seed, seed, flags, last, seed)
+            plain = sample(logits.float(), settings, num_top_logprobs=0)
+            took = seconds(lambda _: fused.sample_tokens(logits, temperature, seed, seed, flags, last, seed))  # noqa: B023
+            slow = seconds(lambda _: sample(logits.float(), settings, num_top_logprobs=0), calls=2)  # noqa: B023
             rows.append({"kind": "draw", "rows": n, "vocab": vocab, "temperature": heat, "us": took * 1e6,
                          "plain_us": slow * 1e6, "gb_s": logits.nbytes / took / 1e9,
-                         "other_tokens": int((token != plain.token).sum()),
-                         "logprob_error": float((logprob - plain.logprob).abs().max())})  # fmt: skip
+                         "other_tokens": int((token != plain.token_ids).sum()),
+                         "logprob_error": float((logprob - plain.logprobs).abs().max())})  # fmt: skip
     return rows
 
 

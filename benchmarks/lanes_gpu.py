@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen.compile import Regions
+from fastgen.compile import CompiledOps
 from fastgen.models import transformer, weights
-from fastgen.models.transformer import PLAIN
+from fastgen.models.transformer import TORCH_OPS
 from fastgen.ops import fused
-from fastgen.ops.paged import paged
-from fastgen.types import Batch, Cache, Params
+from fastgen.ops.paged import paged_attention
+from fastgen.types import Batch, KVCache, Params
 
 HERE = Path(__file__).parent
 PAGE = 16
@@ -44,23 +44,27 @@ def batch(rows: int, context: int, first: int, table: Tensor) -> Batch:
     return Batch(n + 5, position, slot, start, position + 1, seat, table, n, PAGE)
 
 
-def one(params: Params, cache: Cache, b: Batch, spec: fastgen.Spec, ops: Any) -> Tensor:
-    x, y = transformer.blocks(params, cache, b, spec, ops)
-    return ops.leave(x, y, params.norm, spec.eps)
+def one(params: Params, cache: KVCache, b: Batch, spec: fastgen.ModelConfig, ops: Any) -> Tensor:
+    x, y = transformer.run_layers(params, cache, b, spec, ops)
+    return ops.leave(x, y, params.final_norm, spec.rms_norm_eps)
 
 
-def lanes(params: Params, cache: Cache, halves: list[Batch], spec: fastgen.Spec, ops: Any, side: Any) -> list[Tensor]:
+def lanes(
+    params: Params, cache: KVCache, halves: list[Batch], spec: fastgen.ModelConfig, ops: Any, side: Any
+) -> list[Tensor]:
     """Both halves at once: products on the current stream, attention on `side`."""
     main = torch.cuda.current_stream()
     x, y, turn, attend, q, o, ready = [[None] * 2 for _ in range(7)]
     for i, b in enumerate(halves):
-        x[i], y[i], *turn[i] = ops.enter(params.embed, b.token, b.position, spec)
+        x[i], y[i], *turn[i] = ops.enter(params.embed, b.token_ids, b.positions, spec)
         attend[i] = ops.attention(b, spec)
 
     def begin(i: int, n: int) -> None:
         layer = params.layers[n]
-        x[i], qkv = ops.project(x[i], y[i], layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
-        q[i] = ops.store(qkv.unflatten(-1, (-1, spec.head)), *turn[i], halves[i].slot, cache.k[n], cache.v[n])
+        x[i], qkv = ops.project(x[i], y[i], layer.attn_norm, spec.rms_norm_eps, layer.qkv, layer.qkv_bias)
+        q[i] = ops.store(
+            qkv.unflatten(-1, (-1, spec.head_dim)), *turn[i], halves[i].slot_mapping, cache.k[n], cache.v[n]
+        )
         side.wait_event(main.record_event())
         with torch.cuda.stream(side):
             o[i] = attend[i](q[i], cache.k[n], cache.v[n], None)
@@ -70,17 +74,17 @@ def lanes(params: Params, cache: Cache, halves: list[Batch], spec: fastgen.Spec,
         layer = params.layers[n]
         main.wait_event(ready[i])
         y[i] = ops.linear(o[i].flatten(1), layer.out, layer.out_bias)
-        x[i], gated = ops.project_swiglu(x[i], y[i], layer.ffn_norm, spec.eps, layer.gate_up)
+        x[i], gated = ops.project_swiglu(x[i], y[i], layer.ffn_norm, spec.rms_norm_eps, layer.gate_up)
         y[i] = ops.linear(gated, layer.down)
 
     for i in range(2):
         begin(i, 0)
-    for n in range(spec.layers):
+    for n in range(spec.num_layers):
         for i in range(2):
             end(i, n)
-            if n + 1 < spec.layers:
+            if n + 1 < spec.num_layers:
                 begin(i, n + 1)
-    return [ops.leave(x[i], y[i], params.norm, spec.eps) for i in range(2)]
+    return [ops.leave(x[i], y[i], params.final_norm, spec.rms_norm_eps) for i in range(2)]
 
 
 def graph_ms(f: Any, priority: int = 0, seconds: float = 1.5) -> float:
@@ -118,18 +122,18 @@ def main() -> None:
         print(row, flush=True)
 
     torch.backends.cuda.preferred_blas_library("cublaslt")
-    spec = fastgen.from_hf(weights.read_config(HERE / "configs" / f"{args.model}.json"))
+    spec = fastgen.from_hf_config(weights.read_hf_config(HERE / "configs" / f"{args.model}.json"))
     params = fastgen.init(spec, device="cuda", dtype=torch.bfloat16)
     wide = -(-args.context // PAGE)
     most = max(args.rows)
-    cache = fastgen.new_cache(spec, (most * wide + 1) * PAGE, device="cuda", dtype=torch.bfloat16)
+    cache = fastgen.new_kv_cache(spec, (most * wide + 1) * PAGE, device="cuda", dtype=torch.bfloat16)
     for leaf in (*cache.k, *cache.v):
         leaf.normal_()
     table = torch.cat((torch.zeros(1, wide), torch.randperm(most * wide).view(most, wide) + 1)).int().cuda()
-    region = Regions()
-    ops = PLAIN._replace(
-        attention=paged, enter=region(transformer.enter), leave=region(transformer.leave),
-        project=region(transformer.project), project_swiglu=region(transformer.project_swiglu), store=fused.store,
+    region = CompiledOps()
+    ops = TORCH_OPS._replace(
+        attention=paged_attention, enter=region(transformer.embed), leave=region(transformer.final_norm),
+        project=region(transformer.add_norm_qkv), project_swiglu=region(transformer.add_norm_gate_up), store=fused.rope_and_cache_kv,
     )  # fmt: skip
     with torch.no_grad():
         one(params, cache, batch(40, args.context, 1, table), spec, ops)
@@ -151,7 +155,7 @@ def main() -> None:
         carve(0)
         layer = params.layers[0]
         for tokens in (8192, 512, 256):
-            x = torch.randn(tokens, spec.dim, device="cuda", dtype=torch.bfloat16)
+            x = torch.randn(tokens, spec.hidden_size, device="cuda", dtype=torch.bfloat16)
             for free in (0, 16, 32, 48):
                 carve(free)
                 ms = graph_ms(lambda: [x @ layer.gate_up.T for _ in range(4)], seconds=2.5)  # noqa: B023

@@ -29,7 +29,7 @@ from torch import Tensor
 import fastgen
 from fastgen import parallel
 from fastgen.cli import bench
-from fastgen.cli.config import chosen, compose
+from fastgen.cli.config import model_override, compose
 
 HERE = Path(__file__).parent
 WIDTH = 8192
@@ -74,13 +74,15 @@ def layout(args: argparse.Namespace) -> dict[str, Any]:
     """Rows as fgbench's of one layout, and a profile of an engine of its ranks."""
     replicas, size = map(int, args.layouts[0].split("x"))
     where = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
-    config = compose(chosen(str(args.config)), "sampling.temperature=0.7", *args.settings, *where)
-    works, sampling = [bench.Workload.of(x) for x in args.workloads], replace(config.sampling, ignore_eos=True)
-    started, generator = bench.start(config, False, works), torch.Generator().manual_seed(0)
+    config = compose(model_override(str(args.config)), "sampling.temperature=0.7", *args.settings, *where)
+    works, sampling = [bench.Workload.parse(x) for x in args.workloads], replace(config.sampling, ignore_eos=True)
+    started, generator = bench.start_engine(config, False, works), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"rows": [], "profile": None}
     with started.engine as engine:
         for work in works:
-            row = bench.measure(started, work, replace(sampling, max_tokens=work.output), args.repeats, generator)
+            row = bench.measure_throughput(
+                started, work, replace(sampling, max_tokens=work.output_len), args.repeats, generator
+            )
             one = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
             found["rows"].append(row | one)
             print(f"{replicas} x TP{size}, {work}: {row['output_tok_s']:,.0f} output tokens/s", flush=True)
@@ -126,23 +128,25 @@ def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
-def normed(group: parallel.Ranks, read: parallel.Peers, pushed: parallel.Peers, x: Tensor) -> dict[str, Any]:
+def normed(
+    group: parallel.TPProcessGroup, read: parallel.PeerBuffers, pushed: parallel.PeerBuffers, x: Tensor
+) -> dict[str, Any]:
     """A sum over the ranks of rows x, added to others, and the norm of that."""
     from fastgen.ops import skinny
 
     other, norm = torch.zeros_like(x), torch.ones(WIDTH, dtype=x.dtype, device=x.device)
 
-    def one(peers: parallel.Peers) -> Any:
-        part = peers.part(0, len(x), lambda rows, to: None)
+    def one(peers: parallel.PeerBuffers) -> Any:
+        part = peers.write_partial(0, len(x), lambda rows, to: None)
         assert part is not None
-        return peers.add_norm(other, part, norm, 1e-5)
+        return peers.try_all_reduce_add_norm(other, part, norm, 1e-5)
 
     ways: dict[str, Callable[[], Any]] = {
         "nccl, norm": lambda: skinny.add_norm(other, group.all_reduce(x), norm, 1e-5),
         "read": lambda: one(read),
         "pushed": lambda: one(pushed),
     }
-    return ways if group.place.size == 2 else {k: v for k, v in ways.items() if k != "pushed"}
+    return ways if group.shard.size == 2 else {k: v for k, v in ways.items() if k != "pushed"}
 
 
 def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
@@ -152,11 +156,11 @@ def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=index, world_size=size)
-    group = parallel.Ranks()
-    peers = list[parallel.Peers]()
+    group = parallel.TPProcessGroup()
+    peers = list[parallel.PeerBuffers]()
     if kind == "cuda":
         most = SIZES[-1] // 2 // WIDTH
-        peers = [parallel.Peers(group, WIDTH, most, torch.bfloat16, device, read) for read in (2**62, 0)]
+        peers = [parallel.PeerBuffers(group, WIDTH, most, torch.bfloat16, device, read) for read in (2**62, 0)]
     rows = list[dict[str, Any]]()
     for n in SIZES:
         x = torch.zeros(n // 2 // WIDTH, WIDTH, dtype=torch.bfloat16, device=device)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fastgen
-from fastgen.compile import Shape
+from fastgen.compile import StepShape
 from fastgen.ops import hopper
 
 HERE = Path(__file__).parent
@@ -23,8 +23,8 @@ HERE = Path(__file__).parent
 
 def step_us(engine: fastgen.Engine, rows: int) -> float:
     """Microseconds of a captured step of `rows` sequences at one token of context."""
-    shape = Shape(rows, rows, True)
-    stepper = engine._stepper
+    shape = StepShape(rows, rows, True)
+    stepper = engine._runner
     stepper.graphs.pop(shape, None)
     stepper._capture(engine.cache, shape)
     graph = stepper.graphs[shape][0]
@@ -60,8 +60,8 @@ def main() -> None:
             )  # fmt: skip
             for rows in (2, 8):
                 for name, v in variants:
-                    hopper.DEPENDENT, hopper.FEW = v["dependent"], v.get("rows", 16)
-                    engine._stepper.fresh = 16 if "fresh" in v else 0
+                    hopper.USE_PDL, hopper.SMALL_BATCH = v["dependent"], v.get("rows", 16)
+                    engine._runner.fused_rope_max_tokens = 16 if "fresh" in v else 0
                     us = step_us(engine, rows)
                     results.append({"model": model, "rows": rows, "variant": name, "us": us})
                     print(f"{model} {rows} rows, {name}: {us:.0f} us, {1e6 / us:.0f} steps/s", flush=True)

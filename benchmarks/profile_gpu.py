@@ -27,15 +27,17 @@ def main() -> None:
         max_requests=512, token_budget=args.budget,
     )  # fmt: skip
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=80, ignore_eos=True)
-    for prompt in torch.randint(100, engine.spec.vocab, (args.prompts, args.length)).tolist():
+    for prompt in torch.randint(100, engine.model_config.vocab_size, (args.prompts, args.length)).tolist():
         engine.add(prompt, sampling)
     found = {}
     for name, skip in (("mixed", 20), ("decode", 2)):
         for _ in range(skip):
             engine.step()
-        while name == "decode" and any(s.known - s.cached > 1 for s in (*engine.state.running, *engine.state.waiting)):
+        while name == "decode" and any(
+            s.num_tokens - s.num_computed_tokens > 1 for s in (*engine.state.running, *engine.state.waiting)
+        ):
             engine.step()
-        with engine.profile(steps=4, path=args.out.with_name(f"{name}.json.gz"), skip=2) as p:
+        with engine.profile(num_steps=4, path=args.out.with_name(f"{name}.json.gz"), skip_first=2) as p:
             for _ in range(8):
                 engine.step()
         found[name] = p.summary.to_dict()

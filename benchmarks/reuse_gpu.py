@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import fastgen
-from fastgen.cli.rows import peer_rows
+from fastgen.cli.rows import parse_peer_log
 
 HERE = Path(__file__).parent
 MODES: dict[str, dict[str, Any]] = {
@@ -54,18 +54,26 @@ def copy_rates(size: int = 2**30) -> dict[str, float]:
 
 def page_in_rate(engine: fastgen.Engine) -> float:
     """GB/s of the mover alone, bringing back pages that it took away."""
-    mover, page = engine._mover, engine.state.page
-    n = min(mover.host_pages, engine.capacity // page, 256)
+    mover, page = engine._host_offload, engine.state.page_size
+    n = min(mover.num_host_pages, engine.cache_capacity // page, 256)
     pairs = tuple((i + 1, i + 1) for i in range(n))
-    mover.move(fastgen.schedule.Moves(out=pairs))
+    mover.start_copies(fastgen.schedule.Moves(out=pairs))
     torch.cuda.synchronize()
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        mover.move(fastgen.schedule.Moves(back=pairs))
+        mover.start_copies(fastgen.schedule.Moves(back=pairs))
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    size = n * page * engine.spec.layers * 2 * engine.spec.kv_heads * engine.spec.head * engine.dtype.itemsize
+    size = (
+        n
+        * page
+        * engine.model_config.num_layers
+        * 2
+        * engine.model_config.num_kv_heads
+        * engine.model_config.head_dim
+        * engine.dtype.itemsize
+    )
     return size / statistics.median(times) / 1e9
 
 
@@ -76,7 +84,7 @@ def replay(
     generator = torch.Generator().manual_seed(0)
 
     def words(n: int) -> list[int]:
-        return torch.randint(100, engine.spec.vocab, (n,), generator=generator).tolist()
+        return torch.randint(100, engine.model_config.vocab_size, (n,), generator=generator).tolist()
 
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=args.answer, ignore_eos=True, seed=1)
     talks = [words(args.system) for _ in range(args.conversations)]
@@ -85,11 +93,11 @@ def replay(
     first: dict[int, float] = {}
     waits: list[list[float]] = [[] for _ in range(args.turns)]
     start, made, prompt, reused = time.perf_counter(), 0, 0, 0
-    while due or engine.unfinished:
+    while due or engine.has_unfinished_requests:
         while due and len(added) < args.together:
             turn, i = due.pop(0)
             talks[i] += words(args.turn)
-            added[engine.add(talks[i], sampling, live=False)] = turn, i, time.perf_counter()
+            added[engine.add(talks[i], sampling, stream_text=False)] = turn, i, time.perf_counter()
             prompt += len(talks[i])
         watch()
         for event in engine.step():
@@ -100,7 +108,7 @@ def replay(
             if event.output is not None:
                 talks[i] += event.output.completions[0].token_ids
                 made += len(event.output.completions[0].token_ids)
-                reused += event.output.cached_tokens
+                reused += event.output.num_cached_tokens
                 del added[event.request_id]
     seconds = time.perf_counter() - start
     return {
@@ -140,13 +148,13 @@ def draw(trace: Path, path: Path, milliseconds: float = 100) -> None:
 
 def trace(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
     """A trace of steps while pages come back, and the part of the copies' time in which the GPU computed."""
-    before, windows = engine.counts.paged_in, list[Any]()
-    engine.touch()  # the same conversations again, from nothing
+    before, windows = engine.cache_stats.num_loaded_pages, list[Any]()
+    engine.params_changed()  # the same conversations again, from nothing
     with ExitStack() as stack:
 
         def watch() -> None:
-            if not windows and engine.counts.paged_in > before + 256:
-                windows.append(stack.enter_context(engine.profile(steps=32, path=args.trace, skip=0)))
+            if not windows and engine.cache_stats.num_loaded_pages > before + 256:
+                windows.append(stack.enter_context(engine.profile(num_steps=32, path=args.trace, skip_first=0)))
 
         replay(engine, argparse.Namespace(**vars(args) | {"turns": 4}), watch)
     summary = windows[0].summary
@@ -170,7 +178,7 @@ def run(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats
     rates = []
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=output, n=samples, ignore_eos=True)
     for _ in range(repeats):
-        asked = torch.randint(100, engine.spec.vocab, (prompts, 1024)).tolist()
+        asked = torch.randint(100, engine.model_config.vocab_size, (prompts, 1024)).tolist()
         torch.cuda.synchronize()
         start = time.perf_counter()
         engine.generate(asked, sampling, progress=False)
@@ -180,25 +188,27 @@ def run(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats
 
 def share(engine: fastgen.Engine) -> dict[str, Any]:
     """Rates of samples, and of distinct prompts."""
-    settings, found = engine.settings, {}
+    settings, found = engine.config, {}
     run(engine, 32, 256, 16, 1)  # warm
     for name, on in (("shared attention", True), ("each by itself", False)):
-        engine.settings = replace(settings, pages=replace(settings.pages, shared_attention=on))
+        engine.config = replace(settings, pages=replace(settings.kv_cache, shared_attention=on))
         found[name] = run(engine, 32, 256, 16, 4 if on else 2)
         print("32 x 1024, 16 samples -> 256,", name, found[name], flush=True)
-    engine.settings = settings
-    tree, rates = engine.state.tree, {"without": [], "with": []}
+    engine.config = settings
+    tree, rates = engine.state.prefix_cache, {"without": [], "with": []}
     for name in ("without", "with", "with", "without") * 2:
-        engine.state = engine.state._replace(tree=type(tree)(tree.page, tree.pages, prefix=name == "with"))
+        engine.state = engine.state._replace(
+            tree=type(tree)(tree.page_size, tree.num_device_pages, enable_prefix_caching=name == "with")
+        )
         rates[name] += run(engine, 256, 128, 1, 1)
     print("256 x 1024 -> 128, without and with the tree of prefixes", rates, flush=True)
     return found | {f"distinct prompts, {name} the tree": x for name, x in rates.items()}
 
 
-def converse(params: fastgen.Params, spec: fastgen.Spec, args: argparse.Namespace) -> dict[str, Any]:
+def converse(params: fastgen.Params, spec: fastgen.ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """The replay in each mode."""
     tokens = args.conversations * (args.system + args.turns * (args.turn + args.answer)) // 4
-    per_token = 2 * spec.layers * spec.kv_heads * spec.head * 2
+    per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
     found: dict[str, Any] = {"copies": copy_rates(), "cache_tokens": tokens}
     found["settings"] = {k: v for k, v in vars(args).items() if isinstance(v, int)}
     for name in args.modes:
@@ -207,10 +217,10 @@ def converse(params: fastgen.Params, spec: fastgen.Spec, args: argparse.Namespac
             params, spec, progress=False, max_requests=64, token_budget=4096, cache_tokens=tokens, **MODES[name], **host
         ) as engine:
             if host:
-                found["host"] = {"gb": host["host_gb"], "seconds": engine._mover.seconds}
+                found["host"] = {"gb": host["host_gb"], "seconds": engine._host_offload.alloc_seconds}
                 found["page_in_gb_s"] = page_in_rate(engine)
             found[name] = replay(engine, args)
-            c = engine.counts
+            c = engine.cache_stats
             found[name]["counts"] = {k: getattr(c, k) for k in c.__slots__}
             print(name, json.dumps(found[name]), flush=True)
             if host and args.trace:
@@ -245,10 +255,10 @@ def main() -> None:
     if args.plot:
         return draw(args.trace, args.plot)
     if args.peer_log:
-        found["peer"] = peer_rows(args.peer_log.read_text(), args.peer_version, found["gpu"])
+        found["peer"] = parse_peer_log(args.peer_log.read_text(), args.peer_version, found["gpu"])
         save()
         return
-    spec = fastgen.from_hf(json.loads((HERE / "configs" / f"{args.model}.json").read_text()))
+    spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{args.model}.json").read_text()))
     with torch.no_grad():
         params = fastgen.init(spec, 0, device="cuda", dtype=torch.bfloat16)
     found = {"model": args.model, "gpu": torch.cuda.get_device_name()}

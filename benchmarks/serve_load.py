@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.cli.machine import hardware
+from fastgen.cli.machine import hardware_name
 
 NEW = 24  # tokens of an answer
 SETTINGS = ("model.dtype=float32", "schedule.max_requests=64", "pages.cache_tokens=16384")
@@ -226,7 +226,11 @@ async def idle(server: Server, clients: Clients, number: int, slow: int, bar: tq
 async def run(args: argparse.Namespace) -> int:
     prompts = expected()
     server = Server()
-    row: dict[str, Any] = {"hardware": hardware(torch.device("cpu")), "settings": SETTINGS, "prompts": len(prompts)}
+    row: dict[str, Any] = {
+        "hardware": hardware_name(torch.device("cpu")),
+        "settings": SETTINGS,
+        "prompts": len(prompts),
+    }
     try:
         clients = Clients(server.url, prompts)
         with tqdm(total=round(args.seconds), desc="load", unit="s", disable=None) as bar:

@@ -38,35 +38,35 @@ def kernels(engine: fastgen.Engine, steps: int) -> list[tuple[str, int, float]]:
 def decode(engine: fastgen.Engine, count: int, context: int, steps: int = 24, *, table: bool = False) -> dict:
     """Steps in which `count` sequences decode at `context` tokens."""
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=steps + 80, ignore_eos=True)
-    ids = [engine.add(p, sampling) for p in prompts(count, context, engine.spec.vocab)]
-    while any(s.known - s.cached > 1 for s in engine.state.running) or engine.state.waiting:
+    ids = [engine.add(p, sampling) for p in prompts(count, context, engine.model_config.vocab_size)]
+    while any(s.num_tokens - s.num_computed_tokens > 1 for s in engine.state.running) or engine.state.waiting:
         engine.step()
     for _ in range(5):
         engine.step()
     torch.cuda.synchronize()
     start, busy = time.perf_counter(), []
-    wait = engine._receive
+    wait = engine._finish_step
     waited = [0.0]
 
     def timed() -> None:
         at = time.perf_counter()
-        if engine._running is not None and engine._running.done is not None:
-            engine._running.done.synchronize()
+        if engine._in_flight is not None and engine._in_flight.done_event is not None:
+            engine._in_flight.done_event.synchronize()
         waited[0] += time.perf_counter() - at
         wait()
 
-    engine._receive = timed
+    engine._finish_step = timed
     for _ in range(steps):
         at, before = time.perf_counter(), waited[0]
         engine.step()
         busy.append(time.perf_counter() - at - (waited[0] - before))
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / steps
-    del engine._receive
+    del engine._finish_step
     found = kernels(engine, 10) if table else []
     for id in ids:
         engine.abort(id)
-    while engine.unfinished:
+    while engine.has_unfinished_requests:
         engine.step()
     return {
         "sequences": count, "context": context, "step_ms": 1e3 * seconds, "host_ms": 1e3 * statistics.median(busy),
@@ -79,13 +79,13 @@ def prefill(engine: fastgen.Engine, count: int, length: int, *, table: bool = Fa
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=1)
     seconds, found = [], []
     for repeat in range(3):
-        for p in prompts(count, length, engine.spec.vocab, repeat):
+        for p in prompts(count, length, engine.model_config.vocab_size, repeat):
             engine.add(p, sampling)
         torch.cuda.synchronize()
         start = time.perf_counter()
         if table and repeat == 2:
             found = kernels(engine, 1)
-        while engine.unfinished:
+        while engine.has_unfinished_requests:
             engine.step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -111,7 +111,7 @@ def main() -> None:
             max_requests=512, token_budget=args.budget,
         )  # fmt: skip
         row = {"model": model, "compile": args.compile, "start_s": time.perf_counter() - start}
-        row |= {"capacity": engine.capacity, "memory_gb": torch.cuda.memory_reserved() / 1e9, "steps": []}
+        row |= {"capacity": engine.cache_capacity, "memory_gb": torch.cuda.memory_reserved() / 1e9, "steps": []}
         print(json.dumps(row), flush=True)
         for what, loads in ((decode, args.decode), (prefill, args.prefill)):
             for load in loads:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import fastgen
-from fastgen.models.spec import split
+from fastgen.models.spec import shard_config
 from fastgen.ops import skinny
 
 HERE = Path(__file__).parent
@@ -35,12 +35,12 @@ def shapes() -> dict[tuple[int, int], list[str]]:
     """Of matrices [width, depth], and whose they are."""
     found = dict[tuple[int, int], list[str]]()
     for name, most in MODELS.items():
-        spec = fastgen.from_hf(json.loads((HERE / "configs" / f"{name}.json").read_text()))
+        spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{name}.json").read_text()))
         for size in {1, most}:
-            s = split(spec, size)
-            q, both = s.q_heads * s.head, (s.q_heads + 2 * s.kv_heads) * s.head
-            parts = {"qkv": (both, s.dim), "out": (s.dim, q), "gate_up": (2 * s.ffn, s.dim), "down": (s.dim, s.ffn),
-                     "head": (-(-spec.vocab // size), s.dim)}  # fmt: skip
+            s = shard_config(spec, size)
+            q, both = s.num_q_heads * s.head_dim, (s.num_q_heads + 2 * s.num_kv_heads) * s.head_dim
+            parts = {"qkv": (both, s.hidden_size), "out": (s.hidden_size, q), "gate_up": (2 * s.intermediate_size, s.hidden_size), "down": (s.hidden_size, s.intermediate_size),
+                     "head": (-(-spec.vocab_size // size), s.hidden_size)}  # fmt: skip
             for part, shape in parts.items():
                 found.setdefault(shape, []).append(f"{name} / {size}: {part}")
     return found
@@ -73,13 +73,13 @@ def main() -> None:
     memory = torch.randn(2**30, device="cuda", dtype=torch.bfloat16).mul_(0.02)
     variants = [(n, k, w, s) for (n, k), warps in WARPS.items() for w in warps for s in (3, 4, 5, 6)
                 if 2 * n * k * s <= SHARED]  # fmt: skip
-    chosen, rows = skinny.tile, dict[str, dict[str, Any]]()
+    chosen, rows = skinny.select_linear_tile, dict[str, dict[str, Any]]()
     for shape, owners in shapes().items():
         rows[f"{shape[0]} x {shape[1]}"] = {"of": owners, "chosen": None, "us": {}}
     for variant in tqdm([None, *variants], unit="tile"):
         if variant is not None:
             config = dict(zip(("N", "K", "num_warps", "num_stages"), variant, strict=True))
-            skinny.tile = lambda *_, config=config: config
+            skinny.select_linear_tile = lambda *_, config=config: config
         for shape in shapes():
             n, k = shape
             if variant is not None and k % variant[1]:
@@ -92,7 +92,7 @@ def main() -> None:
                 row["chosen"] = [*chosen(n, k, 1, torch.bfloat16).values(), taken]
             else:
                 row["us"][" ".join(map(str, variant))] = taken
-    skinny.tile = chosen
+    skinny.select_linear_tile = chosen
     args.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "shapes": rows}, indent=1) + "\n")
     for name, row in rows.items():
         best = min(row["us"], key=row["us"].get)

@@ -36,10 +36,10 @@ def seconds(f: Callable[[], Any], repeats: int = 5) -> float:
 
 def trainer(config: Path, seed: int, device: str, pipe: Any) -> None:
     """Another process with parameters of its own, until it is told to end."""
-    spec = fastgen.from_hf(weights.read_config(config))
+    spec = fastgen.from_hf_config(weights.read_hf_config(config))
     params = fastgen.init(spec, seed, device=device, dtype=torch.bfloat16)
     torch.cuda.synchronize(device)
-    pipe.send(fastgen.handles(weights.named(params, spec)))
+    pipe.send(fastgen.cuda_ipc_handles(weights.named_weights(params, spec)))
     pipe.recv()
 
 
@@ -59,11 +59,11 @@ def updates(engine: fastgen.Engine, config: Path, told: Callable[[], Any], first
         rate = 2 * size / took / 1e9
         found[name] = {"seconds": took, "GB/s": rate, "of a copy": rate / found["copy GB/s"]}
 
-    other = fastgen.init(engine.spec, 1, device="cuda", dtype=torch.bfloat16)
+    other = fastgen.init(engine.model_config, 1, device="cuda", dtype=torch.bfloat16)
     timed("tree", other)
     second = told()
     assert first != second
-    timed("names", list(weights.named(other, engine.spec)))
+    timed("names", list(weights.named_weights(other, engine.model_config)))
     assert told() == second
     torch.cuda.empty_cache()
     context = mp.get_context("spawn")
@@ -89,7 +89,7 @@ def main() -> None:
     found["copy GB/s"] = copied()
     engine = fastgen.Engine.from_pretrained(config, random=True, dtype="bfloat16", cache_fraction=0.6)
     sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0)
-    prompts = torch.randint(100, engine.spec.vocab, (16, 200)).tolist()
+    prompts = torch.randint(100, engine.model_config.vocab_size, (16, 200)).tolist()
 
     def told() -> list[list[int]]:
         return [o.completions[0].token_ids for o in engine.generate(prompts, sampling, progress=False)]
@@ -98,12 +98,12 @@ def main() -> None:
     updates(engine, config, told, first, found)
     print(json.dumps(found), flush=True)
 
-    captures, used = engine._stepper.captures, []
+    captures, used = engine._runner.num_captures, []
     times: dict[str, list[float]] = {"release": [], "restore": []}
     for i in range(args.cycles):
         what = "cache" if i % 20 else "all"
         start = time.perf_counter()
-        engine.release(what)
+        engine.sleep(what)
         torch.cuda.synchronize()
         middle = time.perf_counter()
         free = torch.cuda.mem_get_info()[0]
@@ -115,7 +115,7 @@ def main() -> None:
         if i % 10 == 0:
             assert told() == first
     assert told() == first
-    assert engine._stepper.captures == captures
+    assert engine._runner.num_captures == captures
     found["cycles"] = {
         "number": args.cycles, "cache bytes": sum(w.nbytes for w in tree_leaves(engine.cache)),
         "seconds of cache": {k: statistics.median(v[1:20]) for k, v in times.items()},

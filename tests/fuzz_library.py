@@ -36,7 +36,7 @@ import tiny
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
-SPEC = fastgen.from_hf(tiny.config())
+SPEC = fastgen.from_hf_config(tiny.config())
 PARAMS = tiny.weights(SPEC, device="cpu")
 FOLDER = Path(tempfile.mkdtemp())
 fastgen.save(FOLDER / "model", SPEC, PARAMS)
@@ -120,13 +120,13 @@ class Round:
         if kind == 0:
             return tiny.weights(SPEC, device="cpu")
         if kind == 1:
-            return [("model.norm.weight", PARAMS.norm.clone())]
+            return [("model.norm.weight", PARAMS.final_norm.clone())]
         if kind == 2:
-            return {"model.norm.weight": torch.full_like(PARAMS.norm, r.choice([math.nan, math.inf]))}
+            return {"model.norm.weight": torch.full_like(PARAMS.final_norm, r.choice([math.nan, math.inf]))}
         if kind == 3:
             return [("model.norm.weight", torch.zeros(r.choice([1, 7])))]
         if kind == 4:
-            return [("nobody", PARAMS.norm)]
+            return [("nobody", PARAMS.final_norm)]
         if kind == 5:
             return PARAMS._replace(norm=self.junk())
         if kind == 6:
@@ -165,11 +165,11 @@ class Round:
         elif change == 1:
             s.seeds = {k: self.junk() for k in s.seeds}
         elif change == 2:
-            s.prompt = self.junk()
+            s.prompt_token_ids = self.junk()
         elif change == 3:
             s.completions[0].token_ids = self.junk()
         elif change == 4:
-            s.params = self.junk()
+            s.sampling = self.junk()
         elif change == 5:
             s.completions = self.junk()
         elif change == 6:
@@ -205,7 +205,7 @@ class Round:
         assert e is self.engine
 
     def do_add(self) -> None:
-        self.engine.add(self.prompt(), self.maybe(self.sampling), live=self.dice.random() < 0.5)
+        self.engine.add(self.prompt(), self.maybe(self.sampling), stream_text=self.dice.random() < 0.5)
 
     def do_generate(self) -> None:
         many = [self.prompt() for _ in range(self.dice.randint(0, 3))] if self.dice.random() < 0.6 else self.prompt()
@@ -254,7 +254,7 @@ class Round:
 
     def do_snapshot(self) -> None:
         id = self.id()
-        found = self.engine.snapshot(id, pages=self.dice.random() < 0.7)
+        found = self.engine.snapshot(id, include_pages=self.dice.random() < 0.7)
         which = None if self.changed or not isinstance(id, int) else self.ids.get(id)
         if self.dice.random() < 0.5:
             file = FOLDER / "s.safetensors"
@@ -275,7 +275,7 @@ class Round:
         if snapshot is None:
             return
         if self.dice.random() < 0.5:
-            self.engine.touch()  # nothing is cached any more but what the snapshot brings
+            self.engine.params_changed()  # nothing is cached any more but what the snapshot brings
         id = self.engine.restore(snapshot)
         if which is not None:
             self.ids[id] = which
@@ -284,13 +284,13 @@ class Round:
                 self.request(which)
 
     def do_release(self) -> None:
-        self.engine.release(self.dice.choice(["cache", "params", "all", "all", self.junk()]))
+        self.engine.sleep(self.dice.choice(["cache", "params", "all", "all", self.junk()]))
 
     def do_take_back(self) -> None:
         self.engine.restore()
 
     def do_touch(self) -> None:
-        self.engine.touch()
+        self.engine.params_changed()
 
     def do_score(self) -> None:
         e, r = self.engine, self.dice
@@ -301,11 +301,11 @@ class Round:
         call(r.choice([[[1, 2, 3]], [[1, 2], [3, 4, 5]], self.junk(), [self.junk()]]), **given)
 
     def do_update(self) -> None:
-        version = self.engine.version
+        version = self.engine.weight_version
         try:
             self.engine.update_params(self.tree(), **{k: self.dice.random() < 0.5 for k in ("partial", "recompute")})
         finally:
-            if self.engine.version != version:
+            if self.engine.weight_version != version:
                 self.changed = True
                 self.ids.clear()  # some tokens may be of other parameters
                 self.snapshots.clear()
@@ -322,8 +322,8 @@ class Round:
     def do_read(self) -> None:
         e = self.engine
         self.dice.choice([
-            lambda: [x.sum() for x in (*e.cache.k, e.params.embed)], lambda: (e.counts, e.unfinished),
-            lambda: e.batch and fastgen.forward(e.params, e.cache, e.batch, SPEC), lambda: e.table(), gc.collect,
+            lambda: [x.sum() for x in (*e.cache.k, e.params.embed)], lambda: (e.cache_stats, e.has_unfinished_requests),
+            lambda: e.last_batch and fastgen.forward(e.params, e.cache, e.last_batch, SPEC), lambda: e.summary(), gc.collect,
         ])()  # fmt: skip
 
     def do_make(self) -> None:
@@ -349,7 +349,7 @@ class Round:
         def other() -> None:
             try:
                 for _ in range(3):
-                    assert self.engine.counts and self.engine.unfinished is not None
+                    assert self.engine.cache_stats and self.engine.has_unfinished_requests is not None
                     self.engine.abort(99)
             except BaseException as e:
                 found.append(e)
@@ -380,10 +380,10 @@ class Round:
                 which = r.randrange(len(HONEST))
                 prompt, given = HONEST[which]
                 if r.random() < 0.5:
-                    await a.call(r.choice([Engine.touch, Engine.restore]))
+                    await a.call(r.choice([Engine.params_changed, Engine.restore]))
                 async with asyncio.timeout(60):
                     request = await a.add(prompt, SamplingParams(**given))
-                    if all(x.held for x in e._regions.values()):
+                    if all(x.resident for x in e._releasable_memory.values()):
                         self.right(await request.output(), which)
                     async for _ in a.generate([self.prompt(), self.prompt()], on_error="skip"):
                         break
@@ -434,7 +434,7 @@ class Round:
                 foreign = not isinstance(e, DOCUMENTED) or isinstance(e, UnicodeError)
                 if foreign or (isinstance(e, RuntimeError) and not any(word in str(e) for word in STATE)):
                     self.problem(e)
-            if self.engine._owner.closed:
+            if self.engine._access_guard.closed:
                 break
         self.end()
         return sum(self.made.values())
@@ -448,11 +448,11 @@ class Round:
 
     def end(self) -> None:
         e = self.engine
-        if e._owner.closed:
+        if e._access_guard.closed:
             return
         self.streams.clear()
         e.restore()
-        while e.unfinished:
+        while e.has_unfinished_requests:
             self.take(e.step())
         for id, which in self.ids.items():
             if id in self.done:
@@ -463,7 +463,7 @@ class Round:
         fresh = e.generate([p for p, _ in HONEST], [SamplingParams(**s) for _, s in HONEST], progress=False)
         for which, output in enumerate(fresh):
             self.right(output, which)
-        assert not e.unfinished and not e.state.running and not e.state.waiting
+        assert not e.has_unfinished_requests and not e.state.running and not e.state.waiting
         e.close()
 
 

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_map
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.models.spec import WHOLE, Place
+from fastgen.models.spec import UNSHARDED, TPShard
 
-SPEC = fastgen.from_hf(tiny.config("Qwen2", num_hidden_layers=1, vocab=131, context=256, tie_word_embeddings=True))
+SPEC = fastgen.from_hf_config(
+    tiny.config("Qwen2", num_hidden_layers=1, vocab=131, context=256, tie_word_embeddings=True)
+)
 SETTINGS: dict[str, Any] = {
     "page_size": 8, "cache_tokens": 136, "max_requests": 6, "token_budget": 40, "offload": "host", "host_gb": 1e-4,
     "seed": 5, "progress": False,
@@ -24,9 +26,9 @@ SETTINGS: dict[str, Any] = {
 PROGRAMS = 4  # of the kernel that sums
 
 
-def weights(seed: int = 0, place: Place = WHOLE) -> fastgen.Params:
+def weights(seed: int = 0, place: TPShard = UNSHARDED) -> fastgen.Params:
     """With distributions that are not flat."""
-    params = fastgen.init(SPEC, seed, device="cpu", dtype=torch.float32, place=place)
+    params = fastgen.init(SPEC, seed, device="cpu", dtype=torch.float32, tp_shard=place)
     return tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, params)
 
 
@@ -78,7 +80,7 @@ def reading(rank: int, size: int, file: str, parts: list[Tensor], flags: list[Te
     from fastgen.ops import peers
 
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-    peers.PROGRAMS = PROGRAMS
+    peers.MAX_PROGRAMS = PROGRAMS
     found = []
     for step, rows in enumerate((3, 7, 1, 5, 3)):
         x, norm, mine = (torch.randn(n, 40, generator=torch.Generator().manual_seed(seed))
@@ -87,8 +89,8 @@ def reading(rank: int, size: int, file: str, parts: list[Tensor], flags: list[Te
         time.sleep(0.05 * ((rank + step) % size))
         at = torch.tensor([p[step % 2].data_ptr() for p in parts])
         where = torch.tensor([f.data_ptr() for f in flags])
-        found.append(peers.sum_norm(x, parts[rank][step % 2, :rows], at, where, rank, norm[0], 1e-5))
+        found.append(peers.all_reduce_add_norm(x, parts[rank][step % 2, :rows], at, where, rank, norm[0], 1e-5))
     torch.save(found, f"{file}.{rank}")
     if rank == 0:  # the others are gone: waiting ends when it is said
         flags[0][-1] = 1
-        peers.sum_norm(x, parts[0][step % 2, :rows], at, where, rank, norm[0], 1e-5)
+        peers.all_reduce_add_norm(x, parts[0][step % 2, :rows], at, where, rank, norm[0], 1e-5)

@@ -40,7 +40,7 @@ def expected(params: fastgen.Params) -> list[list[int]]:
 
 
 def steps(e: AsyncEngine) -> int:
-    return e.engine.steps
+    return e.engine.num_steps
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -75,7 +75,7 @@ def test_outputs_as_they_finish(overlap: bool) -> None:
     wanted = expected(fresh())
     with engine(fresh(), overlap=overlap) as one, AsyncEngine(one) as e:
         run(main(e))
-        assert not one.unfinished and not one.state.running
+        assert not one.has_unfinished_requests and not one.state.running
 
 
 @OVERLAP
@@ -87,7 +87,7 @@ def test_stream_and_add(overlap: bool) -> None:
             assert [x.output is not None for x in mine] == [False] * 11 + [True]
             tokens = [t for x in mine for t in x.token_ids]
             assert tokens in wanted[:2] and len([v for x in mine for v in x.logprobs or ()]) == 12
-        live, quiet = await e.add(PROMPTS[2], GREEDY), await e.add(PROMPTS[3], GREEDY, live=False)
+        live, quiet = await e.add(PROMPTS[2], GREEDY), await e.add(PROMPTS[3], GREEDY, stream_text=False)
         assert told([await live.output(), await quiet.output()]) == wanted[2:]
         assert len([x async for x in live]) == 12 and len([x async for x in quiet]) == 1
         with pytest.raises(ValueError, match="outside the vocabulary"):
@@ -141,7 +141,7 @@ def test_one_wakeup_of_a_loop_for_each_step() -> None:
 
     with engine(fresh()) as one, AsyncEngine(one) as e:
         run(main(e))
-        assert wakeups[0] <= one.steps + 2 * len(PROMPTS) + 1
+        assert wakeups[0] <= one.num_steps + 2 * len(PROMPTS) + 1
 
 
 def test_consumers_in_several_loops() -> None:
@@ -169,7 +169,7 @@ def test_a_loop_that_is_gone() -> None:
 
     async def main(e: AsyncEngine) -> None:
         await e.resume()
-        await until(lambda: not e.engine.unfinished)
+        await until(lambda: not e.engine.has_unfinished_requests)
         assert steps(e) < 5
         assert told(await gathered(e.generate(PROMPTS, GREEDY))) == wanted
 
@@ -192,7 +192,7 @@ def test_pause_and_resume_under_load(overlap: bool) -> None:
             await until(lambda i=i: steps(e) > 2 * i)
             await e.pause()
             before = steps(e)
-            assert e.engine._running is None
+            assert e.engine._in_flight is None
             if i == 1:
                 late = await e.add(PROMPTS[0], GREEDY)
             await asyncio.sleep(0.01)
@@ -215,15 +215,15 @@ def test_abort(overlap: bool) -> None:
         one, two = await e.add(PROMPTS[0], LONG), await e.add(PROMPTS[1], LONG)
         other = asyncio.create_task(gathered(e.generate(PROMPTS[2], GREEDY)))
         await anext(one), await anext(one)
-        output = await e.abort(one.id)
+        output = await e.abort(one.request_id)
         assert output is not None and output is await one.output()
         (c,) = output.completions
         assert c.finish_reason == "abort" and 2 <= len(c.token_ids) < 60
         assert c.token_ids[:12] == wanted[0][: len(c.token_ids)]
-        assert await e.abort(one.id) is None
+        assert await e.abort(one.request_id) is None
         assert told(await other)[0] == wanted[2]
         everything = await e.abort_all()
-        assert [*everything] == [two.id] and everything[two.id] is await two.output()
+        assert [*everything] == [two.request_id] and everything[two.request_id] is await two.output()
         three = await e.add(PROMPTS[3], LONG)
         await anext(three)
         await e.pause("abort")
@@ -251,8 +251,12 @@ def test_update_in_flight(overlap: bool) -> None:
         await e.resume()
         for prompt, output in zip(PROMPTS, await task, strict=True):
             (c,) = output.completions
-            assert len(c.versions) == 12 and {*c.versions} == {0, 1} and c.versions == sorted(c.versions)
-            n = c.versions.count(0)
+            assert (
+                len(c.weight_versions) == 12
+                and {*c.weight_versions} == {0, 1}
+                and c.weight_versions == sorted(c.weight_versions)
+            )
+            n = c.weight_versions.count(0)
             rest = replace(GREEDY, max_tokens=12 - n)
             (again,) = await gathered(e.generate([prompt + c.token_ids[:n]], rest))
             assert again.completions[0].token_ids == c.token_ids[n:]
@@ -268,7 +272,7 @@ def test_an_update_that_is_received_beside_the_steps(overlap: bool) -> None:
 
     def sent() -> Iterator[tuple[str, torch.Tensor]]:
         buffer = torch.empty(97 * 32)
-        for i, (name, tensor) in enumerate(weights.named(fresh(1), SPEC)):
+        for i, (name, tensor) in enumerate(weights.named_weights(fresh(1), SPEC)):
             if i == 3:
                 assert told_now.wait(30)
             yield name, buffer[: tensor.numel()].view_as(tensor).copy_(tensor)  # one memory for all
@@ -277,13 +281,13 @@ def test_an_update_that_is_received_beside_the_steps(overlap: bool) -> None:
         update = asyncio.create_task(e.update_params(sent()))
         before = await gathered(e.generate(PROMPTS, GREEDY))
         assert told(before) == expected(fresh(0)), "the old parameters' until all have come"
-        assert {v for o in before for v in o.completions[0].versions} == {0}
+        assert {v for o in before for v in o.completions[0].weight_versions} == {0}
         running = await e.add(PROMPTS[1], replace(GREEDY, max_tokens=80))
         seen = [event async for event, _ in zip_async(running, 5)]
         assert len(seen) == 5 and not update.done()
         told_now.set()
         assert await update == 1
-        versions = (await running.output()).completions[0].versions
+        versions = (await running.output()).completions[0].weight_versions
         assert versions == sorted(versions) and versions[0] == 0
         assert told(await gathered(e.generate(PROMPTS, GREEDY))) == expected(fresh(1))
 
@@ -298,14 +302,14 @@ async def zip_async(events: AsyncIterator[fastgen.Event], n: int) -> AsyncIterat
 
 def failing() -> Iterator[tuple[str, torch.Tensor]]:
     """Half of the tensors."""
-    for i, pair in enumerate(weights.named(fresh(1), SPEC)):
+    for i, pair in enumerate(weights.named_weights(fresh(1), SPEC)):
         if i == 8:
             raise ConnectionError("the trainer has gone")
         yield pair
 
 
 def other_than(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    return dict(weights.named(fresh(1), SPEC)) | {name: tensor}
+    return dict(weights.named_weights(fresh(1), SPEC)) | {name: tensor}
 
 
 @pytest.mark.parametrize(
@@ -330,10 +334,10 @@ def test_an_update_that_fails_changes_nothing(source: Any, error: type[Exception
             await e.update_params(source())
         assert told(await running) == wanted
         assert await e.call(lambda one: one.version) == 0
-        for mine, old in zip(scoring.leaves(params), scoring.leaves(fresh()), strict=True):
+        for mine, old in zip(scoring.iter_weights(params), scoring.iter_weights(fresh()), strict=True):
             assert torch.equal(mine, old)
         assert await e.update_params({"model.norm.weight": torch.ones(32)}, partial=True, recompute=True) == 1
-        assert bool((params.norm == 1).all())
+        assert bool((params.final_norm == 1).all())
 
     params = fresh()
     wanted = expected(params)
@@ -381,7 +385,9 @@ def test_updates_at_full_speed() -> None:
     for o in outputs[::3]:
         (c,) = o.completions
         for v, tree in enumerate(trees):
-            scores = fastgen.score(tree, one.spec, [[*o.prompt_token_ids, *c.token_ids]], first=len(o.prompt_token_ids))
+            scores = fastgen.score(
+                tree, one.model_config, [[*o.prompt_token_ids, *c.token_ids]], first=len(o.prompt_token_ids)
+            )
             mine = torch.tensor([x % 2 == v for x in c.versions])
             torch.testing.assert_close(scores[0][mine], torch.tensor(c.logprobs)[mine], atol=1e-4, rtol=0)
 
@@ -397,7 +403,7 @@ def test_drain() -> None:
         with pytest.raises(RuntimeError, match="only after resume"):
             await e.add(PROMPTS[0], GREEDY)
         await draining
-        assert not e.engine.unfinished and told(await task) == wanted
+        assert not e.engine.has_unfinished_requests and told(await task) == wanted
         await e.drain()
         await e.resume()
         assert told(await gathered(e.generate(PROMPTS, GREEDY)))[0] == wanted[0]
@@ -413,7 +419,7 @@ def test_memory_given_back_under_load() -> None:
     async def main(e: AsyncEngine) -> None:
         task = asyncio.create_task(gathered(e.generate(PROMPTS, GREEDY)))
         await until(lambda: steps(e) > 4)
-        assert await e.call(Engine.release, "cache") > 0
+        assert await e.call(Engine.sleep, "cache") > 0
         before = steps(e)
         await asyncio.sleep(0.02)
         assert steps(e) == before and not task.done()
@@ -431,17 +437,17 @@ def test_follow_forks_and_snapshots() -> None:
     async def main(e: AsyncEngine) -> None:
         source = await e.add(PROMPTS[1], GREEDY)
         await anext(source), await anext(source)
-        copies = await e.follow(Engine.fork, source.id, 2)
-        kept = await e.call(Engine.snapshot, source.id)
+        copies = await e.follow(Engine.fork, source.request_id, 2)
+        kept = await e.call(Engine.snapshot, source.request_id)
         back = await e.follow(Engine.restore, kept)
         outputs = [await source.output(), await copies.output(0), await copies.output(1), await back.output()]
         assert [o.completions[0].token_ids for o in outputs] == [wanted[1]] * 4
-        assert [o.request_id for o in outputs[1:]] == [*copies.ids, back.id]
+        assert [o.request_id for o in outputs[1:]] == [*copies.request_ids, back.request_id]
         assert len([x async for x in copies]) <= 2 * 10
         with pytest.raises(ValueError, match=r"requests \[0\] do not run here"):
             await e.follow(lambda x: 0)
         with pytest.raises(ValueError, match="not running here"):
-            await e.call(Engine.fork, source.id)
+            await e.call(Engine.fork, source.request_id)
 
     wanted = expected(fresh())
     with engine(fresh()) as one, AsyncEngine(one) as e:
@@ -500,7 +506,7 @@ def test_cancelled_consumers(way: str, overlap: bool) -> None:
     wanted = expected(fresh())
     with engine(fresh(), overlap=overlap) as one, AsyncEngine(one) as e:
         run(main(e))
-        assert not one.unfinished
+        assert not one.has_unfinished_requests
 
 
 @OVERLAP
@@ -535,7 +541,7 @@ def test_an_error_in_a_step(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> N
     wanted = expected(fresh())
     with engine(fresh(), overlap=overlap) as one, AsyncEngine(one) as e:
         run(main(e))
-        assert not one.unfinished
+        assert not one.has_unfinished_requests
 
 
 def _fails(*args: Any, **named: Any) -> Any:
@@ -580,7 +586,7 @@ def test_close() -> None:
 
     with engine(fresh()) as one:
         run(main(one))
-        assert not one.unfinished
+        assert not one.has_unfinished_requests
         assert told(one.generate(PROMPTS, GREEDY)) == expected(fresh())
 
 
@@ -622,10 +628,10 @@ def test_random_operations(overlap: bool) -> None:
             ((_, output),) = [x async for x in e.generate(prompts[i], sampling)]
             tokens = output.completions[0].token_ids
         elif way == 1:
-            request = await e.add(prompts[i], sampling, live=dice.random() < 0.5)
-            running.add(request.id)
+            request = await e.add(prompts[i], sampling, stream_text=dice.random() < 0.5)
+            running.add(request.request_id)
             output = await request.output()
-            running.discard(request.id)
+            running.discard(request.request_id)
             tokens = output.completions[0].token_ids
         else:
             events = [x async for x in e.stream(prompts[i], sampling)]
@@ -654,9 +660,9 @@ def test_random_operations(overlap: bool) -> None:
                 await (e.resume() if paused else e.pause())
                 paused = not paused
             elif what < 0.82:
-                await e.call(Engine.touch)
+                await e.call(Engine.params_changed)
             elif what < 0.86:
-                await e.call(Engine.release, "cache")
+                await e.call(Engine.sleep, "cache")
                 await asyncio.sleep(0.001)
                 await e.call(Engine.restore)
             elif what < 0.88 and not paused:
@@ -669,14 +675,14 @@ def test_random_operations(overlap: bool) -> None:
             seen["cancelled"] += isinstance(x, asyncio.CancelledError)
             assert x is None or isinstance(x, asyncio.CancelledError) or refused(x), x
         await e.drain()
-        assert not e._requests and not e.engine.unfinished and not e._outbox
+        assert not e._requests and not e.engine.has_unfinished_requests and not e._callbacks_by_loop
         with pytest.raises(RuntimeError, match="the engine drains"):
             await e.add(prompts[0], GREEDY)
 
     with engine(fresh(), overlap=overlap, max_requests=7, token_budget=24) as one, AsyncEngine(one) as e:
         run(main(e))
-        tree = one.state.tree
-        assert tree.available() == tree.pages - 1, "every page is free or idle"
+        tree = one.state.prefix_cache
+        assert tree.num_available_pages() == tree.num_device_pages - 1, "every page is free or idle"
     assert all(seen.values()), seen
 
 
@@ -688,7 +694,7 @@ def test_samples_share_the_prompts_pages() -> None:
     prompt = [DICE.randrange(97) for _ in range(48)]
     with engine(fresh()) as one:
         (output,) = one.generate([prompt], SamplingParams(n=8, max_tokens=4, seed=1, ignore_eos=True))
-        assert output.cached_tokens == 7 * 47  # the last token is computed for each, to draw from
+        assert output.num_cached_tokens == 7 * 47  # the last token is computed for each, to draw from
         assert len({tuple(c.token_ids) for c in output.completions}) > 4
 
 
@@ -702,7 +708,7 @@ def test_turns_by_token_ids(overlap: bool) -> None:
             ((_, output),) = [x async for x in e.generate([tokens], GREEDY)]
             # All but the answer's last token, which was drawn and never read, and the one that was not known yet when
             # the last step was launched.
-            assert output.cached_tokens == (0 if i == 0 else len(tokens) - len(more) - 1 - overlap)
+            assert output.num_cached_tokens == (0 if i == 0 else len(tokens) - len(more) - 1 - overlap)
             with engine(fresh()) as other:
                 assert told(other.generate([tokens], GREEDY))[0] == output.completions[0].token_ids
             more = [DICE.randrange(97) for _ in range(5)]
@@ -729,7 +735,11 @@ def test_new_parameters_between_steps() -> None:
         output = one.abort(id)
         assert output is not None
         (c,) = output.completions
-        assert c.finish_reason == "abort" and c.versions == [0] * 4 + [1] * (len(c.versions) - 4) and 1 in c.versions
+        assert (
+            c.finish_reason == "abort"
+            and c.weight_versions == [0] * 4 + [1] * (len(c.weight_versions) - 4)
+            and 1 in c.weight_versions
+        )
         old = expected(fresh(0))[1]
         assert c.token_ids[:4] == old[:4] and c.token_ids != old[: len(c.token_ids)]
 
@@ -739,7 +749,7 @@ def test_only_on_an_engine_of_its_own_ranks() -> None:
         pass
 
     with engine(fresh()) as one:
-        one.group = Group()  # type: ignore[assignment]
+        one.tp_group = Group()  # type: ignore[assignment]
         with pytest.raises(ValueError, match="tensor_parallel=N"):
             AsyncEngine(one)
-        one.group = None
+        one.tp_group = None

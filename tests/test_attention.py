@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import Batch, Spec
+from fastgen import Batch, ModelConfig
 from fastgen.models import invariant
-from fastgen.models.layers import rotations, store
+from fastgen.models.layers import rope_cos_sin, rope_and_cache_kv
 from fastgen.ops import paged
-from fastgen.ops.attention import Fresh, live, reference
-from fastgen.ops.backends import NAMES, choose
+from fastgen.ops.attention import UnrotatedQKV, causal_mask, reference
+from fastgen.ops.backends import ATTENTION_BACKENDS, select_attention_backend
 from fastgen.schedule import Span
-from fastgen.types import Share
+from fastgen.types import SharedPrefix
 
 GARBAGE = 1e3  # in every slot that no query may see: one that leaks in shows
 KINDS = {  # (cached, new) tokens of a sequence
@@ -24,12 +24,12 @@ KINDS = {  # (cached, new) tokens of a sequence
     "continuation": lambda r: (r.randint(1, 40), r.randint(2, 20)),
     "decode": lambda r: (r.randint(0, 70), 1),
 }
-BACKENDS = {name: choose(name, torch.get_default_device()) for name in NAMES}
+BACKENDS = {name: select_attention_backend(name, torch.get_default_device()) for name in ATTENTION_BACKENDS}
 WINDOWS = (None, 1, 6, 20, 1000)
 Case = tuple[Batch, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
-def make(seed: int, kind: str, spec: Spec, page: int, device: str, *, sequences: int = 5, pad: int = 0) -> Case:
+def make(seed: int, kind: str, spec: ModelConfig, page: int, device: str, *, sequences: int = 5, pad: int = 0) -> Case:
     """A random batch, its queries, the cache, and each sequence's own keys and values in order."""
     r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
     kinds = [KINDS[kind]] * sequences if kind != "mixed" else r.choices(list(KINDS.values()), k=sequences)
@@ -38,23 +38,25 @@ def make(seed: int, kind: str, spec: Spec, page: int, device: str, *, sequences:
     ids = list(range(1, sum(needed) + 3))
     r.shuffle(ids)
     plan, own = [], []
-    k, v = (torch.full(((len(ids) + 1) * page, spec.kv_heads, spec.head), GARBAGE) for _ in "kv")
+    k, v = (torch.full(((len(ids) + 1) * page, spec.num_kv_heads, spec.head_dim), GARBAGE) for _ in "kv")
     for i, ((cached, new), n) in enumerate(zip(shapes, needed, strict=True)):
         held, ids = ids[:n], ids[n:]
         plan.append(Span(i, cached, cached + new, True, tuple(held)))
-        keys, values = (torch.randn(cached + new, spec.kv_heads, spec.head, generator=normal) for _ in "kv")
+        keys, values = (torch.randn(cached + new, spec.num_kv_heads, spec.head_dim, generator=normal) for _ in "kv")
         for position in range(cached + new):
             slot = held[position // page] * page + position % page
             k[slot], v[slot] = keys[position], values[position]
         own.append((keys, values))
     tokens = {span.id: [0] * span.stop for span in plan}
     count = sum(span.stop - span.start for span in plan)
-    batch = fastgen.stage(tuple(plan), tokens, page, device, pad=count + pad)
-    q = torch.randn(count + pad, spec.q_heads, spec.head, generator=normal)
+    batch = fastgen.build_batch(tuple(plan), tokens, page, device, pad_to=count + pad)
+    q = torch.randn(count + pad, spec.num_q_heads, spec.head_dim, generator=normal)
     return batch, q.to(device), k.to(device), v.to(device), own
 
 
-def make_shared(seed: int, spec: Spec, page: int, device: str, width: int) -> tuple[Batch, Tensor, Tensor, Tensor]:
+def make_shared(
+    seed: int, spec: ModelConfig, page: int, device: str, width: int
+) -> tuple[Batch, Tensor, Tensor, Tensor]:
     """A random batch of sequences in groups whose first pages are the same, among others that are in none; a group
     for every `width` sequences of a prefix, and some unused. Queries and the cache.
     """
@@ -69,7 +71,7 @@ def make_shared(seed: int, spec: Spec, page: int, device: str, width: int) -> tu
             groups += 1
     rows += [(-1, [], new + r.randint(0, 70), new) for new in (1, 1, r.randint(2, 9))]
     r.shuffle(rows)
-    share = Share(torch.full((groups + 2, width), -1), torch.zeros(groups + 2), torch.zeros(len(rows)))
+    share = SharedPrefix(torch.full((groups + 2, width), -1), torch.zeros(groups + 2), torch.zeros(len(rows)))
     plan, used = [], []
     for i, (group, common, own, new) in enumerate(rows):
         held = common + [next(fresh) for _ in range(-(-own // page))]
@@ -77,18 +79,18 @@ def make_shared(seed: int, spec: Spec, page: int, device: str, width: int) -> tu
         plan.append(Span(i, total - new, total, True, tuple(held)))
         used += [held[n // page] * page + n % page for n in range(total)]
         if group >= 0:
-            share.keys[group] = share.skip[i] = skip
-            share.member[group, int((share.member[group] >= 0).sum())] = i
-    k, v = (torch.full((4000 * page, spec.kv_heads, spec.head), GARBAGE) for _ in "kv")
+            share.num_shared_tokens[group] = share.num_skipped_tokens[i] = skip
+            share.group_rows[group, int((share.group_rows[group] >= 0).sum())] = i
+    k, v = (torch.full((4000 * page, spec.num_kv_heads, spec.head_dim), GARBAGE) for _ in "kv")
     for x in (k, v):
-        x[used] = torch.randn(len(used), spec.kv_heads, spec.head, generator=normal)
+        x[used] = torch.randn(len(used), spec.num_kv_heads, spec.head_dim, generator=normal)
     pad = r.choice([0, 2])
-    batch = fastgen.stage(
-        tuple(plan), {span.id: [0] * span.stop for span in plan}, page, device, pad=sum(x[3] for x in rows) + pad
+    batch = fastgen.build_batch(
+        tuple(plan), {span.id: [0] * span.stop for span in plan}, page, device, pad_to=sum(x[3] for x in rows) + pad
     )
-    skip = torch.cat((share.skip, torch.zeros(pad)))
-    share = Share(*(x.to(device=device, dtype=torch.int32) for x in share._replace(skip=skip)))
-    q = torch.randn(len(batch.token), spec.q_heads, spec.head, generator=normal)
+    skip = torch.cat((share.num_skipped_tokens, torch.zeros(pad)))
+    share = SharedPrefix(*(x.to(device=device, dtype=torch.int32) for x in share._replace(skip=skip)))
+    q = torch.randn(len(batch.token_ids), spec.num_q_heads, spec.head_dim, generator=normal)
     return batch._replace(share=share), q.to(device), k.to(device), v.to(device)
 
 
@@ -96,8 +98,8 @@ def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: i
     """softmax(q k / sqrt(H)) v in float64, a token and a head at a time."""
     rows = []
     for r, (keys, values) in enumerate(own):
-        for t in range(int(batch.start[r]), int(batch.start[r + 1])):
-            last = int(batch.position[t])
+        for t in range(int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1])):
+            last = int(batch.positions[t])
             first = 0 if window is None else max(0, last - window + 1)
             group = q.shape[1] // keys.shape[1]
             k, v = (x[first : last + 1].double().repeat_interleave(group, 1) for x in (keys, values))
@@ -106,10 +108,10 @@ def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: i
     return torch.stack(rows)
 
 
-def shape(q_heads: int, kv_heads: int, head: int) -> Spec:
+def shape(q_heads: int, kv_heads: int, head: int) -> ModelConfig:
     """A spec of which attention reads the heads only."""
     sizes = {"architecture": "LlamaForCausalLM", "dim": 8, "ffn": 8, "layers": 1, "vocab": 8, "context": 128}
-    return Spec(**sizes, q_heads=q_heads, kv_heads=kv_heads, head=head, windows=(None,))
+    return ModelConfig(**sizes, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head, sliding_windows=(None,))
 
 
 def some(turn: int) -> tuple[int | None, ...]:
@@ -138,13 +140,13 @@ def test_backends_agree(seed: int, device: str) -> None:
     page = r.choice([1, 2, 16, 128])
     spec = shape(*r.choice([(3, 3), (6, 2), (4, 1), (10, 2), (7, 1), (8, 1)]), r.choice([16, 64, 96, 128]))
     batch, q, k, v, _ = make(seed, "mixed", spec, page, device, sequences=r.randint(1, 20), pad=r.choice([0, 1, 9]))
-    reference, *others = (BACKENDS[name](batch, spec) for name in NAMES)
+    reference, *others = (BACKENDS[name](batch, spec) for name in ATTENTION_BACKENDS)
     for window in some(seed) if device == "cpu" else WINDOWS:
         for other in others:
             torch.testing.assert_close(other(q, k, v, window), reference(q, k, v, window), atol=1e-5, rtol=0)
 
 
-FIXED = {"triton": partial(paged.paged, fixed=True), "tiles": invariant.attention}
+FIXED = {"triton": partial(paged.paged_attention, batch_invariant=True), "tiles": invariant.attention}
 
 
 @pytest.mark.parametrize("backend", FIXED)
@@ -155,7 +157,7 @@ def test_fixed_order(seed: int, backend: str, device: str) -> None:
     page = (1, 16, 64)[seed % 3]
     spec = shape(*((3, 3), (6, 2), (5, 1), (8, 1))[seed % 4], (16, 64, 128)[seed % 3])
     batch, q, k, v, own = make(seed, "mixed", spec, page, device, sequences=r.randint(3, 9), pad=r.choice([0, 3]))
-    start = batch.start.tolist()
+    start = batch.query_start_loc.tolist()
     for window in (None, WINDOWS[seed % 5], 20):
         attend = FIXED[backend](batch, spec)
         ours = attend(q, k, v, window)
@@ -165,9 +167,9 @@ def test_fixed_order(seed: int, backend: str, device: str) -> None:
             for first in {start[i], start[i + 1] - 1, r.randrange(start[i], start[i + 1])}:
                 last = slice(first, start[i + 1])  # the sequence alone, and no more of it than its end
                 one = Batch(
-                    token=batch.token[last], position=batch.position[last], slot=batch.slot[last],
-                    start=batch.start.new_tensor([0, start[i + 1] - first]), length=batch.length[i : i + 1],
-                    seat=batch.seat[i : i + 1], pages=batch.pages, output=batch.output[:1], page_size=page,
+                    token_ids=batch.token_ids[last], positions=batch.positions[last], slot_mapping=batch.slot_mapping[last],
+                    query_start_loc=batch.query_start_loc.new_tensor([0, start[i + 1] - first]), seq_lens=batch.seq_lens[i : i + 1],
+                    req_idx=batch.req_idx[i : i + 1], page_table=batch.page_table, logits_indices=batch.logits_indices[:1], page_size=page,
                 )  # fmt: skip
                 alone = FIXED[backend](one, spec)(q[last], k, v, window)
                 bits = backend == "tiles" or device == "cuda"  # Triton's interpreter multiplies by NumPy, in any order
@@ -178,7 +180,7 @@ def test_fixed_order(seed: int, backend: str, device: str) -> None:
 def test_shared_keys_are_read_once(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of sequences that share pages: every backend gives what it gives without them."""
     r = random.Random(seed)
-    monkeypatch.setitem(paged.SHARED, "TILES", r.choice([1, 8]))  # one: several programs for few keys
+    monkeypatch.setitem(paged.SHARED_PREFIX_TILE, "TILES", r.choice([1, 8]))  # one: several programs for few keys
     ratio, kv_heads, head = ((1, 2, 64), (4, 1, 128), (5, 1, 96), (7, 2, 16), (8, 1, 64), (3, 1, 64))[seed % 6]
     page, spec = (1, 16, 64, 128)[seed % 4], shape(ratio * kv_heads, kv_heads, head)
     batch, q, k, v = make_shared(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
@@ -193,11 +195,11 @@ def test_what_no_group_covers_is_not_read(device: str) -> None:
     """Sequences in no group never read what a group has left, whatever the memory held."""
     spec = shape(4, 2, 16)
     batch, q, k, v, _ = make(5, "decode", spec, 16, device)
-    zero = torch.zeros(len(batch.length), dtype=torch.int32, device=device)
-    share = Share(torch.full((3, 16), -1, dtype=torch.int32, device=device), zero[:3], zero)
+    zero = torch.zeros(len(batch.seq_lens), dtype=torch.int32, device=device)
+    share = SharedPrefix(torch.full((3, 16), -1, dtype=torch.int32, device=device), zero[:3], zero)
     with pytest.MonkeyPatch.context() as patch:
         poison_new_memory(patch)
-        patch.setattr(paged, "NARROW", paged.OWN)  # tiles as of members of groups
+        patch.setattr(paged, "NARROW", paged.SUFFIX_DECODE_TILE)  # tiles as of members of groups
         ours, alone = (BACKENDS["triton"](b, spec)(q, k, v, None) for b in (batch._replace(share=share), batch))
     assert torch.equal(ours, alone)
 
@@ -236,9 +238,9 @@ def test_memory_of_nobody_never_takes_part(
     result: they are selected away, and not multiplied by 0."""
     page, pad, spec = (16, 64)[len(kind) % 2], 2, shape(4, 2, 16)
     if kind == "shared":
-        monkeypatch.setitem(paged.SHARED, "TILES", 1)  # several programs for few keys
+        monkeypatch.setitem(paged.SHARED_PREFIX_TILE, "TILES", 1)  # several programs for few keys
         batch, q, k, v = make_shared(4, spec, page, device, 2)
-        pad = int((batch.seat == 0).sum())
+        pad = int((batch.req_idx == 0).sum())
     elif kind == "long":  # several programs for a sequence's keys
         monkeypatch.setitem(KINDS, "long", lambda r: (r.randint(258, 300), 1))
         batch, q, k, v, _ = make(0, kind, spec, page, device, sequences=2, pad=pad)
@@ -263,19 +265,19 @@ def test_memory_of_nobody_where_decode_stores(window: int | None, device: str, m
     plan = [Span(i, n - 1, n, True, tuple(range(f, f + c)))
             for i, (n, f, c) in enumerate(zip(lengths, first, needed, strict=True))]  # fmt: skip
     tokens = {i: [0] * n for i, n in enumerate(lengths)}
-    batch = fastgen.stage(tuple(plan), tokens, page, device, pad=len(plan) + pad)
+    batch = fastgen.build_batch(tuple(plan), tokens, page, device, pad_to=len(plan) + pad)
     k, v = (torch.full(((sum(needed) + 2) * page, 1, 16), GARBAGE) for _ in "kv")
     used = [span.pages[i // page] * page + i % page for span in plan for i in range(span.stop - 1)]
     k[used], v[used] = torch.randn(len(used), 1, 16), torch.randn(len(used), 1, 16)
-    qkv, turn = torch.randn(len(plan) + pad, 4, 16), rotations(batch.position, spec)
-    attend = paged.paged(batch, spec)
+    qkv, turn = torch.randn(len(plan) + pad, 4, 16), rope_cos_sin(batch.positions, spec)
+    attend = paged.paged_attention(batch, spec)
     clean, ours = (k.clone(), v.clone()), (poisoned(k), poisoned(v))
-    out = attend(Fresh(qkv, *turn, batch.slot, *clean), *clean, window)[: len(plan)]
+    out = attend(UnrotatedQKV(qkv, *turn, batch.slot_mapping, *clean), *clean, window)[: len(plan)]
     with monkeypatch.context() as patch:
         poison_new_memory(patch)
-        found = attend(Fresh(qkv, *turn, batch.slot, *ours), *ours, window)[: len(plan)]
+        found = attend(UnrotatedQKV(qkv, *turn, batch.slot_mapping, *ours), *ours, window)[: len(plan)]
     assert torch.isfinite(found).all() and torch.equal(found, out)
-    mine = [*used, *batch.slot[: len(plan)].tolist()]
+    mine = [*used, *batch.slot_mapping[: len(plan)].tolist()]
     assert all(torch.equal(x[mine], y[mine]) for x, y in zip(clean, ours, strict=True))
 
 
@@ -317,7 +319,7 @@ def test_live() -> None:
     """A window of w is the query itself and the w - 1 keys before it."""
     query, key = torch.arange(6)[:, None], torch.arange(6)
     for window in (None, 1, 3, 6, 7):
-        for i, row in enumerate(live(query, key, window).tolist()):
+        for i, row in enumerate(causal_mask(query, key, window).tolist()):
             first = 0 if window is None else max(0, i - window + 1)
             assert row == [first <= j <= i for j in range(6)]
 
@@ -336,17 +338,17 @@ def test_decode_rotates_and_stores(seed: int, device: str) -> None:
     plan = [Span(i, n - 1, n, True, tuple(ids.pop() for _ in range(count)))
             for i, (n, count) in enumerate(zip(lengths, needed, strict=True))]  # fmt: skip
     pad = len(plan) + r.choice([0, 1])
-    batch = fastgen.stage(tuple(plan), {i: [0] * n for i, n in enumerate(lengths)}, page, device, pad=pad)
-    cos, sin = rotations(batch.position, spec)
+    batch = fastgen.build_batch(tuple(plan), {i: [0] * n for i, n in enumerate(lengths)}, page, device, pad_to=pad)
+    cos, sin = rope_cos_sin(batch.positions, spec)
     k, v = (torch.randn((sum(needed) + 3) * page, kv_heads, head).to(dtype) for _ in "kv")
     for window in (None, r.choice([1, 5, 100, 1000])):
-        attend = paged.paged(batch, spec)
+        attend = paged.paged_attention(batch, spec)
         for _ in range(2):  # the second time from what the first has left
             qkv = torch.randn(pad, (ratio + 2) * kv_heads, head).to(dtype)
-            k[batch.slot], v[batch.slot] = GARBAGE, GARBAGE
+            k[batch.slot_mapping], v[batch.slot_mapping] = GARBAGE, GARBAGE
             ours, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
-            out = attend(Fresh(qkv, cos, sin, batch.slot, *ours), *ours, window)
-            q = store(qkv, cos, sin, batch.slot, *plain)
+            out = attend(UnrotatedQKV(qkv, cos, sin, batch.slot_mapping, *ours), *ours, window)
+            q = rope_and_cache_kv(qkv, cos, sin, batch.slot_mapping, *plain)
             exact = reference(batch, spec)(q, *plain, window)
             unit = 1e-5 if dtype == torch.float32 else 2e-3
             torch.testing.assert_close(out, exact, atol=unit, rtol=0)

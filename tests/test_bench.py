@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import fastgen
-from fastgen import Engine, from_hf
+from fastgen import Engine, from_hf_config
 from fastgen.cli import bench, machine
 from fastgen.cli.rows import Workload
-from fastgen.config import Parallel
-from fastgen.limits import KNOWN, Machine, Work, keys, limit, parts
-from fastgen.models.spec import Spec
+from fastgen.config import ParallelConfig
+from fastgen.limits import KNOWN_MACHINES, Machine, StepWork, count_attended_keys, min_seconds, operation_costs
+from fastgen.models.spec import ModelConfig
 
-H200 = KNOWN["H200"]
+H200 = KNOWN_MACHINES["H200"]
 ROOT = Path(__file__).parents[1]
 MISTRAL, LLAMA, QWEN = "mistral-7b-instruct-v0.3", "llama-3.1-8b-instruct", "qwen2.5-7b-instruct"
 TINY = {
@@ -62,8 +62,8 @@ def rows() -> list[dict]:
     return json.loads(Path("rows.json").read_text())
 
 
-def spec(name: str) -> Spec:
-    return from_hf(json.loads((ROOT / "benchmarks" / "configs" / f"{name}.json").read_text()))
+def spec(name: str) -> ModelConfig:
+    return from_hf_config(json.loads((ROOT / "benchmarks" / "configs" / f"{name}.json").read_text()))
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -90,14 +90,20 @@ def spec(name: str) -> Spec:
 )
 def test_known_limits(model: str, workload: str, devices: int, expected: float) -> None:
     """Output tokens/s on H200s, from an independent calculation."""
-    assert Workload.of(workload).limit(spec(model), H200.times(devices), 2) == pytest.approx(expected, rel=0.01)
+    assert Workload.parse(workload).max_tokens_per_second(spec(model), H200.scaled(devices), 2) == pytest.approx(
+        expected, rel=0.01
+    )
 
 
 def test_parts_by_hand() -> None:
     """Of a model small enough to count: D 8, F 16, 2 layers, q 8, k and v 4 each, vocabulary 10."""
     matrices = 2 * (8 * 16 + 8 * 8 + 3 * 8 * 16)
     kv = 2 * 2 * 4
-    got = parts(from_hf(TINY), Work(tokens=5, samples=2, pairs=6, decode_keys=7, prefill_keys=3), width=4)
+    got = operation_costs(
+        from_hf_config(TINY),
+        StepWork(num_tokens=5, num_sampled=2, num_prefill_pairs=6, num_decode_keys=7, num_prefill_keys=3),
+        bytes_per_element=4,
+    )
     assert got == {
         "linear": (2 * 5 * matrices, 4 * matrices),
         "head": (2 * 2 * 80, 4 * 80),
@@ -106,34 +112,39 @@ def test_parts_by_hand() -> None:
         # embedding and first norm; in each layer two adds with their norms, rope with the cache write, swiglu
         "pointwise": (0, 4 * 5 * (2 * 8 + 2 * 8 + 2 * (2 * 4 * 8 + 2 * 16 + 3 * 16))),
     }
-    assert parts(from_hf(TINY), Work(5))["head"] == (0, 0)
+    assert operation_costs(from_hf_config(TINY), StepWork(5))["head"] == (0, 0)
 
 
 def test_limit_by_hand() -> None:
     """Two prompts of 6 tokens, 3 samples of 4 tokens each, of which the first 2 are common; and without sharing."""
-    s, machine = from_hf(TINY), Machine("one", flops=1.0, bandwidth=1e30, memory=1e9)
+    s, machine = from_hf_config(TINY), Machine("one", flops_per_second=1.0, bytes_per_second=1e30, memory_bytes=1e9)
     matrices, pair = 2 * (8 * 16 + 8 * 8 + 3 * 8 * 16), 2 * 4 * 8
     decode = 6 * (7 + 8 + 9)
     flops = 2 * matrices * (6 * (6 + 3)) + 2 * 80 * 24 + pair * (6 * 21 + decode)
-    assert limit(s, 2, 6, 4, 3, machine=machine) == pytest.approx(flops)
+    assert min_seconds(s, 2, 6, 4, 3, machine=machine) == pytest.approx(flops)
     flops = 2 * matrices * (2 + 2 * 4 + 6 * 3) + 2 * 80 * 24 + pair * (3 + 2 * (3 + 4 + 5 + 6) + decode)
-    assert limit(s, 2, 6, 4, 3, machine=machine, prefix_shared=True, common=2) == pytest.approx(flops)
-    slow, kv = Machine("two", flops=1e30, bandwidth=1.0, memory=1e9), 2 * 2 * 4
+    assert min_seconds(s, 2, 6, 4, 3, machine=machine, prefix_shared=True, num_shared_tokens=2) == pytest.approx(flops)
+    slow, kv = Machine("two", flops_per_second=1e30, bytes_per_second=1.0, memory_bytes=1e9), 2 * 2 * 4
     own = 6 * (1 + 2 + 3)
     traffic = 4 * (matrices + 80) + kv * (own + 3 * (2 * 4 + 2) + 2 + 2 * 4 + 6 * 3)
-    assert limit(s, 2, 6, 4, 3, machine=slow, width=1, prefix_shared=True, common=2) == pytest.approx(traffic)
+    assert min_seconds(
+        s, 2, 6, 4, 3, machine=slow, bytes_per_element=1, prefix_shared=True, num_shared_tokens=2
+    ) == pytest.approx(traffic)
     small = slow._replace(memory=(matrices + 160 + kv * 12) / 0.9)  # 12 tokens fit, so 144 reads take 12 steps
     traffic = 12 * (matrices + 80) + kv * (decode + 6 * 9)
-    assert limit(s, 2, 6, 4, 3, machine=small, width=1) == pytest.approx(traffic)
+    assert min_seconds(s, 2, 6, 4, 3, machine=small, bytes_per_element=1) == pytest.approx(traffic)
     with pytest.raises(ValueError, match="9 tokens do not fit the memory of two: room for 0"):
-        limit(s, 2, 6, 4, machine=slow._replace(memory=1))
+        min_seconds(s, 2, 6, 4, machine=slow._replace(memory=1))
 
 
 def test_windows_limit_keys() -> None:
     config = TINY | {"architectures": ["MistralForCausalLM"], "sliding_window": 3}
-    assert keys(from_hf(config), 1, 5) == 1 + 2 + 3 + 3 + 3
-    assert keys(from_hf(config), 5, 6) == 6
-    assert keys(from_hf(config | {"layer_types": ["full_attention", "sliding_attention"]}), 4, 5) == (9 + 6) / 2
+    assert count_attended_keys(from_hf_config(config), 1, 5) == 1 + 2 + 3 + 3 + 3
+    assert count_attended_keys(from_hf_config(config), 5, 6) == 6
+    assert (
+        count_attended_keys(from_hf_config(config | {"layer_types": ["full_attention", "sliding_attention"]}), 4, 5)
+        == (9 + 6) / 2
+    )
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -176,12 +187,12 @@ def test_replicas(fgbench: Run) -> None:
     assert code == 0 and (one["tp"], one["replicas"], two["tp"], two["replicas"]) == (1, 1, 1, 2)
     assert two["settings"]["parallel"]["replicas"] == 2 and two["output_tok_s"] > 0
     assert " 2 x 1 " in out.splitlines()[2] and " x 1 " not in out.splitlines()[1]
-    machine = KNOWN["H200"]
-    work, half = Workload.of("512x1024x128"), Workload.of("256x1024x128")
-    layout = Parallel(replicas=2, tensor_parallel=2)
-    both = work.limit(spec(MISTRAL), machine, 2, layout)
-    assert both == pytest.approx(2 * half.limit(spec(MISTRAL), machine.times(2), 2))
-    assert both < work.limit(spec(MISTRAL), machine.times(4), 2)  # the weights are read twice
+    machine = KNOWN_MACHINES["H200"]
+    work, half = Workload.parse("512x1024x128"), Workload.parse("256x1024x128")
+    layout = ParallelConfig(replicas=2, tensor_parallel=2)
+    both = work.max_tokens_per_second(spec(MISTRAL), machine, 2, layout)
+    assert both == pytest.approx(2 * half.max_tokens_per_second(spec(MISTRAL), machine.scaled(2), 2))
+    assert both < work.max_tokens_per_second(spec(MISTRAL), machine.scaled(4), 2)  # the weights are read twice
 
 
 def test_merge_and_sweep(fgbench: Run) -> None:
@@ -201,7 +212,7 @@ def test_merge_and_sweep(fgbench: Run) -> None:
 
 def test_interrupt(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done is kept and shown."""
-    measure, calls = bench.measure, []
+    measure, calls = bench.measure_throughput, []
 
     def twice(*args: Any) -> dict:
         calls.append(args)
@@ -217,7 +228,7 @@ def test_interrupt(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prompts(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distinct, and new for each repeat, but for the part that is shared."""
     generator = torch.Generator().manual_seed(0)
-    first, second = (Workload(4, 16, 1).prompts(1000, generator) for _ in range(2))
+    first, second = (Workload(4, 16, 1).make_prompts(1000, generator) for _ in range(2))
     assert len({tuple(p[:8]) for p in first + second}) == 8
     asked, generate = [], Engine.generate
 
@@ -265,9 +276,13 @@ def test_the_limit_of_a_known_machine(fgbench: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench, "hardware", lambda _: "NVIDIA H200")
     run = ("tiny.json", "--workload", "2x6x4", "--repeats", "1", "--out", "rows.json")
     assert fgbench(*run, "model.dtype=bfloat16")[0] == 0
-    assert rows()[0]["limit_tok_s"] == pytest.approx(Workload(2, 6, 4).limit(from_hf(TINY), H200, 2))
+    assert rows()[0]["limit_tok_s"] == pytest.approx(
+        Workload(2, 6, 4).max_tokens_per_second(from_hf_config(TINY), H200, 2)
+    )
     machine = H200._replace(flops=rows()[0]["gemm_tflops"] * 1e12)
-    assert rows()[0]["limit_measured_tok_s"] == pytest.approx(Workload(2, 6, 4).limit(from_hf(TINY), machine, 2))
+    assert rows()[0]["limit_measured_tok_s"] == pytest.approx(
+        Workload(2, 6, 4).max_tokens_per_second(from_hf_config(TINY), machine, 2)
+    )
     assert fgbench(*run)[0] == 0 and rows()[0]["limit_tok_s"] is None
 
 
@@ -283,7 +298,7 @@ def test_clocks(said: str, expected: dict, monkeypatch: pytest.MonkeyPatch) -> N
     """Medians of what nvidia-smi says, without a line that was cut; nothing where it cannot say."""
     monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
     monkeypatch.setattr(machine, "_smi", lambda *_: ["printf", "%s", said])
-    with machine.clocks_during(torch.device("cuda")) as clocks:
+    with machine.measure_clocks(torch.device("cuda")) as clocks:
         time.sleep(0.2)
     assert clocks == expected
 
@@ -318,7 +333,7 @@ def test_weights(fgbench: Run) -> None:
     run = ("--workload", "2x6x4", "--repeats", "1", "--out", "rows.json", "--weights")
     code, _, err = fgbench("tiny.json", *run)
     assert code == 1 and "no .safetensors file" in err
-    fastgen.save("Tiny-v0.1", from_hf(TINY), fastgen.init(from_hf(TINY), 1))
+    fastgen.save("Tiny-v0.1", from_hf_config(TINY), fastgen.init(from_hf_config(TINY), 1))
     assert fgbench("Tiny-v0.1", *run)[0] == 0 and rows()[0]["model"] == "tiny-v0.1"
 
 

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 import fastgen
 from fastgen import Event, Output, SamplingParams, Snapshot, schedule
-from fastgen.cache.host import Mover, page_bytes, runs
+from fastgen.cache.host import HostOffload, page_bytes, consecutive_runs
 from fastgen.request import sample_seed
-from fastgen.schedule import Moves
+from fastgen.schedule import PageCopies
 
-SPEC = fastgen.from_hf(tiny.config("Mistral", **tiny.WINDOWED))
+SPEC = fastgen.from_hf_config(tiny.config("Mistral", **tiny.WINDOWED))
 PARAMS = tiny.weights(SPEC)
 DICE = random.Random(0)
 STEM = [DICE.randrange(61) for _ in range(21)]
@@ -48,8 +48,8 @@ class Engine(fastgen.Engine):
         if self.before is not None:
             self.before(self)
         state, events = self.state, super().step()
-        schedule.check(self.state, self.settings.schedule)
-        self.still = 0 if events or self.state != state or not self.unfinished else self.still + 1
+        schedule.check(self.state, self.config.schedule)
+        self.still = 0 if events or self.state != state or not self.has_unfinished_requests else self.still + 1
         assert self.still < 9, "nothing happens any more"
         return events
 
@@ -109,31 +109,31 @@ def drain(e: Engine) -> dict[int, Output]:
     """Steps until all is done; the outputs by request."""
     done = dict[int, Output]()
     for _ in range(5000):
-        if not e.unfinished:
+        if not e.has_unfinished_requests:
             break
         done |= {event.request_id: event.output for event in e.step() if event.output is not None}
-    assert not e.unfinished, "it never ends"
+    assert not e.has_unfinished_requests, "it never ends"
     return done
 
 
 def idle(e: Engine) -> None:
     """Asserts that nothing runs or waits, and that no page is lost."""
-    assert not e.unfinished and not e.state.running and not e.state.waiting
-    schedule.check(e.state, e.settings.schedule)
-    assert e.state.tree.available() == e.capacity // e.state.page
+    assert not e.has_unfinished_requests and not e.state.running and not e.state.waiting
+    schedule.check(e.state, e.config.schedule)
+    assert e.state.prefix_cache.num_available_pages() == e.cache_capacity // e.state.page_size
 
 
 def evict(e: Engine) -> None:
     """Every idle page leaves the device."""
-    tree = e.state.tree
-    for page in [*iter(tree.take, 0)]:
-        tree.give(page)
-    assert not tree.idle.keys() - tree._pinned
+    tree = e.state.prefix_cache
+    for page in [*iter(tree.allocate_page, 0)]:
+        tree.free_page(page)
+    assert not tree.idle_nodes.keys() - tree._pinned_nodes
 
 
 def park_at_random(monkeypatch: pytest.MonkeyPatch, dice: random.Random, often: float) -> None:
     """From now on any plan may find that the newest sequences have to make way."""
-    room = schedule._Planner.room
+    room = schedule._Planner.allocate_or_preempt
 
     def more(planner: Any) -> None:
         room(planner)
@@ -204,14 +204,14 @@ def test_results_never_change(name: str, force: str, monkeypatch: pytest.MonkeyP
     for got, (prompt, how) in zip(e.generate([*prompts], [*params]), LOAD, strict=True):
         same(got, plain(prompt, how))
     idle(e)
-    c = e.counts
+    c = e.cache_stats
     kept = name != "none" and not ("evict" in force and name == "device")
-    assert (c.reused > 0) == (name != "none") or not kept
-    assert c.parked or "park" not in force
-    if "host" in HIERARCHIES[name] and ("keep" not in HIERARCHIES[name] or c.parked):
-        assert c.paged_out
+    assert (c.num_hit_tokens > 0) == (name != "none") or not kept
+    assert c.num_preemptions or "park" not in force
+    if "host" in HIERARCHIES[name] and ("keep" not in HIERARCHIES[name] or c.num_preemptions):
+        assert c.num_offloaded_pages
     if "host" not in HIERARCHIES[name]:
-        assert not c.paged_out and not c.paged_in
+        assert not c.num_offloaded_pages and not c.num_loaded_pages
 
 
 @pytest.mark.parametrize(("name", "way"), [*zip(("device", "device and host", "host", "none"), WAYS, strict=True)])
@@ -223,18 +223,18 @@ def test_forks_and_aborts_at_random_steps(name: str, way: dict[str, Any], monkey
     wanted = dict[int, tuple[Output, list[int]]]()  # request -> what it gets, and which completions those are
     aborted, done = set[int](), dict[int, Output]()
     left, forks = [x for x in LOAD if x[1].stop == ()], 0
-    while left or e.unfinished:
+    while left or e.has_unfinished_requests:
         if left and dice.random() < 0.7:
             prompt, params = left.pop()
             wanted[e.add(prompt, params)] = plain(prompt, params), [*range(params.n)]
-        going = sorted({s.output.request_id for s in e._samples.values()})
+        going = sorted({s.output.request_id for s in e._sequence_states.values()})
         if going and dice.random() < 0.25 and forks < 12:
             source = dice.choice(going)
-            e._receive()  # it may end with what is on the way
-            if any(s.output.request_id == source for s in e._samples.values()):
-                now = e._unfinished(source)
+            e._finish_step()  # it may end with what is on the way
+            if any(s.output.request_id == source for s in e._sequence_states.values()):
+                now = e._get_unfinished_sequences(source)
                 index = dice.choice([*now])
-                (new,) = e.fork(source, index=index, seeds=[e._samples[now[index]].seed])
+                (new,) = e.fork(source, index=index, seeds=[e._sequence_states[now[index]].seed])
                 wanted[new] = wanted[source][0], [wanted[source][1][index]]
                 forks += 1
         if going and dice.random() < 0.02:
@@ -266,7 +266,11 @@ def test_512_requests_through_a_cache_for_four() -> None:
     for got, want in zip(outputs, free.generate([p for p, _ in asked], [s for _, s in asked]), strict=True):
         same(got, want)
     idle(e)
-    assert e.steps > 20 * free.steps and e.counts.asked >= sum(len(p) for p, _ in asked) and e.counts.reused
+    assert (
+        e.num_steps > 20 * free.num_steps
+        and e.cache_stats.num_queried_tokens >= sum(len(p) for p, _ in asked)
+        and e.cache_stats.num_hit_tokens
+    )
 
 
 # --- forks ----------------------------------------------------------------------------------------------------------
@@ -292,10 +296,10 @@ def test_fork(kind: str, overlap: bool) -> None:
         for _ in range(after):
             e.step()
         twin, other = e.fork(source, 2, seeds=[params.seed or 0, 1000 + after])
-        assert [x for x in e._samples if e._samples[x].output.request_id == source]
-        before = [*next(s for s in e._samples.values() if s.output.request_id == twin).completion.token_ids]
+        assert [x for x in e._sequence_states if e._sequence_states[x].output.request_id == source]
+        before = [*next(s for s in e._sequence_states.values() if s.output.request_id == twin).completion.token_ids]
         told, done = list[int](), dict[int, Output]()
-        while e.unfinished:
+        while e.has_unfinished_requests:
             for event in e.step():
                 told += event.token_ids if event.request_id == twin else []
                 done |= {event.request_id: event.output} if event.output is not None else {}
@@ -306,7 +310,7 @@ def test_fork(kind: str, overlap: bool) -> None:
         assert c.token_ids[: len(before)] == before and len(c.token_ids) == 9
         others.add(tuple(c.token_ids))
         if after > 3:
-            assert e.counts.reused >= 2 * 13, "the forks computed the prompt again"
+            assert e.cache_stats.num_hit_tokens >= 2 * 13, "the forks computed the prompt again"
         idle(e)
     assert len(others) == 1 if params.temperature == 0 else len(others) > 2
 
@@ -322,7 +326,9 @@ def test_fork_copies_no_more_than_a_page() -> None:
     first, *others = e.state.running
     assert len(others) == 3 and all(s.pages[:2] == first.pages[:2] for s in others)
     assert len({s.pages[2] for s in e.state.running}) == 4
-    assert e.counts.copied == 3 and e.counts.reused == 3 * 10  # all but the last token drawn
+    assert (
+        e.cache_stats.num_copied_pages == 3 and e.cache_stats.num_hit_tokens == 3 * 10
+    )  # all but the last token drawn
     for output in drain(e).values():
         same(output, plain(STEM[:9], GREEDY))
 
@@ -344,10 +350,10 @@ def test_fork_of_a_parked_request(host: int) -> None:
     """What gave its pages away has lost its tokens for those who fork it."""
     e = engine(8, host=host)
     ids = [e.add([first, *STEM[:9]], replace(GREEDY, max_tokens=18)) for first in (1, 2)]
-    while not e.counts.parked:
+    while not e.cache_stats.num_preemptions:
         e.step()
     assert [s.id for s in e.state.waiting] == [1]
-    before = len(e._samples[1].completion.token_ids)
+    before = len(e._sequence_states[1].completion.token_ids)
     (new,) = e.fork(ids[1])
     done = drain(e)
     assert before > 3
@@ -413,16 +419,16 @@ def test_snapshot(target: str, tmp_path: Path) -> None:
         source = e.add([1, *prompt], params)
         for _ in range(3):
             e.step()
-        e.snapshot(source, pages=with_pages).save(file)
+        e.snapshot(source, include_pages=with_pages).save(file)
         same(drain(e)[source], plain([1, *prompt], params))
-        schedule.check(other.state, other.settings.schedule)
-        other.touch()  # finds nothing but what the snapshot brings
-        reused, snapshot = other.counts.reused, Snapshot.load(file)
+        schedule.check(other.state, other.config.schedule)
+        other.params_changed()  # finds nothing but what the snapshot brings
+        reused, snapshot = other.cache_stats.num_hit_tokens, Snapshot.load(file)
         assert bool(snapshot.pages) == with_pages and len(snapshot.completions[0].token_ids) == 3
         id = other.restore(snapshot)
-        schedule.check(other.state, other.settings.schedule)
+        schedule.check(other.state, other.config.schedule)
         told, done = list[Event](), None
-        while other.unfinished:
+        while other.has_unfinished_requests:
             told += other.step()
             done = told[-1].output if told else None
         assert done is not None and {event.request_id for event in told} == {id}
@@ -430,7 +436,7 @@ def test_snapshot(target: str, tmp_path: Path) -> None:
         same(done, want)
         assert [t for event in told for t in event.token_ids] == want.completions[0].token_ids[3:]
         assert "".join(event.text for event in told) == want.completions[0].text[3:]
-        assert other.counts.reused - reused == found
+        assert other.cache_stats.num_hit_tokens - reused == found
         idle(other)
 
 
@@ -442,7 +448,7 @@ def test_snapshot_of_several(steps: int, tmp_path: Path) -> None:
     source = e.add(STEM[:11], params)
     for _ in range(steps):
         e.step()
-    e.snapshot(source, pages=True).save(tmp_path / "x")
+    e.snapshot(source, include_pages=True).save(tmp_path / "x")
     snapshot = Snapshot.load(tmp_path / "x")
     if steps == 5:
         assert {c.finish_reason for c in snapshot.completions} >= {"stop", None}
@@ -481,7 +487,7 @@ def test_snapshot_of_a_fork() -> None:
     for _ in range(2):
         e.step()
     other = engine(60)
-    id = other.restore(e.snapshot(new, pages=True))
+    id = other.restore(e.snapshot(new, include_pages=True))
     same(drain(other)[id], drain(e)[new])
 
 
@@ -495,10 +501,10 @@ def test_pages_of_other_parameters_are_not_used(part: str) -> None:
     source = e.add(STEM[:14], GREEDY)
     for _ in range(3):
         e.step()
-    snapshot = e.snapshot(source, pages=True)
+    snapshot = e.snapshot(source, include_pages=True)
     id = other.restore(snapshot)
     (got,) = drain(other)[id].completions
-    assert not other.counts.reused
+    assert not other.cache_stats.num_hit_tokens
     begun = snapshot.completions[0].token_ids
     fresh = engine(40, params=params, **OFF)
     (want,) = fresh.generate([STEM[:14] + begun], replace(GREEDY, max_tokens=6))
@@ -511,7 +517,7 @@ def test_restore_refused(tmp_path: Path) -> None:
     id = e.add(STEM[:9], replace(GREEDY, max_tokens=None))
     for _ in range(20):
         e.step()
-    snapshot = e.snapshot(id, pages=True)
+    snapshot = e.snapshot(id, include_pages=True)
     small = engine(5)
     with pytest.raises(ValueError, match=r"cache of 20"):
         small.restore(snapshot)
@@ -543,10 +549,10 @@ def damaged(snapshot: Snapshot) -> dict[str, tuple[Callable[[Snapshot], Any], st
         "dimensions": (pages(lambda x: x[0]), "layers, 2"),
         "none": (lambda s: s.pages.update({0: None}), "NoneType"),
         "of nobody": (lambda s: s.pages.update({7: s.pages[0]}), "wrong type"),
-        "other tokens": (lambda s: setattr(s, "prompt", (2, *s.prompt[1:])), "checksum"),
+        "other tokens": (lambda s: setattr(s, "prompt", (2, *s.prompt_token_ids[1:])), "checksum"),
         "token": (one(token_ids=[1, 61, 2]), "token 61 is outside"),
-        "negative token": (lambda s: setattr(s, "prompt", (-1, *s.prompt[1:])), "token -1 is outside"),
-        "text token": (lambda s: setattr(s, "prompt", ("1", *s.prompt[1:])), "token '1' is outside"),
+        "negative token": (lambda s: setattr(s, "prompt", (-1, *s.prompt_token_ids[1:])), "token -1 is outside"),
+        "text token": (lambda s: setattr(s, "prompt", ("1", *s.prompt_token_ids[1:])), "token '1' is outside"),
         "no prompt": (lambda s: setattr(s, "prompt", ()), "no prompt"),
         "seed": (lambda s: s.seeds.update({0: 2**70}), "not within"),
         "seed's kind": (lambda s: s.seeds.update({0: "x"}), "not within"),
@@ -568,7 +574,7 @@ def test_damaged_snapshots_are_refused() -> None:
     source = e.add(STEM[:14], replace(GREEDY, logprobs=0))
     for _ in range(3):
         e.step()
-    snapshot = e.snapshot(source, pages=True)
+    snapshot = e.snapshot(source, include_pages=True)
     for name, (change, reason) in damaged(snapshot).items():
         wrong = copy.deepcopy(snapshot)
         change(wrong)
@@ -576,10 +582,13 @@ def test_damaged_snapshots_are_refused() -> None:
             other.restore(wrong)
         with pytest.raises(ValueError, match="snapshot: "):
             wrong.save("/nowhere")
-        assert not other.unfinished and other.state.tree.available() == other.state.tree.pages - 1, name
+        assert (
+            not other.has_unfinished_requests
+            and other.state.prefix_cache.num_available_pages() == other.state.prefix_cache.num_device_pages - 1
+        ), name
     id = other.restore(snapshot)
     same(drain(other)[id], plain(STEM[:14], replace(GREEDY, logprobs=0)))
-    assert other.counts.reused
+    assert other.cache_stats.num_hit_tokens
 
 
 def test_damaged_snapshot_files_are_refused(tmp_path: Path) -> None:
@@ -588,7 +597,7 @@ def test_damaged_snapshot_files_are_refused(tmp_path: Path) -> None:
     source = e.add(STEM[:9], GREEDY)
     for _ in range(3):
         e.step()
-    e.snapshot(source, pages=True).save(file)
+    e.snapshot(source, include_pages=True).save(file)
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     at = [
@@ -605,7 +614,7 @@ def test_damaged_snapshot_files_are_refused(tmp_path: Path) -> None:
         except ValueError as error:
             assert "s.safetensors" in str(error)
         else:  # blanks that fill the header up, or the name of the format's own field
-            assert i < header and other.checksum == e.snapshot(source, pages=True).checksum
+            assert i < header and other.checksum == e.snapshot(source, include_pages=True).checksum
     for n in (0, 3, 8, 60, header, header + 5, len(whole) - 1):
         file.write_bytes(whole[:n])
         with pytest.raises(ValueError, match=r"s\.safetensors"):
@@ -624,13 +633,13 @@ def test_pages_of_parameters_before_an_update_are_not_saved(how: str) -> None:
     source = e.add(STEM[:14], GREEDY)
     for _ in range(3):
         e.step()
-    assert e.snapshot(source, pages=True).pages
+    assert e.snapshot(source, include_pages=True).pages
     if how == "told":
-        e.update_params([("model.norm.weight", params.norm * 2)], partial=True)
+        e.update_params([("model.norm.weight", params.final_norm * 2)], partial=True)
     else:
-        params.norm.mul_(2)
-    snapshot = e.snapshot(source, pages=True)
-    assert not snapshot.pages and e.version == 1
+        params.final_norm.mul_(2)
+    snapshot = e.snapshot(source, include_pages=True)
+    assert not snapshot.pages and e.weight_version == 1
     other = engine(40, params=params)
     id = other.restore(snapshot)
     (got,) = drain(other)[id].completions
@@ -646,7 +655,7 @@ def test_restore_evicts_what_is_idle() -> None:
     source = e.add(STEM[:18], GREEDY)
     for _ in range(4):
         e.step()
-    snapshot = e.snapshot(source, pages=True)
+    snapshot = e.snapshot(source, include_pages=True)
     for host in (0, 9):
         other = engine(11, host=host)
         other.generate([[2, *STEM[:11]], [3, *STEM[:11]], [*STEM[:9]]], GREEDY)
@@ -671,14 +680,14 @@ def test_touch(given: dict[str, Any]) -> None:
         e.step()
     for w in (params.embed, *(layer.qkv for layer in params.layers)):
         w += 0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(w)
-    e.touch()
+    e.params_changed()
     fresh = engine(64, params=params, **OFF).generate(prompts, GREEDY)
     for got, want in zip(e.generate(prompts, GREEDY), fresh, strict=True):
         same(got, want)
     assert any(o.completions[0].token_ids != plain(p, GREEDY).completions[0].token_ids
                for o, p in zip(fresh, prompts, strict=True))  # fmt: skip
     drain(e)
-    assert running not in {s.output.request_id for s in e._samples.values()}
+    assert running not in {s.output.request_id for s in e._sequence_states.values()}
     idle(e)
 
 
@@ -697,7 +706,7 @@ def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytes
 
     def outer(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 5:
-            for leaf in (*e.cache.k, *e.cache.v, *e._mover.host):
+            for leaf in (*e.cache.k, *e.cache.v, *e._host_offload.host_buffers):
                 leaf.fill_(3.0)  # whatever is there now, nobody may count on it
             raise RuntimeError("of the device")
         return inner(*args, **kwargs)
@@ -706,7 +715,7 @@ def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytes
     with pytest.raises(RuntimeError, match="of the device"):
         e.generate(prompts, GREEDY)
     idle(e)
-    assert not [*e.state.tree.root().walk()]
+    assert not [*e.state.prefix_cache.get_root().iter_descendants()]
     for got, prompt in zip(e.generate(prompts, GREEDY), prompts, strict=True):
         same(got, plain(prompt, GREEDY))
     idle(e)
@@ -718,18 +727,24 @@ def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytes
 def test_counts_of_reuse() -> None:
     """What was found is counted twice, not at all, or for somebody else."""
     e = engine(40)
-    one, two = (e.generate([STEM[:n]], GREEDY)[0].cached_tokens for n in (14, 14))
+    one, two = (e.generate([STEM[:n]], GREEDY)[0].num_cached_tokens for n in (14, 14))
     assert (one, two) == (0, 13)  # the last one is computed, to draw from
-    assert (e.counts.asked, e.counts.reused) == (28, 13)
+    assert (e.cache_stats.num_queried_tokens, e.cache_stats.num_hit_tokens) == (28, 13)
     (three,) = e.generate([STEM[:13] + [60, 59]], GREEDY)
-    assert three.cached_tokens == 13 and e.counts.copied == 2  # three pages, and a token of the fourth
-    before = e.counts.asked
+    assert (
+        three.num_cached_tokens == 13 and e.cache_stats.num_copied_pages == 2
+    )  # three pages, and a token of the fourth
+    before = e.cache_stats.num_queried_tokens
     (four,) = e.generate([[60, *STEM[:9]]], replace(GREEDY, n=3))
-    assert four.cached_tokens == 18 and e.counts.asked - before == 30  # computed once for three
-    assert not e.counts.parked and not e.counts.evicted and not e.counts.paged_out
+    assert four.num_cached_tokens == 18 and e.cache_stats.num_queried_tokens - before == 30  # computed once for three
+    assert (
+        not e.cache_stats.num_preemptions
+        and not e.cache_stats.num_evicted_pages
+        and not e.cache_stats.num_offloaded_pages
+    )
     off = engine(40, **OFF)
-    assert [o.cached_tokens for o in off.generate([STEM[:14]] * 2, GREEDY)] == [0, 0]
-    assert off.counts.reused == off.counts.copied == 0
+    assert [o.num_cached_tokens for o in off.generate([STEM[:14]] * 2, GREEDY)] == [0, 0]
+    assert off.cache_stats.num_hit_tokens == off.cache_stats.num_copied_pages == 0
 
 
 def test_salts_keep_prefixes_apart(tmp_path: Path) -> None:
@@ -742,21 +757,21 @@ def test_salts_keep_prefixes_apart(tmp_path: Path) -> None:
                 replace(GREEDY, cache_salt=salt)
             continue
         (output,) = e.generate([prompt], replace(GREEDY, cache_salt=salt))
-        assert output.cached_tokens == found and output.completions[0].token_ids == want.completions[0].token_ids
+        assert output.num_cached_tokens == found and output.completions[0].token_ids == want.completions[0].token_ids
     source = e.add(prompt, replace(GREEDY, cache_salt="a"))
     for _ in range(3):
         e.step()
-    e.snapshot(source, pages=True).save(tmp_path / "salted")
+    e.snapshot(source, include_pages=True).save(tmp_path / "salted")
     (fork,) = e.fork(source)
     done = drain(e)
     assert done[fork].completions[0].token_ids == done[source].completions[0].token_ids == want.completions[0].token_ids
     snapshot = Snapshot.load(tmp_path / "salted")
-    assert snapshot.params.cache_salt == "a"
+    assert snapshot.sampling.cache_salt == "a"
     restored = other.restore(snapshot)
     same(drain(other)[restored], want)
-    assert other.counts.reused == 16
+    assert other.cache_stats.num_hit_tokens == 16
     for salt, found in ((None, 0), ("b", 0), ("a", 13)):
-        assert other.generate([prompt], replace(GREEDY, cache_salt=salt))[0].cached_tokens == found
+        assert other.generate([prompt], replace(GREEDY, cache_salt=salt))[0].num_cached_tokens == found
 
 
 def test_counts_of_the_host() -> None:
@@ -764,10 +779,10 @@ def test_counts_of_the_host() -> None:
     e = engine(6, host=20)
     for first in (1, 2, 1):
         (o,) = e.generate([[first, *STEM[:15]]], replace(GREEDY, max_tokens=1))
-    assert o.cached_tokens == 15 and (e.counts.paged_in, e.counts.evicted) == (2, 4)
-    assert e.counts.paged_out == 4
+    assert o.num_cached_tokens == 15 and (e.cache_stats.num_loaded_pages, e.cache_stats.num_evicted_pages) == (2, 4)
+    assert e.cache_stats.num_offloaded_pages == 4
     (again,) = e.generate([[1, *STEM[:15]]], replace(GREEDY, max_tokens=1))
-    assert again.cached_tokens == 15 and e.counts.paged_in == 2  # is there now
+    assert again.num_cached_tokens == 15 and e.cache_stats.num_loaded_pages == 2  # is there now
 
 
 # --- anything -------------------------------------------------------------------------------------------------------
@@ -798,7 +813,7 @@ def test_any_operations(
                max_requests=4, token_budget=12)  # fmt: skip
     asked, done, dropped = dict[int, tuple[list[int], SamplingParams]](), dict[int, Output](), set[int]()
     for name, *values in ops:
-        going = sorted({s.output.request_id for s in e._samples.values()})
+        going = sorted({s.output.request_id for s in e._sequence_states.values()})
         if name == "add":
             length, end, n = values
             prompt, params = STEM[: length - 1] + [end], replace(GREEDY, max_tokens=n)
@@ -807,7 +822,7 @@ def test_any_operations(
             for _ in range(values[0]):
                 done |= {event.request_id: event.output for event in e.step() if event.output is not None}
         elif name == "touch":
-            e.touch()  # the parameters are what they were
+            e.params_changed()  # the parameters are what they were
         elif name == "evict":
             evict(e)
         elif going:
@@ -816,11 +831,11 @@ def test_any_operations(
                 dropped.add(id)
                 e.abort(id)
             else:
-                e._receive()
-                if id in {s.output.request_id for s in e._samples.values()}:
-                    new = e.fork(id)[0] if name == "fork" else e.restore(e.snapshot(id, pages=name == "pages"))
+                e._finish_step()
+                if id in {s.output.request_id for s in e._sequence_states.values()}:
+                    new = e.fork(id)[0] if name == "fork" else e.restore(e.snapshot(id, include_pages=name == "pages"))
                     asked[new] = asked[id]
-        schedule.check(e.state, e.settings.schedule)
+        schedule.check(e.state, e.config.schedule)
     done |= drain(e)
     idle(e)
     assert done.keys() == asked.keys()
@@ -838,20 +853,20 @@ def test_any_operations(
 )  # fmt: skip
 def test_runs(numbers: list[int], rows: list[tuple[int, int, int]]) -> None:
     """Pages that do not lie side by side travel as if they did."""
-    assert [*runs(numbers)] == rows
+    assert [*consecutive_runs(numbers)] == rows
 
 
-def mover(pages: int, host: int, page: int = 4) -> tuple[Mover, fastgen.Cache]:
+def mover(pages: int, host: int, page: int = 4) -> tuple[HostOffload, fastgen.KVCache]:
     """With a cache whose elements are all different."""
-    cache = fastgen.new_cache(SPEC, pages * page)
+    cache = fastgen.new_kv_cache(SPEC, pages * page)
     for i, leaf in enumerate((*cache.k, *cache.v)):
         leaf.copy_(torch.arange(leaf.numel()).view(leaf.shape) + 10000 * i)
-    made = Mover(SPEC, page, torch.float32, cache.k[0].device, host)
-    made.attach(cache)
+    made = HostOffload(SPEC, page, torch.float32, cache.k[0].device, host)
+    made.attach_cache(cache)
     return made, cache
 
 
-def paged(cache: fastgen.Cache) -> Tensor:
+def paged(cache: fastgen.KVCache) -> Tensor:
     """[layers, keys and values, pages, elements], copied."""
     return torch.stack([torch.stack([x.reshape(-1, 64) for x in pair]) for pair in zip(cache.k, cache.v, strict=True)])
 
@@ -866,11 +881,11 @@ def test_moves_in_their_order() -> None:
     m, cache = mover(8, 3)
     was = paged(cache)
     # 5 leaves for the host, is filled with a copy of 6, and comes back as 7; 6 is saved beside its copy.
-    wait(m.move(Moves(out=((5, 2), (6, 1)), copies=((6, 5),), back=((2, 7),))))
+    wait(m.start_copies(PageCopies(to_host=((5, 2), (6, 1)), on_device=((6, 5),), to_device=((2, 7),))))
     now = paged(cache)
     assert torch.equal(now[:, :, 7], was[:, :, 5]) and torch.equal(now[:, :, 5], was[:, :, 6])
     assert torch.equal(now[:, :, :5], was[:, :, :5]) and torch.equal(now[:, :, 6], was[:, :, 6])
-    wait(m.move(Moves(back=((1, 2), (2, 1)))))
+    wait(m.start_copies(PageCopies(to_device=((1, 2), (2, 1)))))
     now = paged(cache)
     assert torch.equal(now[:, :, 2], was[:, :, 6]) and torch.equal(now[:, :, 1], was[:, :, 5])
     m.close()
@@ -879,7 +894,7 @@ def test_moves_in_their_order() -> None:
 def test_read_and_write() -> None:
     """Keys and values of a sequence are somebody else's, in another order, or land in scratch."""
     m, cache = mover(8, 0)
-    values = m.read([3, 1, 6], 10)
+    values = m.read_pages([3, 1, 6], 10)
     assert values.shape == (2, 2, 10, 2, 8)
     for i, page in enumerate((3, 1, 6)):
         n = min(4, 10 - 4 * i)
@@ -887,7 +902,7 @@ def test_read_and_write() -> None:
             for layer, leaf in enumerate(leaves):
                 assert torch.equal(values[layer, kv, 4 * i : 4 * i + n], leaf[4 * page : 4 * page + n].cpu())
     was = paged(cache)
-    m.write([7, 0, 2], m.read([3, 1, 6], 12))
+    m.write_pages([7, 0, 2], m.read_pages([3, 1, 6], 12))
     now = paged(cache)
     assert torch.equal(now[:, :, 7], was[:, :, 3]) and torch.equal(now[:, :, 2], was[:, :, 6])
     rest = [0, 1, 3, 4, 5, 6]
@@ -898,7 +913,7 @@ def test_read_and_write() -> None:
 def test_host_pages_are_counted() -> None:
     """An engine takes more memory of the host than it was told, or none without saying so."""
     e = engine(8, host=7)
-    assert e._mover.host_pages == 7 and "7 pages" in e.table()
+    assert e._host_offload.num_host_pages == 7 and "7 pages" in e.summary()
     with pytest.raises(ValueError, match=r"host_gb=1e-06 holds not even a page"):
         Engine(PARAMS, SPEC, offload="host", host_gb=1e-6)
     e.close()
@@ -908,13 +923,13 @@ def test_host_pages_are_counted() -> None:
 def test_moves_kernel() -> None:
     """The kernel moves other words than indexing does, or more than a page; in any number of programs."""
     pytest.importorskip("triton")
-    from fastgen.ops.moves import WORDS, move
+    from fastgen.ops.moves import WORDS_PER_PROGRAM, copy_pages
 
-    for words in (5, WORDS + 3):
+    for words in (5, WORDS_PER_PROGRAM + 3):
         source, target = (torch.randint(2**40, (3, 6, n)) for n in (words + 2, words + 4))
         want = target.clone()
         index = torch.tensor([[4, 0, 2], [1, 5, 3]])
         want[:, index[1], :words] = source[:, index[0], :words]
         tables = (torch.tensor([x.data_ptr() for x in leaves], dtype=torch.int64) for leaves in (source, target))
-        move(*tables, index, words, words + 2, words + 4)
+        copy_pages(*tables, index, words, words + 2, words + 4)
         assert torch.equal(target, want)

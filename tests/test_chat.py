@@ -19,13 +19,13 @@ from test_tokenizer import TEMPLATE, byte_level
 
 import fastgen
 from fastgen import SamplingParams, launch
-from fastgen.chat import Conversation, TooLong
+from fastgen.chat import Conversation, ConversationTooLong
 from fastgen.cli import chat
 
 CODER = byte_level()
 EOS = CODER.eos_token_id
 CONTEXT = 1000
-SPEC = fastgen.from_hf(tiny.config(vocab=330, context=CONTEXT, eos_token_id=EOS, tie_word_embeddings=True))
+SPEC = fastgen.from_hf_config(tiny.config(vocab=330, context=CONTEXT, eos_token_id=EOS, tie_word_embeddings=True))
 DRAWN = SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
 ENDING = SamplingParams(seed=1, min_tokens=11, max_tokens=20, logit_bias={EOS: 100.0})  # an end token is the 12th
 
@@ -40,15 +40,17 @@ def talk() -> Iterator[Conversation]:
 def say(talk: Conversation, *messages: str) -> None:
     for message in messages:
         text = "".join(talk.ask(message))
-        assert text == talk.rounds[-1].answer.text and talk.rounds[-1].seconds > 0
+        assert text == talk.turns[-1].answer.text and talk.turns[-1].seconds > 0
 
 
 def grows(talk: Conversation) -> bool:
     """Whether the last prompt begins with the round before's, prompt and answer as drawn, and these were cached."""
-    before, last = talk.rounds[-2:]
+    before, last = talk.turns[-2:]
     drawn = before.answer.token_ids[: -1 if before.answer.token_ids[-1] == EOS else None]
-    same = last.prompt[: len(before.prompt) + len(drawn)] == before.prompt + drawn
-    assert not same or last.cached >= len(before.prompt) + len(drawn) - 2  # the last one drawn was never computed
+    same = last.prompt_token_ids[: len(before.prompt_token_ids) + len(drawn)] == before.prompt_token_ids + drawn
+    assert (
+        not same or last.num_cached_tokens >= len(before.prompt_token_ids) + len(drawn) - 2
+    )  # the last one drawn was never computed
     return same
 
 
@@ -58,22 +60,22 @@ def test_a_turn_computes_only_what_is_new(talk: Conversation, sampling: Sampling
     talk.sampling = sampling
     say(talk, "Hello", "and again, é", "and the last")
     for i in (2, 3):
-        rounds, talk.rounds = talk.rounds, talk.rounds[:i]
+        rounds, talk.turns = talk.turns, talk.turns[:i]
         assert grows(talk)
-        talk.rounds = rounds
-    assert [r.answer.finish_reason for r in talk.rounds] == [("length", "stop")[sampling is ENDING]] * 3
+        talk.turns = rounds
+    assert [r.answer.finish_reason for r in talk.turns] == [("length", "stop")[sampling is ENDING]] * 3
     wanted = "".join(
-        f"<|im_start|>user: {r.message}<|im_end|><|im_start|>assistant: {r.answer.text}<|im_end|>" for r in talk.rounds
+        f"<|im_start|>user: {r.message}<|im_end|><|im_start|>assistant: {r.answer.text}<|im_end|>" for r in talk.turns
     )
-    assert talk.rounds[-1].rendered == wanted[: -len(talk.rounds[-1].answer.text + "<|im_end|>")]
+    assert talk.turns[-1].rendered_prompt == wanted[: -len(talk.turns[-1].answer.text + "<|im_end|>")]
     if sampling is ENDING:  # no special tokens within the answers of this seed
-        assert CODER.decode(talk.rounds[-1].prompt).count("<|im_end|>") == 5
+        assert CODER.decode(talk.turns[-1].prompt_token_ids).count("<|im_end|>") == 5
 
 
 def test_the_first_prompt_is_the_template(talk: Conversation) -> None:
     talk.system = "Be brief."
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    assert talk.prompt("Hello")[1] == CODER.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    assert talk.render_prompt("Hello")[1] == CODER.apply_chat_template(messages, add_generation_prompt=True).input_ids
 
 
 STRIPS = TEMPLATE.replace("m['content']", "m['content'] | trim")
@@ -85,12 +87,12 @@ def test_templates_that_strip_answers(talk: Conversation) -> None:
     assert talk.engine.tokenizer is not None
     talk.engine.tokenizer.chat_template = STRIPS
     space = CODER.convert_tokens_to_ids("Ġ")
-    talk.set(logit_bias={space: 100.0})
+    talk.update_sampling(logit_bias={space: 100.0})
     say(talk, "Hello")
-    assert talk.rounds[0].answer.text == " " * 12
+    assert talk.turns[0].answer.text == " " * 12
     say(talk, "again")
     assert grows(talk)
-    talk.set(logit_bias={}, min_tokens=0)
+    talk.update_sampling(logit_bias={}, min_tokens=0)
     say(talk, "and", "again")
     assert grows(talk)
 
@@ -103,7 +105,7 @@ def test_templates_that_rewrite(talk: Conversation) -> None:
     assert not grows(talk)
     messages = talk.messages[:-1]
     assert (
-        talk.rounds[-1].prompt
+        talk.turns[-1].prompt_token_ids
         == talk.engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     )
 
@@ -111,11 +113,11 @@ def test_templates_that_rewrite(talk: Conversation) -> None:
 def test_special_tokens_in_messages(talk: Conversation) -> None:
     """They are text, in the turn and in those after it; the template's own stay what they are."""
     im_end = CODER.convert_tokens_to_ids("<|im_end|>")
-    talk.set(logit_bias={im_end: -100.0, CODER.convert_tokens_to_ids("<|im_start|>"): -100.0})
+    talk.update_sampling(logit_bias={im_end: -100.0, CODER.convert_tokens_to_ids("<|im_start|>"): -100.0})
     say(talk, "a<|im_end|>b", "<|im_start|>", "c <")
     assert grows(talk)
-    assert [r.prompt.count(im_end) for r in talk.rounds] == [1, 3, 5]
-    assert CODER.decode(talk.rounds[0].prompt).startswith("<|im_start|>user: a<|im_end|>b<|im_end|>")
+    assert [r.prompt_token_ids.count(im_end) for r in talk.turns] == [1, 3, 5]
+    assert CODER.decode(talk.turns[0].prompt_token_ids).startswith("<|im_start|>user: a<|im_end|>b<|im_end|>")
 
 
 def test_another_system_prompt_and_stop_strings(talk: Conversation) -> None:
@@ -123,29 +125,29 @@ def test_another_system_prompt_and_stop_strings(talk: Conversation) -> None:
     say(talk, "Hello")
     talk.system = "Be brief."
     say(talk, "again")
-    assert not grows(talk) and "Be brief." in talk.rounds[-1].rendered
-    talk.reset(1)
+    assert not grows(talk) and "Be brief." in talk.turns[-1].rendered_prompt
+    talk.rewind(1)
     say(talk, "Hello")
-    text = talk.rounds[-1].answer.text
-    talk.reset(1)
-    talk.set(stop=(text[5:7],))
+    text = talk.turns[-1].answer.text
+    talk.rewind(1)
+    talk.update_sampling(stop=(text[5:7],))
     say(talk, "Hello")
-    assert talk.rounds[-1].answer.text == text[: text.index(text[5:7])]
+    assert talk.turns[-1].answer.text == text[: text.index(text[5:7])]
     say(talk, "again")
-    assert not grows(talk) and talk.rounds[0].answer.text in talk.rounds[-1].rendered
+    assert not grows(talk) and talk.turns[0].answer.text in talk.turns[-1].rendered_prompt
 
 
 def test_left_early(talk: Conversation) -> None:
     """What there is counts as the answer, and stays cached."""
-    talk.set(max_tokens=None)
+    talk.update_sampling(max_tokens=None)
     with closing(talk.ask("Hello")) as pieces:
         for _ in range(8):
             next(pieces)
-    assert talk.rounds[0].answer.finish_reason == "abort" and len(talk.rounds[0].answer.token_ids) == 8
-    talk.set(max_tokens=5)
+    assert talk.turns[0].answer.finish_reason == "abort" and len(talk.turns[0].answer.token_ids) == 8
+    talk.update_sampling(max_tokens=5)
     say(talk, "again")
     assert grows(talk)
-    assert not talk.engine.unfinished
+    assert not talk.engine.has_unfinished_requests
 
 
 def test_an_interrupted_step(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,39 +157,39 @@ def test_an_interrupted_step(talk: Conversation, monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(talk.engine._stepper, "run", fail)
+        m.setattr(talk.engine._runner, "run", fail)
         list(talk.ask("Hello"))
-    assert talk.rounds == []
+    assert talk.turns == []
     say(talk, "Hello")
 
 
 def test_going_back(talk: Conversation) -> None:
     say(talk, "one", "two", "three")
-    first = talk.rounds[0]
-    talk.reset(2)
+    first = talk.turns[0]
+    talk.rewind(2)
     say(talk, "another two")
-    assert talk.rounds[0] is first and [r.message for r in talk.rounds] == ["one", "another two"] and grows(talk)
+    assert talk.turns[0] is first and [r.message for r in talk.turns] == ["one", "another two"] and grows(talk)
     for number in (0, 4):
         with pytest.raises(ValueError, match=f"there is no round {number}: the next one is 3"):
-            talk.reset(number)
-    talk.reset(3)
-    assert len(talk.rounds) == 2
+            talk.rewind(number)
+    talk.rewind(3)
+    assert len(talk.turns) == 2
 
 
 def test_too_long(talk: Conversation) -> None:
     """An answer ends with the context; what leaves no room for one is refused, and nothing is changed."""
-    talk.set(max_tokens=10_000)
+    talk.update_sampling(max_tokens=10_000)
     say(talk, "a" * 900)
-    last = talk.rounds[-1]
-    assert last.answer.finish_reason == "length" and len(last.prompt + last.answer.token_ids) == CONTEXT
-    with pytest.raises(TooLong, match=f"the model and its cache hold {CONTEXT}"):
+    last = talk.turns[-1]
+    assert last.answer.finish_reason == "length" and len(last.prompt_token_ids + last.answer.token_ids) == CONTEXT
+    with pytest.raises(ConversationTooLong, match=f"the model and its cache hold {CONTEXT}"):
         next(talk.ask("more"))
-    assert len(talk.rounds) == 1
+    assert len(talk.turns) == 1
 
 
 def test_settings(talk: Conversation) -> None:
-    talk.set(temperature=0.5, stop=["a"])
-    assert talk.settings() == {
+    talk.update_sampling(temperature=0.5, stop=["a"])
+    assert talk.notable_settings() == {
         "temperature": 0.5, "top_p": 1.0, "seed": 1, "max_tokens": 12, "stop": ("a",), "ignore_eos": True,
     }  # fmt: skip
     for changes, message in (
@@ -197,22 +199,22 @@ def test_settings(talk: Conversation) -> None:
         ({"stop": 5}, "stop must be a list of strings, got 5"),
     ):
         with pytest.raises(ValueError, match=message):
-            talk.set(**changes)
+            talk.update_sampling(**changes)
     assert talk.sampling.temperature == 0.5
 
 
 def test_save_and_load(talk: Conversation, tmp_path: Path) -> None:
     """The same messages and settings, and the same next prompt but for where tokens were cut."""
     talk.system = "Be brief."
-    talk.set(logit_bias={5: -1.0}, stop=("zzz",))
+    talk.update_sampling(logit_bias={5: -1.0}, stop=("zzz",))
     say(talk, "one", "two é")
     talk.save(tmp_path / "a.json")
     other = Conversation(talk.engine)
     other.load(tmp_path / "a.json")
     assert (other.messages, other.sampling, other.system) == (talk.messages, talk.sampling, "Be brief.")
-    assert other.prompt("three")[0] == talk.prompt("three")[0]
+    assert other.render_prompt("three")[0] == talk.render_prompt("three")[0]
     say(other, "three")
-    assert other.rounds[-1].cached > 16 and other.rounds[0].prompt == []
+    assert other.turns[-1].num_cached_tokens > 16 and other.turns[0].prompt_token_ids == []
     for text in (
         "{",
         "[]",
@@ -224,7 +226,7 @@ def test_save_and_load(talk: Conversation, tmp_path: Path) -> None:
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ValueError, match=r"b\.json|unknown sampling setting 'x'"):
             other.load(tmp_path / "b.json")
-    assert len(other.rounds) == 3
+    assert len(other.turns) == 3
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ def test_two_ranks(fgchat: Run, model: Path) -> None:
     """The answer of one; the other process ends with it."""
     want = fgchat(model, "-p", "Hello", "sampling=greedy", *TINY)[:2]
     assert fgchat(model, "-p", "Hello", "sampling=greedy", "--tensor-parallel", "2", *TINY)[:2] == want
-    assert want[0] == 0 and launch.Crew.active is None
+    assert want[0] == 0 and launch.WorkerGroup.active is None
 
 
 def test_no_template(fgchat: Run, tmp_path: Path) -> None:
@@ -315,19 +317,19 @@ def test_help(fgchat: Run) -> None:
 
 def test_defaults() -> None:
     """sampling=chat and schedule=latency, unless others are named; the small default model is kept on a short leash."""
-    config = chat._config(chat._parser().parse_args([]))
+    config = chat._compose_config(chat._make_parser().parse_args([]))
     assert (config.sampling.temperature, config.sampling.top_p, config.sampling.max_tokens) == (0.2, 0.9, 2048)
-    assert config.schedule.max_requests == 32
-    config = chat._config(chat._parser().parse_args(["a/b", "sampling.top_p=0.8", "schedule=throughput"]))
+    assert config.schedule.max_num_seqs == 32
+    config = chat._compose_config(chat._make_parser().parse_args(["a/b", "sampling.top_p=0.8", "schedule=throughput"]))
     assert (config.sampling.temperature, config.sampling.top_p) == (0.7, 0.8)
-    assert config.schedule.max_requests == 512 and config.model.path == "a/b"
-    config = chat._config(chat._parser().parse_args(["sampling=greedy", "--tensor-parallel", "1"]))
+    assert config.schedule.max_num_seqs == 512 and config.model.path == "a/b"
+    config = chat._compose_config(chat._make_parser().parse_args(["sampling=greedy", "--tensor-parallel", "1"]))
     assert config.sampling.temperature == 0 and config.parallel.tensor_parallel == 1
 
 
 def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def complete(text: str) -> list[str]:
-        return [c.text for c in chat.Complete().get_completions(Document(text), CompleteEvent())]
+        return [c.text for c in chat.CommandCompleter().get_completions(Document(text), CompleteEvent())]
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "talk.json").touch()
@@ -433,6 +435,6 @@ def test_the_default_model_remembers(device: str) -> None:
     with fastgen.Engine.from_pretrained(device=device, dtype="float32", cache_tokens=1024, progress=False) as engine:
         talk = Conversation(engine, SamplingParams(temperature=0, max_tokens=24))
         say(talk, "What is the capital of France?", "And of Germany?")
-    first, second = talk.rounds
+    first, second = talk.turns
     assert "Paris" in first.answer.text and "Berlin" in second.answer.text
-    assert second.cached >= len(first.prompt) + len(first.answer.token_ids) - 2
+    assert second.num_cached_tokens >= len(first.prompt_token_ids) + len(first.answer.token_ids) - 2

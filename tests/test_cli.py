@@ -21,7 +21,7 @@ import pytest
 import fastgen
 from fastgen import Completion, Engine, Output
 from fastgen.cli import bench, chat, files, run, serve
-from fastgen.cli.config import overrides
+from fastgen.cli.config import to_hydra_arguments
 from fastgen.cli.files import read_prompts
 from fastgen.config import SamplingParams
 
@@ -157,11 +157,14 @@ def parquet(**columns: list) -> bytes:
 def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: Path) -> None:
     """The format is that of the suffix, and whatever `task.format` says is read so."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert run._prompts(run.compose(f"task.prompts={tmp_path / name}")) == prompts
+    assert run._collect_prompts(run.compose(f"task.prompts={tmp_path / name}")) == prompts
     suffix = name.lower().removesuffix(".gz").partition(".")[2] or "text"
     other = tmp_path / ("x.gz" if name.endswith(".gz") else "x")
     other.write_bytes((tmp_path / name).read_bytes())
-    assert run._prompts(run.compose(f"task.prompts={other}", f"task.format={suffix.replace('txt', 'text')}")) == prompts
+    assert (
+        run._collect_prompts(run.compose(f"task.prompts={other}", f"task.format={suffix.replace('txt', 'text')}"))
+        == prompts
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,15 +262,15 @@ def test_prompts_from_standard_input(name: str, monkeypatch: pytest.MonkeyPatch,
 )
 def test_arguments(argument: str, override: str) -> None:
     """What one would type is what Hydra is told."""
-    assert overrides([argument]) == [override]
+    assert to_hydra_arguments([argument]) == [override]
 
 
 def test_values_of_arguments() -> None:
     config = run.compose("stop=END", "stop_token_ids=5", "grammar=regex:[0-9]+", "out=a=b.jsonl")
     assert (config.sampling.stop, config.sampling.stop_token_ids) == (("END",), (5,))
     assert (config.sampling.grammar, config.out) == ("regex:[0-9]+", "a=b.jsonl")
-    assert overrides(["seed=1", "--", "--help"]) == ["seed=1", 'prompt="--help"']
-    assert overrides(["--cfg", "job", "Hi"]) == ["--cfg", "job", 'prompt="Hi"']
+    assert to_hydra_arguments(["seed=1", "--", "--help"]) == ["seed=1", 'prompt="--help"']
+    assert to_hydra_arguments(["--cfg", "job", "Hi"]) == ["--cfg", "job", 'prompt="Hi"']
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -11,74 +11,78 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastgen
-from fastgen import Settings
-from fastgen.batch import Stager
-from fastgen.compile import Shape, Stepper, buckets, largest
-from fastgen.config import Schedule
-from fastgen.step import feed
+from fastgen import EngineConfig
+from fastgen.batch import InputBuffers
+from fastgen.compile import StepShape, ModelRunner, decode_graph_sizes, largest_shape
+from fastgen.config import SchedulerConfig
+from fastgen.step import fill_pending_tokens
 
 CONFIG = tiny.config("Qwen3", hidden_size=64, intermediate_size=96, head_dim=16, vocab=103, context=256)
-SPEC = fastgen.from_hf(CONFIG)
+SPEC = fastgen.from_hf_config(CONFIG)
 
 
 @given(most=st.integers(1, 3000))
 def test_buckets(most: int) -> None:
     """Rising, up to the most, and no more than a quarter more than is needed, but for the smallest."""
-    sizes = buckets(most)
+    sizes = decode_graph_sizes(most)
     assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max(2, most) and sizes[0] >= 2
     for n in range(1, most + 1):
         assert min(s for s in sizes if s >= n) <= max(2, n + 7, n * 1.25)
 
 
-def stepper(limits: Schedule) -> Stepper:
-    settings = Settings.of(compile="inductor", schedule=limits).on("cpu")
+def stepper(limits: SchedulerConfig) -> ModelRunner:
+    settings = EngineConfig.from_flat(compile="inductor", schedule=limits).resolve("cpu")
     params = fastgen.init(SPEC, device="cpu")
     device = params.embed.device
-    return Stepper(params, SPEC, settings, Stager(limits.max_requests, *largest(limits)[:2], 16, 16, 103, device))
+    return ModelRunner(
+        params, SPEC, settings, InputBuffers(limits.max_num_seqs, *largest_shape(limits)[:2], 16, 16, 103, device)
+    )
 
 
 @given(data=st.data(), most=st.integers(1, 600), extra=st.integers(0, 3000))
 def test_a_plan_fits_its_shape(data: st.DataObject, most: int, extra: int) -> None:
     """Every plan has room in its shape, with a row for the padding, and the buffers have room for the shape."""
-    limits = Schedule(max_requests=most, token_budget=most + extra)
+    limits = SchedulerConfig(max_num_seqs=most, token_budget=most + extra)
     run = STEPPERS.setdefault(limits, stepper(limits))
     rows = data.draw(st.integers(1, most))
     tokens = data.draw(st.one_of(st.just(rows), st.integers(rows, limits.token_budget)))
-    shape = run.shape(tokens, rows, scored=False)
-    assert shape.tokens >= tokens and shape.decode == (tokens == rows)
-    assert shape.rows >= rows if shape.decode else shape.rows > rows
-    assert (shape.tokens == shape.rows) == shape.decode, "attention would take it for the other kind"
-    assert shape.tokens <= largest(limits).tokens and shape.rows <= largest(limits).rows
+    shape = run.padded_shape(tokens, rows, needs_prompt_logprobs=False)
+    assert shape.num_tokens >= tokens and shape.decode == (tokens == rows)
+    assert shape.num_seqs >= rows if shape.decode else shape.num_seqs > rows
+    assert (shape.num_tokens == shape.num_seqs) == shape.decode, "attention would take it for the other kind"
+    assert shape.num_tokens <= largest_shape(limits).num_tokens and shape.num_seqs <= largest_shape(limits).num_seqs
 
 
-STEPPERS: dict[Schedule, Stepper] = {}
+STEPPERS: dict[SchedulerConfig, ModelRunner] = {}
 
 
 def test_graphs_have_shapes_for_all_that_decode() -> None:
     """Every number of decoding sequences has a graph, largest first: the others fit into its memory."""
-    run = stepper(Schedule(max_requests=100, token_budget=600))
-    run.how = "graphs"
-    shapes = run.shapes()
+    run = stepper(SchedulerConfig(max_num_seqs=100, token_budget=600))
+    run.mode = "graphs"
+    shapes = run.graph_shapes()
     assert list(shapes) == sorted(shapes, reverse=True)
-    assert {s.rows for s in shapes if s.decode} == {*buckets(100)}
-    assert [s.tokens for s in shapes if not s.decode] == [640, 512, 384, 320, 256, 192, 128, 64]
+    assert {s.num_seqs for s in shapes if s.decode} == {*decode_graph_sizes(100)}
+    assert [s.num_tokens for s in shapes if not s.decode] == [640, 512, 384, 320, 256, 192, 128, 64]
     run.graphs = dict.fromkeys(shapes)  # type: ignore[arg-type]
-    assert run.shape(33, 33, scored=False) == Shape(40, 40, True)
-    assert run.shape(70, 5, scored=False) == Shape(128, 32, False)
-    assert run.shape(70, 40, scored=False) not in shapes  # more sequences than the graph has
-    assert run.shape(70, 5, scored=True) not in shapes  # graphs keep no hidden states
-    assert run.shape(625, 90, scored=False) == Shape(640, 101, False)  # the whole budget, nearly
-    assert run.shape(600, 40, scored=False) not in shapes
-    assert run.shape(33, 33, scored=False, shared=True) == Shape(64, 64, True, True)
-    run.settings = Settings.of(schedule=run.settings.schedule, shared_attention=False)
-    assert not any(s.shared for s in run.shapes())
+    assert run.padded_shape(33, 33, needs_prompt_logprobs=False) == StepShape(40, 40, True)
+    assert run.padded_shape(70, 5, needs_prompt_logprobs=False) == StepShape(128, 32, False)
+    assert run.padded_shape(70, 40, needs_prompt_logprobs=False) not in shapes  # more sequences than the graph has
+    assert run.padded_shape(70, 5, needs_prompt_logprobs=True) not in shapes  # graphs keep no hidden states
+    assert run.padded_shape(625, 90, needs_prompt_logprobs=False) == StepShape(
+        640, 101, False
+    )  # the whole budget, nearly
+    assert run.padded_shape(600, 40, needs_prompt_logprobs=False) not in shapes
+    assert run.padded_shape(33, 33, needs_prompt_logprobs=False, shared_prefix=True) == StepShape(64, 64, True, True)
+    run.config = EngineConfig.from_flat(schedule=run.config.schedule, shared_attention=False)
+    assert not any(s.shared_prefix for s in run.graph_shapes())
 
 
 def test_feed() -> None:
     """A token below 0 is the one last drawn in that seat."""
     last = torch.tensor([0, 11, 22, 33], dtype=torch.int32)
     token = torch.tensor([5, -3, 0, -1], dtype=torch.int32)
-    assert feed(token, last).tolist() == [5, 33, 0, 11]
+    assert fill_pending_tokens(token, last).tolist() == [5, 33, 0, 11]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_feed() -> None:
 def test_graphs_need_a_gpu_and_triton(settings: dict[str, str], message: str) -> None:
     """What cannot be captured is refused, with what to use instead."""
     with pytest.raises(ValueError, match=message):
-        Settings.of(**settings).on("cpu")
+        EngineConfig.from_flat(**settings).resolve("cpu")
 
 
 COMPARE = f"""

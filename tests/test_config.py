@@ -16,8 +16,19 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fastgen.cli import run
-from fastgen.cli.config import KEYS, TASKS, Config, compose, conf_dir, typed
-from fastgen.config import Compile, Grpo, Lora, Model, Offload, Pages, Parallel, SamplingParams, Schedule, Settings
+from fastgen.cli.config import KEY_ALIASES, TASKS, RunConfig, compose, conf_dir, to_dataclass
+from fastgen.config import (
+    CompileConfig,
+    GrpoConfig,
+    LoraConfig,
+    LoadConfig,
+    OffloadConfig,
+    KVCacheConfig,
+    ParallelConfig,
+    SamplingParams,
+    SchedulerConfig,
+    EngineConfig,
+)
 
 NAN = float("nan")
 BAD = [
@@ -38,43 +49,46 @@ BAD = [
     (SamplingParams, "logprobs", [-1, 0.5], "at least 0"),
     (SamplingParams, "prompt_logprobs", [-1, 0.5], "at least 0"),
     (SamplingParams, "logprob_mode", ["processd", None], "raw, processed"),
-    (Model, "dtype", ["fp16", "int8", None], "auto, float32, bfloat16, float16"),
-    (Model, "random", [True], "model.path"),
-    (Model, "adapters", [{"": "x"}, {"x": ""}, {"x": 3}], "a folder for each name"),
-    (Schedule, "policy", ["mix", None], "mixed, prefill_first"),
-    (Schedule, "max_requests", [0, -1, 1.5, 8193], "at least 1|8193"),
-    (Schedule, "overlap", ["yes", 1], "must be"),
-    (Schedule, "token_budget", [0, 2.5, 511], "at least 1|at least schedule.max_requests"),
-    (Schedule, "prefill_chunk", [0, 1.5], "at least 1"),
-    (Pages, "page_size", [0, -16, 1.5], "at least 1"),
-    (Pages, "cache_tokens", [15, 0, 1e4], "at least 64"),
-    (Pages, "cache_fraction", [0, 0.99, 1.5, NAN], "between 0.01 and 0.98"),
-    (Offload, "offload", ["disk", None], "none, host"),
-    (Offload, "keep", ["some", None], "all, parked"),
-    (Offload, "host_gb", [0, -1, "8"], "at least"),
-    (Pages, "prefix_cache", [1, "yes", None], "true or false"),
-    (Pages, "shared_attention", [0, None], "true or false"),
-    (Parallel, "tensor_parallel", [0, 65, True], "between 1 and 64"),
+    (LoadConfig, "dtype", ["fp16", "int8", None], "auto, float32, bfloat16, float16"),
+    (LoadConfig, "random", [True], "model.path"),
+    (LoadConfig, "adapters", [{"": "x"}, {"x": ""}, {"x": 3}], "a folder for each name"),
+    (SchedulerConfig, "policy", ["mix", None], "mixed, prefill_first"),
+    (SchedulerConfig, "max_requests", [0, -1, 1.5, 8193], "at least 1|8193"),
+    (SchedulerConfig, "overlap", ["yes", 1], "must be"),
+    (SchedulerConfig, "token_budget", [0, 2.5, 511], "at least 1|at least schedule.max_requests"),
+    (SchedulerConfig, "prefill_chunk", [0, 1.5], "at least 1"),
+    (KVCacheConfig, "page_size", [0, -16, 1.5], "at least 1"),
+    (KVCacheConfig, "cache_tokens", [15, 0, 1e4], "at least 64"),
+    (KVCacheConfig, "cache_fraction", [0, 0.99, 1.5, NAN], "between 0.01 and 0.98"),
+    (OffloadConfig, "offload", ["disk", None], "none, host"),
+    (OffloadConfig, "keep", ["some", None], "all, parked"),
+    (OffloadConfig, "host_gb", [0, -1, "8"], "at least"),
+    (KVCacheConfig, "prefix_cache", [1, "yes", None], "true or false"),
+    (KVCacheConfig, "shared_attention", [0, None], "true or false"),
+    (ParallelConfig, "tensor_parallel", [0, 65, True], "between 1 and 64"),
     (SamplingParams, "adapter", ["", 3], "name or None"),
-    (Lora, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
-    (Lora, "max_rank", [0, 257, "8"], "between 1 and 256"),
-    (Parallel, "replicas", [0, 65, 1.5], "between 1 and 64"),
-    (Parallel, "peer_memory", [1, None], "true or false"),
+    (LoraConfig, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
+    (LoraConfig, "max_rank", [0, 257, "8"], "between 1 and 256"),
+    (ParallelConfig, "replicas", [0, 65, 1.5], "between 1 and 64"),
+    (ParallelConfig, "peer_memory", [1, None], "true or false"),
     (SamplingParams, "cache_salt", ["", 5, b"x"], "1 to 256 characters"),
     (SamplingParams, "ignore_eos", [1, "false", None], "true or false"),
-    (Grpo, "problem", ["", None], "must be a name"),
-    (Grpo, "folder", ["", 3], "must be a name"),
-    (Grpo, "variant", ["ppo", None], "grpo, dr_grpo"),
-    *((Grpo, name, [0, -1, 1.5, "8"], "at least 1") for name in ("steps", "prompts", "minibatches", "save_every")),
-    (Grpo, "layers", [0, 0.5], "at least 1"),
-    (Grpo, "warmup", [-1, 2.5], "at least 0"),
-    *((Grpo, name, [-0.1, 1.1, NAN], "between 0 and 1") for name in ("clip", "lr", "weight_decay")),
-    (Grpo, "kl", [-1, 101], "between 0 and 100"),
-    (Grpo, "max_norm", [0, -1.0], "at least"),
-    *((Grpo, name, [1, "yes", None], "true or false") for name in ("checkpointed", "resume", "export")),
-    (Compile, "compile", ["reduce-overhead"], "eager"),
-    (Compile, "deterministic", [1, "yes", None], "true or false"),
-    (Compile, "attention", ["flash", None], "sdpa, reference"),
+    (GrpoConfig, "problem", ["", None], "must be a name"),
+    (GrpoConfig, "folder", ["", 3], "must be a name"),
+    (GrpoConfig, "variant", ["ppo", None], "grpo, dr_grpo"),
+    *(
+        (GrpoConfig, name, [0, -1, 1.5, "8"], "at least 1")
+        for name in ("steps", "prompts", "minibatches", "save_every")
+    ),
+    (GrpoConfig, "layers", [0, 0.5], "at least 1"),
+    (GrpoConfig, "warmup", [-1, 2.5], "at least 0"),
+    *((GrpoConfig, name, [-0.1, 1.1, NAN], "between 0 and 1") for name in ("clip", "lr", "weight_decay")),
+    (GrpoConfig, "kl", [-1, 101], "between 0 and 100"),
+    (GrpoConfig, "max_norm", [0, -1.0], "at least"),
+    *((GrpoConfig, name, [1, "yes", None], "true or false") for name in ("checkpointed", "resume", "export")),
+    (CompileConfig, "compile", ["reduce-overhead"], "eager"),
+    (CompileConfig, "deterministic", [1, "yes", None], "true or false"),
+    (CompileConfig, "attention", ["flash", None], "sdpa, reference"),
 ]
 GROUPS = {
     name: sorted(f.stem for f in (conf_dir() / name).glob("*.yaml"))
@@ -96,7 +110,17 @@ def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
 def test_every_field_is_tested_or_free() -> None:
     """A new knob without a bad value here is noticed."""
     free = {"path", "device", "random_seed", "grammar"}
-    kinds = (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Lora, Compile, Grpo)
+    kinds = (
+        SamplingParams,
+        LoadConfig,
+        SchedulerConfig,
+        KVCacheConfig,
+        OffloadConfig,
+        ParallelConfig,
+        LoraConfig,
+        CompileConfig,
+        GrpoConfig,
+    )
     assert {f.name for kind in kinds for f in fields(kind)} == {name for _, name, _, _ in BAD} | free
 
 
@@ -129,17 +153,19 @@ def test_stop_is_a_tuple_of_texts() -> None:
 
 
 def test_settings_of() -> None:
-    flat = Settings.of(token_budget=600, page_size=32, attention="reference", seed=3)
-    assert flat.schedule == Schedule(token_budget=600)
-    assert flat.pages == Pages(page_size=32)
+    flat = EngineConfig.from_flat(token_budget=600, page_size=32, attention="reference", seed=3)
+    assert flat.schedule == SchedulerConfig(token_budget=600)
+    assert flat.kv_cache == KVCacheConfig(page_size=32)
     assert flat.compile.attention == "reference"
     assert flat.seed == 3
-    whole = Settings.of(schedule=Schedule(max_requests=8), token_budget=64)
-    assert whole.schedule == Schedule(max_requests=8, token_budget=64)
-    assert Settings.of() == Settings() and Settings.of().special_tokens_in_content == "text"
-    assert Settings.of(special_tokens_in_content="control") == Settings(special_tokens_in_content="control")
+    whole = EngineConfig.from_flat(schedule=SchedulerConfig(max_num_seqs=8), token_budget=64)
+    assert whole.schedule == SchedulerConfig(max_num_seqs=8, token_budget=64)
+    assert EngineConfig.from_flat() == EngineConfig() and EngineConfig.from_flat().special_tokens_in_content == "text"
+    assert EngineConfig.from_flat(special_tokens_in_content="control") == EngineConfig(
+        special_tokens_in_content="control"
+    )
     with pytest.raises(ValueError, match="special_tokens_in_content must be one of text, control, got 'tokens'"):
-        Settings.of(special_tokens_in_content="tokens")
+        EngineConfig.from_flat(special_tokens_in_content="tokens")
 
 
 @pytest.mark.parametrize(
@@ -147,14 +173,14 @@ def test_settings_of() -> None:
 )
 def test_settings_of_typo(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown setting '{name}'; did you mean.* {nearest}"):
-        Settings.of(**{name: 1})
+        EngineConfig.from_flat(**{name: 1})
 
 
 def test_settings_of_keeps_checking() -> None:
     with pytest.raises(ValueError, match="schedule.token_budget must be at least 1, got -1"):
-        Settings.of(token_budget=-1)
+        EngineConfig.from_flat(token_budget=-1)
     with pytest.raises(ValueError, match="unknown setting 'schedule'"):
-        Settings.of(schedule={"token_budget": 4})
+        EngineConfig.from_flat(schedule={"token_budget": 4})
 
 
 # --- conf/ ----------------------------------------------------------------------------------------------------
@@ -162,7 +188,7 @@ def test_settings_of_keeps_checking() -> None:
 
 def test_no_overrides_are_the_defaults() -> None:
     """Of the dataclasses; only that the command line is greedy where a library call samples."""
-    assert compose("sampling=default") == Config()
+    assert compose("sampling=default") == RunConfig()
     assert compose() == compose("sampling=greedy")
 
 
@@ -172,7 +198,7 @@ def test_no_overrides_are_the_defaults() -> None:
 def test_option(group: str, option: str) -> None:
     """It composes into its dataclass, and holds what its file says."""
     value = getattr(compose(f"{group}={option}"), group)
-    assert type(value) is type(getattr(Config(), group))
+    assert type(value) is type(getattr(RunConfig(), group))
     written = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
     for name, said in written.items():
         if not (isinstance(said, str) and "${" in said):
@@ -200,7 +226,7 @@ def test_all_engine_options_fit_together() -> None:
 
 def test_debug_model_is_there() -> None:
     model = compose("model=debug").model
-    assert model.random and model.path and model.path.startswith(str(conf_dir()))
+    assert model.random_weights and model.path and model.path.startswith(str(conf_dir()))
 
 
 @pytest.mark.parametrize(
@@ -242,9 +268,18 @@ def test_keys_without_their_group() -> None:
         compose("tensor_parallel=0")
     with pytest.raises(ValueError, match=r"page_sise.*did you mean.*pages\.page_size"):
         compose("page_sise=1")
-    keywords = {f.name for f in fields(Settings)} | {f.name for f in fields(Config)}
-    for kind in (SamplingParams, Model, Schedule, Pages, Offload, Parallel, Lora, Compile):
-        assert all(f.name in KEYS or f.name in keywords for f in fields(kind))
+    keywords = {f.name for f in fields(EngineConfig)} | {f.name for f in fields(RunConfig)}
+    for kind in (
+        SamplingParams,
+        LoadConfig,
+        SchedulerConfig,
+        KVCacheConfig,
+        OffloadConfig,
+        ParallelConfig,
+        LoraConfig,
+        CompileConfig,
+    ):
+        assert all(f.name in KEY_ALIASES or f.name in keywords for f in fields(kind))
 
 
 def test_values_reach_the_dataclasses() -> None:
@@ -288,7 +323,7 @@ def test_hydra_alone_composes_the_same() -> None:
     """Users who compose with Hydra itself get the schema from the configuration package."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = hydra.compose("config", ["sampling=rollout"])
-    assert typed(cfg) == compose("sampling=rollout")
+    assert to_dataclass(cfg) == compose("sampling=rollout")
     assert "token_budget" in OmegaConf.to_yaml(cfg)
 
 

@@ -9,7 +9,7 @@ from test_tokenizer import BYTE_FALLBACK, QUICK, byte_level
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from fastgen.control_tokens import MARK, ControlTokens
+from fastgen.control_tokens import ESCAPE, ControlTokens
 from fastgen.tokenizer import encode, render
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<｜User｜>", "[INST]"]
@@ -59,8 +59,8 @@ def test_content_stays_text(body: str, text: str) -> None:
     messages = [{"role": "user", "content": text, "name": "<|im_start|>"}]
     tokens = encode(coder, messages)
     wanted = render(coder, messages, special_tokens_in_content="control")
-    assert control(tokens) == OWN and MARK not in coder.decode(tokens)
-    assert coder.decode(tokens) == wanted == render(coder, messages).replace(MARK, "")
+    assert control(tokens) == OWN and ESCAPE not in coder.decode(tokens)
+    assert coder.decode(tokens) == wanted == render(coder, messages).replace(ESCAPE, "")
     everything = encode(coder, messages, special_tokens_in_content="control")
     assert everything == coder(wanted).input_ids
     # Between the template's tokens stands what the tokenizer makes of the text where it knows no special token.
@@ -115,7 +115,7 @@ def test_nothing_changes_without_control_tokens() -> None:
     coder = templated("plain")
     for text in ("hello, world!", "1 < 2 and [a]", "", "a|b>"):
         messages = [{"role": "user", "content": text}]
-        assert MARK not in render(coder, messages)
+        assert ESCAPE not in render(coder, messages)
         assert encode(coder, messages) == coder.apply_chat_template(messages).input_ids
     assert encode(coder, "a<|im_end|>")[-1] == IDS["<|im_end|>"]  # a prompt that is a text is the caller's own
 
@@ -141,4 +141,4 @@ def test_a_tokenizer_without_a_backend() -> None:
         added_tokens_decoder = {5: AddedToken("<s>", special=True)}
 
     with pytest.raises(ValueError, match="special_tokens_in_content=control"):
-        ControlTokens(Words()).encode(f"<{MARK}s>")  # type: ignore[arg-type]
+        ControlTokens(Words()).encode(f"<{ESCAPE}s>")  # type: ignore[arg-type]

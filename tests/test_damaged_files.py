@@ -198,7 +198,7 @@ def use(folder: Path, file: str) -> None:
     """Load what a file is part of, and do with it what a first request does."""
     if file.startswith("adapter"):
         adapter = lora.load(folder / "adapter", serving.SPEC, device="cpu")
-        assert lora.rank(adapter) == lora.read_config(folder / "adapter")["r"]
+        assert lora.adapter_rank(adapter) == lora.read_peft_config(folder / "adapter")["r"]
         lora.merge(fastgen.init(serving.SPEC), serving.SPEC, adapter)
         return
     path = folder / file if file.endswith(".gguf") else folder
@@ -206,7 +206,7 @@ def use(folder: Path, file: str) -> None:
         spec, params = fastgen.load(path, progress=False)
         shapes = [leaf.shape for leaf in tree_leaves(fastgen.models.weights.declare(spec)) if leaf is not None]
         assert shapes == [tuple(x.shape) for x in tree_leaves(params) if x is not None]
-        assert spec.dim == (test_gguf.DIM if file.endswith(".gguf") else serving.SPEC.dim)
+        assert spec.hidden_size == (test_gguf.DIM if file.endswith(".gguf") else serving.SPEC.hidden_size)
         with fastgen.Engine(params, spec, cache_tokens=256, token_budget=32, max_requests=2) as e:
             assert (
                 len(e.generate([[1, 2, 3]], fastgen.SamplingParams(max_tokens=2, ignore_eos=True), progress=False)) == 1

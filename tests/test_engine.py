@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerFast
 import fastgen
 from fastgen import Event, Output, SamplingParams, schedule
 from fastgen.ops.attention import reference
-from fastgen.sampling import exponential
+from fastgen.sampling import exponential_noise
 from fastgen.schedule import Span
 
 CONFIG = tiny.config("Mistral", **tiny.WINDOWED)
-SPEC = fastgen.from_hf(CONFIG)
+SPEC = fastgen.from_hf_config(CONFIG)
 PARAMS = tiny.weights(SPEC)
 DICE = random.Random(0)
 PROMPTS = [[DICE.randrange(61) for _ in range(n)] for n in (5, 1, 23, 9, 2, 17)]
@@ -41,7 +41,7 @@ class Engine(fastgen.Engine):
 
     def step(self) -> list[Event]:
         before, events = self.state, super().step()
-        schedule.check(self.state, self.settings.schedule)
+        schedule.check(self.state, self.config.schedule)
         self.idle = 0 if events or self.state != before else self.idle + 1
         assert self.idle < 9, "nothing happens any more"
         return events
@@ -53,9 +53,9 @@ def engine(**settings: Any) -> Engine:
 
 def logits(tokens: list[int]) -> Tensor:
     """[T, V] computed at once, by the attention that is the specification, in a cache of its own."""
-    batch = fastgen.stage((Span(0, 0, len(tokens), True, (1, 2, 3, 4)),), {0: tokens}, 16)
-    cache = fastgen.new_cache(SPEC, 5 * 16)
-    return fastgen.unembed(PARAMS, fastgen.hidden(PARAMS, cache, batch, SPEC, reference))
+    batch = fastgen.build_batch((Span(0, 0, len(tokens), True, (1, 2, 3, 4)),), {0: tokens}, 16)
+    cache = fastgen.new_kv_cache(SPEC, 5 * 16)
+    return fastgen.compute_logits(PARAMS, fastgen.hidden_states(PARAMS, cache, batch, SPEC, reference))
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -63,16 +63,16 @@ def logits(tokens: list[int]) -> Tensor:
 def test_forward_of_the_engines_own_batch(page_size: int, overlap: bool) -> None:
     """The logits of a step, computed again from parameters, cache and batch: what the step drew, and its logprobs."""
     e = engine(page_size=page_size, overlap=overlap, prefix_cache=False, max_requests=4)
-    assert e.batch is None
+    assert e.last_batch is None
     for prompt in PROMPTS[:3]:
         e.add(prompt, replace(GREEDY, logprobs=0, max_tokens=5))
     launched: list[Tensor] = []  # of each step, the logprobs that forward gives for its rows
     drawn: list[list[tuple[int, float]]] = []
-    while e.unfinished:
-        steps, events = e.steps, e.step()
-        if e.steps > steps:
-            assert e.batch is not None and e.batch.page_size == page_size
-            launched.append(fastgen.forward(e.params, e.cache, e.batch, e.spec).log_softmax(-1))
+    while e.has_unfinished_requests:
+        steps, events = e.num_steps, e.step()
+        if e.num_steps > steps:
+            assert e.last_batch is not None and e.last_batch.page_size == page_size
+            launched.append(fastgen.forward(e.params, e.cache, e.last_batch, e.model_config).log_softmax(-1))
         drawn += [[(x.token_ids[0], x.logprobs[0]) for x in events if x.logprobs]]
     drawn = [step for step in drawn if step]
     assert len(drawn) == 5 and all(len(step) == 3 for step in drawn)
@@ -123,7 +123,7 @@ def collect(events: Iterable[Event]) -> dict[int, Output]:
 def drain(engine: Engine) -> list[Event]:
     """All events that are left."""
     events = []
-    while engine.unfinished:
+    while engine.has_unfinished_requests:
         events += engine.step()
         assert len(events) < 1000, "it reports without end"
     return events
@@ -131,12 +131,12 @@ def drain(engine: Engine) -> list[Event]:
 
 def idle(engine: Engine) -> None:
     """Asserts that nothing runs, waits or is still to be reported, and that every page is free."""
-    assert not engine.unfinished
+    assert not engine.has_unfinished_requests
     assert engine.step() == []  # the first call after a stream was left aborts its requests
     state = engine.state
     assert not state.running and not state.waiting
-    schedule.check(state, engine.settings.schedule)
-    assert state.tree.available() == engine.capacity // state.page
+    schedule.check(state, engine.config.schedule)
+    assert state.prefix_cache.num_available_pages() == engine.cache_capacity // state.page_size
 
 
 # --- the same tokens in any company -------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_alone_is_as_recomputed(drawn: list[list[int]]) -> None:
         assert tokens(engine().generate(prompt, GREEDY)) == [wanted]
     for prompt, wanted, params in zip(PROMPTS, drawn, DRAWN, strict=True):
         z, position = logits(prompt + wanted)[len(prompt) - 1 : -1], len(prompt) + torch.arange(10)
-        noise = exponential(torch.full((10,), params.seed), position, 61)
+        noise = exponential_noise(torch.full((10,), params.seed), position, 61)
         assert (z - noise.log()).argmax(-1).tolist() == wanted
 
 
@@ -219,10 +219,10 @@ def test_requests_share_steps() -> None:
     """Running one after the other would be right, and slow: six requests need no more steps than one."""
     e = engine()
     e.generate(PROMPTS, GREEDY)
-    assert e.steps == 10
+    assert e.num_steps == 10
     e = engine(prefill_chunk=3)
     e.generate(PROMPTS[3], GREEDY)
-    assert e.steps == 3 + 9
+    assert e.num_steps == 3 + 9
 
 
 # --- seeds --------------------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def test_generate_beside_single_steps() -> None:
     assert tokens(e.generate(PROMPTS[2:4], GREEDY)) == WANTED[2:4]
     ids.append(e.add(PROMPTS[4], GREEDY))
     assert tokens(e.generate(PROMPTS[5], replace(GREEDY, max_tokens=2))) == [WANTED[5][:2]]
-    assert e.unfinished
+    assert e.has_unfinished_requests
     outputs = collect(events + drain(e))
     assert tokens(outputs[id] for id in ids) == [WANTED[0], WANTED[1][:3], WANTED[4]]
     idle(e)
@@ -563,7 +563,7 @@ def test_one_bad_prompt_of_many(way: str) -> None:
     events = e.step()
     with pytest.raises(ValueError, match=r"^prompt 2: prompt: token 61 is outside"):
         getattr(e, way)([PROMPTS[1], PROMPTS[2], [61], PROMPTS[3]], GREEDY)
-    assert [s.output.request_id for s in e._samples.values()] == [id]
+    assert [s.output.request_id for s in e._sequence_states.values()] == [id]
     assert collect(events + drain(e)).keys() == {id}
     idle(e)
     with pytest.raises(ValueError, match=r"^prompt: token 61"):
@@ -749,7 +749,7 @@ def test_close_frees_the_cache() -> None:
         e.step()
         assert cache() is not None
     assert cache() is None
-    assert e.state.tree.available() == e.capacity // e.state.page
+    assert e.state.prefix_cache.num_available_pages() == e.cache_capacity // e.state.page_size
 
 
 def test_close_after_an_error() -> None:
@@ -764,7 +764,7 @@ def test_random_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     where = str(torch.get_default_device())
     with Engine.from_pretrained(tmp_path, random=True, random_seed=3, device=where, prefill_chunk=2) as e:
-        assert e.settings.schedule.prefill_chunk == 2 and e.tokenizer is None and e.spec == SPEC
+        assert e.config.schedule.prefill_chunk == 2 and e.tokenizer is None and e.model_config == SPEC
         got = tokens(e.generate(PROMPTS, GREEDY))
     assert got == tokens(Engine(fastgen.init(SPEC, 3), SPEC).generate(PROMPTS, GREEDY))
 
@@ -882,9 +882,9 @@ def test_error_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_profile(overlap: bool, tmp_path: Path) -> None:
     """Some steps of what runs are traced, with the engine's own ranges; its tokens stay the same."""
     e = engine(overlap=overlap)
-    with e.profile(steps=3, path=tmp_path / "trace.json", skip=1) as p:
+    with e.profile(num_steps=3, path=tmp_path / "trace.json", skip_first=1) as p:
         assert tokens(e.generate(PROMPTS, GREEDY)) == WANTED
-    assert p.summary.steps == 3 and p.trace == tmp_path / "trace.json"
+    assert p.summary.num_steps == 3 and p.trace == tmp_path / "trace.json"
     names = {event.get("name", "") for event in json.loads(p.trace.read_text())["traceEvents"]}
     assert {"plan", "stage", "forward", "wait", "commit"} <= names
     text = str(p.summary)
@@ -894,7 +894,7 @@ def test_profile(overlap: bool, tmp_path: Path) -> None:
 
 def test_table() -> None:
     """What the engine chose is told in a few lines."""
-    text = engine(cache_tokens=640, page_size=8).table()
+    text = engine(cache_tokens=640, page_size=8).summary()
     assert "640 tokens, 80 pages of 8" in text and "512 sequences" in text and "eager" in text
 
 
@@ -912,7 +912,7 @@ def test_random_load() -> None:
             params = SamplingParams(**dice.choice(kinds), seed=seed, max_tokens=n, stop_token_ids=(7, 8))
             asked[e.add(prompt, params)] = prompt, params
         if dice.random() < 0.03 and e.state.running:
-            request = e._samples[dice.choice(e.state.running).id].output.request_id
+            request = e._sequence_states[dice.choice(e.state.running).id].output.request_id
             aborted.add(request)
             e.abort(request)
         done += [event.output for event in e.step() if event.output is not None]

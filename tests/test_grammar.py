@@ -20,14 +20,16 @@ from transformers import PreTrainedTokenizerFast
 
 import fastgen
 from fastgen import Output, SamplingParams, grammar
-from fastgen.grammar import Cancelled, Guides, json_depth
-from fastgen.grammar_trial import Limits, compile_grammar
-from fastgen.sampling import restrict
+from fastgen.grammar import GrammarCancelled, GrammarBackend, json_depth
+from fastgen.grammar_trial import TrialLimits, compile_grammar
+from fastgen.sampling import apply_token_mask
 
 pytest.importorskip("llguidance")
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = {c: i for i, c in enumerate(BYTES)} | {"</s>": 256, "ab": 257, "12": 258}
-SPEC = fastgen.from_hf(tiny.config(vocab=300, context=256, eos_token_id=256))  # more tokens than the tokenizer has
+SPEC = fastgen.from_hf_config(
+    tiny.config(vocab=300, context=256, eos_token_id=256)
+)  # more tokens than the tokenizer has
 PARAMS = tiny.weights(SPEC, times=1)
 SCHEMA = {
     "type": "object",
@@ -105,7 +107,7 @@ def test_neighbours_are_not_disturbed(words: PreTrainedTokenizerFast) -> None:
 
 def finish(e: fastgen.Engine) -> dict[int, Output]:
     done = {}
-    while e.unfinished:
+    while e.has_unfinished_requests:
         done |= {event.request_id: event.output for event in e.step() if event.output is not None}
     return done
 
@@ -129,7 +131,7 @@ def test_preempted_requests_go_on(words: PreTrainedTokenizerFast) -> None:
     grammar = "regex:(ab|12){20}!"
     with engine(words, cache_tokens=64, page_size=4) as e:
         outputs = e.generate(["once"] * 4, [guided(grammar, seed=i, max_tokens=50) for i in range(4)], progress=False)
-        assert e.counts.parked
+        assert e.cache_stats.num_preemptions
     for o in outputs:
         assert re.fullmatch(grammar[6:], o.completions[0].text)
 
@@ -170,9 +172,9 @@ def test_a_grammar_that_fails_ends_its_request_alone(words: PreTrainedTokenizerF
     with engine(words) as e:
         one, two = (e.add("once", guided(f"regex:{DATE}", seed=i)) for i in range(2))
         e.step()
-        sample = next(s for s in e._samples.values() if s.output.request_id == one)
-        assert sample.guide is not None
-        sample.guide.matcher.consume_token(words.encode("z")[0])  # no digit
+        sample = next(s for s in e._sequence_states.values() if s.output.request_id == one)
+        assert sample.matcher is not None
+        sample.matcher.matcher.consume_token(words.encode("z")[0])  # no digit
         done = finish(e)
     failed = done[one].completions[0]
     assert failed.finish_reason == "error" and "the grammar cannot be followed any further" in failed.error
@@ -216,22 +218,22 @@ HARD = {
 
 
 @pytest.fixture(scope="module")
-def small(words: PreTrainedTokenizerFast) -> Iterator[Guides]:
+def small(words: PreTrainedTokenizerFast) -> Iterator[GrammarBackend]:
     """Guides with small limits, so that they are reached soon."""
-    made = Guides(words, 300, frozenset([256]))
-    made._trials.limits = Limits(seconds=0.6, memory=2**26, stack=2**19)
+    made = GrammarBackend(words, 300, frozenset([256]))
+    made._trial_process.limits = TrialLimits(cpu_seconds=0.6, memory_bytes=2**26, stack_bytes=2**19)
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("number", range(len(HARD)))
-def test_grammars_that_would_end_or_stop_the_process(number: int, small: Guides) -> None:
+def test_grammars_that_would_end_or_stop_the_process(number: int, small: GrammarBackend) -> None:
     """Each is refused with its reason, also at the second time, and the next one is compiled."""
     grammar, message = [*HARD.items()][number]
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
-            small.make(grammar)
-    assert len(small.make("regex:a", 3)) == 3
+            small.make_matchers(grammar)
+    assert len(small.make_matchers("regex:a", 3)) == 3
 
 
 def test_json_depth() -> None:
@@ -240,39 +242,39 @@ def test_json_depth() -> None:
     assert json_depth("[" * 10**5) == 10**5 and json_depth('"[') == 1 and not json_depth("3")
 
 
-def test_a_trial_is_cancelled(small: Guides) -> None:
+def test_a_trial_is_cancelled(small: GrammarBackend) -> None:
     """Who leaves ends a trial long before its limits would; it is the process that ends, not just the wait."""
-    small.make("regex:a")
-    small._trials.close()
-    small._trials.limits = Limits(seconds=60.0)
+    small.make_matchers("regex:a")
+    small._trial_process.close()
+    small._trial_process.limits = TrialLimits(cpu_seconds=60.0)
     stop = threading.Event()
     timer = threading.Timer(0.1, stop.set)
     timer.start()
     begin = time.monotonic()
-    with pytest.raises(Cancelled):
-        small.make("json:" + json.dumps({"allOf": LETTERS[1:]}), stop=stop)
+    with pytest.raises(GrammarCancelled):
+        small.make_matchers("json:" + json.dumps({"allOf": LETTERS[1:]}), cancel_event=stop)
     assert time.monotonic() - begin < 5
-    helper = small._trials.process
+    helper = small._trial_process.process
     assert helper is not None
     children = Path(f"/proc/{helper.pid}/task/{helper.pid}/children")
     while children.exists() and children.read_text():
         assert time.monotonic() - begin < 5
         time.sleep(0.01)
-    assert small.make("regex:ab")
+    assert small.make_matchers("regex:ab")
 
 
-def test_the_process_that_tries_grammars_is_started_again(small: Guides) -> None:
+def test_the_process_that_tries_grammars_is_started_again(small: GrammarBackend) -> None:
     """Whatever has ended it."""
-    small.make("regex:a")
-    assert small._trials.process is not None
-    small._trials.process.kill()
-    small._trials.process.wait()
-    assert small.make("regex:abc")
+    small.make_matchers("regex:a")
+    assert small._trial_process.process is not None
+    small._trial_process.process.kill()
+    small._trial_process.process.wait()
+    assert small.make_matchers("regex:abc")
     with pytest.raises(ValueError, match="regex grammar"):
-        small.make("regex:[c")
+        small.make_matchers("regex:[c")
 
 
-def test_what_is_compiled_again_and_what_is_copied(small: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_again_and_what_is_copied(small: GrammarBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow compilation is made once for all completions and requests, and again after it has failed; its memory is
     counted while a guide lives."""
     calls = list[str]()
@@ -282,23 +284,23 @@ def test_what_is_compiled_again_and_what_is_copied(small: Guides, monkeypatch: p
         return compile_grammar(*args)
 
     monkeypatch.setattr(grammar, "compile_grammar", compile)
-    small.make("regex:x+", 3)
+    small.make_matchers("regex:x+", 3)
     assert calls == ["x+"] * 3
     monkeypatch.setattr(grammar, "QUICK", 0)
-    monkeypatch.setitem(small._verdicts, grammar._key("regex:y+"), {"bytes": 1000})
-    before = small._bytes[0]
-    guides = small.make("regex:y+", 3) + small.make("regex:y+", 2)
-    assert calls[3:] == ["y+"] and small._bytes[0] == before + 1000
-    guides[0].push(small.tokenizer.encode("y")[0])  # type: ignore[union-attr]
+    monkeypatch.setitem(small._trial_results, grammar._grammar_key("regex:y+"), {"bytes": 1000})
+    before = small._compiled_bytes[0]
+    guides = small.make_matchers("regex:y+", 3) + small.make_matchers("regex:y+", 2)
+    assert calls[3:] == ["y+"] and small._compiled_bytes[0] == before + 1000
+    guides[0].accept_token(small.tokenizer.encode("y")[0])  # type: ignore[union-attr]
     assert not guides[1].matcher.is_accepting() and guides[0].matcher.is_accepting()
-    small._compiled.popitem()[1].error = "an error"
-    assert not small.make("regex:y+")[0].failed and calls[3:] == ["y+"] * 2
+    small._compiled_matchers.popitem()[1].error = "an error"
+    assert not small.make_matchers("regex:y+")[0].failed and calls[3:] == ["y+"] * 2
     monkeypatch.setattr(grammar, "BUDGET", 500)
-    small._compiled.clear()
+    small._compiled_matchers.clear()
     with pytest.raises(ValueError, match="try again later"):
-        small.make("regex:y+")
+        small.make_matchers("regex:y+")
     del guides
-    assert small._bytes[0] == before
+    assert small._compiled_bytes[0] == before
 
 
 def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,9 +328,9 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
     with engine(words) as e:
         ids = [e.add("once", guided(f"regex:{DATE}", seed=i)) for i in range(3)]
         e.step()
-        sample = next(s for s in e._samples.values() if s.output.request_id == ids[1])
-        assert sample.guide is not None
-        slow.append(sample.guide.matcher)
+        sample = next(s for s in e._sequence_states.values() if s.output.request_id == ids[1])
+        assert sample.matcher is not None
+        slow.append(sample.matcher.matcher)
         done = finish(e)
     c = done[ids[1]].completions[0]
     assert c.finish_reason == "error" and "its next tokens take longer than 0.09 s to find" in c.error
@@ -339,7 +341,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
     """Another request runs from beginning to end meanwhile; who leaves ends the compilation; errors are the same."""
 
     async def main(e: fastgen.AsyncEngine) -> None:
-        make, stops, going = e.engine._guides.make, list[threading.Event](), threading.Event()
+        make, stops, going = e.engine._grammar_backend.make_matchers, list[threading.Event](), threading.Event()
 
         def waiting(form: str, count: int = 1, stop: threading.Event | None = None) -> Any:
             if stop is None:
@@ -349,7 +351,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
                 pass
             return make(form, count, stop)
 
-        monkeypatch.setattr(e.engine._guides, "make", waiting)
+        monkeypatch.setattr(e.engine._grammar_backend, "make", waiting)
         one, two = (asyncio.create_task(e.add("once", guided(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
         plain = [o async for _, o in e.generate(["a", "b"], SamplingParams(max_tokens=20))]
         assert len(plain) == 2 and not one.done() and not two.done()
@@ -359,9 +361,10 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
         going.set()
         output = await (await one).output()
         assert all(re.fullmatch(DATE, c.text) for c in output.completions if c.finish_reason == "stop")
-        assert [stop.is_set() for stop in stops] == [False, True] and not e.engine._guides._stock.get(
-            grammar._key(f"regex:{DATE}")
-        )
+        assert [stop.is_set() for stop in stops] == [
+            False,
+            True,
+        ] and not e.engine._grammar_backend._prebuilt_matchers.get(grammar._grammar_key(f"regex:{DATE}"))
         with pytest.raises(ValueError, match="prompt 1: json grammar: it is nested 501 levels"):
             await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), guided("json:" + nested(500))]))
 
@@ -379,10 +382,10 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(
     with engine(words, overlap=overlap) as e:
         wanted = [o.completions[0] for o in e.generate(["a", "b", "c"], params)]
         ids = [e.add(p, s) for p, s in zip("abc", params, strict=True)]
-        sample = next(s for s in e._samples.values() if s.output.request_id == ids[1])
-        monkeypatch.setattr(sample.text, where, lambda *_, **__: 1 / 0)
+        sample = next(s for s in e._sequence_states.values() if s.output.request_id == ids[1])
+        monkeypatch.setattr(sample.detokenizer, where, lambda *_, **__: 1 / 0)
         done = finish(e)
-        assert not e._samples and e.generate("a", params[0])[0].completions[0] == wanted[0]
+        assert not e._sequence_states and e.generate("a", params[0])[0].completions[0] == wanted[0]
     failed = done[ids[1]].completions[0]
     assert failed.finish_reason == "error" and failed.error == "ZeroDivisionError: division by zero"
     assert failed.token_ids == wanted[1].token_ids[: 1 if where == "push" else 6]
@@ -397,7 +400,7 @@ def test_restrict(allowed: list[int], rows: int) -> None:
     for t in allowed:
         bits[0, t // 32] |= np.uint32(1 << t % 32)
     logits = torch.randn(rows, 100)
-    got = restrict(logits, torch.from_numpy(bits.view(np.int32)).to(logits.device))
+    got = apply_token_mask(logits, torch.from_numpy(bits.view(np.int32)).to(logits.device))
     wanted = torch.full_like(logits, float("-inf"))
     wanted[0, allowed] = logits[0, allowed]
     assert torch.equal(got, wanted)
@@ -405,11 +408,11 @@ def test_restrict(allowed: list[int], rows: int) -> None:
 
 def test_masks_of_many(words: PreTrainedTokenizerFast) -> None:
     """Rows without a guide allow everything; a finished one allows the end alone."""
-    guides = Guides(words, 300, frozenset([256]))
-    a, b = guides.make("regex:a", 2)
-    b.push(words.encode("a")[0])
-    b.push(256)
-    bits = guides.masks([(1, a), (3, b)], 5).view(np.uint32)
+    guides = GrammarBackend(words, 300, frozenset([256]))
+    a, b = guides.make_matchers("regex:a", 2)
+    b.accept_token(words.encode("a")[0])
+    b.accept_token(256)
+    bits = guides.compute_token_masks([(1, a), (3, b)], 5).view(np.uint32)
     found = [{t for t in range(300) if bits[r, t // 32] >> np.uint32(t % 32) & 1} for r in range(5)]
     assert found[0] == found[2] == found[4] == {*range(300)}
     assert found[1] == {words.encode("a")[0]} and found[3] == {256}

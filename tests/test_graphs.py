@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import SamplingParams, lora, schedule
-from fastgen.compile import compilations
+from fastgen.compile import num_compiled_graphs
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU"),
@@ -27,7 +27,7 @@ CONFIG = {
     "max_position_embeddings": 4096,
     "torch_dtype": "float32",
 }
-SPEC = fastgen.from_hf(CONFIG)
+SPEC = fastgen.from_hf_config(CONFIG)
 SETTINGS: dict[str, Any] = {"cache_tokens": 65536, "max_requests": 96, "token_budget": 2048}
 
 
@@ -65,9 +65,11 @@ def wanted() -> list[fastgen.Output]:
 def test_same_as_eager(settings: dict[str, Any], wanted: list[fastgen.Output]) -> None:
     """fp32: compiled, captured, overlapped or not, in any chunks, tokens are equal and logprobs nearly."""
     with engine(**settings) as e:
-        compiled, captured = compilations(), e._stepper.captures
+        compiled, captured = num_compiled_graphs(), e._runner.num_captures
         got = e.generate(*load(0, 150), progress=False)
-        assert (compilations(), e._stepper.captures) == (compiled, captured), "compiled or captured after the start"
+        assert (num_compiled_graphs(), e._runner.num_captures) == (compiled, captured), (
+            "compiled or captured after the start"
+        )
     for a, b in zip(got, wanted, strict=True):
         assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
         for x, y in zip(a.completions, b.completions, strict=True):
@@ -103,31 +105,33 @@ def test_hierarchy_same_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -
     with engine(compile="eager", prefix_cache=False) as e:
         wanted = e.generate(*load_, progress=False)
     with engine(**HIERARCHY[name]) as e:
-        compiled, captured, grouped = compilations(), e._stepper.captures, 0
+        compiled, captured, grouped = num_compiled_graphs(), e._runner.num_captures, 0
         for _ in range(2):
             for prompt, params in zip(*load_, strict=True):
                 e.add(prompt, params)
             got = {}
-            while e.unfinished:
+            while e.has_unfinished_requests:
                 got |= {event.request_id: event.output for event in e.step() if event.output is not None}
-                grouped += e.batch is not None and e.batch.share is not None
-                schedule.check(e.state, e.settings.schedule)
+                grouped += e.last_batch is not None and e.last_batch.shared_prefix is not None
+                schedule.check(e.state, e.config.schedule)
             for id, b in zip(sorted(got), wanted, strict=True):
                 assert [c.token_ids for c in got[id].completions] == [c.token_ids for c in b.completions]
-        assert (compilations(), e._stepper.captures) == (compiled, captured), "compiled or captured after the start"
-        n = e.counts
-        assert n.reused and (grouped > 0) is (name in ("device", "host", "preempted"))
+        assert (num_compiled_graphs(), e._runner.num_captures) == (compiled, captured), (
+            "compiled or captured after the start"
+        )
+        n = e.cache_stats
+        assert n.num_hit_tokens and (grouped > 0) is (name in ("device", "host", "preempted"))
         if "host" in name:
-            assert n.paged_out > 20 and n.paged_in > 20
+            assert n.num_offloaded_pages > 20 and n.num_loaded_pages > 20
         if name == "preempted":
-            assert n.parked and n.evicted
+            assert n.num_preemptions and n.num_evicted_pages
 
 
-def rounding(spec: fastgen.Spec, ways: dict[str, dict[str, Any]]) -> None:
+def rounding(spec: fastgen.ModelConfig, ways: dict[str, dict[str, Any]]) -> None:
     """Greedy tokens of engines in bf16, of these settings: all are as far from fp32 as the first, and part only where
     fp32 has a tie."""
     params = fastgen.init(spec, 1, device="cuda")
-    for w in (params.embed, params.head, *(w for layer in params.layers for w in layer)):
+    for w in (params.embed, params.lm_head, *(w for layer in params.layers for w in layer)):
         if w is not None and w.ndim == 2:
             w *= 3  # distributions that are not flat
     half = tree_map_only(torch.Tensor, lambda w: w.bfloat16(), params)
@@ -172,7 +176,7 @@ def test_bf16_differs_by_rounding_only() -> None:
 
 def adapter(seed: int, **how: Any) -> fastgen.Adapter:
     made = lora.init(SPEC, seed=seed, device="cuda", **how)
-    for i, x in enumerate(lora.leaves(made)):
+    for i, x in enumerate(lora.parameters(made)):
         x.normal_(0, 0.05, generator=torch.Generator("cuda").manual_seed(1000 * seed + i))
     return made
 
@@ -183,7 +187,7 @@ def adapter(seed: int, **how: Any) -> fastgen.Adapter:
 def test_adapters_same_as_merged(settings: dict[str, Any]) -> None:
     """fp32: mixed requests of adapters, added, trained and replaced after the capture, get what merged weights give."""
     params, (prompts, sampling) = fastgen.init(SPEC, 1, device="cuda"), load(5, 96)
-    for w in (params.embed, params.head, *(w for layer in params.layers for w in layer)):
+    for w in (params.embed, params.lm_head, *(w for layer in params.layers for w in layer)):
         if w is not None and w.ndim == 2:
             w *= 3  # distributions that are not flat: the two sums round differently
     trees = {
@@ -195,12 +199,12 @@ def test_adapters_same_as_merged(settings: dict[str, Any]) -> None:
     each = [replace(p, adapter=name) for p, name in zip(sampling, names, strict=True)]
     room: dict[str, Any] = {"max_adapters": 4, "max_rank": 24}
     with fastgen.Engine(params, SPEC, progress=False, **SETTINGS | room | settings) as e:
-        compiled, captured = compilations(), e._stepper.captures
+        compiled, captured = num_compiled_graphs(), e._runner.num_captures
         views = {name: e.add_adapter(name, tree) for name, tree in trees.items()}
-        where = [x.data_ptr() for tree in views.values() for x in lora.leaves(tree)]
+        where = [x.data_ptr() for tree in views.values() for x in lora.parameters(tree)]
         for change in (None, "all", "some"):
             if change == "all":  # in place, as an optimizer does
-                for x in lora.leaves(views["all"]):
+                for x in lora.parameters(views["all"]):
                     x.mul_(-1)
                 e.update_adapter("all")
             elif change == "some":
@@ -216,9 +220,11 @@ def test_adapters_same_as_merged(settings: dict[str, Any]) -> None:
                     for x, y in zip(got[i].completions, b.completions, strict=True):
                         assert x.token_ids == y.token_ids, (change, name, i)
                         assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-3))
-        kept = [x.data_ptr() for name in ("all", "wide") for x in lora.leaves(views[name])]
+        kept = [x.data_ptr() for name in ("all", "wide") for x in lora.parameters(views[name])]
         assert set(kept) <= set(where)
-        assert (compilations(), e._stepper.captures) == (compiled, captured), "compiled or captured after the start"
+        assert (num_compiled_graphs(), e._runner.num_captures) == (compiled, captured), (
+            "compiled or captured after the start"
+        )
 
 
 def approx(x: float | None) -> Any:
@@ -230,24 +236,28 @@ def test_many_mixed_steps() -> None:
     steps, r = 10_000, random.Random(1)
     with engine(cache_tokens=16384) as e:
         started, done, aborted = dict[int, tuple[list[int], SamplingParams]](), list[fastgen.Output](), set[int]()
-        compiled, captured, memory = compilations(), e._stepper.captures, 0
+        compiled, captured, memory = num_compiled_graphs(), e._runner.num_captures, 0
         for step in range(steps):
             if len(started) - len(done) < 60 and r.random() < 0.5:
                 (prompt,), (params,) = load(step, 1)
                 started[e.add(prompt, params)] = prompt, params
             if r.random() < 0.02 and (running := e.state.running):
-                id = e._samples[r.choice(running).id].output.request_id if running[0].id in e._samples else None
+                id = (
+                    e._sequence_states[r.choice(running).id].output.request_id
+                    if running[0].id in e._sequence_states
+                    else None
+                )
                 if id is not None:
                     aborted.add(id)
                     e.abort(id)
             done += [event.output for event in e.step() if event.output is not None]
             if step % 100 == 0:
-                schedule.check(e.state, e.settings.schedule)
+                schedule.check(e.state, e.config.schedule)
             if step == 1000:
                 memory = torch.cuda.memory_allocated()
-        while e.unfinished:
+        while e.has_unfinished_requests:
             done += [event.output for event in e.step() if event.output is not None]
-        assert (compilations(), e._stepper.captures) == (compiled, captured)
+        assert (num_compiled_graphs(), e._runner.num_captures) == (compiled, captured)
         assert torch.cuda.memory_allocated() <= memory + 2**24
         assert sorted(o.request_id for o in done) == sorted(started)
     chosen = random.Random(2).sample(done, 300)
@@ -264,7 +274,7 @@ def test_memory_fits_the_fraction() -> None:
     with engine(cache_tokens=None, cache_fraction=0.5) as e:
         e.generate([[1] * 2000] * 96, SamplingParams(max_tokens=20, ignore_eos=True), progress=False)
         free, total = torch.cuda.mem_get_info()
-        assert e.capacity == 96 * 4096 or 0.45 * total < total - free < 0.51 * total
+        assert e.cache_capacity == 96 * 4096 or 0.45 * total < total - free < 0.51 * total
     with pytest.raises(ValueError, match="token_budget"):
         engine(cache_tokens=None, cache_fraction=0.01, token_budget=2**18)
 
@@ -286,9 +296,9 @@ def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.
     monkeypatch.setattr(schedule, "LEAST", 1)
     work = [load(2, 60), related(5)]
     with engine(**POISONED[name]) as clean, engine(**POISONED[name]) as poisoned:
-        shelf = [] if poisoned._shelf is None else tree_leaves(poisoned._shelf.adapters.layers)
-        logits = [] if poisoned._stepper.logits is None else [poisoned._stepper.logits]
-        for x in (*tree_leaves(poisoned.cache), *poisoned._mover.host, *logits, *(x[1:] for x in shelf)):
+        shelf = [] if poisoned._adapter_manager is None else tree_leaves(poisoned._adapter_manager.adapters.layers)
+        logits = [] if poisoned._runner.logits_buffer is None else [poisoned._runner.logits_buffer]
+        for x in (*tree_leaves(poisoned.cache), *poisoned._host_offload.host_buffers, *logits, *(x[1:] for x in shelf)):
             x.fill_(float("nan"))
         for some in (*work, *work):
             found, wanted = (e.generate(*some, progress=False) for e in (poisoned, clean))
@@ -305,7 +315,7 @@ def test_parameters_of_nan_and_then_good_ones(settings: dict[str, Any]) -> None:
     with engine(**settings) as one:
         wanted = one.generate(*work, progress=False)
         good = tree_map_only(torch.Tensor, torch.clone, one.params)
-        one.update_params(tree_map_only(torch.Tensor, lambda w: w * float("nan"), good), finite=False)
+        one.update_params(tree_map_only(torch.Tensor, lambda w: w * float("nan"), good), check_finite=False)
         found = [c for o in one.generate(*work, progress=False) for c in o.completions]
         assert all((c.finish_reason, c.token_ids) == ("error", []) for c in found)
         with pytest.raises(ValueError, match="NaN or infinite values"):

@@ -13,7 +13,7 @@ from test_launch import failed, killed, nobody_left  # noqa: F401, a fixture
 
 import fastgen
 from fastgen import SamplingParams, schedule
-from fastgen.compile import compilations
+from fastgen.compile import num_compiled_graphs
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs"),
@@ -38,11 +38,11 @@ def wanted() -> list[fastgen.Output]:
 def test_same_as_one(peers: bool, wanted: list[fastgen.Output]) -> None:
     """fp32: tokens are equal and logprobs nearly; nothing is compiled or captured after the start."""
     with engine(peer_memory=peers) as e:
-        assert (e._stepper.peers is not None) is peers
-        compiled, captured = compilations(), e._stepper.captures
+        assert (e._runner.peer_buffers is not None) is peers
+        compiled, captured = num_compiled_graphs(), e._runner.num_captures
         for _ in range(2):
             got = e.generate(*load(0, 150), progress=False)
-        assert (compilations(), e._stepper.captures) == (compiled, captured)
+        assert (num_compiled_graphs(), e._runner.num_captures) == (compiled, captured)
         assert captured > 20
     for a, b in zip(got, wanted, strict=True):
         assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
@@ -61,7 +61,7 @@ def test_bf16_differs_by_rounding_only(name: str) -> None:
         "llama-1b": json.loads((CONFIGS / "llama-3.2-1b-instruct.json").read_text()),
     }
     two = {"tensor_parallel": 2}
-    rounding(fastgen.from_hf(configs[name]), {"one": {}, "two": two, "NCCL": two | {"peer_memory": False}})
+    rounding(fastgen.from_hf_config(configs[name]), {"one": {}, "two": two, "NCCL": two | {"peer_memory": False}})
 
 
 def test_many_mixed_steps() -> None:
@@ -77,8 +77,8 @@ def test_many_mixed_steps() -> None:
                 e.abort(r.choice([*started]))
             done += [event.output for event in e.step() if event.output is not None]
             if step % 100 == 0:
-                schedule.check(e.state, e.settings.schedule)
-        while e.unfinished:
+                schedule.check(e.state, e.config.schedule)
+        while e.has_unfinished_requests:
             done += [event.output for event in e.step() if event.output is not None]
     assert len(done) > 200
     with engine(1) as e:

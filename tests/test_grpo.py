@@ -17,20 +17,20 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastgen
 from fastgen import SamplingParams, grpo
 from fastgen.cli import run
-from fastgen.config import Grpo
-from fastgen.grpo import PROBLEMS, Problem, Row, Trainer, find, train
+from fastgen.config import GrpoConfig
+from fastgen.grpo import PROBLEMS, Problem, StepMetrics, Trainer, load_problem, train
 
-SPEC = fastgen.from_hf(tiny.config(vocab=64, tie_word_embeddings=True))
+SPEC = fastgen.from_hf_config(tiny.config(vocab=64, tie_word_embeddings=True))
 QUICK = {"lr": 0.01, "prompts": 4, "warmup": 0, "export": False}
 SAMPLING = SamplingParams(n=4, max_tokens=6, ignore_eos=True)
 
 
 def trainer(seed: int = 0, sampling: SamplingParams = SAMPLING, **settings: Any) -> Trainer:
     engine = fastgen.Engine(tiny.weights(SPEC, times=1), SPEC, progress=False, page_size=16, cache_tokens=1024)
-    return Trainer(engine, PROBLEMS["sevens"], Grpo(**QUICK | settings), sampling, seed)
+    return Trainer(engine, PROBLEMS["sevens"], GrpoConfig(**QUICK | settings), sampling, seed)
 
 
-def curve(rows: list[Row]) -> list[Row]:
+def curve(rows: list[StepMetrics]) -> list[StepMetrics]:
     """Without what the clock says."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "sampling_s")} for row in rows]
 
@@ -50,7 +50,7 @@ def test_rewards_rise(settings: dict[str, Any]) -> None:
     rows = [one.step() for _ in range(25)]
     assert rows[0]["reward"] < 0.1 and sum(row["reward"] for row in rows[-3:]) / 3 > 0.8
     assert [w.data_ptr() for w in tree_leaves(one.engine.params) if w is not None] == addresses
-    assert one.engine.version > 5, "the engine has seen the updates by itself"
+    assert one.engine.weight_version > 5, "the engine has seen the updates by itself"
     assert max(row["mismatch"] for row in rows) < 1e-5, "the scorer has the sampler's parameters"
     assert rows[-1]["entropy"] < rows[0]["entropy"] / 2
     assert bool(rows[-1]["kl"] > 0.1) == ("kl" in settings)
@@ -76,10 +76,10 @@ def test_a_strong_pull_to_the_start_keeps_it_there() -> None:
 def test_nothing_to_learn_from() -> None:
     """Groups of one reward have no gradient: nothing is written, and the prefix cache stays."""
     one = trainer()
-    one.problem = Problem(one.problem.draw, lambda prompt, text: 1.0)
+    one.problem = Problem(one.problem.sample_prompt, lambda prompt, text: 1.0)
     before = values(one.engine.params)
     row = one.step()
-    assert row["norm"] == 0 and one.engine.version == 0
+    assert row["norm"] == 0 and one.engine.weight_version == 0
     assert all(map(torch.equal, before, values(one.engine.params)))
 
 
@@ -89,8 +89,8 @@ def test_nothing_to_learn_from() -> None:
 def test_advantages() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
     wanted = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4])
-    torch.testing.assert_close(grpo.advantages(rewards, std=False), wanted)
-    torch.testing.assert_close(grpo.advantages(rewards), wanted / (0.5 * (4 / 3) ** 0.5), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(grpo.compute_advantages(rewards, scale_by_std=False), wanted)
+    torch.testing.assert_close(grpo.compute_advantages(rewards), wanted / (0.5 * (4 / 3) ** 0.5), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("length", [None, 5])
@@ -101,7 +101,15 @@ def test_gradient_by_hand(length: int | None, kl: float) -> None:
     ratios = [torch.tensor([1.0, 1.5, 0.5]), torch.tensor([1.5, 0.5])]  # clip=0.2: the second and third leave the range
     new = [(o + r.log()).requires_grad_() for o, r in zip(old, ratios, strict=True)]
     reference = [x.detach() + 0.1 for x in new]
-    grpo.loss(new, old, [2.0, -1.0], clip=0.2, length=length, reference=reference if kl else None, kl=kl).backward()
+    grpo.grpo_loss(
+        new,
+        old,
+        [2.0, -1.0],
+        clip_range=0.2,
+        normalization_length=length,
+        reference_logprobs=reference if kl else None,
+        kl_weight=kl,
+    ).backward()
     surrogate = [torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([1.5, 0.0])]
     for x, s in zip(new, surrogate, strict=True):
         wanted = (s + kl * (1 - torch.tensor(0.1).exp())) / (length or len(x))
@@ -112,14 +120,14 @@ def test_the_step_is_the_gradient_of_the_policy() -> None:
     """One minibatch from the sampler's own parameters: the policy's gradient, by advantages."""
     one = trainer(minibatches=1, max_norm=1e9)
     made = one.rollout()
-    advantage = grpo.advantages(made.rewards).flatten()
-    own = grpo.trainable(tree_map_only(Tensor, lambda w: w.detach().clone(), one.engine.params))
-    scores = fastgen.score(own, SPEC, made.tokens, first=made.first)
+    advantage = grpo.compute_advantages(made.rewards).flatten()
+    own = grpo.make_trainable(tree_map_only(Tensor, lambda w: w.detach().clone(), one.engine.params))
+    scores = fastgen.score(own, SPEC, made.token_ids, first=made.answer_starts)
     (-sum(a * x.mean() for a, x in zip(advantage, scores, strict=True)) / len(scores)).backward()
     seen: list[Tensor | None] = []
-    one.optimizer.register_step_pre_hook(lambda *_: seen.extend(w.grad for w in one.leaves))
+    one.optimizer.register_step_pre_hook(lambda *_: seen.extend(w.grad for w in one.trainable_weights))
     one.step()
-    assert seen and len(seen) == len(one.leaves)
+    assert seen and len(seen) == len(one.trainable_weights)
     for found, wanted in zip(seen, fastgen.scoring.leaves(own), strict=True):
         torch.testing.assert_close(found, wanted.grad, atol=1e-6, rtol=1e-4)
 
@@ -148,10 +156,10 @@ def test_resumed_is_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> N
 
 def test_ctrl_c_ends_after_the_step(tmp_path: Path) -> None:
     wanted = train(trainer(steps=6), tmp_path / "whole", progress=False)
-    one, draws = trainer(steps=6), PROBLEMS["sevens"].draw
+    one, draws = trainer(steps=6), PROBLEMS["sevens"].sample_prompt
 
     def draw(dice: random.Random) -> list[int]:
-        if one.done == 2 and one.engine.version:
+        if one.num_steps_done == 2 and one.engine.weight_version:
             one.problem = PROBLEMS["sevens"]
             os.kill(os.getpid(), signal.SIGINT)
         return draws(dice)
@@ -177,7 +185,7 @@ def test_another_runs_checkpoint(tmp_path: Path) -> None:
 
 
 def test_seeds_differ() -> None:
-    assert len({grpo.derive(*x) for x in ((0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 10), (0, 1, 0))}) == 6
+    assert len({grpo.derive_seed(*x) for x in ((0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 10), (0, 1, 0))}) == 6
     assert curve([trainer(0).step()]) == curve([trainer(0).step()]) != curve([trainer(1).step()])
 
 
@@ -192,22 +200,22 @@ def test_sums(text: str, worth: float) -> None:
 
 
 def test_problems() -> None:
-    assert find("addition") is PROBLEMS["addition"]
+    assert load_problem("addition") is PROBLEMS["addition"]
     with pytest.raises(ValueError, match="unknown grpo.problem 'adition'; did you mean addition"):
-        find("adition")
+        load_problem("adition")
     with pytest.raises(ValueError, match="No module named 'nowhere'.*PYTHONPATH"):
-        find("nowhere:problem")
+        load_problem("nowhere:problem")
     with pytest.raises(ValueError, match="no attribute 'nothing'"):
-        find("fastgen.grpo:nothing")
+        load_problem("fastgen.grpo:nothing")
     with pytest.raises(ValueError, match=r"is a function, not a fastgen.grpo.Problem"):
-        find("fastgen.grpo:draw_sum")
+        load_problem("fastgen.grpo:draw_sum")
 
 
 def test_a_problem_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from fastgen.grpo import Problem\nmine = Problem(lambda dice: [1, 2], lambda prompt, text: len(text))\n"
     (tmp_path / "of_ones_own.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    assert find("of_ones_own:mine").reward([1], "abc") == 3
+    assert load_problem("of_ones_own:mine").reward([1], "abc") == 3
 
 
 @pytest.mark.parametrize(
@@ -285,6 +293,6 @@ def test_parameters_that_have_diverged() -> None:
     """Answers that have ended with an error are none to learn from."""
     one = trainer()
     with torch.no_grad():
-        one.params.norm[0] = float("nan")
+        one.params.final_norm[0] = float("nan")
     with pytest.raises(RuntimeError, match="the parameters have diverged"):
         one.step()

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import sampling
-from fastgen.models.layers import rms_norm, rotate, swiglu
+from fastgen.models.layers import rms_norm, apply_rope, swiglu
 from fastgen.sampling import sample
-from fastgen.types import Sampling
+from fastgen.types import SamplingTensors
 
 pytest.importorskip("triton")
 from fastgen.ops import fused, hopper, moves, skinny
@@ -62,10 +62,10 @@ def test_project(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     exact = h.double() * torch.rsqrt(h.double().square().mean(-1, keepdim=True) + EPS) * norm.double()
     plain = rms_norm(h, norm, EPS)
     for b in (None, bias):
-        total, out = skinny.project(x, y, norm, EPS, w, b)
+        total, out = skinny.add_norm_qkv(x, y, norm, EPS, w, b)
         assert torch.equal(total, h)
         close(out, F.linear(plain, w, b), F.linear(exact, w.double(), None if b is None else b.double()))
-    total, out = skinny.project_swiglu(x, y, norm, EPS, w)
+    total, out = skinny.add_norm_gate_up(x, y, norm, EPS, w)
     assert torch.equal(total, h) and torch.equal(x, before)
     close(out, swiglu(F.linear(plain, w)), swiglu(F.linear(exact, w.double())))
 
@@ -83,8 +83,8 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype, device: str) -> Non
 
         def all_of(pick: list[int] | slice) -> list[Tensor]:
             a, b = x[pick], y[pick]  # noqa: B023
-            return [skinny.linear(a, w, bias), *skinny.project(a, b, norm, EPS, w, bias),  # noqa: B023
-                    *skinny.project_swiglu(a, b, norm, EPS, w)]  # fmt: skip  # noqa: B023
+            return [skinny.linear(a, w, bias), *skinny.add_norm_qkv(a, b, norm, EPS, w, bias),  # noqa: B023
+                    *skinny.add_norm_gate_up(a, b, norm, EPS, w)]  # fmt: skip  # noqa: B023
 
         whole = all_of(slice(None))
         for pick in picks:
@@ -101,8 +101,8 @@ def test_dependent_launch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         monkeypatch.setattr(hopper, "DEPENDENT", on)
         h, y = x, x
         for _ in range(50):
-            h, gated = skinny.project_swiglu(h, y, norm, EPS, w)
-            _, wide = skinny.project(h, gated, norm, EPS, w, bias)
+            h, gated = skinny.add_norm_gate_up(h, y, norm, EPS, w)
+            _, wide = skinny.add_norm_qkv(h, gated, norm, EPS, w, bias)
             y = skinny.linear(wide[:, 2048:].contiguous(), w[:2048])
         results.append((h, y))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -129,10 +129,10 @@ def test_store(q_heads: int, kv: int, head: int, dtype: torch.dtype) -> None:
         caches = [torch.randn(90, kv, head).to(dtype) for _ in "kv"]
         expected = [cache.clone() for cache in caches]
         q, k, v = qkv.split((q_heads, kv, kv), 1)
-        expected[0][slot.long()], expected[1][slot.long()] = rotate(k, cos, sin), v
-        ours = fused.store(qkv, cos, sin, slot, *caches)
+        expected[0][slot.long()], expected[1][slot.long()] = apply_rope(k, cos, sin), v
+        ours = fused.rope_and_cache_kv(qkv, cos, sin, slot, *caches)
         assert ours.is_contiguous()
-        assert torch.equal(ours, rotate(q, cos, sin))
+        assert torch.equal(ours, apply_rope(q, cos, sin))
         assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
 
 
@@ -142,12 +142,14 @@ def compare(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator(logits.device).manual_seed(seed))
     position = torch.arange(rows) * 12345
     last, seat = torch.full((rows + 9,), -1, dtype=torch.int32), torch.randperm(rows + 8)[:rows].int() + 1
-    token, logprob = fused.draw(logits, temperature, seeds, position, processed, last, seat)
+    token, logprob = fused.sample_tokens(logits, temperature, seeds, position, processed, last, seat)
     assert torch.equal(last[seat], token) and (last == -1).sum() == 9
-    plain = sample(logits.float(), Sampling(temperature, seeds, position, processed, None, None), top=0)
+    plain = sample(
+        logits.float(), SamplingTensors(temperature, seeds, position, processed, None, None), num_top_logprobs=0
+    )
     assert token.dtype == torch.int32 and logprob.dtype == torch.float32
-    assert token.tolist() == plain.token.tolist()
-    torch.testing.assert_close(logprob, plain.logprob, atol=1e-5, rtol=1e-5)
+    assert token.tolist() == plain.token_ids.tolist()
+    torch.testing.assert_close(logprob, plain.logprobs, atol=1e-5, rtol=1e-5)
     return token, logprob
 
 
@@ -184,8 +186,8 @@ def test_draw_of_logits_that_are_no_numbers(value: float, count: int) -> None:
     spoilt[1::2, -count:] = value
     args = (torch.tensor([0.0, 0.0, 1.0, 1.0, 0.5]), torch.arange(5), torch.arange(5), torch.arange(5) % 2 == 1)
     last, seat = torch.zeros(6, dtype=torch.int32), torch.arange(1, 6)
-    token, logprob = fused.draw(spoilt, *args, last, seat, fixed=count == 1)
-    wanted = fused.draw(logits, *args, last.clone(), seat, fixed=count == 1)
+    token, logprob = fused.sample_tokens(spoilt, *args, last, seat, batch_invariant=count == 1)
+    wanted = fused.sample_tokens(logits, *args, last.clone(), seat, batch_invariant=count == 1)
     assert logprob.isnan().tolist() == [False, True, False, True, False]
     assert ((token >= 0) & (token < 1100)).all() and torch.equal(last[1:], token)
     assert torch.equal(token[rows], wanted[0][rows]) and torch.equal(logprob[rows], wanted[1][rows])
@@ -213,14 +215,16 @@ def test_draw_over_ranks(rows: int, vocab: int, ranks: int) -> None:
     temperature = torch.tensor([0.0, 1.0, 0.3, 1.7])[torch.arange(rows) % 4]
     seed, position, processed = torch.arange(rows) * 7, torch.arange(rows) + 5, torch.arange(rows) % 3 == 1
     args = temperature, seed, position, processed
-    want = sample(logits, Sampling(*args, None, None), top=0)
+    want = sample(logits, SamplingTensors(*args, None, None), num_top_logprobs=0)
     found: list[Tensor] = []
 
     def draw(rank: int, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         first = min(rank * most, vocab)
         last, seat = torch.zeros(rows + 1, dtype=torch.int32), torch.arange(1, rows + 1)
         mine, part = padded[:, rank * most :][:, :most], (first, min(most, vocab - first))
-        token, logprob = fused.draw(mine, *args, last, seat, vocab=vocab, part=part, gather=gather)
+        token, logprob = fused.sample_tokens(
+            mine, *args, last, seat, vocab_size=vocab, vocab_shard=part, all_gather=gather
+        )
         return token, logprob, last[1:]
 
     def keep(x: Tensor) -> Tensor:
@@ -231,8 +235,8 @@ def test_draw_over_ranks(rows: int, vocab: int, ranks: int) -> None:
         draw(rank, keep)
     for rank in range(ranks):
         token, logprob, last = draw(rank, lambda _: torch.stack(found))
-        assert torch.equal(token, want.token.int()) and torch.equal(last, token)
-        torch.testing.assert_close(logprob, want.logprob, atol=1e-5, rtol=1e-5)
+        assert torch.equal(token, want.token_ids.int()) and torch.equal(last, token)
+        torch.testing.assert_close(logprob, want.logprobs, atol=1e-5, rtol=1e-5)
 
 
 def test_draw_rows_do_not_depend_on_the_batch() -> None:
@@ -240,9 +244,9 @@ def test_draw_rows_do_not_depend_on_the_batch() -> None:
     logits, flags = torch.randn(24, 1100), torch.zeros(24, dtype=torch.bool)
     seed, temperature, position = torch.arange(24), torch.full((24,), 0.8), torch.arange(24)
     args, last = (logits, temperature, seed, position, flags), torch.zeros(24, dtype=torch.int32)
-    token, logprob = fused.draw(*args, last, seed)
+    token, logprob = fused.sample_tokens(*args, last, seed)
     for pick in ([0], [23, 7], list(range(8, 14))):
-        t, p = fused.draw(*(x[pick] for x in args), last, seed[pick])
+        t, p = fused.sample_tokens(*(x[pick] for x in args), last, seed[pick])
         assert torch.equal(t, token[pick])
         torch.testing.assert_close(p, logprob[pick], atol=1e-5, rtol=0)
 
@@ -253,10 +257,10 @@ def test_logprobs_of_given_tokens(dtype: torch.dtype) -> None:
     logits = (3 * torch.randn(9, 5003)).to(dtype)
     args = (logits, torch.full((9,), 0.9), torch.arange(9), torch.arange(9), torch.zeros(9, dtype=torch.int32))
     last, seat = torch.zeros(9, dtype=torch.int32), torch.arange(9)
-    token, logprob = fused.draw(*args, last, seat, fixed=True)
+    token, logprob = fused.sample_tokens(*args, last, seat, batch_invariant=True)
     value, best, top = fused.logprobs(logits, token, 3)
     assert torch.equal(value, logprob)
-    for plain, ours in zip(sampling.logprobs(logits.float(), token.long(), 3), (value, best, top), strict=True):
+    for plain, ours in zip(sampling.gather_logprobs(logits.float(), token.long(), 3), (value, best, top), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
     some, few, _ = fused.logprobs(logits[4:6].float(), token[4:6], 1)
     assert torch.equal(some, value[4:6])
@@ -267,12 +271,12 @@ def test_logprobs_of_given_tokens(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_norm_of_heads(dtype: torch.dtype) -> None:
     x, weight = torch.randn(13, 2, 96).to(dtype)[:, 1], torch.rand(96).to(dtype)  # not contiguous
-    torch.testing.assert_close(skinny.norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
+    torch.testing.assert_close(skinny.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 0), (5, 5), (2048, 1), (3, 2049), (5000, 4100)])
 def test_copy(n: int, m: int) -> None:
     """One part or two of any length, one after the other; what lies behind them stays."""
     first, second, target = torch.arange(n).int(), -torch.arange(m).int(), torch.full((n + m + 3,), 7).int()
-    moves.copy(target, first, second if m else None)
+    moves.copy_concatenated(target, first, second if m else None)
     assert torch.equal(target, torch.cat((first, second, torch.full((3,), 7).int())))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
 from fastgen import SamplingParams, launch
-from fastgen.models.weights import named
+from fastgen.models.weights import named_weights
 
 LIMIT = 10  # seconds within which everything ends
 LOOPBACK = "0100007F"  # 127.0.0.1, as /proc/net/tcp has it
@@ -35,7 +35,7 @@ def nobody_left() -> Iterator[None]:
         left := [p for p in multiprocessing.active_children() if p.name.startswith("rank")]
     ) and time.monotonic() < end:
         time.sleep(0.05)
-    crew = launch.Crew.active
+    crew = launch.WorkerGroup.active
     if crew is not None:  # a test that failed
         crew.close()
     assert not left and crew is None
@@ -59,9 +59,9 @@ def test_outputs(tmp_path: Path) -> None:
             e.fork(99)
         copies, saved = e.fork(first, 2, seeds=[1, 2]), e.snapshot(first)
         again = e.restore(saved)
-        e.touch()
+        e.params_changed()
         outputs = {}
-        while e.unfinished:
+        while e.has_unfinished_requests:
             outputs |= {x.request_id: x.output for x in e.step() if x.output}
         found += [first, copies, again, third, sorted(outputs)]
         found += [tokens([outputs[i]]) for i in (first, *copies, again, third)]
@@ -70,7 +70,7 @@ def test_outputs(tmp_path: Path) -> None:
     with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
         want = calls(alone)
     with engine() as e:
-        assert e.group is not None and e.group.place.size == 2
+        assert e.tp_group is not None and e.tp_group.shard.size == 2
         pids = [os.getpid(), *(p.pid for p in multiprocessing.active_children() if p.pid)]
         assert len(pids) == 2 and all(listening(pid) <= {LOOPBACK} for pid in pids)  # for nobody on other machines
         with pytest.raises(ValueError, match="already runs an engine"):
@@ -86,7 +86,7 @@ def test_outputs(tmp_path: Path) -> None:
 def test_update_and_score() -> None:
     """Handed on to all ranks, from whatever gives whole tensors; what is wrong is said, and ends nothing."""
     new, name = weights(1), "model.layers.0.mlp.down_proj.weight"
-    pairs = [(n, t.double()) for n, t in named(new, SPEC)]
+    pairs = [(n, t.double()) for n, t in named_weights(new, SPEC)]
     prompts = load(1, 5)
     with fastgen.Engine(weights(1), SPEC, **SETTINGS) as alone:
         want = tokens(alone.generate(*prompts, progress=False))
@@ -123,7 +123,7 @@ def test_update_and_score() -> None:
         for source, message in wrong:
             with pytest.raises(ValueError, match=message):
                 e.update_params(source)
-        e.update_params({name: new.layers[0].down * math.nan}, partial=True, finite=False)
+        e.update_params({name: new.layers[0].down * math.nan}, partial=True, check_finite=False)
         assert {c.finish_reason for o in e.generate(*prompts, progress=False) for c in o.completions} == {"error"}
         e.update_params(new)
         assert tokens(e.generate(*prompts, progress=False)) == want
@@ -132,9 +132,9 @@ def test_update_and_score() -> None:
             e.step()
         down = weights(1).layers[0].down
         e.update_params({name: down * 2}, partial=True, recompute=True)
-        while e.unfinished:
+        while e.has_unfinished_requests:
             found = {x.request_id: x.output for x in e.step() if x.output}
-        assert {*found[id].completions[0].versions} == {e.version - 1, e.version}  # type: ignore[union-attr]
+        assert {*found[id].completions[0].weight_versions} == {e.weight_version - 1, e.weight_version}  # type: ignore[union-attr]
         assert tokens(e.generate(*prompts, progress=False)) == partly
 
 
@@ -148,8 +148,11 @@ def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ids = [e.add(prompt, params) for prompt, params in zip(*load(1, 8), strict=True)]
         for _ in range(3):
             e.step()
-        size = e.release("all")
-        assert size == sum(r.size for r in e._regions.values()) and {*e._regions} == {"cache", "params"}
+        size = e.sleep("all")
+        assert size == sum(r.nbytes for r in e._releasable_memory.values()) and {*e._releasable_memory} == {
+            "cache",
+            "params",
+        }
         with pytest.raises(ValueError, match="call restore"):
             e.step()
         with monkeypatch.context() as patch:
@@ -158,20 +161,20 @@ def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             )
             with pytest.raises(torch.OutOfMemoryError):
                 e.restore()
-            assert not any(r.held for r in e._regions.values())
+            assert not any(r.resident for r in e._releasable_memory.values())
         assert e.restore() == size
         outputs: dict[int, Any] = {}
-        while e.unfinished:
+        while e.has_unfinished_requests:
             outputs |= {x.request_id: x.output for x in e.step() if x.output}
         assert tokens([outputs[i] for i in ids]) == want
         with pytest.raises(ValueError, match="unknown memory"):
-            e.release("everything")
+            e.sleep("everything")
         for _ in range(3):
-            e.release("cache")
+            e.sleep("cache")
             e.restore()
         assert tokens(e.generate(*load(1, 8), progress=False)) == want
     with engine() as e, pytest.raises(ValueError, match="are whose they were"):
-        e.release("params")
+        e.sleep("params")
 
 
 def killed(e: fastgen.Engine, which: int, after: float) -> None:
@@ -193,8 +196,8 @@ def killed(e: fastgen.Engine, which: int, after: float) -> None:
 
 def failed(e: fastgen.Engine) -> None:
     """A rank raises something: the same."""
-    assert e._crew is not None
-    e._crew.tell("no_such_call")
+    assert e._worker_group is not None
+    e._worker_group.broadcast_call("no_such_call")
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?s)rank 1 .* failed: .*no_such_call"):
         endless(e)
@@ -214,7 +217,7 @@ def test_rank_0_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own error, and the others are gone."""
     e = engine()
     e.generate([[1, 2]], SamplingParams(max_tokens=2), progress=False)
-    monkeypatch.setattr(e._stepper, "run", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(e._runner, "run", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         endless(e)
     with pytest.raises(RuntimeError, match="rank 0 failed: division by zero"):
@@ -230,10 +233,10 @@ def broken(place: Any, device: str, **_: Any) -> Any:
 
 
 def test_a_rank_cannot_load() -> None:
-    crew = launch.group(2, "cpu", broken, {}, fastgen.Engine)
+    crew = launch.create_tp_group(2, "cpu", broken, {}, fastgen.Engine)
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)rank 1 .*no such disk"), launch.guard(crew):
-        crew.least(1)
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 .*no such disk"), launch.close_workers_on_error(crew):
+        crew.all_reduce_min(1)
     assert time.monotonic() - began < LIMIT
 
 
@@ -276,16 +279,16 @@ def test_a_stream_dropped_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None
         want = tokens(e.generate(*load(1, 3), progress=False))
         held = [e.stream([[1, 2], [3, 4]], SamplingParams(max_tokens=60)) for _ in range(2)]
         next(held[0])  # its generator aborts what is left, the other's never begins
-        run, sizes = e._stepper.run, list[int]()
+        run, sizes = e._runner.run, list[int]()
 
         def dropping(*args: Any, **named: Any) -> Any:
             held.clear()
-            sizes.append(len(e._samples))
+            sizes.append(len(e._sequence_states))
             return run(*args, **named)
 
-        monkeypatch.setattr(e._stepper, "run", dropping)
+        monkeypatch.setattr(e._runner, "run", dropping)
         e.step()
-        assert sizes == [4] and not e._samples and not e.unfinished
+        assert sizes == [4] and not e._sequence_states and not e.has_unfinished_requests
         assert tokens(e.generate(*load(1, 3), progress=False)) == want
 
 
@@ -360,4 +363,4 @@ def test_sizes() -> None:
         engine(3)
     if torch.cuda.device_count() < 2:
         with pytest.raises(ValueError, match="needs as many GPUs"):
-            launch.group(2, "cuda", broken, {}, fastgen.Engine)
+            launch.create_tp_group(2, "cuda", broken, {}, fastgen.Engine)

@@ -22,26 +22,26 @@ import fastgen
 from fastgen import Adapter, Event, Output, SamplingParams, Snapshot, lora, schedule
 from fastgen.cli import bench, serve
 from fastgen.cli import run as command
-from fastgen.config import Lora
-from fastgen.models.layers import adapt
-from fastgen.models.spec import Spec, from_hf
-from fastgen.models.weights import named
+from fastgen.config import LoraConfig
+from fastgen.models.layers import apply_lora
+from fastgen.models.spec import ModelConfig, from_hf_config
+from fastgen.models.weights import named_weights
 from fastgen.ops.attention import reference
 from fastgen.schedule import Span
-from fastgen.types import Changes, Params
+from fastgen.types import LayerLora, Params
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 8},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
 }  # fmt: skip
-SPECS = {name: fastgen.from_hf(tiny.SIZES | config) for name, config in CONFIGS.items()}
+SPECS = {name: fastgen.from_hf_config(tiny.SIZES | config) for name, config in CONFIGS.items()}
 SPEC = SPECS["mistral"]
 SMALL: dict[str, Any] = {"max_requests": 8, "token_budget": 64}
 NAMES = (None, "all", "some", "wide")
 
 
-def adapter(spec: Spec, name: str, seed: int = 0) -> Adapter:
+def adapter(spec: ModelConfig, name: str, seed: int = 0) -> Adapter:
     """Of different ranks, targets and scales; strong enough to change what is drawn."""
     how: dict[str, Any] = {
         "all": {"rank": 4, "alpha": 8},
@@ -50,7 +50,7 @@ def adapter(spec: Spec, name: str, seed: int = 0) -> Adapter:
     }[name]
     made = lora.init(spec, seed=seed, device="cpu", **how)
     r = torch.Generator("cpu").manual_seed(seed + 1)
-    for x in lora.leaves(made):
+    for x in lora.parameters(made):
         x.copy_(torch.randn(x.shape, generator=r, device="cpu") * 0.2)
     return tree_map_only(Tensor, lambda x: x.to(torch.get_default_device()), made)
 
@@ -64,10 +64,10 @@ class Engine(fastgen.Engine):
 
     def step(self) -> list[Event]:
         events = super().step()
-        schedule.check(self.state, self.settings.schedule)
+        schedule.check(self.state, self.config.schedule)
         users: dict[int, Any] = {}
         for s in self.state.running:
-            assert s.namespace == self._samples[s.id].adapter if s.id in self._samples else True
+            assert s.namespace == self._sequence_states[s.id].adapter_idx if s.id in self._sequence_states else True
             for page in s.pages:
                 assert users.setdefault(page, s.namespace) == s.namespace, "two adapters share a page"
         return events
@@ -121,7 +121,7 @@ def run(e: fastgen.Engine, work: Iterable[tuple[list[int], dict[str, Any], str |
     work = list(work)
     ids = [e.add(prompt, SamplingParams(**how, adapter=name)) for prompt, how, name in work]
     done: dict[int, Output] = {}
-    while e.unfinished:
+    while e.has_unfinished_requests:
         done |= {event.request_id: event.output for event in e.step() if event.output is not None}
     return [done[id] for id in ids]
 
@@ -130,13 +130,13 @@ def run(e: fastgen.Engine, work: Iterable[tuple[list[int], dict[str, Any], str |
 
 
 def logits(
-    params: Params, spec: Spec, tokens: list[int], adapters: fastgen.Adapters | None = None, i: int = 0
+    params: Params, spec: ModelConfig, tokens: list[int], adapters: fastgen.StackedAdapters | None = None, i: int = 0
 ) -> Tensor:
     """[T, V] at once, in a cache of its own."""
-    batch = fastgen.stage((Span(0, 0, len(tokens), True, (1, 2, 3, 4)),), {0: tokens}, 16)
+    batch = fastgen.build_batch((Span(0, 0, len(tokens), True, (1, 2, 3, 4)),), {0: tokens}, 16)
     batch = batch._replace(adapter=torch.full((len(tokens),), i) if adapters else None)
-    hidden = fastgen.hidden(params, fastgen.new_cache(spec, 80), batch, spec, reference, adapters=adapters)
-    return fastgen.unembed(params, hidden)
+    hidden = fastgen.hidden_states(params, fastgen.new_kv_cache(spec, 80), batch, spec, reference, adapters=adapters)
+    return fastgen.compute_logits(params, hidden)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -147,21 +147,21 @@ def test_forward_of_several(name: str) -> None:
     stacked, r = lora.stack(trees, spec), random.Random(0)
     contexts = [[r.randrange(61) for _ in range(n)] for n in (5, 1, 9, 13)]
     plan = tuple(Span(i, 0, len(c), True, (1 + i,)) for i, c in enumerate(contexts))
-    batch = fastgen.stage(plan, dict(enumerate(contexts)), 16)
+    batch = fastgen.build_batch(plan, dict(enumerate(contexts)), 16)
     rows = torch.tensor([i for i, c in zip((2, 0, 3, 1), contexts, strict=True) for _ in c])
-    got = fastgen.forward(params, fastgen.new_cache(spec, 80), batch._replace(adapter=rows), spec, adapters=stacked)
+    got = fastgen.forward(params, fastgen.new_kv_cache(spec, 80), batch._replace(adapter=rows), spec, adapters=stacked)
     for row, i, context in zip(got, (2, 0, 3, 1), contexts, strict=True):
         plain = params if i == 0 else lora.merge(params, spec, trees[i - 1])
         torch.testing.assert_close(row, logits(plain, spec, context)[-1], atol=1e-4, rtol=1e-5)
         assert i == 0 or (row - logits(params, spec, context)[-1]).abs().max() > 0.1
     with pytest.raises(ValueError, match="batch.adapter"):
-        fastgen.forward(params, fastgen.new_cache(spec, 80), batch, spec, adapters=stacked)
+        fastgen.forward(params, fastgen.new_kv_cache(spec, 80), batch, spec, adapters=stacked)
 
 
 def test_merge_shares_what_it_does_not_change() -> None:
     got = lora.merge(PARAMS, SPEC, ADAPTERS["some"])
     assert got.embed is PARAMS.embed and got.layers[0].down is PARAMS.layers[0].down
-    d, (q, _, v) = SPEC.dim, got.layers[1].qkv.split((32, 16, 16))
+    d, (q, _, v) = SPEC.hidden_size, got.layers[1].qkv.split((32, 16, 16))
     change = ADAPTERS["some"].layers[1].v
     assert change is not None
     torch.testing.assert_close(v, PARAMS.layers[1].qkv[48:] + change.b @ change.a * 1.0)
@@ -190,8 +190,8 @@ def test_kernel(tokens: int, depth: int, rows: tuple[int, ...], r: int, count: i
     a = (torch.randn(count + 1, len(rows) * r, depth) * depth**-0.5).to(dtype)
     b, scale = torch.randn(count + 1, sum(rows), r).to(dtype), torch.rand(count + 1)
     for whose in (torch.randint(count + 1, (tokens,)), torch.full((tokens,), count), torch.zeros(tokens).long()):
-        exact = adapt(y.double(), x.double(), a.double(), b.double(), scale.double(), whose, rows)
-        got = lowrank.adapt(y.clone(), x, a, b, scale, whose.int(), rows)
+        exact = apply_lora(y.double(), x.double(), a.double(), b.double(), scale.double(), whose, rows)
+        got = lowrank.apply_lora(y.clone(), x, a, b, scale, whose.int(), rows)
         assert got.dtype == dtype and torch.equal(got[whose == 0], y[whose == 0])
         size = exact.square().mean().sqrt()
         assert (got.double() - exact).abs().max() / size < (4e-3 if dtype == torch.float16 else 1e-5)
@@ -205,9 +205,9 @@ def test_kernel_rows_do_not_depend_on_their_company(device: str) -> None:
     torch.manual_seed(0)
     y, x, whose = torch.randn(20, 40), torch.randn(20, 70), torch.randint(4, (20,)).int()
     a, b, scale = torch.randn(4, 6, 70), torch.randn(4, 40, 3), torch.rand(4)
-    whole = lowrank.adapt(y.clone(), x, a, b, scale, whose, (24, 16))
+    whole = lowrank.apply_lora(y.clone(), x, a, b, scale, whose, (24, 16))
     for pick in ([3], [19, 0], list(range(12, 2, -1))):
-        got = lowrank.adapt(y[pick].clone(), x[pick], a, b, scale, whose[pick], (24, 16))
+        got = lowrank.apply_lora(y[pick].clone(), x[pick], a, b, scale, whose[pick], (24, 16))
         torch.testing.assert_close(got, whole[pick], rtol=0, atol=1e-5 if device == "cpu" else 0)
 
 
@@ -235,20 +235,20 @@ def test_as_merged(way: str) -> None:
     for _ in range(2):  # the second time much of it is cached
         for got, want in zip(run(e, work), separately(3), strict=True):
             same(got, want)
-    n = e.counts
-    assert (n.reused > 0) is (way != "no reuse")
+    n = e.cache_stats
+    assert (n.num_hit_tokens > 0) is (way != "no reuse")
     if way == "preempted":
-        assert n.parked and n.evicted
+        assert n.num_preemptions and n.num_evicted_pages
     if way == "host":
-        assert n.paged_in
+        assert n.num_loaded_pages
 
 
 def compiled() -> None:
     """With compiled regions; adapters that come, change and go compile nothing anew."""
-    from fastgen.compile import compilations
+    from fastgen.compile import num_compiled_graphs
 
     e, work = engine(adapters={}, cache_tokens=1024, compile="inductor", **SMALL), load(4, 12)
-    before = compilations()
+    before = num_compiled_graphs()
     for name, x in ADAPTERS.items():
         e.add_adapter(name, x)
     for got, one in zip(run(e, work), work, strict=True):
@@ -257,7 +257,7 @@ def compiled() -> None:
     e.add_adapter("some", ADAPTERS["some"])
     for got, one in zip(run(e, work), work, strict=True):
         same(got, merged(*one))
-    assert compilations() == before
+    assert num_compiled_graphs() == before
 
 
 @pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="test_graphs compares on GPUs")
@@ -274,8 +274,13 @@ def test_off_is_as_before() -> None:
     """Without room for adapters nothing of them is there: no buffers, no fields, no functions."""
     e = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256, compile="eager")
     e.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
-    assert e.batch is not None and e.batch.adapter is None and e.adapters == {} and "adapters" not in e._owners()
-    assert e._stepper.adapters is None
+    assert (
+        e.last_batch is not None
+        and e.last_batch.adapter_idx is None
+        and e.adapters == {}
+        and "adapters" not in e._memory_usage()
+    )
+    assert e._runner.adapters is None
 
 
 def test_any_operations() -> None:
@@ -291,7 +296,7 @@ def test_any_operations() -> None:
     checked = 0
     for step in range(150):
         op, name = r.random(), r.choice(("x", "y", "z"))
-        users = {s.params.adapter for s in e._samples.values()}
+        users = {s.params.adapter for s in e._sequence_states.values()}
         if op < 0.06 and name not in trees and len(trees) < 2:
             trees[name] = adapter(SPEC, r.choice(NAMES[1:]) or "", step)
             e.add_adapter(name, trees[name])
@@ -301,20 +306,20 @@ def test_any_operations() -> None:
         elif op < 0.16 and name in trees:
             views = e.adapter_params(name)
             if r.random() < 0.5:
-                for x in lora.leaves(views):
+                for x in lora.parameters(views):
                     x.mul_(-1)
                 e.update_adapter(name)
             else:
                 e.update_adapter(name, tree_map_only(Tensor, lambda x: -x, views))
             trees[name] = tree_map_only(Tensor, torch.clone, e.adapter_params(name))
-            stale |= {s.output.request_id for s in e._samples.values() if s.params.adapter == name}
+            stale |= {s.output.request_id for s in e._sequence_states.values() if s.params.adapter == name}
         elif op < 0.6:
             prompt, how, _ = load(r.randrange(5), 1)[0]
             who = r.choice([None, *trees])
             params = PARAMS if who is None else lora.merge(PARAMS, SPEC, trees[who])
             pending[e.add(prompt, SamplingParams(**how, adapter=who))] = prompt, how, params
-        elif op < 0.62 and e._samples:
-            e.abort(r.choice([*e._samples.values()]).output.request_id)
+        elif op < 0.62 and e._sequence_states:
+            e.abort(r.choice([*e._sequence_states.values()]).output.request_id)
         for event in e.step():
             if event.output is None:
                 continue
@@ -325,7 +330,7 @@ def test_any_operations() -> None:
                 ) as plain:
                     same(event.output, plain.generate([prompt], SamplingParams(**how))[0])
                 checked += 1
-    assert checked > 20 and e.counts.reused
+    assert checked > 20 and e.cache_stats.num_hit_tokens
 
 
 def test_a_change_forgets_its_own_pages_only() -> None:
@@ -333,13 +338,13 @@ def test_a_change_forgets_its_own_pages_only() -> None:
     e, prompt = engine(cache_tokens=1024), [*range(20)]
 
     def cached(name: str | None) -> int:
-        return e.generate([prompt], SamplingParams(**how, adapter=name))[0].cached_tokens
+        return e.generate([prompt], SamplingParams(**how, adapter=name))[0].num_cached_tokens
 
     assert [cached(name) for name in NAMES] == [0, 0, 0, 0], "nobody begins with another's pages"
     assert [cached(name) for name in NAMES] == [19, 19, 19, 19]
     e.update_adapter("some")
     assert [cached(name) for name in NAMES] == [19, 19, 0, 19]
-    e.touch()
+    e.params_changed()
     assert [cached(name) for name in NAMES] == [0, 0, 0, 0]
     assert [e.adapters[name].version for name in ADAPTERS] == [0, 1, 0]
 
@@ -350,7 +355,7 @@ def test_a_name_given_anew() -> None:
     same(run(e, work)[0], merged(*work[0]))
     views = e.adapter_params("all")
     e.remove_adapter("all")
-    assert not any(x.any() for x in lora.leaves(views))
+    assert not any(x.any() for x in lora.parameters(views))
     e.add_adapter("all", ADAPTERS["some"])
     same(run(e, work)[0], merged(*work[0][:2], "some"))
 
@@ -364,7 +369,7 @@ def test_fork_and_snapshot(tmp_path: Path) -> None:
     for _ in range(4):
         e.step()
     fork = e.fork(id)[0]
-    e.snapshot(id, pages=True).save(tmp_path / "one")
+    e.snapshot(id, include_pages=True).save(tmp_path / "one")
     done = {x.request_id: x.output for _ in range(12) for x in e.step() if x.output}
     assert done[id].completions[0].token_ids == done[fork].completions[0].token_ids == want
     with engine(cache_tokens=1024) as other:
@@ -408,9 +413,9 @@ def test_refused() -> None:
         (lambda: lora.merge(PARAMS, SPEC, other), "wanted"),
         (lambda: lora.stack([other], SPEC), "wanted"),
         (lambda: lora.merge(PARAMS, SPEC, Adapter((), 1.0)), "0 layers"),
-        (lambda: lora.init(SPEC, targets=("q_porj",)), "did you mean q_proj"),
+        (lambda: lora.init(SPEC, target_modules=("q_porj",)), "did you mean q_proj"),
         (lambda: lora.init(SPEC, rank=0), "at least 1"),
-        (lambda: lora.stack([Adapter((Changes(),) * 2, 1.0)], SPEC), "changes anything"),
+        (lambda: lora.stack([Adapter((LayerLora(),) * 2, 1.0)], SPEC), "changes anything"),
         (lambda: e.update_adapter("all", tree_map_only(Tensor, lambda x: x / 0, ADAPTERS["all"])), "in layers.0.q.a"),
         *(
             (partial(call, *args, ADAPTERS["all"]._replace(scale=scale)), "scale must be a finite number")
@@ -444,8 +449,8 @@ def test_gradients() -> None:
         else:
             out = logits(lora.merge(PARAMS, SPEC, mine), SPEC, context)
         out.log_softmax(-1)[:-1].gather(1, torch.tensor(context[1:])[:, None]).sum().backward()
-        found.append([x.grad for x in lora.leaves(mine)])
-    assert len(found[0]) == 2 * 7 * SPEC.layers
+        found.append([x.grad for x in lora.parameters(mine)])
+    assert len(found[0]) == 2 * 7 * SPEC.num_layers
     for a, b in zip(*found, strict=True):
         assert a is not None and a.abs().max() > 1e-6
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -459,12 +464,12 @@ def train(compile: str) -> None:
     """An optimizer's steps on the engine's own tensors are the update: what comes next is from the new ones."""
     e = engine(adapters={"other": ADAPTERS["wide"]}, cache_tokens=512, compile=compile, **SMALL)
     views = e.add_adapter("mine", lora.init(SPEC, rank=4, alpha=8, seed=1))
-    where = [x.data_ptr() for x in lora.leaves(views)]
+    where = [x.data_ptr() for x in lora.parameters(views)]
     how: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
     prompt, wanted = [7, 8, 9], [11, 12, 13, 14, 15, 16]
     before = run(e, [(prompt, how, "mine")])[0].completions[0].token_ids
     assert before == merged(prompt, how, None).completions[0].token_ids, "a new adapter changes nothing"
-    optimizer = torch.optim.Adam([x.requires_grad_() for x in lora.leaves(views)], lr=0.02)
+    optimizer = torch.optim.Adam([x.requires_grad_() for x in lora.parameters(views)], lr=0.02)
     context, losses = [*prompt, *wanted], []
     for _ in range(60):
         out = logits(PARAMS, SPEC, context, lora.stack([views], SPEC), 1).log_softmax(-1)
@@ -475,7 +480,7 @@ def train(compile: str) -> None:
         losses.append(loss.item())
     e.update_adapter("mine")
     got = run(e, [(prompt, how, "mine"), (prompt, how, None), (prompt, how, "other")])
-    assert [x.data_ptr() for x in lora.leaves(e.adapter_params("mine"))] == where
+    assert [x.data_ptr() for x in lora.parameters(e.adapter_params("mine"))] == where
     assert losses[-1] < 0.1 * losses[0] and got[0].completions[0].token_ids == wanted
     with fastgen.Engine(
         lora.merge(PARAMS, SPEC, views), SPEC, progress=False, cache_tokens=256, compile="eager"
@@ -491,13 +496,13 @@ def train(compile: str) -> None:
 def equal(a: Adapter, b: Adapter) -> None:
     assert [p is None for x in a.layers for p in x] == [p is None for x in b.layers for p in x]
     assert a.scale == pytest.approx(b.scale)
-    for x, y in zip(lora.leaves(a), lora.leaves(b), strict=True):
+    for x, y in zip(lora.parameters(a), lora.parameters(b), strict=True):
         assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_save_and_load(name: str, tmp_path: Path) -> None:
-    lora.save(tmp_path, SPEC, ADAPTERS[name], base="mine")
+    lora.save(tmp_path, SPEC, ADAPTERS[name], base_model="mine")
     equal(lora.load(tmp_path, SPEC), ADAPTERS[name])
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert all(x.startswith("base_model.model.model.layers.") and ".lora_" in x for x in names)
@@ -506,10 +511,10 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
 def test_update_by_name() -> None:
     """From tensors as they are called in a model in memory, too."""
     mine, other = adapter(SPEC, "some", 1), adapter(SPEC, "some", 2)
-    lora.update(mine, SPEC, dict(lora.named(other, SPEC)).items())
+    lora.update(mine, SPEC, dict(lora.named_tensors(other, SPEC)).items())
     equal(mine, other)
     third = adapter(SPEC, "some", 3)
-    live = [(n.replace(".weight", ".default.weight"), x) for n, x in lora.named(third, SPEC)]
+    live = [(n.replace(".weight", ".default.weight"), x) for n, x in lora.named_tensors(third, SPEC)]
     lora.update(mine, SPEC, live)
     equal(mine, third)
     with pytest.raises(ValueError, match="missing for model.layers.1.mlp.up_proj"):
@@ -541,7 +546,7 @@ def test_load_refuses_scales_that_are_not_finite(alpha: str, tmp_path: Path) -> 
     lora.save(tmp_path, SPEC, ADAPTERS["all"])
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"lora_alpha": 8.0', f'"lora_alpha": {alpha}'))
-    for call in (lambda: lora.load(tmp_path, SPEC), lambda: lora.room(Lora(), {"x": tmp_path})):
+    for call in (lambda: lora.load(tmp_path, SPEC), lambda: lora.expand_lora_config(LoraConfig(), {"x": tmp_path})):
         with pytest.raises(ValueError, match="adapter_config.json"):
             call()
 
@@ -549,7 +554,7 @@ def test_load_refuses_scales_that_are_not_finite(alpha: str, tmp_path: Path) -> 
 def test_a_slot_is_clean_for_the_next_adapter() -> None:
     """NaN that somebody writes through views of an adapter which is gone reaches none that has its place."""
     one, wanted = (engine(adapters={name: ADAPTERS[name]}, max_adapters=1) for name in ("wide", "some"))
-    stale = lora.leaves(one.adapter_params("wide"))
+    stale = lora.parameters(one.adapter_params("wide"))
     one.remove_adapter("wide")
     for x in stale:
         x.fill_(float("nan"))
@@ -572,22 +577,22 @@ def test_versions_count_changes_of_the_adapter() -> None:
     steps(2)
     one.update_adapter("all", ADAPTERS["all"]._replace(scale=0.1))
     steps(2)
-    one.touch()
+    one.params_changed()
     steps(2)
-    for x in lora.leaves(one.adapter_params("some")):
+    for x in lora.parameters(one.adapter_params("some")):
         x.mul_(0.5)
     one.update_adapter("some")
     steps(2)
-    versions = {name: done[id].completions[0].versions for name, id in ids.items()}
+    versions = {name: done[id].completions[0].weight_versions for name, id in ids.items()}
     assert versions == {
         None: [0] * 4 + [1] * 4, "wide": [0] * 4 + [1] * 4,
         "all": [0, 0, 1, 1, 2, 2, 2, 2], "some": [0] * 4 + [1, 1, 2, 2],
     }  # fmt: skip
-    assert one.version + one.adapters["all"].version == 2
+    assert one.weight_version + one.adapters["all"].version == 2
     one.remove_adapter("all")
     one.add_adapter("all", ADAPTERS["all"])
     (again,) = run(one, [([1, 2, 3], how, "all")])
-    assert {*again.completions[0].versions} == {3} == {one.version + one.adapters["all"].version}
+    assert {*again.completions[0].weight_versions} == {3} == {one.weight_version + one.adapters["all"].version}
 
 
 def test_load_refuses_other_files(tmp_path: Path) -> None:
@@ -605,7 +610,7 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps(config | {"r": r, "lora_alpha": alpha}))
         with pytest.raises(ValueError, match=said):
-            lora.room(fastgen.Settings().lora, {"x": tmp_path})  # before there is room for it
+            lora.expand_lora_config(fastgen.EngineConfig().lora, {"x": tmp_path})  # before there is room for it
     file.write_text(json.dumps(config))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(
@@ -628,7 +633,7 @@ def test_against_peft(name: str, tmp_path: Path) -> None:
         config = transformers.AutoConfig.for_model(name, **tiny.SIZES | CONFIGS[name])
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         model.save_pretrained(tmp_path / "base")
-        how = peft.LoraConfig(r=4, lora_alpha=10, use_rslora=name == "qwen3", target_modules=[*lora.TARGETS])
+        how = peft.LoraConfig(r=4, lora_alpha=10, use_rslora=name == "qwen3", target_modules=[*lora.TARGET_MODULES])
         theirs = peft.get_peft_model(model, how).eval()
         for key, x in theirs.named_parameters():
             if "lora_" in key:
@@ -658,8 +663,8 @@ def test_against_transformers(name: str) -> None:
         config = transformers.AutoConfig.for_model(name, **tiny.SIZES | CONFIGS[name])
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         params, tree = tiny.weights(spec), adapter(spec, "all", 3)
-        model.load_state_dict({n: x.cpu() for n, x in named(params, spec)}, strict=False)
-        tensors, modules = {n: x.cpu() for n, x in lora.named(tree, spec)}, dict(model.named_modules())
+        model.load_state_dict({n: x.cpu() for n, x in named_weights(params, spec)}, strict=False)
+        tensors, modules = {n: x.cpu() for n, x in lora.named_tensors(tree, spec)}, dict(model.named_modules())
         for key in (k for k in tensors if "lora_A" in k):
             inner = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             modules[inner].weight.data += tree.scale * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
@@ -675,7 +680,7 @@ def test_against_transformers(name: str) -> None:
 
 def test_fgrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Files by name, and a request that chooses one; an adapter of another model ends the engine."""
-    spec = fastgen.from_hf(tiny.config("Mistral"))
+    spec = fastgen.from_hf_config(tiny.config("Mistral"))
     config_of(tmp_path)
     lora.save(tmp_path / "poet", spec, adapter(spec, "all", 3))
     words = [f"model.path={tmp_path}", "model.random=true", "model.device=cpu", "prompt=[1,2,3]", "chat=false"]
@@ -815,15 +820,15 @@ def test_serve_makes_room(tmp_path: Path) -> None:
     """As much as is needed, where it is not given."""
     lora.save(tmp_path, SPEC, ADAPTERS["wide"])
     words = ["debug", "--lora", f"x={tmp_path}"]
-    assert serve.configure(serve._parser().parse_args(words))[0].lora == Lora(max_adapters=1, max_rank=8)
-    config, _ = serve.configure(serve._parser().parse_intermixed_args([*words, "lora.max_adapters=5"]))
-    assert config.lora == Lora(max_adapters=5, max_rank=8)
+    assert serve.configure(serve._make_parser().parse_args(words))[0].lora == LoraConfig(max_adapters=1, max_rank=8)
+    config, _ = serve.configure(serve._make_parser().parse_intermixed_args([*words, "lora.max_adapters=5"]))
+    assert config.lora == LoraConfig(max_adapters=5, max_rank=8)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.complex64, "meta"])
 def test_adapters_of_other_dtypes(kind: Any) -> None:
     """Their values would be cast to what they do not mean."""
-    spec = from_hf(tiny.config())
+    spec = from_hf_config(tiny.config())
     adapter = tree_map_only(Tensor, lambda x: x.to(kind), lora.init(spec, 4))
     with fastgen.Engine(tiny.weights(spec), spec, max_adapters=1, cache_tokens=256, page_size=16) as engine:
         with pytest.raises(ValueError, match=r"adapter 'a': layers\.0\.q\.a is .* must be of floating point"):

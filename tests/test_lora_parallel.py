@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map_only
 
 import fastgen
 from fastgen import Adapter, Output, SamplingParams, lora, parallel
-from fastgen.models.spec import Place, split
-from fastgen.models.transformer import PLAIN, Ops, blocks
+from fastgen.models.spec import TPShard, shard_config
+from fastgen.models.transformer import TORCH_OPS, ModelOps, run_layers
 from fastgen.ops.attention import reference
-from fastgen.parallel import Group, sharded
+from fastgen.parallel import TPGroup, shard_ops
 from fastgen.schedule import Span
 
 SETTINGS: dict[str, Any] = {
@@ -30,16 +30,25 @@ def double(x: Adapter) -> Adapter:
 
 
 def final(
-    params: fastgen.Params, spec: fastgen.Spec, ops: Ops, adapters: fastgen.Adapters, kv_heads: int, head: int
+    params: fastgen.Params,
+    spec: fastgen.ModelConfig,
+    ops: ModelOps,
+    adapters: fastgen.StackedAdapters,
+    kv_heads: int,
+    head: int,
 ) -> Tensor:
     """Of the last tokens of three sequences, each under another adapter: the hidden states."""
     plan = (Span(0, 0, 9, True, (1, 2)), Span(1, 0, 5, True, (3,)), Span(2, 0, 7, True, (4,)))
     tokens = {i: [(7 * i + 3 * j) % 61 for j in range(span.stop)] for i, span in enumerate(plan)}
-    batch = fastgen.stage(plan, tokens, 16)
+    batch = fastgen.build_batch(plan, tokens, 16)
     batch = batch._replace(adapter=torch.tensor([1] * 9 + [0] * 5 + [2] * 7))
-    cache = fastgen.new_cache(spec, 80, dtype=torch.float32)
+    cache = fastgen.new_kv_cache(spec, 80, dtype=torch.float32)
     assert cache.k[0].shape[1:] == (kv_heads, head)
-    return ops.leave(*blocks(params, cache, batch, spec, ops, adapters, last=True), params.norm, spec.eps)
+    return ops.final_norm(
+        *run_layers(params, cache, batch, spec, ops, adapters, last_token_only=True),
+        params.final_norm,
+        spec.rms_norm_eps,
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -49,16 +58,18 @@ def test_forward(name: str, size: int) -> None:
     spec = SPECS[name]
     params = fastgen.init(spec, dtype=torch.float32)
     adapters = [adapter(spec, "all"), adapter(spec, "some")]
-    ops = PLAIN._replace(attention=reference)
-    want = final(params, spec, ops, lora.stack(adapters, spec), spec.kv_heads, spec.head)
+    ops = TORCH_OPS._replace(attention=reference)
+    want = final(params, spec, ops, lora.stack(adapters, spec), spec.num_kv_heads, spec.head_dim)
     assert not torch.allclose(
-        want, final(params, spec, ops, lora.stack(adapters[::-1], spec), spec.kv_heads, spec.head)
+        want, final(params, spec, ops, lora.stack(adapters[::-1], spec), spec.num_kv_heads, spec.head_dim)
     )
 
     def one(rank: Rank) -> Tensor:
-        local, mine = split(spec, size), lora.stack(adapters, spec, rank.place)
-        over = sharded(ops, rank, spec)
-        return final(spread(params, spec, rank.place), local, over, mine, max(1, spec.kv_heads // size), spec.head)
+        local, mine = shard_config(spec, size), lora.stack(adapters, spec, rank.place)
+        over = shard_ops(ops, rank, spec)
+        return final(
+            spread(params, spec, rank.place), local, over, mine, max(1, spec.num_kv_heads // size), spec.head_dim
+        )
 
     for got in together(size, one):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -70,13 +81,13 @@ def test_changes_are_summed_with_what_they_change(
 ) -> None:
     """In memory that others read, or from which parts are pushed as soon as they are there."""
     monkeypatch.setattr(parallel, "PUSHED", 8)
-    adapters, ops = [ADAPTERS["all"], ADAPTERS["wide"]], PLAIN._replace(attention=reference)
-    want = final(PARAMS, SPEC, ops, lora.stack(adapters, SPEC), SPEC.kv_heads, SPEC.head)
+    adapters, ops = [ADAPTERS["all"], ADAPTERS["wide"]], TORCH_OPS._replace(attention=reference)
+    want = final(PARAMS, SPEC, ops, lora.stack(adapters, SPEC), SPEC.num_kv_heads, SPEC.head_dim)
 
     def one(rank: Rank) -> tuple[Tensor, list[int]]:
-        local, read = split(SPEC, 2), Read(rank, SPEC.dim, few, many)
-        over, mine = sharded(ops, rank, SPEC, read), lora.stack(adapters, SPEC, rank.place)
-        found = final(spread(PARAMS, SPEC, rank.place), local, over, mine, SPEC.kv_heads // 2, SPEC.head)
+        local, read = shard_config(SPEC, 2), Read(rank, SPEC.hidden_size, few, many)
+        over, mine = shard_ops(ops, rank, SPEC, read), lora.stack(adapters, SPEC, rank.place)
+        found = final(spread(PARAMS, SPEC, rank.place), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
         return found, read.sums
 
     for got, done in together(2, one):
@@ -87,7 +98,7 @@ def test_changes_are_summed_with_what_they_change(
 def test_shares() -> None:
     """Views, which together are the whole."""
     whole = ADAPTERS["all"]
-    parts = [lora.share(whole, SPEC, Place(rank, 2)) for rank in range(2)]
+    parts = [lora.shard_adapter(whole, SPEC, TPShard(rank, 2)) for rank in range(2)]
     first = whole.layers[1]
     assert first.out is not None and first.up is not None
     mine = [x.layers[1] for x in parts]
@@ -95,7 +106,7 @@ def test_shares() -> None:
     assert torch.equal(torch.cat([x.up.b for x in mine]), first.up.b)  # type: ignore[union-attr]
     assert all(x.up.a.data_ptr() == first.up.a.data_ptr() for x in mine)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="wanted"):
-        lora.share(parts[0], SPEC, Place(0, 2))
+        lora.shard_adapter(parts[0], SPEC, TPShard(0, 2))
 
 
 def calls(e: fastgen.Engine) -> list[Output]:
@@ -118,12 +129,12 @@ def calls(e: fastgen.Engine) -> list[Output]:
     e.remove_adapter("wide")
     e.add_adapter("wide", ADAPTERS["all"], scale=0.5)
     found += run(e, load(3))
-    assert e.counts.reused
+    assert e.cache_stats.num_hit_tokens
     return found
 
 
-def weights(group: Group) -> fastgen.Params:
-    return spread(PARAMS, SPEC, group.place)
+def weights(group: TPGroup) -> fastgen.Params:
+    return spread(PARAMS, SPEC, group.shard)
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +164,12 @@ def test_changed_in_place() -> None:
     def one(rank: Rank) -> list[Output]:
         with fastgen.Engine(weights(rank), SPEC, group=rank, **SETTINGS) as e:
             views = e.add_adapter("all", ADAPTERS["all"])
-            for x in lora.leaves(views):
+            for x in lora.parameters(views):
                 x.mul_(2)
             e.update_adapter("all")
             found = run(e, [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, "all")])
             if rank.place.rank:
-                lora.leaves(views)[0].fill_(float("inf"))
+                lora.parameters(views)[0].fill_(float("inf"))
             with pytest.raises(ValueError, match="NaN or infinite"):
                 e.update_adapter("all")
             return found

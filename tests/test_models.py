@@ -13,14 +13,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fastgen
-from fastgen import Params, Rope, SamplingParams, Spec
+from fastgen import Params, RopeConfig, SamplingParams, ModelConfig
 from fastgen.models import weights
-from fastgen.models.layers import frequencies, rms_norm, rotate, rotations, swiglu
-from fastgen.ops.backends import NAMES, choose
+from fastgen.models.layers import rope_inv_freq, rms_norm, apply_rope, rope_cos_sin, swiglu
+from fastgen.ops.backends import ATTENTION_BACKENDS, select_attention_backend
 from fastgen.schedule import Span
 
 PAGE = 4
-BACKENDS = {name: choose(name, torch.get_default_device()) for name in NAMES}
+BACKENDS = {name: select_attention_backend(name, torch.get_default_device()) for name in ATTENTION_BACKENDS}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, int, int, int | None, dict[str, Any]]] = {
 
 
 @cache
-def build(name: str) -> tuple[torch.nn.Module, Spec, Params]:
+def build(name: str) -> tuple[torch.nn.Module, ModelConfig, Params]:
     """A random model of transformers, and the same weights as ours. Wide weights spread the logits."""
     family, q_heads, kv_heads, head, rest = CASES[name]
     dim = {5: 60, 8: 64}.get(q_heads, 56)
@@ -75,7 +75,7 @@ def build(name: str) -> tuple[torch.nn.Module, Spec, Params]:
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval().requires_grad_(False)
     for key, weight in model.named_parameters():
         weight.normal_(1.0 if "norm" in key else 0.0, 0.2)
-    spec = fastgen.from_hf(config.to_dict() | {"architectures": [type(model).__name__]})
+    spec = fastgen.from_hf_config(config.to_dict() | {"architectures": [type(model).__name__]})
     params = fastgen.init(spec, dtype=torch.float32)
     weights.update(params, spec, model.state_dict().items())
     return model, spec, params
@@ -87,8 +87,8 @@ def prompt(length: int, seed: int) -> list[int]:
     ).tolist()
 
 
-def empty(spec: Spec, pages: int) -> fastgen.Cache:
-    return fastgen.new_cache(spec, pages * PAGE, dtype=torch.float32)
+def empty(spec: ModelConfig, pages: int) -> fastgen.KVCache:
+    return fastgen.new_kv_cache(spec, pages * PAGE, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -104,10 +104,10 @@ def test_logits(name: str, backend: str) -> None:
     model, spec, params = build(name)
     tokens = {0: prompt(70, 1), 1: prompt(9, 2)}
     plan = (Span(0, 0, 70, True, tuple(range(20, 2, -1))), Span(1, 0, 9, True, (1, 22, 2)))
-    batch = fastgen.stage(plan, tokens, PAGE)
-    x = fastgen.hidden(params, empty(spec, 23), batch, spec, BACKENDS[backend])
+    batch = fastgen.build_batch(plan, tokens, PAGE)
+    x = fastgen.hidden_states(params, empty(spec, 23), batch, spec, BACKENDS[backend])
     torch.testing.assert_close(
-        fastgen.unembed(params, x), torch.cat([theirs(model, t) for t in tokens.values()]), atol=1e-4, rtol=0
+        fastgen.compute_logits(params, x), torch.cat([theirs(model, t) for t in tokens.values()]), atol=1e-4, rtol=0
     )
 
 
@@ -129,24 +129,24 @@ def test_greedy(name: str) -> None:
 def test_cases_cover_what_they_should() -> None:
     """Each option is on in some case and off in another; else a case here tests less than it says."""
     specs = [build(name)[1] for name in CASES]
-    assert {s.rope.kind for s in specs} == {"default", "linear", "llama3", "yarn"}
-    assert {s.q_heads // s.kv_heads for s in specs} == {1, 4, 5, 7}
+    assert {s.rope.rope_type for s in specs} == {"default", "linear", "llama3", "yarn"}
+    assert {s.num_q_heads // s.num_kv_heads for s in specs} == {1, 4, 5, 7}
     for on in (
-        {s.tied for s in specs},
+        {s.tie_word_embeddings for s in specs},
         {s.qk_norm for s in specs},
         {s.rope.truncate for s in specs},
         {s.qkv_bias for s in specs},
         {s.out_bias for s in specs},
-        {s.head == s.dim // s.q_heads for s in specs},
-        {None in s.windows for s in specs},
-        {any(s.windows) for s in specs},
+        {s.head_dim == s.hidden_size // s.num_q_heads for s in specs},
+        {None in s.sliding_windows for s in specs},
+        {any(s.sliding_windows) for s in specs},
     ):
         assert on == {False, True}
-    assert sum(len(set(s.windows)) > 1 for s in specs) == 3  # windows on some layers only
-    assert len({s.rope.scale for s in specs}) == 4
+    assert sum(len(set(s.sliding_windows)) > 1 for s in specs) == 3  # windows on some layers only
+    assert len({s.rope.attention_factor for s in specs}) == 4
 
 
-def step(pad: int = 0) -> tuple[fastgen.Batch, fastgen.Cache, Spec, Params]:
+def step(pad: int = 0) -> tuple[fastgen.Batch, fastgen.KVCache, ModelConfig, Params]:
     """A step that decodes one sequence, continues one and begins one, over a cache full of noise."""
     _, spec, params = build("ministral")
     tokens = {i: prompt(30, i) for i in range(3)}
@@ -157,7 +157,7 @@ def step(pad: int = 0) -> tuple[fastgen.Batch, fastgen.Cache, Spec, Params]:
     )
     noise = torch.Generator(torch.get_default_device()).manual_seed(0)
     cache = tree_map(lambda leaf: leaf.normal_(generator=noise), empty(spec, 15))
-    return fastgen.stage(plan, tokens, PAGE, pad=pad), cache, spec, params
+    return fastgen.build_batch(plan, tokens, PAGE, pad_to=pad), cache, spec, params
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -167,8 +167,8 @@ def test_padding_changes_nothing(pad: int, backend: str) -> None:
     results = []
     for k in (0, pad):
         batch, cache, spec, params = step(k)
-        assert len(batch.token) == max(k, 20)
-        assert (batch.slot[20:] < PAGE).all() and (batch.seat[3:] == 0).all()
+        assert len(batch.token_ids) == max(k, 20)
+        assert (batch.slot_mapping[20:] < PAGE).all() and (batch.req_idx[3:] == 0).all()
         logits = fastgen.forward(params, cache, batch, spec, BACKENDS[backend])
         results.append((logits, tree_map(lambda leaf: leaf[PAGE:], cache)))
     torch.testing.assert_close(*results, atol=1e-5, rtol=0)
@@ -180,10 +180,10 @@ def test_forward_writes_nothing_but_the_cache_at_its_slots(backend: str) -> None
     batch, cache, spec, params = step()
     before = tree_map_only(Tensor, torch.clone, (params, batch, cache))
     logits = fastgen.forward(params, cache, batch, spec, BACKENDS[backend])
-    assert logits.shape == (2, spec.vocab) and logits.dtype == torch.float32
+    assert logits.shape == (2, spec.vocab_size) and logits.dtype == torch.float32
     torch.testing.assert_close((params, batch), before[:2], atol=0, rtol=0)
     written = torch.zeros(15 * PAGE, dtype=torch.bool)
-    written[batch.slot] = True
+    written[batch.slot_mapping] = True
     for old, new in zip((*before[2].k, *before[2].v), (*cache.k, *cache.v), strict=True):
         assert torch.equal((old != new).any((1, 2)), written)
 
@@ -197,7 +197,7 @@ def test_tokens_after_the_last_page_read_the_same_cache() -> None:
     for cuts in ((0, 22), (0, 3, 4, 13, 22)):
         cache = empty(spec, 7)
         for a, b in zip(cuts, cuts[1:], strict=False):
-            batch = fastgen.stage((Span(0, a, b, b == 22, held),), tokens, PAGE)
+            batch = fastgen.build_batch((Span(0, a, b, b == 22, held),), tokens, PAGE)
             logits = fastgen.forward(params, cache, batch, spec, attend)
         caches.append((cache, logits))
     torch.testing.assert_close(*caches, atol=1e-5, rtol=0)
@@ -235,8 +235,8 @@ def test_rotate() -> None:
     x, angle = normal(5, 3, 16), normal(5, 1, 8, seed=1) * 10
     turned = torch.complex(x[..., :8], x[..., 8:]).to(torch.complex128) * torch.exp(1j * angle.double())
     exact = torch.cat((turned.real, turned.imag), -1).float()
-    torch.testing.assert_close(rotate(x, angle.cos(), angle.sin()), exact, atol=1e-6, rtol=1e-6)
-    assert rotate(x.bfloat16(), angle.cos(), angle.sin()).dtype == torch.bfloat16
+    torch.testing.assert_close(apply_rope(x, angle.cos(), angle.sin()), exact, atol=1e-6, rtol=1e-6)
+    assert apply_rope(x.bfloat16(), angle.cos(), angle.sin()).dtype == torch.bfloat16
 
 
 ROPES = {
@@ -263,26 +263,26 @@ def test_frequencies(name: str, head: int) -> None:
     rope = {"rope_type": name.split("-")[0]} | ROPES[name]
     sizes = {"hidden_size": 4 * head, "num_attention_heads": 4, "max_position_embeddings": 4096}
     config = transformers.LlamaConfig(**sizes, rope_parameters=rope)
-    spec = fastgen.from_hf(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    spec = fastgen.from_hf_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     want, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.get_default_device())
-    torch.testing.assert_close(frequencies(spec.rope, head, torch.get_default_device()), want, atol=0, rtol=1e-6)
-    assert spec.rope.scale == pytest.approx(scale, rel=1e-12)
+    torch.testing.assert_close(rope_inv_freq(spec.rope, head, torch.get_default_device()), want, atol=0, rtol=1e-6)
+    assert spec.rope.attention_factor == pytest.approx(scale, rel=1e-12)
 
 
 @pytest.mark.parametrize("theta", [100.0, 10000.0, 1e8])
 def test_default_frequencies(theta: float) -> None:
     """theta^(-2i / H)."""
     exact = torch.tensor([theta ** (-2 * i / 64) for i in range(32)])
-    ours = frequencies(Rope(theta=theta), 64, torch.get_default_device())
+    ours = rope_inv_freq(RopeConfig(theta=theta), 64, torch.get_default_device())
     torch.testing.assert_close(ours, exact, atol=0, rtol=1e-6)
 
 
 def test_rotations() -> None:
     """cos and sin of position x frequency, times the temperature, for positions in any order."""
     _, spec, _ = build("llama-yarn-mscale")
-    cos, sin = rotations(torch.tensor([3, 0, 3, 250]), spec)
-    freq = frequencies(spec.rope, spec.head, torch.get_default_device()).tolist()
+    cos, sin = rope_cos_sin(torch.tensor([3, 0, 3, 250]), spec)
+    freq = rope_inv_freq(spec.rope, spec.head_dim, torch.get_default_device()).tolist()
     for row, position in enumerate((3, 0, 3, 250)):
         for i, f in enumerate(freq):
-            assert cos[row, 0, i].item() == pytest.approx(math.cos(position * f) * spec.rope.scale, abs=2e-5)
-            assert sin[row, 0, i].item() == pytest.approx(math.sin(position * f) * spec.rope.scale, abs=2e-5)
+            assert cos[row, 0, i].item() == pytest.approx(math.cos(position * f) * spec.rope.attention_factor, abs=2e-5)
+            assert sin[row, 0, i].item() == pytest.approx(math.sin(position * f) * spec.rope.attention_factor, abs=2e-5)

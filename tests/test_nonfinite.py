@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastgen
 from fastgen import Output, SamplingParams, lora
 
-SPEC = fastgen.from_hf(tiny.config("Mistral", **tiny.WINDOWED))
+SPEC = fastgen.from_hf_config(tiny.config("Mistral", **tiny.WINDOWED))
 PROMPTS = [[(7 * i + j) % 61 for j in range(n)] for i, n in enumerate((5, 1, 19, 9, 2, 11))]
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -47,14 +47,16 @@ def told(outputs: Iterable[Output]) -> list[Any]:
 
 def broken(outputs: Iterable[Output]) -> bool:
     """Whether all of them ended before the first token, with an error."""
-    return all((c.finish_reason, c.token_ids, c.versions) == ("error", [], []) for o in outputs for c in o.completions)
+    return all(
+        (c.finish_reason, c.token_ids, c.weight_versions) == ("error", [], []) for o in outputs for c in o.completions
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_memory_held_before_does_not_matter(way: str) -> None:
     """All pages, scratch among them, and all of the host's begin as NaN: the same bits as from zeros."""
     with engine(**WAYS[way]) as clean, engine(**WAYS[way]) as poisoned:
-        for x in (*tree_leaves(poisoned.cache), *poisoned._mover.host):
+        for x in (*tree_leaves(poisoned.cache), *poisoned._host_offload.host_buffers):
             x.fill_(math.nan)
         for _ in range(2):  # the second time with what is cached
             wanted = told(clean.generate(PROMPTS, SAMPLING))
@@ -72,13 +74,13 @@ def test_parameters_of_nan_and_then_good_ones(way: str) -> None:
         done: dict[int, Output] = {}
         for _ in range(3):
             done |= {e.request_id: e.output for e in one.step() if e.output is not None}
-        one.update_params(NAN, finite=False)
-        while one.unfinished:
+        one.update_params(NAN, check_finite=False)
+        while one.has_unfinished_requests:
             done |= {e.request_id: e.output for e in one.step() if e.output is not None}
         for id, (tokens, *_) in zip(ids, wanted, strict=True):
             c = done[id].completions[0]
-            assert c.finish_reason == "error" and len(c.token_ids) == len(c.versions) < 6
-            assert c.token_ids == tokens[: len(c.token_ids)] and {*c.versions} <= {0}
+            assert c.finish_reason == "error" and len(c.token_ids) == len(c.weight_versions) < 6
+            assert c.token_ids == tokens[: len(c.token_ids)] and {*c.weight_versions} <= {0}
             assert c.logprobs is None or len(c.logprobs) == len(c.token_ids) and all(map(math.isfinite, c.logprobs))
         assert broken(one.generate(PROMPTS, SAMPLING))
         one.update_params(tiny.weights(SPEC))
@@ -86,11 +88,11 @@ def test_parameters_of_nan_and_then_good_ones(way: str) -> None:
 
 
 def _nan_in_a_norm(params: fastgen.Params) -> None:
-    params.norm[3] = math.nan
+    params.final_norm[3] = math.nan
 
 
 def _infinite_head(params: fastgen.Params) -> None:
-    params.head[5] = math.inf  # type: ignore[index]
+    params.lm_head[5] = math.inf  # type: ignore[index]
 
 
 def _overflow(params: fastgen.Params) -> None:
@@ -136,7 +138,7 @@ def test_an_adapter_that_overflows() -> None:
 
 def test_a_prompt_that_cannot_be_scored() -> None:
     """A prompt's logprob of NaN ends the request where the output's would not show it: no key of that token is seen."""
-    windowed = fastgen.from_hf(tiny.config("Mistral", sliding_window=4))
+    windowed = fastgen.from_hf_config(tiny.config("Mistral", sliding_window=4))
     params = tiny.weights(windowed)
     params.embed[7] = math.nan  # of an input; the head is another matrix
     prompt = [7, *range(20, 40)]

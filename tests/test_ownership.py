@@ -20,7 +20,7 @@ import torch
 import fastgen
 from fastgen import Engine, SamplingParams
 
-SPEC = fastgen.from_hf(tiny.config())
+SPEC = fastgen.from_hf_config(tiny.config())
 PARAMS = tiny.weights(SPEC)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = [[1, 2, 3], [4, 5] * 9]
@@ -34,8 +34,8 @@ CALLS: dict[str, Callable[[Engine], Any]] = {  # that need an engine of one's ow
     "fork": lambda e: e.fork(0),
     "snapshot": lambda e: e.snapshot(0),
     "restore": lambda e: e.restore(),
-    "release": lambda e: e.release(),
-    "touch": lambda e: e.touch(),
+    "release": lambda e: e.sleep(),
+    "touch": lambda e: e.params_changed(),
     "score": lambda e: e.score(PROMPTS),
     "update_params": lambda e: e.update_params(PARAMS),
     "add_adapter": lambda e: e.add_adapter("a", fastgen.lora.init(SPEC)),
@@ -43,12 +43,12 @@ CALLS: dict[str, Callable[[Engine], Any]] = {  # that need an engine of one's ow
     "adapter_params": lambda e: e.adapter_params("a"),
     "update_adapter": lambda e: e.update_adapter("a"),
     "remove_adapter": lambda e: e.remove_adapter("a"),
-    "table": lambda e: e.table(),
+    "table": lambda e: e.summary(),
 }
 READS: dict[str, Callable[[Engine], Any]] = {  # that any thread may make of an engine that is open
     "params": lambda e: e.params,
     "cache": lambda e: e.cache,
-    "batch": lambda e: e.batch,
+    "batch": lambda e: e.last_batch,
     "adapters": lambda e: e.adapters,
     "profile": lambda e: e.profile(),
     "prepare_grammars": lambda e: e.prepare_grammars(),
@@ -136,7 +136,7 @@ def test_two_threads(wanted: list[list[int]]) -> None:
                 seen.extend(run(lambda call=call: call(e)))
             seen.extend(run(lambda: fastgen.AsyncEngine(e)))
             seen.extend(run(e.close))
-            yield "model.norm.weight", PARAMS.norm
+            yield "model.norm.weight", PARAMS.final_norm
 
         e.update_params(source(), partial=True)
         assert len(seen) == len(CALLS) + 2
@@ -154,7 +154,7 @@ def test_a_stream_that_is_refused_goes_on(wanted: list[list[int]]) -> None:
         def source() -> Iterator[tuple[str, Any]]:
             (refused,) = run(lambda: next(stream))
             assert isinstance(refused, RuntimeError)
-            yield "model.norm.weight", PARAMS.norm
+            yield "model.norm.weight", PARAMS.final_norm
 
         e.update_params(source(), partial=True)
         found += [*stream]
@@ -166,7 +166,7 @@ def test_a_stream_whose_events_step_has_given_ends() -> None:
     with engine() as e:
         stream = e.stream([7, 8], GREEDY)
         first, rest = next(stream), list[fastgen.Event]()
-        while e.unfinished:
+        while e.has_unfinished_requests:
             rest += e.step()
         assert first.token_ids + [t for x in rest for t in x.token_ids] == tokens_of(e, [7, 8])
         assert [*stream] == []
@@ -185,8 +185,8 @@ def test_a_dropped_stream_never_aborts_inside_a_call(wanted: list[list[int]]) ->
         def source() -> Iterator[tuple[str, Any]]:
             run(lambda: (streams.clear(), gc.collect()))
             assert e.state.running or e.state.waiting
-            assert not e.unfinished
-            yield "model.norm.weight", PARAMS.norm
+            assert not e.has_unfinished_requests
+            yield "model.norm.weight", PARAMS.final_norm
 
         e.update_params(source(), partial=True)
         assert e.step() == [] and not e.state.running and not e.state.waiting
@@ -209,11 +209,11 @@ def test_modes_of_torch(mode: Any, wanted: list[list[int]]) -> None:
         assert tokens(e) == wanted
         for got in (e.score(PROMPTS), fastgen.score(PARAMS, SPEC, PROMPTS)):
             assert all(map(torch.equal, got, score))
-        logits = fastgen.forward(e.params, e.cache, e.batch, SPEC)
-        e.touch()
+        logits = fastgen.forward(e.params, e.cache, e.last_batch, SPEC)
+        e.params_changed()
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, fastgen.forward(e.params, e.cache, e.batch, SPEC))
-    e.touch()
+    torch.testing.assert_close(logits, fastgen.forward(e.params, e.cache, e.last_batch, SPEC))
+    e.params_changed()
     assert tokens(e) == wanted
     e.close()
 
@@ -231,34 +231,34 @@ def test_released(own: Engine, wanted: list[list[int]]) -> None:
     id = own.add(PROMPTS[0], GREEDY)
     for _ in range(3):
         own.step()
-    snapshot = own.snapshot(id, pages=True)
+    snapshot = own.snapshot(id, include_pages=True)
     assert snapshot.pages
     stream = own.stream(PROMPTS[1], GREEDY)
-    own.release("all")
+    own.sleep("all")
     touching: list[Callable[[], Any]] = [
         lambda: own.params, lambda: own.cache, lambda: own.step(), lambda: own.generate(PROMPTS, GREEDY),
         lambda: own.stream(PROMPTS, GREEDY), lambda: own.as_completed(PROMPTS, GREEDY), lambda: own.score(PROMPTS),
-        lambda: own.update_params(PARAMS), lambda: own.snapshot(id, pages=True), lambda: own.restore(snapshot),
-        lambda: next(stream), lambda: fastgen.forward(own.params, own.cache, own.batch, SPEC),
+        lambda: own.update_params(PARAMS), lambda: own.snapshot(id, include_pages=True), lambda: own.restore(snapshot),
+        lambda: next(stream), lambda: fastgen.forward(own.params, own.cache, own.last_batch, SPEC),
     ]  # fmt: skip
     for call in touching:
         with pytest.raises(ValueError, match=r"was given back: call restore\(\)"):
             call()
-    assert own.version == 0 and len(own.state.waiting) == 2
-    assert own.table() and own.snapshot(id).completions[0].token_ids == snapshot.completions[0].token_ids
+    assert own.weight_version == 0 and len(own.state.waiting) == 2
+    assert own.summary() and own.snapshot(id).completions[0].token_ids == snapshot.completions[0].token_ids
     own.restore()
     assert [t for x in stream for t in x.token_ids] == wanted[1]
     done = {x.request_id: x.output for x in own.step() if x.output} | {0: None}
     assert done.keys() == {0}
     assert tokens(own) == wanted
-    own.release("cache")  # a trainer's turn: the parameters are there
+    own.sleep("cache")  # a trainer's turn: the parameters are there
     assert own.update_params(PARAMS) == 1 and len(own.score(PROMPTS)) == 2
     own.restore()
     assert tokens(own) == wanted
-    own.params.norm.numpy()
+    own.params.final_norm.numpy()
     with pytest.raises(ValueError, match="NumPy"):
-        own.release("all")
-    assert own.release("cache") > 0 and own.restore() > 0
+        own.sleep("all")
+    assert own.sleep("cache") > 0 and own.restore() > 0
     assert tokens(own) == wanted
 
 
@@ -302,7 +302,7 @@ def test_prompts_that_cannot_run(wanted: list[list[int]]) -> None:
                 call([*PROMPTS, OUTSIDE, LONG], GREEDY)
             with pytest.raises(ValueError, match="on_error"):
                 call(PROMPTS, GREEDY, on_error="ignore")
-        assert not e.unfinished and tokens(e) == wanted
+        assert not e.has_unfinished_requests and tokens(e) == wanted
         with fastgen.AsyncEngine(e) as a:
             right(asyncio.run(all_of(a)))
 
@@ -345,12 +345,12 @@ def test_a_fork_is_refused(wanted: list[list[int]]) -> None:
 
         def source() -> Iterator[tuple[str, Any]]:
             assert forked(lambda: all(map(refused, calls)), leave=False) == 0
-            yield "model.norm.weight", PARAMS.norm
+            yield "model.norm.weight", PARAMS.final_norm
 
         e.update_params(source(), partial=True)
         with fastgen.AsyncEngine(e) as a:
             ask: list[Callable[[], Any]] = [
-                lambda: asyncio.run(a.call(Engine.touch)),
+                lambda: asyncio.run(a.call(Engine.params_changed)),
                 lambda: asyncio.run(a.add(PROMPTS[0], GREEDY)),
                 lambda: fastgen.AsyncEngine(e),
             ]

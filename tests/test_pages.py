@@ -17,64 +17,64 @@ def listed(free: int) -> set[int]:
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 65, 1000])
 def test_new_pool_is_every_page_but_scratch(size: int) -> None:
     """Handing out page 0 would let padding overwrite a sequence; missing a page would waste it."""
-    assert listed(pages.pool(size)) == set(range(1, size))
-    assert pages.count(pages.pool(size)) == size - 1
+    assert listed(pages.new_pool(size)) == set(range(1, size))
+    assert pages.num_free(pages.new_pool(size)) == size - 1
 
 
 def test_takes_the_lowest_first() -> None:
     """A freed low page must be used again before untouched ones, or the cache would be read all over."""
-    first, free = pages.take(pages.pool(8), 4)
+    first, free = pages.allocate(pages.new_pool(8), 4)
     assert first == (1, 2, 3, 4)
-    assert pages.take(pages.give(free, (3, 1)), 3)[0] == (1, 3, 5)
+    assert pages.allocate(pages.free(free, (3, 1)), 3)[0] == (1, 3, 5)
 
 
 def test_pools_are_values() -> None:
     """A step that is interrupted keeps the old pool, so taking and giving must not change it."""
-    free = pages.pool(5)
-    held, rest = pages.take(free, 2)
+    free = pages.new_pool(5)
+    held, rest = pages.allocate(free, 2)
     assert listed(free) == {1, 2, 3, 4} and listed(rest) == {3, 4}
-    assert pages.give(rest, held) == free and listed(rest) == {3, 4}
+    assert pages.free(rest, held) == free and listed(rest) == {3, 4}
 
 
 def test_taking_and_giving_nothing_changes_nothing() -> None:
     """The empty request is not an error, even on an empty pool."""
-    assert pages.take(0, 0) == ((), 0)
-    assert pages.give(0, ()) == 0
+    assert pages.allocate(0, 0) == ((), 0)
+    assert pages.free(0, ()) == 0
 
 
 def test_taking_more_than_there_is_fails() -> None:
     """Silently handing out fewer pages, or a page twice, would mix up two sequences."""
-    assert len(pages.take(pages.pool(4), 3)[0]) == 3
+    assert len(pages.allocate(pages.new_pool(4), 3)[0]) == 3
     with pytest.raises(AssertionError, match="more pages than are free"):
-        pages.take(pages.pool(4), 4)
+        pages.allocate(pages.new_pool(4), 4)
 
 
 @pytest.mark.parametrize("freed", [(1,), (2, 3, 1), (3, 3), (0,)])
 def test_giving_what_is_not_taken_fails(freed: tuple[int, ...]) -> None:
     """A page freed twice, within one call too, or scratch freed, would get two owners."""
-    _, free = pages.take(pages.pool(4), 3)
-    free = pages.give(free, (1,))
+    _, free = pages.allocate(pages.new_pool(4), 3)
+    free = pages.free(free, (1,))
     with pytest.raises(AssertionError, match="not taken"):
-        pages.give(free, freed)
+        pages.free(free, freed)
 
 
 @QUICK
 @given(size=st.integers(1, 140), moves=st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=40))
 def test_behaves_like_a_set(size: int, moves: list[tuple[bool, int]]) -> None:
     """Any sequence of takes and gives: pages get lost or doubled where the pool and a set disagree."""
-    free, model, held = pages.pool(size), set(range(1, size)), []
+    free, model, held = pages.new_pool(size), set(range(1, size)), []
     for take, n in moves:
         if take and n <= len(model):
-            got, free = pages.take(free, n)
+            got, free = pages.allocate(free, n)
             assert list(got) == sorted(model)[:n]
             model -= set(got)
             held.append(got)
         elif held and not take:
             back = held.pop(n % len(held))
-            free = pages.give(free, back)
+            free = pages.free(free, back)
             model |= set(back)
         assert listed(free) == model
-        assert pages.count(free) == len(model)
+        assert pages.num_free(free) == len(model)
     for back in held:
-        free = pages.give(free, back)
-    assert free == pages.pool(size)
+        free = pages.free(free, back)
+    assert free == pages.new_pool(size)

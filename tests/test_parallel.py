@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
-from fastgen import Sampling, SamplingParams, parallel, sampling, schedule
+from fastgen import SamplingTensors, SamplingParams, parallel, sampling, schedule
 from fastgen.models import files
 from fastgen.models.layers import rms_norm
-from fastgen.models.spec import Place, Spec, split
-from fastgen.models.transformer import PLAIN, blocks
-from fastgen.models.weights import named, update
+from fastgen.models.spec import TPShard, ModelConfig, shard_config
+from fastgen.models.transformer import TORCH_OPS, run_layers
+from fastgen.models.weights import named_weights, update
 from fastgen.ops.attention import reference
-from fastgen.parallel import Ranks, check, sharded
+from fastgen.parallel import TPProcessGroup, raise_if_inconsistent, shard_ops
 from fastgen.schedule import Span
 
 
@@ -41,7 +41,7 @@ class Rank:
     """A group whose ranks are threads."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
-        self.meeting, self.place, self.steps = meeting, Place(rank, meeting.size), 0
+        self.meeting, self.place, self.steps = meeting, TPShard(rank, meeting.size), 0
 
     def _all(self, x: Any) -> list[Any]:
         m = self.meeting
@@ -62,15 +62,15 @@ class Rank:
 
     def agree(self, step: int, digest: int) -> None:
         self.steps += 1
-        check(self.place.rank, step, self._all(digest))
+        raise_if_inconsistent(self.place.rank, step, self._all(digest))
 
 
-class Read(parallel.Peers):
+class Read(parallel.PeerBuffers):
     """Of a rank that is a thread: sums of up to `few` rows are read, up to `many` pushed."""
 
     def __init__(self, rank: Rank, width: int, few: int, many: int) -> None:
         self.thread, self.sums, self._many = rank, [0, 0], many
-        self.parts = [torch.zeros(few, width) for _ in range(self.PARTS)]
+        self.parts = [torch.zeros(few, width) for _ in range(self.NUM_PARTIALS)]
         boxes = [torch.zeros(many, width) for _ in range(2)]
         theirs = rank._all(boxes)[1 - rank.place.rank]
         self._inbox = [*zip(boxes, theirs, strict=True)]
@@ -115,10 +115,10 @@ def together(size: int, run: Callable[[Rank], Any]) -> list[Any]:
         return [f.result() for f in futures]
 
 
-def spread(params: fastgen.Params, spec: Spec, place: Place) -> fastgen.Params:
+def spread(params: fastgen.Params, spec: ModelConfig, place: TPShard) -> fastgen.Params:
     """A rank's share of parameters."""
-    mine = fastgen.init(spec, dtype=torch.float32, place=place)
-    update(mine, spec, named(params, spec), place=place)
+    mine = fastgen.init(spec, dtype=torch.float32, tp_shard=place)
+    update(mine, spec, named_weights(params, spec), tp_shard=place)
     return mine
 
 
@@ -132,11 +132,11 @@ def test_logits(name: str, size: int) -> None:
     _, spec, params = build(name)
     tokens = {0: prompt(30, 1), 1: prompt(9, 2)}
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
-    batch = fastgen.stage(plan, tokens, PAGE)
+    batch = fastgen.build_batch(plan, tokens, PAGE)
     want = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
 
     def run(rank: Rank) -> Tensor:
-        local, ops = split(spec, size), sharded(PLAIN, rank, spec)
+        local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
         return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, reference, ops)
 
     for got in together(size, run):
@@ -152,28 +152,28 @@ def test_sums_by_whoever_reads_them(
 ) -> None:
     """In memory that all ranks read or that is pushed to them, where there is room; a bias is added once."""
     monkeypatch.setattr(parallel, "PUSHED", 16)
-    spec = replace(SPEC, layers=2, windows=SPEC.windows * 2)
+    spec = replace(SPEC, layers=2, windows=SPEC.sliding_windows * 2)
     params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
     whole = params
     if bias:
         layers = tuple(x._replace(out_bias=torch.randn(32)) for x in params.layers)
         params = params._replace(layers=layers)
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
-    batch = fastgen.stage(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
-    ops = PLAIN._replace(attention=reference)
-    want = blocks(params, empty(spec, 23), batch, spec, ops, last=True)
-    want = ops.leave(*want, params.norm, spec.eps)
+    batch = fastgen.build_batch(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
+    ops = TORCH_OPS._replace(attention=reference)
+    want = run_layers(params, empty(spec, 23), batch, spec, ops, last_token_only=True)
+    want = ops.final_norm(*want, params.norm, spec.rms_norm_eps)
 
     def run(rank: Rank) -> tuple[Tensor, list[int]]:
-        local, read = split(spec, 2), Read(rank, spec.dim, few, many)
-        mine = fastgen.init(spec, dtype=torch.float32, place=rank.place)
-        update(mine, spec, named(whole, spec), place=rank.place)
+        local, read = shard_config(spec, 2), Read(rank, spec.hidden_size, few, many)
+        mine = fastgen.init(spec, dtype=torch.float32, tp_shard=rank.place)
+        update(mine, spec, named_weights(whole, spec), tp_shard=rank.place)
         mine = mine._replace(layers=tuple(
             a._replace(out_bias=b.out_bias) for a, b in zip(mine.layers, params.layers, strict=True)
         ))  # fmt: skip
-        over = sharded(ops, rank, spec, read)
-        x, y = blocks(mine, empty(local, 23), batch, local, over, last=True)
-        return over.leave(x, y, params.norm, spec.eps), read.sums
+        over = shard_ops(ops, rank, spec, read)
+        x, y = run_layers(mine, empty(local, 23), batch, local, over, last_token_only=True)
+        return over.final_norm(x, y, params.norm, spec.rms_norm_eps), read.sums
 
     for got, done in together(2, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -201,19 +201,19 @@ def test_sums_of_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [4, 8])
 def test_many_heads(size: int) -> None:
     """The heads of a 70B model, 64 and 8, each four wide: a rank has 16 and 2, or 8 and 1."""
-    spec = fastgen.from_hf({
+    spec = fastgen.from_hf_config({
         "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 4, "vocab_size": 131,
         "max_position_embeddings": 256,
     })  # fmt: skip
     params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
-    batch = fastgen.stage(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
+    batch = fastgen.build_batch(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
     want = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
 
     def run(rank: Rank) -> Tensor:
-        local, ops = split(spec, size), sharded(PLAIN, rank, spec)
-        assert (local.q_heads, local.kv_heads) == (64 // size, 8 // size)
+        local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
+        assert (local.num_q_heads, local.num_kv_heads) == (64 // size, 8 // size)
         return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, reference, ops)
 
     for got in together(size, run):
@@ -226,11 +226,11 @@ def test_outputs(size: int) -> None:
     with fastgen.Engine(weights_of(), SPEC, **SETTINGS) as engine:
         want = 2 * engine.generate(*load(1, 12), progress=False)
 
-    def run(rank: Rank) -> tuple[list[fastgen.Output], fastgen.Counts]:
+    def run(rank: Rank) -> tuple[list[fastgen.Output], fastgen.CacheStats]:
         with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
             assert engine.cache.k[0].shape[1] == max(1, 2 // size)
             outputs = [o for _ in range(2) for o in engine.generate(*load(1, 12), progress=False)]
-            return outputs, engine.counts
+            return outputs, engine.cache_stats
 
     for outputs, counts in together(size, run):
         assert counts.reused and counts.paged_out and counts.paged_in and counts.parked
@@ -257,22 +257,24 @@ def test_samples(vocab: int, size: int) -> None:
     padded = torch.zeros(rows, most * size)
     padded[:, :vocab] = logits
     for seeds, top in ((seed, None), (seed, 0), (seed, 3), (None, 0), (None, vocab)):
-        s = Sampling(heat, seeds, torch.arange(rows), torch.arange(rows) % 3 == 1, None, None)
+        s = SamplingTensors(heat, seeds, torch.arange(rows), torch.arange(rows) % 3 == 1, None, None)
         want = sampling.sample(logits, s, top)
         words = -(-vocab // 32)
         special = s._replace(allowed=torch.full((rows, words), 5))  # tokens 0 and 2
 
-        def run(rank: Rank, s: Sampling = s, special: Sampling = special, top: int | None = top) -> list[Any]:
+        def run(
+            rank: Rank, s: SamplingTensors = s, special: SamplingTensors = special, top: int | None = top
+        ) -> list[Any]:
             mine = padded[:, rank.place.rank * most :][:, :most]
-            return [parallel.sample(mine, x, top, rank, vocab) for x in (s, special)]
+            return [parallel.sample_from_shards(mine, x, top, rank, vocab) for x in (s, special)]
 
         for got, other in together(size, run):
-            assert torch.equal(got.token, want.token) and got.token.dtype == want.token.dtype
+            assert torch.equal(got.token, want.token_ids) and got.token.dtype == want.token_ids.dtype
             for a, b in zip(got, want, strict=True):
                 assert a.shape == b.shape
-            torch.testing.assert_close(got.logprob, want.logprob, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(got.top_logprob, want.top_logprob, atol=1e-5, rtol=1e-5)
-            assert torch.equal(other.token, sampling.sample(logits, special, top).token)
+            torch.testing.assert_close(got.logprob, want.logprobs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got.top_logprob, want.top_logprobs, atol=1e-5, rtol=1e-5)
+            assert torch.equal(other.token, sampling.sample(logits, special, top).token_ids)
 
 
 def test_little_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,16 +301,16 @@ def test_memory_is_taken_again_by_all_or_none() -> None:
     def run(rank: Rank) -> list[Any]:
         with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
             before = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
-            cache = engine._regions["cache"]
-            size, restore = engine.release("cache"), cache.restore
-            assert not cache.held and cache._bytes.untyped_storage().nbytes() == 0
+            cache = engine._releasable_memory["cache"]
+            size, restore = engine.sleep("cache"), cache.reacquire
+            assert not cache.resident and cache._buffer.untyped_storage().nbytes() == 0
             if rank.place.rank == 1:
-                cache.restore = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))  # type: ignore[method-assign]
+                cache.reacquire = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))  # type: ignore[method-assign]
             with pytest.raises(torch.OutOfMemoryError, match="full" if rank.place.rank == 1 else "another rank"):
                 engine.restore()
-            assert not cache.held
-            cache.restore = restore  # type: ignore[method-assign]
-            assert engine.restore() == size and cache.held
+            assert not cache.resident
+            cache.reacquire = restore  # type: ignore[method-assign]
+            assert engine.restore() == size and cache.resident
             after = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
             assert after == before
             return after
@@ -351,9 +353,9 @@ def test_a_thousand_steps() -> None:
                     engine.abort(ids.pop(r.randrange(len(ids))))
                 seen += [(e.request_id, e.index, e.token_ids, e.finish_reason) for e in engine.step()]
                 if step % 50 == 0:
-                    schedule.check(engine.state, engine.settings.schedule)
-            assert rank.steps == 1000 and engine.counts.parked and engine.counts.paged_in
-            return seen, (engine.state.tree.counts.asked, [s[:4] for s in engine.state.running])
+                    schedule.check(engine.state, engine.config.schedule)
+            assert rank.steps == 1000 and engine.cache_stats.num_preemptions and engine.cache_stats.num_loaded_pages
+            return seen, (engine.state.prefix_cache.stats.num_queried_tokens, [s[:4] for s in engine.state.running])
 
     one, other = together(2, run)
     assert one == other and len(one[0]) > 1000
@@ -365,7 +367,7 @@ def test_ranks_that_part() -> None:
     def run(rank: Rank) -> None:
         with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
             engine.add([1] * (5 + rank.place.rank // 3), SamplingParams(temperature=0, max_tokens=30))
-            while engine.unfinished:
+            while engine.has_unfinished_requests:
                 engine.step()
 
     parted = r"parted at step 0: (3 planned or drew .* than rank [012]|0, 1, 2 planned or drew .* than rank 3)"
@@ -382,7 +384,7 @@ def test_ranks_that_part() -> None:
 )
 def test_sizes_that_do_not_divide(size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fastgen.init(SPEC, place=Place(0, size))
+        fastgen.init(SPEC, tp_shard=TPShard(0, size))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -411,9 +413,9 @@ def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.M
                 return self.inner.get_slice(name)
 
         monkeypatch.setattr(files, "safe_open", Sliced)
-    loaded = [fastgen.load(tmp_path, device="cpu", progress=False, place=Place(r, size))[1] for r in range(size)]
+    loaded = [fastgen.load(tmp_path, device="cpu", progress=False, tp_shard=TPShard(r, size))[1] for r in range(size)]
     for r, params in enumerate(loaded):
-        for a, b in zip(tree_leaves(params), tree_leaves(spread(whole, SPEC, Place(r, size))), strict=True):
+        for a, b in zip(tree_leaves(params), tree_leaves(spread(whole, SPEC, TPShard(r, size))), strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
     rows = torch.cat([p.embed for p in loaded])
     assert torch.equal(rows[:131], whole.embed) and not rows[131:].any() and len(rows) == size * -(-131 // size)
@@ -425,4 +427,4 @@ def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.M
 
 def test_no_group() -> None:
     with pytest.raises(ValueError, match="init_process_group"):
-        Ranks()
+        TPProcessGroup()

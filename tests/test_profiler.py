@@ -16,14 +16,23 @@ import torch
 import torch.nn.functional as F
 
 from fastgen import limits
-from fastgen.models.spec import Spec
-from fastgen.profiler import Profiler, Window, listen
+from fastgen.models.spec import ModelConfig
+from fastgen.profiler import Profiler, ProfileWindow, profile_on_signal
 from fastgen.schedule import Plan, Span
-from fastgen.trace import Summary, ceilings, kernels, layers, part_of, row, summarize, work
+from fastgen.trace import (
+    ProfileSummary,
+    measure_ceilings,
+    read_kernels,
+    split_into_layers,
+    categorize_kernel,
+    build_category_track,
+    summarize,
+    compute_step_work,
+)
 
-SPEC = Spec(
-    architecture="LlamaForCausalLM", dim=64, ffn=96, layers=3, q_heads=4, kv_heads=2, head=16, vocab=128, context=64,
-    windows=(None,) * 3,
+SPEC = ModelConfig(
+    architecture="LlamaForCausalLM", hidden_size=64, intermediate_size=96, num_layers=3, num_q_heads=4, num_kv_heads=2, head_dim=16, vocab_size=128, context_length=64,
+    sliding_windows=(None,) * 3,
 )  # fmt: skip
 DECODE = (Span(0, 9, 10, True, (1,)), Span(1, 4, 5, True, (2,)))
 MIXED = (*DECODE, Span(2, 2, 5, False, (3,)))
@@ -65,32 +74,32 @@ def gpu_trace(correlated: bool = True) -> list[dict[str, Any]]:
 def test_a_gpu_trace(correlated: bool) -> None:
     """Steps, parts, layers, busy time and gaps of the made-up trace are exactly those put into it."""
     events = gpu_trace(correlated)
-    ks = kernels(events)
+    ks = read_kernels(events)
     first, second = ([k for k in ks if k.step == step] for step in (0, 1))
     assert (len(first), first[0].start, first[-1].end) == (len(second), 50, 230)
     assert (second[0].start, second[-1].end) == (240, 420)
     # From the qkv product, after the first norm, to the next one's; the last to its down projection.
-    assert list(layers(first, 3)) == [(0, 53, 103), (1, 103, 153), (2, 153, 201)]
-    assert list(layers(second, 3)) == [(0, 243, 293), (1, 293, 343), (2, 343, 391)]
+    assert list(split_into_layers(first, 3)) == [(0, 53, 103), (1, 103, 153), (2, 153, 201)]
+    assert list(split_into_layers(second, 3)) == [(0, 243, 293), (1, 293, 343), (2, 343, 391)]
 
     s = summarize(events, [DECODE, DECODE], SPEC, 2, (1e12, 1e11), {"params": 2_000_000_000}, "a GPU")
-    assert (s.source, s.steps, s.tokens, s.rows) == ("GPU kernels", 2, 2, 2)
-    assert (s.step_ms, s.busy_ms, s.idle_ms, s.between_ms) == pytest.approx((0.185, 0.176, 0.009, 0.005))
-    assert s.gaps == 1.5
-    assert [(g.before, g.after, g.count, g.us, g.largest_us) for g in s.largest] == [
+    assert (s.source, s.num_steps, s.tokens_per_step, s.rows_per_step) == ("GPU kernels", 2, 2, 2)
+    assert (s.step_ms, s.busy_ms, s.idle_ms, s.between_steps_ms) == pytest.approx((0.185, 0.176, 0.009, 0.005))
+    assert s.gaps_per_step == 1.5
+    assert [(g.before, g.after, g.count, g.us, g.largest_us) for g in s.largest_gaps] == [
         ("_draw", "Memcpy HtoD", 1, 10, 10), (GEMM, "_draw", 2, 8, 4)
     ]  # fmt: skip
-    assert {name: (round(p.ms * 1e3), p.kernels) for name, p in s.parts.items()} == {
+    assert {name: (round(p.ms * 1e3), p.num_kernels) for name, p in s.categories.items()} == {
         "linear": (119, 13), "attention": (27, 6), "pointwise": (20, 10), "rope and cache write": (6, 3),
         "sampling": (3, 1), "memcpy and memset": (1, 1),
     }  # fmt: skip
-    assert sum(p.share for p in s.parts.values()) == pytest.approx(352 / 370)
+    assert sum(p.time_fraction for p in s.categories.values()) == pytest.approx(352 / 370)
     assert s.host_ms == pytest.approx({"step": 0.09, "forward": 0.03})
-    todo = limits.parts(SPEC, work(DECODE), 2)
+    todo = limits.operation_costs(SPEC, compute_step_work(DECODE), 2)
     flops, moved = (todo["linear"][i] + todo["head"][i] for i in (0, 1))
-    linear, pointwise = s.parts["linear"], s.parts["pointwise"]
+    linear, pointwise = s.categories["linear"], s.categories["pointwise"]
     assert (linear.tflops, linear.tbps) == pytest.approx((flops / 119e-6 / 1e12, moved / 119e-6 / 1e12))
-    assert linear.of_ceiling == pytest.approx(max(flops / 1e12, moved / 1e11) / 119e-6)
+    assert linear.fraction_of_ceiling == pytest.approx(max(flops / 1e12, moved / 1e11) / 119e-6)
     assert pointwise.tbps == pytest.approx(todo["pointwise"][1] / 26e-6 / 1e12)  # the rope's time is its, too
     assert str(s).count("\n") < 40 and "params 2.00" in str(s) and max(map(len, str(s).split("\n"))) <= 120
     assert json.loads(json.dumps(s.to_dict()))["parts"]["attention"]["ms"] == pytest.approx(0.027)
@@ -98,7 +107,7 @@ def test_a_gpu_trace(correlated: bool) -> None:
 
 def test_the_row_of_a_gpu() -> None:
     """Three tracks of ranges that do not overlap: steps, layers, and kernels of one part in a row."""
-    events = row(kernels(gpu_trace()), 3)
+    events = build_category_track(read_kernels(gpu_trace()), 3)
     tracks: dict[int, list[tuple[str, float, float]]] = {0: [], 1: [], 2: []}
     for e in events:
         if e["ph"] == "X":
@@ -128,9 +137,9 @@ def test_kernels_at_once_and_of_nobody() -> None:
         event("kernel", "whatever", 16, 1, correlation=7),
     ]
     s = summarize(events, [DECODE], SPEC, 2)
-    assert (s.step_ms, s.busy_ms, s.gaps) == (0.015, 0.015, 0)
-    assert {name: p.kernels for name, p in s.parts.items()} == {"linear": 1, "collective": 1, "other": 1}
-    assert s.parts["linear"].of_ceiling is None
+    assert (s.step_ms, s.busy_ms, s.gaps_per_step) == (0.015, 0.015, 0)
+    assert {name: p.num_kernels for name, p in s.categories.items()} == {"linear": 1, "collective": 1, "other": 1}
+    assert s.categories["linear"].fraction_of_ceiling is None
 
 
 def test_layers_of_odd_steps() -> None:
@@ -155,11 +164,11 @@ def test_layers_of_odd_steps() -> None:
 
     def spans(count: int) -> list[tuple[int, float, float]]:
         events = [event("kernel", name, 10 + i, 1, correlation=1) for i, name in enumerate(names[:count])]
-        return list(layers(kernels(launch + events), 2))
+        return list(split_into_layers(read_kernels(launch + events), 2))
 
     assert spans(11) == [(0, 10, 17), (1, 17, 21)]
     assert spans(9) == [(0, 10, 19)]
-    assert spans(3) == [] and kernels([]) == []
+    assert spans(3) == [] and read_kernels([]) == []
     names = ["_decode", GEMM, "_decode", GEMM]  # its qkv product has a name that is not known
     assert spans(4) == [(0, 10, 11), (1, 11, 14)]
 
@@ -191,12 +200,14 @@ def test_layers_of_odd_steps() -> None:
     ],
 )
 def test_parts_by_name(name: str, part: str) -> None:
-    assert part_of(name) == part
+    assert categorize_kernel(name) == part
 
 
 def test_work() -> None:
     """A span of one token decodes; pairs of longer ones are counted one by one."""
-    assert work(MIXED) == limits.Work(tokens=5, samples=2, pairs=3 + 4 + 5, decode_keys=15, prefill_keys=5)
+    assert compute_step_work(MIXED) == limits.StepWork(
+        num_tokens=5, num_sampled=2, num_prefill_pairs=3 + 4 + 5, num_decode_keys=15, num_prefill_keys=5
+    )
 
 
 # --- windows ------------------------------------------------------------------------------------------------------
@@ -215,7 +226,7 @@ def steps(profiler: Profiler, count: int, plan: Plan = MIXED, fail_at: int = -1)
             time.sleep(0.001)
         with profiler.step(plan):
             with profiler.range("forward"):
-                for _ in range(SPEC.layers):
+                for _ in range(SPEC.num_layers):
                     F.scaled_dot_product_attention(heads, heads, heads)
                     x = F.linear(x, w).tanh()
                 if i == fail_at:
@@ -237,19 +248,23 @@ def off(profiler: Profiler) -> bool:
 def test_a_window(tmp_path: Path, name: str, skip: int) -> None:
     """The first steps after the skipped ones are traced, and the rest run as ever."""
     p = profiler()
-    with p.window(steps=3, skip=skip, path=tmp_path / name) as window:
+    with p.window(num_steps=3, skip_first=skip, path=tmp_path / name) as window:
         with pytest.raises(ValueError, match="still open"):
             _ = window.summary
         steps(p, 7)
         assert off(p)
     s = window.summary
-    assert isinstance(s, Summary) and window.trace == tmp_path / name and s is window.summary
-    assert (s.steps, s.tokens, s.rows, s.source) == (3, 5, 3, "CPU operators")
+    assert isinstance(s, ProfileSummary) and window.trace == tmp_path / name and s is window.summary
+    assert (s.num_steps, s.tokens_per_step, s.rows_per_step, s.source) == (3, 5, 3, "CPU operators")
     assert list(s.host_ms) == (["plan"] if skip else []) + ["step", "forward", "wait"] + ([] if skip else ["plan"])
     assert s.host_ms["plan"] >= (1 if skip else 2 / 3) and s.host_ms["forward"] < s.host_ms["step"]
-    assert s.parts["linear"].kernels == 3 and s.parts["attention"].kernels == 3 and "sampling" in s.parts
+    assert (
+        s.categories["linear"].num_kernels == 3
+        and s.categories["attention"].num_kernels == 3
+        and "sampling" in s.categories
+    )
     assert s.step_ms == pytest.approx(s.busy_ms + s.idle_ms) and s.busy_ms > 0
-    assert s.memory == {"params": 10, "cache": 20} and (s.parts["linear"].of_ceiling or 0) > 0
+    assert s.memory_bytes == {"params": 10, "cache": 20} and (s.categories["linear"].fraction_of_ceiling or 0) > 0
     events = read(window.trace)
     names = [e["name"] for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("step")]
     assert names == [f"step {i} (tokens 5, rows 3)" for i in range(3)]
@@ -260,10 +275,10 @@ def test_a_window(tmp_path: Path, name: str, skip: int) -> None:
 def test_fewer_steps_than_asked_for(tmp_path: Path) -> None:
     """What ran is reported, and nothing where all was skipped."""
     p = profiler()
-    with p.window(steps=9, skip=1, path=tmp_path / "a.json") as window:
+    with p.window(num_steps=9, skip_first=1, path=tmp_path / "a.json") as window:
         steps(p, 3)
-    assert off(p) and window.summary.steps == 2
-    with p.window(skip=3, path=tmp_path / "b.json") as window:
+    assert off(p) and window.summary.num_steps == 2
+    with p.window(skip_first=3, path=tmp_path / "b.json") as window:
         steps(p, 2)
     for name in ("summary", "trace"):
         with pytest.raises(ValueError, match=r"no step was recorded \(2 ran, of which the first 3 are skipped\)"):
@@ -275,24 +290,24 @@ def test_an_interrupt(tmp_path: Path) -> None:
     """It leaves nothing on; the trace has what was recorded until then; the next window works."""
     p = profiler()
     for skip, recorded in ((1, 2), (5, 0)):
-        window = p.window(skip=skip, path=tmp_path / f"{skip}.json")
+        window = p.window(skip_first=skip, path=tmp_path / f"{skip}.json")
         with pytest.raises(KeyboardInterrupt), window:
             steps(p, 9, fail_at=2)
         assert off(p) and (tmp_path / f"{skip}.json").exists() == bool(recorded)
         if recorded:
-            assert window.summary.steps == recorded
-    with p.window(steps=1, skip=0, path=tmp_path / "next.json") as window:
+            assert window.summary.num_steps == recorded
+    with p.window(num_steps=1, skip_first=0, path=tmp_path / "next.json") as window:
         steps(p, 1)
-    assert window.summary.steps == 1
+    assert window.summary.num_steps == 1
 
 
 def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
     """Is an error of its own, unless there is one already."""
     p = profiler()
     (tmp_path / "file").touch()
-    with pytest.raises(OSError), p.window(skip=0, path=tmp_path / "file" / "a.json"):
+    with pytest.raises(OSError), p.window(skip_first=0, path=tmp_path / "file" / "a.json"):
         steps(p, 1)
-    with pytest.raises(KeyboardInterrupt) as caught, p.window(skip=0, path=tmp_path / "file" / "a.json"):
+    with pytest.raises(KeyboardInterrupt) as caught, p.window(skip_first=0, path=tmp_path / "file" / "a.json"):
         steps(p, 1, fail_at=0)
     assert "could not be written" in caught.value.__notes__[0] and off(p)
 
@@ -304,7 +319,7 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="already"), p.window():
             pass
         with pytest.raises(ValueError, match="already"):
-            p.request()
+            p.profile_in_background()
     assert off(p)
     for steps, skip, name in ((0, 2, "a.json"), (8, -1, "a.json"), (8, 2, "a.txt")):
         with pytest.raises(ValueError, match="must"):
@@ -321,13 +336,13 @@ def test_an_engine_in_another_thread(tmp_path: Path) -> None:
         steps(p, 1)
 
     thread = threading.Thread(target=run)
-    with p.window(skip=0, path=tmp_path / "a.json") as window:
+    with p.window(skip_first=0, path=tmp_path / "a.json") as window:
         thread.start()
-        while not p._recording or window._seen < 1:
+        while not p._recording or window._num_steps_run < 1:
             time.sleep(0.001)
     go.set()
     thread.join()
-    assert off(p) and window.summary.steps == 2
+    assert off(p) and window.summary.num_steps == 2
 
 
 @pytest.fixture
@@ -340,21 +355,21 @@ def usr2() -> Iterator[int]:
 def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) -> None:
     """A window of the next steps; another one meanwhile is ignored; a failure is told and disturbs nothing."""
     p = profiler()
-    listen(p, tmp_path / "new", steps=2)
+    profile_on_signal(p, tmp_path / "new", num_steps=2)
     os.kill(os.getpid(), usr2)
     os.kill(os.getpid(), usr2)
     assert "signal ignored: a profile is being taken already" in capfd.readouterr().err
     steps(p, 5)
-    p.wait()
+    p.wait_until_written()
     trace, summary = sorted((tmp_path / "new").iterdir())
     assert len([e for e in read(trace) if e["name"].startswith("step ")]) == 2
     assert "2 steps of 5.0 tokens" in summary.read_text() and off(p)
     assert f"fastgen: profiled 2 steps: {trace} and {summary}" in capfd.readouterr().err
     (tmp_path / "file").touch()
-    listen(p, tmp_path / "file" / "in a file")
+    profile_on_signal(p, tmp_path / "file" / "in a file")
     os.kill(os.getpid(), usr2)
     steps(p, 11)
-    p.wait()
+    p.wait_until_written()
     assert "the profile failed" in capfd.readouterr().err and off(p)
 
 
@@ -362,21 +377,21 @@ def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     """It ends with the steps there were, or for the next one if none came; and one is written at a time."""
     monkeypatch.setattr("fastgen.profiler.SECONDS", 0.0)
     p = profiler()
-    p.request(8, tmp_path)
-    p.request(8, tmp_path, skip=0)  # no step has come for the first
+    p.profile_in_background(8, tmp_path)
+    p.profile_in_background(8, tmp_path, skip_first=0)  # no step has come for the first
     steps(p, 2)
-    p.wait()
+    p.wait_until_written()
     assert "profiled 1 steps" in capfd.readouterr().err and off(p)
     monkeypatch.undo()
-    p.request(1, tmp_path, skip=0)
+    p.profile_in_background(1, tmp_path, skip_first=0)
     go = threading.Event()
-    monkeypatch.setattr(Window, "_write", lambda self: go.wait(10))
+    monkeypatch.setattr(ProfileWindow, "_write", lambda self: go.wait(10))
     steps(p, 2)
     with pytest.raises(ValueError, match="being written: wait for its end"):
-        p.request(1, tmp_path)
+        p.profile_in_background(1, tmp_path)
     go.set()
-    p.wait()
-    p.request(1, tmp_path)
+    p.wait_until_written()
+    p.profile_in_background(1, tmp_path)
     assert not off(p)
 
 
@@ -396,6 +411,6 @@ def test_off_costs_nothing() -> None:
 
 def test_ceilings() -> None:
     """Measured once for each device and dtype."""
-    flops, moved = ceilings("cpu")
+    flops, moved = measure_ceilings("cpu")
     assert 1e8 < flops < 1e15 and 1e8 < moved < 1e13
-    assert ceilings(torch.device("cpu"), torch.float32) == (flops, moved)
+    assert measure_ceilings(torch.device("cpu"), torch.float32) == (flops, moved)

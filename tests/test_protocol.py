@@ -10,7 +10,14 @@ from openai.types.chat import chat_completion_stream_options_param as stream_opt
 from openai.types.chat import completion_create_params as chat
 from pydantic import ValidationError
 
-from fastgen.serve.protocol import ChatRequest, CompletionRequest, GenerateRequest, Message, Refused, plain
+from fastgen.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerateRequest,
+    ChatMessage,
+    APIError,
+    to_template_dicts,
+)
 
 ANY = {"type": "function", "function": {"name": "f"}}
 # Of each field, values that are followed or that ask for nothing, and values that are refused.
@@ -99,8 +106,8 @@ def request(kind: Any, body: dict[str, Any]) -> Any:
     """A request, checked as the endpoints do."""
     made = kind.model_validate(body)
     if isinstance(made, ChatRequest):
-        assert made.choice
-    return made.sampling()
+        assert made.tool_choice_mode
+    return made.to_sampling_params()
 
 
 def cases(table: dict[str, tuple[list[Any], list[Any]]]) -> list[Any]:
@@ -112,10 +119,10 @@ def tried(kind: Any, base: dict[str, Any], name: str, good: list[Any], bad: list
         if value is not None or name not in base:
             request(kind, base | {name: value})
     for value in bad:
-        with pytest.raises((Refused, ValidationError)) as e:
+        with pytest.raises((APIError, ValidationError)) as e:
             request(kind, base | {name: value})
         assert name in str(e.value), (name, value)
-        if isinstance(e.value, Refused):
+        if isinstance(e.value, APIError):
             assert e.value.status == 400 and e.value.param == name
 
 
@@ -142,12 +149,12 @@ def test_fields_within_others() -> None:
                 request(CompletionRequest, body | {"stream_options": {name: value}})
     for name, (good, bad) in ASSISTANT.items():
         for value in good:
-            Message.model_validate({"role": "assistant"} | {name: value})
+            ChatMessage.model_validate({"role": "assistant"} | {name: value})
         for value in bad:
             with pytest.raises(ValidationError, match=name):
-                Message.model_validate({"role": "assistant"} | {name: value})
+                ChatMessage.model_validate({"role": "assistant"} | {name: value})
     with pytest.raises(ValidationError, match="reasoning_content: only the assistant"):
-        Message.model_validate({"role": "user", "content": "x", "reasoning_content": "y"})
+        ChatMessage.model_validate({"role": "user", "content": "x", "reasoning_content": "y"})
 
 
 def test_what_they_mean() -> None:
@@ -160,6 +167,6 @@ def test_what_they_mean() -> None:
     assert request(GenerateRequest, {"token_ids": [5], "cache_salt": "b"}).cache_salt == "b"
     given = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL | {"index": 0}]}
     function = {"name": "f", "arguments": {}}
-    [said] = plain([Message.model_validate(given)])
+    [said] = to_template_dicts([ChatMessage.model_validate(given)])
     assert said == {"role": "assistant", "content": "", "reasoning_content": "Hm.",
                     "tool_calls": [{"id": "a", "type": "function", "function": function}]}  # fmt: skip

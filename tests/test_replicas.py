@@ -21,7 +21,7 @@ from test_lora import adapter
 
 import fastgen
 from fastgen import Replicas, SamplingParams, lora, replicas
-from fastgen.config import Lora
+from fastgen.config import LoraConfig
 
 LIMIT = 10  # seconds within which everything ends
 SETTINGS: dict[str, Any] = {
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def poet(model: Path) -> Path:
     """An adapter's files."""
-    spec, folder = fastgen.from_hf(json.loads((model / "config.json").read_text())), model.parent / "poet"
+    spec, folder = fastgen.from_hf_config(json.loads((model / "config.json").read_text())), model.parent / "poet"
     lora.save(folder, spec, adapter(spec, "all"))
     return folder
 
@@ -66,19 +66,19 @@ def said(outputs: list[fastgen.Output]) -> list[Any]:
 def test_outputs(pair: Replicas, model: Path) -> None:
     """In the order of the prompts: those of one engine, whose seeds are drawn in the same order."""
     ids = pair.generate([[1]] * 2, SamplingParams(max_tokens=1))  # whatever was before
-    first = pair._random.getstate()
+    first = pair._seed_rng.getstate()
     got = pair.generate(*load(60), progress=False)
     with fastgen.Engine.from_pretrained(model, **SETTINGS) as alone:
-        alone._random.setstate(first)
+        alone._seed_rng.setstate(first)
         want = alone.generate(*load(60), progress=False)
     assert said(got) == said(want)
     for a, b in zip(got, want, strict=True):
         for x, y in zip(a.completions, b.completions, strict=True):
             assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-4))
     assert [o.request_id for o in got] == list(range(ids[-1].request_id + 1, ids[-1].request_id + 61))
-    assert all(f["steps"] > 10 and f["prefix_hits"] for f in pair.figures)  # both have worked
-    assert replicas.figures(pair)["steps"] == sum(f["steps"] for f in pair.figures)
-    assert not pair.unfinished and pair._load == [0, 0] and pair._running == [0, 0]
+    assert all(f["steps"] > 10 and f["prefix_hits"] for f in pair.stats)  # both have worked
+    assert replicas.collect_stats(pair)["steps"] == sum(f["steps"] for f in pair.stats)
+    assert not pair.has_unfinished_requests and pair._assigned_tokens == [0, 0] and pair._num_running == [0, 0]
 
 
 def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
@@ -88,10 +88,10 @@ def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
     sampling = [SamplingParams(temperature=0, max_tokens=6, adapter=name) for name in (None, "poet")] * 4
     got = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
     with fastgen.Engine.from_pretrained(model, adapters={"poet": poet}, **SETTINGS) as alone:
-        assert alone.settings.lora == Lora(max_adapters=1, max_rank=4)
+        assert alone.config.lora == LoraConfig(max_adapters=1, max_rank=4)
         want = alone.generate([[5, 6, 7]] * 8, sampling, progress=False)
         assert said(got) == said(want) and said(got)[0] != said(got)[1]
-        spec, mine = alone.spec, adapter(alone.spec, "some", 5)
+        spec, mine = alone.model_config, adapter(alone.model_config, "some", 5)
         for engine in (alone, pair):
             with pytest.raises(ValueError, match="raise lora.max_adapters"):
                 engine.add_adapter("mine", mine)
@@ -101,13 +101,13 @@ def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
         sampling = [SamplingParams(temperature=0, max_tokens=6, adapter=name) for name in (None, "mine")] * 4
         got = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
         assert said(got) == said(alone.generate([[5, 6, 7]] * 8, sampling, progress=False))
-        assert [{*o.completions[0].versions} for o in got] == [{0}, {1}] * 4
+        assert [{*o.completions[0].weight_versions} for o in got] == [{0}, {1}] * 4
     id = pair.add([1], sampling[1])
     with pytest.raises(ValueError, match=rf"used by requests \[{id}\]"):
         pair.remove_adapter("mine")
     with pytest.raises(ValueError, match="layer 0"):
         pair.update_adapter("mine", adapter(spec, "all"))
-    while pair.unfinished:
+    while pair.has_unfinished_requests:
         pair.step()
     pair.remove_adapter("mine")
     assert not pair.adapters
@@ -116,12 +116,12 @@ def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
 
 def test_salts_go_where_their_prefix_is(pair: Replicas) -> None:
     """A prompt that was seen with another salt is cached nowhere for this one."""
-    prompt = [*range(9, 9 + 2 * pair.settings.pages.page_size)]
-    keys = len(pair._seen)
+    prompt = [*range(9, 9 + 2 * pair.config.kv_cache.page_size)]
+    keys = len(pair._prefix_replicas)
     for salt, found in (("a", False), ("b", False), ("a", True), ("b", True)):
         (output,) = pair.generate([prompt], SamplingParams(max_tokens=1, cache_salt=salt), progress=False)
-        assert (output.cached_tokens > 0) == found
-    assert len(pair._seen) == keys + 2
+        assert (output.num_cached_tokens > 0) == found
+    assert len(pair._prefix_replicas) == keys + 2
 
 
 def test_stream_and_abort(pair: Replicas) -> None:
@@ -138,8 +138,8 @@ def test_stream_and_abort(pair: Replicas) -> None:
         texts[event.request_id] = texts.get(event.request_id, "") + event.text
         if event.output is not None:
             assert event.output.completions[0].text == texts[event.request_id]
-    ended = {e.request_id: e.output for e in pair._undelivered if e.output is not None}
-    while pair.unfinished:
+    ended = {e.request_id: e.output for e in pair._pending_events if e.output is not None}
+    while pair.has_unfinished_requests:
         ended |= {e.request_id: e.output for e in pair.step() if e.output is not None}
     assert ended.keys() == set(mine) and {o.completions[0].finish_reason for o in ended.values()} == {"abort"}
     assert any(o.completions[0].token_ids for o in ended.values())
@@ -151,9 +151,9 @@ def test_a_stream_that_is_dropped(pair: Replicas) -> None:
     del events
     gc.collect()
     pair.stream([5, 6], SamplingParams(max_tokens=400, ignore_eos=True))
-    while pair.unfinished:
+    while pair.has_unfinished_requests:
         assert not pair.step()
-    assert pair._load == [0, 0]
+    assert pair._assigned_tokens == [0, 0]
 
 
 def test_wrong_requests(pair: Replicas) -> None:
@@ -164,7 +164,7 @@ def test_wrong_requests(pair: Replicas) -> None:
         pair.add([999])
     with pytest.raises(ValueError, match="2 sampling settings for 1 prompts"):
         pair.generate([1], [SamplingParams()] * 2)
-    assert not pair.unfinished
+    assert not pair.has_unfinished_requests
 
 
 def test_an_interrupt(pair: Replicas) -> None:
@@ -175,7 +175,9 @@ def test_an_interrupt(pair: Replicas) -> None:
         while True:
             pair.generate([[1, 2]] * 20, SamplingParams(max_tokens=300, ignore_eos=True), progress=False)
     assert said(pair.generate([[1, 2], [3]], SamplingParams(temperature=0, max_tokens=9), progress=False)) == want
-    while pair.unfinished:  # a replica that had none of these may still be telling what it has ended, which is nobody's
+    while (
+        pair.has_unfinished_requests
+    ):  # a replica that had none of these may still be telling what it has ended, which is nobody's
         assert not pair.step()
 
 
@@ -192,14 +194,14 @@ def test_an_interrupt(pair: Replicas) -> None:
     ],
 )
 def test_choose(load: list[int], room: list[bool], seen: set[int], cost: int, want: int | None) -> None:
-    assert replicas.choose(load, room, seen, cost) == want
+    assert replicas.choose_replica(load, room, seen, cost) == want
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [replicas.visible(i, 2, 8) for i in range(4)] == ["0,1", "2,3", "4,5", "6,7"]
+    assert [replicas.visible_devices(i, 2, 8) for i in range(4)] == ["0,1", "2,3", "4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-a,5,1")
-    assert [replicas.visible(i, 1, 4) for i in range(4)] == ["3", "GPU-a", "5", "1"]
+    assert [replicas.visible_devices(i, 1, 4) for i in range(4)] == ["3", "GPU-a", "5", "1"]
 
 
 def test_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +255,7 @@ def test_a_rank_of_a_replica_is_killed(model: Path) -> None:
     cause = rf"replica 1 \(process \d+\) failed: rank 1 \(process {pid}\) was killed by SIGKILL"
     with pytest.raises(RuntimeError, match=cause):
         endless(both)
-    assert time.monotonic() - began[0] < LIMIT and not both.unfinished
+    assert time.monotonic() - began[0] < LIMIT and not both.has_unfinished_requests
     for call in (both.step, lambda: both.add([1])):
         with pytest.raises(RuntimeError, match=cause):  # and so does whatever is tried later
             call()

@@ -29,17 +29,17 @@ from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import Output, SamplingParams
-from fastgen.batch import edits
+from fastgen.batch import build_logit_edits
 from fastgen.cli import serve
-from fastgen.request import Completion, Sample
+from fastgen.request import Completion, SequenceState
 from fastgen.schedule import Span
 from fastgen.serve import core, gate, log, worker
-from fastgen.serve.answer import dump, pieces
-from fastgen.serve.gate import HANDLERS
-from fastgen.serve.metrics import Metrics, exposition
-from fastgen.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, Refused
-from fastgen.serve.service import TextThread
-from fastgen.tokenizer import StopString, longest_text
+from fastgen.serve.answer import dump_json, iter_json_chunks
+from fastgen.serve.gate import EXCEPTION_HANDLERS
+from fastgen.serve.metrics import Metrics, render_metrics
+from fastgen.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, APIError
+from fastgen.serve.service import TokenizerThread
+from fastgen.tokenizer import StopString, max_prompt_chars
 
 
 def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monke
                 await asyncio.sleep(0.001)
             began, before = time.monotonic(), tries
             await asyncio.sleep(0.05)
-            assert tries - before <= (time.monotonic() - began) / worker.PAUSE + 1
+            assert tries - before <= (time.monotonic() - began) / worker.ACCEPT_PAUSE_SECONDS + 1
             assert not taken.is_set()
             full = False
             await asyncio.wait_for(taken.wait(), 5)
@@ -126,9 +126,9 @@ def test_lines_that_find_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) ->
     try:
         os.dup2(sink, 2)
         for i in range(200):
-            log.say(f"{i} " + "x" * 1000)
+            log.log_line(f"{i} " + "x" * 1000)
         found = os.read(source, 2**20).decode()
-        log.say("again")
+        log.log_line("again")
         found += os.read(source, 2**20).decode()
     finally:
         os.dup2(before, 2)
@@ -169,13 +169,13 @@ def test_stopped_descendants() -> None:
         assert child.stdout
         grandchild = int(child.stdout.readline())
         try:
-            assert grandchild not in core.stopped_children()
+            assert grandchild not in core.find_stopped_children()
             os.kill(grandchild, signal.SIGSTOP)
             end = time.monotonic() + 10
-            while core.stopped_children() != [grandchild]:
+            while core.find_stopped_children() != [grandchild]:
                 assert time.monotonic() < end
             os.kill(grandchild, signal.SIGCONT)
-            while core.stopped_children():
+            while core.find_stopped_children():
                 assert time.monotonic() < end
         finally:
             os.kill(grandchild, signal.SIGKILL)
@@ -185,19 +185,19 @@ def test_stopped_descendants() -> None:
 
 def test_counts_are_added_up() -> None:
     """Of two workers, one of which is gone; as Prometheus reads them."""
-    total = core.Core(MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), 1, {})
+    total = core.EngineServer(MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), 1, {})
 
     async def work(*gaps: float) -> None:
         sent: list[dict] = []
         metrics = Metrics(sent.append)
-        metrics.tokens.inc(3)
+        metrics.generation_tokens.inc(3)
         for gap in gaps:
-            metrics.gap.observe(gap)
-        metrics.finished("stop")
+            metrics.inter_token_latency.observe(gap)
+        metrics.record_finished("stop")
         assert not sent
         metrics.flush()
         metrics.flush()
-        metrics.first.observe(1000.0)
+        metrics.time_to_first_token.observe(1000.0)
         while len(sent) < 2:  # by itself, a little later
             await asyncio.sleep(0.01)
         for changes in sent:
@@ -206,7 +206,7 @@ def test_counts_are_added_up() -> None:
     asyncio.run(work(0.25, 0.25, 0.5))
     asyncio.run(work(0.75))
     stats = dict.fromkeys(("running", "waiting", "cache_usage", "prefix_queries", "prefix_hits", "preemptions"), 1)
-    lines = exposition(total.counts, stats, "m").decode().splitlines()
+    lines = render_metrics(total.metric_counts, stats, "m").decode().splitlines()
     for line in (
         'vllm:generation_tokens_total{model_name="m"} 6.0',
         'vllm:prompt_tokens_total{model_name="m"} 0.0',
@@ -245,7 +245,7 @@ def test_stop_strings_in_a_stream() -> None:
             if cut >= 0:
                 assert min(cuts) == cut
                 break
-            assert not cuts and max(s.matched for s in strings) == held
+            assert not cuts and max(s.num_matched for s in strings) == held
 
 
 def test_long_stop_strings_cost_little() -> None:
@@ -254,28 +254,28 @@ def test_long_stop_strings_cost_little() -> None:
     began = time.monotonic()
     for _ in range(2000):
         assert stop.push("a" * 50) is None
-    assert stop.matched == 10**5 and time.monotonic() - began < 2
-    assert stop.push("c") is None and stop.matched == 0
+    assert stop.num_matched == 10**5 and time.monotonic() - began < 2
+    assert stop.push("c") is None and stop.num_matched == 0
 
 
-def changes(s: Sample) -> dict[int, tuple[float, float, bool]]:
+def changes(s: SequenceState) -> dict[int, tuple[float, float, bool]]:
     """What a sample changes of logits, one by one."""
     p, found = s.params, dict[int, tuple[float, float, bool]]()
     if p.repetition_penalty != 1:
-        found |= {t: (0.0, 0, True) for t in s.tokens}
+        found |= {t: (0.0, 0, True) for t in s.token_ids}
     if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
-        found |= {t: (0.0, n, True) for t, n in s.counts.items()}
+        found |= {t: (0.0, n, True) for t, n in s.output_token_counts.items()}
     for token, bias in p.logit_bias.items():
         found[token] = (bias, *found.get(token, (0.0, 0, False))[1:])
     if len(s.completion.token_ids) < p.min_tokens:
-        found |= {t: (float("-inf"), *found.get(t, (0.0, 0, False))[1:]) for t in s.ends}
+        found |= {t: (float("-inf"), *found.get(t, (0.0, 0, False))[1:]) for t in s.end_token_ids}
     return found
 
 
 def test_edits_are_each_samples_own() -> None:
     """What many samples change together is what each changes; samples that change nothing have none."""
     dice = random.Random(1)
-    samples: dict[int, Sample] = {}
+    samples: dict[int, SequenceState] = {}
     for i in range(40):
         params = SamplingParams(
             max_tokens=64,
@@ -287,12 +287,12 @@ def test_edits_are_each_samples_own() -> None:
             stop_token_ids=tuple(dice.sample(range(50), 3)),
         )
         output = Output(i, [dice.randrange(50) for _ in range(6)], [Completion()])
-        samples[i] = Sample(output, 0, params, 0, 99, frozenset({1}), None)
+        samples[i] = SequenceState(output, 0, params, 0, 99, frozenset({1}), None)
         for _ in range(dice.randrange(8)):
-            samples[i].push(dice.randrange(50), 0.0, ())
+            samples[i].append_token(dice.randrange(50), 0.0, ())
     plan = tuple(Span(i, 0, 1, i % 5 > 0, ()) for i in range(40))
-    found = edits(plan, samples, torch.device("cpu"))
-    assert found is not None and found.row.dtype == torch.long and found.bias.dtype == torch.float32
+    found = build_logit_edits(plan, samples, torch.device("cpu"))
+    assert found is not None and found.rows.dtype == torch.long and found.bias.dtype == torch.float32
     wanted = [
         (r, t, *x, s.params.presence_penalty, s.params.frequency_penalty, s.params.repetition_penalty)
         for r, s in samples.items()
@@ -301,8 +301,8 @@ def test_edits_are_each_samples_own() -> None:
     ]
     names = ("row", "token", "bias", "count", "seen", "presence", "frequency", "repetition")
     assert [*zip(*(getattr(found, name).tolist() for name in names), strict=True)] == wanted
-    plain = Sample(Output(0, [1], [Completion()]), 0, SamplingParams(), 0, 9, frozenset({1}), None)
-    assert edits((Span(0, 0, 1, True, ()),), {0: plain}, torch.device("cpu")) is None
+    plain = SequenceState(Output(0, [1], [Completion()]), 0, SamplingParams(), 0, 9, frozenset({1}), None)
+    assert build_logit_edits((Span(0, 0, 1, True, ()),), {0: plain}, torch.device("cpu")) is None
 
 
 HEAVY: list[tuple[type, dict[str, Any], str]] = [
@@ -332,25 +332,25 @@ def test_bodies_that_hold_too_much(model: type[BaseModel], body: dict[str, Any],
         model.model_validate(body)
     assert caught.value.error_count() <= 8 and time.monotonic() - began < 1
     request = RequestValidationError([e | {"loc": ("body", *e["loc"])} for e in caught.value.errors()])
-    reply = asyncio.run(HANDLERS[RequestValidationError](MagicMock(spec=Request), request))
+    reply = asyncio.run(EXCEPTION_HANDLERS[RequestValidationError](MagicMock(spec=Request), request))
     assert reply.status_code == 400 and len(reply.body) < 500 and time.monotonic() - began < 1
 
 
 def test_texts_that_can_never_fit() -> None:
     """As many characters as the longest token times the context; what fits is no longer."""
-    longest = longest_text(BYTE_LEVEL, 100)
+    longest = max_prompt_chars(BYTE_LEVEL, 100)
     token = max(BYTE_LEVEL.get_vocab().items(), key=lambda item: len(item[0]))[1]
     assert len(BYTE_LEVEL.decode([token] * 100)) <= longest <= 100 * 4 * 64
-    assert longest_text(None, 100) == 0
+    assert max_prompt_chars(None, 100) == 0
 
 
 @pytest.mark.parametrize(("value", "most"), [("1,", 2**21), ("[],", 419_430), ('{"a":1},', 233_016)])
 def test_bodies_of_too_many_values(value: str, most: int) -> None:
     """Lists, objects and keys are read more slowly than numbers, and count for more."""
     body = value.encode() * most
-    assert gate._readable(body) is body
-    with pytest.raises(Refused, match="2097152 commas") as e:
-        gate._readable(body + value.encode())
+    assert gate._check_num_values(body) is body
+    with pytest.raises(APIError, match="2097152 commas") as e:
+        gate._check_num_values(body + value.encode())
     assert e.value.status == 413
 
 
@@ -363,7 +363,7 @@ def test_short_texts_go_first() -> None:
         free.wait(10)
 
     async def run() -> None:
-        thread = TextThread("texts")
+        thread = TokenizerThread("texts")
         tasks = [asyncio.create_task(thread.run(block))]
         await asyncio.to_thread(begin.wait, 10)
         tasks.append(asyncio.create_task(thread.run(lambda: done.append("patient"), -(10**9))))
@@ -394,5 +394,5 @@ def test_json_in_pieces() -> None:
         "\ud800",
     ]
     for value in values:
-        assert b"".join(pieces(value)) == dump(value)
-    assert max(map(len, pieces(values[0]))) < len(dump(values[0])) / 2
+        assert b"".join(iter_json_chunks(value)) == dump_json(value)
+    assert max(map(len, iter_json_chunks(values[0]))) < len(dump_json(values[0])) / 2

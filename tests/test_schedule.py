@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgen import Completion, Output, SamplingParams, schedule
-from fastgen.batch import Stager
-from fastgen.cache.prefix import Namespace, Tree
-from fastgen.config import Schedule
-from fastgen.request import Sample
-from fastgen.schedule import Moves, Plan, Sequence, State
+from fastgen.batch import InputBuffers
+from fastgen.cache.prefix import Namespace, PrefixCache
+from fastgen.config import SchedulerConfig
+from fastgen.request import SequenceState
+from fastgen.schedule import PageCopies, Plan, Sequence, State
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 RANDOM = settings(derandomize=True, database=None, deadline=None, suppress_health_check=SLOW)
@@ -58,7 +58,7 @@ class Load(NamedTuple):
     jobs: tuple[Job, ...]
 
     def state(self) -> State:
-        return State(Tree(self.page, self.capacity, self.host, **self.tree))
+        return State(PrefixCache(self.page, self.capacity, self.host, **self.tree))
 
 
 @st.composite
@@ -114,10 +114,10 @@ def alone(prompt: tuple[int, ...], limit: int) -> list[int]:
     return tokens
 
 
-def sample(tokens: list[int]) -> Sample:
+def sample(tokens: list[int]) -> SequenceState:
     """What staging wants of a request."""
-    made = Sample(Output(0, tokens, [Completion()]), 0, SamplingParams(), 0, 99, frozenset(), None)
-    made.tokens = tokens
+    made = SequenceState(Output(0, tokens, [Completion()]), 0, SamplingParams(), 0, 99, frozenset(), None)
+    made.token_ids = tokens
     return made
 
 
@@ -145,12 +145,14 @@ class Run:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        self.limits = Schedule(**self.load.limits)
+        self.limits = SchedulerConfig(**self.load.limits)
         self.state = self.load.state()
-        most = self.limits.max_requests
+        most = self.limits.max_num_seqs
         self.seats = [0] * (most + 1)
         wide = self.load.capacity
-        self.stager = Stager(most, self.limits.token_budget + 8, most + 1, wide, self.load.page, 9, torch.device("cpu"))
+        self.stager = InputBuffers(
+            most, self.limits.token_budget + 8, most + 1, wide, self.load.page, 9, torch.device("cpu")
+        )
 
     def check(self) -> None:
         schedule.check(self.state, self.limits)
@@ -161,7 +163,7 @@ class Run:
         self.state = schedule.add(self.state, new)
 
     def drop(self, ids: set[int]) -> None:
-        self.state = schedule.drop(self.state, ids, self.tokens)
+        self.state = schedule.remove(self.state, ids, self.tokens)
         self.ended |= ids
         self.check()
 
@@ -192,12 +194,12 @@ class Run:
             self.receive()
         return plan
 
-    def audit(self, before: State, plan: Plan, moves: Moves) -> None:
+    def audit(self, before: State, plan: Plan, moves: PageCopies) -> None:
         """Asserts what has to be true of any plan."""
         limits, after = self.limits, self.state
         running = {s.id: s for s in after.running}
         assert sorted(ids(after)) == sorted(ids(before))
-        parked = [*moves.parked]
+        parked = [*moves.preempted]
         assert not (parked and moves.admitted)
         kept = [s.id for s in before.running if s.id not in parked]
         assert [s.id for s in after.running] == kept + [s.id for s in moves.admitted]
@@ -209,19 +211,19 @@ class Run:
         assert sizes == sorted(sizes), "those who decode do not come first"
         for span in plan:
             s = running[span.id]
-            assert s.cached == span.start < span.stop <= s.known and span.pages == s.pages
-            assert span.sample == (span.stop == s.known)
+            assert s.num_computed_tokens == span.start < span.stop <= s.num_tokens and span.pages == s.pages
+            assert span.needs_sampling == (span.stop == s.num_tokens)
             assert span.stop - span.start <= (limits.prefill_chunk or limits.token_budget)
             assert span.stop <= len(s.pages) * self.load.page
         if limits.policy == "prefill_first" and any(sizes):
-            assert not any(x.stop - x.start == 1 and x.id in kept and x.sample for x in plan if x.start > 0) or all(
-                running[x.id].known - x.start <= 1 for x in plan if x.stop - x.start == 1
-            )
+            assert not any(
+                x.stop - x.start == 1 and x.id in kept and x.needs_sampling for x in plan if x.start > 0
+            ) or all(running[x.id].num_tokens - x.start <= 1 for x in plan if x.stop - x.start == 1)
         assert plan or not ids(after), "nothing happens"
         if plan and limits.policy == "mixed":
             assert ids(before)[0] in spans, "the first in line does not advance"
 
-    def compute(self, plan: Plan, moves: Moves) -> list[tuple[int, int]]:
+    def compute(self, plan: Plan, moves: PageCopies) -> list[tuple[int, int]]:
         """Moves and writes on the memory; the tokens drawn from what each sequence then sees."""
         page = self.load.page
         for slot, value in self.early.items():  # what the step before did not wait for
@@ -230,55 +232,55 @@ class Run:
             else:
                 self.memory[slot] = value
         self.early.clear()
-        places: list[int] = [t for _, t in moves.copies] + [t for _, t in moves.back]
+        places: list[int] = [t for _, t in moves.on_device] + [t for _, t in moves.to_device]
         assert len(places) == len(set(places)), "a page is filled twice"
-        assert not {s for s, _ in moves.copies} & set(places), "a page is copied while it is filled"
-        for p, h in moves.out:
+        assert not {s for s, _ in moves.on_device} & set(places), "a page is copied while it is filled"
+        for p, h in moves.to_host:
             assert 0 < h <= self.load.host
             self.host |= {(h, i): self.memory.get(p * page + i) for i in range(page)}
-        for source, target in moves.copies:
+        for source, target in moves.on_device:
             for i in range(page):
                 self.memory.pop(target * page + i, None)
                 if (x := self.memory.get(source * page + i)) is not None:
                     self.memory[target * page + i] = x
-        for h, target in moves.back:
+        for h, target in moves.to_device:
             for i in range(page):
                 self.memory.pop(target * page + i, None)
-                if moves.early:
+                if moves.prefetch:
                     self.early[target * page + i] = self.host.get((h, i))
                 elif (x := self.host.get((h, i))) is not None:
                     self.memory[target * page + i] = x
-        size, rows = sum(x.stop - x.start for x in plan) + 3, self.limits.max_requests + 1
-        b, _ = self.stager.stage(plan, {x.id: sample(self.tokens[x.id]) for x in plan}, size, rows, self.steps)
+        size, rows = sum(x.stop - x.start for x in plan) + 3, self.limits.max_num_seqs + 1
+        b, _ = self.stager.fill(plan, {x.id: sample(self.tokens[x.id]) for x in plan}, size, rows, self.steps)
         token, position, slot, start, length, seat = (x.tolist() for x in b[:6])
         token = [self.seats[-t] if t < 0 else t for t in token]
         assert all(x < page for x in slot[start[len(plan)] :]), "padding left the scratch page"
         spaces = {s.id: s.namespace for s in self.state.running}
         for r, span in enumerate(plan):
             for i in range(start[r], start[r + 1]):
-                if span.write:
+                if span.writes_kv:
                     assert slot[i] >= page
                     self.memory[slot[i]] = token[i], position[i], spaces[span.id]
                 else:
                     assert slot[i] < page and span.stop - span.start == 1
         drawn = []
         for r, span in enumerate(plan):
-            table = b.pages[seat[r]].tolist()
+            table = b.page_table[seat[r]].tolist()
             assert table[: len(span.pages)] == list(span.pages), "the table is not what the sequence holds"
             seen = [self.memory[table[i // page] * page + i % page] for i in range(length[r])]
             assert [at for _, at, _ in seen] == list(range(span.stop))
             known = self.tokens[span.id]
             assert [t for t, *_ in seen][: len(known)] == known[: span.stop], "it reads somebody else's tokens"
             assert {space for *_, space in seen} == {spaces[span.id]}, "it reads what was computed for another salt"
-            if span.sample:
+            if span.needs_sampling:
                 drawn.append((span.id, next_token([t for t, *_ in seen])))
-                self.seats[span.seat] = drawn[-1][1]
+                self.seats[span.req_idx] = drawn[-1][1]
         self.groups(plan)
         return drawn
 
     def groups(self, plan: Plan) -> None:
         """Groups read the same pages, whole ones, and leave each sequence something of its own to read."""
-        found = schedule.groups(self.state, plan, 3, 2)
+        found = schedule.find_shared_prefix_groups(self.state, plan, 3, 2)
         rows = [r for members, _ in found for r in members]
         assert len(rows) == len(set(rows)) and len(found) <= 2
         for members, keys in found:
@@ -319,12 +321,12 @@ def test_any_load(load: Load) -> None:
         job = jobs[id % 100]
         wanted = alone(job.prompt, job.limit)
         assert found == (wanted[: len(found)] if job.abort is not None else wanted)
-    tree = run.state.tree
-    assert tree.available() == load.capacity - 1, "a page is lost"
-    tree.begin()  # the last plan's nodes are not pinned any longer
-    assert all(root.kids for root in tree.salted_roots.values()), "a salt without anything cached is remembered"
-    if not tree.active:
-        assert not tree.idle
+    tree = run.state.prefix_cache
+    assert tree.num_available_pages() == load.capacity - 1, "a page is lost"
+    tree.begin_step()  # the last plan's nodes are not pinned any longer
+    assert all(root.children for root in tree.salted_roots.values()), "a salt without anything cached is remembered"
+    if not tree.enabled:
+        assert not tree.idle_nodes
 
 
 # --- single rules ---------------------------------------------------------------------------------------------------
@@ -334,8 +336,8 @@ class Played:
     """Plans of a few sequences on a tree of 20 pages of 4 tokens, unless told otherwise."""
 
     def __init__(self, page: int = 4, pages: int = 21, host: int = 0, **limits: Any) -> None:
-        self.state = State(Tree(page, pages, host))
-        self.limits = Schedule(**{"max_requests": 8, "token_budget": 64} | limits)
+        self.state = State(PrefixCache(page, pages, host))
+        self.limits = SchedulerConfig(**{"max_requests": 8, "token_budget": 64} | limits)
         self.tokens: dict[int, list[int]] = {}
 
     def add(self, id: int, prompt: list[int], limit: int | None = None, namespace: Namespace = 0) -> None:
@@ -343,12 +345,12 @@ class Played:
         new = Sequence(id, len(prompt), limit or len(prompt) + 5, namespace=namespace)
         self.state = schedule.add(self.state, new)
 
-    def step(self) -> tuple[list[tuple[int, int, int]], Moves]:
+    def step(self) -> tuple[list[tuple[int, int, int]], PageCopies]:
         """(sequence, start, stop) of what is computed; every token drawn is 9."""
         self.state, plan, moves = schedule.plan(self.state, self.limits, self.tokens)
         schedule.check(self.state, self.limits)
         for span in plan:
-            if span.sample:
+            if span.needs_sampling:
                 self.tokens[span.id] = [*self.tokens[span.id], 9]
         self.state = schedule.commit(self.state, plan, (), self.tokens)
         schedule.check(self.state, self.limits)
@@ -363,7 +365,7 @@ def test_the_same_step_shares_whole_pages() -> None:
     spans, moves = p.step()
     assert spans == [(0, 0, 10), (1, 8, 11)]
     a, b = (s.pages for s in p.state.running)
-    assert a[:2] == b[:2] and a[2] != b[2] and not moves.copies
+    assert a[:2] == b[:2] and a[2] != b[2] and not moves.on_device
 
 
 def test_samples_wait_a_step_and_copy_the_last_page() -> None:
@@ -373,10 +375,10 @@ def test_samples_wait_a_step_and_copy_the_last_page() -> None:
         p.add(id, [*range(10)])
     p.add(3, [40, 41])
     spans, moves = p.step()
-    assert spans == [(0, 0, 10), (3, 0, 2)] and not moves.copies
+    assert spans == [(0, 0, 10), (3, 0, 2)] and not moves.on_device
     spans, moves = p.step()
     assert spans == [(0, 10, 11), (1, 9, 10), (2, 9, 10), (3, 2, 3)][:1] + [(3, 2, 3), (1, 9, 10), (2, 9, 10)]
-    assert len(moves.copies) == 2 and len({source for source, _ in moves.copies}) == 1
+    assert len(moves.on_device) == 2 and len({source for source, _ in moves.on_device}) == 1
 
 
 def test_a_prompt_that_is_all_cached_computes_its_last_token() -> None:
@@ -387,7 +389,7 @@ def test_a_prompt_that_is_all_cached_computes_its_last_token() -> None:
     p.add(1, [*range(8)])
     p.state, plan, moves = schedule.plan(p.state, p.limits, p.tokens)
     assert [x[1:4] for x in plan] == [(8, 9, True), (7, 8, True)]
-    assert [x.write for x in plan] == [True, False] and not moves.copies
+    assert [x.writes_kv for x in plan] == [True, False] and not moves.on_device
     assert p.state.running[1].pages == p.state.running[0].pages[:2]
 
 
@@ -397,7 +399,7 @@ def test_prompts_that_are_scored_are_computed() -> None:
     p.add(0, [*range(8)])
     p.step()
     p.tokens[1] = [*range(8)]
-    p.state = schedule.add(p.state, Sequence(1, 8, 12, whole=True))
+    p.state = schedule.add(p.state, Sequence(1, 8, 12, needs_prompt_logprobs=True))
     assert (1, 0, 8) in p.step()[0]
 
 
@@ -410,8 +412,8 @@ def test_conversation_goes_on() -> None:
     assert p.tokens[0] == [*range(9), 9, 9]
     p.add(1, [*p.tokens[0], 50, 51, 52])
     spans, moves = p.step()
-    assert spans == [(1, 10, 14)] and len(moves.copies) == 1  # the last token drawn was never computed
-    assert p.state.tree.counts.reused == 10
+    assert spans == [(1, 10, 14)] and len(moves.on_device) == 1  # the last token drawn was never computed
+    assert p.state.prefix_cache.stats.num_hit_tokens == 10
 
 
 def test_least_recently_used_go_first() -> None:
@@ -436,15 +438,19 @@ def test_salts_share_nothing() -> None:
     for id, space in enumerate(spaces, 5):
         p.add(id, prompt, 12, space)
     assert sorted(p.step()[0]) == [(id, 10, 11) for id in range(5, 10)]
-    assert schedule.plant(p.state.tree, prompt, (0, "b")) == () != schedule.plant(p.state.tree, prompt, (0, "c"))
-    p.state.tree.reset_adapter(1)
+    assert (
+        schedule.insert_idle_pages(p.state.prefix_cache, prompt, (0, "b"))
+        == ()
+        != schedule.insert_idle_pages(p.state.prefix_cache, prompt, (0, "c"))
+    )
+    p.state.prefix_cache.reset_adapter(1)
     schedule.check(p.state, p.limits)
     for id, space in enumerate(spaces, 10):
         p.add(id, prompt, 12, space)
     assert sorted(p.step()[0]) == [*((id, 10, 11) for id in (10, 11, 12)), (13, 0, 11), (14, 0, 11)]
-    p.state.tree.reset()
+    p.state.prefix_cache.reset()
     schedule.check(p.state, p.limits)
-    assert not p.state.tree.salted_roots and p.state.tree.available() == 59
+    assert not p.state.prefix_cache.salted_roots and p.state.prefix_cache.num_available_pages() == 59
 
 
 def test_salts_are_forgotten_with_what_was_cached_for_them() -> None:
@@ -454,8 +460,8 @@ def test_salts_are_forgotten_with_what_was_cached_for_them() -> None:
         for id in range(40):
             p.add(id, [id, *range(7)], 9, (0, f"salt {id}"))
             p.step()
-        assert p.state.tree.available() == 6 and not p.state.running
-        assert {int(key[1].split()[1]) for key in p.state.tree.salted_roots if isinstance(key, tuple)} == {
+        assert p.state.prefix_cache.num_available_pages() == 6 and not p.state.running
+        assert {int(key[1].split()[1]) for key in p.state.prefix_cache.salted_roots if isinstance(key, tuple)} == {
             *range(40 - 3 - host // 2, 40)
         }
 
@@ -465,7 +471,7 @@ def test_other_parameters_find_nothing() -> None:
     p = Played()
     p.add(0, [*range(12)])
     p.step()
-    p.state.tree.reset()
+    p.state.prefix_cache.reset()
     schedule.check(p.state, p.limits)
     p.add(1, [*range(12)])
     assert (1, 0, 12) in p.step()[0]
@@ -473,7 +479,7 @@ def test_other_parameters_find_nothing() -> None:
     assert (2, 11, 12) in p.step()[0]  # computed with the new ones
     for _ in range(6):
         p.step()
-    assert not p.state.running and p.state.tree.available() == 20
+    assert not p.state.running and p.state.prefix_cache.num_available_pages() == 20
 
 
 def test_the_host_keeps_what_leaves() -> None:
@@ -482,11 +488,11 @@ def test_the_host_keeps_what_leaves() -> None:
     out = []
     for id, first in enumerate((10, 20, 30)):
         p.add(id, [first, 1, 2, 3, 4, 5, 6, 7], limit=9)
-        out += p.step()[1].out
+        out += p.step()[1].to_host
     assert len(out) == 2
     p.add(3, [10, 1, 2, 3, 4, 5, 6, 7, 8], limit=10)
     spans, moves = p.step()
-    assert spans == [(3, 8, 9)] and [h for h, _ in moves.back] == [h for _, h in out][::-1]
+    assert spans == [(3, 8, 9)] and [h for h, _ in moves.to_device] == [h for _, h in out][::-1]
 
 
 def test_who_came_last_makes_way() -> None:
@@ -495,7 +501,7 @@ def test_who_came_last_makes_way() -> None:
     p.add(0, [*range(7)], limit=17)
     p.add(1, [*range(20, 25)], limit=15)
     seen = [p.step() for _ in range(22)]
-    parked = [m.parked for _, m in seen if m.parked]
+    parked = [m.preempted for _, m in seen if m.preempted]
     assert parked and all(x == (1,) for x in parked)
     assert len(p.tokens[0]) == 17 and len(p.tokens[1]) == 15 and not p.state.running
 
@@ -540,19 +546,19 @@ def test_groups_read_what_they_share() -> None:
     for _ in range(3):
         p.step()
     p.state, plan, _ = schedule.plan(p.state, p.limits, p.tokens)
-    who = [[plan[r].id for r in members] for members, _ in schedule.groups(p.state, plan, 16, 9)]
+    who = [[plan[r].id for r in members] for members, _ in schedule.find_shared_prefix_groups(p.state, plan, 16, 9)]
     assert sorted(map(sorted, who)) == [[0, 1, 2], [3, 4, 5]]
-    assert {keys for _, keys in schedule.groups(p.state, plan, 16, 9)} == {32}
-    assert len(schedule.groups(p.state, plan, 2, 9)) == 2  # the third of each is alone
-    assert len(schedule.groups(p.state, plan, 16, 1)) == 1
+    assert {keys for _, keys in schedule.find_shared_prefix_groups(p.state, plan, 16, 9)} == {32}
+    assert len(schedule.find_shared_prefix_groups(p.state, plan, 2, 9)) == 2  # the third of each is alone
+    assert len(schedule.find_shared_prefix_groups(p.state, plan, 16, 1)) == 1
     few = Played()
     few.add(0, [*range(6)], limit=20)
     few.add(1, [*range(4), 50, *range(60, 79)], limit=40)
     for _ in range(3):
         few.step()
     few.state, plan, _ = schedule.plan(few.state, few.limits, few.tokens)
-    assert few.state.running[0].path[0].refs == 2
-    assert schedule.groups(few.state, plan, 16, 9) == ()  # four keys of some thirty are not worth it
+    assert few.state.running[0].path[0].ref_count == 2
+    assert schedule.find_shared_prefix_groups(few.state, plan, 16, 9) == ()  # four keys of some thirty are not worth it
 
 
 def sound() -> Played:
@@ -565,7 +571,7 @@ def sound() -> Played:
     p.add(2, [1], limit=2)
     for _ in range(4):
         p.step()
-    assert p.state.tree.idle and p.state.waiting
+    assert p.state.prefix_cache.idle_nodes and p.state.waiting
     return p
 
 
@@ -587,10 +593,13 @@ BREAKS: dict[str, tuple[str | None, Any]] = {
     "parent first": ("parent would go first", lambda p: _reverse(p.state.tree.idle)),
     "waits with pages": (None, lambda p: setattr(p, "state", p.state._replace(waiting=(_first(p)._replace(id=7),)))),
     "twice": ("queued twice", lambda p: setattr(p, "state", p.state._replace(waiting=p.state.waiting * 2))),
-    "seat": ("not taken", lambda p: setattr(p, "state", p.state._replace(seats=schedule.SEATS))),
+    "seat": ("not taken", lambda p: setattr(p, "state", p.state._replace(seats=schedule.ALL_REQ_INDICES))),
     "beyond its limit": (None, lambda p: _change(p, known=99)),
-    "nothing to compute": (None, lambda p: _change(p, cached=_first(p).known)),
-    "too few pages": ("without a page", lambda p: _change(p, cached=_first(p).known - 1, pages=_first(p).pages[:1])),
+    "nothing to compute": (None, lambda p: _change(p, cached=_first(p).num_tokens)),
+    "too few pages": (
+        "without a page",
+        lambda p: _change(p, cached=_first(p).num_tokens - 1, pages=_first(p).pages[:1]),
+    ),
 }
 
 
@@ -621,10 +630,10 @@ def test_planted_pages_are_found() -> None:
     p = Played()
     p.add(0, [*range(6)])
     p.step()
-    filled = schedule.plant(p.state.tree, [*range(13)])
+    filled = schedule.insert_idle_pages(p.state.prefix_cache, [*range(13)])
     schedule.check(p.state, p.limits)
     assert len(filled) == 3 and filled[0] == 0 and all(filled[1:])
-    assert schedule.plant(p.state.tree, [*range(13)]) == ()
+    assert schedule.insert_idle_pages(p.state.prefix_cache, [*range(13)]) == ()
     p.add(1, [*range(13), 50])
     assert (1, 12, 14) in p.step()[0]
-    assert schedule.plant(p.state.tree, [*range(200, 300)]) == ()  # no room
+    assert schedule.insert_idle_pages(p.state.prefix_cache, [*range(200, 300)]) == ()  # no room

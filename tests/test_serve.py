@@ -32,13 +32,13 @@ from test_tokenizer import BYTE_LEVEL, TEMPLATE
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.cli import serve
-from fastgen.grammar import Cancelled
+from fastgen.grammar import GrammarCancelled
 from fastgen.serve import service, worker
-from fastgen.serve.answer import dump
-from fastgen.serve.client import Client
-from fastgen.serve.core import Core, pack
-from fastgen.serve.gate import Gate
-from fastgen.serve.protocol import Refused, refusal
+from fastgen.serve.answer import dump_json
+from fastgen.serve.client import EngineClient
+from fastgen.serve.core import EngineServer, pack_message
+from fastgen.serve.gate import Middleware
+from fastgen.serve.protocol import APIError, bad_request
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 KEY = "sesame"
@@ -465,8 +465,8 @@ def test_generate_gives_tokens_and_logprobs(server: Server, library: fastgen.Eng
 def test_no_text_breaks_a_line() -> None:
     """Whatever a reader takes for an end of line is escaped in JSON, and comes back."""
     text = "".join(map(chr, range(0x3000))) + "\U0001f600"
-    assert len(dump(text).decode().splitlines()) == 1 and json.loads(dump(text)) == text
-    assert json.loads(dump("a\ud800")) == "a?"
+    assert len(dump_json(text).decode().splitlines()) == 1 and json.loads(dump_json(text)) == text
+    assert json.loads(dump_json("a\ud800")) == "a?"
 
 
 def test_cached_tokens(client: openai.OpenAI) -> None:
@@ -668,14 +668,14 @@ def test_one_model_answers_to_any_name(client: openai.OpenAI, server: Server) ->
 @pytest.mark.parametrize("options", [{"strict_model": True}, {}], ids=["strict", "adapters"])
 def test_names_that_must_be_known(options: dict[str, Any]) -> None:
     """With --strict-model, and where adapters are chosen by name."""
-    made = service.Service.__new__(service.Service)
-    made.options = service.Options(address="", names=("tiny", "alias"), **options)
-    made.has_adapters, made.ready, made.spec = not options, True, SPEC
-    made.client = MagicMock(spec=Client, dead=False, ask=AsyncMock(return_value=["poet"]))
+    made = service.AppState.__new__(service.AppState)
+    made.options = service.ServerOptions(engine_address="", model_names=("tiny", "alias"), **options)
+    made.supports_adapters, made.is_ready, made.model_config = not options, True, SPEC
+    made.engine_client = MagicMock(spec=EngineClient, dead=False, ask=AsyncMock(return_value=["poet"]))
     for name, answers in ((None, "tiny"), ("", "tiny"), ("alias", "alias"), ("poet", "poet")):
-        assert asyncio.run(made.named(name)) == answers
-    with pytest.raises(Refused, match="no model 'gpt' here; there is tiny, alias, poet") as e:
-        asyncio.run(made.named("gpt"))
+        assert asyncio.run(made.resolve_model_name(name)) == answers
+    with pytest.raises(APIError, match="no model 'gpt' here; there is tiny, alias, poet") as e:
+        asyncio.run(made.resolve_model_name("gpt"))
     assert (e.value.status, e.value.code, e.value.param) == (404, "model_not_found", "model")
 
 
@@ -704,10 +704,10 @@ SENDERS: list[tuple[dict[str, str], bool]] = [
 
 def admit(headers: dict[str, str], method: str = "POST", **options: Any) -> None:
     """A request's head, as the gate sees it."""
-    state = service.Service.__new__(service.Service)
-    state.draining, state.options = False, service.Options(address="", names=("x",), **options)
+    state = service.AppState.__new__(service.AppState)
+    state.is_draining, state.options = False, service.ServerOptions(engine_address="", model_names=("x",), **options)
     raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
-    Gate(MagicMock(), MagicMock())._admit(state, {"method": method, "path": "/v1/chat/completions"}, raw)
+    Middleware(MagicMock(), MagicMock())._check_request(state, {"method": method, "path": "/v1/chat/completions"}, raw)
 
 
 @pytest.mark.parametrize("headers, may", SENDERS, ids=str)
@@ -719,7 +719,7 @@ def test_pages_of_other_sites_are_refused(headers: dict[str, str], may: bool) ->
         if may:
             admit(headers, method, hosts=LOCAL)
         else:
-            with pytest.raises(Refused, match="--allowed-host") as e:
+            with pytest.raises(APIError, match="--allowed-host") as e:
                 admit(headers, method, hosts=LOCAL)
             assert e.value.status == 403
 
@@ -729,7 +729,7 @@ def test_bodies_must_be_said_to_be_json(server: Server) -> None:
     for good in ("application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"):
         admit({"content-type": good})
     for bad in ("", "text/plain", "application/x-www-form-urlencoded", "application/jsonx", "text/json+x", "x/json"):
-        with pytest.raises(Refused, match="application/json") as e:
+        with pytest.raises(APIError, match="application/json") as e:
             admit({"content-type": bad})
         assert e.value.status == 400
     data = b'{"messages": [{"role": "user", "content": "x"}]}'
@@ -752,7 +752,7 @@ def test_keys_are_compared_whole() -> None:
         if may:
             admit(given | {"authorization": sent}, keys=keys)
         else:
-            with pytest.raises(Refused) as e:
+            with pytest.raises(APIError) as e:
                 admit(given | {"authorization": sent}, keys=keys)
             assert e.value.status == 401
 
@@ -772,12 +772,12 @@ def test_keys_that_nobody_could_send(
         assert serve.main(["debug", *words]) == 2
         said = capsys.readouterr().err
         assert ("FGSERVE_API_KEY" if environment is not None else "--api-key") in said and "key" in said
-    assert serve.api_keys(["a=b", "c d"], "e") == ("a=b", "c d", "e") and serve.api_keys([], None) == ()
+    assert serve.collect_api_keys(["a=b", "c d"], "e") == ("a=b", "c d", "e") and serve.collect_api_keys([], None) == ()
 
 
 def test_names_by_which_a_server_is_addressed() -> None:
     """Checked where it listens to this machine alone, or where some are given."""
-    hosts = serve.allowed_hosts
+    hosts = serve.list_allowed_hosts
     assert hosts("127.0.0.1", "127.0.0.1", []) == ("localhost", "127.0.0.1")
     assert hosts("Box", "::1", ["Box.lan"]) == ("localhost", "box", "box.lan")
     assert hosts("0.0.0.0", "0.0.0.0", []) == () == hosts("fe80::1%eth0", "fe80::1%eth0", [])
@@ -810,7 +810,7 @@ WORDS: list[tuple[str, dict[str, str], str, str | None]] = [
 @pytest.mark.parametrize("message, names, said, param", WORDS, ids=lambda x: x[:20] if isinstance(x, str) else "")
 def test_errors_keep_the_words_of_the_client(message: str, names: dict[str, str], said: str, param: str) -> None:
     """Only the field that a message begins with is called as the client calls it."""
-    error = refusal(message, names)
+    error = bad_request(message, names)
     assert (error.message, error.param) == (said, param)
 
 
@@ -932,13 +932,13 @@ def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgen.serve import gate as around
 
     monkeypatch.setattr(around, "BODY_SECONDS", 0.05)
-    gate = around.Gate(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
+    gate = around.Middleware(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
 
     async def never() -> Any:
         await asyncio.sleep(60)
 
-    with pytest.raises(Refused) as e:
-        asyncio.run(gate._body({}, never, 100))
+    with pytest.raises(APIError) as e:
+        asyncio.run(gate._read_body({}, never, 100))
     assert e.value.status == 408
 
 
@@ -1235,27 +1235,33 @@ def posted(post: MagicMock) -> list[Any]:
 def test_a_message_that_fails_costs_its_request(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it raises, its key is answered, nothing of it stays, and what follows is done."""
     post = MagicMock(spec=zmq.Socket)
-    core, params = Core(library, post, 8, {}), SamplingParams(temperature=0, max_tokens=3)
+    core, params = EngineServer(library, post, 8, {}), SamplingParams(temperature=0, max_tokens=3)
 
     def receive(*frames: tuple[str, bytes]) -> list[Any]:
         post.recv_multipart.side_effect = [*((b"a", key.encode(), raw) for key, raw in frames), zmq.Again()]
-        core.drain()
+        core.drain_messages()
         return posted(post)
 
     def failing(*_: Any, **__: Any) -> Any:
         raise RecursionError("too deep")
 
-    good = pack(("add", "9", "good", [[5, 6]], params))
-    wrong = [b"no pickle", pack(("nothing", "1")), pack(("add", "2")), pack(("add", "3", "x", 7, params)), pack((3,))]
+    good = pack_message(("add", "9", "good", [[5, 6]], params))
+    wrong = [
+        b"no pickle",
+        pack_message(("nothing", "1")),
+        pack_message(("add", "2")),
+        pack_message(("add", "3", "x", 7, params)),
+        pack_message((3,)),
+    ]
     sent = receive(*((str(i), raw) for i, raw in enumerate(wrong)), ("", b"\x80"), ("9", good))
     assert [(kind, key) for _, (kind, key, _) in sent] == [("failed", str(i)) for i in range(5)] + [("reply", "9")]
-    assert sent[-1][1][2] is None and [*core.calls] == ["good"]
+    assert sent[-1][1][2] is None and [*core.active_requests] == ["good"]
     with monkeypatch.context() as m:
         m.setattr(library, "_new", failing)
-        ((_, said),) = receive(("4", pack(("add", "4", "other", [[5, 6]], params))))
+        ((_, said),) = receive(("4", pack_message(("add", "4", "other", [[5, 6]], params))))
     assert said == ("failed", "4", "the engine failed at this: RecursionError: too deep")
-    assert [*core.calls] == ["good"]
-    while library.unfinished:
+    assert [*core.active_requests] == ["good"]
+    while library.has_unfinished_requests:
         core.step()
     assert [t for _, (_, e) in posted(post) for p in e["good"] for t in p.tokens]
 
@@ -1265,7 +1271,7 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
     pytest.importorskip("llguidance")
     post, going, stops = MagicMock(spec=zmq.Socket), threading.Event(), dict[str, threading.Event]()
     post.recv_multipart.side_effect = zmq.Again()
-    core, compile = Core(library, post, 8, {}), library._compile
+    core, compile = EngineServer(library, post, 8, {}), library._compile_grammar
     params = SamplingParams(temperature=0, max_tokens=3, n=2)
 
     def waiting(params: SamplingParams, stop: threading.Event | None = None) -> Any:
@@ -1275,7 +1281,7 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
         while not (going.is_set() or stop.wait(0.01)):
             pass
         if stop.is_set():
-            raise Cancelled
+            raise GrammarCancelled
         return compile(params, stop)
 
     monkeypatch.setattr(library, "_compile", waiting)
@@ -1287,34 +1293,34 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
     assert posted(post)[0][1][2][0] == 429
     core.on_abort(b"a", "left", None)
     core.on_add(b"a", "plain", "plain", [[5, 6]], params)
-    while library.unfinished:
+    while library.has_unfinished_requests:
         core.step()
-        core.drain()
+        core.drain_messages()
     pieces = [p for _, (kind, *e) in posted(post) if kind == "events" for p in e[0]["plain"]]
     assert [p.reason for p in pieces if p.reason] == ["length"] * 2
-    core.on_kill(b"a", "kill", "killed")
-    core.gone(b"b")
+    core.on_abort_by_id(b"a", "kill", "killed")
+    core.abort_worker_requests(b"b")
     assert [m[:2] for _, m in posted(post)] == [("reply", "killed"), ("reply", "kill")]
-    assert [*core.compiling] == ["one"]
-    core._pool.submit(going.wait, 60)
+    assert [*core.grammar_compilations] == ["one"]
+    core._grammar_pool.submit(going.wait, 60)
     going.set()
-    while core.compiling:
-        select.select([core.bell], [], [], 60)
-        core.drain()
-    assert posted(post) == [(b"a", ("reply", "one", None))] and [*core.calls] == ["one"]
-    core._pool.shutdown()
-    core.drain()
-    while library.unfinished:
+    while core.grammar_compilations:
+        select.select([core.wake_fd], [], [], 60)
+        core.drain_messages()
+    assert posted(post) == [(b"a", ("reply", "one", None))] and [*core.active_requests] == ["one"]
+    core._grammar_pool.shutdown()
+    core.drain_messages()
+    while library.has_unfinished_requests:
         core.step()
     tokens = [t for _, (_, e) in posted(post) for p in e["one"] if p.slot == 0 for t in p.tokens]
-    assert "one".startswith(BYTE_LEVEL.decode(tokens, skip_special_tokens=True)) and tokens and not core.calls
+    assert "one".startswith(BYTE_LEVEL.decode(tokens, skip_special_tokens=True)) and tokens and not core.active_requests
     assert {g for g, stop in stops.items() if stop.is_set()} == {"regex:left", "regex:killed", "regex:gone"}
 
 
 def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever runs is told; the next one is computed. What a dead worker asked for ends, and only that."""
     post = MagicMock(spec=zmq.Socket)
-    core = Core(library, post, 8, {})
+    core = EngineServer(library, post, 8, {})
 
     def sent() -> list[Any]:
         return posted(post)
@@ -1322,25 +1328,25 @@ def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, mo
     params = SamplingParams(temperature=0, max_tokens=3, n=2)
     core.on_add(b"a", "key", "call", [[5, 6]], params)
     with monkeypatch.context() as m:
-        m.setattr(library._stepper, "run", lambda *_, **__: 1 / 0)
+        m.setattr(library._runner, "run", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             core.step()
-    core.failed()
+    core.report_step_failure()
     reply, *rest = sent()
     assert reply == (b"a", ("reply", "key", None))
     assert [(p.slot, p.reason) for _, (_, e) in rest for p in e["call"]] == [(0, "failed"), (1, "failed")]
     core.on_add(b"a", "key", "one", [[5, 6]], params)
     core.on_add(b"b", "key", "two", [[5, 6]], params)
     core.on_abort(b"b", "one", None)  # not its own
-    core.gone(b"b")
-    while library.unfinished:
+    core.abort_worker_requests(b"b")
+    while library.has_unfinished_requests:
         core.step()
     pieces = [(who, p) for who, (kind, *e) in sent() if kind == "events" for x in e[0].values() for p in x]
     assert {who for who, _ in pieces} == {b"a"}
     wanted = ask(library, [5, 6], temperature=0, max_tokens=3).completions[0].token_ids
     for slot in range(2):
         assert [t for _, p in pieces if p.slot == slot for t in p.tokens] == wanted
-    assert core.stats()["held_pages"] == 0 and not core.calls and not core.owner
+    assert core.stats()["held_pages"] == 0 and not core.active_requests and not core.owner_by_engine_id
 
 
 def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1360,7 +1366,9 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
     ours, theirs = multiprocessing.Pipe()
     with socket.create_server(("127.0.0.1", 0)) as listener, ours, theirs:
         with pytest.raises(SystemExit, match="1"):
-            worker.run(service.Options(address="", names=("x",)), "worker-0", listener, theirs)
+            worker.run_http_worker(
+                service.ServerOptions(engine_address="", model_names=("x",)), "worker-0", listener, theirs
+            )
         assert not ours.poll()
     assert "KeyError: 'path'" in capsys.readouterr().err
 
@@ -1403,7 +1411,7 @@ def test_a_model_by_any_name(tiny: Path) -> None:
         (["debug"], "debug", None),
         ([], "smollm2-135m-instruct", None),
     ):
-        config, found = serve.configure(serve._parser().parse_args(words))
+        config, found = serve.configure(serve._make_parser().parse_args(words))
         assert found == name and (path is None or config.model.path == path)
-    config, _ = serve.configure(serve._parser().parse_args(["debug", "--tensor-parallel", "1"]))
-    assert config.model.random and config.parallel.tensor_parallel == 1
+    config, _ = serve.configure(serve._make_parser().parse_args(["debug", "--tensor-parallel", "1"]))
+    assert config.model.random_weights and config.parallel.tensor_parallel == 1

@@ -315,7 +315,7 @@ def test_a_connection_is_read_in_small_parts() -> None:
         server.close()
 
     asyncio.run(run())
-    assert max(sizes) <= worker.READ_BYTES
+    assert max(sizes) <= worker.MAX_READ_BYTES
 
 
 # --- the status page, in a browser ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import fastgen
-from fastgen.models.default import default_path
+from fastgen.models.default import default_model_path
 
 TEXTS = [
     "The lighthouse keeper counted the waves until the ninth one, which was always the tallest, reached the stairs.",
@@ -43,14 +43,14 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def loaded(device: str) -> tuple[fastgen.Spec, fastgen.Params]:
-    return fastgen.load(default_path(), device=device, dtype=torch.float32, progress=False)
+def loaded(device: str) -> tuple[fastgen.ModelConfig, fastgen.Params]:
+    return fastgen.load(default_model_path(), device=device, dtype=torch.float32, progress=False)
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     """Prompt i starts with text i and goes on with the following ones until it has its length."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(default_path())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(default_model_path())
     found = []
     for i, n in enumerate(LENGTHS):
         ids: list[int] = []
@@ -64,7 +64,9 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def model(device: str) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(default_path(), dtype=torch.float32).eval().to(device)
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(default_model_path(), dtype=torch.float32).eval().to(device)
+    )
 
 
 @cache  # most modes draw the same tokens
@@ -96,7 +98,7 @@ EVERY = {"alone": 11, "chunks of 16": 5, "queueing": 3}
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_tokens_are_those_of_transformers(
     mode: str,
-    loaded: tuple[fastgen.Spec, fastgen.Params],
+    loaded: tuple[fastgen.ModelConfig, fastgen.Params],
     prompts: list[list[int]],
     model: transformers.PreTrainedModel,
 ) -> None:
@@ -124,7 +126,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 def test_greedy_equals_generate(
-    loaded: tuple[fastgen.Spec, fastgen.Params], prompts: list[list[int]], model: transformers.PreTrainedModel
+    loaded: tuple[fastgen.ModelConfig, fastgen.Params], prompts: list[list[int]], model: transformers.PreTrainedModel
 ) -> None:
     """The same against transformers' own generate loop, for a few prompts."""
     spec, params = loaded

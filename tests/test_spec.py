@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from fastgen.models.spec import FAMILIES, Rope, Spec, from_hf, to_hf
+from fastgen.models.spec import MODEL_TYPES, RopeConfig, ModelConfig, from_hf_config, to_hf_config
 
 LLAMA3 = {
     "factor": 8.0,
@@ -34,18 +34,18 @@ def config(architecture: str, sizes: tuple[int, ...], **rest: object) -> dict[st
     return common | {"rms_norm_eps": 1e-5} | dict(zip(SIZES, sizes, strict=True)) | rest
 
 
-MODELS: dict[str, tuple[dict[str, Any], Spec]] = {
+MODELS: dict[str, tuple[dict[str, Any], ModelConfig]] = {
     "llama-3.1-8b": (
         config(
             "LlamaForCausalLM", (4096, 14336, 32, 32, 8, 128256), head_dim=128, rope_theta=500000.0,
             rope_scaling=LLAMA3, max_position_embeddings=131072, attention_bias=False, mlp_bias=False,
             tie_word_embeddings=False, bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
         ),
-        Spec(
-            architecture="LlamaForCausalLM", dim=4096, ffn=14336, layers=32, q_heads=32, kv_heads=8, head=128,
-            vocab=128256, context=131072, eps=1e-5, windows=(None,) * 32, bos=128000,
-            eos=(128001, 128008, 128009),
-            rope=Rope(kind="llama3", theta=500000.0, factor=8.0, original=8192, low=1.0, high=4.0),
+        ModelConfig(
+            architecture="LlamaForCausalLM", hidden_size=4096, intermediate_size=14336, num_layers=32, num_q_heads=32, num_kv_heads=8, head_dim=128,
+            vocab_size=128256, context_length=131072, rms_norm_eps=1e-5, sliding_windows=(None,) * 32, bos_token_id=128000,
+            eos_token_ids=(128001, 128008, 128009),
+            rope=RopeConfig(rope_type="llama3", theta=500000.0, factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0),
         ),
     ),
     "r1-llama-70b": (
@@ -54,10 +54,10 @@ MODELS: dict[str, tuple[dict[str, Any], Spec]] = {
             rope_scaling=LLAMA3, max_position_embeddings=131072, attention_bias=False, mlp_bias=False,
             bos_token_id=128000, eos_token_id=128001,
         ),
-        Spec(
-            architecture="LlamaForCausalLM", dim=8192, ffn=28672, layers=80, q_heads=64, kv_heads=8, head=128,
-            vocab=128256, context=131072, eps=1e-5, windows=(None,) * 80, bos=128000, eos=(128001,),
-            rope=Rope(kind="llama3", theta=500000.0, factor=8.0, original=8192, low=1.0, high=4.0),
+        ModelConfig(
+            architecture="LlamaForCausalLM", hidden_size=8192, intermediate_size=28672, num_layers=80, num_q_heads=64, num_kv_heads=8, head_dim=128,
+            vocab_size=128256, context_length=131072, rms_norm_eps=1e-5, sliding_windows=(None,) * 80, bos_token_id=128000, eos_token_ids=(128001,),
+            rope=RopeConfig(rope_type="llama3", theta=500000.0, factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0),
         ),
     ),
     "smollm2-135m": (
@@ -65,10 +65,10 @@ MODELS: dict[str, tuple[dict[str, Any], Spec]] = {
             "LlamaForCausalLM", (576, 1536, 30, 9, 3, 49152), rope_theta=100000, rope_scaling=None,
             max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
         ),
-        Spec(
-            architecture="LlamaForCausalLM", dim=576, ffn=1536, layers=30, q_heads=9, kv_heads=3, head=64,
-            vocab=49152, context=8192, eps=1e-5, windows=(None,) * 30, bos=1, eos=(2,), tied=True,
-            rope=Rope(theta=100000.0),
+        ModelConfig(
+            architecture="LlamaForCausalLM", hidden_size=576, intermediate_size=1536, num_layers=30, num_q_heads=9, num_kv_heads=3, head_dim=64,
+            vocab_size=49152, context_length=8192, rms_norm_eps=1e-5, sliding_windows=(None,) * 30, bos_token_id=1, eos_token_ids=(2,), tie_word_embeddings=True,
+            rope=RopeConfig(theta=100000.0),
         ),
     ),
     "mistral-7b-v0.3": (
@@ -76,10 +76,10 @@ MODELS: dict[str, tuple[dict[str, Any], Spec]] = {
             "MistralForCausalLM", (4096, 14336, 32, 32, 8, 32768), rope_theta=1000000.0, sliding_window=None,
             max_position_embeddings=32768, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
         ),
-        Spec(
-            architecture="MistralForCausalLM", dim=4096, ffn=14336, layers=32, q_heads=32, kv_heads=8,
-            head=128, vocab=32768, context=32768, eps=1e-5, windows=(None,) * 32, bos=1, eos=(2,),
-            rope=Rope(theta=1e6),
+        ModelConfig(
+            architecture="MistralForCausalLM", hidden_size=4096, intermediate_size=14336, num_layers=32, num_q_heads=32, num_kv_heads=8,
+            head_dim=128, vocab_size=32768, context_length=32768, rms_norm_eps=1e-5, sliding_windows=(None,) * 32, bos_token_id=1, eos_token_ids=(2,),
+            rope=RopeConfig(theta=1e6),
         ),
     ),
     "ministral-8b": (
@@ -88,10 +88,10 @@ MODELS: dict[str, tuple[dict[str, Any], Spec]] = {
             sliding_window=32768, head_dim=128, max_position_embeddings=32768, tie_word_embeddings=False,
             bos_token_id=1, eos_token_id=2,
         ),
-        Spec(
-            architecture="MistralForCausalLM", dim=4096, ffn=12288, layers=36, q_heads=32, kv_heads=8,
-            head=128, vocab=131072, context=32768, eps=1e-5, windows=(32768,) * 36, bos=1, eos=(2,),
-            rope=Rope(theta=1e8),
+        ModelConfig(
+            architecture="MistralForCausalLM", hidden_size=4096, intermediate_size=12288, num_layers=36, num_q_heads=32, num_kv_heads=8,
+            head_dim=128, vocab_size=131072, context_length=32768, rms_norm_eps=1e-5, sliding_windows=(32768,) * 36, bos_token_id=1, eos_token_ids=(2,),
+            rope=RopeConfig(theta=1e8),
         ),
     ),
     "qwen2.5-7b": (
@@ -100,10 +100,10 @@ MODELS: dict[str, tuple[dict[str, Any], Spec]] = {
             use_sliding_window=False, max_window_layers=28, max_position_embeddings=32768, rms_norm_eps=1e-6,
             tie_word_embeddings=False, bos_token_id=151643, eos_token_id=151645,
         ),
-        Spec(
-            architecture="Qwen2ForCausalLM", dim=3584, ffn=18944, layers=28, q_heads=28, kv_heads=4, head=128,
-            vocab=152064, context=32768, windows=(None,) * 28, bos=151643, eos=(151645,),
-            rope=Rope(theta=1e6), qkv_bias=True,
+        ModelConfig(
+            architecture="Qwen2ForCausalLM", hidden_size=3584, intermediate_size=18944, num_layers=28, num_q_heads=28, num_kv_heads=4, head_dim=128,
+            vocab_size=152064, context_length=32768, sliding_windows=(None,) * 28, bos_token_id=151643, eos_token_ids=(151645,),
+            rope=RopeConfig(theta=1e6), qkv_bias=True,
         ),
     ),
     "qwen2.5-14b": (
@@ -112,10 +112,10 @@ MODELS: dict[str, tuple[dict[str, Any], Spec]] = {
             use_sliding_window=False, max_window_layers=70, max_position_embeddings=32768, rms_norm_eps=1e-6,
             tie_word_embeddings=False, bos_token_id=151643, eos_token_id=151645,
         ),
-        Spec(
-            architecture="Qwen2ForCausalLM", dim=5120, ffn=13824, layers=48, q_heads=40, kv_heads=8, head=128,
-            vocab=152064, context=32768, windows=(None,) * 48, bos=151643, eos=(151645,),
-            rope=Rope(theta=1e6), qkv_bias=True,
+        ModelConfig(
+            architecture="Qwen2ForCausalLM", hidden_size=5120, intermediate_size=13824, num_layers=48, num_q_heads=40, num_kv_heads=8, head_dim=128,
+            vocab_size=152064, context_length=32768, sliding_windows=(None,) * 48, bos_token_id=151643, eos_token_ids=(151645,),
+            rope=RopeConfig(theta=1e6), qkv_bias=True,
         ),
     ),
     "qwen3-8b": (
@@ -125,10 +125,10 @@ MODELS: dict[str, tuple[dict[str, Any], Spec]] = {
             max_position_embeddings=40960, attention_bias=False, tie_word_embeddings=False,
             bos_token_id=151643, eos_token_id=151645, rms_norm_eps=1e-6,
         ),
-        Spec(
-            architecture="Qwen3ForCausalLM", dim=4096, ffn=12288, layers=36, q_heads=32, kv_heads=8, head=128,
-            vocab=151936, context=40960, windows=(None,) * 36, bos=151643, eos=(151645,),
-            rope=Rope(theta=1e6), qk_norm=True,
+        ModelConfig(
+            architecture="Qwen3ForCausalLM", hidden_size=4096, intermediate_size=12288, num_layers=36, num_q_heads=32, num_kv_heads=8, head_dim=128,
+            vocab_size=151936, context_length=40960, sliding_windows=(None,) * 36, bos_token_id=151643, eos_token_ids=(151645,),
+            rope=RopeConfig(theta=1e6), qk_norm=True,
         ),
     ),
 }  # fmt: skip
@@ -144,7 +144,7 @@ def tiny(family: str = "Llama", **rest: object) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_real_models(name: str) -> None:
     """Every field of the spec of the models people run, written out."""
-    assert from_hf(MODELS[name][0]) == MODELS[name][1]
+    assert from_hf_config(MODELS[name][0]) == MODELS[name][1]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -153,13 +153,13 @@ def test_spelling_of_transformers_5(name: str) -> None:
     old, spec = MODELS[name]
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
     rope = {"rope_type": "default"} | (old.get("rope_scaling") or {}) | {"rope_theta": old["rope_theta"]}
-    assert from_hf(new | {"rope_parameters": rope, "dtype": "bfloat16"}) == spec
+    assert from_hf_config(new | {"rope_parameters": rope, "dtype": "bfloat16"}) == spec
 
 
 def saved_by_transformers(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers makes of a config."""
     rest = {k: v for k, v in config.items() if k != "model_type"}
-    theirs = transformers.AutoConfig.for_model(FAMILIES[config["architectures"][0]], **rest)
+    theirs = transformers.AutoConfig.for_model(MODEL_TYPES[config["architectures"][0]], **rest)
     return json.loads(theirs.to_json_string())
 
 
@@ -167,7 +167,7 @@ def saved_by_transformers(config: dict[str, Any]) -> dict[str, Any]:
 def test_what_transformers_writes(name: str) -> None:
     """The config that transformers saves after reading the old one gives the same spec."""
     old, spec = MODELS[name]
-    assert from_hf(saved_by_transformers(old)) == spec
+    assert from_hf_config(saved_by_transformers(old)) == spec
 
 
 VARIED = {
@@ -188,15 +188,15 @@ VARIED = {
 @pytest.mark.parametrize("name", [*MODELS, *VARIED])
 def test_round_trip(name: str) -> None:
     """What is saved reads the same, through JSON."""
-    spec = from_hf(MODELS[name][0] if name in MODELS else VARIED[name])
-    assert from_hf(json.loads(json.dumps(to_hf(spec)))) == spec
+    spec = from_hf_config(MODELS[name][0] if name in MODELS else VARIED[name])
+    assert from_hf_config(json.loads(json.dumps(to_hf_config(spec)))) == spec
 
 
 @pytest.mark.parametrize("name", [*MODELS, *VARIED])
 def test_transformers_reads_what_we_write(name: str) -> None:
     """The saved config means the same to transformers: its own reading of it, saved again, gives the spec."""
-    spec = from_hf(MODELS[name][0] if name in MODELS else VARIED[name])
-    assert from_hf(saved_by_transformers(to_hf(spec))) == spec
+    spec = from_hf_config(MODELS[name][0] if name in MODELS else VARIED[name])
+    assert from_hf_config(saved_by_transformers(to_hf_config(spec))) == spec
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_transformers_reads_what_we_write(name: str) -> None:
 )
 def test_windows(family: str, rest: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     """Which layers slide, by each family's convention."""
-    assert from_hf(tiny(family, **rest)).windows == windows
+    assert from_hf_config(tiny(family, **rest)).sliding_windows == windows
 
 
 @pytest.mark.parametrize(
@@ -239,53 +239,58 @@ def test_windows(family: str, rest: dict[str, Any], windows: tuple[int | None, .
 )
 def test_flags(family: str, rest: dict[str, Any], flags: tuple[bool, bool, bool]) -> None:
     """Bias of the projections, bias of the output, and norms of queries and keys."""
-    spec = from_hf(tiny(family, **rest))
+    spec = from_hf_config(tiny(family, **rest))
     assert (spec.qkv_bias, spec.out_bias, spec.qk_norm) == flags
 
 
 def test_defaults_of_what_a_config_leaves_out() -> None:
     """As many kv heads as query heads, heads that divide the width, rope's theta, no end token."""
     given = ("architectures", *SIZES[:4], "vocab_size")
-    spec = from_hf({k: v for k, v in tiny().items() if k in given})
-    assert (spec.kv_heads, spec.head, spec.context, spec.eps) == (4, 16, 2048, 1e-6)
-    assert spec.rope == Rope(theta=10000.0) and spec.eos == () and spec.bos is None and not spec.tied
+    spec = from_hf_config({k: v for k, v in tiny().items() if k in given})
+    assert (spec.num_kv_heads, spec.head_dim, spec.context_length, spec.rms_norm_eps) == (4, 16, 2048, 1e-6)
+    assert (
+        spec.rope == RopeConfig(theta=10000.0)
+        and spec.eos_token_ids == ()
+        and spec.bos_token_id is None
+        and not spec.tie_word_embeddings
+    )
     assert spec.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("given", "want"), [(None, ()), (0, (0,)), (7, (7,)), ([7, 9], (7, 9)), ([], ())])
 def test_end_tokens(given: object, want: tuple[int, ...]) -> None:
     """One, several or none; token 0 is a token."""
-    assert from_hf(tiny(eos_token_id=given)).eos == want
+    assert from_hf_config(tiny(eos_token_id=given)).eos_token_ids == want
 
 
 def test_yarn() -> None:
     """The context grows by the factor; the temperature is the paper's unless the file says otherwise."""
-    spec = from_hf(tiny(rope_scaling=YARN, max_position_embeddings=32768))
-    assert spec.context == 131072 and spec.rope.original == 32768
-    assert (spec.rope.low, spec.rope.high, spec.rope.truncate) == (1, 32, True)
-    assert spec.rope.scale == pytest.approx(0.1 * math.log(4) + 1)
-    assert from_hf(tiny(rope_scaling=YARN, max_position_embeddings=200000)).context == 200000
-    both = from_hf(tiny(rope_scaling=YARN | {"mscale": 0.5, "mscale_all_dim": 1.5})).rope.scale
+    spec = from_hf_config(tiny(rope_scaling=YARN, max_position_embeddings=32768))
+    assert spec.context_length == 131072 and spec.rope.original_max_position_embeddings == 32768
+    assert (spec.rope.low_freq_factor, spec.rope.high_freq_factor, spec.rope.truncate) == (1, 32, True)
+    assert spec.rope.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert from_hf_config(tiny(rope_scaling=YARN, max_position_embeddings=200000)).context_length == 200000
+    both = from_hf_config(tiny(rope_scaling=YARN | {"mscale": 0.5, "mscale_all_dim": 1.5})).rope.attention_factor
     assert both == pytest.approx((0.05 * math.log(4) + 1) / (0.15 * math.log(4) + 1))
-    alone = from_hf(tiny(rope_scaling=YARN | {"mscale": 0.5})).rope.scale
-    assert alone == spec.rope.scale  # it takes both
-    assert from_hf(tiny(rope_scaling=YARN | {"factor": 1.0})).rope.scale == 1
-    bare = from_hf(tiny(rope_scaling={"type": "yarn", "factor": 2.0}, max_position_embeddings=512))
-    assert bare.rope.original == 512 and bare.context == 1024
+    alone = from_hf_config(tiny(rope_scaling=YARN | {"mscale": 0.5})).rope.attention_factor
+    assert alone == spec.rope.attention_factor  # it takes both
+    assert from_hf_config(tiny(rope_scaling=YARN | {"factor": 1.0})).rope.attention_factor == 1
+    bare = from_hf_config(tiny(rope_scaling={"type": "yarn", "factor": 2.0}, max_position_embeddings=512))
+    assert bare.rope.original_max_position_embeddings == 512 and bare.context_length == 1024
 
 
 def test_a_spec_is_a_value() -> None:
     """Equal specs hash alike: compiled graphs are looked up by them."""
-    spec = from_hf(tiny())
-    assert hash(spec) == hash(from_hf(tiny())) and spec != replace(spec, layers=5)
+    spec = from_hf_config(tiny())
+    assert hash(spec) == hash(from_hf_config(tiny())) and spec != replace(spec, layers=5)
 
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["architecture", "GPT2LMHeadModel", *FAMILIES]),
-        ({"architectures": None}, ["architecture", "None", *FAMILIES]),
-        ({"architectures": []}, ["architecture", "None", *FAMILIES]),
+        ({"architectures": ["GPT2LMHeadModel"]}, ["architecture", "GPT2LMHeadModel", *MODEL_TYPES]),
+        ({"architectures": None}, ["architecture", "None", *MODEL_TYPES]),
+        ({"architectures": []}, ["architecture", "None", *MODEL_TYPES]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization", "awq", "none"]),
         ({"quantization_config": {"bits": 4}}, ["quantization", "unknown", "none"]),
@@ -311,9 +316,9 @@ def test_a_spec_is_a_value() -> None:
 )
 def test_refusals(wrong: dict[str, Any], named: list[str]) -> None:
     """A model that would come out wrong is refused, with what is supported."""
-    from_hf(tiny())  # the rest of it is fine
+    from_hf_config(tiny())  # the rest of it is fine
     with pytest.raises(ValueError, match=r"^config\.json: ") as e:
-        from_hf(tiny() | wrong)
+        from_hf_config(tiny() | wrong)
     assert all(name in str(e.value) for name in named), str(e.value)
 
 
@@ -324,7 +329,7 @@ def test_refusals(wrong: dict[str, Any], named: list[str]) -> None:
 def test_layer_types_that_do_not_fit(kinds: list[str], named: list[str]) -> None:
     """Too few layer types, and a type that is not known."""
     with pytest.raises(ValueError, match=r"^config\.json: ") as e:
-        from_hf(tiny("Ministral", sliding_window=8, layer_types=kinds))
+        from_hf_config(tiny("Ministral", sliding_window=8, layer_types=kinds))
     assert all(name in str(e.value) for name in named), str(e.value)
 
 
@@ -332,4 +337,4 @@ def test_layer_types_that_do_not_fit(kinds: list[str], named: list[str]) -> None
 def test_missing_keys(key: str) -> None:
     """A key without a sensible default is named when it is missing."""
     with pytest.raises(ValueError, match=rf"^config\.json: {key} missing$"):
-        from_hf({k: v for k, v in tiny().items() if k != key})
+        from_hf_config({k: v for k, v in tiny().items() if k != key})

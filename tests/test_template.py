@@ -35,7 +35,7 @@ def test_the_same_text(source: str) -> None:
     for tools in (None, test_tools.GIVEN):
         options = {"tools": tools, "tokenize": False, "add_generation_prompt": True}
         want = BYTE_LEVEL.apply_chat_template(CHAT, chat_template=source, **options)
-        assert BYTE_LEVEL.apply_chat_template(CHAT, chat_template=template.bounded(source), **options) == want
+        assert BYTE_LEVEL.apply_chat_template(CHAT, chat_template=template.limit_template(source), **options) == want
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_same_text(source: str) -> None:
 def test_work_without_end(source: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused after a number of steps."""
     monkeypatch.setattr(BYTE_LEVEL, "chat_template", source)
-    bounded, most = template.bounded, str(template.MOST_STEPS)
+    bounded, most = template.limit_template, str(template.MAX_STEPS)
     monkeypatch.setattr(template, "bounded", lambda source: bounded(source).replace(most, "5000"))  # a second less
     with pytest.raises(ValueError, match=f"the model's chat template refuses these messages: .*{said}"):
         tokenizer.render(BYTE_LEVEL, CHAT)
@@ -72,8 +72,8 @@ def test_work_without_end(source: str, said: str, monkeypatch: pytest.MonkeyPatc
 
 def test_long_conversations_have_steps_left() -> None:
     """Thousands of messages take a small part of them."""
-    made = template.bounded(TEMPLATE)
+    made = template.limit_template(TEMPLATE)
     text = BYTE_LEVEL.apply_chat_template(CHAT * 3000, chat_template=made, tokenize=False)
     assert text.count("<|user|>") == 3000
     with pytest.raises(TemplateError, match="endless"):
-        BYTE_LEVEL.apply_chat_template(CHAT, chat_template=made.replace(str(template.MOST_STEPS), "2"), tokenize=False)
+        BYTE_LEVEL.apply_chat_template(CHAT, chat_template=made.replace(str(template.MAX_STEPS), "2"), tokenize=False)

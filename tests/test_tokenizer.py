@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fastgen import tokenizer as ours
-from fastgen.request import pairs
-from fastgen.tokenizer import LONGEST, Detokenizer, encode, is_one, prompt_list
+from fastgen.request import pair_prompts
+from fastgen.tokenizer import MAX_PENDING_TOKENS, Detokenizer, encode, is_single_prompt, to_prompt_list
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 TEXT = st.text(st.one_of(st.sampled_from("ab é€😀👍🏽\ufffd"), st.characters(codec="utf-8")), max_size=20)
@@ -79,7 +79,7 @@ def byte_tokens(data: bytes) -> list[int]:
 
 def pieces(detokenizer: Detokenizer, tokens: list[int]) -> list[str]:
     """What each token gave, and the rest."""
-    return [*(detokenizer.push(token)[0] for token in tokens), detokenizer.end([])]
+    return [*(detokenizer.push(token)[0] for token in tokens), detokenizer.flush([])]
 
 
 def whole(kind: PreTrainedTokenizerFast, prompt: list[int], tokens: list[int]) -> str:
@@ -110,7 +110,9 @@ def test_any_text(kind: str, prompt: str, text: str) -> None:
     before, tokens = KINDS[kind](prompt).input_ids, KINDS[kind](text).input_ids
     got = pieces(Detokenizer(KINDS[kind], before), tokens)
     assert (
-        "".join(got) == whole(KINDS[kind], before, tokens) == Detokenizer(KINDS[kind], before, live=False).end(tokens)
+        "".join(got)
+        == whole(KINDS[kind], before, tokens)
+        == Detokenizer(KINDS[kind], before, stream_text=False).flush(tokens)
     )
 
 
@@ -122,7 +124,7 @@ def test_pieces_byte_by_byte(text: str) -> None:
         got = [detokenizer.push(token)[0] for token in byte_tokens(character.encode())]
         if "\ufffd" not in text:
             assert got == [""] * (len(got) - 1) + [character]
-    detokenizer.end([])
+    detokenizer.flush([])
     assert detokenizer.text == text
 
 
@@ -203,12 +205,12 @@ def test_any_tokens_after_any(kind: str, data: st.DataObject, cut: int, fork: in
     detokenizer = Detokenizer(KINDS[kind], prompt)
     begun = "".join(detokenizer.push(t)[0] for t in tokens[:fork])
     streams = [begun + "".join(pieces(d, tokens[fork:])) for d in (detokenizer.copy(), detokenizer)]
-    at_once = Detokenizer(KINDS[kind], prompt, live=False)
+    at_once = Detokenizer(KINDS[kind], prompt, stream_text=False)
     assert all(at_once.push(t) == ("", False) for t in tokens)
     before, everything = reference(kind, prompt), reference(kind, prompt + tokens)
     # Characters of the prompt that the completion does not change are the prompt's.
     want = everything[len(os.path.commonprefix([before, everything])) :]
-    assert streams == [want, want] and at_once.end(tokens) == at_once.text == want
+    assert streams == [want, want] and at_once.flush(tokens) == at_once.text == want
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,7 +225,7 @@ def test_a_prompt_that_ends_within_a_character(kind: str, known: int) -> None:
     prompt = KINDS[kind]("a ab").input_ids + tokens(smile[:known])
     for rest, want in ((smile[known:] + b" two", "😀 two"), (b" two", " two"), (b"", ""), (smile, "😀")):
         assert "".join(pieces(Detokenizer(KINDS[kind], prompt), tokens(rest))) == want
-        assert Detokenizer(KINDS[kind], prompt, live=False).end(tokens(rest)) == want
+        assert Detokenizer(KINDS[kind], prompt, stream_text=False).flush(tokens(rest)) == want
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_stop_strings_with_special_tokens(text: str, stop: tuple[str, ...], want
         got += piece
         if stopped:
             break
-    got += "" if stopped else detokenizer.end([])
+    got += "" if stopped else detokenizer.flush([])
     final = BYTE_LEVEL.decode(tokens, skip_special_tokens=True) if want is None else want
     assert (got, detokenizer.text, stopped) == (final, final, want is not None)
 
@@ -296,7 +298,7 @@ def test_work_and_delay_are_bounded(data: bytes, monkeypatch: pytest.MonkeyPatch
     for token in tokens:
         waited.append(0 if detokenizer.push(token)[0] else waited[-1] + 1)
     assert max(counting.lengths) <= 24 and len(counting.lengths) <= 2 * len(tokens)
-    assert max(waited) <= LONGEST
+    assert max(waited) <= MAX_PENDING_TOKENS
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 100])
@@ -328,7 +330,7 @@ def test_stop_strings(text: str, stop: tuple[str, ...], want: str | None, step: 
         if stopped:
             break
     if not stopped:
-        got.append(detokenizer.end([]))
+        got.append(detokenizer.flush([]))
     final = text if want is None else want
     assert "".join(got) == detokenizer.text == final
     assert stopped == any(s in text for s in stop)
@@ -348,9 +350,9 @@ def test_what_is_held_back() -> None:
     detokenizer = Detokenizer(BYTE_LEVEL, [], ("END", "NX"))
     sent = [detokenizer.push(token) for token in byte_tokens(b"aENEz")]
     assert sent == [("a", False), ("", False), ("", False), ("EN", False), ("Ez", False)]
-    assert detokenizer.end([]) == ""
+    assert detokenizer.flush([]) == ""
     assert detokenizer.push(byte_tokens(b"E")[0]) == ("", False)
-    assert detokenizer.end([]) == "E" and detokenizer.text == "aENEzE"
+    assert detokenizer.flush([]) == "E" and detokenizer.text == "aENEzE"
 
 
 @QUICK
@@ -368,7 +370,7 @@ def test_any_stop_strings(words: list[str], stop: list[str], early: int) -> None
         old, may_stop = len(text), n >= early
         text += BYTE_LEVEL.decode([token])
         found = [i for s in stop for i in range(len(text)) if text.startswith(s, i) and i + len(s) > old]
-        piece, stopped = detokenizer.push(token, may_stop=may_stop)
+        piece, stopped = detokenizer.push(token, allow_stop=may_stop)
         sent += piece
         assert stopped == (may_stop and bool(found))
         if stopped:
@@ -377,15 +379,15 @@ def test_any_stop_strings(words: list[str], stop: list[str], early: int) -> None
         rests = [text[i:] for i in range(len(text))]
         held = max((len(r) for r in rests if any(s.startswith(r) and s != r for s in stop)), default=0)
         assert sent == text[: max(len(text) - held, len(sent) - len(piece))]
-    assert sent + detokenizer.end([]) == detokenizer.text == text
+    assert sent + detokenizer.flush([]) == detokenizer.text == text
 
 
 def test_may_stop_only_later() -> None:
     """Where min_tokens forbids stopping, a stop string is text; a later one that overlaps it still counts."""
     detokenizer = Detokenizer(BYTE_LEVEL, [], ("aa",))
     a, b = byte_tokens(b"ab")
-    assert detokenizer.push(a, may_stop=False) == ("", False)
-    assert detokenizer.push(a, may_stop=False) == ("a", False)
+    assert detokenizer.push(a, allow_stop=False) == ("", False)
+    assert detokenizer.push(a, allow_stop=False) == ("a", False)
     assert detokenizer.push(b) == ("ab", False)  # the one that is over does not count
     assert [detokenizer.push(t) for t in (a, a)] == [("", False), ("", True)]
     assert detokenizer.text == "aab"
@@ -409,7 +411,7 @@ def test_encode() -> None:
 @pytest.mark.parametrize("ids", [np.array([5, 0, 7]), torch.tensor([5, 0, 7]), list(np.array([5, 0, 7]))])
 def test_encode_arrays(ids: Any) -> None:
     """Token ids come as arrays too; what is kept are ints."""
-    assert is_one(ids)
+    assert is_single_prompt(ids)
     tokens = unchecked(encode)(None, ids)
     assert tokens == [5, 0, 7] and {type(t) for t in tokens} == {int}
 
@@ -476,7 +478,7 @@ class Table:
 def test_what_are_no_prompts(prompts: Any, said: str) -> None:
     """A table is iterated by its columns' names, which are nobody's prompts."""
     with pytest.raises(ValueError, match=said):
-        unchecked(prompt_list)(prompts)
+        unchecked(to_prompt_list)(prompts)
 
 
 @pytest.mark.parametrize(
@@ -486,7 +488,7 @@ def test_what_are_no_prompts(prompts: Any, said: str) -> None:
 def test_what_is_no_sampling(sampling: Any, kind: str) -> None:
     """Settings of another kind are refused before anything runs."""
     with pytest.raises(ValueError, match=f"one SamplingParams or a list of them, got {kind}"):
-        unchecked(pairs)([[1], [2]], sampling)
+        unchecked(pair_prompts)([[1], [2]], sampling)
 
 
 @pytest.mark.parametrize("prompt", ["text", MESSAGES])
@@ -514,7 +516,7 @@ def test_encode_without_a_tokenizer(prompt: Any) -> None:
 )
 def test_mappings_are_prompts(prompts: Any, lists: list[Any]) -> None:
     """vLLM's two forms and what a tokenizer returns, one or many; a batch's padding is no part of a prompt."""
-    tokens = [encode(BYTE_LEVEL, prompt) for prompt in unchecked(prompt_list)(prompts)]
+    tokens = [encode(BYTE_LEVEL, prompt) for prompt in unchecked(to_prompt_list)(prompts)]
     assert tokens == [encode(BYTE_LEVEL, prompt) for prompt in lists]
 
 
@@ -556,7 +558,7 @@ def test_encode_text_without_tokens() -> None:
 )
 def test_is_one(prompts: object, one: bool) -> None:
     """A list of texts, of token lists or of chats is many prompts."""
-    assert is_one(prompts) == one
+    assert is_single_prompt(prompts) == one
 
 
 def test_load(tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerFast
 
 from fastgen import SamplingParams, tokenizer
 from fastgen.serve import app, tools
-from fastgen.serve.answer import Answer, Chat, Choice, Delta, Vocabulary
-from fastgen.serve.client import Client
-from fastgen.serve.core import Piece
+from fastgen.serve.answer import CompletionResponse, ChatResponseBuilder, Choice, ChoiceDelta, TokenDecoder
+from fastgen.serve.client import EngineClient
+from fastgen.serve.core import TokenDelta
 from fastgen.serve.metrics import Metrics
-from fastgen.serve.protocol import ChatRequest, Message, Refused, Tool, plain
-from fastgen.serve.service import Service, TextThread
-from fastgen.serve.tools import Reader
+from fastgen.serve.protocol import ChatRequest, ChatMessage, APIError, Tool, to_template_dicts
+from fastgen.serve.service import AppState, TokenizerThread
+from fastgen.serve.tools import ToolCallParser
 from fastgen.tokenizer import Detokenizer
 
 WEATHER: dict[str, Any] = {
@@ -46,7 +46,7 @@ NAMES = ("get", "get_time")
 HARD = '{"city": "a \\"b\\" \\\\ }{", "more": {"x": [{}, "{"]}}'
 
 # family, text, the content it leaves, and the calls in it
-TEXTS: list[tuple[tools.FamilyName, str, str, list[tuple[str, str]]]] = [
+TEXTS: list[tuple[tools.ToolCallFormat, str, str, list[tuple[str, str]]]] = [
     ("hermes", "Hello <b>there</b>, 1 < 2 <tool", "Hello <b>there</b>, 1 < 2 <tool", []),
     ("hermes", '<tool_call>\n{"name": "get", "arguments": {"a": 1}}\n</tool_call>', "", [("get", '{"a": 1}')]),
     (
@@ -146,11 +146,13 @@ TEXTS: list[tuple[tools.FamilyName, str, str, list[tuple[str, str]]]] = [
 ]
 
 
-def read(form: tools.FamilyName, parts: Sequence[str], most: int | None = None) -> tuple[str, list[tuple[str, str]]]:
+def read(
+    form: tools.ToolCallFormat, parts: Sequence[str], most: int | None = None
+) -> tuple[str, list[tuple[str, str]]]:
     """What a client puts together from the deltas, which have to be OpenAI's."""
-    reader, content, found = Reader(form, NAMES, most), "", list[list[str]]()
+    reader, content, found = ToolCallParser(form, NAMES, most), "", list[list[str]]()
     for i in range(len(parts) + 1):
-        text, calls = reader.push("".join(parts[i : i + 1]), last=i == len(parts))
+        text, calls = reader.push("".join(parts[i : i + 1]), is_final=i == len(parts))
         content += text
         assert len({c["index"] for c in calls}) == len(calls)
         for call in calls:
@@ -166,7 +168,7 @@ def read(form: tools.FamilyName, parts: Sequence[str], most: int | None = None) 
 
 @pytest.mark.parametrize("form, text, content, calls", TEXTS, ids=lambda x: x[:24] if isinstance(x, str) else "")
 def test_calls_are_read_wherever_the_text_is_split(
-    form: tools.FamilyName, text: str, content: str, calls: list[tuple[str, str]]
+    form: tools.ToolCallFormat, text: str, content: str, calls: list[tuple[str, str]]
 ) -> None:
     """Whole, in two parts, and by character."""
     assert read(form, [text]) == (content, calls)
@@ -182,11 +184,11 @@ WORDS = sorted(
 
 @settings(deadline=None, max_examples=300)
 @given(
-    form=st.sampled_from(tools.FAMILIES),
+    form=st.sampled_from(tools.TOOL_CALL_FORMATS),
     parts=st.lists(st.sampled_from(WORDS) | st.sampled_from([t for _, t, _, _ in TEXTS]), max_size=6),
     cuts=st.lists(st.integers(0, 400), max_size=12),
 )
-def test_any_split_of_any_text_reads_the_same(form: tools.FamilyName, parts: list[str], cuts: list[int]) -> None:
+def test_any_split_of_any_text_reads_the_same(form: tools.ToolCallFormat, parts: list[str], cuts: list[int]) -> None:
     text = "".join(parts)
     ends = sorted({min(c, len(text)) for c in cuts} | {0, len(text)})
     assert read(form, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]) == read(form, [text])
@@ -202,7 +204,7 @@ OBJECTS = st.dictionaries(
     max_size=3,
 )
 MORE = {"id": st.text(max_size=5), "type": st.just("function"), "index": st.integers(0, 9)}
-AROUND: dict[tools.FamilyName, list[tuple[str, str]]] = {
+AROUND: dict[tools.ToolCallFormat, list[tuple[str, str]]] = {
     "hermes": [("<tool_call>\n", "\n</tool_call>"), ("<tool_call>[", "]</tool_call>")],
     "llama": [("", ""), ("<|python_tag|>", "")],
     "mistral": [("[TOOL_CALLS] [", "]"), ("[TOOL_CALLS]", "")],
@@ -210,11 +212,11 @@ AROUND: dict[tools.FamilyName, list[tuple[str, str]]] = {
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), form=st.sampled_from(tools.FAMILIES), arguments=OBJECTS)
-def test_objects_have_no_order(data: st.DataObject, form: tools.FamilyName, arguments: dict[str, Any]) -> None:
+@given(data=st.data(), form=st.sampled_from(tools.TOOL_CALL_FORMATS), arguments=OBJECTS)
+def test_objects_have_no_order(data: st.DataObject, form: tools.ToolCallFormat, arguments: dict[str, Any]) -> None:
     """Any order of members, white space, escapes, and split of the text: the same call."""
     given = data.draw(st.sampled_from([arguments, json.dumps(arguments)]))
-    members: dict[str, Any] = {"name": "get", data.draw(st.sampled_from(tools.ARGUMENTS)): given}
+    members: dict[str, Any] = {"name": "get", data.draw(st.sampled_from(tools.ARGUMENT_KEYS)): given}
     members |= data.draw(st.fixed_dictionaries({}, optional=MORE))
     members = dict(data.draw(st.permutations(list(members.items()))))
     space = st.text(" \n\t\r", max_size=2)
@@ -240,7 +242,7 @@ def test_what_may_be_a_call_is_read_once() -> None:
 
 def test_text_is_held_back_only_while_it_may_begin_a_call() -> None:
     """And arguments are passed on as they come."""
-    reader = Reader("hermes", NAMES)
+    reader = ToolCallParser("hermes", NAMES)
     for new, sent in (
         ("Hi", "Hi"),
         (" the", " the"),
@@ -278,10 +280,10 @@ def coder(*added: str) -> PreTrainedTokenizerFast:
 
 CODERS = {
     "plain": coder(),
-    "llama": coder(tools.PYTHON),
-    "mistral": coder(tools.CALLS),
-    "mistral 11": coder(tools.CALLS, tools.ARGS, tools.ID),
-    "hermes": coder(tools.OPEN, tools.CLOSE),
+    "llama": coder(tools.PYTHON_TAG),
+    "mistral": coder(tools.TOOL_CALLS),
+    "mistral 11": coder(tools.TOOL_CALLS, tools.ARGS, tools.CALL_ID),
+    "hermes": coder(tools.TOOL_CALL_OPEN, tools.TOOL_CALL_CLOSE),
 }
 SETUPS = [("llama", "plain"), ("mistral", "plain"), ("hermes", "plain"), *((n.split()[0], n) for n in list(CODERS)[1:])]
 
@@ -289,9 +291,9 @@ SETUPS = [("llama", "plain"), ("mistral", "plain"), ("hermes", "plain"), *((n.sp
 @pytest.fixture(scope="module")
 def guides() -> dict[str, Any]:
     pytest.importorskip("llguidance")
-    from fastgen.grammar import Guides
+    from fastgen.grammar import GrammarBackend
 
-    return {name: Guides(c, len(c), frozenset([256])) for name, c in CODERS.items()}
+    return {name: GrammarBackend(c, len(c), frozenset([256])) for name, c in CODERS.items()}
 
 
 def strict(*names: str) -> list[Tool]:
@@ -306,8 +308,8 @@ def strict(*names: str) -> list[Tool]:
 def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: bool, guides: dict[str, Any]) -> None:
     """Tokens drawn at random from what it allows: arguments that follow the schema, and no other text."""
     dice, vocabulary = random.Random(0), CODERS[name]
-    markers = tools.special(vocabulary)
-    grammar = tools.grammar(form, TOOLS, "required", markers, many=many)
+    markers = tools.find_marker_token_ids(vocabulary)
+    grammar = tools.build_grammar(form, TOOLS, "required", markers, parallel_calls=many)
     counts = set()
     for _ in range(4):
         guide, tokens = guides[name].make(grammar)[0], list[int]()
@@ -316,9 +318,9 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
             tokens.append(dice.choice([t for t in range(len(vocabulary)) if bits[t // 32] >> t % 32 & 1]))
             guide.push(tokens[-1])
         shown = {id: text for text, id in markers.items()}
-        decoder = Detokenizer(vocabulary, [], shown=shown)
-        text = "".join(decoder.push(t)[0] for t in tokens) + decoder.end(tokens)
-        assert text == Detokenizer(vocabulary, [], shown=shown, live=False).end(tokens)
+        decoder = Detokenizer(vocabulary, [], visible_special_tokens=shown)
+        text = "".join(decoder.push(t)[0] for t in tokens) + decoder.flush(tokens)
+        assert text == Detokenizer(vocabulary, [], visible_special_tokens=shown, stream_text=False).flush(tokens)
         content, calls = read(form, [text])
         assert content == "" and calls, text
         counts.add(len(calls))
@@ -349,7 +351,9 @@ GOOD = {
 @pytest.mark.parametrize("form, name", SETUPS)
 def test_strict_functions_are_enforced_also_where_text_may_come(form: Any, name: str, guides: dict[str, Any]) -> None:
     """Any text, and calls that follow; arguments of the others are any object."""
-    grammar = tools.grammar(form, strict("get"), "auto", tools.special(CODERS[name]), many=True)
+    grammar = tools.build_grammar(
+        form, strict("get"), "auto", tools.find_marker_token_ids(CODERS[name]), parallel_calls=True
+    )
     check, good = partial(allows, guides[name], CODERS[name], grammar), GOOD.get(name, GOOD[form])
     before = "" if form == "llama" else "Well, 1 < 2 [or so].\n"
     assert check("Just\n\n text <, [TOOL.") and check(before + good)
@@ -379,24 +383,24 @@ TOLD = "{% for t in tools or () %}{{ t | tojson }}\n{% endfor %}"
 TEMPLATES = {form: TOLD + text for form, text in TEMPLATES.items()}
 
 
-@pytest.mark.parametrize("form", tools.FAMILIES)
-def test_a_call_goes_to_the_model_and_comes_back(form: tools.FamilyName) -> None:
+@pytest.mark.parametrize("form", tools.TOOL_CALL_FORMATS)
+def test_a_call_goes_to_the_model_and_comes_back(form: tools.ToolCallFormat) -> None:
     """What the template makes of a call is read as that call; its result is told with the same id."""
     vocabulary = coder()
     vocabulary.chat_template = TEMPLATES[form]
-    assert tools.family(vocabulary) == form
+    assert tools.detect_format(vocabulary) == form
     asked: dict[str, Any] = {
         "id": "call_0123456789abcdef",
         "type": "function",
         "function": {"name": "get", "arguments": HARD},
     }
     messages = [
-        Message.model_validate({"role": "user", "content": "How is it?"}),
-        Message.model_validate({"role": "assistant", "content": None, "tool_calls": [asked]}),
-        Message.model_validate({"role": "tool", "tool_call_id": asked["id"], "content": "Sunny."}),
+        ChatMessage.model_validate({"role": "user", "content": "How is it?"}),
+        ChatMessage.model_validate({"role": "assistant", "content": None, "tool_calls": [asked]}),
+        ChatMessage.model_validate({"role": "tool", "tool_call_id": asked["id"], "content": "Sunny."}),
     ]
-    said = tools.for_template(plain(messages), form)
-    lines = tokenizer.render(vocabulary, said, [tool.plain() for tool in TOOLS]).split("\n")
+    said = tools.adapt_calls_to_template(to_template_dicts(messages), form)
+    lines = tokenizer.render(vocabulary, said, [tool.to_template_dict() for tool in TOOLS]).split("\n")
     assert json.loads(lines[0]) == GIVEN[0] and json.loads(lines[1])["function"]["parameters"]["type"] == "object"
     text = "\n".join(lines).partition("assistant:")[2].partition("tool:")[0]
     content, [(name, arguments)] = read(form, [text])
@@ -435,9 +439,9 @@ def second_turn(template: str, **more: Any) -> str:
     vocabulary = coder()
     vocabulary.chat_template = template
     service = worker(vocabulary)
-    service.family = tools.family(vocabulary)
-    messages = [Message.model_validate(message) for message in SECOND_TURN]
-    return vocabulary.decode(asyncio.run(service.chat(messages, TOOLS, enforced=True)))
+    service.tool_call_format = tools.detect_format(vocabulary)
+    messages = [ChatMessage.model_validate(message) for message in SECOND_TURN]
+    return vocabulary.decode(asyncio.run(service.encode_chat(messages, TOOLS, calls_enforced=True)))
 
 
 @pytest.mark.parametrize("name", IDIOMS)
@@ -474,8 +478,8 @@ def test_second_turns_of_published_templates(name: str) -> None:
 @pytest.mark.parametrize("name", CODERS)
 def test_families_by_their_tokens(name: str) -> None:
     """Where the template says nothing."""
-    assert tools.family(CODERS[name]) == (None if name == "plain" else name.split()[0])
-    assert tools.family(None) is None and tools.special(None) == {}
+    assert tools.detect_format(CODERS[name]) == (None if name == "plain" else name.split()[0])
+    assert tools.detect_format(None) is None and tools.find_marker_token_ids(None) == {}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -490,15 +494,15 @@ SCRIPT += '<tool_call>{"name": "get_time"}</tool_call>'
 @pytest.mark.parametrize("length", [len(SCRIPT), 70, 12, 5])
 def test_chunks_add_up_to_the_whole_answer(reason: str, named: bool, wanted: str, length: int) -> None:
     """For each of several choices; every token's logprob is told once."""
-    vocabulary = Vocabulary(BYTE_LEVEL)
+    vocabulary = TokenDecoder(BYTE_LEVEL)
     tokens = BYTE_LEVEL(SCRIPT[:length], add_special_tokens=False).input_ids
     params = SamplingParams(n=2, logprobs=0, max_tokens=500)
-    form = Chat(vocabulary, partial(Reader, "hermes", NAMES), named=named)
-    choices = [Choice(i, vocabulary, [], params, live=True, shown={}) for i in range(2)]
+    form = ChatResponseBuilder(vocabulary, partial(ToolCallParser, "hermes", NAMES), is_function_named=named)
+    choices = [Choice(i, vocabulary, [], params, stream_text=True, visible_special_tokens={}) for i in range(2)]
     for i, token in enumerate(tokens):
         for choice in choices:
             end = reason if i == len(tokens) - 1 else None
-            part = form.part(choice, choice.push(Piece(choice.index, [token], [-1.0], None, end)))
+            part = form.build_chunk(choice, choice.push(TokenDelta(choice.index, [token], [-1.0], None, end)))
             found = choice.__dict__.setdefault("found", {"content": "", "calls": [], "logprobs": 0})
             assert part is not None
             found["logprobs"] += len(part["logprobs"]["content"])
@@ -510,7 +514,7 @@ def test_chunks_add_up_to_the_whole_answer(reason: str, named: bool, wanted: str
                     found["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
             found["reason"] = part["finish_reason"]
     for choice in choices:
-        full, found = form.full(choice, None), choice.__dict__["found"]
+        full, found = form.build_choice(choice, None), choice.__dict__["found"]
         calls = [call["function"] for call in full["message"].get("tool_calls", ())]
         assert calls == found["calls"] and len(calls) == {12: 0, 5: 0, 70: 1}.get(length, 2)
         assert (full["message"]["content"] or "") == found["content"]
@@ -545,21 +549,24 @@ def test_reasoning_is_taken_out_before_calls_are_read(
     prompt: str, text: str, thought: str, content: str, names: list[str]
 ) -> None:
     """Whole, and streamed wherever the text is cut; a call that is drafted there is none."""
-    vocabulary = Vocabulary(BYTE_LEVEL)
+    vocabulary = TokenDecoder(BYTE_LEVEL)
     for tooled in (True, False):
-        form = Chat(vocabulary, partial(Reader, "hermes", NAMES) if tooled else None)
+        form = ChatResponseBuilder(vocabulary, partial(ToolCallParser, "hermes", NAMES) if tooled else None)
         for cuts in ([], range(1, len(text)), *([i] for i in range(1, len(text)))):
-            form.readers.clear()
+            form.parsers.clear()
             tokens = BYTE_LEVEL(prompt, add_special_tokens=False).input_ids
-            choice = Choice(0, vocabulary, tokens, SamplingParams(), live=True, shown={})
+            choice = Choice(0, vocabulary, tokens, SamplingParams(), stream_text=True, visible_special_tokens={})
             ends, parts = [0, *cuts, len(text)], list[dict[str, Any]]()
             for a, b in zip(ends, ends[1:], strict=False):
-                new = Delta(text[a:b], reason="stop" if b == len(text) else None)
-                choice.whole.text, choice.whole.reason = choice.whole.text + new.text, new.reason
-                if part := form.part(choice, new):
+                new = ChoiceDelta(text[a:b], finish_reason="stop" if b == len(text) else None)
+                choice.accumulated.text, choice.accumulated.finish_reason = (
+                    choice.accumulated.text + new.text,
+                    new.finish_reason,
+                )
+                if part := form.build_chunk(choice, new):
                     parts.append(part)
             deltas = [part["delta"] for part in parts]
-            full = form.full(choice, None)
+            full = form.build_choice(choice, None)
             message = full["message"]
             assert (
                 "".join(d.get("reasoning_content", "") for d in deltas)
@@ -579,16 +586,20 @@ def test_reasoning_is_taken_out_before_calls_are_read(
 
 def test_an_answer_that_follows_a_grammar_is_no_reasoning() -> None:
     """Even after a prompt that opens it; a turn in which calls are free may begin with some."""
-    vocabulary = Vocabulary(BYTE_LEVEL)
+    vocabulary = TokenDecoder(BYTE_LEVEL)
     prompt = BYTE_LEVEL("<think>\n", add_special_tokens=False).input_ids
-    made = Choice(0, vocabulary, prompt, SamplingParams(), live=True, shown={})
-    made.whole.text = '{"a": 1}'
-    assert Chat(vocabulary, reasons=False).full(made, None)["message"]["content"] == '{"a": 1}'
+    made = Choice(0, vocabulary, prompt, SamplingParams(), stream_text=True, visible_special_tokens={})
+    made.accumulated.text = '{"a": 1}'
+    assert (
+        ChatResponseBuilder(vocabulary, may_reason=False).build_choice(made, None)["message"]["content"] == '{"a": 1}'
+    )
     service = worker(coder())
-    service.family = "hermes"
+    service.tool_call_format = "hermes"
     for choice, reasons in (("auto", True), ("required", False)):
         body = asks(tools=strictly(), tool_choice=choice)
-        assert app._calling(service, body, body.choice, many=True).reasons == reasons
+        assert (
+            app._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=True).may_reason == reasons
+        )
 
 
 def strictly() -> list[dict[str, Any]]:
@@ -598,24 +609,34 @@ def strictly() -> list[dict[str, Any]]:
 def test_markers_that_are_special_tokens_are_seen() -> None:
     """Other special tokens are not; nothing changes without calls."""
     vocabulary = CODERS["mistral"]
-    id = tools.special(vocabulary)[tools.CALLS]
+    id = tools.find_marker_token_ids(vocabulary)[tools.TOOL_CALLS]
     tokens = vocabulary('é[TOOL_CALLS] [{"name"').input_ids + [256]
-    assert Detokenizer(vocabulary, [], live=False).end(tokens) == 'é [{"name"'
+    assert Detokenizer(vocabulary, [], stream_text=False).flush(tokens) == 'é [{"name"'
     for decoder in (
-        Detokenizer(vocabulary, [1, id, 2], shown={id: tools.CALLS}),
-        Detokenizer(vocabulary, [], shown={id: tools.CALLS}),
+        Detokenizer(vocabulary, [1, id, 2], visible_special_tokens={id: tools.TOOL_CALLS}),
+        Detokenizer(vocabulary, [], visible_special_tokens={id: tools.TOOL_CALLS}),
     ):
-        assert "".join(decoder.push(t)[0] for t in tokens) + decoder.end(tokens) == 'é[TOOL_CALLS] [{"name"'
+        assert "".join(decoder.push(t)[0] for t in tokens) + decoder.flush(tokens) == 'é[TOOL_CALLS] [{"name"'
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def worker(vocabulary: PreTrainedTokenizerFast | None) -> Service:
+def worker(vocabulary: PreTrainedTokenizerFast | None) -> AppState:
     """What the endpoints use, without an engine. The form of its model's calls is not known."""
-    made = Service.__new__(Service)
-    made.encoder, made.vocabulary, made.family, made.markers = vocabulary, Vocabulary(vocabulary), None, {}
-    made.tooled, made.thread, made.takes_text, made.longest = False, TextThread("texts"), {}, 10**6
+    made = AppState.__new__(AppState)
+    made.tokenizer, made.token_decoder, made.tool_call_format, made.marker_token_ids = (
+        vocabulary,
+        TokenDecoder(vocabulary),
+        None,
+        {},
+    )
+    made.template_supports_tools, made.tokenizer_thread, made.wants_text_arguments, made.max_prompt_chars = (
+        False,
+        TokenizerThread("texts"),
+        {},
+        10**6,
+    )
     made.special_tokens_in_content = "text"
     return made
 
@@ -626,18 +647,23 @@ def test_what_a_template_writes_is_bounded(part: str) -> None:
     coder = copy.deepcopy(CODERS["hermes"])
     coder.chat_template = "{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.tool_calls }}{% endfor %}"
     service = worker(coder)
-    service.long_thread, service.long_encoder, service.num_long, service.context = TextThread("long"), None, 0, 2048
+    service.long_text_thread, service.long_text_tokenizer, service.num_long_texts, service.context_length = (
+        TokenizerThread("long"),
+        None,
+        0,
+        2048,
+    )
     call = {"id": "a", "type": "function", "function": {"name": "get", "arguments": json.dumps({"x": "y" * 100_000})}}
     body = {
         "tools": asks(tools=[{"type": "function", "function": {"name": "get", "description": "y" * 100_000}}]),
         "calls": asks(messages=[{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "x"}]),
         "messages": asks(messages=[{"role": "user", "content": ""}] * 8192),
     }[part]
-    with pytest.raises(Refused, match="without a tokenizer"):  # as the thread of long texts has none here
-        asyncio.run(service.chat(body.messages, body.tools))
-    service.long_encoder, service.longest = service.encoder, 99_999
-    with pytest.raises(Refused, match=r"messages: \d{6} characters are more than the 99999 ") as e:
-        asyncio.run(service.chat(body.messages, body.tools))
+    with pytest.raises(APIError, match="without a tokenizer"):  # as the thread of long texts has none here
+        asyncio.run(service.encode_chat(body.messages, body.tools))
+    service.long_text_tokenizer, service.max_prompt_chars = service.tokenizer, 99_999
+    with pytest.raises(APIError, match=r"messages: \d{6} characters are more than the 99999 ") as e:
+        asyncio.run(service.encode_chat(body.messages, body.tools))
     assert (e.value.status, e.value.param, e.value.code) == (400, "messages", "context_length_exceeded")
 
 
@@ -655,10 +681,14 @@ def test_what_does_not_go_together() -> None:
         (asks(tools=GIVEN), "tools"),  # with a family that is not known
         (asks(tools=GIVEN, tool_choice="required", response_format=form), "response_format"),
     ):
-        with pytest.raises(Refused) as e:
-            app._calling(service, body, body.choice, many=True)
+        with pytest.raises(APIError) as e:
+            app._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=True)
         assert e.value.param == param and param in e.value.message
-    assert asks(tools=GIVEN).choice == "auto" and asks(tool_choice="none").choice == "none" and asks().choice == "none"
+    assert (
+        asks(tools=GIVEN).tool_choice_mode == "auto"
+        and asks(tool_choice="none").tool_choice_mode == "none"
+        and asks().tool_choice_mode == "none"
+    )
 
 
 def test_functions_are_checked() -> None:
@@ -676,43 +706,50 @@ def test_functions_are_checked() -> None:
     ):
         with pytest.raises(ValidationError):
             asks(**wrong)
-    with pytest.raises(Refused, match="tool_call_id: no call before it"):
-        plain([Message.model_validate({"role": "tool", "content": "x", "tool_call_id": "b"})])
+    with pytest.raises(APIError, match="tool_call_id: no call before it"):
+        to_template_dicts([ChatMessage.model_validate({"role": "tool", "content": "x", "tool_call_id": "b"})])
 
 
 def test_templates_that_cannot_have_it() -> None:
     """A template that ignores tools, and one that fails on what calls are made of."""
     vocabulary = coder()
     service = worker(vocabulary)
-    user = Message.model_validate({"role": "user", "content": "x"})
+    user = ChatMessage.model_validate({"role": "user", "content": "x"})
     for template, param in (
         ("{{ messages[0].content }}", "tools"),
         ("{{ 'a' + tools[0] }}", "messages"),
         ("{{ raise_exception('no tools') if tools }}", "messages"),
     ):
         vocabulary.chat_template = template
-        with pytest.raises(Refused) as e:
-            asyncio.run(service.chat([user], TOOLS))
+        with pytest.raises(APIError) as e:
+            asyncio.run(service.encode_chat([user], TOOLS))
         assert e.value.status == 400 and e.value.param == param, e.value.message
     vocabulary.chat_template = "{{ messages[0].content }}"  # grammars need no template's help
-    assert asyncio.run(service.chat([user], TOOLS, enforced=True)) == vocabulary("x").input_ids
+    assert asyncio.run(service.encode_chat([user], TOOLS, calls_enforced=True)) == vocabulary("x").input_ids
 
 
 def test_special_tokens_of_calls_reach_their_reader() -> None:
     """From the tokenizer's markers to the answer, as a server has it."""
     vocabulary = CODERS["mistral 11"]
     service = worker(vocabulary)
-    service.family, service.markers = tools.family(vocabulary), tools.special(vocabulary)
+    service.tool_call_format, service.marker_token_ids = (
+        tools.detect_format(vocabulary),
+        tools.find_marker_token_ids(vocabulary),
+    )
     body = asks(tools=GIVEN, parallel_tool_calls=False)
-    form = app._calling(service, body, body.choice, many=False)
-    assert body.sampling().grammar is None
-    client, metrics = MagicMock(spec=Client), MagicMock(spec=Metrics)
-    [choice] = Answer(client, metrics, form, "", "", [[1]], body.sampling(), {}, stream=False).choices
+    form = app._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=False)
+    assert body.to_sampling_params().grammar is None
+    client, metrics = MagicMock(spec=EngineClient), MagicMock(spec=Metrics)
+    [choice] = CompletionResponse(
+        client, metrics, form, "", "", [[1]], body.to_sampling_params(), {}, stream=False
+    ).choices
     text = 'Hm.[TOOL_CALLS]get[ARGS]{"a": 1}[TOOL_CALLS]get_time[ARGS]{}'
-    choice.push(Piece(0, [*vocabulary(text).input_ids, 256], None, None, "stop"))
-    message = form.full(choice, None)["message"]
+    choice.push(TokenDelta(0, [*vocabulary(text).input_ids, 256], None, None, "stop"))
+    message = form.build_choice(choice, None)["message"]
     [call] = message["tool_calls"]
     assert message["content"] == "Hm." and call["function"] == {"name": "get", "arguments": '{"a": 1}'}
     body = asks(tools=strictly())
-    app._calling(service, body, body.choice, many=True)
-    assert (body.sampling().grammar or "").startswith("lark:") and body.names()["lark"] == "tools"
+    app._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=True)
+    assert (body.to_sampling_params().grammar or "").startswith("lark:") and body.client_field_names()[
+        "lark"
+    ] == "tools"

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 import fastgen
 from fastgen import SamplingParams, exchange, scoring
 from fastgen.models import weights
-from fastgen.models.spec import to_hf
+from fastgen.models.spec import to_hf_config
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler, where it takes part, has some of its own
 
@@ -44,14 +44,14 @@ def test_adopt_shares_one_memory(model: PreTrainedModel) -> None:
     tokens = torch.tensor([PROMPTS[1]])
     before = model(tokens).logits
     spec, params = fastgen.adopt(model)
-    assert spec == fastgen.from_hf(to_hf(SPEC) | {"torch_dtype": "float32"})
+    assert spec == fastgen.from_hf_config(to_hf_config(SPEC) | {"torch_dtype": "float32"})
     assert dict(model.named_parameters()) == objects, "optimizers know these objects"
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert {w.untyped_storage().data_ptr() for w in tree_leaves(params) if w is not None} == owned
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(held.values()) == sum(p.nbytes for p in model.parameters()), "no copy is left"
     torch.testing.assert_close(model(tokens).logits, before)
-    for name, tensor in weights.named(params, spec):
+    for name, tensor in weights.named_weights(params, spec):
         assert tensor.data_ptr() == objects[name].data_ptr(), name
 
 
@@ -72,21 +72,21 @@ def test_an_optimizers_step_is_the_update(model: PreTrainedModel, compile: str, 
             model(batch, labels=batch).loss.backward()
             optimizer.step()
             outputs = one.generate(PROMPTS, GREEDY)  # nobody has called touch
-            assert one.version == i + 1
-            assert all(c.versions == [i + 1] * 12 for o in outputs for c in o.completions)
-            assert not any(o.cached_tokens for o in outputs)
+            assert one.weight_version == i + 1
+            assert all(c.weight_versions == [i + 1] * 12 for o in outputs for c in o.completions)
+            assert not any(o.num_cached_tokens for o in outputs)
             found = told(outputs)
             assert found not in seen
             seen.append(found)
             assert found == expected(params, compile=compile)
             assert told(one.generate(PROMPTS, GREEDY))[0][0] == found[0][0]
-            assert one.counts.reused > 0, "the same version's pages are used again"
+            assert one.cache_stats.num_hit_tokens > 0, "the same version's pages are used again"
     assert [w.data_ptr() for w in tree_leaves(params) if w is not None] == addresses
 
 
 def test_adopt_a_model_that_never_was_a_checkpoint() -> None:
     """Its config names no architecture; its class does."""
-    made = Qwen2ForCausalLM(Qwen2Config(**to_hf(SPEC) | {"architectures": None}))
+    made = Qwen2ForCausalLM(Qwen2Config(**to_hf_config(SPEC) | {"architectures": None}))
     spec, params = fastgen.adopt(made)
     assert spec.architecture == "Qwen2ForCausalLM"
     assert params.embed.data_ptr() == made.get_input_embeddings().weight.data_ptr()
@@ -101,7 +101,7 @@ def test_gradients_by_score_and_by_the_model_agree(model: PreTrainedModel) -> No
     own = tree_map_only(Tensor, lambda w: w.detach().requires_grad_(), params)  # the same memory
     (-fastgen.score(own, spec, [tokens])[0].mean()).backward()
     grads = tree_map_only(Tensor, lambda w: w.grad, own)
-    for name, grad in weights.named(grads, spec):
+    for name, grad in weights.named_weights(grads, spec):
         torch.testing.assert_close(grad, wanted[name], atol=1e-6, rtol=1e-4)
 
 
@@ -197,7 +197,7 @@ def test_training_by_scores_is_training_by_transformers() -> None:
                 loss.backward()
                 optimizer.step()
             engine.generate(PROMPTS[0], GREEDY)
-            assert engine.version == i + 1
+            assert engine.weight_version == i + 1
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -206,11 +206,11 @@ def test_gradients_of_leaves_that_require_them() -> None:
     """Where packed leaves were made to require gradients, they and the parameters get the same numbers."""
     model = made("Qwen2")
     spec, params = fastgen.adopt(model)
-    for w in scoring.leaves(params):
+    for w in scoring.iter_weights(params):
         w.requires_grad_()
     loss_of(fastgen.score(params, spec, PROMPTS[1:3])).backward()
     found = gradients(model)
-    for name, grad in weights.named(tree_map_only(Tensor, lambda w: w.grad, params), spec):
+    for name, grad in weights.named_weights(tree_map_only(Tensor, lambda w: w.grad, params), spec):
         torch.testing.assert_close(grad, found[name], atol=0, rtol=0)
 
 
@@ -232,7 +232,7 @@ def test_the_documents_lines_teach_the_model(tmp_path: Path, monkeypatch: pytest
     exec(first, names)
     engine, model = names["engine"], names["model"]
     assert engine.version == 1
-    for p, old in zip(scoring.leaves(names["params"]), scoring.leaves(fresh()), strict=True):
+    for p, old in zip(scoring.iter_weights(names["params"]), scoring.iter_weights(fresh()), strict=True):
         assert not torch.equal(p, old)
     names["optimizer"].zero_grad()
     exec(second, names)
@@ -279,7 +279,7 @@ def test_adopting_again_keeps_the_memory() -> None:
         with torch.no_grad():
             model.model.layers[1].self_attn.v_proj.weight.mul_(1.5)
         assert told(a.generate(PROMPTS, GREEDY)) == told(b.generate(PROMPTS, GREEDY)) == expected(one)
-        assert a.version == b.version == 1
+        assert a.weight_version == b.weight_version == 1
 
 
 # --- a model that goes its own ways ---------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_a_model_that_comes_apart_from_its_engine(family: str, way: str) -> None
                 one.step()
         with pytest.raises(ValueError, match=rf"{problem}.*adopt the model again"):
             fastgen.score(params, spec, PROMPTS[:1])
-        assert one.version == 0
+        assert one.weight_version == 0
         assert one.abort(id) is not None
 
 
@@ -372,21 +372,25 @@ def test_what_leaves_model_and_engine_together() -> None:
         model.to(torch.float32).eval()
         peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"])).unload()
         one.generate(PROMPTS[1], GREEDY)
-        assert one.version == 0 and torch.equal(one.score(PROMPTS[1:2])[0], before)
+        assert one.weight_version == 0 and torch.equal(one.score(PROMPTS[1:2])[0], before)
         model.load_state_dict({k: v * 1.25 for k, v in model.state_dict().items()})
         del model
         gc.collect()
         one.generate(PROMPTS[1], GREEDY)
         apart = tree_map_only(Tensor, lambda w: w.detach().clone(), params)
         after = fastgen.score(apart, spec, PROMPTS[1:2])[0]
-        assert one.version == 1 and torch.equal(one.score(PROMPTS[1:2])[0], after) and not torch.equal(before, after)
+        assert (
+            one.weight_version == 1
+            and torch.equal(one.score(PROMPTS[1:2])[0], after)
+            and not torch.equal(before, after)
+        )
 
 
 def test_watching_a_model_costs_a_step_little() -> None:
     """300 parameters: some 30 microseconds; the bound is that of a slow machine."""
     model = made("Qwen3", num_hidden_layers=27)
     _, params = fastgen.adopt(model)
-    (adoption,) = exchange.adoptions(params)
+    (adoption,) = exchange.adopted_models(params)
     assert len(list(model.parameters())) == 299
     assert min(timeit.repeat(adoption.check, number=20, repeat=5)) / 20 < 500e-6
 
@@ -406,12 +410,12 @@ def test_what_cannot_be_adopted(model: PreTrainedModel) -> None:
     layer.self_attn.q_proj = torch.nn.Sequential(layer.self_attn.q_proj)
     with pytest.raises(ValueError, match=r"no parameter .*q_proj.weight.*wrapped"):
         fastgen.adopt(model)
-    other = AutoModelForCausalLM.from_config(Qwen2Config(**to_hf(SPEC) | {"num_hidden_layers": 1}))
+    other = AutoModelForCausalLM.from_config(Qwen2Config(**to_hf_config(SPEC) | {"num_hidden_layers": 1}))
     other.config.num_hidden_layers = 2
     with pytest.raises(ValueError, match="no parameter model.layers.1"):
         fastgen.adopt(other)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(Qwen2Config(**to_hf(SPEC)))
+        empty = AutoModelForCausalLM.from_config(Qwen2Config(**to_hf_config(SPEC)))
     with pytest.raises(ValueError, match="meta device"):
         fastgen.adopt(empty)
 
@@ -453,8 +457,8 @@ def test_update_from(kind: str, tmp_path: Path) -> None:
     params, other = fresh(0), fresh(1)
     sources: dict[str, Any] = {
         "tree": other,
-        "mapping": dict(weights.named(other, SPEC)),
-        "pairs": ((name, t.clone()) for name, t in weights.named(other, SPEC)),
+        "mapping": dict(weights.named_weights(other, SPEC)),
+        "pairs": ((name, t.clone()) for name, t in weights.named_weights(other, SPEC)),
         "bf16": tree_map_only(Tensor, lambda w: w.bfloat16(), other),
     }
     if kind == "module":
@@ -465,7 +469,7 @@ def test_update_from(kind: str, tmp_path: Path) -> None:
     addresses = [w.data_ptr() for w in tree_leaves(params) if w is not None]
     with engine(params) as one:
         one.generate(PROMPTS, GREEDY)
-        assert one.update_params(sources[kind]) == one.version == 1
+        assert one.update_params(sources[kind]) == one.weight_version == 1
         assert told(one.generate(PROMPTS, GREEDY)) == expected(other)
     assert [w.data_ptr() for w in tree_leaves(params) if w is not None] == addresses
 
@@ -484,24 +488,24 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_names_that_wrappers_have_changed(wrapper: str) -> None:
     params, other = fresh(0), fresh(1)
-    pairs = [(WRAPPED[wrapper](name), t) for name, t in weights.named(other, SPEC)]
-    weights.update(params, SPEC, exchange.named(pairs))
+    pairs = [(WRAPPED[wrapper](name), t) for name, t in weights.named_weights(other, SPEC)]
+    weights.update(params, SPEC, exchange.named_tensors(pairs))
     for mine, wanted in zip(tree_leaves(params), tree_leaves(other), strict=True):
         assert mine is wanted is None or torch.equal(mine, wanted)
 
 
 def test_names_of_others_are_refused_with_advice() -> None:
-    params, own = fresh(), dict(weights.named(fresh(), SPEC))
+    params, own = fresh(), dict(weights.named_weights(fresh(), SPEC))
     with pytest.raises(ValueError, match="leave 'policy.net.' out of the names"):
-        weights.update(params, SPEC, exchange.named({"policy.net." + n: t for n, t in own.items()}))
+        weights.update(params, SPEC, exchange.named_tensors({"policy.net." + n: t for n, t in own.items()}))
     changed = own | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 32)}
     with pytest.raises(ValueError, match=r"unexpected: model.*lora_A.*; merge the adapter"):
-        weights.update(params, SPEC, exchange.named(changed))
+        weights.update(params, SPEC, exchange.named_tensors(changed))
     with pytest.raises(ValueError, match="model.norm.weight is a list, not a tensor"):
-        weights.update(params, SPEC, exchange.named({"model.norm.weight": [1.0]}), partial=True)
+        weights.update(params, SPEC, exchange.named_tensors({"model.norm.weight": [1.0]}), partial=True)
     for wrong in ("a/folder", 5, None, torch.tensor(1.0), torch.ones(2, 2)):
         with pytest.raises(ValueError, match="parameters come as a tree, module"):
-            exchange.named(wrong)
+            exchange.named_tensors(wrong)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -522,7 +526,7 @@ def test_parameters_of_a_module_that_peft_has_wrapped(state: str) -> None:
     if "disabled" in state:
         model.base_model.disable_adapter_layers()
     wanted = plain if "disabled" in state else changed
-    found = dict(exchange.merged(Wrapper("_orig_mod", model)))
+    found = dict(exchange.merged_named_parameters(Wrapper("_orig_mod", model)))
     assert found.keys() == wanted.keys()
     for name, p in found.items():
         torch.testing.assert_close(p, wanted[name], atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -534,7 +538,7 @@ def test_update_of_some_and_wrong_ones() -> None:
     with engine(params) as one:
         name = "model.norm.weight"
         assert one.update_params({name: torch.full((32,), 0.5)}, partial=True) == 1
-        assert bool((params.norm == 0.5).all())
+        assert bool((params.final_norm == 0.5).all())
         with pytest.raises(ValueError, match=r"missing: .*and \d+ more"):
             one.update_params({name: torch.ones(32)})
         with pytest.raises(ValueError, match="unexpected: lora"):
@@ -551,15 +555,15 @@ def test_update_of_some_and_wrong_ones() -> None:
         ):
             with pytest.raises(ValueError, match=said):
                 one.update_params({name: wrong}, partial=True)
-        other = dict(weights.named(fresh(1), SPEC))
+        other = dict(weights.named_weights(fresh(1), SPEC))
         first = next(iter(other))
         for pairs in ([*other.items(), (name, torch.ones(32))], other | {name: torch.ones(31)}):
             with pytest.raises(ValueError, match=f"{name} (is given twice|has shape)"):
                 one.update_params(pairs)
         with pytest.raises(ValueError, match=f"{first} is given twice"):
-            one.update_params(iter([(first, other[first])] * 2), partial=True, finite=False)
+            one.update_params(iter([(first, other[first])] * 2), partial=True, check_finite=False)
         one.update_params(fresh(), partial=True)
-        assert one.version == 3, "refused tensors that are all in memory change nothing"
+        assert one.weight_version == 3, "refused tensors that are all in memory change nothing"
         assert told(one.generate(PROMPTS, GREEDY)) == expected(params), "what was cached meanwhile is of no use"
 
 
@@ -572,7 +576,7 @@ def test_update_with_values_that_are_not_finite(kind: str, value: float) -> None
     given, and not in the engine's dtype."""
     params, other = fresh(0), tree_map_only(Tensor, torch.Tensor.double, fresh(1))
     wrong = "model.layers.1.self_attn.k_proj.weight"
-    pairs = dict(weights.named(other, SPEC))
+    pairs = dict(weights.named_weights(other, SPEC))
     pairs[wrong][1, 2] = value  # a view of the tree
     module = torch.nn.Module()
     module.named_parameters = lambda: iter(pairs.items())  # type: ignore[method-assign, assignment]
@@ -582,13 +586,15 @@ def test_update_with_values_that_are_not_finite(kind: str, value: float) -> None
         with pytest.raises(ValueError, match=rf"update_params: NaN or infinite .* in {wrong} \(float32\)") as refused:
             one.update_params(source)
         if kind == "pairs":  # those before it are written
-            assert one.version == 1 and "the 15 tensors before it are written" in str(refused.value)
+            assert one.weight_version == 1 and "the 15 tensors before it are written" in str(refused.value)
         else:
-            assert one.version == 0 and "nothing is written" in str(refused.value)
+            assert one.weight_version == 0 and "nothing is written" in str(refused.value)
             again = told(one.generate(PROMPTS, GREEDY))
-            assert one.counts.reused and [tokens for tokens, _ in again] == [tokens for tokens, _ in wanted]
+            assert one.cache_stats.num_hit_tokens and [tokens for tokens, _ in again] == [
+                tokens for tokens, _ in wanted
+            ]
         assert all(bool(w.isfinite().all()) for w in tree_leaves(params) if w is not None)
-        assert one.update_params(pairs, finite=False) == one.version
+        assert one.update_params(pairs, check_finite=False) == one.weight_version
         assert not bool(params.layers[1].qkv.isfinite().all())
 
 
@@ -602,7 +608,7 @@ def test_update_in_flight(recompute: bool) -> None:
             one.step()
         one.update_params(other, recompute=recompute)
         done = {}
-        while one.unfinished:
+        while one.has_unfinished_requests:
             done |= {e.request_id: e.output for e in one.step() if e.output}
         found = [done[i].completions[0] for i in ids]
         assert all(c.versions == sorted(c.versions) and {*c.versions} == {0, 1} for c in found)
@@ -620,12 +626,12 @@ def test_versions_survive_fork_and_snapshot(tmp_path: Path) -> None:
         request = one.add(PROMPTS[0], GREEDY)
         for _ in range(4):
             one.step()
-        one.touch()
+        one.params_changed()
         (fork,) = one.fork(request)
         one.snapshot(request).save(tmp_path / "one.safetensors")
         back = one.restore(fastgen.Snapshot.load(tmp_path / "one.safetensors"))
         done = {}
-        while one.unfinished:
+        while one.has_unfinished_requests:
             done |= {e.request_id: e.output for e in one.step() if e.output}
         for i in (request, fork, back):
             c = done[i].completions[0]
@@ -650,7 +656,7 @@ def test_update_over_a_process_group(device: str) -> None:
 
 def test_handles_are_for_a_gpus_memory() -> None:
     with pytest.raises(ValueError, match="CUDA IPC is for a GPU"):
-        fastgen.handles([("x", torch.ones(2, device="cpu"))])
+        fastgen.cuda_ipc_handles([("x", torch.ones(2, device="cpu"))])
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -676,8 +682,8 @@ def test_a_hundred_cycles(loaded: fastgen.Engine) -> None:
             for _ in range(5):
                 one.step()
             what = ("all", "cache", "params")[i % 3]
-            given = one.release(what)
-            assert one.release(what) == 0
+            given = one.sleep(what)
+            assert one.sleep(what) == 0
             assert given >= size if what == "all" else 0 < given < size + 10**6
             if ids:
                 with pytest.raises(ValueError, match=r"call restore\(\)"):
@@ -685,7 +691,7 @@ def test_a_hundred_cycles(loaded: fastgen.Engine) -> None:
             assert one.restore() == given
             if ids:
                 done = {}
-                while one.unfinished:
+                while one.has_unfinished_requests:
                     done |= {e.request_id: e.output for e in one.step() if e.output}
                 assert told([done[j] for j in ids]) == wanted
         assert told(one.generate(PROMPTS, GREEDY)) == wanted
@@ -702,22 +708,22 @@ def test_an_update_while_memory_is_given_back(model: PreTrainedModel) -> None:
         id = one.add(PROMPTS[0], GREEDY)
         for _ in range(4):
             one.step()
-        one.release("cache")
+        one.sleep("cache")
         with torch.no_grad():
             model.model.norm.weight.mul_(torch.linspace(-1, 2, 32))
         one.restore()
-        assert one.version == 1
-        while one.unfinished:
+        assert one.weight_version == 1
+        while one.has_unfinished_requests:
             found = {e.request_id: e.output for e in one.step() if e.output}
-        assert found[id].completions[0].versions == [0] * 4 + [1] * 8
+        assert found[id].completions[0].weight_versions == [0] * 4 + [1] * 8
         assert [t for t, _ in told(one.generate(PROMPTS, GREEDY))] == [t for t, _ in expected(params)]
-        assert one.version == 1
+        assert one.weight_version == 1
 
 
 def test_what_is_released_is_free(loaded: fastgen.Engine) -> None:
     with loaded as one:
         leaf, weight = one.cache.k[0], one.params.layers[0].down
-        one.release()
+        one.sleep()
         if torch.get_default_device().type == "cpu":
             assert leaf.untyped_storage().nbytes() == weight.untyped_storage().nbytes() == 0
         one.restore()
@@ -728,9 +734,9 @@ def test_what_is_released_is_free(loaded: fastgen.Engine) -> None:
 def test_what_cannot_be_released() -> None:
     with engine(fresh()) as one:
         with pytest.raises(ValueError, match="given to the engine"):
-            one.release("params")
+            one.sleep("params")
         with pytest.raises(ValueError, match="did you mean cache"):
-            one.release("cash")
-        assert one.release() > 0, "all that is its own"
+            one.sleep("cash")
+        assert one.sleep() > 0, "all that is its own"
         one.restore()
         assert told(one.generate(PROMPTS, GREEDY)) == expected(fresh())

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastgen
-from fastgen.exchange import merged
-from fastgen.trl import Rollout, params
+from fastgen.exchange import merged_named_parameters
+from fastgen.trl import RolloutFunc, sampling_params
 
 pytest.importorskip("trl", reason="pip install fastgen[trl]")
 WARNINGS = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -128,7 +128,7 @@ def agree(scored: dict[str, Any]) -> None:
 @pytest.mark.parametrize("release", [True, False])
 def test_grpo_on_one_memory(release: bool, tmp_path: Path) -> None:
     """Completions are not fastgen's, parameters are copied, or a rollout has an older step's, or its pages."""
-    rollout = Rollout(cache_tokens=1024, page_size=4, release=release)
+    rollout = RolloutFunc(cache_tokens=1024, page_size=4, sleep_between_rollouts=release)
     # With two updates for each rollout TRL needs the old logprobs, and computes them by the model itself.
     one, seen = trainer(tmp_path, rollout, num_iterations=2, max_steps=6, temperature=0.8)
     before = [p.detach().clone() for p in one.model.parameters()]
@@ -141,7 +141,7 @@ def test_grpo_on_one_memory(release: bool, tmp_path: Path) -> None:
     assert {id(p) for p in one.model.parameters()} == objects
     engine = rollout.engine
     assert engine is not None
-    for name, tensor in fastgen.models.weights.named(engine.params, engine.spec):
+    for name, tensor in fastgen.models.weights.named(engine.params, engine.model_config):
         assert tensor.data_ptr() == one.model.get_parameter(name).data_ptr(), name
     words = letters()
     for (prompts, found), scored in zip(seen.calls, seen.scored, strict=True):
@@ -158,14 +158,16 @@ def test_grpo_on_one_memory(release: bool, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"call restore\(\)"):  # given back between rollouts
             engine.step()
     else:
-        assert engine.counts.reused > 8 * 3, "samples of a prompt compute it once"
+        assert engine.cache_stats.num_hit_tokens > 8 * 3, "samples of a prompt compute it once"
 
 
 def test_messages_and_settings(tmp_path: Path) -> None:
     """Messages go through the chat template; settings of the trainer reach the sampler."""
     prompts = [[{"role": "user", "content": text}] for text in ("abc", "hello")]
     given = {"top_k": 1, "max_completion_length": 5, "generation_kwargs": {"min_new_tokens": 5}, "max_steps": 1}
-    one, seen = trainer(tmp_path, Rollout(cache_tokens=1024, release=False), prompts=prompts, **given)
+    one, seen = trainer(
+        tmp_path, RolloutFunc(cache_tokens=1024, sleep_between_rollouts=False), prompts=prompts, **given
+    )
     one.train()
     ((_, found),) = seen.calls
     assert {tuple(p) for p in found["prompt_ids"]} == {tuple(letters()(x).input_ids) for x in ("abcz", "helloz")}
@@ -192,7 +194,7 @@ def test_tools(tmp_path: Path) -> None:
     prompts = [[{"role": "user", "content": text}] for text in ("abc", "hello")]
     # One prompt and answer reach the end of the model's context.
     one, seen = trainer(
-        tmp_path, Rollout(cache_tokens=1024), prompts=prompts, words=words, tools=[shout], max_completion_length=56,
+        tmp_path, RolloutFunc(cache_tokens=1024), prompts=prompts, words=words, tools=[shout], max_completion_length=56,
         num_iterations=2, max_steps=2,
     )  # fmt: skip
     one.train()
@@ -214,9 +216,9 @@ def test_tools(tmp_path: Path) -> None:
 def test_parameters_that_are_copied(tmp_path: Path) -> None:
     """An engine of its own gets the parameters of each step, once."""
     source = llama()
-    spec = fastgen.from_hf(source.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    spec = fastgen.from_hf_config(source.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     own = fastgen.Engine(fastgen.init(spec, 9, dtype=torch.float32), spec, letters(), progress=False, cache_tokens=1024)
-    one, seen = trainer(tmp_path, Rollout(own), model=source, num_iterations=2, max_steps=4)
+    one, seen = trainer(tmp_path, RolloutFunc(own), model=source, num_iterations=2, max_steps=4)
     one.train()
     assert seen.versions == [1, 2]
     assert own.params.embed.data_ptr() != one.model.get_input_embeddings().weight.data_ptr()
@@ -229,39 +231,39 @@ def test_parameters_that_cannot_be_shared(tmp_path: Path) -> None:
     """A wrapped or sharded model's: the reason, what to do, and that it works."""
     source = llama()
     source.model.norm.to(torch.bfloat16)
-    one, _ = trainer(tmp_path, Rollout(cache_tokens=1024), model=source)
+    one, _ = trainer(tmp_path, RolloutFunc(cache_tokens=1024), model=source)
     with pytest.raises(ValueError, match=r"several dtypes.*Rollout\(fastgen.Engine.from_pretrained"):
         one.train()
     source = llama()
-    spec = fastgen.from_hf(source.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    spec = fastgen.from_hf_config(source.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     with fastgen.Engine(fastgen.init(spec, 9, dtype=torch.float32), spec, progress=False, cache_tokens=1024) as own:
-        one, _ = trainer(tmp_path, Rollout(own, weights=lambda _: {"x": torch.ones(2)}.items()), model=source)
+        one, _ = trainer(tmp_path, RolloutFunc(own, weights=lambda _: {"x": torch.ones(2)}.items()), model=source)
         with pytest.raises(ValueError, match="do not fit the engine: .*give Rollout weights="):
             one.train()
 
         def doubled(t: Any) -> list[tuple[str, Tensor]]:
             return [(name, p.detach() * 2 if "embed" in name else p) for name, p in t.model.named_parameters()]
 
-        one, seen = trainer(tmp_path, Rollout(own, weights=doubled), model=source, max_steps=2)
+        one, seen = trainer(tmp_path, RolloutFunc(own, weights=doubled), model=source, max_steps=2)
         one.train()
-        assert seen.versions == [own.version - 1, own.version]
+        assert seen.versions == [own.weight_version - 1, own.weight_version]
     with pytest.raises(ValueError, match="set them on yours"):
-        Rollout(own, cache_tokens=1024)
+        RolloutFunc(own, cache_tokens=1024)
     with pytest.raises(ValueError, match=r"Rollout\(engine, weights"):
-        Rollout(weights=doubled)
+        RolloutFunc(weights=doubled)
 
 
 def test_lora(tmp_path: Path) -> None:
     """PEFT's changes are missing from completions, or the weights under them are written to."""
     peft = pytest.importorskip("peft")
     source = llama()
-    spec = fastgen.from_hf(source.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    spec = fastgen.from_hf_config(source.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     how = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     before = {name: p.detach().clone() for name, p in source.named_parameters()}
     shared = fastgen.Engine(fastgen.adopt(source)[1], spec, progress=False, cache_tokens=1024)
     wrapped = peft.get_peft_model(source, how)
     with fastgen.Engine(fastgen.init(spec, 9, dtype=torch.float32), spec, progress=False, cache_tokens=1024) as own:
-        one, seen = trainer(tmp_path, Rollout(own), model=wrapped, num_iterations=2, max_steps=4)
+        one, seen = trainer(tmp_path, RolloutFunc(own), model=wrapped, num_iterations=2, max_steps=4)
         one.train()
         assert seen.versions == [1, 2]
         for scored in seen.scored:
@@ -269,15 +271,15 @@ def test_lora(tmp_path: Path) -> None:
     for name, p in wrapped.get_base_model().named_parameters():
         if "lora_" not in name:
             assert torch.equal(p, before[name.replace(".base_layer", "")]), name
-    one, _ = trainer(tmp_path, Rollout(shared), model=wrapped)
+    one, _ = trainer(tmp_path, RolloutFunc(shared), model=wrapped)
     with pytest.raises(ValueError, match="would overwrite"):
         one.train()
-    one, _ = trainer(tmp_path, Rollout(cache_tokens=1024), model=wrapped)
+    one, _ = trainer(tmp_path, RolloutFunc(cache_tokens=1024), model=wrapped)
     with pytest.raises(ValueError, match="PeftModel.*parameters of its own"):
         one.train()
     dora = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="not by plain LoRA"):
-        list(merged(dora))
+        list(merged_named_parameters(dora))
 
 
 def test_settings_that_are_not_known() -> None:
@@ -286,11 +288,11 @@ def test_settings_that_are_not_known() -> None:
         "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": None, "repetition_penalty": 1.1,
         "max_completion_length": 20, "generation_kwargs": {"stop_strings": "x", "seed": 4},
     }  # fmt: skip
-    found = params(SimpleNamespace(args=SimpleNamespace(**args), eos_token_ids=[0, 5]))
+    found = sampling_params(SimpleNamespace(args=SimpleNamespace(**args), eos_token_ids=[0, 5]))
     assert found == fastgen.SamplingParams(
         temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.1, max_tokens=20, stop=("x",), seed=4,
         stop_token_ids=(0, 5), logprobs=0, logprob_mode="processed",
     )  # fmt: skip
     args["generation_kwargs"] = {"num_beams": 4}
     with pytest.raises(ValueError, match="unknown generation_kwargs 'num_beams'"):
-        params(SimpleNamespace(args=SimpleNamespace(**args), eos_token_ids=[0]))
+        sampling_params(SimpleNamespace(args=SimpleNamespace(**args), eos_token_ids=[0]))

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
-from fastgen import Params, Spec
-from fastgen.models.spec import Place
-from fastgen.models.weights import Leaf, declare, named, resolve, update
+from fastgen import Params, ModelConfig
+from fastgen.models.spec import TPShard
+from fastgen.models.weights import WeightSpec, weight_specs, named_weights, resolve, update
 
 SIZES = {
     "vocab_size": 64,
@@ -51,10 +51,10 @@ def theirs(name: str = "llama", dtype: torch.dtype = torch.float32) -> torch.nn.
     return model
 
 
-def check(params: Params, spec: Spec, model: torch.nn.Module) -> None:
+def check(params: Params, spec: ModelConfig, model: torch.nn.Module) -> None:
     """The same weights, bit for bit."""
-    ours, want = dict(named(params, spec)), model.state_dict()
-    if spec.tied:
+    ours, want = dict(named_weights(params, spec)), model.state_dict()
+    if spec.tie_word_embeddings:
         want.pop("lm_head.weight", None)
     assert ours.keys() == want.keys()
     for name, tensor in ours.items():
@@ -72,9 +72,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def spec_and_params(name: str = "llama") -> tuple[Spec, Params]:
+def spec_and_params(name: str = "llama") -> tuple[ModelConfig, Params]:
     model = theirs(name)
-    spec = fastgen.from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    spec = fastgen.from_hf_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
     return spec, fastgen.init(spec)
 
 
@@ -94,7 +94,7 @@ def test_load(name: str, shards: bool, dtype: torch.dtype, tmp_path: Path) -> No
     model.save_pretrained(tmp_path, max_shard_size="9KB" if shards else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == shards
     spec, params = fastgen.load(tmp_path, progress=False)
-    assert spec == fastgen.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    assert spec == fastgen.from_hf_config(json.loads((tmp_path / "config.json").read_text()))
     assert spec.dtype == str(dtype).removeprefix("torch.")
     check(params, spec, model)
 
@@ -133,7 +133,7 @@ def test_end_tokens_of_the_generation_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
     for eos, want in ((9, (7, 9)), ([9, 7, 5], (7, 9, 5)), (None, (7,))):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-        assert fastgen.load(folder, progress=False)[0].eos == want
+        assert fastgen.load(folder, progress=False)[0].eos_token_ids == want
 
 
 def test_buffers_are_skipped(folder: Path) -> None:
@@ -173,13 +173,13 @@ def test_head_beside_a_tied_embedding(head: str, shards: bool, tmp_path: Path) -
     change_head(tmp_path, head, shards=shards)
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     spec, params = fastgen.load(tmp_path, progress=False)
-    assert spec.tied == (head != "another") and (params.head is None) == spec.tied
+    assert spec.tie_word_embeddings == (head != "another") and (params.lm_head is None) == spec.tie_word_embeddings
     check(params, spec, read)
     tokens = list(range(3, 15))
     with torch.no_grad():
         want = read(torch.tensor([tokens]), use_cache=False).logits[0]
     torch.testing.assert_close(logits(spec, params, tokens), want, atol=1e-4, rtol=0)
-    halves = [fastgen.load(tmp_path, progress=False, place=Place(rank, 2)) for rank in (0, 1)]
+    halves = [fastgen.load(tmp_path, progress=False, tp_shard=TPShard(rank, 2)) for rank in (0, 1)]
     assert [half[0] for half in halves] == [spec, spec]
     for leaf in ("embed", "head"):
         if (whole := getattr(params, leaf)) is not None:
@@ -194,9 +194,9 @@ def test_head_in_another_dtype_than_a_tied_embedding(tmp_path: Path) -> None:
     theirs("llama-tied-bias").save_pretrained(tmp_path)
     change_head(tmp_path, "equal")
     rewrite(tmp_path, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].bfloat16()}))
-    assert not fastgen.load(tmp_path, dtype=torch.bfloat16, progress=False)[0].tied
+    assert not fastgen.load(tmp_path, dtype=torch.bfloat16, progress=False)[0].tie_word_embeddings
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].float()}))
-    assert fastgen.load(tmp_path, dtype=torch.bfloat16, progress=False)[0].tied
+    assert fastgen.load(tmp_path, dtype=torch.bfloat16, progress=False)[0].tie_word_embeddings
 
 
 def test_head_that_is_missing_or_has_another_shape(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_update_of_a_tied_head() -> None:
     model = theirs("llama-tied-bias")
     spec, params = spec_and_params("llama-tied-bias")
     new, embed, head = dict(model.named_parameters()), "model.embed_tokens.weight", "lm_head.weight"
-    assert head not in new and params.head is None
+    assert head not in new and params.lm_head is None
     other = new[embed].flip(0)
     for pairs in ({**new, head: new[embed]}, {head: new[embed], **new}, {**new, head: other, embed: other}):
         update(params, spec, pairs.items())
@@ -238,7 +238,7 @@ def test_adopt_with_a_head_beside_a_tied_embedding(head: str, tmp_path: Path) ->
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert model.config.tie_word_embeddings
     spec, params = fastgen.adopt(model)
-    assert spec.tied == (head == "equal")
+    assert spec.tie_word_embeddings == (head == "equal")
     check(params, spec, model)
     model.config.tie_word_embeddings = False
     assert fastgen.adopt(model)[0] == spec
@@ -322,7 +322,7 @@ def test_a_file_that_is_named(tmp_path: Path) -> None:
     old, new = write(tmp_path, "shards", INDEX), write(tmp_path, ONE, "other.safetensors", seed=1)
     for file, want in ((INDEX, old), (ONE, new), ("other.safetensors", new), ("config.json", new)):
         spec, params = fastgen.load(tmp_path / file, progress=False)
-        assert all(torch.equal(tensor, want[name]) for name, tensor in named(params, spec)), file
+        assert all(torch.equal(tensor, want[name]) for name, tensor in named_weights(params, spec)), file
     for file, said in ((SHARD.format(1), "missing: "), ("pytorch_model.bin", ".safetensors and .gguf files only")):
         write(tmp_path, "pytorch_model.bin")
         assert said in refusal(tmp_path / file)
@@ -346,7 +346,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     """Each weight is in one of them: there is nothing to be mistaken about."""
     want = write(tmp_path, "shards")
     spec, params = fastgen.load(tmp_path, progress=False)
-    assert all(torch.equal(tensor, want[name]) for name, tensor in named(params, spec))
+    assert all(torch.equal(tensor, want[name]) for name, tensor in named_weights(params, spec))
 
 
 def test_other_formats_are_named(tmp_path: Path) -> None:
@@ -468,11 +468,11 @@ def test_hub_download_leaves_out_second_copies(tmp_path: Path, monkeypatch: pyte
     assert list(chosen) == needed
 
 
-def logits(spec: Spec, params: Params, tokens: list[int]) -> Tensor:
+def logits(spec: ModelConfig, params: Params, tokens: list[int]) -> Tensor:
     """Our logits [T, V] of a prompt."""
-    cache = fastgen.new_cache(spec, 32, dtype=torch.float32)
-    batch = fastgen.stage((fastgen.schedule.Span(0, 0, len(tokens), True, (1,)),), {0: tokens}, 16)
-    return fastgen.unembed(params, fastgen.hidden(params, cache, batch, spec))
+    cache = fastgen.new_kv_cache(spec, 32, dtype=torch.float32)
+    batch = fastgen.build_batch((fastgen.schedule.Span(0, 0, len(tokens), True, (1,)),), {0: tokens}, 16)
+    return fastgen.compute_logits(params, fastgen.hidden_states(params, cache, batch, spec))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -488,7 +488,7 @@ def test_save(name: str, shard_bytes: int, dtype: torch.dtype, tmp_path: Path) -
     assert again == spec
     check(loaded, spec, model)
     count = len(list((tmp_path / "new" / "ours").glob("*.safetensors")))
-    assert count == {10**9: 1, 1: len(list(named(params, spec)))}.get(shard_bytes, count)
+    assert count == {10**9: 1, 1: len(list(named_weights(params, spec)))}.get(shard_bytes, count)
     assert (count > 1) == (shard_bytes < 10**9)
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "ours", dtype="auto")
     assert type(read) is type(model)
@@ -526,10 +526,12 @@ def test_save_over_an_older_checkpoint(sizes: tuple[int, int], tmp_path: Path) -
 def test_init(name: str) -> None:
     """The shapes declared, the seed's numbers, ones for norms and zeros for biases."""
     spec, params = spec_and_params(name)
-    leaves = [leaf for leaf in tree_leaves(declare(spec)) if leaf is not None]
+    leaves = [leaf for leaf in tree_leaves(weight_specs(spec)) if leaf is not None]
     assert [leaf.shape for leaf in leaves] == [tuple(tensor.shape) for tensor in present(params)]
-    assert {n: t.shape for n, t in named(params, spec)} == {
-        n: t.shape for n, t in theirs(name).state_dict().items() if not (spec.tied and n == "lm_head.weight")
+    assert {n: t.shape for n, t in named_weights(params, spec)} == {
+        n: t.shape
+        for n, t in theirs(name).state_dict().items()
+        if not (spec.tie_word_embeddings and n == "lm_head.weight")
     }
     same, other = fastgen.init(spec, 0), fastgen.init(spec, 1)
     for leaf, a, b, c in zip(leaves, *map(present, (params, same, other)), strict=True):
@@ -566,7 +568,7 @@ def test_update_in_place(trained: bool) -> None:
 def test_update_takes_every_weight_once() -> None:
     """What is left out is named, and a name that nothing has, before anyone generates with half a model."""
     spec, params = spec_and_params()
-    new = dict(named(fastgen.init(spec, 1), spec))
+    new = dict(named_weights(fastgen.init(spec, 1), spec))
     left = {name: t for name, t in new.items() if "layers.1.mlp" not in name}
     with pytest.raises(ValueError, match=r"^update: .*missing: model.layers.1.mlp.down_proj.weight, "):
         update(params, spec, left.items())
@@ -593,7 +595,7 @@ print(peak() - before, sum(t.nbytes for t in tree_leaves(params) if t is not Non
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_peak_memory(tmp_path: Path) -> None:
     """Loading four shards of 50 MB takes the parameters, one mapped shard and a little: not all shards twice."""
-    spec = fastgen.from_hf(
+    spec = fastgen.from_hf_config(
         {
             "architectures": ["LlamaForCausalLM"],
             "hidden_size": 1024,
@@ -603,7 +605,7 @@ def test_peak_memory(tmp_path: Path) -> None:
             "vocab_size": 512,
         }
     )
-    params = tree_map_only(Leaf, lambda leaf: torch.ones(leaf.shape, dtype=torch.bfloat16), declare(spec))
+    params = tree_map_only(WeightSpec, lambda leaf: torch.ones(leaf.shape, dtype=torch.bfloat16), weight_specs(spec))
     fastgen.save(tmp_path, spec, params, shard_bytes=50_000_000)
     shards = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(shards) >= 4 and sum(shards) > 190e6

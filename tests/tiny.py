@@ -22,7 +22,7 @@ def config(family: str = "Llama", **changes: Any) -> dict[str, Any]:
     return {"architectures": [f"{family}ForCausalLM"]} | SIZES | named
 
 
-def weights(spec: fastgen.Spec, seed: int = 0, times: float = 10, device: str | None = None) -> fastgen.Params:
+def weights(spec: fastgen.ModelConfig, seed: int = 0, times: float = 10, device: str | None = None) -> fastgen.Params:
     """Drawn on the CPU, so that they are the same wherever tests run; matrices are `times` as large as usual."""
     drawn = fastgen.init(spec, seed, device="cpu")
     where = torch.get_default_device() if device is None else device

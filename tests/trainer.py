@@ -13,7 +13,7 @@ import fastgen
 from fastgen import SamplingParams
 from fastgen.models import weights
 
-SPEC = fastgen.from_hf(tiny.config("Qwen2", vocab=97, context=128))
+SPEC = fastgen.from_hf_config(tiny.config("Qwen2", vocab=97, context=128))
 DICE = random.Random(0)
 PROMPTS = [[DICE.randrange(97) for _ in range(n)] for n in (5, 19, 40, 1)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
@@ -46,7 +46,7 @@ def trainer(rank: int, port: int, found: Any, kind: str) -> None:
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     params = fresh(rank)
     if rank == 0:
-        fastgen.send(weights.named(params, SPEC), bucket=3000)
+        fastgen.send(weights.named_weights(params, SPEC), bucket_bytes=3000)
     else:
         with engine(params) as one:
             one.generate(PROMPTS, GREEDY)

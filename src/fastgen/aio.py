@@ -20,95 +20,99 @@ from typing import Any, TypeVar
 import torch
 
 from fastgen import exchange
-from fastgen.config import SamplingParams, unknown
+from fastgen.config import SamplingParams, unknown_name_message
 from fastgen.engine import Engine
 from fastgen.models import weights
-from fastgen.request import Event, Output, pairs
+from fastgen.request import Event, Output, pair_prompts
 from fastgen.tokenizer import Prompt
 from fastgen.types import Params
 
 T = TypeVar("T")
-Many = Prompt | Sequence[Prompt]
-Each = SamplingParams | Sequence[SamplingParams] | None
+OneOrManyPrompts = Prompt | Sequence[Prompt]
+OneOrManySampling = SamplingParams | Sequence[SamplingParams] | None
 
 
-class Request:
+class AsyncRequest:
     """What some of an engine's requests add as they run: `async for` gives events, `output` waits for the end of one.
 
     For the event loop that it was made in. Cancelling who waits for it aborts it; `close` does so too.
     """
 
-    def __init__(self, owner: "AsyncEngine", loop: asyncio.AbstractEventLoop, whole: bool) -> None:
-        self.ids: list[int] = []  # of the engine's requests
-        self._owner, self._loop, self._whole = owner, loop, whole  # `whole`: only last events are wanted
-        self._running = 0  # how many of them; the engine's thread counts
+    def __init__(self, async_engine: "AsyncEngine", loop: asyncio.AbstractEventLoop, final_only: bool) -> None:
+        self.request_ids: list[int] = []  # of the engine's requests
+        self._async_engine, self._loop, self._final_only = (
+            async_engine,
+            loop,
+            final_only,
+        )  # `whole`: only last events are wanted
+        self._num_unfinished = 0  # how many of them; the engine's thread counts
         self._events, self._outputs = deque[Event](), dict[int, Output]()
-        self._news, self._ended, self._error = asyncio.Event(), False, None
+        self._wake_up_event, self._finished, self._error = asyncio.Event(), False, None
 
     @property
-    def id(self) -> int:
+    def request_id(self) -> int:
         """Of the first; `add` makes one."""
-        return self.ids[0]
+        return self.request_ids[0]
 
-    def __aiter__(self) -> "Request":
+    def __aiter__(self) -> "AsyncRequest":
         return self
 
     async def __anext__(self) -> Event:
         while not self._events:
-            if self._ended:
-                self._raise()
+            if self._finished:
+                self._raise_on_error()
                 raise StopAsyncIteration
             await self._wait()
         return self._events.popleft()
 
     async def output(self, index: int = 0) -> Output:
         """Of the index-th request, once it has ended."""
-        id = self.ids[index]
+        id = self.request_ids[index]
         while id not in self._outputs:
-            if self._ended:
-                self._raise()
+            if self._finished:
+                self._raise_on_error()
                 raise RuntimeError(f"request {id} was left before its end, and aborted")
             await self._wait()
         output = self._outputs[id]
-        if not _complete(output):
-            self._raise()
+        if not _is_complete(output):
+            self._raise_on_error()
         return output
 
     def close(self) -> None:
         """Abort what still runs; nobody hears of it any more."""
-        if self._ended:
+        if self._finished:
             return
-        self._ended = True
+        self._finished = True
         self._events.clear()
-        self._news.set()
-        self._owner._post(self._leave, late=True)
+        self._wake_up_event.set()
+        self._async_engine._enqueue_job(self._abort_unfinished, ignore_closed=True)
 
     async def _wait(self) -> None:
-        self._news.clear()
+        self._wake_up_event.clear()
         try:
-            await self._news.wait()
+            await self._wake_up_event.wait()
         except asyncio.CancelledError:
             self.close()
             raise
 
-    def _raise(self) -> None:
+    def _raise_on_error(self) -> None:
         if self._error is not None:
             raise RuntimeError(f"a step failed, and this request ended with it: {self._error!r}") from self._error
 
-    def _take(self, events: list[Event], ended: bool, error: BaseException | None) -> None:
+    def _deliver(self, events: list[Event], finished: bool, error: BaseException | None) -> None:
         """From the engine's thread, in the loop's."""
-        if not self._ended:
+        if not self._finished:
             self._events += events
             self._outputs |= {e.request_id: e.output for e in events if e.output is not None}
-            self._ended, self._error = ended, error
-            self._news.set()
+            self._finished, self._error = finished, error
+            self._wake_up_event.set()
 
-    def _leave(self) -> None:
+    def _abort_unfinished(self) -> None:
         """In the engine's thread."""
-        left = [id for id in self.ids if self._owner._requests.get(id) is self]
+        left = [id for id in self.request_ids if self._async_engine._requests.get(id) is self]
         for id in left:
-            del self._owner._requests[id]
-        self._owner.engine._abort(left)
+            del self._async_engine._requests[id]
+        self._async_engine.engine._abort_silently(left)
 
 
 class AsyncEngine:
@@ -122,40 +126,42 @@ class AsyncEngine:
     def __init__(self, engine: Engine | Any) -> None:
         if not isinstance(engine, Engine):
             raise ValueError(f"AsyncEngine takes an Engine (Engine.from_pretrained(…) makes one), not {engine!r:.200}")
-        if engine.group is not None and engine._crew is None:
+        if engine.tp_group is not None and engine._worker_group is None:
             raise ValueError(
                 "AsyncEngine: in a group that was there every rank makes the same calls in the same order, which "
                 "coroutines do not; take Engine(…, tensor_parallel=N), which starts the other ranks itself"
             )
         self.engine = engine
-        self._process = os.getpid()
-        engine._owner.hold()
-        self._changed = threading.Condition()  # of the next two
+        self._owner_pid = os.getpid()
+        engine._access_guard.acquire()
+        self._condition = threading.Condition()  # of the next two
         self._jobs, self._closed = list[Callable[[], None]](), False
         self._paused = self._draining = False  # these, and all that follows, are the thread's own
-        self._requests: dict[int, Request] = {}  # those that run, by id
-        self._outbox: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
-        self._drained: list[Callable[[], None]] = []
-        self._thread = threading.Thread(target=self._run, name="fastgen", daemon=True)
+        self._requests: dict[int, AsyncRequest] = {}  # those that run, by id
+        self._callbacks_by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+        self._drain_callbacks: list[Callable[[], None]] = []
+        self._thread = threading.Thread(target=self._thread_main, name="fastgen", daemon=True)
         try:
             self._thread.start()
         except BaseException:
-            engine._owner.let_go()
+            engine._access_guard.release()
             raise
         atexit.register(self.close)  # a thread that is in torch when Python ends takes the process down
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
     async def generate(
-        self, prompts: Many, sampling: Each = None, *, on_error: str = "raise"
+        self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"
     ) -> AsyncIterator[tuple[int, Output]]:
         """(index, output) of one or many prompts, as they finish. Leaving the loop early aborts the others.
 
         `on_error` "skip": prompts that cannot run get an output with `error`, as from `Engine.generate`.
         """
-        await self._compile_ahead(prompts, sampling)
-        request = await self._follow(lambda e: e._add_all(prompts, sampling, live=False, on_error=on_error), whole=True)
-        place = {id: i for i, id in enumerate(request.ids)}
+        await self._precompile_grammars(prompts, sampling)
+        request = await self._submit_and_track(
+            lambda e: e._add_requests(prompts, sampling, stream_text=False, on_error=on_error), final_only=True
+        )
+        place = {id: i for i, id in enumerate(request.request_ids)}
         try:
             async for event in request:
                 if event.output is not None:
@@ -163,72 +169,82 @@ class AsyncEngine:
         finally:
             request.close()
 
-    async def stream(self, prompts: Many, sampling: Each = None, *, on_error: str = "raise") -> AsyncIterator[Event]:
+    async def stream(
+        self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"
+    ) -> AsyncIterator[Event]:
         """Events of one or many prompts as they come. Leaving the loop early aborts what is not finished.
 
         `on_error` as for `generate`.
         """
-        await self._compile_ahead(prompts, sampling)
-        request = await self._follow(lambda e: e._add_all(prompts, sampling, live=True, on_error=on_error))
+        await self._precompile_grammars(prompts, sampling)
+        request = await self._submit_and_track(
+            lambda e: e._add_requests(prompts, sampling, stream_text=True, on_error=on_error)
+        )
         try:
             async for event in request:
                 yield event
         finally:
             request.close()
 
-    async def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, live: bool = True) -> Request:
+    async def add(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, stream_text: bool = True
+    ) -> AsyncRequest:
         """Queue a request. `live` false: only its last event is told. ValueError for what can never run."""
-        await self._compile_ahead([prompt], sampling)
-        return await self._follow(lambda e: [e.add(prompt, sampling, live=live)], whole=not live)
+        await self._precompile_grammars([prompt], sampling)
+        return await self._submit_and_track(
+            lambda e: [e.add(prompt, sampling, stream_text=stream_text)], final_only=not stream_text
+        )
 
-    async def _compile_ahead(self, prompts: Many, sampling: Each) -> None:
+    async def _precompile_grammars(self, prompts: OneOrManyPrompts, sampling: OneOrManySampling) -> None:
         """Compiles grammars beside the steps, for the requests that follow. Whoever leaves ends that."""
         if sampling is None or (isinstance(sampling, SamplingParams) and sampling.grammar is None):
             return
         stop = threading.Event()
         try:
             with suppress(ValueError):  # which the request itself gets at once
-                for _, params in pairs(prompts, sampling):
+                for _, params in pair_prompts(prompts, sampling):
                     if params.grammar is not None:
-                        await asyncio.to_thread(self.engine._compile_ahead, params, stop)
+                        await asyncio.to_thread(self.engine._precompile_grammar, params, stop)
         except asyncio.CancelledError:
             stop.set()
             raise
 
-    async def follow(self, f: Callable[..., int | Sequence[int]], *args: Any, **named: Any) -> Request:
+    async def follow(self, fn: Callable[..., int | Sequence[int]], *args: Any, **kwargs: Any) -> AsyncRequest:
         """The requests whose ids f(engine, …) returns, from their first event on: `follow(Engine.fork, id, 4)`."""
 
         def ids(engine: Engine) -> list[int]:
-            found = f(engine, *args, **named)
+            found = fn(engine, *args, **kwargs)
             found = [found] if isinstance(found, int) else list(found)
-            running = {s.output.request_id for s in engine._samples.values()} - self._requests.keys()
+            running = {s.output.request_id for s in engine._sequence_states.values()} - self._requests.keys()
             if wrong := set(found) - running:
                 raise ValueError(f"follow: requests {sorted(wrong)} do not run here, or are followed already")
             return found
 
-        return await self._follow(ids)
+        return await self._submit_and_track(ids)
 
-    async def _follow(self, f: Callable[[Engine], Iterable[int]], *, whole: bool = False) -> Request:
-        request = Request(self, asyncio.get_running_loop(), whole)
+    async def _submit_and_track(
+        self, fn: Callable[[Engine], Iterable[int]], *, final_only: bool = False
+    ) -> AsyncRequest:
+        request = AsyncRequest(self, asyncio.get_running_loop(), final_only)
 
         def begin() -> None:
             if self._draining:
                 raise RuntimeError("the engine drains, and takes new requests only after resume()")
-            request.ids = [*f(self.engine)]
-            self._requests |= dict.fromkeys(request.ids, request)
-            request._running = len(request.ids)
-            request._ended = not request.ids
+            request.request_ids = [*fn(self.engine)]
+            self._requests |= dict.fromkeys(request.request_ids, request)
+            request._num_unfinished = len(request.request_ids)
+            request._finished = not request.request_ids
 
         try:
-            await self._ask(begin)
+            await self._call_on_thread(begin)
         except asyncio.CancelledError:
             request.close()  # behind `begin`
             raise
         return request
 
-    async def abort(self, id: int) -> Output | None:
+    async def abort(self, request_id: int) -> Output | None:
         """End a request now; what it has so far. Who waits for it gets the same. None if it is not running."""
-        return await self.call(Engine.abort, id)
+        return await self.call(Engine.abort, request_id)
 
     async def abort_all(self) -> dict[int, Output]:
         """End all requests now; what each has so far."""
@@ -236,9 +252,9 @@ class AsyncEngine:
 
     # --- control ----------------------------------------------------------------------------------------------------
 
-    async def call(self, f: Callable[..., T], *args: Any, **named: Any) -> T:
+    async def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """f(engine, …), between two steps: `call(Engine.touch)`, `call(Engine.update_params, tensors)`, …"""
-        return await self._ask(lambda: f(self.engine, *args, **named))
+        return await self._call_on_thread(lambda: fn(self.engine, *args, **kwargs))
 
     async def update_params(
         self,
@@ -247,7 +263,7 @@ class AsyncEngine:
         device: torch.device | str | None = None,
         partial: bool = False,
         recompute: bool = False,
-        finite: bool = True,
+        check_finite: bool = True,
     ) -> int:
         """`Engine.update_params` that takes the tensors from `source` beside the steps, and writes them between two.
 
@@ -264,15 +280,19 @@ class AsyncEngine:
             try:
                 if engine.device.type == "cuda":
                     torch.cuda.set_device(engine.device)  # is a thread's own
-                pairs = weights.named(source, engine.spec) if isinstance(source, Params) else source
-                tensors, error = exchange.staged(pairs, device), None
-                weights.check(tensors, engine.spec, engine.dtype, source="update_params", partial=partial)
-                if finite:
-                    weights.check_update(engine.params, engine.spec, tensors, engine._place, "update_params")
+                pairs = weights.named_weights(source, engine.model_config) if isinstance(source, Params) else source
+                tensors, error = exchange.stage_named_tensors(pairs, device), None
+                weights.check_tensors(
+                    tensors, engine.model_config, engine.dtype, source="update_params", partial=partial
+                )
+                if check_finite:
+                    weights.check_finite_update(
+                        engine.params, engine.model_config, tensors, engine._tp_shard, "update_params"
+                    )
             except BaseException as e:
                 tensors, error = [], e
             with suppress(RuntimeError):  # the loop was closed, and nobody waits any more
-                loop.call_soon_threadsafe(_settle, staged, tensors, error)
+                loop.call_soon_threadsafe(_resolve_future, staged, tensors, error)
 
         threading.Thread(target=receive, name="fastgen-update", daemon=True).start()
         how = {"partial": partial, "recompute": recompute, "finite": False}  # they have been looked at
@@ -285,22 +305,22 @@ class AsyncEngine:
         be added meanwhile, and `call` works.
         """
         if mode not in ("keep", "abort"):
-            raise ValueError(unknown("mode", mode, ["keep", "abort"]))
+            raise ValueError(unknown_name_message("mode", mode, ["keep", "abort"]))
 
         def stop() -> None:
             self._paused = True
             try:
-                if self.engine._crew is not None:
-                    self.engine._crew.tell("_receive")
-                self.engine._receive()
+                if self.engine._worker_group is not None:
+                    self.engine._worker_group.broadcast_call("_receive")
+                self.engine._finish_step()
             except BaseException as e:
-                self.engine._fail()
-                self._hand_out(self._taken(), e)
+                self.engine._reset_after_error()
+                self._deliver_events(self._drain_events(), e)
                 raise
             if mode == "abort":
                 self.engine._abort_all()
 
-        await self._ask(stop)
+        await self._call_on_thread(stop)
 
     async def resume(self) -> None:
         """Go on after `pause`, and take new requests after `drain`."""
@@ -308,7 +328,7 @@ class AsyncEngine:
         def go() -> None:
             self._paused = self._draining = False
 
-        await self._ask(go)
+        await self._call_on_thread(go)
 
     async def drain(self) -> None:
         """Take no new requests until `resume`, and wait for the end of those there are."""
@@ -317,18 +337,18 @@ class AsyncEngine:
 
         def begin() -> None:
             self._draining = True
-            self._drained.append(lambda: self._send(loop, partial(_settle, done, None, None)))
+            self._drain_callbacks.append(lambda: self._add_callback(loop, partial(_resolve_future, done, None, None)))
 
-        self._post(begin)
+        self._enqueue_job(begin)
         await done
 
     def close(self) -> None:
         """Abort what runs, end the thread, and leave the engine to its owner. In a fork of the process: nothing."""
-        if self._process != os.getpid():
+        if self._owner_pid != os.getpid():
             return
-        with self._changed:
+        with self._condition:
             self._closed = True
-            self._changed.notify()
+            self._condition.notify()
         self._thread.join()
         atexit.unregister(self.close)
 
@@ -336,7 +356,7 @@ class AsyncEngine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
@@ -344,55 +364,55 @@ class AsyncEngine:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
 
     # --- between threads --------------------------------------------------------------------------------------------
 
-    def _post(self, job: Callable[[], None], *, late: bool = False) -> None:
+    def _enqueue_job(self, job: Callable[[], None], *, ignore_closed: bool = False) -> None:
         """Have the thread do something before its next step. RuntimeError if it has ended, unless `late`."""
-        if self._process != os.getpid():
-            if late:
+        if self._owner_pid != os.getpid():
+            if ignore_closed:
                 return
-            self.engine._owner.check()
-        with self._changed:
+            self.engine._access_guard.check()
+        with self._condition:
             if not self._closed:
                 self._jobs.append(job)
-                self._changed.notify()
-            elif not late:
+                self._condition.notify()
+            elif not ignore_closed:
                 raise RuntimeError("this AsyncEngine was closed")
 
-    async def _ask(self, f: Callable[[], T]) -> T:
+    async def _call_on_thread(self, fn: Callable[[], T]) -> T:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 
         def job() -> None:
             try:
-                done = partial(_settle, answer, f(), None)
+                done = partial(_resolve_future, answer, fn(), None)
             except BaseException as e:
-                done = partial(_settle, answer, None, e)
-            self._send(loop, done)
+                done = partial(_resolve_future, answer, None, e)
+            self._add_callback(loop, done)
 
-        self._post(job)
+        self._enqueue_job(job)
         return await answer
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        self.engine._owner.thread = threading.get_ident()
+    def _thread_main(self) -> None:
+        self.engine._access_guard.thread_id = threading.get_ident()
         try:
-            self._loop()
+            self._run_loop()
         finally:
-            self.engine._owner.let_go()
+            self.engine._access_guard.release()
 
-    def _loop(self) -> None:
+    def _run_loop(self) -> None:
         if self.engine.device.type == "cuda":
             torch.cuda.set_device(self.engine.device)  # is a thread's own
         closed = False
         while not closed:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closed or self._ready())
+            with self._condition:
+                self._condition.wait_for(lambda: self._jobs or self._closed or self._can_step())
                 jobs, self._jobs, closed = self._jobs, [], self._closed
             try:
                 for job in jobs:
@@ -401,78 +421,80 @@ class AsyncEngine:
                 if closed:
                     self.engine._abort_all()
                 if jobs or closed:
-                    self._hand_out(self._taken())
-                if not closed and self._ready():
-                    self._hand_out(self.engine.step())
+                    self._deliver_events(self._drain_events())
+                if not closed and self._can_step():
+                    self._deliver_events(self.engine.step())
             except BaseException as e:  # everything ends, and the engine can go on
                 with suppress(RuntimeError):  # of ranks that are gone
                     self.engine._abort_all()
-                self._hand_out(self._taken(), e)
+                self._deliver_events(self._drain_events(), e)
 
-    def _ready(self) -> bool:
+    def _can_step(self) -> bool:
         """Whether a step may be done and has something to do; it waits while memory is given back."""
         e = self.engine
-        return not self._paused and e.unfinished and all(r.held for r in e._regions.values())
+        return not self._paused and e.has_unfinished_requests and all(r.resident for r in e._releasable_memory.values())
 
-    def _taken(self) -> list[Event]:
+    def _drain_events(self) -> list[Event]:
         """Events that need no step."""
-        events, self.engine._undelivered = self.engine._undelivered, []
+        events, self.engine._pending_events = self.engine._pending_events, []
         return events
 
-    def _hand_out(self, events: list[Event], error: BaseException | None = None) -> None:
+    def _deliver_events(self, events: list[Event], error: BaseException | None = None) -> None:
         """Events to those who wait for them, and an error to those whom it has ended."""
-        told: dict[Request, list[Event]] = {}
-        failed = set[Request]() if error is None else set(self._requests.values())
+        told: dict[AsyncRequest, list[Event]] = {}
+        failed = set[AsyncRequest]() if error is None else set(self._requests.values())
         for event in events:
             if (request := self._requests.get(event.request_id)) is None:
                 continue
             if event.output is not None:
                 del self._requests[event.request_id]
-                request._running -= 1
-            elif request._whole:
+                request._num_unfinished -= 1
+            elif request._final_only:
                 continue
             told.setdefault(request, []).append(event)
         if error is not None:
             self._requests.clear()
             # Who has all of its outputs, none of them cut short, lost nothing.
-            failed -= {r for r, some in told.items() if not r._running and all(_complete(e.output) for e in some)}
+            failed -= {
+                r for r, some in told.items() if not r._num_unfinished and all(_is_complete(e.output) for e in some)
+            }
         for request in {**told, **dict.fromkeys(failed)}:
             cause = error if request in failed else None
-            ended = not request._running or cause is not None
-            self._send(request._loop, partial(request._take, told.get(request, []), ended, cause))
-        if self._drained and not self.engine.unfinished:
-            for tell in self._drained:
+            ended = not request._num_unfinished or cause is not None
+            self._add_callback(request._loop, partial(request._deliver, told.get(request, []), ended, cause))
+        if self._drain_callbacks and not self.engine.has_unfinished_requests:
+            for tell in self._drain_callbacks:
                 tell()
-            self._drained = []
-        self._flush()
+            self._drain_callbacks = []
+        self._flush_callbacks()
 
-    def _send(self, loop: asyncio.AbstractEventLoop, f: Callable[[], None]) -> None:
+    def _add_callback(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         """Have a loop do something; all that one step has for it goes together."""
-        self._outbox.setdefault(loop, []).append(f)
+        self._callbacks_by_loop.setdefault(loop, []).append(callback)
 
-    def _flush(self) -> None:
-        outbox, self._outbox = self._outbox, {}
+    def _flush_callbacks(self) -> None:
+        outbox, self._callbacks_by_loop = self._callbacks_by_loop, {}
         for loop, some in outbox.items():
             try:
-                loop.call_soon_threadsafe(_do, some)
+                loop.call_soon_threadsafe(_run_callbacks, some)
             except RuntimeError:  # it was closed, and nobody waits any more
                 gone = [id for id, r in self._requests.items() if r._loop is loop]
                 for id in gone:
                     del self._requests[id]
                 with suppress(RuntimeError):  # of ranks that are gone, which the next step says
-                    self.engine._abort(gone)
+                    self.engine._abort_silently(gone)
 
 
-def _complete(output: Output | None) -> bool:
+def _is_complete(output: Output | None) -> bool:
     return output is None or all(c.finish_reason != "abort" for c in output.completions)
 
 
-def _do(some: list[Callable[[], None]]) -> None:
-    for f in some:
+def _run_callbacks(callbacks: list[Callable[[], None]]) -> None:
+    for f in callbacks:
         f()
 
 
-def _settle(future: asyncio.Future, value: Any, error: BaseException | None) -> None:
+def _resolve_future(future: asyncio.Future, value: Any, error: BaseException | None) -> None:
     if future.done():  # cancelled
         return
     if error is None:

@@ -2,61 +2,73 @@
 
 from fastgen import lora
 from fastgen.aio import AsyncEngine
-from fastgen.batch import stage
-from fastgen.cache.prefix import Counts
-from fastgen.config import SamplingParams, Settings
+from fastgen.batch import build_batch
+from fastgen.cache.prefix import CacheStats
+from fastgen.config import SamplingParams, EngineConfig
 from fastgen.engine import Engine
-from fastgen.exchange import adopt, handles, receive, send
-from fastgen.models.spec import Rope, Spec, from_hf
-from fastgen.models.transformer import forward, hidden, unembed
+from fastgen.exchange import adopt, cuda_ipc_handles, receive, send
+from fastgen.models.spec import RopeConfig, ModelConfig, from_hf_config
+from fastgen.models.transformer import forward, hidden_states, compute_logits
 from fastgen.models.weights import init, load, save
 from fastgen.replicas import Replicas
 from fastgen.request import Completion, Event, Output
-from fastgen.scoring import Mismatch, compare, mismatch, score
+from fastgen.scoring import LogprobMismatch, compare_logprobs, logprob_mismatch, score
 from fastgen.snapshot import Snapshot
-from fastgen.step import new_cache
-from fastgen.types import Adapter, Adapters, Batch, Cache, Edits, Filter, Layer, Params, Sampled, Sampling, Share
+from fastgen.step import new_kv_cache
+from fastgen.types import (
+    Adapter,
+    StackedAdapters,
+    Batch,
+    KVCache,
+    LogitEdits,
+    TopKTopP,
+    Layer,
+    Params,
+    SamplerOutput,
+    SamplingTensors,
+    SharedPrefix,
+)
 
 __all__ = [
     "Adapter",
-    "Adapters",
+    "StackedAdapters",
     "AsyncEngine",
     "Batch",
-    "Cache",
+    "KVCache",
     "Completion",
-    "Counts",
-    "Edits",
+    "CacheStats",
+    "LogitEdits",
     "Engine",
     "Event",
-    "Filter",
+    "TopKTopP",
     "Layer",
-    "Mismatch",
+    "LogprobMismatch",
     "Output",
     "Params",
     "Replicas",
-    "Rope",
-    "Sampled",
-    "Sampling",
+    "RopeConfig",
+    "SamplerOutput",
+    "SamplingTensors",
     "SamplingParams",
-    "Settings",
-    "Share",
+    "EngineConfig",
+    "SharedPrefix",
     "Snapshot",
-    "Spec",
+    "ModelConfig",
     "adopt",
-    "compare",
+    "compare_logprobs",
     "forward",
-    "from_hf",
-    "handles",
-    "hidden",
+    "from_hf_config",
+    "cuda_ipc_handles",
+    "hidden_states",
     "init",
     "load",
     "lora",
-    "mismatch",
-    "new_cache",
+    "logprob_mismatch",
+    "new_kv_cache",
     "receive",
     "save",
     "score",
     "send",
-    "stage",
-    "unembed",
+    "build_batch",
+    "compute_logits",
 ]

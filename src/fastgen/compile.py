@@ -23,68 +23,68 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastgen import parallel
-from fastgen.batch import Stager
-from fastgen.config import Schedule, Settings
+from fastgen.batch import InputBuffers
+from fastgen.config import SchedulerConfig, EngineConfig
 from fastgen.models import invariant, transformer
 from fastgen.models.layers import swiglu
-from fastgen.models.spec import Spec, share_of, split
-from fastgen.models.transformer import PLAIN, Ops, table
-from fastgen.ops.attention import Backend, Fresh
-from fastgen.ops.backends import choose
-from fastgen.parallel import Group, Peers, Ranks, sharded
+from fastgen.models.spec import ModelConfig, vocab_shard, shard_config
+from fastgen.models.transformer import TORCH_OPS, ModelOps, lm_head_weight
+from fastgen.ops.attention import AttentionBackend, UnrotatedQKV
+from fastgen.ops.backends import select_attention_backend
+from fastgen.parallel import TPGroup, PeerBuffers, TPProcessGroup, shard_ops
 from fastgen.sampling import sample
-from fastgen.step import Computed, Draw, compute, feed
-from fastgen.types import Adapters, Batch, Cache, Params, Sampled, Sampling
+from fastgen.step import StepOutput, FusedSampler, forward_and_sample, fill_pending_tokens
+from fastgen.types import StackedAdapters, Batch, KVCache, Params, SamplerOutput, SamplingTensors
 
-MIXED = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # captured sizes of steps that prefill,
-SEQUENCES = 32  # with so many sequences, padding included
-SPARE = 1.03  # a step so much larger than needed costs no more than launching its kernels one by one
+PREFILL_GRAPH_SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # captured sizes of steps that prefill,
+PREFILL_GRAPH_NUM_SEQS = 32  # with so many sequences, padding included
+MAX_PADDING = 1.03  # a step so much larger than needed costs no more than launching its kernels one by one
 # The arguments of each region whose first dimension is the step's tokens.
-REGIONS: dict[Callable[..., Any], tuple[int, ...]] = {
-    feed: (0,),
-    transformer.enter: (1, 2),
-    transformer.project: (0, 1),
-    transformer.project_swiglu: (0, 1),
+DYNAMIC_ARGS: dict[Callable[..., Any], tuple[int, ...]] = {
+    fill_pending_tokens: (0,),
+    transformer.embed: (1, 2),
+    transformer.add_norm_qkv: (0, 1),
+    transformer.add_norm_gate_up: (0, 1),
     transformer.add_norm: (0, 1),
     swiglu: (0,),
-    transformer.norm_heads: (0,),
-    transformer.leave: (0, 1),
+    transformer.apply_qk_norm: (0,),
+    transformer.final_norm: (0, 1),
 }
 
 
-class Shape(NamedTuple):
+class StepShape(NamedTuple):
     """Of a step: tokens and sequences, padding included. `decode`: one token each; `shared`: in groups that share."""
 
-    tokens: int
-    rows: int
+    num_tokens: int
+    num_seqs: int
     decode: bool
-    shared: bool = False
+    shared_prefix: bool = False
 
 
-def buckets(most: int) -> tuple[int, ...]:
+def decode_graph_sizes(max_size: int) -> tuple[int, ...]:
     """Numbers of decoding sequences that have a graph: close together, since each padded row costs its share."""
-    steps = [*range(2, 8, 2), *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 32)]
-    return (*(n for n in steps if n < most), max(2, most))
+    steps = [*range(2, 8, 2), *range(8, 64, 8), *range(64, 256, 16), *range(256, max_size, 32)]
+    return (*(n for n in steps if n < max_size), max(2, max_size))
 
 
-def shared_buckets(most: int) -> tuple[int, ...]:
+def shared_prefix_graph_sizes(max_size: int) -> tuple[int, ...]:
     """The same for steps in which sequences share pages: fewer, since a padded row costs them little."""
-    return tuple(n for n in buckets(most) if n >= 16 and (n % 64 == 0 or n in (16, 32, most)))
+    return tuple(n for n in decode_graph_sizes(max_size) if n >= 16 and (n % 64 == 0 or n in (16, 32, max_size)))
 
 
-def largest(limits: Schedule) -> Shape:
+def largest_shape(schedule: SchedulerConfig) -> StepShape:
     """The most tokens and sequences a step may have, padding included."""
-    rows = max(limits.max_requests + 1, SEQUENCES)
-    return Shape(max(-(-limits.token_budget // 64) * 64 + 8, 2 * rows + 16), rows, False)
+    rows = max(schedule.max_num_seqs + 1, PREFILL_GRAPH_NUM_SEQS)
+    return StepShape(max(-(-schedule.token_budget // 64) * 64 + 8, 2 * rows + 16), rows, False)
 
 
-def full(limits: Schedule) -> Shape:
+def full_budget_shape(schedule: SchedulerConfig) -> StepShape:
     """A step that spends its whole budget, as almost all do while many prompts wait."""
-    most = largest(limits)
-    return Shape(most.tokens - most.tokens % 64, most.rows, False)
+    most = largest_shape(schedule)
+    return StepShape(most.num_tokens - most.num_tokens % 64, most.num_seqs, False)
 
 
-def _one_cache() -> None:
+def _set_triton_cache_dir() -> None:
     """Say where Triton keeps its kernels. Torch's compiler says so itself, but only once it has something to compile:
     the next process, which has not, would look for them elsewhere and compile all of them again.
     """
@@ -94,27 +94,27 @@ def _one_cache() -> None:
 
 
 @contextmanager
-def _blas(name: str) -> Iterator[None]:
+def _prefer_blas_library(library: str) -> Iterator[None]:
     """Matrix products by this library: see docs/performance.md for why cuBLASLt."""
     if not torch.cuda.is_available():
         yield
         return
     before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library(name)
+    torch.backends.cuda.preferred_blas_library(library)
     try:
         yield
     finally:
         torch.backends.cuda.preferred_blas_library(before)
 
 
-class Regions:
+class CompiledOps:
     """Compiled versions of functions, with any number of tokens. Each shape of weights has a compilation of its own."""
 
     def __init__(self) -> None:
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        dynamic = REGIONS[f]
+        dynamic = DYNAMIC_ARGS[f]
 
         def call(*args: Any) -> Any:
             fixed = tuple(a.shape if isinstance(a, Tensor) else a for i, a in enumerate(args) if i not in dynamic)
@@ -133,216 +133,258 @@ class Regions:
         return call
 
 
-def compilations() -> int:
+def num_compiled_graphs() -> int:
     """Graphs compiled in this process so far."""
     from torch._dynamo.utils import counters  # takes more than a second to import
 
     return counters["stats"]["unique_graphs"]
 
 
-class Stepper:
+class ModelRunner:
     """Runs the steps of one engine."""
 
     def __init__(
         self,
         params: Params,
-        spec: Spec,
-        settings: Settings,
-        stager: Stager,
-        group: Group | None = None,
-        adapters: Adapters | None = None,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        input_buffers: InputBuffers,
+        tp_group: TPGroup | None = None,
+        adapters: StackedAdapters | None = None,
     ) -> None:
-        self.params, self.settings, self.stager, self.adapters = params, settings, stager, adapters
-        self.spec = spec if group is None else split(spec, group.place.size)  # what runs here
-        self.device, self.how = params.embed.device, settings.compile.compile
-        self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Computed]] = {}
-        self.pool: Any = None
-        self.captures = 0  # so far
-        self.held = 0  # bytes of the graphs
-        self.regions = Regions()
-        self._measured = False
+        self.params, self.config, self.input_buffers, self.adapters = params, config, input_buffers, adapters
+        self.model_config = (
+            model_config if tp_group is None else shard_config(model_config, tp_group.shard.size)
+        )  # what runs here
+        self.device, self.mode = params.embed.device, config.compile.mode
+        self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
+        self.graph_pool: Any = None
+        self.num_captures = 0  # so far
+        self.graph_bytes = 0  # bytes of the graphs
+        self.compiled_ops = CompiledOps()
+        self._profiled = False
         cuda = self.device.type == "cuda"
         if cuda:
-            _one_cache()
-        self.draw: Draw | None = None
+            _set_triton_cache_dir()
+        self.fused_sampler: FusedSampler | None = None
         # One buffer for all graphs' logits: they would each keep theirs.
-        rows = largest(settings.schedule).rows
-        self.logits = None if self.how != "graphs" else params.embed.new_empty(rows, len(table(params)))
-        fixed = settings.compile.deterministic
-        backend = choose(settings.compile.attention, self.device)
+        rows = largest_shape(config.schedule).num_seqs
+        self.logits_buffer = (
+            None if self.mode != "graphs" else params.embed.new_empty(rows, len(lm_head_weight(params)))
+        )
+        fixed = config.compile.batch_invariant
+        backend = select_attention_backend(config.compile.attention, self.device)
         if fixed:
-            if group is not None and group.place.size > 1:
+            if tp_group is not None and tp_group.shard.size > 1:
                 raise ValueError("compile.deterministic=true holds for one device: sums over ranks have no fixed order")
-            invariant.verify(params)
-            self.ops = invariant.ops(self.device)
+            invariant.verify_batch_invariance(params)
+            self.ops = invariant.batch_invariant_ops(self.device)
         else:
-            self.ops = self._ops(backend, cuda) if self.how != "eager" else PLAIN._replace(attention=backend)
-        self.fresh = 0  # tokens of a step that only decodes, up to which attention rotates and stores what is new
-        if settings.compile.attention == "triton" and self.how != "eager" and not fixed:
-            from fastgen.ops.hopper import FEW
+            self.ops = (
+                self._select_ops(backend, cuda) if self.mode != "eager" else TORCH_OPS._replace(attention=backend)
+            )
+        self.fused_rope_max_tokens = (
+            0  # tokens of a step that only decodes, up to which attention rotates and stores what is new
+        )
+        if config.compile.attention == "triton" and self.mode != "eager" and not fixed:
+            from fastgen.ops.hopper import SMALL_BATCH
 
-            self.fresh = FEW
-        self._sample = partial(invariant.sample, measure=self.ops.logprobs) if fixed else sample
-        self.group, self.vocab, self.head = group, spec.vocab, self.ops.head  # a step's: each rank keeps its logits
-        self.peers: Peers | None = None
-        if group is not None:
-            if isinstance(group, Ranks) and self.how != "eager" and settings.parallel.peer_memory:
-                most = largest(settings.schedule).tokens
-                self.peers = group.peers(spec.dim, most, params.embed.dtype, self.device)
-            self.ops = sharded(self.ops, group, spec, self.peers)
-        if self.how != "eager" and cuda:
-            from fastgen.ops.fused import draw  # Triton comes with the GPU builds of torch, and not with others
+            self.fused_rope_max_tokens = SMALL_BATCH
+        self._sample_fn = partial(invariant.sample, compute_logprobs=self.ops.logprobs) if fixed else sample
+        self.tp_group, self.vocab_size, self.local_lm_head = (
+            tp_group,
+            model_config.vocab_size,
+            self.ops.lm_head,
+        )  # a step's: each rank keeps its logits
+        self.peer_buffers: PeerBuffers | None = None
+        if tp_group is not None:
+            if isinstance(tp_group, TPProcessGroup) and self.mode != "eager" and config.parallel.peer_memory:
+                most = largest_shape(config.schedule).num_tokens
+                self.peer_buffers = tp_group.create_peer_buffers(
+                    model_config.hidden_size, most, params.embed.dtype, self.device
+                )
+            self.ops = shard_ops(self.ops, tp_group, model_config, self.peer_buffers)
+        if self.mode != "eager" and cuda:
+            from fastgen.ops.fused import (
+                sample_tokens,
+            )  # Triton comes with the GPU builds of torch, and not with others
 
-            self.draw = partial(draw, fixed=True) if fixed else draw
-            if group is not None:
-                share = share_of(spec.vocab, group.place)
-                self.draw = partial(draw, vocab=spec.vocab, part=share, gather=group.all_gather)
+            self.fused_sampler = partial(sample_tokens, batch_invariant=True) if fixed else sample_tokens
+            if tp_group is not None:
+                share = vocab_shard(model_config.vocab_size, tp_group.shard)
+                self.fused_sampler = partial(
+                    sample_tokens, vocab_size=model_config.vocab_size, vocab_shard=share, all_gather=tp_group.all_gather
+                )
 
-    def _ops(self, attention: Backend, cuda: bool) -> Ops:
-        region = self.regions
-        parts: dict[str, Any] = {name: region(f) if f in REGIONS else f for name, f in PLAIN._asdict().items()}
+    def _select_ops(self, attention: AttentionBackend, use_triton: bool) -> ModelOps:
+        region = self.compiled_ops
+        parts: dict[str, Any] = {name: region(f) if f in DYNAMIC_ARGS else f for name, f in TORCH_OPS._asdict().items()}
         parts["attention"] = attention
-        ops = Ops(**parts)
-        if not cuda:
+        ops = ModelOps(**parts)
+        if not use_triton:
             return ops
         from fastgen.ops import fused, hopper, lowrank, skinny
 
         def few(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda x, *rest: (fast if len(x) <= hopper.FEW else plain)(x, *rest)
+            return lambda x, *rest: (fast if len(x) <= hopper.SMALL_BATCH else plain)(x, *rest)
 
         return ops._replace(
-            project=few(skinny.project, ops.project),
-            project_swiglu=few(skinny.project_swiglu, ops.project_swiglu),
+            project=few(skinny.add_norm_qkv, ops.add_norm_qkv),
+            project_swiglu=few(skinny.add_norm_gate_up, ops.add_norm_gate_up),
             linear=few(skinny.linear, ops.linear),
             add_norm=few(skinny.add_norm, ops.add_norm),
             swiglu=few(skinny.swiglu, ops.swiglu),
-            adapt=lowrank.adapt,
-            leave=few(lambda *args: skinny.add_norm(*args)[1], ops.leave),
-            head=few(lambda h, w, out=None: skinny.linear(h, w, None, out if out is None else out[: len(h)]), ops.head),
-            store=fused.store,
+            adapt=lowrank.apply_lora,
+            leave=few(lambda *args: skinny.add_norm(*args)[1], ops.final_norm),
+            head=few(
+                lambda h, w, out=None: skinny.linear(h, w, None, out if out is None else out[: len(h)]), ops.lm_head
+            ),
+            store=fused.rope_and_cache_kv,
         )
 
     # --- shapes -----------------------------------------------------------------------------------------------------
 
-    def shapes(self) -> tuple[Shape, ...]:
+    def graph_shapes(self) -> tuple[StepShape, ...]:
         """Those that are captured, largest first: the others then fit into the memory of the first."""
-        if self.how != "graphs":
+        if self.mode != "graphs":
             return ()
-        s = self.settings.schedule
-        decode = [Shape(n, n, True) for n in buckets(s.max_requests)]
-        mixed = [Shape(n, SEQUENCES, False) for n in MIXED if n <= s.token_budget]
-        p = self.settings.pages
-        together = p.prefix_cache and p.shared_attention and not self.settings.compile.deterministic
-        groups = shared_buckets(s.max_requests) if together else ()
-        shared = [Shape(n, n, True, True) for n in groups]
-        return tuple(sorted({*decode, *shared, *mixed, full(s)}, reverse=True))
+        s = self.config.schedule
+        decode = [StepShape(n, n, True) for n in decode_graph_sizes(s.max_num_seqs)]
+        mixed = [StepShape(n, PREFILL_GRAPH_NUM_SEQS, False) for n in PREFILL_GRAPH_SIZES if n <= s.token_budget]
+        p = self.config.kv_cache
+        together = p.prefix_cache and p.shared_prefix_attention and not self.config.compile.batch_invariant
+        groups = shared_prefix_graph_sizes(s.max_num_seqs) if together else ()
+        shared = [StepShape(n, n, True, True) for n in groups]
+        return tuple(sorted({*decode, *shared, *mixed, full_budget_shape(s)}, reverse=True))
 
-    def shape(self, tokens: int, rows: int, *, scored: bool, shared: bool = False) -> Shape:
+    def padded_shape(
+        self, num_tokens: int, num_seqs: int, *, needs_prompt_logprobs: bool, shared_prefix: bool = False
+    ) -> StepShape:
         """The shape in which a step of so many tokens and sequences is run."""
-        decode, limits = tokens == rows, self.settings.schedule
-        if self.how == "eager":
-            return Shape(tokens, rows, decode, shared)
+        decode, limits = num_tokens == num_seqs, self.config.schedule
+        if self.mode == "eager":
+            return StepShape(num_tokens, num_seqs, decode, shared_prefix)
         if decode:
-            fits = [s for s in self.graphs if s.decode and s.shared == shared and s.rows >= rows]
-            n = max(2, rows)
-            return min(fits, default=Shape(n, n, True, shared))
-        fits = [s for s in self.graphs if not (s.decode or scored) and s.tokens >= tokens and s.rows > rows]
-        fits = [s for s in fits if s != full(limits) or s.tokens <= tokens * SPARE]
+            fits = [s for s in self.graphs if s.decode and s.shared_prefix == shared_prefix and s.num_seqs >= num_seqs]
+            n = max(2, num_seqs)
+            return min(fits, default=StepShape(n, n, True, shared_prefix))
+        fits = [
+            s
+            for s in self.graphs
+            if not (s.decode or needs_prompt_logprobs) and s.num_tokens >= num_tokens and s.num_seqs > num_seqs
+        ]
+        fits = [s for s in fits if s != full_budget_shape(limits) or s.num_tokens <= num_tokens * MAX_PADDING]
         # Few different sizes, each with kernels of its own in the libraries.
-        grain, wide = 64 if tokens > 512 else 8, 1 + min(n for n in buckets(limits.max_requests) if n >= rows)
-        size = -(-tokens // grain) * grain
+        grain, wide = (
+            64 if num_tokens > 512 else 8,
+            1 + min(n for n in decode_graph_sizes(limits.max_num_seqs) if n >= num_seqs),
+        )
+        size = -(-num_tokens // grain) * grain
         size += 8 * (size == wide)  # as many sequences as tokens would be taken to decode
-        return min(fits, default=Shape(size, wide, False))
+        return min(fits, default=StepShape(size, wide, False))
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def run(
         self,
-        cache: Cache,
+        cache: KVCache,
         batch: Batch,
-        sampling: Sampling,
-        shape: Shape,
+        sampling: SamplingTensors,
+        shape: StepShape,
         *,
-        scored: bool = False,
-        ready: Sequence[torch.cuda.Event] = (),
-    ) -> Computed:
+        needs_prompt_logprobs: bool = False,
+        layer_chunk_ready: Sequence[torch.cuda.Event] = (),
+    ) -> StepOutput:
         """Compute a staged step; the result lives until the next one. `scored` steps want all hidden states.
 
         `ready`: what each group of as many layers waits for before it touches the cache, if anything.
         """
-        if shape in self.graphs and not scored and (shape.decode or not ready):
-            if ready:
-                torch.cuda.current_stream(self.device).wait_event(ready[-1])
+        if shape in self.graphs and not needs_prompt_logprobs and (shape.decode or not layer_chunk_ready):
+            if layer_chunk_ready:
+                torch.cuda.current_stream(self.device).wait_event(layer_chunk_ready[-1])
             graph, computed = self.graphs[shape]
             graph.replay()
             return computed
-        return self._compute(cache, batch, sampling, ready, decode=shape.decode, scored=scored)
+        return self._run_model(
+            cache, batch, sampling, layer_chunk_ready, decode=shape.decode, scored=needs_prompt_logprobs
+        )
 
-    def _compute(self, *args: Any, **how: bool) -> Computed:
-        with invariant.exact() if self.settings.compile.deterministic else _blas("cublaslt"):
-            return self._forward(*args, **how)
+    def _run_model(self, *args: Any, **options: bool) -> StepOutput:
+        with invariant.no_split_k() if self.config.compile.batch_invariant else _prefer_blas_library("cublaslt"):
+            return self._forward_and_sample(*args, **options)
 
-    def _forward(
-        self, cache: Cache, batch: Batch, sampling: Sampling, ready: Sequence[torch.cuda.Event] = (), **how: bool
-    ) -> Computed:
-        ops = self.ops._replace(head=self.head)
-        if how["decode"] and batch.share is None and len(batch.token) <= self.fresh:
-            ops = ops._replace(store=Fresh)
-        if ready:
+    def _forward_and_sample(
+        self,
+        cache: KVCache,
+        batch: Batch,
+        sampling: SamplingTensors,
+        layer_chunk_ready: Sequence[torch.cuda.Event] = (),
+        **options: bool,
+    ) -> StepOutput:
+        ops = self.ops._replace(head=self.local_lm_head)
+        if options["decode"] and batch.shared_prefix is None and len(batch.token_ids) <= self.fused_rope_max_tokens:
+            ops = ops._replace(store=UnrotatedQKV)
+        if layer_chunk_ready:
             layers, stream = itertools.count(), torch.cuda.current_stream(self.device)
 
             def store(*args: Any) -> Any:
-                stream.wait_event(ready[next(layers) * len(ready) // self.spec.layers])
+                stream.wait_event(
+                    layer_chunk_ready[next(layers) * len(layer_chunk_ready) // self.model_config.num_layers]
+                )
                 return now(*args)
 
-            now, ops = ops.store, ops._replace(store=store)
-        feed_ = feed if self.how == "eager" else self.regions(feed)
-        batch = batch._replace(token=feed_(batch.token, self.stager.last))
-        last, out = self.stager.last, self.logits
-        inputs = self.params, cache, last, batch, sampling, self.spec
-        return compute(*inputs, ops, self.draw, out, self.adapters, **how)
+            now, ops = ops.rope_and_cache_kv, ops._replace(store=store)
+        feed_ = fill_pending_tokens if self.mode == "eager" else self.compiled_ops(fill_pending_tokens)
+        batch = batch._replace(token=feed_(batch.token_ids, self.input_buffers.last_token_ids))
+        last, out = self.input_buffers.last_token_ids, self.logits_buffer
+        inputs = self.params, cache, last, batch, sampling, self.model_config
+        return forward_and_sample(*inputs, ops, self.fused_sampler, out, self.adapters, **options)
 
-    def sample(self, logits: Tensor, sampling: Sampling, top: int | None) -> Sampled:
+    def sample(self, logits: Tensor, sampling: SamplingTensors, num_top_logprobs: int | None) -> SamplerOutput:
         """`sampling.sample` of a step's logits."""
-        if self.group is None:
-            return self._sample(logits.float(), sampling, top)
-        return parallel.sample(logits, sampling, top, self.group, self.vocab)
+        if self.tp_group is None:
+            return self._sample_fn(logits.float(), sampling, num_top_logprobs)
+        return parallel.sample_from_shards(logits, sampling, num_top_logprobs, self.tp_group, self.vocab_size)
 
-    def _kinds(self) -> list[Shape]:
+    def _warm_up_shapes(self) -> list[StepShape]:
         """Shapes that together run every kernel: a library's are loaded when first run, which waits for the device."""
-        most = largest(self.settings.schedule)
-        rows = [n + 1 for n in buckets(self.settings.schedule.max_requests)] if self.draw is not None else []
-        tokens = [2**i for i in range(11, 17) if 2**i <= self.settings.schedule.token_budget] if rows else []
+        most = largest_shape(self.config.schedule)
+        rows = (
+            [n + 1 for n in decode_graph_sizes(self.config.schedule.max_num_seqs)]
+            if self.fused_sampler is not None
+            else []
+        )
+        tokens = [2**i for i in range(11, 17) if 2**i <= self.config.schedule.token_budget] if rows else []
         # The first is compiled for: sizes that are no other's, so that nothing is compiled for equal ones.
-        mixed = [Shape(40, 3, False), *(Shape(2 * r // 8 * 8 + 16, r, False) for r in rows)]
-        return [*mixed, *(Shape(n, min(65, most.rows), False) for n in tokens), Shape(24, 24, True)]
+        mixed = [StepShape(40, 3, False), *(StepShape(2 * r // 8 * 8 + 16, r, False) for r in rows)]
+        return [*mixed, *(StepShape(n, min(65, most.num_seqs), False) for n in tokens), StepShape(24, 24, True)]
 
-    def _padding(self, shape: Shape) -> tuple[Batch, Sampling]:
-        return self.stager.stage((), {}, shape.tokens, shape.rows, 0, () if shape.shared else None)
+    def _padding_inputs(self, shape: StepShape) -> tuple[Batch, SamplingTensors]:
+        return self.input_buffers.fill((), {}, shape.num_tokens, shape.num_seqs, 0, () if shape.shared_prefix else None)
 
     @torch.no_grad()
-    def measure(self, cache: Cache) -> int:
+    def profile_peak_memory(self, cache: KVCache) -> int:
         """Compile, and run the largest step and capture the largest graphs on a cache of one page of scratch.
 
         The bytes of device memory that are taken when all of that is there.
         """
-        for shape in (*self._kinds(), largest(self.settings.schedule)):
-            self._compute(cache, *self._padding(shape), decode=shape.decode)
-        largest_graphs = {(shape.decode, shape.shared): shape for shape in reversed(self.shapes())}
+        for shape in (*self._warm_up_shapes(), largest_shape(self.config.schedule)):
+            self._run_model(cache, *self._padding_inputs(shape), decode=shape.decode)
+        largest_graphs = {(shape.decode, shape.shared_prefix): shape for shape in reversed(self.graph_shapes())}
         for shape in largest_graphs.values():
             self._capture(cache, shape)
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info(self.device)
-        self._measured = True
-        self.free()
+        self._profiled = True
+        self.free_graphs()
         return total - free
 
     @torch.no_grad()
-    def warm_up(self, cache: Cache, *, progress: bool = True) -> None:
+    def warm_up(self, cache: KVCache, *, progress: bool = True) -> None:
         """Compile and capture everything that steps will need."""
-        if self.how == "eager":
+        if self.mode == "eager":
             return
-        shapes = self.shapes()
+        shapes = self.graph_shapes()
         with tqdm(
             total=len(shapes) + 1,
             desc="warm-up",
@@ -351,35 +393,39 @@ class Stepper:
             leave=False,
             disable=None if progress else True,
         ) as bar:
-            for shape in () if self._measured else self._kinds():
-                self._compute(cache, *self._padding(shape), decode=shape.decode)
+            for shape in () if self._profiled else self._warm_up_shapes():
+                self._run_model(cache, *self._padding_inputs(shape), decode=shape.decode)
             bar.update()
             for shape in shapes:
                 self._capture(cache, shape)
                 bar.update()
         if shapes:
             segments = torch.cuda.memory_snapshot()
-            self.held = sum(x["total_size"] for x in segments if x.get("segment_pool_id") == self.pool)
+            self.graph_bytes = sum(x["total_size"] for x in segments if x.get("segment_pool_id") == self.graph_pool)
 
-    def _capture(self, cache: Cache, shape: Shape) -> None:
-        batch, sampling = self._padding(shape)
-        self._compute(cache, batch, sampling, decode=shape.decode)  # whatever is done once only is done before
+    def _capture(self, cache: KVCache, shape: StepShape) -> None:
+        batch, sampling = self._padding_inputs(shape)
+        self._run_model(cache, batch, sampling, decode=shape.decode)  # whatever is done once only is done before
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            computed = self._compute(cache, batch, sampling, decode=shape.decode)
-        self.pool = self.pool or graph.pool()
+        with torch.cuda.graph(graph, pool=self.graph_pool):
+            computed = self._run_model(cache, batch, sampling, decode=shape.decode)
+        self.graph_pool = self.graph_pool or graph.pool()
         self.graphs[shape] = graph, computed
-        self.captures += 1
+        self.num_captures += 1
 
-    def bytes(self) -> dict[str, int]:
+    def device_bytes(self) -> dict[str, int]:
         """Of the device's memory: buffers, and what the graphs hold."""
-        shared = 0 if self.peers is None else self.peers.buffer.nbytes
-        return {"logits": 0 if self.logits is None else self.logits.nbytes, "graphs": self.held, "peers": shared}
+        shared = 0 if self.peer_buffers is None else self.peer_buffers.buffer.nbytes
+        return {
+            "logits": 0 if self.logits_buffer is None else self.logits_buffer.nbytes,
+            "graphs": self.graph_bytes,
+            "peers": shared,
+        }
 
-    def free(self) -> None:
+    def free_graphs(self) -> None:
         """Let go of the graphs and their memory."""
         self.graphs.clear()
-        self.pool, self.held = None, 0
+        self.graph_pool, self.graph_bytes = None, 0
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -7,48 +7,50 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Any
 
-SCALARS = (  # fields of SamplingParams
+SCALAR_FIELDS = (  # fields of SamplingParams
     "temperature", "top_p", "top_k", "min_p", "seed", "n", "max_tokens", "min_tokens", "ignore_eos",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "prompt_logprobs",
 )  # fmt: skip
 MIN_TEMPERATURE = 1e-5  # anything lower is greedy: logits divided by it could leave the range of fp32
 
 
-def _range(owner: str, name: str, value: Any, low: float | None, high: float | None = None, *, whole: bool) -> None:
-    kinds = int if whole else int | float
+def _check_number(
+    owner: str, name: str, value: Any, low: float | None, high: float | None = None, *, integer: bool
+) -> None:
+    kinds = int if integer else int | float
     above = f"at least {low}" if high is None else f"between {low} and {high}"
     if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
-        raise ValueError(f"{owner}.{name} must be {'a whole' if whole else 'a'} number, got {value!r}")
+        raise ValueError(f"{owner}.{name} must be {'a whole' if integer else 'a'} number, got {value!r}")
     if (low is not None and value < low) or (high is not None and value > high):
         raise ValueError(f"{owner}.{name} must be {above}, got {value!r}")
 
 
-def check_int(what: str, value: object, low: int, high: int) -> None:
+def check_int(name: str, value: object, low: int, high: int) -> None:
     """Raises ValueError unless `value` is a whole number from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{what} must be a whole number from {low} to {high}, got {value!r:.100}")
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r:.100}")
 
 
-def check_choice(what: str, value: object, options: Sequence[str]) -> None:
+def check_choice(name: str, value: object, options: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of the options."""
     if not isinstance(value, str):
-        raise ValueError(f"{what} must be one of {', '.join(options)}, got {value!r:.100}")
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r:.100}")
     if value not in options:
-        raise ValueError(unknown(what, value, list(options)))
+        raise ValueError(unknown_name_message(name, value, list(options)))
 
 
-def _choice(owner: str, name: str, value: object, options: tuple[str, ...]) -> None:
+def _check_choice(owner: str, name: str, value: object, options: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{owner}.{name} must be one of {', '.join(options)}, got {value!r}")
 
 
-def _flag(owner: str, name: str, value: object, options: str = "true or false") -> None:
+def _check_bool(owner: str, name: str, value: object, options: str = "true or false") -> None:
     """ValueError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{owner}.{name} must be {options}, got {value!r}")
 
 
-def _plain(value: Any) -> Any:
+def _to_python_scalar(value: Any) -> Any:
     """Returns Python's own number for a number of NumPy or a tensor of one; anything else as it is."""
     if type(value) in (int, float, bool, str, NoneType):
         return value
@@ -57,14 +59,14 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
-def _elements(owner: str, name: str, value: Any, what: str) -> tuple[Any, ...]:
+def _to_tuple(owner: str, name: str, value: Any, what: str) -> tuple[Any, ...]:
     """Returns what a list, an array or any other collection holds. ValueError for what is none; None is empty."""
     if value is None:
         return ()
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"{owner}.{name} must be a list of {what}, got {value!r:.80}")
-    return tuple(map(_plain, value))
+    return tuple(map(_to_python_scalar, value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +106,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         me = "SamplingParams"
-        for name in SCALARS:
-            object.__setattr__(self, name, _plain(getattr(self, name)))
-        _flag(me, "ignore_eos", self.ignore_eos)
+        for name in SCALAR_FIELDS:
+            object.__setattr__(self, name, _to_python_scalar(getattr(self, name)))
+        _check_bool(me, "ignore_eos", self.ignore_eos)
         if self.grammar is not None and not isinstance(self.grammar, str):
             raise ValueError(f"{me}.grammar must be a text, got {self.grammar!r}")
         if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
@@ -115,129 +117,129 @@ class SamplingParams:
             raise ValueError(
                 f"{me}.cache_salt must be a text of 1 to 256 characters or None, got {self.cache_salt!r:.80}"
             )
-        stop = (self.stop,) if isinstance(self.stop, str) else _elements(me, "stop", self.stop, "strings")
+        stop = (self.stop,) if isinstance(self.stop, str) else _to_tuple(me, "stop", self.stop, "strings")
         object.__setattr__(self, "stop", stop)
-        ends = _elements(me, "stop_token_ids", self.stop_token_ids, "token ids, [5] for a single one")
+        ends = _to_tuple(me, "stop_token_ids", self.stop_token_ids, "token ids, [5] for a single one")
         object.__setattr__(self, "stop_token_ids", ends)
         if not isinstance(self.logit_bias, Mapping | None):
             raise ValueError(f"{me}.logit_bias must map token ids to biases, {{5: -1.0}}, got {self.logit_bias!r:.80}")
-        biases = {_plain(token): _plain(bias) for token, bias in (self.logit_bias or {}).items()}
+        biases = {_to_python_scalar(token): _to_python_scalar(bias) for token, bias in (self.logit_bias or {}).items()}
         object.__setattr__(self, "logit_bias", biases)
-        _range(me, "temperature", self.temperature, 0, 100, whole=False)
+        _check_number(me, "temperature", self.temperature, 0, 100, integer=False)
         if self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
-        _range(me, "top_p", self.top_p, 0, 1, whole=False)
+        _check_number(me, "top_p", self.top_p, 0, 1, integer=False)
         if self.top_p == 0:
             raise ValueError(f"{me}.top_p must be above 0 and at most 1, got {self.top_p!r}")
-        _range(me, "top_k", self.top_k, 0, whole=True)
-        _range(me, "min_p", self.min_p, 0, 1, whole=False)
+        _check_number(me, "top_k", self.top_k, 0, integer=True)
+        _check_number(me, "min_p", self.min_p, 0, 1, integer=False)
         if self.seed is not None:
-            _range(me, "seed", self.seed, -(2**63), 2**63 - 1, whole=True)
-        _range(me, "n", self.n, 1, 4096, whole=True)
+            _check_number(me, "seed", self.seed, -(2**63), 2**63 - 1, integer=True)
+        _check_number(me, "n", self.n, 1, 4096, integer=True)
         if self.max_tokens is not None:
-            _range(me, "max_tokens", self.max_tokens, 1, whole=True)
-        _range(me, "min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
+            _check_number(me, "max_tokens", self.max_tokens, 1, integer=True)
+        _check_number(me, "min_tokens", self.min_tokens, 0, self.max_tokens, integer=True)
         if self.grammar is not None and (self.min_tokens or self.ignore_eos):
             raise ValueError(f"{me}.grammar says where the output ends: min_tokens must be 0 and ignore_eos false")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"{me}.stop must hold non-empty strings, got {text!r}")
         for token in self.stop_token_ids:
-            _range(me, "stop_token_ids", token, 0, whole=True)
+            _check_number(me, "stop_token_ids", token, 0, integer=True)
         for name in ("presence_penalty", "frequency_penalty"):
-            _range(me, name, getattr(self, name), -2, 2, whole=False)
-        _range(me, "repetition_penalty", self.repetition_penalty, 1e-3, 100, whole=False)
+            _check_number(me, name, getattr(self, name), -2, 2, integer=False)
+        _check_number(me, "repetition_penalty", self.repetition_penalty, 1e-3, 100, integer=False)
         for token, bias in self.logit_bias.items():
-            _range(me, "logit_bias token", token, 0, whole=True)
-            _range(me, f"logit_bias[{token}]", bias, -100, 100, whole=False)
+            _check_number(me, "logit_bias token", token, 0, integer=True)
+            _check_number(me, f"logit_bias[{token}]", bias, -100, 100, integer=False)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _range(me, name, getattr(self, name), 0, whole=True)
-        _choice(me, "logprob_mode", self.logprob_mode, ("raw", "processed"))
+                _check_number(me, name, getattr(self, name), 0, integer=True)
+        _check_choice(me, "logprob_mode", self.logprob_mode, ("raw", "processed"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class LoadConfig:
     """What to load: a path or hub id (None: the embedded default), or random weights for a config (`random=true`)."""
 
     path: str | None = None
     dtype: str = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
     device: str = "auto"  # auto: cuda if there is one
-    random: bool = False
+    random_weights: bool = False
     random_seed: int = 0
     adapters: dict[str, str] = field(default_factory=dict)  # PEFT's folders by name: what requests choose
 
     def __post_init__(self) -> None:
-        _choice("model", "dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _check_choice("model", "dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         for name, folder in self.adapters.items():
             if not (isinstance(name, str) and name and isinstance(folder, str) and folder):
                 raise ValueError(f"model.adapters must give a folder for each name, got {name!r}: {folder!r}")
-        if self.random and self.path is None:
+        if self.random_weights and self.path is None:
             raise ValueError("model.random needs model.path: the config.json, or the folder that holds it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class SchedulerConfig:
     """What a step computes. `mixed`: every running sequence decodes, prompts fill the rest of the budget.
     `prefill_first`: no decoding while there is prompt left to compute."""
 
     policy: str = "mixed"
-    max_requests: int = 512  # sequences running at once
+    max_num_seqs: int = 512  # sequences running at once
     token_budget: int = 8192  # tokens a step
     prefill_chunk: int | None = None  # tokens of one prompt a step; None: the budget
     # Launch a step while the one before still runs; None: on GPUs, where the host would else be waited for.
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
-        _choice("schedule", "policy", self.policy, ("mixed", "prefill_first"))
+        _check_choice("schedule", "policy", self.policy, ("mixed", "prefill_first"))
         for name in ("max_requests", "token_budget", "prefill_chunk"):
             if getattr(self, name) is not None:
-                _range("schedule", name, getattr(self, name), 1, whole=True)
+                _check_number("schedule", name, getattr(self, name), 1, integer=True)
         if self.overlap is not None:
-            _flag("schedule", "overlap", self.overlap, "true, false or null")
-        if self.token_budget < self.max_requests:
+            _check_bool("schedule", "overlap", self.overlap, "true, false or null")
+        if self.token_budget < self.max_num_seqs:
             raise ValueError(
                 f"schedule.token_budget ({self.token_budget}) must be at least schedule.max_requests "
-                f"({self.max_requests}): every running sequence decodes one token a step"
+                f"({self.max_num_seqs}): every running sequence decodes one token a step"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pages:
+class KVCacheConfig:
     """The paged cache: its size, and what of it is used again."""
 
     page_size: int = 64  # tokens; 128 is faster for prompts of 8k and more
     prefix_cache: bool = True  # a request begins with the longest cached beginning of its prompt
-    shared_attention: bool = True  # pages that decoding sequences share are read once for all, where that pays
+    shared_prefix_attention: bool = True  # pages that decoding sequences share are read once for all, where that pays
     cache_tokens: int | None = None  # capacity; None: from the memory that is free
     # Of the GPU's memory, for everything together, where cache_tokens is None (on a CPU the cache is then 1 GB).
-    cache_fraction: float = 0.92
+    gpu_memory_utilization: float = 0.92
 
     def __post_init__(self) -> None:
-        _range("pages", "page_size", self.page_size, 1, whole=True)
+        _check_number("pages", "page_size", self.page_size, 1, integer=True)
         for name in ("prefix_cache", "shared_attention"):
-            _flag("pages", name, getattr(self, name))
+            _check_bool("pages", name, getattr(self, name))
         if self.cache_tokens is not None:
-            _range("pages", "cache_tokens", self.cache_tokens, self.page_size, whole=True)
-        _range("pages", "cache_fraction", self.cache_fraction, 0.01, 0.98, whole=False)
+            _check_number("pages", "cache_tokens", self.cache_tokens, self.page_size, integer=True)
+        _check_number("pages", "cache_fraction", self.gpu_memory_utilization, 0.01, 0.98, integer=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offload:
+class OffloadConfig:
     """Where pages go that do not fit the device. `host`: to memory of the host, taken when the engine starts."""
 
-    offload: str = "none"
+    target: str = "none"
     host_gb: float = 8.0  # of pinned memory, 1e9 bytes
-    keep: str = "all"  # pages of everything that was computed, or of preempted requests alone (`parked`)
+    offload_policy: str = "all"  # pages of everything that was computed, or of preempted requests alone (`parked`)
 
     def __post_init__(self) -> None:
-        _choice("offload", "offload", self.offload, ("none", "host"))
-        _choice("offload", "keep", self.keep, ("all", "parked"))
-        _range("offload", "host_gb", self.host_gb, 1e-6, whole=False)
+        _check_choice("offload", "offload", self.target, ("none", "host"))
+        _check_choice("offload", "keep", self.offload_policy, ("all", "parked"))
+        _check_number("offload", "host_gb", self.host_gb, 1e-6, integer=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parallel:
+class ParallelConfig:
     """Devices a model is spread over, and how often it is there."""
 
     tensor_parallel: int = 1  # devices of an engine
@@ -245,56 +247,56 @@ class Parallel:
     peer_memory: bool = True  # on GPUs, small sums over ranks are read from the others' memory; else NCCL makes all
 
     def __post_init__(self) -> None:
-        _flag("parallel", "peer_memory", self.peer_memory)
+        _check_bool("parallel", "peer_memory", self.peer_memory)
         for name in ("tensor_parallel", "replicas"):
-            _range("parallel", name, getattr(self, name), 1, 64, whole=True)
+            _check_number("parallel", name, getattr(self, name), 1, 64, integer=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
+class LoraConfig:
     """Room for low-rank adapters, taken when the engine starts. Without it, steps are those of the model alone."""
 
     max_adapters: int = 0  # at once; no fewer than are loaded with the model
     max_rank: int | None = None  # None: the largest of those, or else 16
 
     def __post_init__(self) -> None:
-        _range("lora", "max_adapters", self.max_adapters, 0, 1024, whole=True)
+        _check_number("lora", "max_adapters", self.max_adapters, 0, 1024, integer=True)
         if self.max_rank is not None:
-            _range("lora", "max_rank", self.max_rank, 1, 256, whole=True)
+            _check_number("lora", "max_rank", self.max_rank, 1, 256, integer=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compile:
+class CompileConfig:
     """How a step is run, and by which attention."""
 
-    compile: str = "auto"  # graphs on a GPU, eager elsewhere
+    mode: str = "auto"  # graphs on a GPU, eager elsewhere
     attention: str = "auto"  # triton on a GPU, sdpa elsewhere
     # A token's logits and logprobs are the same, bit for bit, in any batch, chunk or bucket, and in `fastgen.score`.
-    deterministic: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        _flag("compile", "deterministic", self.deterministic)
-        if self.deterministic and self.attention == "reference":
+        _check_bool("compile", "deterministic", self.batch_invariant)
+        if self.batch_invariant and self.attention == "reference":
             raise ValueError("compile.deterministic=true has an attention of its own: leave compile.attention=auto")
-        _choice("compile", "compile", self.compile, ("auto", "eager", "inductor", "graphs"))
-        if self.compile == "graphs" and self.attention not in ("auto", "triton"):
+        _check_choice("compile", "compile", self.mode, ("auto", "eager", "inductor", "graphs"))
+        if self.mode == "graphs" and self.attention not in ("auto", "triton"):
             raise ValueError(
                 f"compile.compile=graphs captures compile.attention=triton only, got {self.attention}: "
                 "the others read the batch on the host; use compile.compile=inductor or eager"
             )
-        _choice("compile", "attention", self.attention, ("auto", "triton", "sdpa", "reference"))
+        _check_choice("compile", "attention", self.attention, ("auto", "triton", "sdpa", "reference"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class EngineConfig:
     """Everything an engine is told besides its model."""
 
-    schedule: Schedule = Schedule()
-    pages: Pages = Pages()
-    offload: Offload = Offload()
-    parallel: Parallel = Parallel()
-    lora: Lora = Lora()
-    compile: Compile = Compile()
+    schedule: SchedulerConfig = SchedulerConfig()
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    offload: OffloadConfig = OffloadConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    lora: LoraConfig = LoraConfig()
+    compile: CompileConfig = CompileConfig()
     seed: int | None = None  # of requests that bring none; None: from the operating system
     # What a special token becomes that is spelled in a chat's messages or tools: `text`, or that token (`control`).
     special_tokens_in_content: str = "text"
@@ -302,19 +304,19 @@ class Settings:
     def __post_init__(self) -> None:
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        _choice("settings", "special_tokens_in_content", self.special_tokens_in_content, ("text", "control"))
-        if self.compile.deterministic and self.lora.max_adapters:
+        _check_choice("settings", "special_tokens_in_content", self.special_tokens_in_content, ("text", "control"))
+        if self.compile.batch_invariant and self.lora.max_adapters:
             raise ValueError(
                 "compile.deterministic=true with lora.max_adapters: adapters' products have no fixed order; merge one"
             )
-        if self.compile.deterministic and self.parallel.tensor_parallel > 1:
+        if self.compile.batch_invariant and self.parallel.tensor_parallel > 1:
             raise ValueError(
                 "compile.deterministic=true holds for one device: sums over ranks have no fixed order. "
                 "Use parallel.tensor_parallel=1"
             )
 
     @classmethod
-    def of(cls, **flat: Any) -> "Settings":
+    def from_flat(cls, **settings: Any) -> "EngineConfig":
         """From flat keywords (`token_budget=512`), each put into the group that has it, or whole groups.
 
         A name that no group has is a ValueError with the nearest ones.
@@ -322,68 +324,68 @@ class Settings:
         groups = {f.name: getattr(cls(), f.name) for f in fields(cls) if is_dataclass(f.default)}
         owner = {f.name: group for group, value in groups.items() for f in fields(value)}
         changes: dict[str, dict[str, Any]] = {}
-        own = {name: flat.pop(name) for name in ("seed", "special_tokens_in_content") if name in flat}
-        for name, value in flat.items():
+        own = {name: settings.pop(name) for name in ("seed", "special_tokens_in_content") if name in settings}
+        for name, value in settings.items():
             if name in groups and isinstance(value, type(groups[name])):
                 groups[name] = value
             elif name in owner:
                 changes.setdefault(owner[name], {})[name] = value
             else:
-                raise ValueError(unknown("setting", name, [*owner, "seed", "special_tokens_in_content"]))
+                raise ValueError(unknown_name_message("setting", name, [*owner, "seed", "special_tokens_in_content"]))
         return cls(**own, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})
 
-    def on(self, device: str) -> "Settings":
+    def resolve(self, device: str) -> "EngineConfig":
         """These settings with what is automatic decided for a kind of device, "cuda" or "cpu"."""
         c, s, cuda = self.compile, self.schedule, device == "cuda"
-        if c.compile == "graphs" and not cuda:
+        if c.mode == "graphs" and not cuda:
             raise ValueError("compile.compile=graphs needs a GPU; on a CPU use eager or inductor")
         attention = ("triton" if cuda else "sdpa") if c.attention == "auto" else c.attention
-        how = ("graphs" if cuda and attention == "triton" else "eager") if c.compile == "auto" else c.compile
+        how = ("graphs" if cuda and attention == "triton" else "eager") if c.mode == "auto" else c.mode
         overlap = how != "eager" and cuda if s.overlap is None else s.overlap
         return replace(self, compile=replace(c, compile=how, attention=attention), schedule=replace(s, overlap=overlap))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grpo:
+class GrpoConfig:
     """A run of `fastgen.grpo`: learning from rewards. Groups are `sampling.n` answers."""
 
     problem: str = "addition"  # a name in fastgen.grpo.PROBLEMS, or module:attribute
     steps: int = 40
-    prompts: int = 8  # a step
-    minibatches: int = 2  # updates a step
-    variant: str = "grpo"  # or dr_grpo: no division by a group's deviation or an answer's length
+    prompts_per_step: int = 8  # a step
+    num_minibatches: int = 2  # updates a step
+    loss_type: str = "grpo"  # or dr_grpo: no division by a group's deviation or an answer's length
     clip: float = 0.2
-    kl: float = 0.0  # weight of the divergence from the parameters at the start; 0 keeps no copy of them
-    layers: int | None = None  # so many blocks learn, the last ones; None: everything
+    kl_coef: float = 0.0  # weight of the divergence from the parameters at the start; 0 keeps no copy of them
+    trainable_layers: int | None = None  # so many blocks learn, the last ones; None: everything
     lr: float = 1e-5
-    warmup: int = 4  # steps in which the rate rises
+    warmup_steps: int = 4  # steps in which the rate rises
     weight_decay: float = 0.0
-    max_norm: float = 1.0  # of the gradient
-    checkpointed: bool = False  # compute activations again on the way back instead of keeping them
+    max_grad_norm: float = 1.0  # of the gradient
+    gradient_checkpointing: bool = False  # compute activations again on the way back instead of keeping them
     save_every: int = 20  # steps
-    folder: str = "grpo"  # for log, checkpoint, plot and model
+    output_dir: str = "grpo"  # for log, checkpoint, plot and model
     resume: bool = False  # go on from the folder's checkpoint
     export: bool = True  # write the model at the end, as a checkpoint to load
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts", "minibatches", "save_every"):
-            _range("grpo", name, getattr(self, name), 1, whole=True)
-        if self.layers is not None:
-            _range("grpo", "layers", self.layers, 1, whole=True)
-        _range("grpo", "warmup", self.warmup, 0, whole=True)
+            _check_number("grpo", name, getattr(self, name), 1, integer=True)
+        if self.trainable_layers is not None:
+            _check_number("grpo", "layers", self.trainable_layers, 1, integer=True)
+        _check_number("grpo", "warmup", self.warmup_steps, 0, integer=True)
         for name, high in (("clip", 1), ("kl", 100), ("lr", 1), ("weight_decay", 1)):
-            _range("grpo", name, getattr(self, name), 0, high, whole=False)
-        _range("grpo", "max_norm", self.max_norm, 1e-6, whole=False)
-        _choice("grpo", "variant", self.variant, ("grpo", "dr_grpo"))
+            _check_number("grpo", name, getattr(self, name), 0, high, integer=False)
+        _check_number("grpo", "max_norm", self.max_grad_norm, 1e-6, integer=False)
+        _check_choice("grpo", "variant", self.loss_type, ("grpo", "dr_grpo"))
         for name in ("checkpointed", "resume", "export"):
-            _flag("grpo", name, getattr(self, name))
+            _check_bool("grpo", name, getattr(self, name))
         for name in ("problem", "folder"):
             if not isinstance(value := getattr(self, name), str) or not value:
                 raise ValueError(f"grpo.{name} must be a name, got {value!r}")
 
 
-def unknown(what: str, name: str, known: Mapping[str, Any] | list[str]) -> str:
+def unknown_name_message(what: str, name: str, options: Mapping[str, Any] | list[str]) -> str:
     """The message for a name that is not known, with the nearest known ones."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+    close = difflib.get_close_matches(name, list(options), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(options))}"
     return f"unknown {what} {name!r}; {hint}"

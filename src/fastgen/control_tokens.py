@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 from fastgen.types import Tokenizer
 
 # Digits stay as they are in JSON and in small or large letters. Nobody can guess these.
-MARK, NAME = ("".join(secrets.choice("0123456789") for _ in range(24)) for _ in range(2))
-SHAPE = re.compile(
+ESCAPE, ALIAS_PREFIX = ("".join(secrets.choice("0123456789") for _ in range(24)) for _ in range(2))
+CONTROL_TOKEN_PATTERN = re.compile(
     r"<[|｜][^\s<>|｜]+[|｜]>"
 )  # of tokens that DeepSeek's tokenizers have for roles, and do not call special
 
@@ -24,40 +24,40 @@ SHAPE = re.compile(
 class ControlTokens:
     """The control tokens of a tokenizer: its special ones, and added ones of the form <|…|>."""
 
-    _known: "WeakKeyDictionary[Tokenizer, ControlTokens]" = WeakKeyDictionary()
+    _by_tokenizer: "WeakKeyDictionary[Tokenizer, ControlTokens]" = WeakKeyDictionary()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
         self.tokens: dict[str, tuple[int, Any]] = {
-            t.content: (id, t) for id, t in added.items() if t.special or SHAPE.fullmatch(t.content)
+            t.content: (id, t) for id, t in added.items() if t.special or CONTROL_TOKEN_PATTERN.fullmatch(t.content)
         }
         longest_first = sorted(filter(None, self.tokens), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.beginnings = {text[:n] for text in self.tokens for n in range(1, len(text))}
-        self.longest = max(map(len, self.beginnings), default=0)
+        self.prefixes = {text[:n] for text in self.tokens for n in range(1, len(text))}
+        self.max_prefix_length = max(map(len, self.prefixes), default=0)
         self._encoder: tuple[Any, dict[str, str], dict[int, int]] | None = None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "ControlTokens":
+    def for_tokenizer(cls, tokenizer: Tokenizer) -> "ControlTokens":
         """Returns those of a tokenizer, which are read once."""
-        if (found := cls._known.get(tokenizer)) is None:
-            found = cls._known[tokenizer] = cls(tokenizer)
+        if (found := cls._by_tokenizer.get(tokenizer)) is None:
+            found = cls._by_tokenizer[tokenizer] = cls(tokenizer)
         return found
 
-    def mark(self, value: Any) -> Any:
+    def escape(self, value: Any) -> Any:
         """Marks control tokens in all texts of a value, such as messages or tools. Other values are as before."""
         if isinstance(value, str):
-            return self._mark(value)
+            return self._escape_text(value)
         if isinstance(value, Mapping):
-            return {self.mark(key): self.mark(item) for key, item in value.items()}
-        return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
+            return {self.escape(key): self.escape(item) for key, item in value.items()}
+        return [self.escape(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def _mark(self, text: str) -> str:
+    def _escape_text(self, text: str) -> str:
         while self.pattern.search(text):  # again: one may lie across another
-            text = self.pattern.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
-        if any(text[-n:] in self.beginnings for n in range(1, min(self.longest, len(text)) + 1)):
-            text += MARK
+            text = self.pattern.sub(lambda match: match[0][0] + ESCAPE + match[0][1:], text)
+        if any(text[-n:] in self.prefixes for n in range(1, min(self.max_prefix_length, len(text)) + 1)):
+            text += ESCAPE
         return text
 
     def encode(self, rendered: str) -> list[int]:
@@ -66,11 +66,11 @@ class ControlTokens:
             raise ValueError(
                 "this tokenizer cannot tell content from control tokens: special_tokens_in_content=control"
             )
-        backend, names, ids = self._encoder = self._encoder or self._renamed()
-        text = self.pattern.sub(lambda match: names[match[0]], rendered).replace(MARK, "")
+        backend, names, ids = self._encoder = self._encoder or self._build_encoder()
+        text = self.pattern.sub(lambda match: names[match[0]], rendered).replace(ESCAPE, "")
         return [ids[token] if token in ids else token for token in backend.encode(text, add_special_tokens=False).ids]
 
-    def _renamed(self) -> tuple[Any, dict[str, str], dict[int, int]]:
+    def _build_encoder(self) -> tuple[Any, dict[str, str], dict[int, int]]:
         """Returns a copy of the tokenizer that knows control tokens by other names alone, the names, and their ids."""
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Backend
@@ -83,7 +83,7 @@ class ControlTokens:
             [AddedToken(text, special=True) for text, (_, t) in self.tokens.items() if not t.special]
         )
         backend.encode_special_tokens = True
-        names = {text: f"\ue000{NAME}{i}\ue001" for i, text in enumerate(self.tokens)}
+        names = {text: f"\ue000{ALIAS_PREFIX}{i}\ue001" for i, text in enumerate(self.tokens)}
         how = {text: {"lstrip": t.lstrip, "rstrip": t.rstrip} for text, (_, t) in self.tokens.items()}
         backend.add_tokens([AddedToken(name, normalized=False, **how[text]) for text, name in names.items()])
         return backend, names, {backend.token_to_id(name): self.tokens[text][0] for text, name in names.items()}

@@ -19,17 +19,17 @@ from tqdm.auto import tqdm
 
 from fastgen import exchange, launch, lora, schedule, scoring, tokenizer
 from fastgen.cache.host import page_bytes
-from fastgen.cache.prefix import Counts, Namespace, namespace
-from fastgen.config import SamplingParams, Settings, check_choice, check_int
-from fastgen.exchange import named
-from fastgen.loop import IDS, Loop, ranks
-from fastgen.lora import Held
-from fastgen.memory import Region
+from fastgen.cache.prefix import CacheStats, Namespace, make_namespace
+from fastgen.config import SamplingParams, EngineConfig, check_choice, check_int
+from fastgen.exchange import named_tensors
+from fastgen.loop import INT64_RANGE, EngineCore, get_tp_size
+from fastgen.lora import LoadedAdapter
+from fastgen.memory import ReleasableMemory
 from fastgen.models import default, weights
-from fastgen.models.spec import WHOLE, Place, Spec, split
-from fastgen.ownership import exclusive, plain_modes
-from fastgen.profiler import Window
-from fastgen.request import Event, Output, Sample, each_prompt, longest
+from fastgen.models.spec import UNSHARDED, TPShard, ModelConfig, shard_config
+from fastgen.ownership import exclusive, no_torch_modes
+from fastgen.profiler import ProfileWindow
+from fastgen.request import Event, Output, SequenceState, map_prompts, max_length
 from fastgen.snapshot import Snapshot
 from fastgen.tokenizer import Prompt
 from fastgen.types import Adapter, Params, Tokenizer
@@ -37,120 +37,122 @@ from fastgen.types import Adapter, Params, Tokenizer
 T = TypeVar("T")
 
 
-def _load(
+def _load_model(
     path: Path,
     dtype: torch.dtype | None,
     seed: int | None,
-    place: Place,
+    shard: TPShard,
     device: str,
     *,
     progress: bool = False,
-    region: Callable[[int], Region] | None = None,
-) -> tuple[Spec, Params, Tokenizer | None]:
+    allocate: Callable[[int], ReleasableMemory] | None = None,
+) -> tuple[ModelConfig, Params, Tokenizer | None]:
     """A model as one rank has it; a `seed` draws its weights."""
     if seed is None:
-        spec, params = weights.load(path, device=device, dtype=dtype, progress=progress, place=place, region=region)
+        spec, params = weights.load(
+            path, device=device, dtype=dtype, progress=progress, tp_shard=shard, allocate=allocate
+        )
     else:
-        spec = weights.read_spec(path)
+        spec = weights.read_model_config(path)
         kind = dtype or getattr(torch, spec.dtype)
-        room = None if region is None else region(weights.size(spec, kind, place))
-        params = weights.init(spec, seed, device=device, dtype=dtype, place=place, region=room)
+        room = None if allocate is None else allocate(weights.param_bytes(spec, kind, shard))
+        params = weights.init(spec, seed, device=device, dtype=dtype, tp_shard=shard, memory=room)
     return spec, params, tokenizer.load(path)
 
 
-def locate(model: str | Path | None, dtype: str, device: str) -> tuple[Path, str]:
+def resolve_model(model: str | Path | None, dtype: str, device: str) -> tuple[Path, str]:
     """Where a model is, and what "auto" is for a device. ValueError for what is none."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return default.default_path() if model is None else weights.resolve(model), device
+    return default.default_model_path() if model is None else weights.resolve(model), device
 
 
-def completed(ids: Sequence[int], events: Iterable[Event]) -> Iterator[tuple[int, Output]]:
+def outputs_as_completed(request_ids: Sequence[int], events: Iterable[Event]) -> Iterator[tuple[int, Output]]:
     """Yields the position in `ids` and the output of each request when its last event comes."""
-    index = {id: i for i, id in enumerate(ids)}
+    index = {id: i for i, id in enumerate(request_ids)}
     for event in events:
         if event.output is not None:
             yield index[event.request_id], event.output
 
 
-def collect(ids: Sequence[int], events: Iterable[Event], progress: bool | None) -> list[Output]:
+def collect_outputs(request_ids: Sequence[int], events: Iterable[Event], progress: bool | None) -> list[Output]:
     """Returns the outputs of requests, in the order of their ids, once their events have come.
 
     `progress` None shows a bar on a terminal or in a notebook, when it takes longer than two seconds.
     """
     done: dict[int, Output] = {}
     hidden = None if progress is None else not progress
-    with tqdm(total=len(ids), unit="request", delay=2, leave=False, disable=hidden) as bar:
-        for i, output in completed(ids, events):
+    with tqdm(total=len(request_ids), unit="request", delay=2, leave=False, disable=hidden) as bar:
+        for i, output in outputs_as_completed(request_ids, events):
             done[i] = output
             bar.update()
-    return [done[i] for i in range(len(ids))]
+    return [done[i] for i in range(len(request_ids))]
 
 
-def _from_caller(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """A caller's pairs. ValueError if what gives them fails: that is no rank's end."""
     try:
-        yield from pairs
+        yield from named_tensors
     except ValueError:
         raise
     except Exception as e:
         raise ValueError(f"update_params: what gives the tensors failed: {type(e).__name__}: {e}") from e
 
 
-class Stream(Iterator[Event]):
+class EventStream(Iterator[Event]):
     """Events of some requests, for which their engine is stepped. Closed or dropped, it aborts those that go on."""
 
-    def __init__(self, engine: Any, ids: Sequence[int]) -> None:
-        self._engine, self._left, self._events = engine, set(ids), deque[Event]()
+    def __init__(self, engine: Any, request_ids: Sequence[int]) -> None:
+        self._engine, self._unfinished_ids, self._events = engine, set(request_ids), deque[Event]()
         # The garbage collector may find this in any thread, in the middle of anything: the next call aborts them.
-        self._end = weakref.finalize(self, engine._dropped.append, frozenset(ids))
-        self._end.atexit = False
+        self._finalizer = weakref.finalize(self, engine._dropped.append, frozenset(request_ids))
+        self._finalizer.atexit = False
 
     def __next__(self) -> Event:
         if self._engine._owner.closed:
-            self._take(self._engine._undelivered)  # of its end
+            self._claim_events(self._engine._undelivered)  # of its end
         elif not self._events:
             self._engine._advance(self)
         if not self._events:
             raise StopIteration
         return self._events.popleft()
 
-    def advance(self) -> None:
+    def step_until_event(self) -> None:
         """Within a call of the engine: step until there is something, or all requests have ended."""
         try:
-            while self._left and not self._events:
-                others = self._take(self._engine.step())
+            while self._unfinished_ids and not self._events:
+                others = self._claim_events(self._engine.step())
                 self._engine._undelivered += others
-                if not self._events and not self._engine._runs(self._left):
-                    self._left.clear()  # who called `step` has had their last events
+                if not self._events and not self._engine._runs(self._unfinished_ids):
+                    self._unfinished_ids.clear()  # who called `step` has had their last events
         except BaseException:
-            self._left.clear()
-            self._end()
+            self._unfinished_ids.clear()
+            self._finalizer()
             self._engine._drop()
             raise
-        if not self._left:
-            self._end.detach()
+        if not self._unfinished_ids:
+            self._finalizer.detach()
 
-    def _take(self, events: Sequence[Event]) -> list[Event]:
+    def _claim_events(self, events: Sequence[Event]) -> list[Event]:
         """Keep its own; the others."""
-        left = frozenset(self._left)
+        left = frozenset(self._unfinished_ids)
         self._events += [e for e in events if e.request_id in left]
-        self._left -= {e.request_id for e in self._events if e.output is not None}
+        self._unfinished_ids -= {e.request_id for e in self._events if e.output is not None}
         return [e for e in events if e.request_id not in left]
 
     def close(self) -> None:
         """Abort what has not ended; at once, unless another thread is inside a call of the engine."""
-        self._left.clear()
+        self._unfinished_ids.clear()
         self._events.clear()
-        if self._end.alive:
-            self._end()
+        if self._finalizer.alive:
+            self._finalizer()
             with suppress(RuntimeError):
                 self._engine._settle()
 
 
-class Engine(Loop):
+class Engine(EngineCore):
     """Generates from a dense transformer; many requests share each step.
 
     `params` are used as they are, without a copy, on the device and in the dtype they have. Settings are the names
@@ -166,14 +168,14 @@ class Engine(Loop):
     """
 
     @classmethod
-    @plain_modes
+    @no_torch_modes
     def from_pretrained(
         cls,
         model: str | Path | None = None,
         *,
         dtype: str = "auto",
         device: str = "auto",
-        random: bool = False,
+        random_weights: bool = False,
         random_seed: int = 0,
         adapters: Mapping[str, str | Path] | None = None,
         progress: bool = True,
@@ -185,36 +187,36 @@ class Engine(Loop):
         `random` draws weights instead of reading them: `model` is then a config.json or the folder that holds it.
         `adapters` are PEFT's folders or hub ids by the names that requests give; room is made for them.
         """
-        chosen = Settings.of(**settings)  # before anything is loaded
-        size, chosen = ranks(chosen), replace(chosen, lora=lora.room(chosen.lora, adapters or {}))
-        settings = {f.name: getattr(chosen, f.name) for f in fields(Settings)}
-        path, device = locate(model, dtype, device)
+        chosen = EngineConfig.from_flat(**settings)  # before anything is loaded
+        size, chosen = get_tp_size(chosen), replace(chosen, lora=lora.expand_lora_config(chosen.lora, adapters or {}))
+        settings = {f.name: getattr(chosen, f.name) for f in fields(EngineConfig)}
+        path, device = resolve_model(model, dtype, device)
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
-        load = partial(_load, path, kind, random_seed if random else None)
+        load = partial(_load_model, path, kind, random_seed if random_weights else None)
         if size > 1:
-            split(weights.read_spec(path), size)
-            group = launch.group(size, device.partition(":")[0], load, settings, cls)
-            device = launch.device(device, group.place.rank) if device == "cuda" else device
+            shard_config(weights.read_model_config(path), size)
+            group = launch.create_tp_group(size, device.partition(":")[0], load, settings, cls)
+            device = launch.rank_device(device, group.shard.rank) if device == "cuda" else device
         else:
             group = None
-        with launch.guard(group):
-            made: list[Region] = []
+        with launch.close_workers_on_error(group):
+            made: list[ReleasableMemory] = []
 
-            def region(size: int) -> Region:
-                made.append(Region(size, torch.device(device)))
+            def region(size: int) -> ReleasableMemory:
+                made.append(ReleasableMemory(size, torch.device(device)))
                 return made[-1]
 
-            place = WHOLE if group is None else group.place
+            place = UNSHARDED if group is None else group.shard
             spec, params, words = load(place, device, progress=progress, region=region)
         engine = cls(params, spec, words, progress=progress, group=group, **settings)
-        engine._regions["params"] = made[0]
+        engine._releasable_memory["params"] = made[0]
         try:
             engine.load_adapters(adapters or {})
         except BaseException:
             engine.close()
             raise
         if progress and device != "cpu":
-            print(engine.table(), file=sys.stderr, flush=True)
+            print(engine.summary(), file=sys.stderr, flush=True)
         return engine
 
     # --- many at once -------------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ class Engine(Loop):
         `on_error`: what to do about prompts that cannot run, as for `generate`.
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        return Stream(self, self._add_all(prompts, sampling, live=True, on_error=on_error))
+        return EventStream(self, self._add_requests(prompts, sampling, stream_text=True, on_error=on_error))
 
     @exclusive("params", "cache")
     def as_completed(
@@ -247,8 +249,8 @@ class Engine(Loop):
         `on_error`: what to do about prompts that cannot run, as for `generate`.
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        ids = self._add_all(prompts, sampling, live=False, on_error=on_error)
-        return completed(ids, Stream(self, ids))
+        ids = self._add_requests(prompts, sampling, stream_text=False, on_error=on_error)
+        return outputs_as_completed(ids, EventStream(self, ids))
 
     @exclusive("params", "cache")
     def generate(
@@ -266,31 +268,31 @@ class Engine(Loop):
         `on_error` "raise": a prompt that cannot run is a ValueError, which says which and why, and none of them runs.
         "skip": the others run, and its Output has the reason in `error`, and finish reasons "error".
         """
-        ids = self._add_all(prompts, sampling, live=False, on_error=on_error)
-        with closing(Stream(self, ids)) as events:
-            return collect(ids, events, progress)
+        ids = self._add_requests(prompts, sampling, stream_text=False, on_error=on_error)
+        with closing(EventStream(self, ids)) as events:
+            return collect_outputs(ids, events, progress)
 
-    def _add_all(
+    def _add_requests(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         *,
-        live: bool,
+        stream_text: bool,
         on_error: str = "raise",
     ) -> list[int]:
-        make = partial(self._new, live=live)
-        new: list[list[Sample] | Output] = each_prompt(make, prompts, sampling, on_error)
+        make = partial(self._prepare, stream_text=stream_text)
+        new: list[list[SequenceState] | Output] = map_prompts(make, prompts, sampling, on_error)
         return self._submit(new)
 
     @exclusive("params", "cache")
-    def _advance(self, stream: "Stream") -> None:
+    def _step_until_event(self, stream: "EventStream") -> None:
         """Step until there is something for a stream; what others receive meanwhile waits for their next step."""
-        stream.advance()
+        stream.step_until_event()
 
     @exclusive()
-    def _settle(self) -> None:
+    def _flush_pending_aborts(self) -> None:
         """Abort now what was dropped."""
-        self._drop()
+        self._drain_pending_aborts()
 
     # --- requests as values -------------------------------------------------------------------------------------------
 
@@ -309,49 +311,52 @@ class Engine(Loop):
         if seeds is not None and len(seeds) != n:
             raise ValueError(f"fork of request {request_id}: n={n} copies and {len(seeds)} seeds")
         for seed in seeds or ():
-            check_int("fork: a seed", seed, *IDS)
-        given = [self._random.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
-        self._tell("fork", request_id, n, index=index, seeds=given)
-        going = self._unfinished(request_id)
+            check_int("fork: a seed", seed, *INT64_RANGE)
+        given = [self._seed_rng.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
+        self._broadcast("fork", request_id, n, index=index, seeds=given)
+        going = self._get_unfinished_sequences(request_id)
         if index not in going:
             raise ValueError(f"fork of request {request_id}: completion {index} has ended; {[*going]} go on")
         source, new = going[index], list[int]()
-        sample = self._samples[source]
+        sample = self._sequence_states[source]
         for seed in given:
-            id, copy = next(self._ids), sample.fork(next(self._request_ids), seed)
-            self._samples[id] = copy
-            self.state = schedule.fork(self.state, source, self._sequence(id, copy), self._known())
+            id, copy = next(self._sequence_id_counter), sample.fork(next(self._request_id_counter), seed)
+            self._sequence_states[id] = copy
+            self.state = schedule.fork(self.state, source, self._make_sequence(id, copy), self._tokens_by_sequence())
             new.append(copy.output.request_id)
         return new
 
     @exclusive()
     @torch.no_grad()
-    def snapshot(self, request_id: int, *, pages: bool = False) -> Snapshot:
+    def snapshot(self, request_id: int, *, include_pages: bool = False) -> Snapshot:
         """A request as it stands, as a value that can be saved and restored, here or by another engine.
 
         `pages`: with its keys and values, so that nothing has to be computed again. The request goes on.
         Pages are those of the present parameters only. ValueError if it has ended.
         """
-        if self._crew is not None and pages:
+        if self._worker_group is not None and include_pages:
             raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
-        if pages:
-            self._require("params", "cache")
-            if self._mark() != self._marked:
-                self._touched()  # pages that were computed before are of other parameters than `model` says
-        self._tell("_receive")
-        going = self._unfinished(request_id)
-        samples = {i: self._samples[id] for i, id in going.items()}
-        found = Snapshot.of(next(iter(samples.values())).output, samples)
-        if pages:
+        if include_pages:
+            self._require_memory("params", "cache")
+            if self._sum_version_counters() != self._marked:
+                self._on_params_changed()  # pages that were computed before are of other parameters than `model` says
+        self._broadcast("_receive")
+        going = self._get_unfinished_sequences(request_id)
+        samples = {i: self._sequence_states[id] for i, id in going.items()}
+        found = Snapshot.from_request(next(iter(samples.values())).output, samples)
+        if include_pages:
             running = {s.id: s for s in self.state.running}
-            current = {id: s for id, s in running.items() if s.root is self.state.tree.root(s.namespace)}
-            cached = {i: current[id] for i, id in going.items() if id in current and current[id].cached}
-            found.model = self._fingerprint()
+            current = {id: s for id, s in running.items() if s.root is self.state.prefix_cache.get_root(s.namespace)}
+            cached = {i: current[id] for i, id in going.items() if id in current and current[id].num_computed_tokens}
+            found.model_fingerprint = self._model_fingerprint()
             found.pages = {
-                i: self._mover.read(s.pages[: schedule.need(self.state.page, s.cached)], s.cached)
+                i: self._host_offload.read_pages(
+                    s.pages[: schedule.num_pages_for(self.state.page_size, s.num_computed_tokens)],
+                    s.num_computed_tokens,
+                )
                 for i, s in cached.items()
             }
-            found.checksum = found.pages_checksum()
+            found.checksum = found.compute_pages_checksum()
         return found
 
     @exclusive()
@@ -364,64 +369,66 @@ class Engine(Loop):
         have it, on any rank, and nothing is lost.
         """
         if snapshot is None:
-            self._tell("_take_back")
-            taken, short = self._together(self._take_back)
+            self._broadcast("_take_back")
+            taken, short = self._run_on_all_ranks(self._wake_up)
             if short is not None:
                 raise short
             return taken
-        self._require("params", "cache")
+        self._require_memory("params", "cache")
         if not isinstance(snapshot, Snapshot):
             raise ValueError(f"restore takes a Snapshot (Snapshot.load reads a file), not {type(snapshot).__name__}")
-        snapshot.check(self.spec.vocab)
-        same = bool(snapshot.pages) and snapshot.model == self._fingerprint()
+        snapshot.check(self.model_config.vocab_size)
+        same = bool(snapshot.pages) and snapshot.model_fingerprint == self._model_fingerprint()
         for i, x in snapshot.pages.items() if same else ():
-            here = self._stepper.spec
-            want = here.layers, 2, x.shape[2], here.kv_heads, here.head
+            here = self._runner.model_config
+            want = here.num_layers, 2, x.shape[2], here.num_kv_heads, here.head_dim
             if tuple(x.shape) != want or x.dtype != self.dtype:
                 raise ValueError(f"snapshot: the pages of completion {i} are {tuple(x.shape)} {x.dtype}, not {want}")
-        if self._crew is not None:
+        if self._worker_group is not None:
             snapshot = replace(snapshot, pages={}, checksum="")
-        guides = self._compile(snapshot.params)[: len(snapshot.seeds)]
-        self._tell("restore", snapshot)
+        guides = self._compile_grammar(snapshot.sampling)[: len(snapshot.seeds)]
+        self._broadcast("restore", snapshot)
         has_text = self.tokenizer is not None
-        limit = longest(snapshot.prompt, snapshot.params, self.spec, self.capacity, has_text)
-        adapter = self._adapter(snapshot.params)
-        output, samples = snapshot.revive(limit, self._eos, self.tokenizer, guides)
-        going = [len(s.tokens) for s in samples]
+        limit = max_length(
+            snapshot.prompt_token_ids, snapshot.sampling, self.model_config, self.cache_capacity, has_text
+        )
+        adapter = self._adapter_index(snapshot.sampling)
+        output, samples = snapshot.rebuild_request(limit, self._eos_token_ids, self.tokenizer, guides)
+        going = [len(s.token_ids) for s in samples]
         if max(going, default=0) >= limit:
-            place = f"model's context of {self.spec.context} or cache of {self.capacity}"
+            place = f"model's context of {self.model_config.context_length} or cache of {self.cache_capacity}"
             raise ValueError(f"{max(going)} tokens and one more do not fit the {place} tokens")
-        if any(s.guide is not None and s.guide.failed for s in samples):
+        if any(s.matcher is not None and s.matcher.failed for s in samples):
             raise ValueError("snapshot: its tokens do not follow its grammar")
-        if same and not adapter and self.state.tree.prefix:
+        if same and not adapter and self.state.prefix_cache.enable_prefix_caching:
             for i, values in snapshot.pages.items():
-                known = (*snapshot.prompt, *output.completions[i].token_ids)[: values.shape[2]]
-                self._adopt(known, values, namespace(adapter, snapshot.params.cache_salt))
-        return self._queue([samples])[0]
+                known = (*snapshot.prompt_token_ids, *output.completions[i].token_ids)[: values.shape[2]]
+                self._insert_snapshot_pages(known, values, make_namespace(adapter, snapshot.sampling.cache_salt))
+        return self._enqueue([samples])[0]
 
-    def _take_back(self) -> tuple[int, torch.OutOfMemoryError | None]:
+    def _wake_up(self) -> tuple[int, torch.OutOfMemoryError | None]:
         """The memory that was given back, of all ranks or of none; the bytes, and why it could not be."""
-        gone, short = [r for r in self._regions.values() if not r.held], None
-        if self._mark() != self._marked:
-            self._touched()  # a trainer's step while memory was given back
+        gone, short = [r for r in self._releasable_memory.values() if not r.resident], None
+        if self._sum_version_counters() != self._marked:
+            self._on_params_changed()  # a trainer's step while memory was given back
         try:
             for region in gone:
-                region.restore()
+                region.reacquire()
         except torch.OutOfMemoryError as e:
             short = e
-        if self.group is not None and not self.group.least(int(short is None)):
+        if self.tp_group is not None and not self.tp_group.all_reduce_min(int(short is None)):
             short = short or torch.OutOfMemoryError("restore: another rank's device has not enough memory left")
-            self._give_back([r for r in gone if r.held])
-        self._marked = self._mark()
-        return sum(r.size for r in gone), short
+            self._release_memory([r for r in gone if r.resident])
+        self._marked = self._sum_version_counters()
+        return sum(r.nbytes for r in gone), short
 
-    def _give_back(self, regions: Iterable[Region]) -> None:
+    def _release_memory(self, regions: Iterable[ReleasableMemory]) -> None:
         for region in regions:
-            region.release(keep=region is self._regions.get("params"))
+            region.release(keep_contents=region is self._releasable_memory.get("params"))
 
-    def _fingerprint(self) -> str:
+    def _model_fingerprint(self) -> str:
         """Tells models apart, and one's parameters before and after training."""
-        digest = hashlib.blake2b(repr((self.spec, self.dtype)).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((self.model_config, self.dtype)).encode(), digest_size=16)
         leaves = [x for x in tree_leaves(self._params) if x is not None]
         words = {2: torch.int16, 4: torch.int32}
         # Sums of bits, all of them: training may have changed any one. The first rows tell orders apart.
@@ -431,20 +438,22 @@ class Engine(Loop):
             digest.update(x[:8].double().cpu().numpy().tobytes())  # of a copy: what NumPy has seen stays allocated
         return digest.hexdigest()
 
-    def _adopt(self, tokens: Sequence[int], values: Tensor, space: Namespace) -> None:
+    def _insert_snapshot_pages(self, tokens: Sequence[int], keys_values: Tensor, cache_namespace: Namespace) -> None:
         """Put keys and values of some tokens into the tree, as if a request had left them, if there is room."""
-        held = schedule.plant(self.state.tree, tokens, space)
+        held = schedule.insert_idle_pages(self.state.prefix_cache, tokens, cache_namespace)
         if not held:
             return
-        out, copies, back = self.state.tree.moves()
-        for event in self._mover.move(schedule.Moves(out, copies, back)):
+        out, copies, back = self.state.prefix_cache.pop_page_copies()
+        for event in self._host_offload.start_copies(schedule.PageCopies(out, copies, back)):
             torch.cuda.current_stream(self.device).wait_event(event)
-        self._mover.write(held, values[:, :, : len(held) * self.state.page])
+        self._host_offload.write_pages(held, keys_values[:, :, : len(held) * self.state.page_size])
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     @exclusive("params")
-    def update_params(self, source: Any, *, partial: bool = False, recompute: bool = False, finite: bool = True) -> int:
+    def update_params(
+        self, source: Any, *, partial: bool = False, recompute: bool = False, check_finite: bool = True
+    ) -> int:
         """Copy other parameters into the engine's, in place, so that captured graphs stay valid; the new version.
 
         `source`: a tree like `params`, a module, a mapping or iterable of (checkpoint name, tensor), or `handles` of
@@ -458,66 +467,72 @@ class Engine(Loop):
         `finite`: ValueError for values that are NaN or infinite, or too large for the engine's dtype. Nothing is
         written then if all tensors are in memory, or else those before it, as the error says.
         """
-        pairs = list(weights.named(source, self.spec)) if isinstance(source, Params) else named(source)
+        pairs = (
+            list(weights.named_weights(source, self.model_config))
+            if isinstance(source, Params)
+            else named_tensors(source)
+        )
         if isinstance(pairs, list):
-            weights.check(pairs, self.spec, self.dtype, source="update_params", partial=partial)
-            if finite:
-                weights.check_update(self._params, self.spec, pairs, self._place, "update_params")
-                finite = False
-        if self._crew is None:
-            given = source if isinstance(source, Params) and self.group is None else pairs
-            self._take(given, partial, recompute, finite)
-            return self.version
-        self._tell("_take_received", partial, recompute, finite)
-        handed = exchange.pass_on(_from_caller(pairs), device=self.device)
-        self._together(lambda: self._take(handed, partial, recompute, finite))
-        return self.version
+            weights.check_tensors(pairs, self.model_config, self.dtype, source="update_params", partial=partial)
+            if check_finite:
+                weights.check_finite_update(self._params, self.model_config, pairs, self._tp_shard, "update_params")
+                check_finite = False
+        if self._worker_group is None:
+            given = source if isinstance(source, Params) and self.tp_group is None else pairs
+            self._write_params(given, partial, recompute, check_finite)
+            return self.weight_version
+        self._broadcast("_take_received", partial, recompute, check_finite)
+        handed = exchange.broadcast_weights(_as_value_errors(pairs), device=self.device)
+        self._run_on_all_ranks(lambda: self._write_params(handed, partial, recompute, check_finite))
+        return self.weight_version
 
     @property
-    def _place(self) -> Place:
+    def _tp_shard(self) -> TPShard:
         """Which rank's parameters these are."""
-        return WHOLE if self.group is None else self.group.place
+        return UNSHARDED if self.tp_group is None else self.tp_group.shard
 
-    def _take(
-        self, source: Params | Iterable[tuple[str, Tensor]], partial: bool, recompute: bool, finite: bool
+    def _write_params(
+        self, source: Params | Iterable[tuple[str, Tensor]], partial: bool, recompute: bool, check_finite: bool
     ) -> None:
         """Write the parameters, or this rank's."""
-        self._receive()
+        self._finish_step()
         try:
             if isinstance(source, Params):
-                weights.copy(self._params, source)
+                weights.copy_params(self._params, source)
             else:
                 with closing(source) if isinstance(source, Generator) else nullcontext():
-                    how: dict[str, Any] = {"partial": partial, "finite": finite, "place": self._place}
-                    weights.update(self._params, self.spec, source, source="update_params", **how)
+                    how: dict[str, Any] = {"partial": partial, "finite": check_finite, "place": self._tp_shard}
+                    weights.update(self._params, self.model_config, source, source="update_params", **how)
         finally:
-            self._touched()
+            self._on_params_changed()
             if recompute:
-                self._park()
+                self._preempt_all()
 
-    def _take_received(self, partial: bool, recompute: bool, finite: bool) -> None:
+    def _write_received_params(self, partial: bool, recompute: bool, check_finite: bool) -> None:
         """What rank 0 hands on."""
-        self._take(exchange.receive(device=self.device), partial, recompute, finite)
+        self._write_params(exchange.receive(device=self.device), partial, recompute, check_finite)
 
     @exclusive("params")
-    def score(self, sequences: Tensor | Sequence[Sequence[int] | Tensor | str], **how: Any) -> list[Tensor]:
+    def score(self, sequences: Tensor | Sequence[Sequence[int] | Tensor | str], **options: Any) -> list[Tensor]:
         """Scores by `fastgen.score` with this engine's parameters, in its mode; texts are tokenized as prompts are.
 
         Over several ranks, all take part, and there are no gradients.
         """
-        many = scoring.token_ids(sequences, self.tokenizer)
-        self._tell("score", many, **how)
-        fixed: dict[str, Any] = {"deterministic": self.settings.compile.deterministic, "group": self.group}
-        with torch.set_grad_enabled(self.group is None and torch.is_grad_enabled()):
-            return self._together(lambda: scoring.score(self._params, self.spec, many, **fixed | how))
+        many = scoring.to_token_ids(sequences, self.tokenizer)
+        self._broadcast("score", many, **options)
+        fixed: dict[str, Any] = {"deterministic": self.config.compile.batch_invariant, "group": self.tp_group}
+        with torch.set_grad_enabled(self.tp_group is None and torch.is_grad_enabled()):
+            return self._run_on_all_ranks(
+                lambda: scoring.score(self._params, self.model_config, many, **fixed | options)
+            )
 
-    def _together(self, call: Callable[[], T]) -> T:
+    def _run_on_all_ranks(self, fn: Callable[[], T]) -> T:
         """What the ranks that were started here have been told to do as well; they refuse wrong input as this one."""
-        if self._crew is None:
-            return call()
-        with self._crew.call():
+        if self._worker_group is None:
+            return fn()
+        with self._worker_group.collective_call():
             try:
-                return call()
+                return fn()
             except ValueError as e:
                 wrong = e
         raise wrong
@@ -525,33 +540,33 @@ class Engine(Loop):
     # --- memory -------------------------------------------------------------------------------------------------------
 
     @exclusive()
-    def release(self, what: str = "all") -> int:
+    def sleep(self, memory: str = "all") -> int:
         """Give back the device's memory of the "cache", the "params" or "all"; the bytes. `restore()` takes it again.
 
         Addresses stay reserved, so that nothing is compiled or captured again. What is running waits, and will be
         computed again; parameters are kept in the host's memory. Only an engine's own can be given back
         (`from_pretrained`): those that were given to it are the caller's, ValueError. The bytes are this rank's.
         """
-        check_choice("memory", what, ["cache", "params", "all"])
-        if what == "params" and "params" not in self._regions:
+        check_choice("memory", memory, ["cache", "params", "all"])
+        if memory == "params" and "params" not in self._releasable_memory:
             raise ValueError("release: these parameters were given to the engine, and are whose they were")
-        chosen = [r for name, r in self._regions.items() if what in (name, "all") and r.held]
-        if not all(r.resizable for r in chosen):
+        chosen = [r for name, r in self._releasable_memory.items() if memory in (name, "all") and r.resident]
+        if not all(r.releasable for r in chosen):
             raise ValueError(
                 "release: NumPy has seen this memory (`x.numpy()`) and keeps it: give it copies (`x.clone()`)"
             )
-        self._tell("release", what)
-        self._park()
-        self._give_back(chosen)
-        return sum(r.size for r in chosen)
+        self._broadcast("release", memory)
+        self._preempt_all()
+        self._release_memory(chosen)
+        return sum(r.nbytes for r in chosen)
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     @property
-    def adapters(self) -> dict[str, Held]:
+    def adapters(self) -> dict[str, LoadedAdapter]:
         """By name, those that requests may choose."""
-        self._owner.check()
-        return {} if self._shelf is None else dict(self._shelf.held)
+        self._access_guard.check()
+        return {} if self._adapter_manager is None else dict(self._adapter_manager.loaded)
 
     @exclusive()
     def add_adapter(self, name: str, adapter: Adapter, scale: float | None = None) -> Adapter:
@@ -561,28 +576,30 @@ class Engine(Loop):
         the adapter's unless given. ValueError if there is no room for it. `adapter` is a whole one, of which each of
         several ranks takes its share.
         """
-        adapter = lora.scaled(adapter, scale)
-        held = self._room().add(name, adapter)
-        self._hand("add_adapter", name, adapter)
-        return held.params
+        adapter = lora.with_scale(adapter, scale)
+        held = self._get_adapter_manager().add(name, adapter)
+        self._broadcast_adapter("add_adapter", name, adapter)
+        return held.adapter
 
-    def _hand(self, call: str, name: str, adapter: Adapter) -> None:
+    def _broadcast_adapter(self, method: str, name: str, adapter: Adapter) -> None:
         """An adapter to the other ranks that this process started, once nothing was wrong with it here."""
-        if self._crew is not None:
-            self._tell(call, name, lora.on_host(adapter))
+        if self._worker_group is not None:
+            self._broadcast(method, name, lora.to_cpu(adapter))
 
     @exclusive()
-    def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
+    def load_adapters(self, adapter_folders: Mapping[str, str | Path]) -> None:
         """Add those of PEFT's folders or hub ids, by the names that requests give. ValueError for another model's."""
-        if not isinstance(folders, Mapping):
-            raise ValueError(f"load_adapters takes folders by the names that requests give, got {folders!r:.100}")
-        for name, folder in folders.items():
-            self.add_adapter(name, lora.load(folder, self.spec, device="cpu"))
+        if not isinstance(adapter_folders, Mapping):
+            raise ValueError(
+                f"load_adapters takes folders by the names that requests give, got {adapter_folders!r:.100}"
+            )
+        for name, folder in adapter_folders.items():
+            self.add_adapter(name, lora.load(folder, self.model_config, device="cpu"))
 
     @exclusive()
     def adapter_params(self, name: str) -> Adapter:
         """The tensors that steps read, as a tree of views: they stay where they are until the adapter is removed."""
-        return self._room()[name].params
+        return self._get_adapter_manager()[name].adapter
 
     @exclusive()
     def update_adapter(self, name: str, adapter: Adapter | None = None) -> None:
@@ -592,74 +609,79 @@ class Engine(Loop):
         more; what is cached of others, and of the model alone, is. Where this engine has started other ranks, `adapter`
         must be given: their tensors are in other processes.
         """
-        if self._crew is not None and adapter is None:
+        if self._worker_group is not None and adapter is None:
             raise ValueError(f"adapter {name!r}: other ranks have parts of it, too: give the tree that it has become")
-        shelf = self._room()
-        self._receive()  # what runs was launched with the adapter as it was
+        shelf = self._get_adapter_manager()
+        self._finish_step()  # what runs was launched with the adapter as it was
         held = shelf.update(name, adapter)
         if adapter is not None:
-            self._hand("update_adapter", name, adapter)
-        self.state.tree.reset_adapter(held.index)
+            self._broadcast_adapter("update_adapter", name, adapter)
+        self.state.prefix_cache.reset_adapter(held.adapter_idx)
 
     @exclusive()
     def remove_adapter(self, name: str) -> None:
         """Make room for another. ValueError while requests use it."""
-        index = self._room()[name].index
-        if using := sorted({s.output.request_id for s in self._samples.values() if s.adapter == index}):
+        index = self._get_adapter_manager()[name].adapter_idx
+        if using := sorted({s.output.request_id for s in self._sequence_states.values() if s.adapter_idx == index}):
             raise ValueError(f"adapter {name!r} is used by requests {using[:8]}: abort them or let them end first")
-        self._room().remove(name)
-        self._tell("remove_adapter", name)
-        self.state.tree.reset_adapter(index)
+        self._get_adapter_manager().remove(name)
+        self._broadcast("remove_adapter", name)
+        self.state.prefix_cache.reset_adapter(index)
 
     # --- to look at ---------------------------------------------------------------------------------------------------
 
     def prepare_grammars(self) -> None:
         """Do now what the first grammar would wait for, a second or two, if grammars can be used at all."""
-        self._owner.check()
-        self._guides.prepare()
+        self._access_guard.check()
+        self._grammar_backend.prepare()
 
-    def profile(self, steps: int = 8, path: str | Path | None = None, *, skip: int = 2) -> Window:
+    def profile(self, num_steps: int = 8, path: str | Path | None = None, *, skip_first: int = 2) -> ProfileWindow:
         """`with engine.profile() as p:` traces the first `steps` steps inside, after `skip` others.
 
         Then `print(p.summary)` says where their time went, and `p.trace` is a file for Perfetto or chrome://tracing,
         written to `path` or the working directory.
         """
-        self._owner.check()
-        return self.profiler.window(steps, path, skip)
+        self._access_guard.check()
+        return self.profiler.window(num_steps, path, skip_first)
 
     @exclusive()
-    def table(self) -> str:
+    def summary(self) -> str:
         """What the engine made of its settings and the memory, in a few lines."""
-        s, page, gb = self.settings.schedule, self.state.page, {k: v / 1e9 for k, v in self._owners().items()}
-        shapes = self._stepper.shapes()
+        s, page, gb = self.config.schedule, self.state.page_size, {k: v / 1e9 for k, v in self._memory_usage().items()}
+        shapes = self._runner.graph_shapes()
         sizes = {
-            name: sorted({x.tokens for x in shapes if x.decode is (name == "decode")}) for name in ("decode", "mixed")
+            name: sorted({x.num_tokens for x in shapes if x.decode is (name == "decode")})
+            for name in ("decode", "mixed")
         }
         graphs = " ".join(f"{name} {x[0]}-{x[-1]} ({len(x)})" for name, x in sizes.items() if x)
         rows = {
             "weights": f"{gb['params']:.1f} GB {str(self.dtype).removeprefix('torch.')} on {self.device}",
-            "cache": f"{gb['cache']:.1f} GB: {self.capacity} tokens, {self.capacity // page} pages of {page}",
-            "host": self._hosted(),
-            "steps": f"up to {s.token_budget} tokens, {s.max_requests} sequences; {self.settings.compile.compile}, "
-            f"{self.settings.compile.attention}{', overlapped' if s.overlap else ''}",
+            "cache": f"{gb['cache']:.1f} GB: {self.cache_capacity} tokens, {self.cache_capacity // page} pages of {page}",
+            "host": self._host_cache_summary(),
+            "steps": f"up to {s.token_budget} tokens, {s.max_num_seqs} sequences; {self.config.compile.mode}, "
+            f"{self.config.compile.attention}{', overlapped' if s.overlap else ''}",
             "graphs": f"{gb['graphs']:.1f} GB: {graphs}" if graphs else "none",
         }
         return "\n".join(f"{name:8s} {text}" for name, text in rows.items() if text)
 
-    def _hosted(self) -> str:
-        mover = self._mover
-        size = mover.host_pages * page_bytes(mover.spec, mover.page, self.dtype.itemsize) / 1e9
-        return f"{size:.1f} GB: {mover.host_pages} pages, taken in {mover.seconds:.1f} s" if mover.host_pages else ""
+    def _host_cache_summary(self) -> str:
+        mover = self._host_offload
+        size = mover.num_host_pages * page_bytes(mover.model_config, mover.page_size, self.dtype.itemsize) / 1e9
+        return (
+            f"{size:.1f} GB: {mover.num_host_pages} pages, taken in {mover.alloc_seconds:.1f} s"
+            if mover.num_host_pages
+            else ""
+        )
 
     @property
-    def counts(self) -> Counts:
+    def cache_stats(self) -> CacheStats:
         """What prefix reuse, host pages and preemption did so far."""
-        return self.state.tree.counts
+        return self.state.prefix_cache.stats
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()

@@ -27,24 +27,31 @@ from typing import Any
 import numpy as np
 
 from fastgen import grammar_trial
-from fastgen.grammar_trial import MASK_SECONDS, Limits, compile_grammar, with_stack
+from fastgen.grammar_trial import MAX_MASK_SECONDS, TrialLimits, compile_grammar, run_with_stack
 from fastgen.types import Tokenizer
 
-KINDS = ("regex", "json", "lark")
-LENGTH = 2**20  # characters of a grammar
-DEPTH = 128  # of JSON
-BUDGET = 2**31  # bytes that the compiled grammars of running requests may take
-QUICK = 0.01  # seconds; what compiles more slowly is compiled once, and copied
-MAX_VERDICTS, MAX_COMPILED, MAX_STOCK = 1024, 8, 64  # remembered: results of trials; slow and early compilations
-MAX_STOCKED = 256  # early ones of a grammar
-START_SECONDS, ANSWER_SECONDS = 60.0, 60.0  # until the process that tries grammars is there, and until it answers
+GRAMMAR_TYPES = ("regex", "json", "lark")
+MAX_GRAMMAR_CHARS = 2**20  # characters of a grammar
+MAX_JSON_DEPTH = 128  # of JSON
+MAX_COMPILED_BYTES = 2**31  # bytes that the compiled grammars of running requests may take
+FAST_COMPILE_SECONDS = 0.01  # seconds; what compiles more slowly is compiled once, and copied
+MAX_TRIAL_RESULTS, MAX_CACHED_GRAMMARS, MAX_PREBUILT_GRAMMARS = (
+    1024,
+    8,
+    64,
+)  # remembered: results of trials; slow and early compilations
+MAX_PREBUILT_PER_GRAMMAR = 256  # early ones of a grammar
+START_TIMEOUT_SECONDS, ANSWER_TIMEOUT_SECONDS = (
+    60.0,
+    60.0,
+)  # until the process that tries grammars is there, and until it answers
 
 
-def split(grammar: str) -> tuple[str, str]:
+def split_grammar(grammar: str) -> tuple[str, str]:
     """Kind and text of a grammar. ValueError for another kind."""
     kind, colon, text = grammar.partition(":")
-    if not colon or kind not in KINDS:
-        raise ValueError(f"grammar must begin with {', '.join(k + ':' for k in KINDS)}, got {grammar[:40]!r}")
+    if not colon or kind not in GRAMMAR_TYPES:
+        raise ValueError(f"grammar must begin with {', '.join(k + ':' for k in GRAMMAR_TYPES)}, got {grammar[:40]!r}")
     return kind, text
 
 
@@ -61,14 +68,14 @@ def json_depth(text: str) -> int:
     return deepest
 
 
-def parse(grammar: str) -> tuple[str, str]:
+def parse_grammar(grammar: str) -> tuple[str, str]:
     """Kind and text of a grammar as llguidance takes them. ValueError for what is too large, or no JSON."""
-    kind, text = split(grammar)
-    if len(text) > LENGTH:
-        raise ValueError(f"{kind} grammar: {len(text)} characters are more than the limit of {LENGTH}")
+    kind, text = split_grammar(grammar)
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise ValueError(f"{kind} grammar: {len(text)} characters are more than the limit of {MAX_GRAMMAR_CHARS}")
     if kind == "json":
-        if (depth := json_depth(text)) > DEPTH:
-            raise ValueError(f"json grammar: it is nested {depth} levels deep, and the limit is {DEPTH}")
+        if (depth := json_depth(text)) > MAX_JSON_DEPTH:
+            raise ValueError(f"json grammar: it is nested {depth} levels deep, and the limit is {MAX_JSON_DEPTH}")
         try:
             text = json.dumps(json.loads(text) if text.strip() else {"type": "object"})
         except ValueError as e:
@@ -76,19 +83,19 @@ def parse(grammar: str) -> tuple[str, str]:
     return kind, text
 
 
-class Cancelled(Exception):
+class GrammarCancelled(Exception):
     """Nobody waits for a grammar any more."""
 
 
-class Guide:
+class GrammarMatcher:
     """Where one completion is in its grammar."""
 
     def __init__(self, matcher: Any, memory: object = None) -> None:
         self.matcher = matcher
-        self.memory = memory  # counted while this lives
+        self.memory_reservation = memory  # counted while this lives
         self.error = ""  # why it cannot be followed any further, where that is not llguidance's doing
 
-    def push(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         """A token was drawn."""
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
@@ -99,45 +106,45 @@ class Guide:
         return bool(self.error) or self.matcher.is_error()
 
     @property
-    def reason(self) -> str:
+    def failure_reason(self) -> str:
         """Why it has failed."""
         return f"the grammar cannot be followed any further: {self.error or self.matcher.get_error().splitlines()[0]}"
 
-    def copy(self) -> "Guide":
+    def copy(self) -> "GrammarMatcher":
         """Another one at the same place. Masks of copies are computed one after the other: they share a lexer."""
-        return Guide(self.matcher.deep_copy(), self.memory)
+        return GrammarMatcher(self.matcher.deep_copy(), self.memory_reservation)
 
 
-class _Memory:
+class _MemoryReservation:
     """Memory of a compiled grammar; see `Guides._count`."""
 
 
-class Trials:
+class TrialProcess:
     """The process that tries grammars: started when first needed, and again if it has ended. For several threads."""
 
-    def __init__(self, read: Callable[[], tuple[str, int, Any]]) -> None:
+    def __init__(self, read_tokenizer: Callable[[], tuple[str, int, Any]]) -> None:
         """`read` gives the tokenizer as tokenizers' JSON, the size of the vocabulary, and the end tokens."""
         self._lock = threading.Lock()
-        self._read, self.limits = read, Limits()
+        self._read_tokenizer, self.limits = read_tokenizer, TrialLimits()
         self.process: subprocess.Popen | None = None
-        self._control: socket.socket | None = None
+        self._control_socket: socket.socket | None = None
 
     def start(self) -> None:
         """Starts the process, unless it runs. OSError if it does not start."""
         with self._lock:
-            self._start()
+            self._start_locked()
 
-    def _start(self) -> None:
-        if self._control is not None:
+    def _start_locked(self) -> None:
+        if self._control_socket is not None:
             return
-        tokenizer, vocab, eos = self._read()
+        tokenizer, vocab, eos = self._read_tokenizer()
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-P", grammar_trial.__file__, str(theirs.fileno())]  # -P: types.py is Python's
             self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2)
-        self._finalizer = weakref.finalize(self, _end, self.process, ours)
+        self._finalizer = weakref.finalize(self, _terminate, self.process, ours)
         try:
-            ours.settimeout(START_SECONDS)
+            ours.settimeout(START_TIMEOUT_SECONDS)
             words = tokenizer.encode()
             about = {"vocab": vocab, "eos": eos, "size": len(words), "limits": self.limits}
             ours.sendall(json.dumps(about).encode() + b"\n" + words)
@@ -146,61 +153,63 @@ class Trials:
         except OSError:
             self._finalizer()
             raise
-        self._control = ours
+        self._control_socket = ours
 
-    def run(self, kind: str, text: str, stop: threading.Event | None) -> dict[str, Any]:
+    def run(self, grammar_type: str, text: str, cancel_event: threading.Event | None) -> dict[str, Any]:
         """What `grammar_trial` says of a grammar; a process that has ended is started again.
 
         Cancelled soon after `stop` is set, and the trial ends. OSError if there is no such process.
         """
         for _ in range(2):
             with self._lock:
-                self._start()
-                control = self._control
+                self._start_locked()
+                control = self._control_socket
                 ours, theirs = socket.socketpair()
                 with theirs, suppress(OSError):
-                    socket.send_fds(self._control, [b"t"], [theirs.fileno()])  # type: ignore[list-item]
+                    socket.send_fds(self._control_socket, [b"t"], [theirs.fileno()])  # type: ignore[list-item]
             with ours:
-                if answer := _ask(ours, json.dumps([kind, text]).encode() + b"\n", stop):
+                if answer := _send_and_receive_line(
+                    ours, json.dumps([grammar_type, text]).encode() + b"\n", cancel_event
+                ):
                     return json.loads(answer)
             with self._lock:
-                if self._control is control:  # nobody else has noticed
-                    self._close()
+                if self._control_socket is control:  # nobody else has noticed
+                    self._close_locked()
         raise OSError("it ended in the middle of a trial, twice")
 
-    def _close(self) -> None:
-        if self._control is not None:
-            self._control = None
+    def _close_locked(self) -> None:
+        if self._control_socket is not None:
+            self._control_socket = None
             self._finalizer()
 
     def close(self) -> None:
         """Ends the process."""
         with self._lock:
-            self._close()
+            self._close_locked()
 
 
-def _ask(link: socket.socket, question: bytes, stop: threading.Event | None) -> bytes:
+def _send_and_receive_line(connection: socket.socket, message: bytes, cancel_event: threading.Event | None) -> bytes:
     """The line that answers a question; empty if the other end is closed. Cancelled soon after `stop` is set."""
     answer = b""
     with suppress(ConnectionError):
-        link.settimeout(ANSWER_SECONDS)
-        link.sendall(question)
-        end = time.monotonic() + ANSWER_SECONDS
-        link.settimeout(0.05)
+        connection.settimeout(ANSWER_TIMEOUT_SECONDS)
+        connection.sendall(message)
+        end = time.monotonic() + ANSWER_TIMEOUT_SECONDS
+        connection.settimeout(0.05)
         while not answer.endswith(b"\n"):
             try:
-                if not (part := link.recv(2**16)):
+                if not (part := connection.recv(2**16)):
                     return b""
                 answer += part
             except TimeoutError:
-                if stop is not None and stop.is_set():
-                    raise Cancelled from None
+                if cancel_event is not None and cancel_event.is_set():
+                    raise GrammarCancelled from None
                 if time.monotonic() > end:
                     raise
     return answer.partition(b"\n")[0]
 
 
-def _end(process: subprocess.Popen, control: socket.socket) -> None:
+def _terminate(process: subprocess.Popen, control: socket.socket) -> None:
     """Ends the process that tries grammars."""
     control.close()
     try:
@@ -210,213 +219,236 @@ def _end(process: subprocess.Popen, control: socket.socket) -> None:
         process.wait()
 
 
-class Guides:
+class GrammarBackend:
     """Makes guides for the tokens of a tokenizer, and their masks, all cores at once. For several threads at once.
 
     `trusted`: every grammar that comes was tried by another engine's guides.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab: int, eos: frozenset[int], *, timed: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        *,
+        limit_mask_time: bool = True,
+    ) -> None:
         """`vocab`: the model's, which may be larger than the tokenizer's. `timed`: slow masks end their request."""
-        self.tokenizer, self.vocab, self.eos, self.timed = tokenizer, vocab, eos, timed
-        self.trusted = not hasattr(os, "fork")  # on Windows nothing can be tried
-        self._tokens: Any = None  # made when first wanted: it takes a second
+        self.tokenizer, self.vocab_size, self.eos_token_ids, self.limit_mask_time = (
+            tokenizer,
+            vocab_size,
+            eos_token_ids,
+            limit_mask_time,
+        )
+        self.skip_trials = not hasattr(os, "fork")  # on Windows nothing can be tried
+        self._ll_tokenizer: Any = None  # made when first wanted: it takes a second
         self._lock = threading.Lock()
-        self._trials = Trials(self._about)
-        self._locks = [threading.Lock() for _ in range(256)]  # by grammar, so that each is compiled once
-        self._verdicts: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
-        self._compiled: OrderedDict[bytes, Guide] = OrderedDict()  # at their beginning; those that took long
-        self._stock: OrderedDict[bytes, list[Guide]] = OrderedDict()
-        self._bytes = [0]  # of compiled grammars that live
-        self._slow = False  # whether the last masks took long
+        self._trial_process = TrialProcess(self._tokenizer_info)
+        self._grammar_locks = [threading.Lock() for _ in range(256)]  # by grammar, so that each is compiled once
+        self._trial_results: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+        self._compiled_matchers: OrderedDict[bytes, GrammarMatcher] = (
+            OrderedDict()
+        )  # at their beginning; those that took long
+        self._prebuilt_matchers: OrderedDict[bytes, list[GrammarMatcher]] = OrderedDict()
+        self._compiled_bytes = [0]  # of compiled grammars that live
+        self._last_fill_slow = False  # whether the last masks took long
 
     def prepare(self) -> None:
         """Read the tokenizer now, and start the process that tries grammars; not if that is in vain."""
         with suppress(ValueError):
             if self.tokenizer is not None and find_spec("llguidance"):
-                self._ready()
+                self._ensure_tokenizer()
 
     def close(self) -> None:
         """Ends the process that tries grammars; the next grammar starts it again."""
-        self._trials.close()
+        self._trial_process.close()
 
-    def _ready(self) -> Any:
+    def _ensure_tokenizer(self) -> Any:
         with self._lock:  # whoever comes second waits for the first
-            return self._tokens or self._start()
+            return self._ll_tokenizer or self._load_tokenizer()
 
-    def _start(self) -> Any:
+    def _load_tokenizer(self) -> Any:
         from llguidance import LLExecutor
         from llguidance.hf import from_tokenizer
 
         try:
-            tokens = from_tokenizer(self.tokenizer, self.vocab, sorted(self.eos) or None)  # type: ignore[arg-type]
+            tokens = from_tokenizer(self.tokenizer, self.vocab_size, sorted(self.eos_token_ids) or None)  # type: ignore[arg-type]
         except ValueError as e:
             raise ValueError(f"this model's tokenizer cannot be used with grammars: {e}") from e
-        self._pool = LLExecutor(num_threads=max(1, (os.cpu_count() or 2) - 1))
-        if not self.trusted:
+        self._executor = LLExecutor(num_threads=max(1, (os.cpu_count() or 2) - 1))
+        if not self.skip_trials:
             with suppress(OSError):  # whoever has a grammar tries again, and says it
-                self._trials.start()
-        self._tokens = tokens
+                self._trial_process.start()
+        self._ll_tokenizer = tokens
         return tokens
 
-    def _about(self) -> tuple[str, int, Any]:
+    def _tokenizer_info(self) -> tuple[str, int, Any]:
         """The tokenizer as `llguidance.hf.from_tokenizer` reads it."""
         backend = type(self.tokenizer.backend_tokenizer).from_str(self.tokenizer.backend_tokenizer.to_str())  # type: ignore[union-attr]
         backend.no_padding()
         backend.no_truncation()
-        return backend.to_str(), self.vocab, sorted(self.eos) or self.tokenizer.eos_token_id  # type: ignore[union-attr]
+        return backend.to_str(), self.vocab_size, sorted(self.eos_token_ids) or self.tokenizer.eos_token_id  # type: ignore[union-attr]
 
-    def check(self, grammar: str, stop: threading.Event | None = None) -> None:
+    def check_grammar(self, grammar: str, cancel_event: threading.Event | None = None) -> None:
         """ValueError if a grammar cannot be used, with the reason. Cancelled soon after `stop` is set."""
         kind, text = self._parse(grammar)
-        key = _key(grammar)
-        with self._locks[key[0]]:
-            self._try(key, kind, text, stop)
+        key = _grammar_key(grammar)
+        with self._grammar_locks[key[0]]:
+            self._run_trial(key, kind, text, cancel_event)
 
-    def make(self, grammar: str, count: int = 1, stop: threading.Event | None = None) -> list[Guide]:
+    def make_matchers(
+        self, grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None
+    ) -> list[GrammarMatcher]:
         """Guides at the beginning of a grammar, for `count` completions. As `check` if it cannot be used."""
         kind, text = self._parse(grammar)
-        key = _key(grammar)
-        with self._locks[key[0]]:
-            if len(self._stock.get(key, ())) >= count:
-                stock = self._stock.pop(key)
-                guides, rest = stock[:count], stock[count:]
+        key = _grammar_key(grammar)
+        with self._grammar_locks[key[0]]:
+            if len(self._prebuilt_matchers.get(key, ())) >= num_matchers:
+                stock = self._prebuilt_matchers.pop(key)
+                guides, rest = stock[:num_matchers], stock[num_matchers:]
                 if rest:
-                    self._stock[key] = rest
+                    self._prebuilt_matchers[key] = rest
                 return guides
-            size = self._try(key, kind, text, stop)
+            size = self._run_trial(key, kind, text, cancel_event)
             try:
-                return with_stack(2 * self._trials.limits.stack, lambda: self._compile(key, kind, text, count, size))
+                return run_with_stack(
+                    2 * self._trial_process.limits.stack_bytes,
+                    lambda: self._compile_matchers(key, kind, text, num_matchers, size),
+                )
             except ValueError as e:
                 raise ValueError(f"{kind} grammar: {e}") from e
 
-    def make_early(self, grammar: str, count: int) -> None:
+    def prebuild_matchers(self, grammar: str, num_matchers: int) -> None:
         """Makes guides, in a thread, for the next calls of `make`."""
 
         def fill() -> None:
             with suppress(ValueError):
-                self.put(grammar, self.make(grammar, count))
+                self.add_prebuilt(grammar, self.make_matchers(grammar, num_matchers))
 
         threading.Thread(target=fill, daemon=True).start()
 
-    def put(self, grammar: str, guides: list[Guide]) -> None:
+    def add_prebuilt(self, grammar: str, matchers: list[GrammarMatcher]) -> None:
         """Keeps guides at the beginning of a grammar for the next calls of `make`; the newest ones, of few grammars."""
-        key = _key(grammar)
-        with self._locks[key[0]]:
-            self._stock[key] = [*self._stock.pop(key, ()), *guides][-MAX_STOCKED:]
-            while len(self._stock) > MAX_STOCK:
+        key = _grammar_key(grammar)
+        with self._grammar_locks[key[0]]:
+            self._prebuilt_matchers[key] = [*self._prebuilt_matchers.pop(key, ()), *matchers][
+                -MAX_PREBUILT_PER_GRAMMAR:
+            ]
+            while len(self._prebuilt_matchers) > MAX_PREBUILT_GRAMMARS:
                 with suppress(KeyError):  # another thread was faster
-                    self._stock.popitem(last=False)
+                    self._prebuilt_matchers.popitem(last=False)
 
-    def stocked(self, grammar: str, count: int) -> bool:
+    def has_prebuilt(self, grammar: str, num_matchers: int) -> bool:
         """Whether `make` has so many guides."""
-        return len(self._stock.get(_key(grammar), ())) >= count
+        return len(self._prebuilt_matchers.get(_grammar_key(grammar), ())) >= num_matchers
 
     def _parse(self, grammar: str) -> tuple[str, str]:
-        split(grammar)
+        split_grammar(grammar)
         if self.tokenizer is None:
             raise ValueError("a grammar needs a tokenizer, and this model came without one")
         if find_spec("llguidance") is None:
             raise ValueError("a grammar needs llguidance: pip install fastgen[guide]")
-        self._ready()
-        return parse(grammar)
+        self._ensure_tokenizer()
+        return parse_grammar(grammar)
 
-    def _try(self, key: bytes, kind: str, text: str, stop: threading.Event | None) -> int:
+    def _run_trial(self, key: bytes, grammar_type: str, text: str, cancel_event: threading.Event | None) -> int:
         """The bytes that a grammar takes when it is compiled. ValueError, with the reason, if it cannot be."""
-        if self.trusted:
+        if self.skip_trials:
             return 0
         with self._lock:
-            verdict = self._verdicts.get(key)
+            verdict = self._trial_results.get(key)
         if verdict is None:
             try:
-                verdict = self._trials.run(kind, text, stop)
+                verdict = self._trial_process.run(grammar_type, text, cancel_event)
             except OSError as e:
-                raise ValueError(f"{kind} grammar: the process that tries grammars failed: {e}") from e
+                raise ValueError(f"{grammar_type} grammar: the process that tries grammars failed: {e}") from e
         with self._lock:
-            self._verdicts[key] = verdict
-            self._verdicts.move_to_end(key)
-            if len(self._verdicts) > MAX_VERDICTS:
-                self._verdicts.popitem(last=False)
+            self._trial_results[key] = verdict
+            self._trial_results.move_to_end(key)
+            if len(self._trial_results) > MAX_TRIAL_RESULTS:
+                self._trial_results.popitem(last=False)
         if "error" in verdict:
-            raise ValueError(f"{kind} grammar: {verdict['error']}")
+            raise ValueError(f"{grammar_type} grammar: {verdict['error']}")
         return verdict["bytes"]
 
-    def _compile(self, key: bytes, kind: str, text: str, count: int, size: int) -> list[Guide]:
-        guides = list[Guide]()
+    def _compile_matchers(
+        self, key: bytes, grammar_type: str, text: str, num_matchers: int, num_bytes: int
+    ) -> list[GrammarMatcher]:
+        guides = list[GrammarMatcher]()
         with self._lock:
-            first = self._compiled.get(key)
+            first = self._compiled_matchers.get(key)
         first = None if first is None or first.failed else first
-        while len(guides) < count:
+        while len(guides) < num_matchers:
             if first is not None:
                 guides.append(first.copy())
                 continue
-            memory, begin = self._count(size), time.monotonic()
-            guide = Guide(compile_grammar(self._tokens, kind, text), memory)
-            if time.monotonic() - begin < QUICK:
+            memory, begin = self._reserve_memory(num_bytes), time.monotonic()
+            guide = GrammarMatcher(compile_grammar(self._ll_tokenizer, grammar_type, text), memory)
+            if time.monotonic() - begin < FAST_COMPILE_SECONDS:
                 guides.append(guide)
                 continue
             first = guide
         if first is not None:
             with self._lock:
-                self._compiled[key] = first
-                self._compiled.move_to_end(key)
-                if len(self._compiled) > MAX_COMPILED:
-                    self._compiled.popitem(last=False)
+                self._compiled_matchers[key] = first
+                self._compiled_matchers.move_to_end(key)
+                if len(self._compiled_matchers) > MAX_CACHED_GRAMMARS:
+                    self._compiled_matchers.popitem(last=False)
         return guides
 
-    def _count(self, size: int) -> object:
+    def _reserve_memory(self, num_bytes: int) -> object:
         """Counts memory of a compiled grammar for as long as the object that this returns lives."""
         with self._lock:
-            if self._bytes[0] + size > BUDGET:
-                self._compiled.clear()
-            if self._bytes[0] + size > BUDGET:
-                used = f"{self._bytes[0] >> 20} of at most {BUDGET >> 20} MiB"
+            if self._compiled_bytes[0] + num_bytes > MAX_COMPILED_BYTES:
+                self._compiled_matchers.clear()
+            if self._compiled_bytes[0] + num_bytes > MAX_COMPILED_BYTES:
+                used = f"{self._compiled_bytes[0] >> 20} of at most {MAX_COMPILED_BYTES >> 20} MiB"
                 raise ValueError(f"the grammars of running requests take {used} of memory: try again later")
-            self._bytes[0] += size
-        memory, total = _Memory(), self._bytes
-        weakref.finalize(memory, lambda: total.__setitem__(0, total[0] - size)).atexit = False
+            self._compiled_bytes[0] += num_bytes
+        memory, total = _MemoryReservation(), self._compiled_bytes
+        weakref.finalize(memory, lambda: total.__setitem__(0, total[0] - num_bytes)).atexit = False
         return memory
 
-    def masks(self, rows: list[tuple[int, Guide]], count: int) -> np.ndarray:
+    def compute_token_masks(self, rows: list[tuple[int, GrammarMatcher]], num_rows: int) -> np.ndarray:
         """[count, words] int32: bit t % 32 of word t // 32 is whether token t may come next. All may in other rows.
 
         A guide whose mask takes too long fails, as one whose grammar llguidance gives up; what it draws is dropped.
         """
-        bits = np.full((count, -(-self.vocab // 32)), -1, np.int32)
+        bits = np.full((num_rows, -(-self.vocab_size // 32)), -1, np.int32)
         going = [(guide, row) for row, guide in rows if not (guide.failed or guide.matcher.is_stopped())]
         if going:
-            self._fill(going, bits)
+            self._fill_masks(going, bits)
         for row, guide in rows:
             if guide.failed:
                 bits[row] = -1
             elif guide.matcher.is_stopped():  # nothing may come but the end
                 bits[row] = 0
-                for token in self.eos:
+                for token in self.eos_token_ids:
                     bits[row, token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
         return bits
 
-    def _fill(self, going: list[tuple[Guide, int]], bits: np.ndarray) -> None:
+    def _fill_masks(self, active: list[tuple[GrammarMatcher, int]], bits: np.ndarray) -> None:
         """Masks of several guides; one by one after a call that took long, to find out whose do."""
         from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
-        if not self._slow and len(going) > 1:
+        if not self._last_fill_slow and len(active) > 1:
             begin = time.monotonic()
             try:
-                fill_next_token_bitmask_par(self._pool, [(guide.matcher, row) for guide, row in going], bits)
-                self._slow = self.timed and time.monotonic() - begin > MASK_SECONDS
+                fill_next_token_bitmask_par(self._executor, [(guide.matcher, row) for guide, row in active], bits)
+                self._last_fill_slow = self.limit_mask_time and time.monotonic() - begin > MAX_MASK_SECONDS
                 return
             except Exception:  # of one of them, and which one is seen below
                 pass
-        self._slow = False
-        for guide, row in going:
+        self._last_fill_slow = False
+        for guide, row in active:
             begin = time.thread_time()
             try:
                 fill_next_token_bitmask(guide.matcher, bits, row)
             except Exception as e:
                 guide.error = f"{type(e).__name__}: {e}"
-            if self.timed and time.thread_time() - begin > MASK_SECONDS:
-                guide.error = f"its next tokens take longer than {MASK_SECONDS} s to find"
+            if self.limit_mask_time and time.thread_time() - begin > MAX_MASK_SECONDS:
+                guide.error = f"its next tokens take longer than {MAX_MASK_SECONDS} s to find"
 
 
-def _key(grammar: str) -> bytes:
+def _grammar_key(grammar: str) -> bytes:
     return hashlib.blake2b(grammar.encode("utf-8", "surrogatepass"), digest_size=16).digest()

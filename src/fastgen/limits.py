@@ -2,84 +2,105 @@
 
 from typing import NamedTuple
 
-from fastgen.models.spec import Spec
+from fastgen.models.spec import ModelConfig
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
     """What one step computes. Keys and pairs are means over the layers, whose windows may differ."""
 
-    tokens: int  # through the layers
-    samples: int = 0  # rows unembedded
-    pairs: float = 0  # (query, key) of prefill attention
-    decode_keys: float = 0  # read by sequences that compute one token
-    prefill_keys: float = 0  # read by the others
+    num_tokens: int  # through the layers
+    num_sampled: int = 0  # rows unembedded
+    num_prefill_pairs: float = 0  # (query, key) of prefill attention
+    num_decode_keys: float = 0  # read by sequences that compute one token
+    num_prefill_keys: float = 0  # read by the others
 
 
 class Machine(NamedTuple):
     """`power` is the share of the machine's power that full memory traffic takes from computing."""
 
     name: str
-    flops: float  # sustained, dense, FLOP/s
-    bandwidth: float  # bytes/s
-    memory: float  # bytes
-    power: float = 0.0
+    flops_per_second: float  # sustained, dense, FLOP/s
+    bytes_per_second: float  # bytes/s
+    memory_bytes: float  # bytes
+    memory_power_fraction: float = 0.0
 
-    def times(self, n: int) -> "Machine":
+    def scaled(self, num_devices: int) -> "Machine":
         """`n` of them that exchange data for nothing."""
-        return Machine(self.name, n * self.flops, n * self.bandwidth, n * self.memory, self.power)
+        return Machine(
+            self.name,
+            num_devices * self.flops_per_second,
+            num_devices * self.bytes_per_second,
+            num_devices * self.memory_bytes,
+            self.memory_power_fraction,
+        )
 
 
-KNOWN = {"H200": Machine("H200", 670e12, 4.28e12, 139 * 2**30, 180 / 580)}  # measured; see `limit`
+KNOWN_MACHINES = {"H200": Machine("H200", 670e12, 4.28e12, 139 * 2**30, 180 / 580)}  # measured; see `limit`
 
 
-def _elements(spec: Spec) -> tuple[int, int, int]:
+def _count_elements(model_config: ModelConfig) -> tuple[int, int, int]:
     """Weights of all layers' matrices, weights of the head, cache elements a token."""
-    heads = 2 * spec.q_heads + 2 * spec.kv_heads  # of qkv and out
-    linear = spec.layers * spec.dim * (heads * spec.head + 3 * spec.ffn)
-    return linear, spec.vocab * spec.dim, 2 * spec.layers * spec.kv_heads * spec.head
+    heads = 2 * model_config.num_q_heads + 2 * model_config.num_kv_heads  # of qkv and out
+    linear = (
+        model_config.num_layers
+        * model_config.hidden_size
+        * (heads * model_config.head_dim + 3 * model_config.intermediate_size)
+    )
+    return (
+        linear,
+        model_config.vocab_size * model_config.hidden_size,
+        2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim,
+    )
 
 
-def parts(spec: Spec, work: Work, width: int = 2) -> dict[str, tuple[float, float]]:
+def operation_costs(
+    model_config: ModelConfig, work: StepWork, bytes_per_element: int = 2
+) -> dict[str, tuple[float, float]]:
     """(FLOPs, bytes moved) of each kind of operation in a step; `width` bytes a weight, activation or cache element.
 
     Matrices and cache are read once; what goes in and out of a matrix product or attention is counted where it is
     made or used, in "pointwise". That is one kernel each for the embedding, residual add + norm, rope + cache write,
     and swiglu: per token 2D, 4D, 2(q + k + v) and 3F elements. Sampling is not counted.
     """
-    linear, head, kv = _elements(spec)
-    pair = 4 * spec.q_heads * spec.head * spec.layers  # FLOPs
-    qkv = (spec.q_heads + 2 * spec.kv_heads) * spec.head
-    pointwise = 4 * spec.dim + spec.layers * (8 * spec.dim + 2 * qkv + 3 * spec.ffn)  # the first norm adds nothing
+    linear, head, kv = _count_elements(model_config)
+    pair = 4 * model_config.num_q_heads * model_config.head_dim * model_config.num_layers  # FLOPs
+    qkv = (model_config.num_q_heads + 2 * model_config.num_kv_heads) * model_config.head_dim
+    pointwise = 4 * model_config.hidden_size + model_config.num_layers * (
+        8 * model_config.hidden_size + 2 * qkv + 3 * model_config.intermediate_size
+    )  # the first norm adds nothing
     return {
-        "linear": (2 * linear * work.tokens, linear * width),
-        "head": (2 * head * work.samples, head * width if work.samples else 0),
-        "prefill attention": (pair * work.pairs, kv * work.prefill_keys * width),
-        "decode attention": (pair * work.decode_keys, kv * work.decode_keys * width),
-        "pointwise": (0, pointwise * work.tokens * width),
+        "linear": (2 * linear * work.num_tokens, linear * bytes_per_element),
+        "head": (2 * head * work.num_sampled, head * bytes_per_element if work.num_sampled else 0),
+        "prefill attention": (pair * work.num_prefill_pairs, kv * work.num_prefill_keys * bytes_per_element),
+        "decode attention": (pair * work.num_decode_keys, kv * work.num_decode_keys * bytes_per_element),
+        "pointwise": (0, pointwise * work.num_tokens * bytes_per_element),
     }
 
 
-def keys(spec: Spec, first: int, last: int) -> float:
+def count_attended_keys(model_config: ModelConfig, first_position: int, last_position: int) -> float:
     """Keys seen by the queries at positions `first` to `last`, counted from 1; mean over the layers."""
 
     def seen(n: int, window: int | None) -> int:
         full = min(n, window or n)
         return full * (full + 1) // 2 + (n - full) * full
 
-    return sum(seen(last, w) - seen(first - 1, w) for w in spec.windows) / spec.layers
+    return (
+        sum(seen(last_position, w) - seen(first_position - 1, w) for w in model_config.sliding_windows)
+        / model_config.num_layers
+    )
 
 
-def limit(
-    spec: Spec,
-    requests: int,
-    prompt: int,
-    output: int,
-    samples: int = 1,
+def min_seconds(
+    model_config: ModelConfig,
+    num_requests: int,
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    num_completions: int = 1,
     *,
     machine: Machine,
-    width: int = 2,
+    bytes_per_element: int = 2,
     prefix_shared: bool = False,
-    common: int = 0,
+    num_shared_tokens: int = 0,
 ) -> float:
     """Least seconds for `requests` prompts of `prompt` tokens, `samples` completions of `output` tokens for each.
 
@@ -96,23 +117,40 @@ def limit(
     `prefix_shared`: what sequences have in common is computed, kept and read once: a prompt by its samples, and the
     first `common` tokens by all requests. ValueError if a sequence does not fit the memory.
     """
-    linear, head, kv = _elements(spec)
-    n, last = requests * samples, prompt + output - 1  # the last token drawn is not computed
-    attended = n * keys(spec, prompt + 1, last)  # by decoding
+    linear, head, kv = _count_elements(model_config)
+    n, last = (
+        num_requests * num_completions,
+        num_prompt_tokens + num_output_tokens - 1,
+    )  # the last token drawn is not computed
+    attended = n * count_attended_keys(model_config, num_prompt_tokens + 1, last)  # by decoding
     if prefix_shared:
-        every, rest = keys(spec, prompt + 1, last), keys(spec, prompt + 1 - common, last - common)
-        own = keys(spec, 1, output - 1)
-        read = n * own + requests * (rest - own) + every - rest
-        prefill = common + requests * (prompt - common)
-        pairs = keys(spec, 1, common) + requests * keys(spec, common + 1, prompt)
+        every, rest = (
+            count_attended_keys(model_config, num_prompt_tokens + 1, last),
+            count_attended_keys(model_config, num_prompt_tokens + 1 - num_shared_tokens, last - num_shared_tokens),
+        )
+        own = count_attended_keys(model_config, 1, num_output_tokens - 1)
+        read = n * own + num_requests * (rest - own) + every - rest
+        prefill = num_shared_tokens + num_requests * (num_prompt_tokens - num_shared_tokens)
+        pairs = count_attended_keys(model_config, 1, num_shared_tokens) + num_requests * count_attended_keys(
+            model_config, num_shared_tokens + 1, num_prompt_tokens
+        )
     else:
-        read, prefill, pairs = attended, n * prompt, n * keys(spec, 1, prompt)
-    tokens = prefill + n * (output - 1)
-    weights = (linear + (head if spec.tied else 2 * head)) * width
-    fit = (0.9 * machine.memory - weights) / (kv * width)
+        read, prefill, pairs = (
+            attended,
+            n * num_prompt_tokens,
+            n * count_attended_keys(model_config, 1, num_prompt_tokens),
+        )
+    tokens = prefill + n * (num_output_tokens - 1)
+    weights = (linear + (head if model_config.tie_word_embeddings else 2 * head)) * bytes_per_element
+    fit = (0.9 * machine.memory_bytes - weights) / (kv * bytes_per_element)
     if fit < last:
         raise ValueError(f"{last} tokens do not fit the memory of {machine.name}: room for {max(fit, 0):.0f}")
-    flops = sum(f for f, _ in parts(spec, Work(tokens, n * output, pairs, attended), width).values())
-    steps = max(output, read / fit)
-    traffic = width * (steps * (linear + head) + kv * (read + tokens)) / machine.bandwidth
-    return max(traffic, flops / machine.flops + machine.power * traffic)
+    flops = sum(
+        f
+        for f, _ in operation_costs(
+            model_config, StepWork(tokens, n * num_output_tokens, pairs, attended), bytes_per_element
+        ).values()
+    )
+    steps = max(num_output_tokens, read / fit)
+    traffic = bytes_per_element * (steps * (linear + head) + kv * (read + tokens)) / machine.bytes_per_second
+    return max(traffic, flops / machine.flops_per_second + machine.memory_power_fraction * traffic)

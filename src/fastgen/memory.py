@@ -15,32 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGN = 512  # bytes; of each tensor
+ALIGNMENT_BYTES = 512  # bytes; of each tensor
 
 
-class _Place(ctypes.Structure):
+class _MemLocation(ctypes.Structure):
     """CUmemLocation."""
 
     _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
 
 
-class _Kind(ctypes.Structure):
+class _MemAllocationProp(ctypes.Structure):
     """CUmemAllocationProp: pinned memory of a device, without handles for others."""
 
     _fields_ = (
-        ("type", ctypes.c_int), ("handles", ctypes.c_int), ("place", _Place), ("win32", ctypes.c_void_p),
+        ("type", ctypes.c_int), ("handles", ctypes.c_int), ("place", _MemLocation), ("win32", ctypes.c_void_p),
         ("compression", ctypes.c_ubyte), ("rdma", ctypes.c_ubyte), ("usage", ctypes.c_ushort),
         ("reserved", ctypes.c_ubyte * 4),
     )  # fmt: skip
 
 
-class _Access(ctypes.Structure):
+class _MemAccessDesc(ctypes.Structure):
     """CUmemAccessDesc: read and write."""
 
-    _fields_ = (("place", _Place), ("flags", ctypes.c_int))
+    _fields_ = (("place", _MemLocation), ("flags", ctypes.c_int))
 
 
-def _call(name: str, *args: Any) -> None:
+def _driver_call(name: str, *args: Any) -> None:
     status = getattr(ctypes.CDLL("libcuda.so.1"), name)(*args)
     if status == 2:
         raise torch.OutOfMemoryError(f"the GPU's driver has not enough memory left ({name})")
@@ -48,121 +48,135 @@ def _call(name: str, *args: Any) -> None:
         raise RuntimeError(f"the GPU's driver refused {name}: error {status}")
 
 
-class _Mapped:
+class _MappedMemory:
     """Bytes of a GPU behind a reserved address; `__cuda_array_interface__` makes a tensor of them."""
 
-    def __init__(self, size: int, device: int) -> None:
-        place = _Place(1, device)
-        self._kind = _Kind(type=1, place=place)
+    def __init__(self, nbytes: int, device: int) -> None:
+        place = _MemLocation(1, device)
+        self._allocation_prop = _MemAllocationProp(type=1, place=place)
         # Other devices, too, or copies from them would be refused.
         peers = [i for i in range(torch.cuda.device_count()) if torch.cuda.can_device_access_peer(i, device)]
-        self._access = (_Access * (1 + len(peers)))(*(_Access(_Place(1, i), 3) for i in (device, *peers)))
+        self._access_descs = (_MemAccessDesc * (1 + len(peers)))(
+            *(_MemAccessDesc(_MemLocation(1, i), 3) for i in (device, *peers))
+        )
         grain = ctypes.c_size_t()
-        _call("cuMemGetAllocationGranularity", ctypes.byref(grain), ctypes.byref(self._kind), 0)
-        self.size = -(-size // grain.value) * grain.value
-        self._process = os.getpid()
-        self._at, self._handle = ctypes.c_uint64(), ctypes.c_uint64()
+        _driver_call("cuMemGetAllocationGranularity", ctypes.byref(grain), ctypes.byref(self._allocation_prop), 0)
+        self.nbytes = -(-nbytes // grain.value) * grain.value
+        self._pid = os.getpid()
+        self._address, self._handle = ctypes.c_uint64(), ctypes.c_uint64()
         zero = ctypes.c_uint64(0)
-        _call("cuMemAddressReserve", ctypes.byref(self._at), ctypes.c_size_t(self.size), ctypes.c_size_t(0), zero, zero)
+        _driver_call(
+            "cuMemAddressReserve",
+            ctypes.byref(self._address),
+            ctypes.c_size_t(self.nbytes),
+            ctypes.c_size_t(0),
+            zero,
+            zero,
+        )
         self.mapped = False
-        self.map()
-        weakref.finalize(self, _Mapped._free, self._at, self.size, self.__dict__).atexit = False
+        self.map_memory()
+        weakref.finalize(self, _MappedMemory._free, self._address, self.nbytes, self.__dict__).atexit = False
         self.__cuda_array_interface__ = {
-            "shape": (size,), "typestr": "|u1", "data": (self._at.value, False), "version": 3,
+            "shape": (nbytes,), "typestr": "|u1", "data": (self._address.value, False), "version": 3,
         }  # fmt: skip
 
-    def map(self) -> None:
-        size, none = ctypes.c_size_t(self.size), ctypes.c_uint64(0)
-        _call("cuMemCreate", ctypes.byref(self._handle), size, ctypes.byref(self._kind), none)
-        _call("cuMemMap", self._at, size, ctypes.c_size_t(0), self._handle, none)
-        _call("cuMemSetAccess", self._at, size, self._access, ctypes.c_size_t(len(self._access)))
+    def map_memory(self) -> None:
+        size, none = ctypes.c_size_t(self.nbytes), ctypes.c_uint64(0)
+        _driver_call("cuMemCreate", ctypes.byref(self._handle), size, ctypes.byref(self._allocation_prop), none)
+        _driver_call("cuMemMap", self._address, size, ctypes.c_size_t(0), self._handle, none)
+        _driver_call(
+            "cuMemSetAccess", self._address, size, self._access_descs, ctypes.c_size_t(len(self._access_descs))
+        )
         self.mapped = True
 
-    def unmap(self) -> None:
-        _unmap(self._at, self.size, self._handle)
+    def unmap_memory(self) -> None:
+        _unmap_and_release(self._address, self.nbytes, self._handle)
         self.mapped = False
 
     @staticmethod
-    def _free(at: ctypes.c_uint64, size: int, state: dict[str, Any]) -> None:
+    def _free(address: ctypes.c_uint64, nbytes: int, state: dict[str, Any]) -> None:
         if state["_process"] != os.getpid():  # a fork has no part in it
             return
         torch.cuda.synchronize()
         if state["mapped"]:
-            _unmap(at, size, state["_handle"])
-        _call("cuMemAddressFree", at, ctypes.c_size_t(size))
+            _unmap_and_release(address, nbytes, state["_handle"])
+        _driver_call("cuMemAddressFree", address, ctypes.c_size_t(nbytes))
 
 
-def _unmap(at: ctypes.c_uint64, size: int, handle: ctypes.c_uint64) -> None:
-    _call("cuMemUnmap", at, ctypes.c_size_t(size))
-    _call("cuMemRelease", handle)
+def _unmap_and_release(address: ctypes.c_uint64, nbytes: int, handle: ctypes.c_uint64) -> None:
+    _driver_call("cuMemUnmap", address, ctypes.c_size_t(nbytes))
+    _driver_call("cuMemRelease", handle)
 
 
-class Region:
+class ReleasableMemory:
     """Room for tensors on one device, given back and taken again as a whole; the tensors stay, at their addresses.
 
     Their values are lost where `release` does not keep them. Reading or writing them meanwhile is an error of the
     device's.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.device, self.size, self.held, self._used = device, size, True, 0
-        self._kept: Tensor | None = None
-        self._mapped: _Mapped | None = None
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.device, self.nbytes, self.resident, self._allocated_bytes = device, nbytes, True, 0
+        self._host_copy: Tensor | None = None
+        self._mapping: _MappedMemory | None = None
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             torch.cuda.init()
             with torch.cuda.device(index):
                 torch.empty(1, device=device)  # the driver needs a context
-                self._mapped = _Mapped(max(1, size), index)
-            self._bytes = torch.as_tensor(self._mapped, device=device)
+                self._mapping = _MappedMemory(max(1, nbytes), index)
+            self._buffer = torch.as_tensor(self._mapping, device=device)
         else:
-            self._bytes = torch.empty(max(1, size), dtype=torch.uint8, device=device)
-        self._bytes.zero_()
+            self._buffer = torch.empty(max(1, nbytes), dtype=torch.uint8, device=device)
+        self._buffer.zero_()
 
     @staticmethod
-    def bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
+    def bytes_needed(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
         """That tensors of such shapes take."""
-        return sum(-(-prod(shape) * dtype.itemsize // ALIGN) * ALIGN for shape in shapes)
+        return sum(-(-prod(shape) * dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for shape in shapes)
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros, of what is left."""
         size = prod(shape) * dtype.itemsize
-        first, self._used = self._used, self._used + -(-size // ALIGN) * ALIGN
-        if self._used > self.size:
-            raise ValueError(f"a region of {self.size} bytes has no room left for {size}")
-        return self._bytes[first : first + size].view(dtype).view(*shape)
+        first, self._allocated_bytes = (
+            self._allocated_bytes,
+            self._allocated_bytes + -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES,
+        )
+        if self._allocated_bytes > self.nbytes:
+            raise ValueError(f"a region of {self.nbytes} bytes has no room left for {size}")
+        return self._buffer[first : first + size].view(dtype).view(*shape)
 
     @property
-    def resizable(self) -> bool:
+    def releasable(self) -> bool:
         """Whether it can be given back: a NumPy array that shares a CPU's memory keeps it."""
-        return self._mapped is not None or self._bytes.untyped_storage().resizable()
+        return self._mapping is not None or self._buffer.untyped_storage().resizable()
 
-    def release(self, *, keep: bool = False) -> None:
+    def release(self, *, keep_contents: bool = False) -> None:
         """Give the memory back. `keep`: what is in it goes to the host, and comes back with it."""
-        if not self.held:
+        if not self.resident:
             return
-        self._kept = self._bytes.to("cpu", copy=True) if keep else None
-        if self._mapped is None:
-            self._bytes.untyped_storage().resize_(0)
+        self._host_copy = self._buffer.to("cpu", copy=True) if keep_contents else None
+        if self._mapping is None:
+            self._buffer.untyped_storage().resize_(0)
         else:
             torch.cuda.synchronize(self.device)
-            self._mapped.unmap()
-        self.held = False
+            self._mapping.unmap_memory()
+        self.resident = False
 
-    def restore(self) -> None:
+    def reacquire(self) -> None:
         """Take it again, zeros where nothing was kept. torch.OutOfMemoryError, and nothing lost, if others have it."""
-        if self.held:
+        if self.resident:
             return
-        if self._mapped is None:
-            self._bytes.untyped_storage().resize_(max(1, self.size))
+        if self._mapping is None:
+            self._buffer.untyped_storage().resize_(max(1, self.nbytes))
         else:
             try:
-                self._mapped.map()
+                self._mapping.map_memory()
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()  # of what torch holds and does not use
-                self._mapped.map()
-        if self._kept is None:
-            self._bytes.zero_()
+                self._mapping.map_memory()
+        if self._host_copy is None:
+            self._buffer.zero_()
         else:
-            self._bytes.copy_(self._kept)
-        self.held, self._kept = True, None
+            self._buffer.copy_(self._host_copy)
+        self.resident, self._host_copy = True, None

@@ -19,52 +19,52 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-SPAWN = "start processes with spawn: multiprocessing.get_context('spawn')"
-NOTHING = nullcontext()
-_process = os.getpid()  # this one: asking the system takes longer than all else that a call checks
-computed_in: int | None = None  # the process in which an engine was made, or sequences scored
+SPAWN_ADVICE = "start processes with spawn: multiprocessing.get_context('spawn')"
+NULL_CONTEXT = nullcontext()
+_current_pid = os.getpid()  # this one: asking the system takes longer than all else that a call checks
+computing_pid: int | None = None  # the process in which an engine was made, or sequences scored
 
 
-class Owner:
+class AccessGuard:
     """Tracks the process that made an engine, whether it is closed, and the thread that is inside one of its calls."""
 
-    def __init__(self, what: str, advice: str) -> None:
-        self.what, self.advice = what, advice  # for messages
-        self.process, self.closed = _process, False
-        self.thread: int | None = None  # that is inside a call, or for which an AsyncEngine holds the engine
-        self.held = False  # by an AsyncEngine
-        self.busy = False  # whether `thread` is inside a call
-        self.idle = [None]  # empty while a thread has the engine
+    def __init__(self, name: str, advice: str) -> None:
+        self.name, self.advice = name, advice  # for messages
+        self.pid, self.closed = _current_pid, False
+        self.thread_id: int | None = None  # that is inside a call, or for which an AsyncEngine holds the engine
+        self.held_by_async_engine = False  # by an AsyncEngine
+        self.in_call = False  # whether `thread` is inside a call
+        self._free_token = [None]  # empty while a thread has the engine
 
     def check(self) -> None:
         """Raises RuntimeError in a forked child, and once the engine is closed."""
-        if self.process != _process:
-            raise RuntimeError(f"{self.what} was made by another process, of which this one is a fork: {SPAWN}")
+        if self.pid != _current_pid:
+            raise RuntimeError(f"{self.name} was made by another process, of which this one is a fork: {SPAWN_ADVICE}")
         if self.closed:
-            raise RuntimeError(f"{self.what} is closed: make another one")
+            raise RuntimeError(f"{self.name} is closed: make another one")
 
-    def refuse(self) -> RuntimeError:
+    def access_error(self) -> RuntimeError:
         """Returns the error for a thread that may not call now."""
-        if self.held:
+        if self.held_by_async_engine:
             return RuntimeError(
-                f"{self.what} is held by an AsyncEngine, whose thread steps it: use the AsyncEngine's methods "
+                f"{self.name} is held by an AsyncEngine, whose thread steps it: use the AsyncEngine's methods "
                 "(`await async_engine.call(f, …)` makes any call), or close it first"
             )
-        return RuntimeError(f"{self.what} is inside a call of another thread: {self.advice}")
+        return RuntimeError(f"{self.name} is inside a call of another thread: {self.advice}")
 
-    def hold(self) -> None:
+    def acquire(self) -> None:
         """Take the engine for an AsyncEngine, whose thread then sets `thread`. RuntimeError where another has it."""
         self.check()
         try:
-            del self.idle[0]
+            del self._free_token[0]
         except IndexError:
-            raise self.refuse() from None
-        self.held = True
+            raise self.access_error() from None
+        self.held_by_async_engine = True
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Give it back, once that thread has ended."""
-        self.thread, self.held = None, False
-        self.idle = [None]
+        self.thread_id, self.held_by_async_engine = None, False
+        self._free_token = [None]
 
 
 def exclusive(*memory: str) -> Callable[[F], F]:
@@ -79,7 +79,7 @@ def exclusive(*memory: str) -> Callable[[F], F]:
         def guarded(self: Any, *args: Any, **named: Any) -> Any:
             owner, me = self._owner, threading.get_ident()
             mine = owner.thread == me
-            if mine and owner.busy and owner.process == _process:  # within another call
+            if mine and owner.busy and owner.process == _current_pid:  # within another call
                 if memory:
                     self._require(*memory)
                 return call(self, *args, **named)
@@ -97,7 +97,7 @@ def exclusive(*memory: str) -> Callable[[F], F]:
                     self._drop()
                 if memory:
                     self._require(*memory)
-                with NOTHING if _plain() else _plain_modes():
+                with NULL_CONTEXT if _torch_modes_off() else _disable_torch_modes():
                     found = call(self, *args, **named)
                 if self._dropped:
                     self._drop()
@@ -112,13 +112,13 @@ def exclusive(*memory: str) -> Callable[[F], F]:
     return decorate
 
 
-def _plain() -> bool:
+def _torch_modes_off() -> bool:
     """Whether torch is in none of the modes that would change what is computed."""
     return not (torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled())
 
 
 @contextmanager
-def _plain_modes() -> Iterator[None]:
+def _disable_torch_modes() -> Iterator[None]:
     """Switches autocast and inference mode off: the cache would become a tensor that no later step may write."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -130,31 +130,31 @@ def _plain_modes() -> Iterator[None]:
         yield
 
 
-def plain_modes(call: Callable[P, T]) -> Callable[P, T]:
+def no_torch_modes(fn: Callable[P, T]) -> Callable[P, T]:
     """Make a method one inside which torch's autocast and inference mode are off."""
 
-    @wraps(call)
+    @wraps(fn)
     def shielded(*args: P.args, **named: P.kwargs) -> T:
-        if _plain():
-            return call(*args, **named)
-        with _plain_modes():
-            return call(*args, **named)
+        if _torch_modes_off():
+            return fn(*args, **named)
+        with _disable_torch_modes():
+            return fn(*args, **named)
 
     return shielded
 
 
-def no_autocast(call: Callable[P, T]) -> Callable[P, T]:
+def no_autocast(fn: Callable[P, T]) -> Callable[P, T]:
     """Make a function one inside which torch's autocast is off: it computes in the dtype of its parameters."""
 
-    @wraps(call)
+    @wraps(fn)
     def shielded(*args: P.args, **named: P.kwargs) -> T:
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         if not kinds:
-            return call(*args, **named)
+            return fn(*args, **named)
         with ExitStack() as stack:
             for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            return call(*args, **named)
+            return fn(*args, **named)
 
     return shielded
 
@@ -162,27 +162,27 @@ def no_autocast(call: Callable[P, T]) -> Callable[P, T]:
 # --- forked children --------------------------------------------------------------------------------------------------
 
 
-def check_fork(what: str) -> None:
+def check_fork(caller: str) -> None:
     """RuntimeError where torch would wait for threads that a fork has not copied. Notes that this process computes."""
-    global computed_in
-    if computed_in not in (None, _process) and torch.get_num_threads() > 1:
-        raise RuntimeError(f"{what}: this process is a fork of one that has computed: {SPAWN}")
-    computed_in = _process
+    global computing_pid
+    if computing_pid not in (None, _current_pid) and torch.get_num_threads() > 1:
+        raise RuntimeError(f"{caller}: this process is a fork of one that has computed: {SPAWN_ADVICE}")
+    computing_pid = _current_pid
 
 
-_started: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+_detached_processes: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
 
 
-def disown_in_forks(processes: Iterable[BaseProcess]) -> None:
+def detach_in_forks(processes: Iterable[BaseProcess]) -> None:
     """Leave processes alone when a fork of this process ends, which multiprocessing would terminate with it."""
-    _started.update(processes)
+    _detached_processes.update(processes)
 
 
-def _after_fork() -> None:
-    global _process
-    _process = os.getpid()
+def _reset_after_fork() -> None:
+    global _current_pid
+    _current_pid = os.getpid()
     children: set[Any] = process._children  # type: ignore[attr-defined]
-    children.difference_update(_started)
+    children.difference_update(_detached_processes)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_reset_after_fork)

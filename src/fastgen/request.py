@@ -11,15 +11,15 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fastgen.config import SamplingParams, check_choice
-from fastgen.grammar import Guide
-from fastgen.models.spec import Spec
-from fastgen.tokenizer import Detokenizer, Prompt, prompt_list
+from fastgen.grammar import GrammarMatcher
+from fastgen.models.spec import ModelConfig
+from fastgen.tokenizer import Detokenizer, Prompt, to_prompt_list
 from fastgen.types import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]  # error: see `Completion.error` and `Output.error`
 R = TypeVar("R")
-NO_TOKENS = np.zeros(0, np.int64)
-NOT_FINITE = "the logits are NaN or infinite"
+EMPTY_TOKEN_IDS = np.zeros(0, np.int64)
+NON_FINITE_LOGITS = "the logits are NaN or infinite"
 TopLogprobs = dict[int, float]  # token -> logprob, most likely first
 
 
@@ -32,7 +32,9 @@ class Completion:
     logprobs: list[float] | None = None  # of each token
     top_logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None  # None: still running
-    versions: list[int] = field(default_factory=list)  # of the weights that drew each token; see `Engine.version`
+    weight_versions: list[int] = field(
+        default_factory=list
+    )  # of the weights that drew each token; see `Engine.version`
     error: str = ""  # what went wrong, where the finish reason is "error"
 
 
@@ -45,7 +47,7 @@ class Output:
     completions: list[Completion]
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
-    cached_tokens: int = 0  # of the prompt, found in the cache; of all completions together
+    num_cached_tokens: int = 0  # of the prompt, found in the cache; of all completions together
     error: str | None = None  # why it could not run (`on_error="skip"`): its completions are empty then
 
     @property
@@ -67,12 +69,12 @@ class Event:
     finish_reason: FinishReason | None = None
     output: Output | None = None
     error: str = ""  # as the completion's
-    version: int | None = None  # of the weights that drew the token, as in `Completion.versions`
+    weight_version: int | None = None  # of the weights that drew the token, as in `Completion.versions`
 
 
-def refuse_errors(outputs: Sequence[Output]) -> None:
+def raise_on_non_finite_logits(outputs: Sequence[Output]) -> None:
     """Raises RuntimeError if a completion has ended with an error: training cannot go on from there."""
-    if count := sum(c.error == NOT_FINITE for o in outputs for c in o.completions):
+    if count := sum(c.error == NON_FINITE_LOGITS for o in outputs for c in o.completions):
         raise RuntimeError(f"the logits of {count} completions are NaN or infinite: the parameters have diverged")
 
 
@@ -84,11 +86,11 @@ def sample_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def pairs(
+def pair_prompts(
     prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[Prompt, SamplingParams]]:
     """Pairs one or many prompts with their settings, which are one for all, or one for each. ValueError for others."""
-    many = prompt_list(prompts)
+    many = to_prompt_list(prompts)
     each: list[SamplingParams | None]
     if sampling is None or isinstance(sampling, SamplingParams):
         each = [sampling] * len(many)
@@ -107,8 +109,8 @@ def pairs(
     return [(prompt, params or SamplingParams()) for prompt, params in zip(many, each, strict=True)]
 
 
-def each_prompt(
-    make: Callable[[Prompt, SamplingParams], R],
+def map_prompts(
+    build: Callable[[Prompt, SamplingParams], R],
     prompts: Prompt | Sequence[Prompt],
     sampling: SamplingParams | Sequence[SamplingParams] | None,
     on_error: str,
@@ -118,13 +120,13 @@ def each_prompt(
     With "raise", the ValueError says which of several prompts it is.
     """
     check_choice("on_error", on_error, ["raise", "skip"])
-    found, many = list[R | Output](), pairs(prompts, sampling)
+    found, many = list[R | Output](), pair_prompts(prompts, sampling)
     for prompt, params in many:
         try:
-            found.append(make(prompt, params))
+            found.append(build(prompt, params))
         except ValueError as e:
             if on_error == "skip":
-                found.append(refused(str(e), params.n))
+                found.append(rejected_output(str(e), params.n))
             elif len(many) > 1:
                 raise ValueError(f"prompt {len(found)}: {e}") from e
             else:
@@ -132,19 +134,21 @@ def each_prompt(
     return found
 
 
-def refused(error: str, n: int) -> Output:
+def rejected_output(error: str, num_completions: int) -> Output:
     """Returns the output of a request that cannot run, in the place of its n completions."""
-    return Output(-1, [], [Completion(finish_reason="error", error=error) for _ in range(n)], error=error)
+    return Output(-1, [], [Completion(finish_reason="error", error=error) for _ in range(num_completions)], error=error)
 
 
-def refusal(output: Output) -> list[Event]:
+def rejection_events(output: Output) -> list[Event]:
     """Returns the events of a request that cannot run."""
     events = [Event(output.request_id, i, [], "", finish_reason="error") for i in range(len(output.completions))]
     events[-1].output = output
     return events
 
 
-def longest(prompt: Sequence[int], params: SamplingParams, spec: Spec, capacity: int, has_text: bool) -> int:
+def max_length(
+    prompt: Sequence[int], params: SamplingParams, spec: ModelConfig, cache_capacity: int, has_tokenizer: bool
+) -> int:
     """The most tokens a sequence may reach, prompt included. ValueError, with the numbers, for what cannot run.
 
     `capacity` is the cache's, in tokens; `has_text` says whether there is a tokenizer.
@@ -152,25 +156,27 @@ def longest(prompt: Sequence[int], params: SamplingParams, spec: Spec, capacity:
     n = len(prompt)
     used = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
     for name, tokens in used.items():
-        if tokens and not 0 <= min(tokens) <= max(tokens) < spec.vocab:
-            wrong = next(t for t in tokens if not 0 <= t < spec.vocab)
-            raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {spec.vocab}")
+        if tokens and not 0 <= min(tokens) <= max(tokens) < spec.vocab_size:
+            wrong = next(t for t in tokens if not 0 <= t < spec.vocab_size)
+            raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {spec.vocab_size}")
     for name in ("logprobs", "prompt_logprobs"):
-        if (getattr(params, name) or 0) > spec.vocab:
-            raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary of {spec.vocab}")
-    if params.stop and not has_text:
+        if (getattr(params, name) or 0) > spec.vocab_size:
+            raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary of {spec.vocab_size}")
+    if params.stop and not has_tokenizer:
         raise ValueError("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
-    most = min(spec.context, capacity + 1)  # the last token drawn is never written to the cache
+    most = min(spec.context_length, cache_capacity + 1)  # the last token drawn is never written to the cache
     wanted = n + (params.max_tokens or 1)
     if wanted > most:
-        place = f"model's context of {spec.context}" if most == spec.context else f"cache of {capacity}"
+        place = (
+            f"model's context of {spec.context_length}" if most == spec.context_length else f"cache of {cache_capacity}"
+        )
         advice = f"max_tokens can be at most {most - n}" if n < most else "the prompt alone is too long"
         asked = f"{n} prompt tokens and max_tokens={params.max_tokens}"
         raise ValueError(f"{asked} do not fit the {place} tokens: {advice}")
     return most if params.max_tokens is None else wanted
 
 
-class Sample:
+class SequenceState:
     """One completion in flight: its tokens, its text, and when it ends. `limit` counts prompt and output.
 
     Where nobody reads along (`live` false) its text is made at its end: a decode for each token of hundreds of
@@ -183,60 +189,73 @@ class Sample:
         index: int,
         params: SamplingParams,
         seed: int,
-        limit: int,
-        eos: frozenset[int],
+        max_length: int,
+        eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
         *,
-        live: bool = True,
-        guide: Guide | None = None,
+        stream_text: bool = True,
+        matcher: GrammarMatcher | None = None,
     ) -> None:
-        self.guide = guide  # the grammar's, where there is one
-        self.adapter = 0  # among the engine's; 0: none
-        self.output, self.index, self.params, self.limit = output, index, params, limit
-        self.prompt = len(output.prompt_token_ids)
-        self.tokens = list(output.prompt_token_ids)
+        self.matcher = matcher  # the grammar's, where there is one
+        self.adapter_idx = 0  # among the engine's; 0: none
+        self.output, self.index, self.params, self.max_length = output, index, params, max_length
+        self.num_prompt_tokens = len(output.prompt_token_ids)
+        self.token_ids = list(output.prompt_token_ids)
         self.seed = sample_seed(seed, index)
-        self.ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+        self.end_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
         p = params
-        self.filters = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+        self.uses_top_k_top_p = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         # Drawn by the general sampler, not by the one inside the step.
-        self.special = self.filters or penalised or bool(p.logit_bias) or p.min_tokens > 0 or (p.logprobs or 0) > 0
-        self.special |= guide is not None
-        self.looks_back = penalised or p.min_tokens > 0 or guide is not None  # what is drawn depends on what was
-        self.scores_prompt = p.prompt_logprobs is not None and index == 0
-        self.invalid = False  # whether a logprob of its prompt is NaN
-        self.text: Detokenizer | None = None
+        self.needs_general_sampler = (
+            self.uses_top_k_top_p or penalised or bool(p.logit_bias) or p.min_tokens > 0 or (p.logprobs or 0) > 0
+        )
+        self.needs_general_sampler |= matcher is not None
+        self.depends_on_last_token = (
+            penalised or p.min_tokens > 0 or matcher is not None
+        )  # what is drawn depends on what was
+        self.needs_prompt_logprobs = p.prompt_logprobs is not None and index == 0
+        self.has_nan_prompt_logprobs = False  # whether a logprob of its prompt is NaN
+        self.detokenizer: Detokenizer | None = None
         if tokenizer is not None:
-            self.text = Detokenizer(tokenizer, self.tokens, params.stop, min_tokens=params.min_tokens, live=live)
-        self.counts: Counter[int] = Counter()  # of generated tokens
-        self.penalised = penalised
+            self.detokenizer = Detokenizer(
+                tokenizer, self.token_ids, params.stop, min_tokens=params.min_tokens, stream_text=stream_text
+            )
+        self.output_token_counts: Counter[int] = Counter()  # of generated tokens
+        self.has_penalties = penalised
         bias = p.logit_bias
-        self._biased = np.fromiter(bias, np.int64, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
-        self._banned = np.fromiter(self.ends, np.int64, len(self.ends)) if p.min_tokens else NO_TOKENS
-        self.started = False  # whether it ever ran
+        self._logit_bias = np.fromiter(bias, np.int64, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
+        self._banned_token_ids = (
+            np.fromiter(self.end_token_ids, np.int64, len(self.end_token_ids)) if p.min_tokens else EMPTY_TOKEN_IDS
+        )
+        self.has_started = False  # whether it ever ran
         c = self.completion = output.completions[index]
         if params.logprobs is not None:
             c.logprobs = []
             c.top_logprobs = [] if params.logprobs else None
 
-    def admitted(self, reused: int) -> None:
+    def record_admission(self, num_cached_tokens: int) -> None:
         """It begins to run, with so many of its tokens found in the cache; after a preemption it does so again."""
-        if not self.started:
-            self.output.cached_tokens += min(reused, self.prompt)
-        self.started = True
+        if not self.has_started:
+            self.output.num_cached_tokens += min(num_cached_tokens, self.num_prompt_tokens)
+        self.has_started = True
 
-    def fork(self, request_id: int, seed: int) -> "Sample":
+    def fork(self, request_id: int, seed: int) -> "SequenceState":
         """Another one with the same past and a seed of its own, as the one completion of a new request."""
         c, o = self.completion, self.output
         other = copy(self)
-        other.index, other.seed, other.tokens, other.counts = 0, seed, [*self.tokens], Counter(self.counts)
-        other.guide = None if self.guide is None else self.guide.copy()
-        other.text, other.started = None if self.text is None else self.text.copy(), False
+        other.index, other.seed, other.token_ids, other.output_token_counts = (
+            0,
+            seed,
+            [*self.token_ids],
+            Counter(self.output_token_counts),
+        )
+        other.matcher = None if self.matcher is None else self.matcher.copy()
+        other.detokenizer, other.has_started = None if self.detokenizer is None else self.detokenizer.copy(), False
         other.completion = replace(
             c,
             token_ids=[*c.token_ids],
-            versions=[*c.versions],
+            versions=[*c.weight_versions],
             logprobs=None if c.logprobs is None else [*c.logprobs],
             top_logprobs=None if c.top_logprobs is None else [*c.top_logprobs],
         )
@@ -244,95 +263,101 @@ class Sample:
         if o.prompt_logprobs is not None:
             other.output.prompt_logprobs = [*o.prompt_logprobs]
             other.output.prompt_top_logprobs = o.prompt_top_logprobs and [*o.prompt_top_logprobs]
-            other.scores_prompt = len(o.prompt_logprobs) < self.prompt
+            other.needs_prompt_logprobs = len(o.prompt_logprobs) < self.num_prompt_tokens
         return other
 
-    def resume(self, past: Completion) -> None:
+    def resume(self, previous: Completion) -> None:
         """Take up where an earlier completion of the same request was left."""
         c = self.completion
-        c.token_ids, c.logprobs, c.top_logprobs = past.token_ids, past.logprobs, past.top_logprobs
-        c.versions = past.versions
-        self.tokens += c.token_ids
-        self.counts.update(c.token_ids)
-        if self.guide is not None:
+        c.token_ids, c.logprobs, c.top_logprobs = previous.token_ids, previous.logprobs, previous.top_logprobs
+        c.weight_versions = previous.weight_versions
+        self.token_ids += c.token_ids
+        self.output_token_counts.update(c.token_ids)
+        if self.matcher is not None:
             for token in c.token_ids:
-                self.guide.push(token)
-        if self.text is not None:
+                self.matcher.accept_token(token)
+        if self.detokenizer is not None:
             for token in c.token_ids:
-                self.text.push(token, may_stop=False)
+                self.detokenizer.push(token, allow_stop=False)
 
-    def edits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    def logit_edits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
         """Returns the tokens whose logits this sample changes, each once; of each its bias, how many times it was
         generated, and whether prompt or output has it. None where there are none.
         """
-        biased, biases = self._biased
-        banned = self._banned if len(self.completion.token_ids) < self.params.min_tokens else NO_TOKENS
-        if not (self.penalised or len(biased) or len(banned)):
+        biased, biases = self._logit_bias
+        banned = self._banned_token_ids if len(self.completion.token_ids) < self.params.min_tokens else EMPTY_TOKEN_IDS
+        if not (self.has_penalties or len(biased) or len(banned)):
             return None
-        seen = counted = NO_TOKENS
-        if self.penalised:
-            counted = np.fromiter(self.counts, np.int64, len(self.counts))
-            seen = np.array(self.tokens, np.int64) if self.params.repetition_penalty != 1 else counted
+        seen = counted = EMPTY_TOKEN_IDS
+        if self.has_penalties:
+            counted = np.fromiter(self.output_token_counts, np.int64, len(self.output_token_counts))
+            seen = np.array(self.token_ids, np.int64) if self.params.repetition_penalty != 1 else counted
         token = np.unique(np.concatenate((seen, biased, banned)))
         bias, count, is_seen = (np.zeros(len(token), kind) for kind in (np.float32, np.float32, np.bool_))
         is_seen[np.searchsorted(token, seen)] = True
-        count[np.searchsorted(token, counted)] = np.fromiter(self.counts.values(), np.float32, len(counted))
+        count[np.searchsorted(token, counted)] = np.fromiter(
+            self.output_token_counts.values(), np.float32, len(counted)
+        )
         bias[np.searchsorted(token, biased)] = biases
         bias[np.searchsorted(token, banned)] = float("-inf")
         return token, bias, count, is_seen
 
-    def push(self, token: int, logprob: float, top: Sequence[tuple[int, float]], version: int = 0) -> Event:
+    def append_token(
+        self, token_id: int, logprob: float, top_logprobs: Sequence[tuple[int, float]], weight_version: int = 0
+    ) -> Event:
         """Takes a token that parameters of this version drew; returns what it adds.
 
         A logprob that is not finite ends the completion without the token, which means nothing: there were logits that
         are NaN or inf.
         """
         c, p = self.completion, self.params
-        if self.guide is not None and self.guide.failed:
-            return self.end("error", error=self.guide.reason)
-        if self.invalid or not isfinite(logprob):
-            return self.end("error", error=NOT_FINITE)
-        self.tokens.append(token)
-        c.token_ids.append(token)
-        c.versions.append(version)
-        self.counts[token] += 1
-        event = Event(self.output.request_id, self.index, [token], "", version=version)
+        if self.matcher is not None and self.matcher.failed:
+            return self.finish("error", error=self.matcher.failure_reason)
+        if self.has_nan_prompt_logprobs or not isfinite(logprob):
+            return self.finish("error", error=NON_FINITE_LOGITS)
+        self.token_ids.append(token_id)
+        c.token_ids.append(token_id)
+        c.weight_versions.append(weight_version)
+        self.output_token_counts[token_id] += 1
+        event = Event(self.output.request_id, self.index, [token_id], "", weight_version=weight_version)
         if c.logprobs is not None:
             c.logprobs.append(logprob)
             event.logprobs = [logprob]
         if c.top_logprobs is not None:
-            event.top_logprobs = [dict(top[: p.logprobs])]
+            event.top_logprobs = [dict(top_logprobs[: p.logprobs])]
             c.top_logprobs += event.top_logprobs
-        if self.guide is not None:
-            self.guide.push(token)
-            if self.guide.failed:
-                return self.end("error", event, error=self.guide.reason)
+        if self.matcher is not None:
+            self.matcher.accept_token(token_id)
+            if self.matcher.failed:
+                return self.finish("error", event, error=self.matcher.failure_reason)
         cut, early = False, len(c.token_ids) < p.min_tokens
-        if self.text is not None:
-            event.text, cut = self.text.push(token)
-        if cut or (token in self.ends and not early):
-            return self.end("stop", event, cut=cut)
-        if len(self.tokens) >= self.limit:
-            return self.end("length", event)
+        if self.detokenizer is not None:
+            event.text, cut = self.detokenizer.push(token_id)
+        if cut or (token_id in self.end_token_ids and not early):
+            return self.finish("stop", event, text_is_final=cut)
+        if len(self.token_ids) >= self.max_length:
+            return self.finish("length", event)
         return event
 
-    def end(self, reason: FinishReason, event: Event | None = None, *, cut: bool = False, error: str = "") -> Event:
+    def finish(
+        self, reason: FinishReason, event: Event | None = None, *, text_is_final: bool = False, error: str = ""
+    ) -> Event:
         """Close the completion; the event that says so."""
         event = event or Event(self.output.request_id, self.index, [], "")
-        if self.text is not None:
+        if self.detokenizer is not None:
             try:
-                if not cut:
-                    event.text += self.text.end(self.completion.token_ids)
-                self.completion.text = self.text.text
+                if not text_is_final:
+                    event.text += self.detokenizer.flush(self.completion.token_ids)
+                self.completion.text = self.detokenizer.text
             except Exception as e:  # a tokenizer's, which concerns this completion alone
                 reason, error = "error", f"{type(e).__name__}: {e}"
-        return self._close(reason, event, error)
+        return self._set_finished(reason, event, error)
 
     def fail(self, error: str) -> Event:
         """Closes the completion after an error of its own, without the rest of its text; the event that says so."""
-        return self._close("error", Event(self.output.request_id, self.index, [], ""), error)
+        return self._set_finished("error", Event(self.output.request_id, self.index, [], ""), error)
 
-    def _close(self, reason: FinishReason, event: Event, error: str) -> Event:
+    def _set_finished(self, reason: FinishReason, event: Event, error: str) -> Event:
         event.finish_reason = self.completion.finish_reason = reason
         self.completion.error = event.error = error
         event.output = self.output if self.output.finished else None

@@ -7,93 +7,100 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgen.memory import Region
-from fastgen.models.spec import Spec
-from fastgen.models.transformer import PLAIN, Ops, blocks, table, unembed
-from fastgen.types import Adapters, Batch, Cache, Params, Sampling
+from fastgen.memory import ReleasableMemory
+from fastgen.models.spec import ModelConfig
+from fastgen.models.transformer import TORCH_OPS, ModelOps, run_layers, lm_head_weight, compute_logits
+from fastgen.types import StackedAdapters, Batch, KVCache, Params, SamplingTensors
 
 # draw(logits, temperature, seed, position, processed, last, seat) -> token, logprob: as `sampling.sample` without
 # filters or edits; the tokens are also written to `last` at `seat`
-Draw = Callable[..., tuple[Tensor, Tensor]]
-CHUNK = 2**24  # logits held at once when prompts are scored: 64 MB in fp32
+FusedSampler = Callable[..., tuple[Tensor, Tensor]]
+LOGITS_PER_CHUNK = 2**24  # logits held at once when prompts are scored: 64 MB in fp32
 
 
-def new_cache(
-    spec: Spec,
-    slots: int,
+def new_kv_cache(
+    spec: ModelConfig,
+    num_slots: int,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    region: Region | None = None,
-) -> Cache:
+    memory: ReleasableMemory | None = None,
+) -> KVCache:
     """Makes an empty cache of `slots` tokens, in a region's memory where one is given."""
-    shape = (slots, spec.kv_heads, spec.head)
+    shape = (num_slots, spec.num_kv_heads, spec.head_dim)
 
     def leaf() -> Tensor:
-        if region is not None:
-            return region.take(shape, dtype or torch.get_default_dtype())
+        if memory is not None:
+            return memory.allocate(shape, dtype or torch.get_default_dtype())
         return torch.zeros(shape, device=device, dtype=dtype)
 
-    k, v = (tuple(leaf() for _ in range(spec.layers)) for _ in "kv")
-    return Cache(k, v)
+    k, v = (tuple(leaf() for _ in range(spec.num_layers)) for _ in "kv")
+    return KVCache(k, v)
 
 
-class Computed(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step leaves behind, valid until the next one."""
 
-    hidden: Float[Tensor, "T D"] | None  # normed; None where they were not asked for
+    hidden_states: Float[Tensor, "T D"] | None  # normed; None where they were not asked for
     logits: Float[Tensor, "N V"]  # in the parameters' dtype; of a rank: of its part of the vocabulary
-    token: Int[Tensor, " N"] | None  # drawn without filters or edits; None where `draw` is
-    logprob: Float[Tensor, " N"] | None
+    token_ids: Int[Tensor, " N"] | None  # drawn without filters or edits; None where `draw` is
+    logprobs: Float[Tensor, " N"] | None
 
 
-def feed(token: Int[Tensor, " T"], last: Int[Tensor, " E"]) -> Int[Tensor, " T"]:
+def fill_pending_tokens(token_ids: Int[Tensor, " T"], last_token_ids: Int[Tensor, " E"]) -> Int[Tensor, " T"]:
     """The tokens of a step: those below 0 are taken from `last`, where the seat is their negative."""
-    return torch.where(token < 0, last[(-token).clamp_min(0)], token)
+    return torch.where(token_ids < 0, last_token_ids[(-token_ids).clamp_min(0)], token_ids)
 
 
-def compute(
+def forward_and_sample(
     params: Params,
-    cache: Cache,
-    last: Int[Tensor, " E"],
+    cache: KVCache,
+    last_token_ids: Int[Tensor, " E"],
     batch: Batch,
-    sampling: Sampling,
-    spec: Spec,
-    ops: Ops = PLAIN,
-    draw: Draw | None = None,
-    out: Float[Tensor, "M V"] | None = None,
-    adapters: Adapters | None = None,
+    sampling: SamplingTensors,
+    spec: ModelConfig,
+    ops: ModelOps = TORCH_OPS,
+    fused_sampler: FusedSampler | None = None,
+    logits_out: Float[Tensor, "M V"] | None = None,
+    adapters: StackedAdapters | None = None,
     *,
     decode: bool = False,
-    scored: bool = False,
-) -> Computed:
+    return_hidden_states: bool = False,
+) -> StepOutput:
     """A step on the device. Writes `cache` at `batch.slot`, and the drawn tokens to `last` at `batch.seat`.
 
     `decode`: token r is all of sequence r. `scored`: the hidden states of all tokens are wanted. Logits are of the
     sequences' last tokens; `out` takes them, where given.
     """
-    x, y = blocks(params, cache, batch, spec, ops, adapters, last=not (decode or scored))
-    h = ops.leave(x, y, params.norm, spec.eps)
-    logits = ops.head(h[batch.output] if scored else h, table(params), out)
-    hidden = h if scored else None
-    if draw is None:
-        return Computed(hidden, logits, None, None)
+    x, y = run_layers(params, cache, batch, spec, ops, adapters, last_token_only=not (decode or return_hidden_states))
+    h = ops.final_norm(x, y, params.final_norm, spec.rms_norm_eps)
+    logits = ops.lm_head(h[batch.logits_indices] if return_hidden_states else h, lm_head_weight(params), logits_out)
+    hidden = h if return_hidden_states else None
+    if fused_sampler is None:
+        return StepOutput(hidden, logits, None, None)
     s = sampling
-    token, logprob = draw(logits, s.temperature, s.seed, s.position, s.processed, last, batch.seat)
-    return Computed(hidden, logits, token, logprob)
+    token, logprob = fused_sampler(
+        logits, s.temperature, s.seed, s.positions, s.processed_logprobs, last_token_ids, batch.req_idx
+    )
+    return StepOutput(hidden, logits, token, logprob)
 
 
-def score(
-    params: Params, x: Float[Tensor, "T D"], target: list[int], top: int, ops: Ops = PLAIN
+def compute_target_logprobs(
+    params: Params,
+    hidden_states: Float[Tensor, "T D"],
+    target_ids: list[int],
+    num_top_logprobs: int,
+    ops: ModelOps = TORCH_OPS,
 ) -> tuple[list[float], list[dict[int, float]]]:
     """Logprob of each row's target token, and the `top` most likely ones; few rows of the vocabulary at a time."""
-    rows = max(1, CHUNK // len(params.embed))
+    rows = max(1, LOGITS_PER_CHUNK // len(params.embed))
     value: list[float] = []
     best: list[dict[int, float]] = []
-    for i in range(0, len(target), rows):
-        token = torch.tensor(target[i : i + rows], device=x.device)
+    for i in range(0, len(target_ids), rows):
+        token = torch.tensor(target_ids[i : i + rows], device=hidden_states.device)
         got, top_token, top_value = (
-            t.tolist() for t in ops.logprobs(unembed(params, x[i : i + rows], ops), token, top)
+            t.tolist()
+            for t in ops.logprobs(compute_logits(params, hidden_states[i : i + rows], ops), token, num_top_logprobs)
         )
         value += got
         best += [dict(zip(*pair, strict=True)) for pair in zip(top_token, top_value, strict=True)]

@@ -14,19 +14,19 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 
 from fastgen import template
-from fastgen.control_tokens import MARK, ControlTokens
+from fastgen.control_tokens import ESCAPE, ControlTokens
 from fastgen.types import Tokenizer
 
 Message = dict[str, Any]
-CONTEXT = 6  # tokens decoded again with each new one, or a few more
-REPLACEMENT = "\ufffd"  # stands for bytes that are no text
-LONGEST = 8  # tokens that text is held back for: more than any character has
+NUM_REDECODED_TOKENS = 6  # tokens decoded again with each new one, or a few more
+REPLACEMENT_CHARACTER = "\ufffd"  # stands for bytes that are no text
+MAX_PENDING_TOKENS = 8  # tokens that text is held back for: more than any character has
 # Text, token ids (also an array), chat messages, or a mapping that holds one of the first two (`_from_mapping`).
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 # What templates raise, and what the operators in them do: of a text and what is none, of objects far too deep, ...
 TEMPLATE_ERRORS = (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError, ValueError)
 TEMPLATE_ERRORS += (RuntimeError, MemoryError)
-PROMPTS = "prompts are a text, a list of token ids, a list of chat messages, or a list of these"
+ACCEPTED_PROMPTS = "prompts are a text, a list of token ids, a list of chat messages, or a list of these"
 Tools = list[dict[str, Any]] | None  # functions that the chat template tells the model of
 
 
@@ -35,13 +35,13 @@ def load(path: Path) -> Tokenizer | None:
     if path.suffix == ".gguf":
         from fastgen.models import gguf  # whose reader takes a while to import
 
-        return gguf.tokenizer(path)
+        return gguf.read_tokenizer(path)
     folder = path if path.is_dir() else path.parent
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
     if not any((folder / name).is_file() for name in files):
         return None
     try:
-        tokenizer = _from_folder(folder)
+        tokenizer = _load_from_folder(folder)
     except ImportError as e:
         raise ValueError(f"{folder}: {e}") from e
     except Exception as e:  # the tokenizers library raises no other, and its callers whatever damaged values lead to
@@ -57,7 +57,7 @@ def load(path: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def _load_from_folder(folder: Path) -> Tokenizer:
     """Reads a folder's tokenizer with the tokenizers library. ImportError says what to install where it needs more."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -93,7 +93,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def longest_text(tokenizer: Tokenizer | None, context: int) -> int:
+def max_prompt_chars(tokenizer: Tokenizer | None, context_length: int) -> int:
     """The most characters that `context` tokens can be, so that a longer text need not be tokenized to be refused.
 
     Tokens of the vocabulary are written with a character a byte or more. A normalizer may compose characters (NFC), of
@@ -103,10 +103,10 @@ def longest_text(tokenizer: Tokenizer | None, context: int) -> int:
         return 0
     backend = getattr(tokenizer, "backend_tokenizer", None)
     composed = 1 if backend is not None and backend.normalizer is None else 4
-    return context * composed * max(map(len, tokenizer.get_vocab()), default=1)
+    return context_length * composed * max(map(len, tokenizer.get_vocab()), default=1)
 
 
-def is_one(prompts: object) -> bool:
+def is_single_prompt(prompts: object) -> bool:
     """Tells a single prompt (a text, token ids, chat messages, a mapping) from a collection of prompts."""
     if isinstance(prompts, str | Mapping):
         return True
@@ -119,23 +119,23 @@ def is_one(prompts: object) -> bool:
     return not len(array) or isinstance(array[:1].tolist()[0], Integral)
 
 
-def prompt_list(prompts: Any) -> list[Prompt]:
+def to_prompt_list(prompts: Any) -> list[Prompt]:
     """Lists the prompts of one or many, in order.
 
     A mapping with `input_ids`, as tokenizers return (`BatchEncoding`), holds a prompt a row; padding is left out.
     """
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
-        return _unpadded_rows(prompts)
-    if is_one(prompts):
+        return _unpad_rows(prompts)
+    if is_single_prompt(prompts):
         return [prompts]
     if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
-        raise ValueError(f"{PROMPTS}, not {type(prompts).__name__}")
+        raise ValueError(f"{ACCEPTED_PROMPTS}, not {type(prompts).__name__}")
     if hasattr(prompts, "columns"):  # of pandas, polars or Arrow: it would be iterated by column
-        raise ValueError(f"{PROMPTS}, not {type(prompts).__name__}: give one of its columns")
+        raise ValueError(f"{ACCEPTED_PROMPTS}, not {type(prompts).__name__}: give one of its columns")
     return list(prompts)
 
 
-def _unpadded_rows(encoding: Mapping[str, Any]) -> list[Prompt]:
+def _unpad_rows(encoding: Mapping[str, Any]) -> list[Prompt]:
     """Returns the token ids of each row of a `BatchEncoding`, without the tokens that its attention mask leaves out."""
 
     def rows(name: str) -> list[Any]:
@@ -159,10 +159,10 @@ def _unpadded_rows(encoding: Mapping[str, Any]) -> list[Prompt]:
     return [[t for t, kept in zip(row, mask, strict=True) if kept] for row, mask in zip(ids, masks, strict=True)]
 
 
-def _from_mapping(prompt: Mapping[str, Any]) -> Any:
+def _prompt_from_mapping(prompt: Mapping[str, Any]) -> Any:
     """Returns the prompt in vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`, or in one row of `input_ids`."""
     if "input_ids" in prompt:
-        rows = _unpadded_rows(prompt)
+        rows = _unpad_rows(prompt)
         if len(rows) != 1:
             raise ValueError(f"one prompt was expected, and these input_ids have {len(rows)} rows")
         return rows[0]
@@ -188,7 +188,7 @@ def encode(
     (`control`). In a prompt that is a text, it is that token.
     """
     if isinstance(prompt, Mapping):
-        prompt = _from_mapping(prompt)
+        prompt = _prompt_from_mapping(prompt)
     if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
         prompt = cast(Any, prompt).tolist()
     if not isinstance(prompt, str | list | tuple):
@@ -211,7 +211,7 @@ def encode(
             raise ValueError(f"the prompt {prompt!r} is no token for this tokenizer: it needs at least one")
         return tokens
     marked = special_tokens_in_content == "text"
-    return encode_rendered(tokenizer, _templated(tokenizer, prompt, tools, marked=marked))
+    return encode_rendered(tokenizer, _apply_chat_template(tokenizer, prompt, tools, mark_special_tokens=marked))
 
 
 def render(
@@ -227,60 +227,63 @@ def render(
     """
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer: give prompts as token ids")
-    return _templated(tokenizer, messages, tools, marked=special_tokens_in_content == "text")
+    return _apply_chat_template(tokenizer, messages, tools, mark_special_tokens=special_tokens_in_content == "text")
 
 
 def encode_rendered(tokenizer: Tokenizer, rendered: str) -> list[int]:
     """Token ids of a text that `render` made, or of an end of it."""
-    if MARK in rendered:
-        return ControlTokens.of(tokenizer).encode(rendered)
+    if ESCAPE in rendered:
+        return ControlTokens.for_tokenizer(tokenizer).encode(rendered)
     return tokenizer(rendered, add_special_tokens=False).input_ids
 
 
-def _templated(tokenizer: Tokenizer, prompt: Sequence[Any], tools: Tools, *, marked: bool) -> str:
-    for message in prompt:
+def _apply_chat_template(tokenizer: Tokenizer, chat: Sequence[Any], tools: Tools, *, mark_special_tokens: bool) -> str:
+    for message in chat:
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
     if not tokenizer.chat_template:
         raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
-    messages: Any = list(prompt)
+    messages: Any = list(chat)
     try:
-        if marked:
-            mark = ControlTokens.of(tokenizer).mark
+        if mark_special_tokens:
+            mark = ControlTokens.for_tokenizer(tokenizer).escape
             messages, tools = mark(messages), mark(tools)
-        options: Any = {"chat_template": template.bounded(tokenizer.get_chat_template(tools=tools)), "tools": tools}
+        options: Any = {
+            "chat_template": template.limit_template(tokenizer.get_chat_template(tools=tools)),
+            "tools": tools,
+        }
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
         return cast(str, text)
     except TEMPLATE_ERRORS as e:
         raise ValueError(f"the model's chat template refuses these messages: {e or type(e).__name__}") from e
 
 
-class _Traits:
+class _TokenizerInfo:
     """What decoding needs to know of a tokenizer: its special tokens, and its tokens for single bytes."""
 
-    _known: "WeakKeyDictionary[Tokenizer, _Traits]" = WeakKeyDictionary()
+    _cache: "WeakKeyDictionary[Tokenizer, _TokenizerInfo]" = WeakKeyDictionary()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         from transformers.convert_slow_tokenizer import bytes_to_unicode  # is there: it made the tokenizer
 
         added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-        self.special = {id: token.content for id, token in added.items() if token.special}
+        self.special_tokens = {id: token.content for id, token in added.items() if token.special}
         ids: Any = tokenizer.convert_tokens_to_ids([f"<0x{b:02X}>" for b in range(256)])
-        replacement = [ids[b] for b in REPLACEMENT.encode()]
+        replacement = [ids[b] for b in REPLACEMENT_CHARACTER.encode()]
         # SentencePiece's, where all of them are there and mean bytes.
-        fallback = len({*ids}) == 256 and None not in ids and tokenizer.decode(replacement) == REPLACEMENT
-        self.bytes: dict[int, int] = {id: b for b, id in enumerate(ids)} if fallback else {}
-        self.replacement: list[int] = replacement
-        self.letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE
+        fallback = len({*ids}) == 256 and None not in ids and tokenizer.decode(replacement) == REPLACEMENT_CHARACTER
+        self.byte_values: dict[int, int] = {id: b for b, id in enumerate(ids)} if fallback else {}
+        self.replacement_token_ids: list[int] = replacement
+        self.char_to_byte = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "_Traits":
+    def for_tokenizer(cls, tokenizer: Tokenizer) -> "_TokenizerInfo":
         """Returns those of a tokenizer, which are read once."""
-        if (found := cls._known.get(tokenizer)) is None:
-            found = cls._known[tokenizer] = cls(tokenizer)
+        if (found := cls._cache.get(tokenizer)) is None:
+            found = cls._cache[tokenizer] = cls(tokenizer)
         return found
 
-    def valid(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+    def replace_invalid_bytes(self, tokens: Sequence[int]) -> tuple[list[int], int]:
         """Replaces each byte that is part of no character by U+FFFD, itself spelled in bytes.
 
         The decoder of the tokenizers library gives up all characters of a row of bytes for one wrong byte. The second
@@ -288,17 +291,17 @@ class _Traits:
         """
         found, run, unsure = list[int](), list[int](), 0
         for token in (*tokens, None):
-            if token in self.bytes:
+            if token in self.byte_values:
                 run.append(token)
                 continue
-            data, begin = bytes(self.bytes[t] for t in run), 0
+            data, begin = bytes(self.byte_values[t] for t in run), 0
             while begin < len(run):
                 try:
                     data[begin:].decode()
                     found += run[begin:]
                     break
                 except UnicodeDecodeError as e:
-                    found += run[begin : begin + e.start] + self.replacement * (e.end - e.start)
+                    found += run[begin : begin + e.start] + self.replacement_token_ids * (e.end - e.start)
                     unsure = e.end - e.start if token is None and "unexpected end" in e.reason else 0
                     begin += e.end
             run = []
@@ -316,52 +319,52 @@ class StopString:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.matched = 0  # characters at the end of the stream that begin the text, and are not all of it
-        self.fallback = [0]
+        self.num_matched = 0  # characters at the end of the stream that begin the text, and are not all of it
+        self.failure_table = [0]
 
     def push(self, new: str) -> int | None:
         """Takes more characters; how many of them complete the text for the first time, None if none do."""
-        text, matched, found = self.text, self.matched, None
+        text, matched, found = self.text, self.num_matched, None
         if not matched and text[0] not in new:
             return None
         for count, character in enumerate(new, 1):
             while matched and text[matched] != character:
-                matched = self.fallback[matched - 1]
+                matched = self.failure_table[matched - 1]
             matched += text[matched] == character
-            if matched > len(self.fallback):
-                self._extend()
+            if matched > len(self.failure_table):
+                self._extend_failure_table()
             if matched == len(text):
                 found = found or count
-                matched = self.fallback[-1]
-        self.matched = matched
+                matched = self.failure_table[-1]
+        self.num_matched = matched
         return found
 
-    def _extend(self) -> None:
-        end = len(self.fallback)
-        length = self.fallback[-1]
+    def _extend_failure_table(self) -> None:
+        end = len(self.failure_table)
+        length = self.failure_table[-1]
         while length and self.text[length] != self.text[end]:
-            length = self.fallback[length - 1]
-        self.fallback.append(length + (self.text[length] == self.text[end]))
+            length = self.failure_table[length - 1]
+        self.failure_table.append(length + (self.text[length] == self.text[end]))
 
 
-def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
+def token_to_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     """Returns what a token adds to a text that goes before it, as UTF-8; for a special token, its name.
 
     The bytes of a part of a character are those that the token stands for, where the tokenizer tells.
     """
-    traits = _Traits.of(tokenizer)
-    if id in traits.special:
-        return traits.special[id].encode()
-    if id in traits.bytes:
-        return bytes([traits.bytes[id]])
+    traits = _TokenizerInfo.for_tokenizer(tokenizer)
+    if token_id in traits.special_tokens:
+        return traits.special_tokens[token_id].encode()
+    if token_id in traits.byte_values:
+        return bytes([traits.byte_values[token_id]])
     options: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     before: Any = [tokenizer.convert_tokens_to_ids("a")]  # some decode a token differently at the start of a text
     if before[0] is None or tokenizer.decode(before, **options) != "a":
         before = []
-    text = cast(str, tokenizer.decode([*before, id], **options))[len(before) :]
-    spelled: Any = tokenizer.convert_ids_to_tokens(id) if REPLACEMENT in text else ""
-    if spelled and set(spelled) <= traits.letters.keys():
-        data = bytes(traits.letters[letter] for letter in spelled)
+    text = cast(str, tokenizer.decode([*before, token_id], **options))[len(before) :]
+    spelled: Any = tokenizer.convert_ids_to_tokens(token_id) if REPLACEMENT_CHARACTER in text else ""
+    if spelled and set(spelled) <= traits.char_to_byte.keys():
+        data = bytes(traits.char_to_byte[letter] for letter in spelled)
         if data.decode(errors="replace") == text:
             return data
     return text.encode()
@@ -381,135 +384,160 @@ class Detokenizer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt: Sequence[int],
-        stop: Sequence[str] = (),
-        shown: Mapping[int, str] = MappingProxyType({}),
+        prompt_token_ids: Sequence[int],
+        stop_strings: Sequence[str] = (),
+        visible_special_tokens: Mapping[int, str] = MappingProxyType({}),
         *,
         min_tokens: int = 0,
-        live: bool = True,
+        stream_text: bool = True,
     ) -> None:
         """`shown`: special tokens that the text has all the same, and how. `min_tokens`: no stop string counts before.
 
         Where nobody reads along (`live` false, and no stop string) all text is made by `end`: a decode for each token
         of hundreds of requests would take the host longer than the step takes the GPU.
         """
-        self.tokenizer, self.shown, self.min_tokens = tokenizer, shown, min_tokens
-        self.live = live or bool(stop)
-        self.traits = _Traits.of(tokenizer)
+        self.tokenizer, self.visible_special_tokens, self.min_tokens = tokenizer, visible_special_tokens, min_tokens
+        self.stream_text = stream_text or bool(stop_strings)
+        self.tokenizer_info = _TokenizerInfo.for_tokenizer(tokenizer)
         # Left out. `special` itself where none is shown: there may be a thousand.
-        special = self.traits.special
-        self.hidden = {t: text for t, text in special.items() if t not in shown} if shown else special
-        special_stop = {s for s in stop if any(text in s for text in self.hidden.values())}
-        self.special_stop = [StopString(s) for s in stop if s in special_stop]  # looked for in `raw`
-        self.stop = [StopString(s) for s in stop if s not in special_stop]
-        self.count = 0  # of tokens pushed
+        special = self.tokenizer_info.special_tokens
+        self.skipped_special_tokens = (
+            {t: text for t, text in special.items() if t not in visible_special_tokens}
+            if visible_special_tokens
+            else special
+        )
+        special_stop = {s for s in stop_strings if any(text in s for text in self.skipped_special_tokens.values())}
+        self.special_stop_strings = [StopString(s) for s in stop_strings if s in special_stop]  # looked for in `raw`
+        self.stop_strings = [StopString(s) for s in stop_strings if s not in special_stop]
+        self.num_tokens = 0  # of tokens pushed
         self.text = ""  # everything decoded, held-back part included
-        self.sent = 0  # characters already returned
-        self.raw = ""  # where a stop string asks for it: the text with special tokens
-        self.places: list[tuple[int, int]] = []  # and where in it those begin and end
+        self.num_sent_chars = 0  # characters already returned
+        self.raw_text = ""  # where a stop string asks for it: the text with special tokens
+        self.special_token_spans: list[tuple[int, int]] = []  # and where in it those begin and end
         # Tokens whose text is taken, a list for each piece of it: the first of them must begin a character. The
         # prompt's last tokens come first: some tokenizers decode a token differently at the start of a text.
-        last = [*islice((t for t in reversed(prompt) if t not in self.hidden), CONTEXT + 3)][::-1]
-        ends = [last[-n:] for n in range(CONTEXT, CONTEXT + 4)]
-        self.taken = [next((end for end in ends if not self._decode(end)[0].startswith(REPLACEMENT)), ends[0])]
-        self.pending: list[int] = []  # tokens after those
-        text, self.unfinished = self._window()  # U+FFFD at the end of the prompt's text that may yet become a character
-        self.decoded = len(text) - self.unfinished  # characters taken of the text of both
+        last = [
+            *islice(
+                (t for t in reversed(prompt_token_ids) if t not in self.skipped_special_tokens),
+                NUM_REDECODED_TOKENS + 3,
+            )
+        ][::-1]
+        ends = [last[-n:] for n in range(NUM_REDECODED_TOKENS, NUM_REDECODED_TOKENS + 4)]
+        self.context_groups = [
+            next((end for end in ends if not self._decode(end)[0].startswith(REPLACEMENT_CHARACTER)), ends[0])
+        ]
+        self.pending_tokens: list[int] = []  # tokens after those
+        text, self.num_unfinished_prompt_chars = (
+            self._decode_window()
+        )  # U+FFFD at the end of the prompt's text that may yet become a character
+        self.num_decoded_chars = len(text) - self.num_unfinished_prompt_chars  # characters taken of the text of both
 
     def copy(self) -> "Detokenizer":
         """One that goes on from here by itself."""
         other = copy(self)
-        other.taken, other.pending, other.places = [*self.taken], [*self.pending], [*self.places]
-        other.stop, other.special_stop = [copy(s) for s in self.stop], [copy(s) for s in self.special_stop]
+        other.context_groups, other.pending_tokens, other.special_token_spans = (
+            [*self.context_groups],
+            [*self.pending_tokens],
+            [*self.special_token_spans],
+        )
+        other.stop_strings, other.special_stop_strings = (
+            [copy(s) for s in self.stop_strings],
+            [copy(s) for s in self.special_stop_strings],
+        )
         return other
 
-    def _window(self) -> tuple[str, int]:
-        return self._decode([*chain(*self.taken), *self.pending])
+    def _decode_window(self) -> tuple[str, int]:
+        return self._decode([*chain(*self.context_groups), *self.pending_tokens])
 
     def _decode(self, tokens: list[int]) -> tuple[str, int]:
         """Returns the text of tokens, and how many U+FFFD at its end may become a character with the next token."""
         text, begin = "", 0
-        for i, token in enumerate(tokens) if self.shown else ():
-            if token in self.shown:
-                text += self._plain(tokens[begin:i])[0] + self.shown[token]
+        for i, token in enumerate(tokens) if self.visible_special_tokens else ():
+            if token in self.visible_special_tokens:
+                text += self._decode_plain(tokens[begin:i])[0] + self.visible_special_tokens[token]
                 begin = i + 1
-        last, unsure = self._plain(tokens[begin:])
+        last, unsure = self._decode_plain(tokens[begin:])
         return text + last, unsure
 
-    def _plain(self, tokens: list[int]) -> tuple[str, int]:
+    def _decode_plain(self, tokens: list[int]) -> tuple[str, int]:
         unsure, options = 0, {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        if self.traits.bytes and not self.traits.bytes.keys().isdisjoint(tokens):
-            tokens, unsure = self.traits.valid(tokens)
+        if self.tokenizer_info.byte_values and not self.tokenizer_info.byte_values.keys().isdisjoint(tokens):
+            tokens, unsure = self.tokenizer_info.replace_invalid_bytes(tokens)
         text = cast(str, self.tokenizer.decode(tokens, **options))
-        return text, unsure if self.traits.bytes else int(text.endswith(REPLACEMENT))
+        return text, unsure if self.tokenizer_info.byte_values else int(text.endswith(REPLACEMENT_CHARACTER))
 
-    def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
+    def push(self, token: int, *, allow_stop: bool = True) -> tuple[str, bool]:
         """Takes a token. Returns the text that became certain with it, and whether a stop string ends it."""
-        self.count += 1
-        if not self.live:
+        self.num_tokens += 1
+        if not self.stream_text:
             return "", False
-        before, raw_before = len(self.text), len(self.raw)
-        if token in self.hidden:
-            if self.special_stop:
-                self.raw += self.hidden[token]
-                self.places.append((raw_before, len(self.raw)))
+        before, raw_before = len(self.text), len(self.raw_text)
+        if token in self.skipped_special_tokens:
+            if self.special_stop_strings:
+                self.raw_text += self.skipped_special_tokens[token]
+                self.special_token_spans.append((raw_before, len(self.raw_text)))
         else:
-            self.pending.append(token)
-            text, unsure = self._window()
-            if unsure and len(self.pending) < LONGEST:
+            self.pending_tokens.append(token)
+            text, unsure = self._decode_window()
+            if unsure and len(self.pending_tokens) < MAX_PENDING_TOKENS:
                 return "", False
             # After so many bytes that are no text, only the last of them can still begin a character.
-            self._add(text[self.decoded : len(text) - unsure])
-            self.taken.append(self.pending)
-            self.pending = []
-            while sum(map(len, self.taken[1:])) >= CONTEXT:
-                del self.taken[0]
-            text, unsure = self._window()
-            self.decoded = len(text) - unsure
-        cuts = self._found(self.stop, before, self.text)
-        cuts += map(self._visible, self._found(self.special_stop, raw_before, self.raw))
-        if cuts and may_stop and self.count >= self.min_tokens:
+            self._append_text(text[self.num_decoded_chars : len(text) - unsure])
+            self.context_groups.append(self.pending_tokens)
+            self.pending_tokens = []
+            while sum(map(len, self.context_groups[1:])) >= NUM_REDECODED_TOKENS:
+                del self.context_groups[0]
+            text, unsure = self._decode_window()
+            self.num_decoded_chars = len(text) - unsure
+        cuts = self._match_stop_strings(self.stop_strings, before, self.text)
+        cuts += map(
+            self._to_visible_offset, self._match_stop_strings(self.special_stop_strings, raw_before, self.raw_text)
+        )
+        if cuts and allow_stop and self.num_tokens >= self.min_tokens:
             self.text = self.text[: min(cuts)]
-            return self._send(len(self.text)), True
-        return self._send(
-            min(self._held(self.text, self.stop), self._visible(self._held(self.raw, self.special_stop)))
+            return self._emit_text(len(self.text)), True
+        return self._emit_text(
+            min(
+                self._partial_match_start(self.text, self.stop_strings),
+                self._to_visible_offset(self._partial_match_start(self.raw_text, self.special_stop_strings)),
+            )
         ), False
 
-    def end(self, tokens: Sequence[int]) -> str:
+    def flush(self, tokens: Sequence[int]) -> str:
         """Returns the text that was held back, when nothing comes after `tokens`, which are all of the completion."""
-        if self.live:
-            self._add(self._window()[0][self.decoded :])
+        if self.stream_text:
+            self._append_text(self._decode_window()[0][self.num_decoded_chars :])
         else:
-            shown = [t for t in tokens if t not in self.hidden]
-            self._add(self._decode([*self.taken[0], *shown])[0][self.decoded :])
-        return self._send(len(self.text))
+            shown = [t for t in tokens if t not in self.skipped_special_tokens]
+            self._append_text(self._decode([*self.context_groups[0], *shown])[0][self.num_decoded_chars :])
+        return self._emit_text(len(self.text))
 
-    def _add(self, text: str) -> None:
+    def _append_text(self, text: str) -> None:
         """Appends text, without the U+FFFD that the prompt's unfinished bytes have become."""
         if text:
-            own = min(self.unfinished, len(text) - len(text.lstrip(REPLACEMENT)))
-            self.text, self.unfinished = self.text + text[own:], 0
-            if self.special_stop:
-                self.raw += text[own:]
+            own = min(self.num_unfinished_prompt_chars, len(text) - len(text.lstrip(REPLACEMENT_CHARACTER)))
+            self.text, self.num_unfinished_prompt_chars = self.text + text[own:], 0
+            if self.special_stop_strings:
+                self.raw_text += text[own:]
 
-    def _visible(self, place: int) -> int:
+    def _to_visible_offset(self, raw_offset: int) -> int:
         """Returns where in the text a place of `raw` is."""
-        after = len(self.raw) - place
-        for begin, end in reversed(self.places):
-            if end <= place:
+        after = len(self.raw_text) - raw_offset
+        for begin, end in reversed(self.special_token_spans):
+            if end <= raw_offset:
                 break
-            after -= end - max(begin, place)
+            after -= end - max(begin, raw_offset)
         return len(self.text) - after
 
-    def _found(self, stop: Sequence[StopString], before: int, text: str) -> list[int]:
+    def _match_stop_strings(self, stop_strings: Sequence[StopString], num_old_chars: int, text: str) -> list[int]:
         """Returns where stop strings begin that what is new of `text`, after `before`, completes."""
-        new = text[before:] if stop else ""
-        return [before + n - len(s.text) for s in stop if (n := s.push(new)) is not None]
+        new = text[num_old_chars:] if stop_strings else ""
+        return [num_old_chars + n - len(s.text) for s in stop_strings if (n := s.push(new)) is not None]
 
-    def _held(self, text: str, stop: Sequence[StopString]) -> int:
+    def _partial_match_start(self, text: str, stop_strings: Sequence[StopString]) -> int:
         """Returns where the longest end of the text begins that begins a stop string; its length if there is none."""
-        return len(text) - max((s.matched for s in stop), default=0)
+        return len(text) - max((s.num_matched for s in stop_strings), default=0)
 
-    def _send(self, upto: int) -> str:
-        new, self.sent = self.text[self.sent : upto], max(self.sent, upto)
+    def _emit_text(self, end: int) -> str:
+        new, self.num_sent_chars = self.text[self.num_sent_chars : end], max(self.num_sent_chars, end)
         return new

@@ -41,37 +41,37 @@ class Params(NamedTuple):
 
     embed: Float[Tensor, "V D"]
     layers: tuple[Layer, ...]
-    norm: Float[Tensor, " D"]
-    head: Float[Tensor, "V D"] | None
+    final_norm: Float[Tensor, " D"]
+    lm_head: Float[Tensor, "V D"] | None
 
 
-class LowRank(NamedTuple):
+class LoraAB(NamedTuple):
     """A change b @ a of a matrix."""
 
     a: Float[Tensor, "r D"]
     b: Float[Tensor, "N r"]
 
 
-class Changes(NamedTuple):
+class LayerLora(NamedTuple):
     """What an adapter changes in one transformer block: None where it changes nothing."""
 
-    q: LowRank | None = None
-    k: LowRank | None = None
-    v: LowRank | None = None
-    out: LowRank | None = None
-    gate: LowRank | None = None
-    up: LowRank | None = None
-    down: LowRank | None = None
+    q: LoraAB | None = None
+    k: LoraAB | None = None
+    v: LoraAB | None = None
+    out: LoraAB | None = None
+    gate: LoraAB | None = None
+    up: LoraAB | None = None
+    down: LoraAB | None = None
 
 
 class Adapter(NamedTuple):
     """A low-rank adapter (LoRA, arXiv 2106.09685): `scale` times its changes is added to the matrices of a model."""
 
-    layers: tuple[Changes, ...]
+    layers: tuple[LayerLora, ...]
     scale: float
 
 
-class Stack(NamedTuple):
+class StackedLora(NamedTuple):
     """Changes of one packed matrix by several adapters, padded with zeros to one rank.
 
     A matrix that is packed from p others has p changes: rows [i r, (i + 1) r) of `a` belong to the i-th of them.
@@ -81,23 +81,23 @@ class Stack(NamedTuple):
     b: Float[Tensor, "A N r"]
 
 
-class Stacks(NamedTuple):
+class LayerStackedLora(NamedTuple):
     """Of one transformer block."""
 
-    qkv: Stack
-    out: Stack
-    gate_up: Stack
-    down: Stack
+    qkv: StackedLora
+    out: StackedLora
+    gate_up: StackedLora
+    down: StackedLora
 
 
-class Adapters(NamedTuple):
+class StackedAdapters(NamedTuple):
     """Several adapters side by side, so that rows of a batch may each have another. The first one is zero."""
 
-    layers: tuple[Stacks, ...]
+    layers: tuple[LayerStackedLora, ...]
     scale: Float[Tensor, " A"]
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Paged keys and values: one flat leaf per layer, so that the tensor written is the graph's own input.
 
     Page p of the pool is slots [p * page, (p + 1) * page). Page 0 is scratch: padding writes there.
@@ -107,16 +107,16 @@ class Cache(NamedTuple):
     v: tuple[Float[Tensor, "S K H"], ...]
 
 
-class Share(NamedTuple):
+class SharedPrefix(NamedTuple):
     """Groups of decoding sequences whose contexts begin with the same pages, which attention reads once for a group.
 
     A sequence is in one group at most, and a group's sequences share the first `keys` tokens of their page tables,
     whole pages. What is fixed is the number of groups and of members; groups that are not needed have no keys.
     """
 
-    member: Int[Tensor, "groups W"]  # rows of the batch; -1: none
-    keys: Int[Tensor, " groups"]
-    skip: Int[Tensor, " R"]  # of each row, the tokens that its group covers; 0: it is in none
+    group_rows: Int[Tensor, "groups W"]  # rows of the batch; -1: none
+    num_shared_tokens: Int[Tensor, " groups"]
+    num_skipped_tokens: Int[Tensor, " R"]  # of each row, the tokens that its group covers; 0: it is in none
 
 
 class Batch(NamedTuple):
@@ -126,33 +126,33 @@ class Batch(NamedTuple):
     `pages[seat[r]]`. A sequence may have no token: then it is padding.
     """
 
-    token: Int[Tensor, " T"]  # as staged, -s is the token last drawn in seat s (see `step.feed`)
-    position: Int[Tensor, " T"]
-    slot: Int[Tensor, " T"]  # where this token's key and value are written
-    start: Int[Tensor, " R1"]
-    length: Int[Tensor, " R"]
-    seat: Int[Tensor, " R"]
-    pages: Int[Tensor, "E P"]  # the page table, a row for each seat; a row's unused end points at scratch
-    output: Int[Tensor, " N"]  # tokens whose next-token logits are wanted
+    token_ids: Int[Tensor, " T"]  # as staged, -s is the token last drawn in seat s (see `step.feed`)
+    positions: Int[Tensor, " T"]
+    slot_mapping: Int[Tensor, " T"]  # where this token's key and value are written
+    query_start_loc: Int[Tensor, " R1"]
+    seq_lens: Int[Tensor, " R"]
+    req_idx: Int[Tensor, " R"]
+    page_table: Int[Tensor, "E P"]  # the page table, a row for each seat; a row's unused end points at scratch
+    logits_indices: Int[Tensor, " N"]  # tokens whose next-token logits are wanted
     page_size: int  # tokens of a page: without it `slot` and `pages` say nothing
-    share: Share | None = None  # None: every sequence reads all its keys by itself
-    adapter: Int[Tensor, " T"] | None = None  # each token's among the Adapters; 0 is none
+    shared_prefix: SharedPrefix | None = None  # None: every sequence reads all its keys by itself
+    adapter_idx: Int[Tensor, " T"] | None = None  # each token's among the Adapters; 0 is none
 
 
-class Edits(NamedTuple):
+class LogitEdits(NamedTuple):
     """Sparse changes to logits: at most one entry for each (row, token)."""
 
-    row: Int[Tensor, " E"]
-    token: Int[Tensor, " E"]
+    rows: Int[Tensor, " E"]
+    token_ids: Int[Tensor, " E"]
     bias: Float[Tensor, " E"]  # added last; -inf bans the token
-    count: Float[Tensor, " E"]  # times the token was generated: frequency and presence penalties
+    output_counts: Float[Tensor, " E"]  # times the token was generated: frequency and presence penalties
     seen: Bool[Tensor, " E"]  # in prompt or output: repetition penalty
-    presence: Float[Tensor, " E"]
-    frequency: Float[Tensor, " E"]
-    repetition: Float[Tensor, " E"]
+    presence_penalty: Float[Tensor, " E"]
+    frequency_penalty: Float[Tensor, " E"]
+    repetition_penalty: Float[Tensor, " E"]
 
 
-class Filter(NamedTuple):
+class TopKTopP(NamedTuple):
     """Which tokens may be drawn, a row each. Off: top_k = V, top_p = 1, min_p = 0."""
 
     top_k: Int[Tensor, " N"]
@@ -160,22 +160,22 @@ class Filter(NamedTuple):
     min_p: Float[Tensor, " N"]
 
 
-class Sampling(NamedTuple):
+class SamplingTensors(NamedTuple):
     """Sampling settings as arrays, a row for each sampled token. None: no row asks for it."""
 
     temperature: Float[Tensor, " N"]  # below 1e-5, 0 included, is greedy
     seed: Int[Tensor, " N"] | None  # None: every row is greedy
-    position: Int[Tensor, " N"]  # of the token being drawn, counted from the start of the prompt
-    processed: Bool[Tensor, " N"]  # logprobs of the sampled distribution instead of the model's
-    filter: Filter | None
-    edits: Edits | None
-    allowed: Int[Tensor, "N words"] | None = None  # bit t % 32 of word t // 32: token t may be drawn
+    positions: Int[Tensor, " N"]  # of the token being drawn, counted from the start of the prompt
+    processed_logprobs: Bool[Tensor, " N"]  # logprobs of the sampled distribution instead of the model's
+    top_k_top_p: TopKTopP | None
+    logit_edits: LogitEdits | None
+    token_mask: Int[Tensor, "N words"] | None = None  # bit t % 32 of word t // 32: token t may be drawn
 
 
-class Sampled(NamedTuple):
+class SamplerOutput(NamedTuple):
     """What one step drew. `top_*` are sorted by falling logprob; k may be 0."""
 
-    token: Int[Tensor, " N"]
-    logprob: Float[Tensor, " N"]  # not finite where logits are NaN or inf: the token then means nothing
-    top_token: Int[Tensor, "N k"]
-    top_logprob: Float[Tensor, "N k"]
+    token_ids: Int[Tensor, " N"]
+    logprobs: Float[Tensor, " N"]  # not finite where logits are NaN or inf: the token then means nothing
+    top_token_ids: Int[Tensor, "N k"]
+    top_logprobs: Float[Tensor, "N k"]

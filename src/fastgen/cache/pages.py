@@ -1,30 +1,30 @@
 """The pool of free pages, as a value: the bits of an int. Taking and giving return a new pool."""
 
 
-def pool(pages: int) -> int:
+def new_pool(num_pages: int) -> int:
     """All pages of a cache free, but page 0: it is scratch, where padding writes."""
-    return (1 << pages) - 2
+    return (1 << num_pages) - 2
 
 
-def count(free: int) -> int:
+def num_free(pool: int) -> int:
     """How many pages are free."""
-    return free.bit_count()
+    return pool.bit_count()
 
 
-def take(free: int, n: int) -> tuple[tuple[int, ...], int]:
+def allocate(pool: int, n: int) -> tuple[tuple[int, ...], int]:
     """The n lowest free pages, and the pool without them."""
     taken = []
     for _ in range(n):
-        lowest = free & -free
+        lowest = pool & -pool
         assert lowest, "took more pages than are free"
         taken.append(lowest.bit_length() - 1)
-        free ^= lowest
-    return tuple(taken), free
+        pool ^= lowest
+    return tuple(taken), pool
 
 
-def give(free: int, pages: tuple[int, ...]) -> int:
+def free(pool: int, pages: tuple[int, ...]) -> int:
     """The pool with `pages` back in it."""
     for page in pages:
-        assert page and not free >> page & 1, "freed a page that is not taken"
-        free |= 1 << page
-    return free
+        assert page and not pool >> page & 1, "freed a page that is not taken"
+        pool |= 1 << page
+    return pool

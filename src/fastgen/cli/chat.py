@@ -28,10 +28,10 @@ from torch.utils._pytree import tree_leaves
 
 import fastgen
 from fastgen import Engine, SamplingParams, tokenizer
-from fastgen.chat import Conversation, TooLong, check
-from fastgen.cli.config import Config, chosen, compose, explain
-from fastgen.cli.run import engine
-from fastgen.config import unknown
+from fastgen.chat import Conversation, ConversationTooLong, check_can_chat
+from fastgen.cli.config import RunConfig, model_override, compose, explain_error
+from fastgen.cli.run import build_engine
+from fastgen.config import unknown_name_message
 from fastgen.models import default, weights
 
 EPILOG = """
@@ -60,11 +60,11 @@ COMMANDS = {  # command -> (what follows it, what it does)
     "/h": ("", "this list; also /help"),
     "/q": ("", "quit; also Ctrl-D"),
 }
-SLIGHT = math.log(0.0005)  # what would be shown as 0.0%
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model should not do to a terminal
+MIN_SHOWN_LOGPROB = math.log(0.0005)  # what would be shown as 0.0%
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model should not do to a terminal
 
 
-class Complete(Completer):
+class CommandCompleter(Completer):
     """Commands at the start of a line, then names of sampling settings, or files."""
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -82,7 +82,7 @@ class Complete(Completer):
                 yield Completion(known, -len(word), display_meta=about)
 
 
-def answer(talk: Conversation, message: str, write: Callable[[str], None]) -> bool:
+def stream_answer(conversation: Conversation, message: str, write: Callable[[str], None]) -> bool:
     """Write the answer as it comes; whether Ctrl-C ended it, which what is cached survives.
 
     A step is not interrupted, since the engine would have to forget everything; the second Ctrl-C does that.
@@ -97,7 +97,7 @@ def answer(talk: Conversation, message: str, write: Callable[[str], None]) -> bo
 
     before, last = signal.signal(signal.SIGINT, stop), ""
     try:
-        with closing(talk.ask(message)) as pieces:
+        with closing(conversation.ask(message)) as pieces:
             for piece in pieces:
                 if piece:
                     write(piece)
@@ -111,30 +111,34 @@ def answer(talk: Conversation, message: str, write: Callable[[str], None]) -> bo
     return stopped
 
 
-def figures(talk: Conversation) -> tuple[str, str]:
+def format_stats(conversation: Conversation) -> tuple[str, str]:
     """The line below the last answer, and what there is to say about how it ended."""
-    last = talk.rounds[-1]
+    last = conversation.turns[-1]
     drawn = len(last.answer.token_ids)
-    line, note = f"--- [{drawn} tokens, {last.rate:.3f}toks/s]", ""
+    line, note = f"--- [{drawn} tokens, {last.tokens_per_second:.3f}toks/s]", ""
     if last.answer.finish_reason == "length":
-        full = len(last.prompt) + drawn >= talk.context
-        note = f"the {talk.context} tokens of the context are full" if full else f"max_tokens={drawn} ended the answer"
+        full = len(last.prompt_token_ids) + drawn >= conversation.max_length
+        note = (
+            f"the {conversation.max_length} tokens of the context are full"
+            if full
+            else f"max_tokens={drawn} ended the answer"
+        )
     return line, note
 
 
-class Terminal:
+class TerminalChat:
     """The conversation on a terminal: `run` reads lines until /q."""
 
-    def __init__(self, talk: Conversation, console: Console) -> None:
-        self.talk, self.console = talk, console
-        self.file: Path | None = None  # that was saved or loaded, and may be written again
+    def __init__(self, conversation: Conversation, console: Console) -> None:
+        self.conversation, self.console = conversation, console
+        self.saved_file: Path | None = None  # that was saved or loaded, and may be written again
         self.session: PromptSession[str] = PromptSession(
-            history=_history(), completer=Complete(), complete_while_typing=False,
+            history=_open_history(), completer=CommandCompleter(), complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,  # a menu would want eight empty lines below every prompt
         )  # fmt: skip
-        self.does: dict[str, Callable[[str], None]] = {
-            "/r": self._reset, "/m": self._lines, "/s": self._sampling, "/system": self._system,
-            "/p": self._alternatives, "/save": self._save, "/load": self._load, "/h": self._help, "/help": self._help,
+        self.command_handlers: dict[str, Callable[[str], None]] = {
+            "/r": self._reset, "/m": self._ask_multiline, "/s": self._set_sampling, "/system": self._set_system,
+            "/p": self._show_alternatives, "/save": self._save, "/load": self._load, "/h": self._show_help, "/help": self._show_help,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -142,45 +146,51 @@ class Terminal:
         self.console.print("[bold]Ready to chat![/] /r N back to round N, /m several lines, /q quit, /h all commands")
         while True:
             try:
-                line = self.session.prompt(f"{len(self.talk.rounds) + 1}> ").strip()
+                line = self.session.prompt(f"{len(self.conversation.turns) + 1}> ").strip()
                 if line == "/q":
                     return
-                self._do(line)
+                self._handle_line(line)
             except KeyboardInterrupt:
-                self._note("stopped; /q quits")
+                self._print_note("stopped; /q quits")
             except EOFError:
                 return
-            except TooLong as e:
-                self._error(f"{e}. /r N goes back to before round N, /r 1 begins anew, /save FILE keeps it")
+            except ConversationTooLong as e:
+                self._print_error(f"{e}. /r N goes back to before round N, /r 1 begins anew, /save FILE keeps it")
             except (ValueError, OSError, torch.OutOfMemoryError) as e:
-                self._error(str(e))
+                self._print_error(str(e))
 
-    def _do(self, line: str) -> None:
+    def _handle_line(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         if not line.startswith("/"):
             self._ask(line)
-        elif name in self.does:
-            self.does[name](rest.strip())
+        elif name in self.command_handlers:
+            self.command_handlers[name](rest.strip())
         else:
-            raise ValueError(f"{unknown('command', name, [*self.does, '/q'])}; a message that begins with / goes by /m")
+            raise ValueError(
+                f"{unknown_name_message('command', name, [*self.command_handlers, '/q'])}; a message that begins with / goes by /m"
+            )
 
     def _ask(self, message: str) -> None:
         if not message:
             return
-        rounds = len(self.talk.rounds)
-        stopped = answer(self.talk, message, lambda text: self.console.out(_clean(text), end="", highlight=False))
-        if len(self.talk.rounds) == rounds:
-            return self._note("stopped before the first token; the message is not kept")
-        line, note = figures(self.talk)
-        self._note(line)
+        rounds = len(self.conversation.turns)
+        stopped = stream_answer(
+            self.conversation,
+            message,
+            lambda text: self.console.out(_replace_control_characters(text), end="", highlight=False),
+        )
+        if len(self.conversation.turns) == rounds:
+            return self._print_note("stopped before the first token; the message is not kept")
+        line, note = format_stats(self.conversation)
+        self._print_note(line)
         if stopped:
-            self._note("stopped; what there is counts as the answer")
+            self._print_note("stopped; what there is counts as the answer")
         elif note:
-            self._note(
+            self._print_note(
                 f"{note}: {'/s max_tokens=null' if 'max_tokens' in note else '/r N goes back to before round N'}"
             )
 
-    def _lines(self, _: str) -> None:
+    def _ask_multiline(self, _: str) -> None:
         lines: list[str] = []
         try:
             while (line := self.session.prompt("... ")) != ".":
@@ -192,75 +202,82 @@ class Terminal:
     def _reset(self, rest: str) -> None:
         if not rest.isdecimal():
             raise ValueError("/r N: which round? /r 1 begins anew")
-        self.talk.reset(int(rest))
+        self.conversation.rewind(int(rest))
 
-    def _sampling(self, rest: str) -> None:
+    def _set_sampling(self, rest: str) -> None:
         try:
             given = [OverridesParser.create().parse_override(word) for word in re.split(r"\s+(?=\w+=)", rest) if word]
-            self.talk.set(**{o.key_or_group: o.value() for o in given})
+            self.conversation.update_sampling(**{o.key_or_group: o.value() for o in given})
         except HydraException as e:
             raise ValueError(f"/s {rest}: settings are NAME=VALUE, such as temperature=0.7 stop=[END]") from e
-        shown = " ".join(f"{name}={json.dumps(value)}" for name, value in self.talk.settings().items())
+        shown = " ".join(f"{name}={json.dumps(value)}" for name, value in self.conversation.notable_settings().items())
         self.console.print(Text(shown))
 
-    def _system(self, rest: str) -> None:
+    def _set_system(self, rest: str) -> None:
         if rest:
-            self.talk.system = None if rest == "-" else rest
-        self.console.print(Text(self.talk.system or "no system prompt of yours; the model's template may bring one"))
+            self.conversation.system = None if rest == "-" else rest
+        self.console.print(
+            Text(self.conversation.system or "no system prompt of yours; the model's template may bring one")
+        )
 
     def _save(self, rest: str) -> None:
-        file = Path(rest or _missing("/save")).expanduser()
-        if file.exists() and file != self.file:
+        file = Path(rest or _raise_missing_file("/save")).expanduser()
+        if file.exists() and file != self.saved_file:
             raise ValueError(f"{file} is there already: choose another name, or remove it first")
-        self.talk.save(file)
-        self.file = file
-        self._note(f"{len(self.talk.rounds)} rounds in {file}")
+        self.conversation.save(file)
+        self.saved_file = file
+        self._print_note(f"{len(self.conversation.turns)} rounds in {file}")
 
     def _load(self, rest: str) -> None:
-        file = Path(rest or _missing("/load")).expanduser()
-        self.talk.load(file)
-        self.file = file
-        for number, r in enumerate(self.talk.rounds, 1):
-            self.console.print(Text(_clean(f"{number}> {r.message}\n{r.answer.text}")))
+        file = Path(rest or _raise_missing_file("/load")).expanduser()
+        self.conversation.load(file)
+        self.saved_file = file
+        for number, r in enumerate(self.conversation.turns, 1):
+            self.console.print(Text(_replace_control_characters(f"{number}> {r.message}\n{r.answer.text}")))
 
-    def _alternatives(self, _: str) -> None:
-        last, coder = self.talk.rounds[-1] if self.talk.rounds else None, self.talk.engine.tokenizer
+    def _show_alternatives(self, _: str) -> None:
+        last, coder = (
+            self.conversation.turns[-1] if self.conversation.turns else None,
+            self.conversation.engine.tokenizer,
+        )
         if last is None or last.answer.logprobs is None or last.answer.top_logprobs is None or coder is None:
             raise ValueError("there is no answer of this session to show the tokens of")
         table = Table("token", "probability", "the likeliest there", box=None)
         for token, logprob, top in zip(
             last.answer.token_ids, last.answer.logprobs, last.answer.top_logprobs, strict=True
         ):
-            others = "  ".join(f"{coder.decode([t])!r} {math.exp(p):.1%}" for t, p in top.items() if p > SLIGHT)
+            others = "  ".join(
+                f"{coder.decode([t])!r} {math.exp(p):.1%}" for t, p in top.items() if p > MIN_SHOWN_LOGPROB
+            )
             style = "green" if (p := math.exp(logprob)) > 0.5 else "yellow" if p > 0.1 else "red"
             table.add_row(Text(repr(coder.decode([token])), style), f"{p:.1%}", Text(others, "dim"))
         self.console.print(table)
-        self._note(f"{last.cached} of the prompt's {len(last.prompt)} tokens were cached")
+        self._print_note(f"{last.num_cached_tokens} of the prompt's {len(last.prompt_token_ids)} tokens were cached")
 
-    def _help(self, _: str) -> None:
+    def _show_help(self, _: str) -> None:
         table = Table(box=None, show_header=False)
         for name, (follows, about) in COMMANDS.items():
             table.add_row(Text(f"{name} {follows}", "bold"), Text(about))
         self.console.print(table)
-        self._note("Ctrl-C stops an answer; Tab completes, ↑ brings back earlier lines")
+        self._print_note("Ctrl-C stops an answer; Tab completes, ↑ brings back earlier lines")
 
-    def _note(self, text: str) -> None:
+    def _print_note(self, text: str) -> None:
         self.console.print(Text(text, "dim"))
 
-    def _error(self, text: str) -> None:
+    def _print_error(self, text: str) -> None:
         self.console.print(Text(text, "red"))
 
 
-def _missing(command: str) -> str:
+def _raise_missing_file(command: str) -> str:
     raise ValueError(f"{command} FILE: which file?")
 
 
-def _clean(text: str) -> str:
+def _replace_control_characters(text: str) -> str:
     """Text of a model without what would move the cursor or change colours."""
-    return CONTROL.sub("\ufffd", text.replace("\r", ""))
+    return CONTROL_CHARACTERS.sub("\ufffd", text.replace("\r", ""))
 
 
-def _history() -> History:
+def _open_history() -> History:
     """Of the lines typed, in a file that only the user can read; in memory where there can be none."""
     file = user_state_path("fastgen") / "chat_history"
     try:
@@ -274,7 +291,7 @@ def _history() -> History:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "fgchat", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -287,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _config(args: argparse.Namespace) -> Config:
+def _compose_config(args: argparse.Namespace) -> RunConfig:
     """The model and settings. ValueError for what fgrun would refuse too."""
     given = [w for w in args.words if ("=" in w or w.startswith("~")) and not Path(w).expanduser().exists()]
     models = [w for w in args.words if w not in given]
@@ -296,7 +313,7 @@ def _config(args: argparse.Namespace) -> Config:
     for override in given:
         if re.match(r"(prompt|chat|task|out)\b", override):
             raise ValueError(f"{override}: is fgrun's; messages are typed, piped or given with -p")
-    first = [chosen(m) for m in models]
+    first = [model_override(m) for m in models]
     for group, choice in (("sampling", "chat"), ("schedule", "latency")):
         first += [] if any(o.startswith(f"{group}=") for o in given) else [f"{group}={choice}"]
     if not models and "sampling=chat" in first:
@@ -306,43 +323,43 @@ def _config(args: argparse.Namespace) -> Config:
     return compose(*first, *given)
 
 
-def _started(config: Config) -> Engine:
+def _start_engine(config: RunConfig) -> Engine:
     """The engine, after a look at what a chat needs: weights take longer to load than it takes to say no."""
     m = config.model
     if config.parallel.replicas > 1:
         raise ValueError("a conversation is one request at a time: parallel.replicas must be 1; tensor_parallel helps")
-    path = default.default_path() if m.path is None else weights.resolve(m.path)
-    check(tokenizer.load(path), str(m.path or default.REPO), config.sampling)
-    return engine(config, progress=sys.stderr.isatty())
+    path = default.default_model_path() if m.path is None else weights.resolve(m.path)
+    check_can_chat(tokenizer.load(path), str(m.path or default.REPO_ID), config.sampling)
+    return build_engine(config, progress=sys.stderr.isatty())
 
 
-def _once(talk: Conversation, message: str) -> int:
+def _answer_once(conversation: Conversation, message: str) -> int:
     """One answer: the text on stdout, figures on stderr."""
-    clean = _clean if sys.stdout.isatty() else str
-    stopped = answer(talk, message, lambda text: print(clean(text), end="", flush=True))
-    if talk.rounds:
-        print(" ".join(filter(None, figures(talk))), file=sys.stderr)
+    clean = _replace_control_characters if sys.stdout.isatty() else str
+    stopped = stream_answer(conversation, message, lambda text: print(clean(text), end="", flush=True))
+    if conversation.turns:
+        print(" ".join(filter(None, format_stats(conversation))), file=sys.stderr)
     return 130 if stopped else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The console script; the exit status: 2 for a command that is wrong, 1 for what failed."""
-    args = _parser().parse_intermixed_args(argv)
+    args = _make_parser().parse_intermixed_args(argv)
     try:
-        config = _config(args)
+        config = _compose_config(args)
         message = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read().strip()
         if message is not None and not message.strip():
             raise ValueError("the message is empty: give it with -p or on stdin")
-        with _started(config) as e:
+        with _start_engine(config) as e:
             talk = Conversation(e, config.sampling, args.system)
             if message is not None:
-                return _once(talk, message)
+                return _answer_once(talk, message)
             size = sum(w.nbytes for w in tree_leaves(e.params) if w is not None)
             dtype, console = str(e.dtype).removeprefix("torch."), Console(highlight=False)
             name = Path(config.model.path or default.FOLDER).name
-            about = f"{name}: {size / 1e9:.1f} GB, {dtype} on {e.device}, a context of {talk.context} tokens"
+            about = f"{name}: {size / 1e9:.1f} GB, {dtype} on {e.device}, a context of {talk.max_length} tokens"
             console.print(Text(about, "dim"))
-            Terminal(talk, console).run()
+            TerminalChat(talk, console).run()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # head, or a pager that was left
@@ -350,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         form = isinstance(e.__cause__, HydraException | OmegaConfBaseException)
-        print(f"fgchat: {explain(e) if isinstance(e, HydraException) else e}", file=sys.stderr)
+        print(f"fgchat: {explain_error(e) if isinstance(e, HydraException) else e}", file=sys.stderr)
         return 2 if form else 1
     return 0
 

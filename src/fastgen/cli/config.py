@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from fastgen.cli.files import FORMATS
-from fastgen.config import Grpo, Model, SamplingParams, Settings, unknown
+from fastgen.config import GrpoConfig, LoadConfig, SamplingParams, EngineConfig, unknown_name_message
 
 TASKS = ("generate", "stream", "profile", "grpo")
 
@@ -36,32 +36,32 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
-            raise ValueError(unknown("task.name", self.name, list(TASKS)))
+            raise ValueError(unknown_name_message("task.name", self.name, list(TASKS)))
         if self.format is not None and self.format not in FORMATS:
-            raise ValueError(unknown("task.format", self.format, list(FORMATS)))
+            raise ValueError(unknown_name_message("task.format", self.format, list(FORMATS)))
         if self.steps < 1:
             raise ValueError(f"task.steps must be at least 1, got {self.steps}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config(Settings):
+class RunConfig(EngineConfig):
     """One run: an engine's settings, its model, and what to do with it."""
 
-    model: Model = field(default_factory=Model)
+    model: LoadConfig = field(default_factory=LoadConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     task: Task = field(default_factory=Task)
-    grpo: Grpo = field(default_factory=Grpo)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     prompt: Any = None
     chat: bool = True
     out: str | None = None
 
 
-def _keys() -> dict[str, str]:
+def _build_key_aliases() -> dict[str, str]:
     """Keys by other names: those of the library's keywords, which have no group, and the size of a parallel group."""
-    config = Config()
-    groups = [f.name for f in fields(Settings) if is_dataclass(getattr(config, f.name))] + ["model", "sampling"]
+    config = RunConfig()
+    groups = [f.name for f in fields(EngineConfig) if is_dataclass(getattr(config, f.name))] + ["model", "sampling"]
     short = {f.name: f"{group}.{f.name}" for group in groups for f in fields(getattr(config, group))}
-    own = {f.name for f in fields(Config)}
+    own = {f.name for f in fields(RunConfig)}
     return {"parallel.size": "parallel.tensor_parallel"} | {k: v for k, v in short.items() if k not in own}
 
 
@@ -71,8 +71,8 @@ def conf_dir() -> Path:
     return next(d for d in (package / "conf", package.parents[1] / "conf") if (d / "config.yaml").is_file())
 
 
-def _register() -> None:
-    schema = OmegaConf.structured(Config)
+def _register_schema() -> None:
+    schema = OmegaConf.structured(RunConfig)
     for node in (schema, *(v for v in schema.values() if isinstance(v, DictConfig))):
         OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes, and these are to be overridden
     for free in (schema.sampling.logit_bias, schema.model.adapters):  # whose keys are tokens, and names of one's own
@@ -81,42 +81,42 @@ def _register() -> None:
     OmegaConf.register_new_resolver("fastgen.conf", lambda path: str(conf_dir() / path), replace=True)
 
 
-_register()
-KEYS = _keys()
+_register_schema()
+KEY_ALIASES = _build_key_aliases()
 
 
-def typed(cfg: DictConfig) -> Config:
+def to_dataclass(cfg: DictConfig) -> RunConfig:
     """The dataclasses of a composed configuration, checked: ValueError for an unknown key or a bad value."""
     for prefix, node in [("", cfg), *((f"{k}.", v) for k, v in cfg.items() if isinstance(v, DictConfig))]:
         if is_dataclass(kind := OmegaConf.get_type(node)):  # +key=value puts a key past Hydra's own check
             for name in set(node) - {f.name for f in fields(kind)}:
-                raise ValueError(_unknown_key(f"{prefix}{name}"))
+                raise ValueError(_unknown_key_message(f"{prefix}{name}"))
     return OmegaConf.to_object(cfg)  # type: ignore[return-value]
 
 
-def compose(*overrides: str) -> Config:
+def compose(*overrides: str) -> RunConfig:
     """What `fgrun OVERRIDES` runs, for notebooks and scripts. ValueError says what is wrong with it."""
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return typed(hydra.compose("config", [quote(o) for o in overrides]))
+            return to_dataclass(hydra.compose("config", [quote_override(o) for o in overrides]))
     except (HydraException, OmegaConfBaseException) as e:
-        raise ValueError(explain(e)) from e
+        raise ValueError(explain_error(e)) from e
 
 
-def chosen(model: str) -> str:
+def model_override(model: str) -> str:
     """The override for a command's MODEL: a name of conf/model, or a folder, file or hub id."""
     named = (conf_dir() / "model" / f"{model}.yaml").is_file()
     path = Path(model).expanduser().exists() or "/" in model or model.endswith((".gguf", ".safetensors"))
     return f"model.path={model}" if path and not named else f"model={model}"
 
 
-def full(argument: str) -> str:
+def expand_key(argument: str) -> str:
     """`pages.page_size=32` for `page_size=32`, a keyword of the library's, and so on."""
     key, equals, text = argument.partition("=")
-    return f"{KEYS.get(key, key)}{equals}{text}"
+    return f"{KEY_ALIASES.get(key, key)}{equals}{text}"
 
 
-TEXTS = ("prompt", "model.path", "sampling.grammar")  # texts whatever they contain: a comma makes no sweep of them
+TEXT_KEYS = ("prompt", "model.path", "sampling.grammar")  # texts whatever they contain: a comma makes no sweep of them
 
 
 def _parses(argument: str) -> bool:
@@ -127,41 +127,41 @@ def _parses(argument: str) -> bool:
     return True
 
 
-def _quoted(text: str) -> str:
+def _quote_text(text: str) -> str:
     """Returns a text in Hydra's quotes, without interpolation."""
     return QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()
 
 
-def quote(argument: str) -> str:
+def quote_override(argument: str) -> str:
     """Returns an override as Hydra's grammar wants it: the key with its group, and a text as a value in quotes.
 
     `prompt`, `model.path` and `sampling.grammar` are texts unless they are null, quoted already or, for a prompt, a
     list; so is every value that Hydra could not parse. One value for a list (`stop=END`) becomes a list. `model` may be
     a folder, a file or a hub id.
     """
-    argument = full(argument)
+    argument = expand_key(argument)
     if argument.startswith("model="):
-        argument = chosen(argument.removeprefix("model="))
+        argument = model_override(argument.removeprefix("model="))
     key, equals, text = argument.partition("=")
     if not equals or text == "null":
         return argument
     if key == "sampling.stop_token_ids" and not text.startswith("["):
         return f"{key}=[{text}]"
     if key == "sampling.stop":
-        return f"{key}={_list_of_texts(text)}"
-    is_form = text.startswith(("[", "{", "'", '"') if key == "prompt" else ("'", '"')) or key not in TEXTS
-    return argument if is_form and _parses(argument) else f"{key}={_quoted(text)}"
+        return f"{key}={_to_hydra_list(text)}"
+    is_form = text.startswith(("[", "{", "'", '"') if key == "prompt" else ("'", '"')) or key not in TEXT_KEYS
+    return argument if is_form and _parses(argument) else f"{key}={_quote_text(text)}"
 
 
-def _list_of_texts(text: str) -> str:
+def _to_hydra_list(text: str) -> str:
     """Returns one text, quoted or not, or a list of them, as Hydra's list; what stands in it need not be quoted."""
     if text.startswith("["):
         if _parses(f"x={text}"):
             return text
         if text.endswith("]") and not set(text) & {"'", '"'}:  # characters that Hydra has other uses for
-            return f"[{','.join(_quoted(part.strip()) for part in text[1:-1].split(','))}]"
+            return f"[{','.join(_quote_text(part.strip()) for part in text[1:-1].split(','))}]"
     is_quoted = text.startswith(("'", '"')) and _parses(f"x=[{text}]")
-    return f"[{text if is_quoted else _quoted(text)}]"
+    return f"[{text if is_quoted else _quote_text(text)}]"
 
 
 FLAGS_WITH_VALUE = {
@@ -170,7 +170,7 @@ FLAGS_WITH_VALUE = {
 }  # fmt: skip
 
 
-def overrides(arguments: Sequence[str]) -> list[str]:
+def to_hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """Returns a command line as Hydra reads it: flags, overrides with quoted values, and a bare text as the prompt.
 
     What follows `--` is bare, and so is what begins with a dash but is no flag. ValueError for two bare texts, which
@@ -184,17 +184,17 @@ def overrides(arguments: Sequence[str]) -> list[str]:
         if is_flag or before in FLAGS_WITH_VALUE or re.fullmatch(r"~\w[\w/@.]*", argument):
             result.append(argument)
         elif re.match(r"[+~]{0,2}[\w/@.:-]+=", argument):
-            result.append(quote(argument))
+            result.append(quote_override(argument))
         else:
             bare.append(argument)
     if len(bare) > 1:
         raise ValueError(f'one prompt, not {len(bare)}: put the text in quotes, "{" ".join(bare)}"')
-    return result + [quote(f"prompt={text}") for text in bare]
+    return result + [quote_override(f"prompt={text}") for text in bare]
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key_message(key: str) -> str:
     """The message for a key that is not there; one that another group has is found too."""
-    schema = OmegaConf.structured(Config)
+    schema = OmegaConf.structured(RunConfig)
     groups = {group: list(node) for group, node in schema.items() if isinstance(node, DictConfig)}
     keys = [
         *schema,
@@ -205,21 +205,21 @@ def _unknown_key(key: str) -> str:
     group, _, name = key.rpartition(".")
     same, here = [k for k in keys if k.endswith(f".{name}")], [k for k in keys if k.rpartition(".")[0] == group]
     for known in (same, here, keys):
-        names = {k.rpartition(".")[2]: k for k in known} | (KEYS if known is here and not group else {})
+        names = {k.rpartition(".")[2]: k for k in known} | (KEY_ALIASES if known is here and not group else {})
         if close := difflib.get_close_matches(name, names, n=1):
-            return unknown("key", key, [names[close[0]]])
-    return unknown("key", key, here or keys)
+            return unknown_name_message("key", key, [names[close[0]]])
+    return unknown_name_message("key", key, here or keys)
 
 
-def explain(e: Exception) -> str:
+def explain_error(error: Exception) -> str:
     """What Hydra or OmegaConf found wrong, in a line, with the nearest thing that exists."""
-    if isinstance(e, MissingConfigException) and e.options and e.missing_cfg_file:
-        group, _, name = e.missing_cfg_file.rpartition("/")
-        return unknown(group, name, list(e.options))
-    cause = e if isinstance(e, OmegaConfBaseException) else e.__cause__
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return unknown_name_message(group, name, list(error.options))
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        return _unknown_key(cause.full_key)
+        return _unknown_key_message(cause.full_key)
     if isinstance(cause, OmegaConfBaseException):
         said = str(cause).splitlines()[0]
         return f"{cause.full_key}: {f'must be a list, [a,b], got {said}' if 'ListConfig' in said else said}"
-    return " ".join(line.strip() for line in str(e).splitlines() if "https://" not in line)
+    return " ".join(line.strip() for line in str(error).splitlines() if "https://" not in line)

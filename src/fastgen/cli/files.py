@@ -17,9 +17,11 @@ from fastgen.tokenizer import Prompt
 
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 SUFFIXES = {".txt": "text", ".ndjson": "jsonl", "": "text"} | {f".{name}": name for name in FORMATS[1:]}
-ROW = "a text, a list of token ids, a list of messages, or an object with 'prompt', 'prompt_token_ids' or 'messages'"
+ACCEPTED_ROWS = (
+    "a text, a list of token ids, a list of messages, or an object with 'prompt', 'prompt_token_ids' or 'messages'"
+)
 STANDARD_INPUT, STANDARD_OUTPUT = ("-", "/dev/stdin"), ("-", "/dev/stdout")
-GZIP = b"\x1f\x8b"  # the first bytes, which no text in UTF-8 has
+GZIP_MAGIC = b"\x1f\x8b"  # the first bytes, which no text in UTF-8 has
 
 
 def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
@@ -41,13 +43,13 @@ def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
         if not os.path.exists(file):
             raise ValueError(f"task.prompts: there is no file {file}")
     try:
-        with _opened(file) as raw:
+        with _open_binary(file) as raw:
             content = raw.read()
-        if file.lower().endswith(".gz") or content.startswith(GZIP):
+        if file.lower().endswith(".gz") or content.startswith(GZIP_MAGIC):
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{file}: cannot be read: {e}") from e
-    prompts = [_prompt(value, f"{file}, {where}") for where, value in READERS[format](content, file)]
+    prompts = [_check_prompt(value, f"{file}, {where}") for where, value in READERS[format](content, file)]
     if not prompts:
         raise ValueError(f"task.prompts: {file} is empty")
     return prompts
@@ -76,22 +78,24 @@ def check_output(key: str, path: Path, inputs: Iterable[str | Path | None]) -> N
         raise ValueError(f"{key}: {path} cannot be written: {getattr(e, 'strerror', None) or e}") from e
 
 
-def _opened(file: str) -> BinaryIO:
+def _open_binary(file: str) -> BinaryIO:
     """Opens a file, or standard input, which stays open for others."""
     return open(sys.stdin.fileno(), "rb", closefd=False) if file in STANDARD_INPUT else open(file, "rb")
 
 
-def _prompt(value: Any, where: str) -> Prompt:
+def _check_prompt(value: Any, where: str) -> Prompt:
     """Checks that a value is a prompt: text, token ids or messages, bare or in an object; anything else is refused."""
     if isinstance(value, dict):
-        if (name := _held(value, lambda name: value.get(name) is not None)) is None:
-            raise ValueError(f"{where}: must be {ROW}, got an object with {', '.join(map(repr, value)) or 'nothing'}")
+        if (name := _find_prompt_key(value, lambda name: value.get(name) is not None)) is None:
+            raise ValueError(
+                f"{where}: must be {ACCEPTED_ROWS}, got an object with {', '.join(map(repr, value)) or 'nothing'}"
+            )
         value = value[name]
     is_list = isinstance(value, list) and bool(value)
     ids = is_list and all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in value)
     chat = is_list and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
     if not (ids or chat or (isinstance(value, str) and value.strip())):
-        raise ValueError(f"{where}: must be {ROW}, got {repr(value)[:60]}")
+        raise ValueError(f"{where}: must be {ACCEPTED_ROWS}, got {repr(value)[:60]}")
     rows: Any = value
     texts = [x for message in rows for x in message.values()] if chat else [value]
     for text in texts:
@@ -100,7 +104,7 @@ def _prompt(value: Any, where: str) -> Prompt:
     return value
 
 
-def _text(content: bytes, file: str) -> str:
+def _decode_utf8(content: bytes, file: str) -> str:
     """Decodes UTF-8, with or without a byte order mark. ValueError names the line of a byte that is no UTF-8."""
     try:
         return content.decode("utf-8-sig")
@@ -113,16 +117,16 @@ def _text(content: bytes, file: str) -> str:
         ) from e
 
 
-def _json(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:  # no JSON, numbers of thousands of digits; nested too deep
-        raise ValueError(f"{where}: must be {ROW}, got {text[:60]!r} ({e})") from e
+        raise ValueError(f"{where}: must be {ACCEPTED_ROWS}, got {text[:60]!r} ({e})") from e
 
 
-def _lines(content: bytes, file: str) -> Iterator[tuple[str, str]]:
+def _read_lines(content: bytes, file: str) -> Iterator[tuple[str, str]]:
     """Yields the place and text of each line that is not blank; only newlines end a line, as in other tools."""
-    for number, line in enumerate(_text(content, file).split("\n"), 1):
+    for number, line in enumerate(_decode_utf8(content, file).split("\n"), 1):
         if "\0" in line:
             raise ValueError(f"{file}, line {number}: has a NUL character, so this is no text file; give task.format")
         if line := line.strip():
@@ -130,27 +134,27 @@ def _lines(content: bytes, file: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_jsonl(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
-    for where, line in _lines(content, file):
-        yield where, _json(line, f"{file}, {where}")
+    for where, line in _read_lines(content, file):
+        yield where, _parse_json(line, f"{file}, {where}")
 
 
 def _read_json(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
     """Yields the elements of one JSON array."""
-    values = _json(_text(content, file), file)
+    values = _parse_json(_decode_utf8(content, file), file)
     if not isinstance(values, list):
         raise ValueError(
-            f"{file}: must be an array whose elements are each {ROW}; for an object a line, name it .jsonl"
+            f"{file}: must be an array whose elements are each {ACCEPTED_ROWS}; for an object a line, name it .jsonl"
         )
     for i, value in enumerate(values):
         yield f"element {i}", value
 
 
 def _read_csv(content: bytes, file: str, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(_text(content, file), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(_decode_utf8(content, file), newline=""), delimiter=delimiter, strict=True)
     csv.field_size_limit(2**31 - 1)  # of the process; by default 128 KiB, which long prompts exceed
     try:
         names = reader.fieldnames or ()
-        column = _column(names, file)
+        column = _find_prompt_column(names, file)
         if names.count(column) > 1:
             raise ValueError(f"{file}: has {names.count(column)} columns {column!r}")
         for row in reader:
@@ -161,7 +165,7 @@ def _read_csv(content: bytes, file: str, delimiter: str = ",") -> Iterator[tuple
                     "with the delimiter in it in double quotes"
                 )
             value = row[column]
-            yield where, _json(value or "", f"{file}, {where}") if column != "prompt" else value
+            yield where, _parse_json(value or "", f"{file}, {where}") if column != "prompt" else value
     except csv.Error as e:
         raise ValueError(f"{file}, line {reader.line_num}: {e}") from e
 
@@ -180,24 +184,24 @@ def _read_parquet(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
         table = parquet.read_table(pyarrow.BufferReader(content))
     except (pyarrow.ArrowException, OSError) as e:
         raise ValueError(f"{file}: cannot be read as Parquet: {e}") from e
-    for i, value in enumerate(table.column(_column(table.column_names, file)).to_pylist()):
+    for i, value in enumerate(table.column(_find_prompt_column(table.column_names, file)).to_pylist()):
         yield f"row {i}", value
 
 
-def _held(names: Iterable[str], is_given: Callable[[str], bool] = lambda _: True) -> str | None:
+def _find_prompt_key(names: Iterable[str], has_value: Callable[[str], bool] = lambda _: True) -> str | None:
     """Returns which of an object's keys or a table's columns is the prompt, or None; messages come before text."""
-    return next((n for n in ("messages", "prompt_token_ids", "prompt") if n in names and is_given(n)), None)
+    return next((n for n in ("messages", "prompt_token_ids", "prompt") if n in names and has_value(n)), None)
 
 
-def _column(names: Sequence[str], file: str) -> str:
+def _find_prompt_column(names: Sequence[str], file: str) -> str:
     """Returns which of a table's columns holds the prompts."""
-    if (name := _held(names)) is None:
+    if (name := _find_prompt_key(names)) is None:
         raise ValueError(f"{file}: needs a column 'prompt' or 'messages', has {', '.join(map(repr, names)) or 'none'}")
     return name
 
 
 READERS: dict[str, Callable[[bytes, str], Iterator[tuple[str, Any]]]] = {
-    "text": _lines,
+    "text": _read_lines,
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,

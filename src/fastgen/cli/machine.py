@@ -19,24 +19,24 @@ import fastgen
 Row = dict[str, Any]
 
 
-def hardware(device: torch.device) -> str:
+def hardware_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
 
-def _smi(query: str, device: torch.device, *options: str) -> list[str]:
+def _nvidia_smi_command(query: str, device: torch.device, *options: str) -> list[str]:
     """nvidia-smi's command line for one GPU."""
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     return ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={gpu}", *options]
 
 
 @contextmanager
-def clocks_during(device: torch.device) -> Iterator[dict[str, float]]:
+def measure_clocks(device: torch.device) -> Iterator[dict[str, float]]:
     """Medians of the GPU's clock and power while it is open; empty when it closes where nvidia-smi cannot say."""
     found: dict[str, float] = {}
     if device.type != "cuda" or not shutil.which("nvidia-smi"):
         yield found
         return
-    command = _smi("clocks.sm,power.draw", device, "-lms", "500")
+    command = _nvidia_smi_command("clocks.sm,power.draw", device, "-lms", "500")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             yield found
@@ -48,7 +48,7 @@ def clocks_during(device: torch.device) -> Iterator[dict[str, float]]:
                 found |= dict(zip(("sm_mhz", "power_w"), map(statistics.median, columns), strict=False))
 
 
-def probe(device: torch.device, dtype: torch.dtype) -> Row:
+def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> Row:
     """Sustained rates, right now: a matrix product of random data in `dtype`, and a copy (bytes read + written)."""
     cuda = device.type == "cuda"
     size, count, seconds = (8192, 2**30, 3.0) if cuda else (1024, 2**26, 0.2)
@@ -79,14 +79,14 @@ def probe(device: torch.device, dtype: torch.dtype) -> Row:
     }
 
 
-def memory(device: torch.device) -> float:
+def total_memory_bytes(device: torch.device) -> float:
     """All there is, bytes."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def peak(device: torch.device) -> float:
+def peak_memory_bytes(device: torch.device) -> float:
     """Most memory held so far by this process, bytes: the GPU's, or else the host's."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_reserved(device))
@@ -95,7 +95,7 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def versions(device: torch.device) -> Row:
+def collect_versions(device: torch.device) -> Row:
     """What ran: versions, commit and driver; None for what cannot be told."""
 
     def said(command: list[str]) -> str | None:
@@ -115,5 +115,5 @@ def versions(device: torch.device) -> Row:
     root = Path(fastgen.__file__).parents[2]
     checkout = (root / ".git").exists()
     found["commit"] = said(["git", "-C", str(root), "describe", "--always", "--dirty"]) if checkout else None
-    found["driver"] = said(_smi("driver_version", device)) if device.type == "cuda" else None
+    found["driver"] = said(_nvidia_smi_command("driver_version", device)) if device.type == "cuda" else None
     return found

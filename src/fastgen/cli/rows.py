@@ -9,76 +9,93 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgen import limits
-from fastgen.config import Parallel
-from fastgen.models.spec import Spec
+from fastgen.config import ParallelConfig
+from fastgen.models.spec import ModelConfig
 
 Row = dict[str, Any]
-ALONE = Parallel()
-KEY = ("engine", "model", "workload", "hardware", "tp", "replicas")  # a later row of the same replaces an earlier one
+SINGLE_DEVICE = ParallelConfig()
+ROW_KEY = (
+    "engine",
+    "model",
+    "workload",
+    "hardware",
+    "tp",
+    "replicas",
+)  # a later row of the same replaces an earlier one
 
 
 class Workload(NamedTuple):
     """`requests` prompts of `prompt` tokens, whose first `shared` are the same, and what is asked for."""
 
-    requests: int
-    prompt: int
-    output: int
-    samples: int = 1
-    shared: int = 0
+    num_requests: int
+    prompt_len: int
+    output_len: int
+    num_samples: int = 1
+    shared_prefix_len: int = 0
 
     @classmethod
-    def of(cls, text: str) -> "Workload":
+    def parse(cls, text: str) -> "Workload":
         """From NxPROMPTxOUTPUT[xSAMPLES]."""
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2,3}", text):
             raise ValueError(f"workload {text!r} is not NxPROMPTxOUTPUT[xSAMPLES] in positive numbers: 512x1024x128")
         return cls(*map(int, text.split("x")))
 
     def __str__(self) -> str:
-        numbers = self[:4] if self.samples > 1 else self[:3]
-        return "x".join(map(str, numbers)) + (f" shared {self.shared}" if self.shared else "")
+        numbers = self[:4] if self.num_samples > 1 else self[:3]
+        return "x".join(map(str, numbers)) + (f" shared {self.shared_prefix_len}" if self.shared_prefix_len else "")
 
-    def prompts(self, vocab: int, generator: torch.Generator) -> list[list[int]]:
+    def make_prompts(self, vocab: int, generator: torch.Generator) -> list[list[int]]:
         """Random tokens."""
-        common = torch.randint(vocab, (self.shared,), generator=generator).tolist()
-        own = torch.randint(vocab, (self.requests, self.prompt - self.shared), generator=generator).tolist()
+        common = torch.randint(vocab, (self.shared_prefix_len,), generator=generator).tolist()
+        own = torch.randint(
+            vocab, (self.num_requests, self.prompt_len - self.shared_prefix_len), generator=generator
+        ).tolist()
         return [common + row for row in own]
 
-    def limit(self, spec: Spec, machine: limits.Machine, width: int, layout: Parallel = ALONE) -> float:
+    def max_tokens_per_second(
+        self, spec: ModelConfig, machine: limits.Machine, itemsize: int, parallel: ParallelConfig = SINGLE_DEVICE
+    ) -> float:
         """Most output tokens/s, with everything shared that can be. `machine` is one device of the layout's."""
-        requests = -(-self.requests // layout.replicas)  # of the replica that has most
-        machine, shared = machine.times(layout.tensor_parallel), self[3:] != (1, 0)
-        seconds = limits.limit(
-            spec, requests, *self[1:4], machine=machine, width=width, prefix_shared=shared, common=self.shared
+        requests = -(-self.num_requests // parallel.replicas)  # of the replica that has most
+        machine, shared = machine.scaled(parallel.tensor_parallel), self[3:] != (1, 0)
+        seconds = limits.min_seconds(
+            spec,
+            requests,
+            *self[1:4],
+            machine=machine,
+            bytes_per_element=itemsize,
+            prefix_shared=shared,
+            num_shared_tokens=self.shared_prefix_len,
         )
-        return self.requests * self.samples * self.output / seconds
+        return self.num_requests * self.num_samples * self.output_len / seconds
 
 
-def read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """The rows of a file. ValueError if it holds something else."""
     try:
         rows = json.loads(path.read_text())
-        if all(isinstance(row[k], str) for row in rows for k in KEY[:4]):
+        if all(isinstance(row[k], str) for row in rows for k in ROW_KEY[:4]):
             return rows
     except (json.JSONDecodeError, TypeError, KeyError):
         pass
-    raise ValueError(f"{path} does not hold fgbench's rows: a JSON list of objects with {', '.join(KEY[:4])}")
+    raise ValueError(f"{path} does not hold fgbench's rows: a JSON list of objects with {', '.join(ROW_KEY[:4])}")
 
 
-def of(row: Row, key: str) -> Any:
+def get_value(row: Row, key: str) -> Any:
     """A value of a row; one that does not speak of replicas is of one engine."""
     return row.get(key, 1 if key == "replicas" else None)
 
 
-def merge(rows: list[Row], new: list[Row]) -> list[Row]:
+def merge_rows(rows: list[Row], new: list[Row]) -> list[Row]:
     """`rows` with `new`, which replace those of the same engine, model, workload, hardware and number of devices."""
 
     def key(row: Row) -> tuple:
-        return tuple(of(row, k) for k in KEY)
+        return tuple(get_value(row, k) for k in ROW_KEY)
 
     return list(({key(r): r for r in rows} | {key(r): r for r in new}).values())
 
 
-def peer_rows(text: str, release: str, machine: str) -> list[Row]:
+def parse_peer_log(text: str, engine_version: str, hardware: str) -> list[Row]:
     """Rows from the lines `ENGINE MODEL tpN NxPxD repK: S.SSs TOKENS out tok/s` of another engine's benchmark."""
     line = re.compile(r"^(\w+) (\S+) tp(\d+) (\d+x\d+x\d+(?:x\d+)?) rep\d+: ([\d.]+)s ([\d.]+) out tok/s", re.MULTILINE)
     found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
@@ -88,39 +105,40 @@ def peer_rows(text: str, release: str, machine: str) -> list[Row]:
         raise ValueError("no line like 'vllm mistral-7b tp1 512x1024x128 rep0: 16.3s 4026 out tok/s' is in it")
     rows = []
     for (engine, model, tp, workload), repeats in found.items():
-        w, taken = Workload.of(workload), [float(s) for s, _ in repeats]
+        w, taken = Workload.parse(workload), [float(s) for s, _ in repeats]
         rate = statistics.median(float(r) for _, r in repeats)
-        total = rate * (1 + w.prompt / (w.output * w.samples))
+        total = rate * (1 + w.prompt_len / (w.output_len * w.num_samples))
         rows.append({
-            "engine": engine, "model": model.lower(), "workload": str(w), "hardware": machine, "tp": int(tp),
-            "dtype": None, "engine_version": release, "requests": w.requests, "prompt_len": w.prompt,
-            "output_len": w.output, "samples": w.samples, "seconds": statistics.median(taken), "seconds_all": taken,
+            "engine": engine, "model": model.lower(), "workload": str(w), "hardware": hardware, "tp": int(tp),
+            "dtype": None, "engine_version": engine_version, "requests": w.num_requests, "prompt_len": w.prompt_len,
+            "output_len": w.output_len, "samples": w.num_samples, "seconds": statistics.median(taken), "seconds_all": taken,
             "output_tok_s": rate, "total_tok_s": total,
         })  # fmt: skip
     return rows
 
 
-def limit_of(row: Row, rows: list[Row]) -> float | None:
+def find_limit(row: Row, rows: list[Row]) -> float | None:
     """The row's limit, tokens/s; for another engine's row, that of our row of the same."""
-    same = [row] + [r for r in rows if all(of(r, k) == of(row, k) for k in KEY[1:])]
+    same = [row] + [r for r in rows if all(get_value(r, k) == get_value(row, k) for k in ROW_KEY[1:])]
     values = (r.get("limit_tok_s") or r.get("limit_measured_tok_s") for r in same)
     return next((v for v in values if v), None)
 
 
-def table(rows: list[Row]) -> str:
+def format_table(rows: list[Row]) -> str:
     """Aligned text; a column for the ratio to each other engine."""
     others = sorted({r["engine"] for r in rows} - {"fastgen"})
     head = ["hardware", "model", "tp", "workload", "engine", "seconds", "out tok/s", "tok/s", "limit", "of limit"]
     lines = [head + [f"/ {other}" for other in others]]
     order = ("requests", "prompt_len", "output_len", "samples", "shared_prefix")
     for row in sorted(
-        rows, key=lambda r: [[str(of(r, k)) for k in KEY[1:] if k != "workload"], [r.get(k) or 0 for k in order]]
+        rows,
+        key=lambda r: [[str(get_value(r, k)) for k in ROW_KEY[1:] if k != "workload"], [r.get(k) or 0 for k in order]],
     ):
-        rate, limit = row.get("output_tok_s"), limit_of(row, rows)
-        peers = {r["engine"]: r for r in rows if all(of(r, k) == of(row, k) for k in KEY[1:])}
+        rate, limit = row.get("output_tok_s"), find_limit(row, rows)
+        peers = {r["engine"]: r for r in rows if all(get_value(r, k) == get_value(row, k) for k in ROW_KEY[1:])}
         values = [row.get("seconds"), rate, row.get("total_tok_s"), limit]
         line = [str(row.get(k, "")) for k in ("hardware", "model", "tp", "workload", "engine")]
-        line[2] = f"{count} x {line[2]}" if (count := of(row, "replicas")) > 1 else line[2]
+        line[2] = f"{count} x {line[2]}" if (count := get_value(row, "replicas")) > 1 else line[2]
         line += ["" if v is None else f"{v:,.2f}" if v < 100 else f"{v:,.0f}" for v in values]
         line.append(f"{rate / limit:.1%}" if rate and limit else "")
         for other in others:
@@ -135,7 +153,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in text)
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot_rows(rows: list[Row], path: Path) -> None:
     """Output tokens/s over the output's length: a line for each engine, dashed for the limit."""
     from matplotlib.figure import Figure
 
@@ -144,7 +162,7 @@ def plot(rows: list[Row], path: Path) -> None:
     loads: dict[tuple, dict[str, list[Row]]] = {}
     for row in sorted((r for r in rows if r.get("output_len")), key=lambda r: r["output_len"]):
         same = tuple(
-            of(row, k) or 0 for k in ("hardware", "model", "tp", "replicas", "requests", "prompt_len", "samples")
+            get_value(row, k) or 0 for k in ("hardware", "model", "tp", "replicas", "requests", "prompt_len", "samples")
         )
         loads.setdefault((*same, row.get("shared_prefix") or 0), {}).setdefault(row["engine"], []).append(row)
     for i, ((_, model, tp, replicas, requests, prompt, samples, shared), engines) in enumerate(loads.items()):
@@ -155,7 +173,7 @@ def plot(rows: list[Row], path: Path) -> None:
             x, y = [p["output_len"] for p in points], [p["output_tok_s"] for p in points]
             axes.plot(x, y, f"C{i}" + "osD^v"[j % 5] + "-", alpha=1 if engine == "fastgen" else 0.5,
                       label=f"{engine}, {label}")  # fmt: skip
-        bound = {p["output_len"]: v for points in engines.values() for p in points if (v := limit_of(p, rows))}
+        bound = {p["output_len"]: v for points in engines.values() for p in points if (v := find_limit(p, rows))}
         if bound:
             axes.plot(*zip(*sorted(bound.items()), strict=True), f"C{i}--", marker="_", label=f"limit, {label}")
     axes.set(xscale="log", yscale="log", xlabel="output tokens of a request", ylabel="output tokens/s")

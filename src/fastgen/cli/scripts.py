@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 
-def _run(tool: str) -> int:
+def _run_tool(tool: str) -> int:
     """Imports the module of a tool and runs it; returns the exit status."""
     interrupt = signal.getsignal(signal.SIGINT)
     if interrupt is signal.default_int_handler:  # and not where SIGINT is ignored, as in the background
@@ -17,23 +17,23 @@ def _run(tool: str) -> int:
 
 def fgrun() -> int:
     """Runs generation from the command line."""
-    return _run("run")
+    return _run_tool("run")
 
 
 def fgbench() -> int:
     """Runs benchmarks."""
-    return _run("bench")
+    return _run_tool("bench")
 
 
 def fgchat() -> int:
     """Runs a chat in the terminal."""
-    return _run("chat")
+    return _run_tool("chat")
 
 
 def fgserve() -> int:
     """Runs the OpenAI-compatible server."""
-    return _run("serve")
+    return _run_tool("serve")
 
 
 if __name__ == "__main__":
-    sys.exit(_run(sys.argv.pop(1)))
+    sys.exit(_run_tool(sys.argv.pop(1)))

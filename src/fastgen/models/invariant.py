@@ -23,18 +23,18 @@ from torch import Tensor
 from fastgen import sampling
 from fastgen.models import layers, transformer
 from fastgen.models.layers import rms_norm
-from fastgen.models.spec import Spec
-from fastgen.models.transformer import Ops, table
-from fastgen.ops.attention import Attend, live
+from fastgen.models.spec import ModelConfig
+from fastgen.models.transformer import ModelOps, lm_head_weight
+from fastgen.ops.attention import AttentionFn, causal_mask
 from fastgen.types import Batch, Params
 
-ROWS = 16  # of a product on a CPU, and of a general draw on a GPU
-SIZES = (1, 2, 8, 15, 16, 17, 24, 40, 64, 72, 128, 200, 256, 384, 512, 768, 1023)  # that are verified
-TOKENS, KEYS = 8, 64  # of a tile of attention on a CPU
+ROW_BLOCK_SIZE = 16  # of a product on a CPU, and of a general draw on a GPU
+VERIFIED_BATCH_SIZES = (1, 2, 8, 15, 16, 17, 24, 40, 64, 72, 128, 200, 256, 384, 512, 768, 1023)  # that are verified
+TILE_TOKENS, TILE_KEYS = 8, 64  # of a tile of attention on a CPU
 
 
 @contextmanager
-def exact() -> Iterator[None]:
+def no_split_k() -> Iterator[None]:
     """Products of half precision by cuBLASLt, without sums that are shared out and added up afterwards."""
     if not torch.cuda.is_available():
         yield
@@ -54,23 +54,23 @@ def exact() -> Iterator[None]:
             setattr(m, name, value)
 
 
-def ops(device: torch.device | str) -> Ops:
+def batch_invariant_ops(device: torch.device | str) -> ModelOps:
     """The functions of such a forward on a kind of device.
 
     On a GPU they are to be called within `exact()`, and `verify` says whether they do what they say.
     """
     if torch.device(device).type != "cuda":
-        return CPU
+        return CPU_OPS
     from fastgen.ops import fused, hopper, skinny  # Triton comes with the GPU builds of torch, and not with others
-    from fastgen.ops.paged import paged
+    from fastgen.ops.paged import paged_attention
 
     def product(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x @ w.T + bias, the sum rounded before the bias: whether it is, must not depend on the size."""
         if x.dtype == torch.float32 and w.is_contiguous():  # libraries always choose by the size
             y = x.new_empty(len(x), len(w)) if out is None else out
-            for a, b in zip(x.split(hopper.FEW), y.split(hopper.FEW), strict=True):
+            for a, b in zip(x.split(hopper.SMALL_BATCH), y.split(hopper.SMALL_BATCH), strict=True):
                 skinny.linear(a, w, None, b)
-        elif 0 < len(x) <= hopper.FEW and w.is_contiguous():
+        elif 0 < len(x) <= hopper.SMALL_BATCH and w.is_contiguous():
             y = skinny.linear(x, w, None, out)
         else:
             y = torch.mm(x, w.T, out=out)
@@ -86,17 +86,19 @@ def ops(device: torch.device | str) -> Ops:
         x, h = skinny.add_norm(x, y, norm, eps)
         return x, skinny.swiglu(product(h, gate_up))
 
-    def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, spec: Spec) -> Tensor:
-        q, k, v = qkv.split((spec.q_heads, spec.kv_heads, spec.kv_heads), 1)
-        both = (skinny.norm(x.flatten(0, 1), w, spec.eps).view(x.shape) for x, w in ((q, q_norm), (k, k_norm)))
+    def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, spec: ModelConfig) -> Tensor:
+        q, k, v = qkv.split((spec.num_q_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
+        both = (
+            skinny.rms_norm(x.flatten(0, 1), w, spec.rms_norm_eps).view(x.shape) for x, w in ((q, q_norm), (k, k_norm))
+        )
         return torch.cat((*both, v), 1)
 
-    return transformer.PLAIN._replace(
-        attention=partial(paged, fixed=True),
+    return transformer.TORCH_OPS._replace(
+        attention=partial(paged_attention, batch_invariant=True),
         project=project,
         project_swiglu=project_swiglu,
         norm_heads=norm_heads,
-        store=fused.store,
+        store=fused.rope_and_cache_kv,
         linear=product,
         leave=lambda *args: skinny.add_norm(*args)[1],
         head=lambda h, w, out=None: product(h, w, None, None if out is None else out[: len(h)]),
@@ -105,15 +107,21 @@ def ops(device: torch.device | str) -> Ops:
 
 
 @torch.no_grad()
-def verify(params: Params) -> None:
+def verify_batch_invariance(params: Params) -> None:
     """RuntimeError if products of these weights have other bits in another number of rows, on this device."""
-    layer, f = params.layers[0], ops(params.embed.device)
-    kinds = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down, "head": table(params)}
+    layer, f = params.layers[0], batch_invariant_ops(params.embed.device)
+    kinds = {
+        "qkv": layer.qkv,
+        "out": layer.out,
+        "gate_up": layer.gate_up,
+        "down": layer.down,
+        "head": lm_head_weight(params),
+    }
     for name, w in kinds.items():
         x = torch.rand(1024, w.shape[1], device=w.device, dtype=torch.float32).sub_(0.5).to(w.dtype)
-        with exact():
+        with no_split_k():
             whole = f.linear(x, w)
-            for n in SIZES:
+            for n in VERIFIED_BATCH_SIZES:
                 if not torch.equal(f.linear(x[-n:], w), whole[-n:]):
                     raise RuntimeError(
                         f"compile.deterministic=true cannot be kept here: products of {name} {tuple(w.shape)} in "
@@ -125,56 +133,68 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
 
 
-def sample(logits: Tensor, s: Any, top: int | None = None, measure: Callable[..., Any] = sampling.logprobs) -> Any:
+def sample(
+    logits: Tensor,
+    s: Any,
+    num_top_logprobs: int | None = None,
+    compute_logprobs: Callable[..., Any] = sampling.gather_logprobs,
+) -> Any:
     """As `sampling.sample`: a row alone on a CPU, and so many at once on a GPU."""
-    return sampling.sample(logits, s, top, measure, rows=ROWS if logits.is_cuda else 1)
+    return sampling.sample(
+        logits, s, num_top_logprobs, compute_logprobs, rows_per_call=ROW_BLOCK_SIZE if logits.is_cuda else 1
+    )
 
 
 # --- on a CPU -------------------------------------------------------------------------------------------------------
 
 
-def _each(f: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+def _map_rows(f: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
     return torch.cat([f(row, *rest) for row in x.split(1)])
 
 
 def linear(x: Float[Tensor, "T D"], w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None = None) -> Tensor:
     """x @ w.T + bias, ROWS rows at a time."""
-    parts = F.pad(x, (0, 0, 0, -len(x) % ROWS)).split(ROWS)
+    parts = F.pad(x, (0, 0, 0, -len(x) % ROW_BLOCK_SIZE)).split(ROW_BLOCK_SIZE)
     return torch.cat([F.linear(part, w, bias) for part in parts])[: len(x)]
 
 
-def _enter(embed: Tensor, token: Tensor, position: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-    x = F.embedding(token, embed)
-    turns = [layers.rotations(p, spec) for p in position.split(1)]
+def _embed(weight: Tensor, token: Tensor, position: Tensor, model_config: ModelConfig) -> tuple[Tensor, ...]:
+    x = F.embedding(token, weight)
+    turns = [layers.rope_cos_sin(p, model_config) for p in position.split(1)]
     cos, sin = (torch.cat(part) for part in zip(*turns, strict=True))
     return x, torch.zeros_like(x), cos, sin
 
 
-def _project(x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _add_norm_qkv(
+    x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     x = x + y
     return x, linear(rms_norm(x, norm, eps), w, bias)
 
 
-def _project_swiglu(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def _add_norm_gate_up(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     x = x + y
-    return x, _each(layers.swiglu, linear(rms_norm(x, norm, eps), gate_up))
+    return x, _map_rows(layers.swiglu, linear(rms_norm(x, norm, eps), gate_up))
 
 
-def _head(h: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+def _lm_head(h: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     found = linear(h, w)
     return found if out is None else out[: len(h)].copy_(found)
 
 
-def _logprobs(logits: Tensor, token: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+def _logprobs(logits: Tensor, token: Tensor, num_top_logprobs: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = zip(logits.split(1), token.split(1), strict=True)
-    value, index, best = zip(*(sampling.logprobs(row, t, top) for row, t in rows), strict=True)
+    value, index, best = zip(*(sampling.gather_logprobs(row, t, num_top_logprobs) for row, t in rows), strict=True)
     return torch.cat(value), torch.cat(index), torch.cat(best)
 
 
-def attention(batch: Batch, spec: Spec) -> Attend:
+def attention(batch: Batch, model_config: ModelConfig) -> AttentionFn:
     """Attention over pages in tiles that are the same for every token: KEYS keys, from the first one on."""
-    page, row = batch.page_size, torch.searchsorted(batch.start[1:], torch.arange(len(batch.token)), right=True)
-    seat, offset = batch.seat[row], torch.arange(KEYS)
+    page, row = (
+        batch.page_size,
+        torch.searchsorted(batch.query_start_loc[1:], torch.arange(len(batch.token_ids)), right=True),
+    )
+    seat, offset = batch.req_idx[row], torch.arange(TILE_KEYS)
 
     def tile(
         q: Float[Tensor, "t K G H"], at: int, seat: Tensor, position: Tensor, caches: tuple[Tensor, Tensor],
@@ -182,12 +202,12 @@ def attention(batch: Batch, spec: Spec) -> Attend:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Maxima, sums and outputs after the keys from `at` on."""
         key = at + offset
-        pages = batch.pages[seat[:, None], (key // page).clamp_max(batch.pages.shape[1] - 1)].long()
-        seen = live(position[:, None], key, window)
+        pages = batch.page_table[seat[:, None], (key // page).clamp_max(batch.page_table.shape[1] - 1)].long()
+        seen = causal_mask(position[:, None], key, window)
         slot = torch.where(seen, pages * page + key % page, 0)
         k, v = (c[slot].transpose(1, 2).float() for c in caches)  # [t, K, KEYS, H]
         v = v.masked_fill(~seen[:, None, :, None], 0)  # scratch may hold NaN, which a weight of 0 does not silence
-        score = (q @ k.transpose(-1, -2)) * spec.head**-0.5
+        score = (q @ k.transpose(-1, -2)) * model_config.head_dim**-0.5
         score = score.masked_fill(~seen[:, None, None], float("-inf"))
         top = torch.maximum(m, score.amax(-1, keepdim=True).clamp_min(-1e30))  # a tile may hold no key that is seen
         shrink, p = (m - top).exp(), (score - top).exp()
@@ -195,13 +215,13 @@ def attention(batch: Batch, spec: Spec) -> Attend:
 
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         out = []
-        for i in range(0, len(q), TOKENS):
-            index = torch.arange(i, i + TOKENS).clamp_max(len(q) - 1)
-            position = batch.position[index]
-            x = q[index].unflatten(1, (spec.kv_heads, -1)).float()
+        for i in range(0, len(q), TILE_TOKENS):
+            index = torch.arange(i, i + TILE_TOKENS).clamp_max(len(q) - 1)
+            position = batch.positions[index]
+            x = q[index].unflatten(1, (model_config.num_kv_heads, -1)).float()
             m, total, acc = torch.full_like(x[..., :1], -1e30), torch.zeros_like(x[..., :1]), torch.zeros_like(x)
-            first = 0 if window is None else max(0, int(position.min()) - window + 1) // KEYS * KEYS
-            for at in range(first, int(position.max()) + 1, KEYS):
+            first = 0 if window is None else max(0, int(position.min()) - window + 1) // TILE_KEYS * TILE_KEYS
+            for at in range(first, int(position.max()) + 1, TILE_KEYS):
                 m, total, acc = tile(x, at, seat[index], position, (k_cache, v_cache), window, m, total, acc)
             out.append((acc / total).flatten(1, 2).to(q.dtype))
         return torch.cat(out)[: len(q)]
@@ -209,12 +229,12 @@ def attention(batch: Batch, spec: Spec) -> Attend:
     return attend
 
 
-CPU = transformer.PLAIN._replace(
+CPU_OPS = transformer.TORCH_OPS._replace(
     attention=attention,
-    enter=_enter,
-    project=_project,
-    project_swiglu=_project_swiglu,
+    enter=_embed,
+    project=_add_norm_qkv,
+    project_swiglu=_add_norm_gate_up,
     linear=linear,
-    head=_head,
+    head=_lm_head,
     logprobs=_logprobs,
 )

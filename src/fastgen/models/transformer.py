@@ -14,61 +14,70 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgen.models import layers
-from fastgen.models.layers import rms_norm, rotations, swiglu
-from fastgen.models.spec import Spec
-from fastgen.ops.attention import Attend, Backend, sdpa
+from fastgen.models.layers import rms_norm, rope_cos_sin, swiglu
+from fastgen.models.spec import ModelConfig
+from fastgen.ops.attention import AttentionFn, AttentionBackend, sdpa
 from fastgen.ownership import no_autocast
-from fastgen.sampling import logprobs
-from fastgen.types import Adapters, Batch, Cache, Layer, Params, Stack
+from fastgen.sampling import gather_logprobs
+from fastgen.types import StackedAdapters, Batch, KVCache, Layer, Params, StackedLora
 
-Rows = Float[Tensor, "T D"]
-Turn = Float[Tensor, "T 1 half"]
+HiddenStates = Float[Tensor, "T D"]
+RopeCosSin = Float[Tensor, "T 1 half"]
 
 
-def enter(
-    embed: Float[Tensor, "V D"], token: Int[Tensor, " T"], position: Int[Tensor, " T"], spec: Spec
-) -> tuple[Rows, Rows, Turn, Turn]:
+def embed(
+    weight: Float[Tensor, "V D"], token: Int[Tensor, " T"], position: Int[Tensor, " T"], model_config: ModelConfig
+) -> tuple[HiddenStates, HiddenStates, RopeCosSin, RopeCosSin]:
     """x and y of the first block; cosines and sines of the positions."""
-    x = F.embedding(token, embed)
-    return x, torch.zeros_like(x), *rotations(position, spec)
+    x = F.embedding(token, weight)
+    return x, torch.zeros_like(x), *rope_cos_sin(position, model_config)
 
 
-def project(
-    x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float, w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None
-) -> tuple[Rows, Float[Tensor, "T N"]]:
+def add_norm_qkv(
+    x: HiddenStates,
+    y: HiddenStates,
+    norm: Float[Tensor, " D"],
+    eps: float,
+    w: Float[Tensor, "N D"],
+    bias: Float[Tensor, " N"] | None,
+) -> tuple[HiddenStates, Float[Tensor, "T N"]]:
     """x + y, and a linear layer of its norm."""
     x = x + y
     return x, F.linear(rms_norm(x, norm, eps), w, bias)
 
 
-def project_swiglu(
-    x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"]
-) -> tuple[Rows, Float[Tensor, "T F"]]:
+def add_norm_gate_up(
+    x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"]
+) -> tuple[HiddenStates, Float[Tensor, "T F"]]:
     """x + y, and the gated activation of its norm."""
     x = x + y
     return x, swiglu(F.linear(rms_norm(x, norm, eps), gate_up))
 
 
-def add_norm(x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float) -> tuple[Rows, Rows]:
+def add_norm(
+    x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float
+) -> tuple[HiddenStates, HiddenStates]:
     """x + y, and its norm."""
     x = x + y
     return x, rms_norm(x, norm, eps)
 
 
-def norm_heads(
-    qkv: Float[Tensor, "T Q2K H"], q_norm: Float[Tensor, " H"], k_norm: Float[Tensor, " H"], spec: Spec
+def apply_qk_norm(
+    qkv: Float[Tensor, "T Q2K H"], q_norm: Float[Tensor, " H"], k_norm: Float[Tensor, " H"], model_config: ModelConfig
 ) -> Float[Tensor, "T Q2K H"]:
     """Norms of every query and key head; values as they are."""
-    q, k, v = qkv.split((spec.q_heads, spec.kv_heads, spec.kv_heads), 1)
-    return torch.cat((rms_norm(q, q_norm, spec.eps), rms_norm(k, k_norm, spec.eps), v), 1)
+    q, k, v = qkv.split((model_config.num_q_heads, model_config.num_kv_heads, model_config.num_kv_heads), 1)
+    return torch.cat(
+        (rms_norm(q, q_norm, model_config.rms_norm_eps), rms_norm(k, k_norm, model_config.rms_norm_eps), v), 1
+    )
 
 
-def leave(x: Rows, y: Rows, norm: Float[Tensor, " D"], eps: float) -> Rows:
+def final_norm(x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float) -> HiddenStates:
     """The normed last hidden state."""
     return rms_norm(x + y, norm, eps)
 
 
-def head(h: Float[Tensor, "N D"], w: Float[Tensor, "V D"], out: Tensor | None = None) -> Float[Tensor, "N V"]:
+def lm_head(h: Float[Tensor, "N D"], w: Float[Tensor, "V D"], out: Tensor | None = None) -> Float[Tensor, "N V"]:
     """Logits, in the first rows of `out` where it is given."""
     return F.linear(h, w) if out is None else torch.mm(h, w.T, out=out[: len(h)])
 
@@ -78,37 +87,37 @@ def row_parallel(
     x: Float[Tensor, "T N"],
     w: Float[Tensor, "D N"],
     bias: Float[Tensor, " D"] | None = None,
-    change: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
+    add_lora: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
 ) -> Float[Tensor, "T D"]:
     """A linear layer whose depth ranks may share, each of which then has a part of the sum; here, all of it.
 
     `change(y, x, rows)` makes of some rows of it what adapters add to them.
     """
     y = linear(x, w, bias)
-    return y if change is None else change(y, x, slice(None))
+    return y if add_lora is None else add_lora(y, x, slice(None))
 
 
-class Ops(NamedTuple):
+class ModelOps(NamedTuple):
     """What a forward is made of. Each may be replaced by a faster function of the same signature."""
 
-    attention: Backend = sdpa
-    enter: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = enter
-    project: Callable[..., tuple[Tensor, Tensor]] = project
-    project_swiglu: Callable[..., tuple[Tensor, Tensor]] = project_swiglu
-    norm_heads: Callable[..., Tensor] = norm_heads
-    store: Callable[..., Any] = layers.store  # or `attention.Fresh`, where attention does it
+    attention: AttentionBackend = sdpa
+    embed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = embed
+    add_norm_qkv: Callable[..., tuple[Tensor, Tensor]] = add_norm_qkv
+    add_norm_gate_up: Callable[..., tuple[Tensor, Tensor]] = add_norm_gate_up
+    apply_qk_norm: Callable[..., Tensor] = apply_qk_norm
+    rope_and_cache_kv: Callable[..., Any] = layers.rope_and_cache_kv  # or `attention.Fresh`, where attention does it
     linear: Callable[..., Tensor] = F.linear
     row_parallel: Callable[..., Tensor] = row_parallel
     # In the place of the two projections, where the matrices are changed by adapters:
     add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
     swiglu: Callable[..., Tensor] = swiglu
-    adapt: Callable[..., Tensor] = layers.adapt
-    leave: Callable[..., Tensor] = leave
-    head: Callable[..., Tensor] = head
-    logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = logprobs
+    apply_lora: Callable[..., Tensor] = layers.apply_lora
+    final_norm: Callable[..., Tensor] = final_norm
+    lm_head: Callable[..., Tensor] = lm_head
+    logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = gather_logprobs
 
 
-PLAIN = Ops()
+TORCH_OPS = ModelOps()
 
 
 class Products(NamedTuple):
@@ -120,66 +129,87 @@ class Products(NamedTuple):
     down: Callable[..., Tensor]
 
 
-def unchanged(ops: Ops) -> Products:
+def unchanged(ops: ModelOps) -> Products:
     """Of a model without adapters."""
     summed = partial(ops.row_parallel, ops.linear)
-    return Products(ops.project, ops.project_swiglu, summed, summed)
+    return Products(ops.add_norm_qkv, ops.add_norm_gate_up, summed, summed)
 
 
-def products(ops: Ops, spec: Spec, adapters: Adapters | None, i: int, batch: Batch, after: Batch) -> Products:
+def products(
+    ops: ModelOps, model_config: ModelConfig, adapters: StackedAdapters | None, i: int, batch: Batch, after: Batch
+) -> Products:
     """Of layer i. `batch` has the rows before attention, `after` those after it."""
     if adapters is None:
         return unchanged(ops)
-    before, behind = batch.adapter, after.adapter
+    before, behind = batch.adapter_idx, after.adapter_idx
     if before is None or behind is None:
         raise ValueError("adapters without batch.adapter, which says whose each token is")
-    stacks, heads = adapters.layers[i], tuple(n * spec.head for n in (spec.q_heads, spec.kv_heads, spec.kv_heads))
+    stacks, heads = (
+        adapters.layers[i],
+        tuple(
+            n * model_config.head_dim
+            for n in (model_config.num_q_heads, model_config.num_kv_heads, model_config.num_kv_heads)
+        ),
+    )
 
-    def change(stack: Stack, widths: tuple[int, ...], adapter: Tensor) -> Callable[[Tensor, Tensor, slice], Tensor]:
-        return lambda y, x, rows: ops.adapt(y, x, *stack, adapters.scale, adapter[rows], widths)
+    def change(
+        stack: StackedLora, widths: tuple[int, ...], adapter: Tensor
+    ) -> Callable[[Tensor, Tensor, slice], Tensor]:
+        return lambda y, x, rows: ops.apply_lora(y, x, *stack, adapters.scale, adapter[rows], widths)
 
     def linear(x: Tensor, w: Tensor, bias: Tensor | None, *changed: Any) -> Tensor:
         return change(*changed)(ops.linear(x, w, bias), x, slice(None))
 
-    def project(x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None) -> tuple[Rows, Tensor]:
+    def project(
+        x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None
+    ) -> tuple[HiddenStates, Tensor]:
         x, h = ops.add_norm(x, y, norm, eps)
         return x, linear(h, w, bias, stacks.qkv, heads, before)
 
-    def project_swiglu(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Rows, Tensor]:
+    def project_swiglu(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[HiddenStates, Tensor]:
         x, h = ops.add_norm(x, y, norm, eps)
-        return x, ops.swiglu(linear(h, gate_up, None, stacks.gate_up, (spec.ffn, spec.ffn), behind))
+        return x, ops.swiglu(
+            linear(
+                h,
+                gate_up,
+                None,
+                stacks.gate_up,
+                (model_config.intermediate_size, model_config.intermediate_size),
+                behind,
+            )
+        )
 
     out, down = (
-        partial(ops.row_parallel, ops.linear, change=change(stack, (spec.dim,), behind))
+        partial(ops.row_parallel, ops.linear, change=change(stack, (model_config.hidden_size,), behind))
         for stack in (stacks.out, stacks.down)
     )
     return Products(project, project_swiglu, out, down)
 
 
-def last_tokens(batch: Batch) -> Batch:
+def last_token_batch(batch: Batch) -> Batch:
     """The batch of the tokens `output` alone, one of each sequence."""
-    rows = batch.output
-    start = torch.arange(len(rows) + 1, dtype=batch.start.dtype, device=rows.device)
-    length = batch.length.clamp_min(1)  # padding may have none, but attention to nothing is no number
-    adapter = None if batch.adapter is None else batch.adapter[rows]
-    token, position, slot = (x[rows] for x in (batch.token, batch.position, batch.slot))
+    rows = batch.logits_indices
+    start = torch.arange(len(rows) + 1, dtype=batch.query_start_loc.dtype, device=rows.device)
+    length = batch.seq_lens.clamp_min(1)  # padding may have none, but attention to nothing is no number
+    adapter = None if batch.adapter_idx is None else batch.adapter_idx[rows]
+    token, position, slot = (x[rows] for x in (batch.token_ids, batch.positions, batch.slot_mapping))
     return batch._replace(token=token, position=position, slot=slot, start=start, length=length, adapter=adapter)
 
 
-def block(
-    x: Rows,
-    y: Rows,
+def decoder_layer(
+    x: HiddenStates,
+    y: HiddenStates,
     layer: Layer,
-    k: Float[Tensor, "S K H"],
-    v: Float[Tensor, "S K H"],
+    k_cache: Float[Tensor, "S K H"],
+    v_cache: Float[Tensor, "S K H"],
     window: int | None,
-    turn: tuple[Turn, Turn],
+    cos_sin: tuple[RopeCosSin, RopeCosSin],
     slot: Int[Tensor, " T"],
-    attend: Attend,
-    spec: Spec,
-    ops: Ops = PLAIN,
+    attend: AttentionFn,
+    model_config: ModelConfig,
+    ops: ModelOps = TORCH_OPS,
     products: Products | None = None,
-    output: Int[Tensor, " N"] | None = None,
+    logits_indices: Int[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
     """x and y after a block. Writes k and v at `slot`; pure otherwise.
 
@@ -187,78 +217,82 @@ def block(
     others no more than keys and values is computed.
     """
     of = products or unchanged(ops)
-    x, qkv = of.project(x, y, layer.attn_norm, spec.eps, layer.qkv, layer.qkv_bias)
-    qkv = qkv.unflatten(-1, (-1, spec.head))
+    x, qkv = of.project(x, y, layer.attn_norm, model_config.rms_norm_eps, layer.qkv, layer.qkv_bias)
+    qkv = qkv.unflatten(-1, (-1, model_config.head_dim))
     if layer.q_norm is not None:
-        qkv = ops.norm_heads(qkv, layer.q_norm, layer.k_norm, spec)
-    q = ops.store(qkv, *turn, slot, k, v)
-    if output is not None:
-        x, q = x[output], q[output]
-    y = of.out(attend(q, k, v, window).flatten(1), layer.out, layer.out_bias)
-    x, gated = of.project_swiglu(x, y, layer.ffn_norm, spec.eps, layer.gate_up)
+        qkv = ops.apply_qk_norm(qkv, layer.q_norm, layer.k_norm, model_config)
+    q = ops.rope_and_cache_kv(qkv, *cos_sin, slot, k_cache, v_cache)
+    if logits_indices is not None:
+        x, q = x[logits_indices], q[logits_indices]
+    y = of.out(attend(q, k_cache, v_cache, window).flatten(1), layer.out, layer.out_bias)
+    x, gated = of.project_swiglu(x, y, layer.ffn_norm, model_config.rms_norm_eps, layer.gate_up)
     return x, of.down(gated, layer.down)
 
 
-def blocks(
+def run_layers(
     params: Params,
-    cache: Cache,
+    cache: KVCache,
     batch: Batch,
-    spec: Spec,
-    ops: Ops = PLAIN,
-    adapters: Adapters | None = None,
+    model_config: ModelConfig,
+    ops: ModelOps = TORCH_OPS,
+    adapters: StackedAdapters | None = None,
     *,
-    last: bool = False,
+    last_token_only: bool = False,
 ) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
     """x and y after the last block. Writes `cache` at `batch.slot`; pure otherwise.
 
     `last`: of the tokens `batch.output` only, which are the sequences' last ones.
     """
-    x, y, *turn = ops.enter(params.embed, batch.token, batch.position, spec)
-    attend, output = ops.attention(batch, spec), None
-    for i, (layer, k, v, window) in enumerate(zip(params.layers, cache.k, cache.v, spec.windows, strict=True)):
+    x, y, *turn = ops.embed(params.embed, batch.token_ids, batch.positions, model_config)
+    attend, output = ops.attention(batch, model_config), None
+    for i, (layer, k, v, window) in enumerate(
+        zip(params.layers, cache.k, cache.v, model_config.sliding_windows, strict=True)
+    ):
         after = batch
-        if last and i == spec.layers - 1:
-            after, output = last_tokens(batch), batch.output
-            attend = ops.attention(after, spec)
-        made = products(ops, spec, adapters, i, batch, after)
-        x, y = block(x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot, attend, spec, ops, made, output)
+        if last_token_only and i == model_config.num_layers - 1:
+            after, output = last_token_batch(batch), batch.logits_indices
+            attend = ops.attention(after, model_config)
+        made = products(ops, model_config, adapters, i, batch, after)
+        x, y = decoder_layer(
+            x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot_mapping, attend, model_config, ops, made, output
+        )
     return x, y
 
 
 @no_autocast
-def hidden(
+def hidden_states(
     params: Params,
-    cache: Cache,
+    cache: KVCache,
     batch: Batch,
-    spec: Spec,
-    backend: Backend = sdpa,
-    ops: Ops = PLAIN,
-    adapters: Adapters | None = None,
+    model_config: ModelConfig,
+    attention: AttentionBackend = sdpa,
+    ops: ModelOps = TORCH_OPS,
+    adapters: StackedAdapters | None = None,
 ) -> Float[Tensor, "T D"]:
     """Normed last hidden state of every token. Writes `cache` at `batch.slot`; pure otherwise."""
-    x, y = blocks(params, cache, batch, spec, ops._replace(attention=backend), adapters)
-    return ops.leave(x, y, params.norm, spec.eps)
+    x, y = run_layers(params, cache, batch, model_config, ops._replace(attention=attention), adapters)
+    return ops.final_norm(x, y, params.final_norm, model_config.rms_norm_eps)
 
 
-def table(params: Params) -> Float[Tensor, "V D"]:
+def lm_head_weight(params: Params) -> Float[Tensor, "V D"]:
     """The weights that turn hidden states into logits."""
-    return params.embed if params.head is None else params.head
+    return params.embed if params.lm_head is None else params.lm_head
 
 
 @no_autocast
-def unembed(params: Params, x: Float[Tensor, "N D"], ops: Ops = PLAIN) -> Float[Tensor, "N V"]:
+def compute_logits(params: Params, x: Float[Tensor, "N D"], ops: ModelOps = TORCH_OPS) -> Float[Tensor, "N V"]:
     """fp32 logits of hidden states."""
-    return ops.head(x, table(params)).float()
+    return ops.lm_head(x, lm_head_weight(params)).float()
 
 
 def forward(
     params: Params,
-    cache: Cache,
+    cache: KVCache,
     batch: Batch,
-    spec: Spec,
-    backend: Backend = sdpa,
-    ops: Ops = PLAIN,
-    adapters: Adapters | None = None,
+    model_config: ModelConfig,
+    attention: AttentionBackend = sdpa,
+    ops: ModelOps = TORCH_OPS,
+    adapters: StackedAdapters | None = None,
 ) -> Float[Tensor, "N V"]:
     """fp32 next-token logits at `batch.output`. Writes `cache` at `batch.slot`; pure otherwise.
 
@@ -266,4 +300,6 @@ def forward(
     several ranks, `ops` are `parallel.sharded` ones, `params` and `cache` are the rank's, and so is `spec` (`split`).
     `adapters` change the matrices of each token by its own, `batch.adapter`.
     """
-    return unembed(params, hidden(params, cache, batch, spec, backend, ops, adapters)[batch.output], ops)
+    return compute_logits(
+        params, hidden_states(params, cache, batch, model_config, attention, ops, adapters)[batch.logits_indices], ops
+    )

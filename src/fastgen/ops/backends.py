@@ -2,12 +2,12 @@
 
 import torch
 
-from fastgen.ops.attention import Backend, reference, sdpa
+from fastgen.ops.attention import AttentionBackend, reference, sdpa
 
-NAMES = ("reference", "sdpa", "triton")
+ATTENTION_BACKENDS = ("reference", "sdpa", "triton")
 
 
-def choose(name: str, device: torch.device | str) -> Backend:
+def select_attention_backend(name: str, device: torch.device | str) -> AttentionBackend:
     """A backend, a function of (batch, spec); `auto` is triton on a GPU and sdpa elsewhere.
 
     On a CPU the Triton kernels run in Triton's interpreter only (TRITON_INTERPRET=1), to be tested.
@@ -15,7 +15,7 @@ def choose(name: str, device: torch.device | str) -> Backend:
     if name == "auto":
         name = "triton" if torch.device(device).type == "cuda" else "sdpa"
     if name == "triton":
-        from fastgen.ops.paged import paged  # Triton comes with the GPU builds of torch, and not with others
+        from fastgen.ops.paged import paged_attention  # Triton comes with the GPU builds of torch, and not with others
 
-        return paged
+        return paged_attention
     return {"reference": reference, "sdpa": sdpa}[name]

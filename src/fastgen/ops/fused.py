@@ -13,20 +13,27 @@ from torch import Tensor
 
 from fastgen.config import MIN_TEMPERATURE
 from fastgen.ops import hopper
-from fastgen.ops.hopper import begin
+from fastgen.ops.hopper import grid_dependency_sync
 
-HEADS = 16  # of a program of `store`
-CHUNK = 1024  # tokens of the vocabulary that a program of `draw` looks at together
-PROGRAMS = 4 * 132  # of `draw` where rows are few: their vocabulary is shared out
-FIXED = 16  # of those for each row, where the sum must not depend on how many rows there are
-STAGED = ["temperature", "seed", "position", "processed", "last", "seat"]  # parts of one buffer: aligned by chance
-COLDEST = tl.constexpr(MIN_TEMPERATURE)  # of a row that is not greedy
-NOTHING = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
+HEADS_PER_PROGRAM = 16  # of a program of `store`
+VOCAB_CHUNK = 1024  # tokens of the vocabulary that a program of `draw` looks at together
+TARGET_PROGRAMS = 4 * 132  # of `draw` where rows are few: their vocabulary is shared out
+BATCH_INVARIANT_SPLITS = 16  # of those for each row, where the sum must not depend on how many rows there are
+UNALIGNED_ARGS = [
+    "temperature",
+    "seed",
+    "position",
+    "processed",
+    "last",
+    "seat",
+]  # parts of one buffer: aligned by chance
+MIN_SAMPLING_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)  # of a row that is not greedy
+EMPTY_MAX = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot"])  # or each would be compiled for those that are and are not
 @no_type_check  # pointers, numbers and constants, in Triton's own language
-def _store(
+def _rope_and_cache_kv_kernel(
     qkv, cos, sin, slot, k_cache, v_cache, out,
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +41,7 @@ def _store(
     t, g, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
     narrow = d < half
     inside = (g < Q + 2 * KV)[:, None] & narrow[None, :]
-    begin(PDL)
+    grid_dependency_sync(PDL)
     at = (t * (Q + 2 * KV) + g)[:, None] * H + d[None, :]
     low, high = tl.load(qkv + at, mask=inside), tl.load(qkv + at + half, mask=inside)
     c = tl.load(cos + t * half + d, mask=narrow)[None, :]
@@ -56,7 +63,7 @@ def _store(
     tl.store(to + half, high, mask=mine)
 
 
-def store(
+def rope_and_cache_kv(
     qkv: Float[Tensor, "T Q2K H"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"],
     slot: Int[Tensor, " T"], k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"],
 ) -> Float[Tensor, "T Q H"]:  # fmt: skip
@@ -69,10 +76,10 @@ def store(
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("the caches must be contiguous: they are written in place")
     out = qkv.new_empty(tokens, heads - 2 * kv, head)
-    _store[(tokens, triton.cdiv(heads, HEADS))](
+    _rope_and_cache_kv_kernel[(tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, k_cache, v_cache, out,
-        Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), HEADS=HEADS, num_warps=4,
-        **hopper.dependent(qkv),
+        Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), HEADS=HEADS_PER_PROGRAM, num_warps=4,
+        **hopper.pdl_launch_options(qkv),
         enable_fp_fusion=False,  # a product and a sum each rounded, as torch does
     )  # fmt: skip
     return out
@@ -89,9 +96,9 @@ def _mix(x):
 
 @triton.jit
 @no_type_check
-def _log_noise(token, key, other):
+def _log_exponential_noise(token, key0, key1):
     """log(E) of `sampling.exponential`'s noise E = -log1p(-u). Kahan's log1p: log(w) * u / (1 - w) of w = 1 - u."""
-    x = _mix(_mix(token.to(tl.uint32) ^ key) ^ other)
+    x = _mix(_mix(token.to(tl.uint32) ^ key0) ^ key1)
     u = tl.minimum((x.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     w = 1.0 - u
     lost = 1.0 - w  # exactly: what of u the rounding of w has left
@@ -101,26 +108,26 @@ def _log_noise(token, key, other):
 
 @triton.jit
 @no_type_check
-def _race(
-    logits, first, last, heat, scale, key, other, vocab, base, B: tl.constexpr, NOISE: tl.constexpr,
+def _gumbel_max_of_range(
+    logits, start, end, temperature, processed, key0, key1, vocab_size, vocab_start, B: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens [first, last): each lane's best score and its token; the maximum, and the sum of exponentials.
 
     `base` is the token of the first logit."""
     lane = tl.arange(0, B)
     best = tl.full([B], float("-inf"), tl.float32)
-    index = first + lane
-    m = tl.full([B], NOTHING, tl.float32)
+    index = start + lane
+    m = tl.full([B], EMPTY_MAX, tl.float32)
     l = tl.zeros([B], tl.float32)
-    for at in tl.range(first, last, B):
+    for at in tl.range(start, end, B):
         token = at + lane
-        x = tl.load(logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
         score = x
         if NOISE:
-            score = tl.div_rn(x, heat)
-        v = tl.where(scale, score, x)
+            score = tl.div_rn(x, temperature)
+        v = tl.where(processed, score, x)
         if NOISE:
-            score = score - _log_noise(base + token, key, other)
+            score = score - _log_exponential_noise(vocab_start + token, key0, key1)
         better = score > best  # of equals the first
         best = tl.where(better, score, best)
         index = tl.where(better, token, index)
@@ -131,68 +138,72 @@ def _race(
     return best, index, m, l
 
 
-@triton.jit(do_not_specialize=["share", "splits", "base"], do_not_specialize_on_alignment=STAGED)
+@triton.jit(do_not_specialize=["share", "splits", "base"], do_not_specialize_on_alignment=UNALIGNED_ARGS)
 @no_type_check
-def _draw(
-    logits, temperature, seed, position, processed, parts, width, vocab, base, share, splits, B: tl.constexpr,
+def _sample_splits_kernel(
+    logits, temperature, seed, position, processed, split_stats, row_stride, vocab_size, vocab_start, chunks_per_split, num_splits, B: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
-    first = split * share * B
-    last = tl.minimum(first + share * B, vocab)
-    at = logits + row.to(tl.int64) * width
+    first = split * chunks_per_split * B
+    last = tl.minimum(first + chunks_per_split * B, vocab_size)
+    at = logits + row.to(tl.int64) * row_stride
     heat = tl.load(temperature + row)
-    heat = tl.where(heat < COLDEST, 0.0, heat)
+    heat = tl.where(heat < MIN_SAMPLING_TEMPERATURE, 0.0, heat)
     scale = tl.load(processed + row) != 0
     s, p = tl.load(seed + row).to(tl.int64), tl.load(position + row).to(tl.uint32)
     low, high = _mix(s.to(tl.uint32)), _mix((s >> 32).to(tl.uint32))
     key = _mix(low ^ _mix(high + p))
     other = _mix((low + p * 0x9E3779B9) ^ high)
     if heat == 0:
-        best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, base, B, NOISE=False)
+        best, index, m, l = _gumbel_max_of_range(
+            at, first, last, heat, scale, key, other, vocab_size, vocab_start, B, NOISE=False
+        )
     else:
-        best, index, m, l = _race(at, first, last, heat, scale, key, other, vocab, base, B, NOISE=True)
+        best, index, m, l = _gumbel_max_of_range(
+            at, first, last, heat, scale, key, other, vocab_size, vocab_start, B, NOISE=True
+        )
     most = tl.max(best, 0)
     peak = tl.max(m, 0)
-    choice = tl.min(tl.where(best == most, index, vocab), 0)
+    choice = tl.min(tl.where(best == most, index, vocab_size), 0)
     # A row of no numbers has no best, and a rank may have no tokens: nothing beyond the row is read.
-    x = tl.load(at + tl.maximum(tl.minimum(choice, vocab - 1), 0)).to(tl.float32)
+    x = tl.load(at + tl.maximum(tl.minimum(choice, vocab_size - 1), 0)).to(tl.float32)
     x = tl.where(scale & (heat != 0), tl.div_rn(x, tl.where(heat == 0, 1.0, heat)), x)
-    field = tl.num_programs(0) * splits
-    to = parts + row * splits + split
+    field = tl.num_programs(0) * num_splits
+    to = split_stats + row * num_splits + split
     tl.store(to, most)
-    tl.store(to + field, (base + choice).to(tl.float32))  # exact below 2^24
+    tl.store(to + field, (vocab_start + choice).to(tl.float32))  # exact below 2^24
     tl.store(to + 2 * field, x)
     tl.store(to + 3 * field, peak)
     tl.store(to + 4 * field, tl.sum(l * tl.exp(m - peak), 0))
 
 
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=STAGED)
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=UNALIGNED_ARGS)
 @no_type_check
-def _decide(
-    parts, drawn, logprob, last, seat, vocab, splits, RANKS: tl.constexpr, MOST: tl.constexpr,
+def _merge_sample_splits_kernel(
+    split_stats, sampled_token, logprob, last_token_ids, req_idx, vocab_size, num_splits, NUM_RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, s = tl.program_id(0), tl.arange(0, MOST)
-    field, live = tl.num_programs(0) * splits, s < RANKS * splits
-    at = parts + (s // splits) * 5 * field + row * splits + s % splits
+    row, s = tl.program_id(0), tl.arange(0, BLOCK)
+    field, live = tl.num_programs(0) * num_splits, s < NUM_RANKS * num_splits
+    at = split_stats + (s // num_splits) * 5 * field + row * num_splits + s % num_splits
     best = tl.load(at, mask=live, other=float("-inf"))
-    index = tl.load(at + field, mask=live, other=vocab)
+    index = tl.load(at + field, mask=live, other=vocab_size)
     x = tl.load(at + 2 * field, mask=live, other=float("-inf"))
-    m = tl.load(at + 3 * field, mask=live, other=NOTHING)
+    m = tl.load(at + 3 * field, mask=live, other=EMPTY_MAX)
     l = tl.load(at + 4 * field, mask=live, other=0.0)
-    choice = tl.min(tl.where(best == tl.max(best, 0), index, vocab), 0)
+    choice = tl.min(tl.where(best == tl.max(best, 0), index, vocab_size), 0)
     value = tl.max(tl.where(live & (index == choice), x, float("-inf")), 0)
-    token = tl.minimum(choice.to(tl.int32), vocab - 1)
+    token = tl.minimum(choice.to(tl.int32), vocab_size - 1)
     peak = tl.max(m, 0)
-    tl.store(drawn + row, token)
-    tl.store(last + tl.load(seat + row), token)
+    tl.store(sampled_token + row, token)
+    tl.store(last_token_ids + tl.load(req_idx + row), token)
     tl.store(logprob + row, (value - peak) - tl.log(tl.sum(l * tl.exp(m - peak), 0)))
 
 
-def draw(
+def sample_tokens(
     logits: Float[Tensor, "N W"], temperature: Float[Tensor, " N"], seed: Int[Tensor, " N"],
     position: Int[Tensor, " N"], processed: Bool[Tensor, " N"] | Int[Tensor, " N"],
-    last: Int[Tensor, " E"], seat: Int[Tensor, " N"], *, fixed: bool = False,
-    vocab: int | None = None, part: tuple[int, int] | None = None, gather: Callable[[Tensor], Tensor] | None = None,
+    last_token_ids: Int[Tensor, " E"], req_idx: Int[Tensor, " N"], *, batch_invariant: bool = False,
+    vocab_size: int | None = None, vocab_shard: tuple[int, int] | None = None, all_gather: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """A token for each row (int32) and its natural-log probability (fp32): `sampling.sample` without filters or edits.
     The tokens are also written to `last` (int32) at `seat`.
@@ -205,63 +216,67 @@ def draw(
     each rank. What each has found, a few numbers a row, is put together by `gather`, [...] -> [ranks, ...].
     """
     rows, width = logits.shape
-    first, count = part or (0, width)
+    first, count = vocab_shard or (0, width)
     logits = logits.contiguous()
-    chunks = triton.cdiv(width, CHUNK)
-    splits, share = _shares(rows, chunks, fixed)
+    chunks = triton.cdiv(width, VOCAB_CHUNK)
+    splits, share = _vocab_splits(rows, chunks, batch_invariant)
     token, logprob = (torch.empty(rows, dtype=kind, device=logits.device) for kind in (torch.int32, torch.float32))
     # Of each row and split: the best score, whose token and logit, the maximum, the sum of exponentials.
     parts = torch.empty(5, rows, splits, dtype=torch.float32, device=logits.device)
-    _draw[(rows, splits)](
-        logits, temperature, seed, position, processed, parts, width, count, first, share, splits, B=CHUNK, num_warps=4,
+    _sample_splits_kernel[(rows, splits)](
+        logits, temperature, seed, position, processed, parts, width, count, first, share, splits, B=VOCAB_CHUNK, num_warps=4,
     )  # fmt: skip
-    found = parts[None] if gather is None else gather(parts)
+    found = parts[None] if all_gather is None else all_gather(parts)
     ranks = len(found)
-    _decide[(rows,)](
-        found, token, logprob, last, seat, vocab or width, splits,
-        RANKS=ranks, MOST=triton.next_power_of_2(ranks * min(PROGRAMS, chunks)), num_warps=1,
+    _merge_sample_splits_kernel[(rows,)](
+        found, token, logprob, last_token_ids, req_idx, vocab_size or width, splits,
+        NUM_RANKS=ranks, BLOCK=triton.next_power_of_2(ranks * min(TARGET_PROGRAMS, chunks)), num_warps=1,
     )  # fmt: skip
     return token, logprob
 
 
-def _shares(rows: int, chunks: int, fixed: bool) -> tuple[int, int]:
+def _vocab_splits(num_rows: int, num_chunks: int, batch_invariant: bool) -> tuple[int, int]:
     """Programs that share a row, and chunks of each."""
-    splits = triton.next_power_of_2(max(1, min(FIXED if fixed else PROGRAMS // max(1, rows), chunks)))
-    return splits, triton.cdiv(chunks, splits)
+    splits = triton.next_power_of_2(
+        max(1, min(BATCH_INVARIANT_SPLITS if batch_invariant else TARGET_PROGRAMS // max(1, num_rows), num_chunks))
+    )
+    return splits, triton.cdiv(num_chunks, splits)
 
 
 @triton.jit(do_not_specialize=["splits"])
 @no_type_check
-def _measure(logits, token, top, total, logprob, vocab, splits, each, MOST: tl.constexpr):
-    row, s = tl.program_id(0), tl.arange(0, MOST)
-    at, live = row * splits + s, s < splits
-    m = tl.load(top + at, mask=live, other=NOTHING)
-    l = tl.load(total + at, mask=live, other=0.0)
-    to = row * each + tl.program_id(1)
-    x = tl.load(logits + row.to(tl.int64) * vocab + tl.load(token + to)).to(tl.float32)
+def _token_logprobs_kernel(
+    logits, token, split_max, split_sum_exp, logprob, vocab_size, num_splits, num_candidates, BLOCK: tl.constexpr
+):
+    row, s = tl.program_id(0), tl.arange(0, BLOCK)
+    at, live = row * num_splits + s, s < num_splits
+    m = tl.load(split_max + at, mask=live, other=EMPTY_MAX)
+    l = tl.load(split_sum_exp + at, mask=live, other=0.0)
+    to = row * num_candidates + tl.program_id(1)
+    x = tl.load(logits + row.to(tl.int64) * vocab_size + tl.load(token + to)).to(tl.float32)
     peak = tl.max(m, 0)
     tl.store(logprob + to, (x - peak) - tl.log(tl.sum(l * tl.exp(m - peak), 0)))
 
 
 def logprobs(
-    logits: Float[Tensor, "N V"], token: Int[Tensor, " N"], top: int
+    logits: Float[Tensor, "N V"], token: Int[Tensor, " N"], num_top_logprobs: int
 ) -> tuple[Float[Tensor, " N"], Int[Tensor, "N k"], Float[Tensor, "N k"]]:
     """As `sampling.logprobs`; for a token that `draw` with `fixed` drew, its logprob bit for bit."""
     (rows, vocab), device = logits.shape, logits.device
-    logits, chunks = logits.contiguous(), triton.cdiv(vocab, CHUNK)
-    splits, share = _shares(rows, chunks, fixed=True)
-    best = logits.topk(min(top, vocab), -1).indices
+    logits, chunks = logits.contiguous(), triton.cdiv(vocab, VOCAB_CHUNK)
+    splits, share = _vocab_splits(rows, chunks, batch_invariant=True)
+    best = logits.topk(min(num_top_logprobs, vocab), -1).indices
     tokens = torch.cat((token[:, None].long(), best), 1).contiguous()
     value = torch.empty(tokens.shape, dtype=torch.float32, device=device)
     parts = torch.empty(5, rows, splits, dtype=torch.float32, device=device)
     none = torch.zeros(rows, dtype=torch.int64, device=device)
     if rows:
-        _draw[(rows, splits)](
+        _sample_splits_kernel[(rows, splits)](
             logits, none.float(), none, none.int(), none.int(), parts, vocab, vocab, 0, share, splits,
-            B=CHUNK, num_warps=4,
+            B=VOCAB_CHUNK, num_warps=4,
         )  # fmt: skip
-        _measure[tokens.shape](
+        _token_logprobs_kernel[tokens.shape](
             logits, tokens, parts[3], parts[4], value, vocab, splits, tokens.shape[1],
-            MOST=triton.next_power_of_2(min(PROGRAMS, chunks)), num_warps=1,
+            BLOCK=triton.next_power_of_2(min(TARGET_PROGRAMS, chunks)), num_warps=1,
         )  # fmt: skip
     return value[:, 0], best, value[:, 1:]

@@ -21,61 +21,61 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgen.ops import hopper
-from fastgen.ops.hopper import begin
+from fastgen.ops.hopper import grid_dependency_sync
 
-PROGRAMS = 4 * 132  # at most: as many as run together; each then has several rows
+MAX_PROGRAMS = 4 * 132  # at most: as many as run together; each then has several rows
 
 
 @triton.jit(do_not_specialize=["rows"])
 @no_type_check  # pointers, numbers and constants, in Triton's own language
-def _sum_norm(
-    own, parts, flags, x, norm, total, out, rows, eps,
-    RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+def _all_reduce_add_norm_kernel(
+    own_partial, partial_ptrs, flag_ptrs, x, norm, residual_out, out, num_rows, eps,
+    RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """total = x + the sum of the parts, out = its norm; all [rows, D]."""
     d = tl.arange(0, B)
     inside = d < D
     weight = tl.load(norm + d, mask=inside, other=0)
-    here = tl.load(flags + RANK).to(tl.pointer_type(tl.int32))
-    end = here + PROGRAMS * SIZE  # set when a rank is gone
-    mine = tl.program_id(0) * SIZE
+    here = tl.load(flag_ptrs + RANK).to(tl.pointer_type(tl.int32))
+    end = here + MAX_PROGRAMS * WORLD_SIZE  # set when a rank is gone
+    mine = tl.program_id(0) * WORLD_SIZE
     count = tl.atomic_add(here + mine + RANK, 1, sem="relaxed") + 1
-    begin(PDL)
-    for r in tl.static_range(SIZE):
+    grid_dependency_sync(PDL)
+    for r in tl.static_range(WORLD_SIZE):
         if r != RANK:
-            there = tl.load(flags + r).to(tl.pointer_type(tl.int32))
+            there = tl.load(flag_ptrs + r).to(tl.pointer_type(tl.int32))
             tl.atomic_add(there + mine + RANK, 1, sem="release", scope="sys")
-    for r in tl.static_range(SIZE):
+    for r in tl.static_range(WORLD_SIZE):
         if r != RANK:
             waits = 1
             while waits != 0:
                 waits = (tl.atomic_add(here + mine + r, 0, sem="acquire", scope="sys") - count < 0).to(tl.int32)
                 if waits != 0:
                     waits = 1 - tl.load(end, volatile=True)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         at = row * D + d
         h = tl.load(x + at, mask=inside, other=0)
         y = tl.zeros([B], tl.float32)
-        for r in tl.static_range(SIZE):
-            part = own
+        for r in tl.static_range(WORLD_SIZE):
+            part = own_partial
             if r != RANK:
-                part = tl.load(parts + r).to(tl.pointer_type(x.dtype.element_ty))
+                part = tl.load(partial_ptrs + r).to(tl.pointer_type(x.dtype.element_ty))
                 part = tl.multiple_of(part, 16)  # else each number is loaded alone
             # Past the first cache, which may hold what was there before.
             y += tl.load(part + at, mask=inside, other=0, cache_modifier=".cg").to(tl.float32)
         h += y.to(h.dtype)
-        tl.store(total + at, h, mask=inside)
+        tl.store(residual_out + at, h, mask=inside)
         h32 = h.to(tl.float32)
         unit = (h32 * tl.rsqrt(tl.sum(h32 * h32, 0) / D + eps)).to(h.dtype)
         tl.store(out + at, unit * weight, mask=inside)
 
 
-def sum_norm(
+def all_reduce_add_norm(
     x: Float[Tensor, "T D"],
-    own: Float[Tensor, "T D"],
-    parts: Int[Tensor, " R"],
-    flags: Int[Tensor, " R"],
+    own_partial: Float[Tensor, "T D"],
+    partial_ptrs: Int[Tensor, " R"],
+    flag_ptrs: Int[Tensor, " R"],
     rank: int,
     norm: Float[Tensor, " D"],
     eps: float,
@@ -88,8 +88,8 @@ def sum_norm(
     """
     rows, width = x.shape
     total, out = torch.empty_like(x), torch.empty_like(x)
-    _sum_norm[(min(rows, PROGRAMS),)](
-        own, parts, flags, x, norm, total, out, rows, eps, RANK=rank, SIZE=len(parts), PROGRAMS=PROGRAMS, D=width,
-        B=triton.next_power_of_2(width), num_warps=8, **hopper.dependent(x),
+    _all_reduce_add_norm_kernel[(min(rows, MAX_PROGRAMS),)](
+        own_partial, partial_ptrs, flag_ptrs, x, norm, total, out, rows, eps, RANK=rank, WORLD_SIZE=len(partial_ptrs), MAX_PROGRAMS=MAX_PROGRAMS, D=width,
+        B=triton.next_power_of_2(width), num_warps=8, **hopper.pdl_launch_options(x),
     )  # fmt: skip
     return total, out

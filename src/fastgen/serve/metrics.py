@@ -13,18 +13,57 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
-Key = tuple[str, str | int]  # a metric's name; the label of a counter, or a histogram's bucket, or its "sum"
-FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-GAPS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
-WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-DELAY = 0.2  # seconds after which counts are sent at the latest
+MetricKey = tuple[str, str | int]  # a metric's name; the label of a counter, or a histogram's bucket, or its "sum"
+TIME_TO_FIRST_TOKEN_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+INTER_TOKEN_LATENCY_BUCKETS = (
+    0.002,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    10,
+)
+E2E_LATENCY_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+MAX_FLUSH_DELAY_SECONDS = 0.2  # seconds after which counts are sent at the latest
 COUNTERS = {"vllm:prompt_tokens": "Prompt tokens.", "vllm:generation_tokens": "Generated tokens."}
 HISTOGRAMS = {
-    "vllm:time_to_first_token_seconds": ("From the request to its first token.", FIRST),
-    "vllm:inter_token_latency_seconds": ("Between two tokens of a completion.", GAPS),
-    "vllm:e2e_request_latency_seconds": ("From the request to its end.", WHOLE),
+    "vllm:time_to_first_token_seconds": ("From the request to its first token.", TIME_TO_FIRST_TOKEN_BUCKETS),
+    "vllm:inter_token_latency_seconds": ("Between two tokens of a completion.", INTER_TOKEN_LATENCY_BUCKETS),
+    "vllm:e2e_request_latency_seconds": ("From the request to its end.", E2E_LATENCY_BUCKETS),
 }
-ENDED = "vllm:request_success"
+REQUEST_SUCCESS = "vllm:request_success"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +71,11 @@ class Counter:
     """A number that grows."""
 
     name: str
-    count: Callable[[Key, float], None]
+    add_count: Callable[[MetricKey, float], None]
 
-    def inc(self, by: float = 1) -> None:
+    def inc(self, amount: float = 1) -> None:
         """Add to it."""
-        self.count((self.name, ""), by)
+        self.add_count((self.name, ""), amount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +83,39 @@ class Histogram:
     """How many values there were up to each of some bounds, and their sum."""
 
     name: str
-    count: Callable[[Key, float], None]
+    add_count: Callable[[MetricKey, float], None]
 
     def observe(self, value: float) -> None:
         """Take a value."""
-        self.count((self.name, bisect_left(HISTOGRAMS[self.name][1], value)), 1)
-        self.count((self.name, "sum"), value)
+        self.add_count((self.name, bisect_left(HISTOGRAMS[self.name][1], value)), 1)
+        self.add_count((self.name, "sum"), value)
 
 
 class Metrics:
     """What a worker counts. `send` takes what has changed since it was called last."""
 
-    def __init__(self, send: Callable[[dict[Key, float]], None]) -> None:
-        self._send, self._changes, self._timer = send, Counts[Key](), None
-        self.prompt_tokens, self.tokens = (Counter(name, self._count) for name in COUNTERS)
-        self.first, self.gap, self.whole = (Histogram(name, self._count) for name in HISTOGRAMS)
+    def __init__(self, send: Callable[[dict[MetricKey, float]], None]) -> None:
+        self._send, self._unsent_counts, self._timer = send, Counts[MetricKey](), None
+        self.prompt_tokens, self.generation_tokens = (Counter(name, self._add_count) for name in COUNTERS)
+        self.time_to_first_token, self.inter_token_latency, self.e2e_latency = (
+            Histogram(name, self._add_count) for name in HISTOGRAMS
+        )
 
-    def finished(self, reason: str) -> None:
+    def record_finished(self, finish_reason: str) -> None:
         """A completion ended."""
-        self._count((ENDED, reason), 1)
+        self._add_count((REQUEST_SUCCESS, finish_reason), 1)
 
-    def _count(self, key: Key, by: float) -> None:
-        self._changes[key] += by  # type: ignore[assignment]
+    def _add_count(self, key: MetricKey, amount: float) -> None:
+        self._unsent_counts[key] += amount  # type: ignore[assignment]
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(DELAY, self.flush)
+            self._timer = asyncio.get_running_loop().call_later(MAX_FLUSH_DELAY_SECONDS, self.flush)
 
     def flush(self) -> None:
         """Send what has changed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        changes, self._changes = self._changes, Counts[Key]()
+        changes, self._unsent_counts = self._unsent_counts, Counts[MetricKey]()
         if changes:
             self._send(dict(changes))
 
@@ -82,26 +123,28 @@ class Metrics:
 class _Collector:
     """All figures, in the form that prometheus_client wants."""
 
-    def __init__(self, counts: Mapping[Key, float], stats: dict[str, Any], model: str) -> None:
-        self.counts, self.stats, self.model = counts, stats, model
+    def __init__(self, counts: Mapping[MetricKey, float], stats: dict[str, Any], model_name: str) -> None:
+        self.counts, self.stats, self.model_name = counts, stats, model_name
 
     def collect(self) -> Iterator[Metric]:
         """Of the workers, and of the engine."""
         for name, about in COUNTERS.items():
             family = CounterMetricFamily(name, about, labels=["model_name"])
-            family.add_metric([self.model], self.counts.get((name, ""), 0))
+            family.add_metric([self.model_name], self.counts.get((name, ""), 0))
             yield family
         for name, (about, bounds) in HISTOGRAMS.items():
             totals = [*accumulate(self.counts.get((name, i), 0) for i in range(len(bounds) + 1))]
             named = [*map(floatToGoString, (*bounds, float("inf")))]
             histogram = HistogramMetricFamily(name, about, labels=["model_name"])
             pairs = [*zip(named, totals, strict=True)]
-            histogram.add_metric([self.model], pairs, self.counts.get((name, "sum"), 0))  # type: ignore[arg-type]
+            histogram.add_metric([self.model_name], pairs, self.counts.get((name, "sum"), 0))  # type: ignore[arg-type]
             yield histogram
-        ended = CounterMetricFamily(ENDED, "Completions that ended, and why.", labels=["model_name", "finished_reason"])
+        ended = CounterMetricFamily(
+            REQUEST_SUCCESS, "Completions that ended, and why.", labels=["model_name", "finished_reason"]
+        )
         for (name, reason), count in self.counts.items():
-            if name == ENDED:
-                ended.add_metric([self.model, str(reason)], count)
+            if name == REQUEST_SUCCESS:
+                ended.add_metric([self.model_name, str(reason)], count)
         yield ended
         gauges = {
             "vllm:num_requests_running": ("running", "Completions that run."),
@@ -116,12 +159,12 @@ class _Collector:
         for kind, families in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (key, about) in families.items():
                 family = kind(name, about, labels=["model_name"])
-                family.add_metric([self.model], self.stats[key])
+                family.add_metric([self.model_name], self.stats[key])
                 yield family
 
 
-def exposition(counts: Mapping[Key, float], stats: dict[str, Any], model: str) -> bytes:
+def render_metrics(counts: Mapping[MetricKey, float], stats: dict[str, Any], model_name: str) -> bytes:
     """All workers' counts and the engine's figures, as Prometheus reads them."""
     registry = CollectorRegistry()
-    registry.register(_Collector(counts, stats, model))  # type: ignore[arg-type]
+    registry.register(_Collector(counts, stats, model_name))  # type: ignore[arg-type]
     return generate_latest(registry)

@@ -24,9 +24,9 @@ from fastgen.serve import reasoning
 from fastgen.serve.protocol import Tool
 
 Json = dict[str, Any]
-FamilyName = Literal["llama", "mistral", "hermes"]
-FAMILIES: tuple[FamilyName, ...] = ("llama", "mistral", "hermes")
-PYTHON, CALLS, ID, ARGS, OPEN, CLOSE = MARKERS = (
+ToolCallFormat = Literal["llama", "mistral", "hermes"]
+TOOL_CALL_FORMATS: tuple[ToolCallFormat, ...] = ("llama", "mistral", "hermes")
+PYTHON_TAG, TOOL_CALLS, CALL_ID, ARGS, TOOL_CALL_OPEN, TOOL_CALL_CLOSE = MARKERS = (
     "<|python_tag|>",
     "[TOOL_CALLS]",
     "[CALL_ID]",
@@ -35,8 +35,8 @@ PYTHON, CALLS, ID, ARGS, OPEN, CLOSE = MARKERS = (
     "</tool_call>",
 )
 
-ARGUMENTS = ("arguments", "parameters")  # members that have them
-CALL_KEYS = ("name", "type", "id", "index", *ARGUMENTS)  # all that an object with no marker before it may have
+ARGUMENT_KEYS = ("arguments", "parameters")  # members that have them
+CALL_KEYS = ("name", "type", "id", "index", *ARGUMENT_KEYS)  # all that an object with no marker before it may have
 JSON_CHARACTERS = frozenset(' \t\r\n0123456789+-.,:{}[]"eEtrufalsn')  # outside of strings
 BRACE = regex.compile(r"\{")
 MEMBER = regex.compile(r'\s*+(?:\}|"(?P<key>(?:[^"\\]|\\.){0,64}+)"\s*+:\s*+(?=\S))', regex.DOTALL)
@@ -46,27 +46,27 @@ STRING = regex.compile(r'(?:[^"\\]|\\.)*+', regex.DOTALL)  # up to the quotation
 END_OF_REASONING = regex.compile("|".join(map(regex.escape, reasoning.TAGS.values())))
 
 
-def family(tokenizer: PreTrainedTokenizerBase | None) -> FamilyName | None:
+def detect_format(tokenizer: PreTrainedTokenizerBase | None) -> ToolCallFormat | None:
     """Whose form a model's calls have, by its chat template, or else by its special tokens; None: not known."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    for known in (template, *special(tokenizer)):
-        if CALLS in known:
+    for known in (template, *find_marker_token_ids(tokenizer)):
+        if TOOL_CALLS in known:
             return "mistral"
-        if OPEN in known:
+        if TOOL_CALL_OPEN in known:
             return "hermes"
-        if PYTHON in known or '"parameters": dictionary' in known:
+        if PYTHON_TAG in known or '"parameters": dictionary' in known:
             return "llama"
     return None
 
 
-def special(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+def find_marker_token_ids(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
     """The markers, of reasoning too, that are special tokens, which texts leave out unless they are asked for."""
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     known = (*MARKERS, *reasoning.MARKERS)
     return {token.content: id for id, token in added.items() if token.special and token.content in known}
 
 
-def takes_text(render: Callable[[list[Json]], str]) -> bool:
+def wants_text_arguments(render: Callable[[list[Json]], str]) -> bool:
     """Whether a chat template, `render`, wants the arguments of calls as JSON text and not as objects.
 
     Tried with a conversation of its own: the right form is the one of which the template makes plain JSON, or anything
@@ -90,7 +90,9 @@ def takes_text(render: Callable[[list[Json]], str]) -> bool:
     return not fits({"probe_key": "x"}) and fits('{"probe_key": "x"}')
 
 
-def for_template(messages: Sequence[Json], form: FamilyName | None, *, as_text: bool = False) -> list[Json]:
+def adapt_calls_to_template(
+    messages: Sequence[Json], call_format: ToolCallFormat | None, *, arguments_as_text: bool = False
+) -> list[Json]:
     """Calls and their results as the chat template takes them.
 
     Mistral's templates take no id but of nine letters and digits: others become such ones, the same each time.
@@ -98,12 +100,12 @@ def for_template(messages: Sequence[Json], form: FamilyName | None, *, as_text: 
     """
 
     def short(id: str) -> str:
-        fits = form != "mistral" or len(id) == 9 and id.isascii() and id.isalnum()
+        fits = call_format != "mistral" or len(id) == 9 and id.isascii() and id.isalnum()
         return id if fits else hashlib.sha256(id.encode()).hexdigest()[:9]
 
     def told(call: Json) -> Json:
         function = call["function"]
-        if as_text:
+        if arguments_as_text:
             function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
         return call | {"id": short(call["id"]), "function": function}
 
@@ -125,23 +127,23 @@ class _NotACall(Exception):
     """The text is not what a call looks like."""
 
 
-class _Value:
+class _JsonEndFinder:
     """Finds where a JSON object or array ends, as its text comes. Only braces or only brackets are counted."""
 
     def __init__(self, opening: str) -> None:
         self.opening, self.closing = opening, "}" if opening == "{" else "]"
-        self.depth, self.quoted, self.escaped = 0, False, False
+        self.depth, self.in_string, self.escaped = 0, False, False
 
-    def end(self, text: str, *, strict: bool = False) -> int:
+    def find_end(self, text: str, *, strict: bool = False) -> int:
         """The index after its last character; -1 where more has to come. `strict`: outside of strings only what JSON
         has may stand there; _NotACall otherwise."""
         for i, c in enumerate(text):
             if self.escaped:
                 self.escaped = False
-            elif self.quoted:
-                self.escaped, self.quoted = c == "\\", c != '"'
+            elif self.in_string:
+                self.escaped, self.in_string = c == "\\", c != '"'
             elif c == '"':
-                self.quoted = True
+                self.in_string = True
             elif strict and c not in JSON_CHARACTERS:
                 raise _NotACall
             else:
@@ -151,7 +153,7 @@ class _Value:
         return -1
 
 
-class _CallObject:
+class _CallObjectParser:
     """Reads a call, `{"name": …, "arguments": {…}, …}`, as its text comes, with its members in any order.
 
     `is_call` turns true once the name is one of `names` and the arguments begin, or there are none. `ended` turns true
@@ -159,108 +161,108 @@ class _CallObject:
     the arguments of a call and is no JSON counts as text after it.
     """
 
-    def __init__(self, names: Sequence[str], keys: Collection[str] | None) -> None:
+    def __init__(self, function_names: Sequence[str], allowed_keys: Collection[str] | None) -> None:
         """`keys`: the members that a call may have; None: any."""
-        self.names, self.keys = names, keys
+        self.function_names, self.allowed_keys = function_names, allowed_keys
         self.name: str | None = None
         self.is_call = self.ended = self.has_arguments = False
-        self.rest = ""  # text that has not been read
-        self._read: list[str] = []  # what has been, and goes back to `rest` where it is no part of a call
-        self._arguments: list[str] = []  # what nobody has taken yet
-        self._steps = self._members()
+        self.unread = ""  # text that has not been read
+        self._consumed: list[str] = []  # what has been, and goes back to `rest` where it is no part of a call
+        self._new_arguments: list[str] = []  # what nobody has taken yet
+        self._parse_steps = self._parse_members()
 
     def push(self, text: str) -> None:
         """Reads on."""
-        self.rest += text
+        self.unread += text
         try:
-            next(self._steps)
+            next(self._parse_steps)
         except StopIteration:
             self.ended = True
         except _NotACall:
-            self.ended, self.rest = True, "".join(self._read) + self.rest
+            self.ended, self.unread = True, "".join(self._consumed) + self.unread
 
-    def undecided(self) -> str:
+    def undecided_text(self) -> str:
         """The text that is neither a call's nor known to be none."""
-        return "" if self.is_call else "".join(self._read) + self.rest
+        return "" if self.is_call else "".join(self._consumed) + self.unread
 
-    def arguments(self) -> str:
+    def take_arguments(self) -> str:
         """What is new of the arguments, as the model wrote them."""
-        found, self._arguments = "".join(self._arguments), []
+        found, self._new_arguments = "".join(self._new_arguments), []
         return found
 
-    def _members(self) -> Generator[None, None, None]:
+    def _parse_members(self) -> Generator[None, None, None]:
         """Reads the whole object; yields where more text has to come."""
         yield from self._match(BRACE)
         while (key := (yield from self._match(MEMBER))["key"]) is not None:
-            key = self._text(f'"{key}"')
-            if self.keys is not None and key not in self.keys:
+            key = self._decode_string(f'"{key}"')
+            if self.allowed_keys is not None and key not in self.allowed_keys:
                 raise _NotACall
-            value = yield from self._value(is_arguments := key in ARGUMENTS and not self.has_arguments)
+            value = yield from self._parse_value(is_arguments := key in ARGUMENT_KEYS and not self.has_arguments)
             if key == "name" and self.name is None:
-                self.name = self._text(value)
-                if self.name not in self.names:
+                self.name = self._decode_string(value)
+                if self.name not in self.function_names:
                     raise _NotACall
             elif is_arguments and not self.has_arguments:  # no object, which tells itself as it is read
-                self._tell("{}" if value == "null" else self._object(value))
-            self._check()
+                self._emit_arguments("{}" if value == "null" else self._decode_object(value))
+            self._update_is_call()
             yield from self._match(SEPARATOR)
         if self.name is None:
             raise _NotACall
         if not self.has_arguments:
-            self._tell("{}")
-            self._check()
+            self._emit_arguments("{}")
+            self._update_is_call()
 
-    def _value(self, is_arguments: bool) -> Generator[None, None, str]:
+    def _parse_value(self, is_arguments: bool) -> Generator[None, None, str]:
         """Reads a value and returns its text, empty if it is an array or an object."""
-        first = self.rest[0]
+        first = self.unread[0]
         if first == '"':
-            parts = [self._take(1)]
+            parts = [self._consume(1)]
             while True:
-                parts.append(self._take(STRING.match(self.rest).end()))  # type: ignore[union-attr]
-                if self.rest.startswith('"'):
-                    return "".join([*parts, self._take(1)])
+                parts.append(self._consume(STRING.match(self.unread).end()))  # type: ignore[union-attr]
+                if self.unread.startswith('"'):
+                    return "".join([*parts, self._consume(1)])
                 yield
         if first not in "{[":
             return (yield from self._match(SCALAR))[0]
         if is_arguments and first != "{":
             raise _NotACall
-        value = _Value(first)
+        value = _JsonEndFinder(first)
         while True:
             self.has_arguments |= is_arguments
-            self._check()
-            end = value.end(self.rest, strict=not self.is_call)
-            part = self._take(len(self.rest) if end < 0 else end)
+            self._update_is_call()
+            end = value.find_end(self.unread, strict=not self.is_call)
+            part = self._consume(len(self.unread) if end < 0 else end)
             if is_arguments:
-                self._arguments.append(part)
+                self._new_arguments.append(part)
             if end >= 0:
                 return ""
             yield
 
-    def _check(self) -> None:
+    def _update_is_call(self) -> None:
         """Once it is a call, nothing that came before can be text."""
         self.is_call = self.name is not None and self.has_arguments
         if self.is_call:
-            self._read.clear()
+            self._consumed.clear()
 
-    def _tell(self, arguments: str) -> None:
-        self._arguments.append(arguments)
+    def _emit_arguments(self, arguments: str) -> None:
+        self._new_arguments.append(arguments)
         self.has_arguments = True
 
     def _match(self, pattern: Any) -> Generator[None, None, Any]:
         """Reads what matches; returns the match."""
-        while (match := pattern.match(self.rest, partial=True)) is None or match.partial:
+        while (match := pattern.match(self.unread, partial=True)) is None or match.partial:
             if match is None:
                 raise _NotACall
             yield
-        self._take(match.end())
+        self._consume(match.end())
         return match
 
-    def _take(self, count: int) -> str:
-        text, self.rest = self.rest[:count], self.rest[count:]
-        self._read.append(text)
+    def _consume(self, count: int) -> str:
+        text, self.unread = self.unread[:count], self.unread[count:]
+        self._consumed.append(text)
         return text
 
-    def _text(self, value: str) -> str:
+    def _decode_string(self, value: str) -> str:
         """What a JSON string says. Models write line breaks into them, too."""
         try:
             text = json.loads(value, strict=False)
@@ -270,9 +272,9 @@ class _CallObject:
             raise _NotACall
         return text
 
-    def _object(self, value: str) -> str:
+    def _decode_object(self, value: str) -> str:
         """The text of an object in a JSON string; nothing, or null, is one without members."""
-        text = self._text(value)
+        text = self._decode_string(value)
         try:
             if (found := json.loads(text or "null", strict=False)) is None:
                 return "{}"
@@ -283,7 +285,7 @@ class _CallObject:
         raise _NotACall
 
 
-class Reader:
+class ToolCallParser:
     """Tells calls from text, as it comes.
 
     A call counts once its function, one of `names`, is known and its arguments begin; until then it may turn out to be
@@ -292,131 +294,153 @@ class Reader:
     between the tags of reasoning is text.
     """
 
-    def __init__(self, form: FamilyName, names: Sequence[str], most: int | None = None) -> None:
-        marker = {"llama": PYTHON, "mistral": CALLS, "hermes": OPEN}[form]
+    def __init__(
+        self, call_format: ToolCallFormat, function_names: Sequence[str], max_calls: int | None = None
+    ) -> None:
+        marker = {"llama": PYTHON_TAG, "mistral": TOOL_CALLS, "hermes": TOOL_CALL_OPEN}[call_format]
         first = r"(?:\[\s*+)?(?=\{)"  # of one or of a list
         call = first
-        if form == "mistral":
-            name = f"(?P<name>{'|'.join(map(regex.escape, names))})"
-            bare = rf"{name}(?:{regex.escape(ID)}\w*+)?(?:{regex.escape(ARGS)})?\s*+(?=\{{)"
+        if call_format == "mistral":
+            name = f"(?P<name>{'|'.join(map(regex.escape, function_names))})"
+            bare = rf"{name}(?:{regex.escape(CALL_ID)}\w*+)?(?:{regex.escape(ARGS)})?\s*+(?=\{{)"
             call = rf"(?:{first}|{bare})"
         tags = "|".join(map(regex.escape, reasoning.TAGS))
         # White space before a call belongs to it; a run of it is looked at once.
-        self.begin = regex.compile(rf"(?<!\s)\s*+(?:(?P<think>{tags})|(?P<marker>{regex.escape(marker)})\s*+{call})")
-        self.first = regex.compile(rf"\s*+{first}") if form == "llama" else None
-        self.again = regex.compile(rf"\s*+{'[;,]' if form == 'llama' else ','}\s*+(?=\{{)")
-        ends = [r"\]", CLOSE] if form == "hermes" else [r"\]"]
-        self.ends = [regex.compile(rf"\s*+{end}") for end in ends]
-        self.names, self.most = names, 1 if form == "llama" else most
-        self.rest, self.count = "", 0  # text that is not decided; calls seen
+        self.call_pattern = regex.compile(
+            rf"(?<!\s)\s*+(?:(?P<think>{tags})|(?P<marker>{regex.escape(marker)})\s*+{call})"
+        )
+        self.bare_call_pattern = regex.compile(rf"\s*+{first}") if call_format == "llama" else None
+        self.next_call_pattern = regex.compile(rf"\s*+{'[;,]' if call_format == 'llama' else ','}\s*+(?=\{{)")
+        ends = [r"\]", TOOL_CALL_CLOSE] if call_format == "hermes" else [r"\]"]
+        self.end_patterns = [regex.compile(rf"\s*+{end}") for end in ends]
+        self.function_names, self.max_calls = function_names, 1 if call_format == "llama" else max_calls
+        self.undecided_text, self.num_calls = "", 0  # text that is not decided; calls seen
         self.state: Literal["start", "text", "reasoning", "call", "bare", "after"] = "start"
-        self.left: list[Any] = []  # of `ends`, those that may still come
-        self.call, self.told = _CallObject(names, None), False  # the one being read; whether it is known to be a call
-        self.head = "", ""  # what stood before it, as text and as what is to be read again, should it be none
-        self.value = _Value("{")  # the arguments being read, where they stand by themselves
-        self.text, self.calls = "", dict[int, Json]()  # found since the last push
+        self.remaining_end_patterns: list[Any] = []  # of `ends`, those that may still come
+        self.current_call, self.is_call_known = (
+            _CallObjectParser(function_names, None),
+            False,
+        )  # the one being read; whether it is known to be a call
+        self.call_head = "", ""  # what stood before it, as text and as what is to be read again, should it be none
+        self.bare_arguments = _JsonEndFinder("{")  # the arguments being read, where they stand by themselves
+        self.new_text, self.new_calls = "", dict[int, Json]()  # found since the last push
 
-    def push(self, text: str, *, last: bool = False) -> tuple[str, list[Json]]:
+    def push(self, text: str, *, is_final: bool = False) -> tuple[str, list[Json]]:
         """Text that is no call, and what is new of calls: OpenAI's deltas, one for each call."""
-        self.rest += text
-        self.text, self.calls = "", {}
-        while self.rest and getattr(self, f"_{self.state}")():
+        self.undecided_text += text
+        self.new_text, self.new_calls = "", {}
+        while self.undecided_text and getattr(self, f"_{self.state}")():
             pass
-        if last:
-            if self.state == "call" and not self.told:
-                self.rest = "".join([*self.head, self.call.undecided()])
-            self.text, self.rest = self.text + self.rest * (not self.rest.isspace() or not self.count), ""
-        return self.text, [*self.calls.values()]
+        if is_final:
+            if self.state == "call" and not self.is_call_known:
+                self.undecided_text = "".join([*self.call_head, self.current_call.undecided_text()])
+            self.new_text, self.undecided_text = (
+                self.new_text + self.undecided_text * (not self.undecided_text.isspace() or not self.num_calls),
+                "",
+            )
+        return self.new_text, [*self.new_calls.values()]
 
     # Each state takes what it can of `rest`, and says whether another one may go on.
 
     def _start(self) -> bool:
-        match = self.first.match(self.rest, partial=True) if self.first else None
+        match = self.bare_call_pattern.match(self.undecided_text, partial=True) if self.bare_call_pattern else None
         if match is None:
             self.state = "text"
             return True
-        return self._enter(match, "", match[0], CALL_KEYS)
+        return self._start_call(match, "", match[0], CALL_KEYS)
 
     def _text(self) -> bool:
-        match = self.begin.search(self.rest, partial=True)
-        self.text += self.rest[: match.start()] if match else self.rest
-        self.rest = self.rest[match.start() :] if match else ""
+        match = self.call_pattern.search(self.undecided_text, partial=True)
+        self.new_text += self.undecided_text[: match.start()] if match else self.undecided_text
+        self.undecided_text = self.undecided_text[match.start() :] if match else ""
         if match is None or match.partial:
             return False
         if match["think"]:
-            self.text, self.rest = self.text + match[0], self.rest[len(match[0]) :]
+            self.new_text, self.undecided_text = self.new_text + match[0], self.undecided_text[len(match[0]) :]
             self.state = "reasoning"
             return True
         at = match.end("marker") - match.start()
-        return self._enter(match, match[0][:at], match[0][at:])
+        return self._start_call(match, match[0][:at], match[0][at:])
 
     def _reasoning(self) -> bool:
-        match = END_OF_REASONING.search(self.rest, partial=True)
-        end = len(self.rest) if match is None else match.start() if match.partial else match.end()
-        self.text, self.rest = self.text + self.rest[:end], self.rest[end:]
+        match = END_OF_REASONING.search(self.undecided_text, partial=True)
+        end = len(self.undecided_text) if match is None else match.start() if match.partial else match.end()
+        self.new_text, self.undecided_text = self.new_text + self.undecided_text[:end], self.undecided_text[end:]
         if match is None or match.partial:
             return False
         self.state = "text"
         return True
 
-    def _enter(self, match: Any, text: str, again: str, keys: Collection[str] | None = None) -> bool:
+    def _start_call(self, match: Any, text: str, unread: str, allowed_keys: Collection[str] | None = None) -> bool:
         if match.partial:
             return False
-        self.rest = self.rest[len(match[0]) :]
-        self.left = [*self.ends]
+        self.undecided_text = self.undecided_text[len(match[0]) :]
+        self.remaining_end_patterns = [*self.end_patterns]
         if match.groupdict().get("name"):
-            self.state, self.value = "bare", _Value("{")
-            self.count += 1
-            self._tell("", match["name"])
+            self.state, self.bare_arguments = "bare", _JsonEndFinder("{")
+            self.num_calls += 1
+            self._emit_call("", match["name"])
         else:
-            self.state, self.call, self.told, self.head = "call", _CallObject(self.names, keys), False, (text, again)
+            self.state, self.current_call, self.is_call_known, self.call_head = (
+                "call",
+                _CallObjectParser(self.function_names, allowed_keys),
+                False,
+                (text, unread),
+            )
         return True
 
-    def _tell(self, arguments: str, name: str | None = None) -> None:
-        if self.most is not None and self.count > self.most:
+    def _emit_call(self, arguments: str, name: str | None = None) -> None:
+        if self.max_calls is not None and self.num_calls > self.max_calls:
             return
-        index = self.count - 1
+        index = self.num_calls - 1
         new: Json = {"index": index, "function": {"arguments": ""}}
         if name is not None:
             id = f"call_{uuid.uuid4().hex[:24]}"
             new = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
-        self.calls.setdefault(index, new)["function"]["arguments"] += arguments
+        self.new_calls.setdefault(index, new)["function"]["arguments"] += arguments
 
     def _call(self) -> bool:
-        call = self.call
-        call.push(self.rest)
-        self.rest = ""
-        if call.is_call and not self.told:
-            self.told = True
-            self.count += 1
-            self._tell(call.arguments(), call.name)
-        elif arguments := call.arguments() if self.told else "":
-            self._tell(arguments)
+        call = self.current_call
+        call.push(self.undecided_text)
+        self.undecided_text = ""
+        if call.is_call and not self.is_call_known:
+            self.is_call_known = True
+            self.num_calls += 1
+            self._emit_call(call.take_arguments(), call.name)
+        elif arguments := call.take_arguments() if self.is_call_known else "":
+            self._emit_call(arguments)
         if not call.ended:
             return False
-        self.state, self.rest = "after", call.rest
+        self.state, self.undecided_text = "after", call.unread
         if not call.is_call:
-            self.state, self.text, self.rest = "text", self.text + self.head[0], self.head[1] + call.rest
+            self.state, self.new_text, self.undecided_text = (
+                "text",
+                self.new_text + self.call_head[0],
+                self.call_head[1] + call.unread,
+            )
         return True
 
     def _bare(self) -> bool:
-        end = self.value.end(self.rest)
-        end, ended = (len(self.rest), False) if end < 0 else (end, True)
-        self._tell(self.rest[:end])
-        self.rest = self.rest[end:]
+        end = self.bare_arguments.find_end(self.undecided_text)
+        end, ended = (len(self.undecided_text), False) if end < 0 else (end, True)
+        self._emit_call(self.undecided_text[:end])
+        self.undecided_text = self.undecided_text[end:]
         self.state = "after" if ended else "bare"
         return ended
 
     def _after(self) -> bool:
         """Another call of a list, or what closes one; each of these may be missing."""
-        match = self.again.match(self.rest, partial=True)
+        match = self.next_call_pattern.match(self.undecided_text, partial=True)
         if match is not None and not match.partial:
-            return self._enter(match, match[0], "")
+            return self._start_call(match, match[0], "")
         waits = match is not None
-        for i, end in enumerate(self.left):
-            if found := end.match(self.rest, partial=True):
+        for i, end in enumerate(self.remaining_end_patterns):
+            if found := end.match(self.undecided_text, partial=True):
                 if not found.partial:
-                    self.rest, self.left = self.rest[found.end() :], self.left[i + 1 :]
+                    self.undecided_text, self.remaining_end_patterns = (
+                        self.undecided_text[found.end() :],
+                        self.remaining_end_patterns[i + 1 :],
+                    )
                     return True
                 waits = True
         if not waits:
@@ -427,16 +451,23 @@ class Reader:
 # --- grammars ---------------------------------------------------------------------------------------------------------
 
 
-def grammar(form: FamilyName | None, tools: Sequence[Tool], choice: str, markers: dict[str, int], *, many: bool) -> str:
+def build_grammar(
+    call_format: ToolCallFormat | None,
+    tools: Sequence[Tool],
+    tool_choice: str,
+    marker_token_ids: dict[str, int],
+    *,
+    parallel_calls: bool,
+) -> str:
     """llguidance's, of a turn that consists of calls; with `choice` auto, of one that may have them.
 
     `markers` are those of `special`. Where the form is not known, it is Llama's, which is plain JSON.
     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md#tool-calling
     """
-    auto = choice == "auto"
+    auto = tool_choice == "auto"
 
     def mark(text: str) -> str:
-        return f"<[{markers[text]}]>" if text in markers else json.dumps(text)
+        return f"<[{marker_token_ids[text]}]>" if text in marker_token_ids else json.dumps(text)
 
     def any_of(before: str, key: str, after: str) -> str:
         """One of the functions, between what stands before its name and what follows its arguments."""
@@ -444,24 +475,24 @@ def grammar(form: FamilyName | None, tools: Sequence[Tool], choice: str, markers
         for tool in tools:
             head = json.dumps(before + tool.function.name + key) if key else f'"{tool.function.name}" {mark(ARGS)}'
             enforced = tool.function.strict or not auto
-            options.append(f"{head} %json {json.dumps(_schema(tool, enforced=enforced))} {json.dumps(after)}")
+            options.append(f"{head} %json {json.dumps(_arguments_schema(tool, enforced=enforced))} {json.dumps(after)}")
         return "call: " + "\n    | ".join(options)
 
     lines = ["TEXT: /(.|\\n)*/"] if auto else []
-    if form == "hermes":
-        call, opening = any_of('{"name": "', '", "arguments": ', "}"), mark(OPEN)
-        body = f'"\\n" call "\\n" {mark(CLOSE)}'
-        repeat = ' ("\\n" one)*' if many else ""
-    elif form == "mistral" and ARGS in markers:
-        call, opening, body, repeat = any_of("", "", ""), mark(CALLS), "call", " one*" if many else ""
-    elif form == "mistral":
-        call, opening = any_of('{"name": "', '", "arguments": ', "}"), mark(CALLS)
-        body, repeat = '" "? "[" call (", " call)* "]"' if many else '" "? "[" call "]"', ""
+    if call_format == "hermes":
+        call, opening = any_of('{"name": "', '", "arguments": ', "}"), mark(TOOL_CALL_OPEN)
+        body = f'"\\n" call "\\n" {mark(TOOL_CALL_CLOSE)}'
+        repeat = ' ("\\n" one)*' if parallel_calls else ""
+    elif call_format == "mistral" and ARGS in marker_token_ids:
+        call, opening, body, repeat = any_of("", "", ""), mark(TOOL_CALLS), "call", " one*" if parallel_calls else ""
+    elif call_format == "mistral":
+        call, opening = any_of('{"name": "', '", "arguments": ', "}"), mark(TOOL_CALLS)
+        body, repeat = '" "? "[" call (", " call)* "]"' if parallel_calls else '" "? "[" call "]"', ""
     else:
         call = any_of('{"name": "', '", "parameters": ', "}")
         if not auto:
             return f"lark:start: call\n{call}"
-        tagged = f" | {mark(PYTHON)} call" if PYTHON in markers else ""
+        tagged = f" | {mark(PYTHON_TAG)} call" if PYTHON_TAG in marker_token_ids else ""
         return f"lark:start: TEXT | call{tagged}\nTEXT: /(\\s*[^\\s{{](.|\\n)*)?/\n{call}"
     if not auto:
         lines += [f"start: one{repeat}", f"one: {opening} {body}"]
@@ -472,7 +503,7 @@ def grammar(form: FamilyName | None, tools: Sequence[Tool], choice: str, markers
     return "lark:" + "\n".join([*lines, call])
 
 
-def _schema(tool: Tool, *, enforced: bool) -> Json:
+def _arguments_schema(tool: Tool, *, enforced: bool) -> Json:
     """Of arguments, written as `json.dumps` does: models could go on with white space for ever."""
     given = tool.function.parameters
     schema = {"additionalProperties": False} if not given else given

@@ -14,18 +14,18 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from fastgen.serve.app import create
-from fastgen.serve.log import say
-from fastgen.serve.protocol import Refused
-from fastgen.serve.service import Options, Service
+from fastgen.serve.app import create_app
+from fastgen.serve.log import log_line
+from fastgen.serve.protocol import APIError
+from fastgen.serve.service import ServerOptions, AppState
 
-READ_BYTES = 2**13  # that are read of a connection at a time: as chunks of one byte they take 40 ms to parse
-HEAD_SECONDS = 30.0  # to send what comes before a body, and to be idle between two requests
-FLUSH_SECONDS = 5.0  # for clients to read their error event once the time to finish is over
-ACCEPTS = 100  # connections that are taken in a row
-PAUSE = 0.25  # seconds without accepting once files or memory have run out
-QUIET = 60.0  # seconds without saying so again
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+MAX_READ_BYTES = 2**13  # that are read of a connection at a time: as chunks of one byte they take 40 ms to parse
+HEADERS_TIMEOUT_SECONDS = 30.0  # to send what comes before a body, and to be idle between two requests
+FLUSH_TIMEOUT_SECONDS = 5.0  # for clients to read their error event once the time to finish is over
+MAX_ACCEPTS = 100  # connections that are taken in a row
+ACCEPT_PAUSE_SECONDS = 0.25  # seconds without accepting once files or memory have run out
+WARNING_INTERVAL_SECONDS = 60.0  # seconds without saying so again
+OUT_OF_RESOURCES_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Acceptor:
@@ -37,7 +37,7 @@ class Acceptor:
     def __init__(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
         self.listener, self.protocol = listener, protocol
         self._loop = asyncio.get_running_loop()
-        self._said = -QUIET
+        self._last_warning_time = -WARNING_INTERVAL_SECONDS
         self._timer: asyncio.TimerHandle | None = None
         self._tasks = set[asyncio.Task[None]]()
 
@@ -53,19 +53,19 @@ class Acceptor:
             self._timer.cancel()
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTS):
+        for _ in range(MAX_ACCEPTS):
             try:
                 connection, _ = self.listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as e:
                 self.stop()
-                self._timer = self._loop.call_later(PAUSE, self.start)
+                self._timer = self._loop.call_later(ACCEPT_PAUSE_SECONDS, self.start)
                 now = self._loop.time()
-                if now - self._said >= QUIET:
-                    said = "ulimit -n is reached" if e.errno in EXHAUSTED else str(e)
-                    say(f"fgserve: no more connections can be accepted for now: {said}")
-                    self._said = now
+                if now - self._last_warning_time >= WARNING_INTERVAL_SECONDS:
+                    said = "ulimit -n is reached" if e.errno in OUT_OF_RESOURCES_ERRNOS else str(e)
+                    log_line(f"fgserve: no more connections can be accepted for now: {said}")
+                    self._last_warning_time = now
                 return
             connection.setblocking(False)
             task = self._loop.create_task(self._connect(connection))
@@ -119,21 +119,21 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     flow: Any
-    late: asyncio.TimerHandle | None = None
-    last_words = False  # whether what is left to say is sent without waiting for a client that does not read
+    idle_timer: asyncio.TimerHandle | None = None
+    ignore_backpressure = False  # whether what is left to say is sent without waiting for a client that does not read
 
     def pause_writing(self) -> None:
         """As the others."""
-        if not self.last_words:
+        if not self.ignore_backpressure:
             super().pause_writing()
 
-    def finish(self) -> None:
+    def finish_response(self) -> None:
         """Let what is answered come to its end, whether its client reads or not."""
-        self.last_words = True
+        self.ignore_backpressure = True
         self.flow.resume_writing()
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether something is being answered, or has not been sent yet."""
         answering = self.cycle is not None and not self.cycle.response_complete
         return answering or self.transport.get_write_buffer_size() > 0
@@ -141,30 +141,30 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
     def connection_made(self, transport: Any) -> None:
         """Of asyncio.Protocol, as the others."""
         with suppress(AttributeError):  # of other loops than asyncio's own
-            transport.max_size = READ_BYTES
+            transport.max_size = MAX_READ_BYTES
         super().connection_made(transport)
-        self._expect()
+        self._update_idle_timer()
 
     def data_received(self, data: bytes) -> None:
         """Perhaps the last byte of a request's head."""
         super().data_received(data)
-        self._expect()
+        self._update_idle_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """No timer outlives it."""
-        self._expect(False)
+        self._update_idle_timer(False)
         super().connection_lost(exc)
 
-    def _expect(self, more: bool = True) -> None:
-        if more and (self.cycle is None or self.cycle.response_complete):
-            self.late = self.late or self.loop.call_later(HEAD_SECONDS, self.transport.close)
-        elif self.late:
-            self.late.cancel()
-            self.late = None
+    def _update_idle_timer(self, is_open: bool = True) -> None:
+        if is_open and (self.cycle is None or self.cycle.response_complete):
+            self.idle_timer = self.idle_timer or self.loop.call_later(HEADERS_TIMEOUT_SECONDS, self.transport.close)
+        elif self.idle_timer:
+            self.idle_timer.cancel()
+            self.idle_timer = None
 
 
-async def _serve(options: Options, name: str, listener: socket.socket, control: Connection) -> None:
-    service = Service(options, name)
+async def _serve(options: ServerOptions, name: str, listener: socket.socket, control: Connection) -> None:
+    service = AppState(options, name)
 
     def loaded() -> None:
         gc.collect()
@@ -173,12 +173,12 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
             control.send("ready")
 
     config = uvicorn.Config(
-        create(service, loaded),
+        create_app(service, loaded),
         log_level="warning",
         access_log=False,
         server_header=False,
         http=_Connection,
-        timeout_keep_alive=round(HEAD_SECONDS),
+        timeout_keep_alive=round(HEADERS_TIMEOUT_SECONDS),
         timeout_graceful_shutdown=1,  # what runs has ended before
     )
     server, loop = _Server(config, listener), asyncio.get_running_loop()
@@ -186,15 +186,15 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
 
     async def drain(grace: float) -> None:
         """Take nothing new, finish what runs, and end."""
-        service.draining = True
+        service.is_draining = True
         end = loop.time() + grace
-        while service.active and loop.time() < end:
+        while service.num_active_requests and loop.time() < end:
             await asyncio.sleep(0.02)
-        service.client.fail(Refused(503, "the server is shutting down", code="shutting_down"))
-        end = loop.time() + FLUSH_SECONDS
-        while (busy := [c for c in server.connections if c.busy]) and loop.time() < end:
+        service.engine_client.fail_all(APIError(503, "the server is shutting down", code="shutting_down"))
+        end = loop.time() + FLUSH_TIMEOUT_SECONDS
+        while (busy := [c for c in server.connections if c.is_busy]) and loop.time() < end:
             for connection in busy:
-                connection.finish()
+                connection.finish_response()
             await asyncio.sleep(0.02)
         for connection in busy:
             connection.transport.abort()
@@ -207,18 +207,18 @@ async def _serve(options: Options, name: str, listener: socket.socket, control: 
     def told() -> None:
         """The supervisor says that the engine is dead, or is gone itself."""
         loop.remove_reader(control.fileno())
-        service.client.dead = True
-        service.client.fail(Refused(500, "the engine has stopped", code="engine_error"))
+        service.engine_client.is_engine_dead = True
+        service.engine_client.fail_all(APIError(500, "the engine has stopped", code="engine_error"))
         begin(2)
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, begin, options.grace)
+        loop.add_signal_handler(number, begin, options.grace_seconds)
     loop.add_reader(control.fileno(), told)
     await server.serve()
 
 
-def run(options: Options, name: str, listener: socket.socket, control: Connection) -> None:
+def run_http_worker(options: ServerOptions, name: str, listener: socket.socket, control: Connection) -> None:
     """The process."""
     with suppress(ValueError, OSError):  # a connection is a file, and 1024 are soon taken
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
