@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgen
-from fastgen.ops import paged
-from fastgen.ops.attention import reference
-from fastgen.schedule import Span
-from fastgen.types import SharedPrefix
+from fastgen.kernels import attention
+from fastgen.core.attention import reference
+from fastgen.core.scheduler import Span
+from fastgen.core.types import SharedPrefix
 
 HERE = Path(__file__).parent
 SPEC = fastgen.from_hf_config(json.loads((HERE / "configs" / "llama-3.1-8b-instruct.json").read_text()))
@@ -40,7 +40,7 @@ PREFILL = {  # (all tokens, new tokens)
     "4096 after 28672": [(32768, 4096)],
 }
 RAGGED = [(300, 300), (129, 129), (500, 100), (640, 128), (700, 60), (513, 2), (200, 1), (1, 1)]
-OWN = (paged.PREFILL_TILE, paged.LONG_PREFILL_TILE)  # the backend's tiles
+OWN = (attention.PREFILL_TILE, attention.LONG_PREFILL_TILE)  # the backend's tiles
 Variant = tuple[int, dict[str, int] | None, bool]  # page size, tile or the backend's own choice, copy engine
 VARIANTS: list[Variant] = [
     (16, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2}, False),
@@ -80,8 +80,8 @@ def case(shapes: list[tuple[int, int]], page: int, *, groups: int = 0, shared: i
 
 def use(tile: dict[str, int] | None, tma: bool) -> None:
     """What the backend prefills with from here on."""
-    paged.PREFILL_TILE, paged.LONG_PREFILL_TILE = (tile, tile) if tile else OWN
-    paged.USE_TMA = tma
+    attention.PREFILL_TILE, attention.LONG_PREFILL_TILE = (tile, tile) if tile else OWN
+    attention.USE_TMA = tma
 
 
 def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
@@ -92,7 +92,7 @@ def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
     worst = 0.0
     for window in (None, 100):
         try:
-            ours = paged.paged_attention(batch, SPEC)(q, k, v, window).float()
+            ours = attention.paged_attention(batch, SPEC)(q, k, v, window).float()
         except Exception as error:  # a tile that does not compile is a result
             return f"{type(error).__name__}: {str(error)[:200]}"
         exact = reference(batch, SPEC)(q, k, v, window).float()
@@ -154,7 +154,7 @@ def prefill(variants: list[Variant]) -> list[dict[str, Any]]:
                 if of != page or "wrong" in row:
                     continue
                 use(tile, tma)
-                attend = paged.paged_attention(batch, SPEC)
+                attend = attention.paged_attention(batch, SPEC)
                 row[name] = flops(shapes) / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
                 if name == "8 x 1024":
                     row["host_us"] = host_seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023
@@ -166,7 +166,7 @@ def decode(page: int, copy: float) -> list[dict[str, Any]]:
     rows = []
     for name, lengths in DECODE.items():
         batch, q, k, v = case([(n, 1) for n in lengths], page)
-        attend = paged.paged_attention(batch, SPEC)
+        attend = attention.paged_attention(batch, SPEC)
         rate = sum(lengths) * 2 * SPEC.num_kv_heads * SPEC.head_dim * 2 / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
         rows.append({"kind": "decode", "shape": name, "page": page, "triton_tb_s": rate, "of_copy": rate / copy})
     return rows
@@ -178,7 +178,7 @@ def shared(page: int) -> list[dict[str, Any]]:
     for groups, each in ((32, 16), (8, 16), (4, 8)):
         batch, q, k, v = case([(1152, 1)] * (groups * each), page, groups=groups, shared=1024)
         together, alone = (
-            paged.paged_attention(batch._replace(share=share), SPEC) for share in (batch.shared_prefix, None)
+            attention.paged_attention(batch._replace(share=share), SPEC) for share in (batch.shared_prefix, None)
         )
         x, y = (attend(q, k, v, None).float() for attend in (together, alone))
         error = float((x - y).norm() / y.norm())

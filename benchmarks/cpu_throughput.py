@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import fastgen
-from fastgen.models.default import default_model_path
+from fastgen.checkpoint.hub import default_model_path
 
 RESULT = Path(__file__).parent / "results" / "cpu_throughput.json"
 

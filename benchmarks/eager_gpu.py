@@ -69,7 +69,7 @@ def precision(name: str) -> dict:
     spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{name}.json").read_text()))
     params = fastgen.init(spec, device="cuda", dtype=torch.bfloat16)
     wide = fastgen.init(spec, device="cuda", dtype=torch.float32)
-    from fastgen.models.weights import named_weights, update
+    from fastgen.checkpoint.weights import named_weights, update
 
     update(wide, spec, named_weights(params, spec))
     asked = prompts(8, 200, spec.vocab_size)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from fastgen.cli.run import compose, build_engine
-from fastgen.grpo import Trainer, load_problem, plot_runs, train
+from fastgen.cli.run import build_engine, compose
+from fastgen.training.grpo import Trainer, load_problem, plot_runs, train
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,10 +20,10 @@ import triton
 from torch import Tensor
 
 import fastgen
-from fastgen.models import layers
-from fastgen.ops import fused, skinny
-from fastgen.sampling import sample
-from fastgen.types import SamplingTensors
+from fastgen.core import layers
+from fastgen.kernels import rope_cache, small_batch
+from fastgen.core.sampling import sample
+from fastgen.core.types import SamplingTensors
 
 HERE = Path(__file__).parent
 MODELS = {  # (N, K)
@@ -79,11 +79,11 @@ def sweep(w: Tensor, rows: int) -> dict:
     """One shape of weights: the time of every tile, of the default one and of torch."""
     copies, n, k = w.shape
     x = torch.randn(rows, k, **KIND)
-    rule = skinny.select_linear_tile
+    rule = small_batch.select_linear_tile
 
     def ours(config: dict[str, int] | None) -> Callable[[int], Tensor]:
-        skinny.select_linear_tile = rule if config is None else lambda *_: config
-        return lambda i: skinny.linear(x, w[i % copies])
+        small_batch.select_linear_tile = rule if config is None else lambda *_: config
+        return lambda i: small_batch.linear(x, w[i % copies])
 
     def plain(i: int) -> Tensor:
         return F.linear(x, w[i % copies])
@@ -103,7 +103,7 @@ def sweep(w: Tensor, rows: int) -> dict:
             row["tiles"][str(values)] = gb / seconds(ours(config)) if error < 2**-7 else f"wrong: {error}"
         except Exception as error:  # more shared memory or registers than there are
             row["tiles"][str(values)] = repr(error)[:120]
-    skinny.select_linear_tile = rule
+    small_batch.select_linear_tile = rule
     speeds = {name: speed for name, speed in row["tiles"].items() if isinstance(speed, float)}
     row["best"] = max(speeds, key=lambda name: speeds[name], default="none")
     row["best_gb_s"] = speeds.get(row["best"], 0.0)
@@ -118,9 +118,9 @@ def stores() -> list[dict]:
         qkv = torch.randn(tokens, q + 2 * kv, head, **KIND)
         angle = torch.rand(tokens, 1, head // 2, device="cuda")
         args = (qkv, angle.cos(), angle.sin(), torch.randperm(16384, device="cuda")[:tokens], k, v)
-        same = torch.equal(fused.rope_and_cache_kv(*args), layers.apply_rope(qkv[:, :q], *args[1:3]))
+        same = torch.equal(rope_cache.rope_and_cache_kv(*args), layers.apply_rope(qkv[:, :q], *args[1:3]))
         took, plain = (
-            seconds(lambda _: fused.rope_and_cache_kv(*args)),
+            seconds(lambda _: rope_cache.rope_and_cache_kv(*args)),
             seconds(lambda _: layers.rope_and_cache_kv(*args)),
         )  # noqa: B023
         rows.append({"kind": "store", "tokens": tokens, "same": same, "us": took * 1e6, "plain_us": plain * 1e6,
@@ -137,9 +137,9 @@ def draws() -> list[dict]:
             temperature = torch.full((n,), heat, device="cuda")
             settings = SamplingTensors(temperature, seed, seed, flags, None, None)
             last = torch.zeros(n + 1, dtype=torch.int32, device="cuda")
-            token, logprob = fused.sample_tokens(logits, temperature, seed, seed, flags, last, seed)
+            token, logprob = rope_cache.sample_tokens(logits, temperature, seed, seed, flags, last, seed)
             plain = sample(logits.float(), settings, num_top_logprobs=0)
-            took = seconds(lambda _: fused.sample_tokens(logits, temperature, seed, seed, flags, last, seed))  # noqa: B023
+            took = seconds(lambda _: rope_cache.sample_tokens(logits, temperature, seed, seed, flags, last, seed))  # noqa: B023
             slow = seconds(lambda _: sample(logits.float(), settings, num_top_logprobs=0), calls=2)  # noqa: B023
             rows.append({"kind": "draw", "rows": n, "vocab": vocab, "temperature": heat, "us": took * 1e6,
                          "plain_us": slow * 1e6, "gb_s": logits.nbytes / took / 1e9,

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen.compile import CompiledOps
-from fastgen.models import transformer, weights
-from fastgen.models.transformer import TORCH_OPS
-from fastgen.ops import fused
-from fastgen.ops.paged import paged_attention
-from fastgen.types import Batch, KVCache, Params
+from fastgen.compiled.runner import CompiledOps
+from fastgen.core import transformer
+from fastgen.checkpoint import weights
+from fastgen.core.transformer import TORCH_OPS
+from fastgen.kernels import rope_cache
+from fastgen.kernels.attention import paged_attention
+from fastgen.core.types import Batch, KVCache, Params
 
 HERE = Path(__file__).parent
 PAGE = 16
@@ -133,7 +134,7 @@ def main() -> None:
     region = CompiledOps()
     ops = TORCH_OPS._replace(
         attention=paged_attention, enter=region(transformer.embed), leave=region(transformer.final_norm),
-        project=region(transformer.add_norm_qkv), project_swiglu=region(transformer.add_norm_gate_up), store=fused.rope_and_cache_kv,
+        project=region(transformer.add_norm_qkv), project_swiglu=region(transformer.add_norm_gate_up), store=rope_cache.rope_and_cache_kv,
     )  # fmt: skip
     with torch.no_grad():
         one(params, cache, batch(40, args.context, 1, table), spec, ops)

@@ -27,9 +27,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastgen
-from fastgen import parallel
-from fastgen.cli import bench
-from fastgen.cli.config import model_override, compose
+from fastgen.distributed import tensor_parallel
+from fastgen.cli.bench.main import main
+from fastgen.cli.hydra_config import compose, model_override
 
 HERE = Path(__file__).parent
 WIDTH = 8192
@@ -75,12 +75,12 @@ def layout(args: argparse.Namespace) -> dict[str, Any]:
     replicas, size = map(int, args.layouts[0].split("x"))
     where = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
     config = compose(model_override(str(args.config)), "sampling.temperature=0.7", *args.settings, *where)
-    works, sampling = [bench.Workload.parse(x) for x in args.workloads], replace(config.sampling, ignore_eos=True)
-    started, generator = bench.start_engine(config, False, works), torch.Generator().manual_seed(0)
+    works, sampling = [main.Workload.parse(x) for x in args.workloads], replace(config.sampling, ignore_eos=True)
+    started, generator = main.start_engine(config, False, works), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"rows": [], "profile": None}
     with started.engine as engine:
         for work in works:
-            row = bench.measure_throughput(
+            row = main.measure_throughput(
                 started, work, replace(sampling, max_tokens=work.output_len), args.repeats, generator
             )
             one = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
@@ -129,20 +129,20 @@ def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def normed(
-    group: parallel.TPProcessGroup, read: parallel.PeerBuffers, pushed: parallel.PeerBuffers, x: Tensor
+    group: tensor_parallel.TPProcessGroup, read: tensor_parallel.PeerBuffers, pushed: tensor_parallel.PeerBuffers, x: Tensor
 ) -> dict[str, Any]:
     """A sum over the ranks of rows x, added to others, and the norm of that."""
-    from fastgen.ops import skinny
+    from fastgen.kernels import small_batch
 
     other, norm = torch.zeros_like(x), torch.ones(WIDTH, dtype=x.dtype, device=x.device)
 
-    def one(peers: parallel.PeerBuffers) -> Any:
+    def one(peers: tensor_parallel.PeerBuffers) -> Any:
         part = peers.write_partial(0, len(x), lambda rows, to: None)
         assert part is not None
         return peers.try_all_reduce_add_norm(other, part, norm, 1e-5)
 
     ways: dict[str, Callable[[], Any]] = {
-        "nccl, norm": lambda: skinny.add_norm(other, group.all_reduce(x), norm, 1e-5),
+        "nccl, norm": lambda: small_batch.add_norm(other, group.all_reduce(x), norm, 1e-5),
         "read": lambda: one(read),
         "pushed": lambda: one(pushed),
     }
@@ -156,11 +156,11 @@ def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=index, world_size=size)
-    group = parallel.TPProcessGroup()
-    peers = list[parallel.PeerBuffers]()
+    group = tensor_parallel.TPProcessGroup()
+    peers = list[tensor_parallel.PeerBuffers]()
     if kind == "cuda":
         most = SIZES[-1] // 2 // WIDTH
-        peers = [parallel.PeerBuffers(group, WIDTH, most, torch.bfloat16, device, read) for read in (2**62, 0)]
+        peers = [tensor_parallel.PeerBuffers(group, WIDTH, most, torch.bfloat16, device, read) for read in (2**62, 0)]
     rows = list[dict[str, Any]]()
     for n in SIZES:
         x = torch.zeros(n // 2 // WIDTH, WIDTH, dtype=torch.bfloat16, device=device)

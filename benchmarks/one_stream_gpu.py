@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import fastgen
-from fastgen.compile import StepShape
-from fastgen.ops import hopper
+from fastgen.compiled.runner import StepShape
+from fastgen.kernels import pdl
 
 HERE = Path(__file__).parent
 
@@ -60,7 +60,7 @@ def main() -> None:
             )  # fmt: skip
             for rows in (2, 8):
                 for name, v in variants:
-                    hopper.USE_PDL, hopper.SMALL_BATCH = v["dependent"], v.get("rows", 16)
+                    pdl.USE_PDL, pdl.SMALL_BATCH = v["dependent"], v.get("rows", 16)
                     engine._runner.fused_rope_max_tokens = 16 if "fresh" in v else 0
                     us = step_us(engine, rows)
                     results.append({"model": model, "rows": rows, "variant": name, "us": us})

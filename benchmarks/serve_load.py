@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.cli.machine import hardware_name
+from fastgen.cli.bench.main.machine import hardware_name
 
 NEW = 24  # tokens of an answer
 SETTINGS = ("model.dtype=float32", "schedule.max_requests=64", "pages.cache_tokens=16384")

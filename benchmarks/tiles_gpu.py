@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import fastgen
-from fastgen.models.spec import shard_config
-from fastgen.ops import skinny
+from fastgen.core.model_config import shard_config
+from fastgen.kernels import small_batch
 
 HERE = Path(__file__).parent
 MODELS = {  # and over how many GPUs
@@ -49,12 +49,12 @@ def shapes() -> dict[tuple[int, int], list[str]]:
 def microseconds(weights: list[Tensor]) -> float:
     """Of a product with each."""
     x = torch.randn(1, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
-    skinny.linear(x, weights[0])
+    small_batch.linear(x, weights[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for w in weights:
-            skinny.linear(x, w)
+            small_batch.linear(x, w)
     graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     times = max(3, 2 * 10**9 // sum(w.nbytes for w in weights))
@@ -73,13 +73,13 @@ def main() -> None:
     memory = torch.randn(2**30, device="cuda", dtype=torch.bfloat16).mul_(0.02)
     variants = [(n, k, w, s) for (n, k), warps in WARPS.items() for w in warps for s in (3, 4, 5, 6)
                 if 2 * n * k * s <= SHARED]  # fmt: skip
-    chosen, rows = skinny.select_linear_tile, dict[str, dict[str, Any]]()
+    chosen, rows = small_batch.select_linear_tile, dict[str, dict[str, Any]]()
     for shape, owners in shapes().items():
         rows[f"{shape[0]} x {shape[1]}"] = {"of": owners, "chosen": None, "us": {}}
     for variant in tqdm([None, *variants], unit="tile"):
         if variant is not None:
             config = dict(zip(("N", "K", "num_warps", "num_stages"), variant, strict=True))
-            skinny.select_linear_tile = lambda *_, config=config: config
+            small_batch.select_linear_tile = lambda *_, config=config: config
         for shape in shapes():
             n, k = shape
             if variant is not None and k % variant[1]:
@@ -92,7 +92,7 @@ def main() -> None:
                 row["chosen"] = [*chosen(n, k, 1, torch.bfloat16).values(), taken]
             else:
                 row["us"][" ".join(map(str, variant))] = taken
-    skinny.select_linear_tile = chosen
+    small_batch.select_linear_tile = chosen
     args.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "shapes": rows}, indent=1) + "\n")
     for name, row in rows.items():
         best = min(row["us"], key=row["us"].get)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.models import weights
+from fastgen.checkpoint import weights
 
 HERE = Path(__file__).parent
 

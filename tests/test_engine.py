@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import fastgen
-from fastgen import Event, Output, SamplingParams, schedule
-from fastgen.ops.attention import reference
-from fastgen.sampling import exponential_noise
-from fastgen.schedule import Span
+from fastgen import Event, Output, SamplingParams
+from fastgen.core import scheduler
+from fastgen.core.attention import reference
+from fastgen.core.sampling import exponential_noise
+from fastgen.core.scheduler import Span
 
 CONFIG = tiny.config("Mistral", **tiny.WINDOWED)
 SPEC = fastgen.from_hf_config(CONFIG)
@@ -41,7 +42,7 @@ class Engine(fastgen.Engine):
 
     def step(self) -> list[Event]:
         before, events = self.state, super().step()
-        schedule.check(self.state, self.config.schedule)
+        scheduler.check(self.state, self.config.schedule)
         self.idle = 0 if events or self.state != before else self.idle + 1
         assert self.idle < 9, "nothing happens any more"
         return events
@@ -135,7 +136,7 @@ def idle(engine: Engine) -> None:
     assert engine.step() == []  # the first call after a stream was left aborts its requests
     state = engine.state
     assert not state.running and not state.waiting
-    schedule.check(state, engine.config.schedule)
+    scheduler.check(state, engine.config.schedule)
     assert state.prefix_cache.num_available_pages() == engine.cache_capacity // state.page_size
 
 
@@ -414,11 +415,11 @@ def test_generate_beside_single_steps() -> None:
 # --- interrupts and errors ----------------------------------------------------------------------------------
 
 PLACES = (
-    "fastgen.compile.compute",
-    "fastgen.loop.Stager.stage",
-    "fastgen.loop.Loop._draw",
-    "fastgen.loop.Sample.push",
-    "fastgen.loop.schedule.commit",
+    "fastgen.compiled.runner.compute",
+    "fastgen.core.engine_core.Stager.stage",
+    "fastgen.core.engine_core.Loop._draw",
+    "fastgen.core.engine_core.Sample.push",
+    "fastgen.core.engine_core.schedule.commit",
 )
 PUSH = PLACES[3]  # whose errors are a request's own
 
@@ -468,7 +469,7 @@ def test_interrupt_keeps_what_was_finished(monkeypatch: pytest.MonkeyPatch) -> N
     e = engine()
     id = e.add(PROMPTS[0], replace(GREEDY, max_tokens=2))
     e.generate(PROMPTS[1], GREEDY)
-    failing(monkeypatch, "fastgen.compile.compute", 3, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.compiled.runner.compute", 3, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         e.generate(PROMPTS[2], GREEDY)
     assert tokens([collect(drain(e))[id]]) == [WANTED[0][:2]]
@@ -708,14 +709,14 @@ def test_logprob_modes() -> None:
 def test_prompt_logprobs(settings: dict[str, Any], rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are shifted, or lost or doubled where a prompt or its logits are computed in pieces."""
     if rows is not None:
-        inner = pkgutil.resolve_name("fastgen.step.unembed")
+        inner = pkgutil.resolve_name("fastgen.core.step.unembed")
 
         def bounded(params: fastgen.Params, x: Tensor, *rest: Any) -> Any:
             assert len(x) <= rows, "more logits at once than allowed"
             return inner(params, x, *rest)
 
-        monkeypatch.setattr("fastgen.step.CHUNK", rows * 61 + 60)
-        monkeypatch.setattr("fastgen.step.unembed", bounded)
+        monkeypatch.setattr("fastgen.core.step.CHUNK", rows * 61 + 60)
+        monkeypatch.setattr("fastgen.core.step.unembed", bounded)
     params = [replace(GREEDY, prompt_logprobs=k, n=2) for k in (0, 3, 2, 1, None, 61)]
     e = engine(**settings)
     for output, asked in zip(e.generate(PROMPTS, params), params, strict=True):
@@ -774,7 +775,7 @@ def test_interrupt_ends_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     e = engine()
     one, two = e.stream(PROMPTS[0], GREEDY), e.stream(PROMPTS[1], GREEDY)
     events = [next(two)]
-    failing(monkeypatch, "fastgen.compile.compute", 0, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.compiled.runner.compute", 0, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         next(one)
     (output,) = collect(events + list(two)).values()
@@ -853,7 +854,7 @@ def test_default_cache_holds_the_longest_request(page: int) -> None:
 def test_interrupt_while_adding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was half added stays, and can never finish."""
     e = engine()
-    failing(monkeypatch, "fastgen.loop.Sample.__init__", 2, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.core.engine_core.Sample.__init__", 2, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         e.generate(PROMPTS[0], replace(GREEDY, n=3))
     idle(e)
@@ -865,7 +866,7 @@ def test_error_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     e = engine()
     for p in PROMPTS[:3]:
         e.add(p, replace(GREEDY, prompt_logprobs=0))
-    failing(monkeypatch, "fastgen.loop.score", 1, RuntimeError)
+    failing(monkeypatch, "fastgen.core.engine_core.score", 1, RuntimeError)
     with pytest.raises(RuntimeError):
         e.step()
     for id, output in collect(drain(e)).items():

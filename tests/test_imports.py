@@ -107,6 +107,6 @@ def test_public_names() -> None:
     assert {"Engine", "AsyncEngine", "score"} <= set(dir(fastgen))
     names: dict[str, object] = {}
     exec("from fastgen import *", names)
-    assert names["Engine"] is fastgen.Engine and fastgen.parallel.Ranks.__module__ == "fastgen.parallel"
+    assert names["Engine"] is fastgen.Engine and fastgen.distributed.tensor_parallel.Ranks.__module__ == "fastgen.distributed.tensor_parallel"
     with pytest.raises(AttributeError, match="module 'fastgen' has no attribute 'nothing'"):
         fastgen.nothing  # noqa: B018

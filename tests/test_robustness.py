@@ -29,22 +29,22 @@ from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import Output, SamplingParams
-from fastgen.batch import build_logit_edits
+from fastgen.core.batch import build_logit_edits
 from fastgen.cli import serve
-from fastgen.request import Completion, SequenceState
-from fastgen.schedule import Span
-from fastgen.serve import core, gate, log, worker
-from fastgen.serve.answer import dump_json, iter_json_chunks
-from fastgen.serve.gate import EXCEPTION_HANDLERS
-from fastgen.serve.metrics import Metrics, render_metrics
-from fastgen.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, APIError
-from fastgen.serve.service import TokenizerThread
-from fastgen.tokenizer import StopString, max_prompt_chars
+from fastgen.core.request import Completion, SequenceState
+from fastgen.core.scheduler import Span
+from fastgen.server import engine_process, http_worker, log, middleware
+from fastgen.server.responses import dump_json, iter_json_chunks
+from fastgen.server.middleware import EXCEPTION_HANDLERS
+from fastgen.server.metrics import Metrics, render_metrics
+from fastgen.server.requests import APIError, ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
+from fastgen.server.app_state import TokenizerThread
+from fastgen.core.tokenizer import StopString, max_prompt_chars
 
 
 def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One try a pause and one line for all of them; once there are files again, connections are taken."""
-    monkeypatch.setattr(worker, "PAUSE", 0.01)
+    monkeypatch.setattr(http_worker, "PAUSE", 0.01)
     tries = 0
     full = True
 
@@ -69,14 +69,14 @@ def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monke
             listener.bind(("127.0.0.1", 0))
             listener.listen(16)
             listener.setblocking(False)
-            acceptor = worker.Acceptor(listener, Protocol)
+            acceptor = http_worker.Acceptor(listener, Protocol)
             acceptor.start()
             clients = [socket.create_connection(listener.getsockname()) for _ in range(8)]
             while tries < 5:
                 await asyncio.sleep(0.001)
             began, before = time.monotonic(), tries
             await asyncio.sleep(0.05)
-            assert tries - before <= (time.monotonic() - began) / worker.ACCEPT_PAUSE_SECONDS + 1
+            assert tries - before <= (time.monotonic() - began) / http_worker.ACCEPT_PAUSE_SECONDS + 1
             assert not taken.is_set()
             full = False
             await asyncio.wait_for(taken.wait(), 5)
@@ -90,7 +90,7 @@ def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monke
 
 CHATTY = """
 import sys
-from fastgen.serve.log import always_read, say
+from fastgen.server.log import always_read, say
 with always_read():
     for i in range(20_000):
         print(f"line {i} of a process that says much to whoever listens", file=sys.stderr)
@@ -169,13 +169,13 @@ def test_stopped_descendants() -> None:
         assert child.stdout
         grandchild = int(child.stdout.readline())
         try:
-            assert grandchild not in core.find_stopped_children()
+            assert grandchild not in engine_process.find_stopped_children()
             os.kill(grandchild, signal.SIGSTOP)
             end = time.monotonic() + 10
-            while core.find_stopped_children() != [grandchild]:
+            while engine_process.find_stopped_children() != [grandchild]:
                 assert time.monotonic() < end
             os.kill(grandchild, signal.SIGCONT)
-            while core.find_stopped_children():
+            while engine_process.find_stopped_children():
                 assert time.monotonic() < end
         finally:
             os.kill(grandchild, signal.SIGKILL)
@@ -185,7 +185,7 @@ def test_stopped_descendants() -> None:
 
 def test_counts_are_added_up() -> None:
     """Of two workers, one of which is gone; as Prometheus reads them."""
-    total = core.EngineServer(MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), 1, {})
+    total = engine_process.EngineServer(MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), 1, {})
 
     async def work(*gaps: float) -> None:
         sent: list[dict] = []
@@ -348,9 +348,9 @@ def test_texts_that_can_never_fit() -> None:
 def test_bodies_of_too_many_values(value: str, most: int) -> None:
     """Lists, objects and keys are read more slowly than numbers, and count for more."""
     body = value.encode() * most
-    assert gate._check_num_values(body) is body
+    assert middleware._check_num_values(body) is body
     with pytest.raises(APIError, match="2097152 commas") as e:
-        gate._check_num_values(body + value.encode())
+        middleware._check_num_values(body + value.encode())
     assert e.value.status == 413
 
 

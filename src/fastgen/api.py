@@ -1,32 +1,32 @@
 """Gathers the public names of fastgen; `import fastgen` loads this module when the first of them is used."""
 
 from fastgen import lora
-from fastgen.aio import AsyncEngine
-from fastgen.batch import build_batch
-from fastgen.cache.prefix import CacheStats
-from fastgen.config import SamplingParams, EngineConfig
+from fastgen.async_engine import AsyncEngine
+from fastgen.core.batch import build_batch
+from fastgen.core.prefix_cache import CacheStats
+from fastgen.config import EngineConfig, SamplingParams
 from fastgen.engine import Engine
-from fastgen.exchange import adopt, cuda_ipc_handles, receive, send
-from fastgen.models.spec import RopeConfig, ModelConfig, from_hf_config
-from fastgen.models.transformer import forward, hidden_states, compute_logits
-from fastgen.models.weights import init, load, save
-from fastgen.replicas import Replicas
-from fastgen.request import Completion, Event, Output
-from fastgen.scoring import LogprobMismatch, compare_logprobs, logprob_mismatch, score
+from fastgen.training.weight_sync import adopt, cuda_ipc_handles, receive, send
+from fastgen.core.model_config import ModelConfig, RopeConfig, from_hf_config
+from fastgen.core.transformer import compute_logits, forward, hidden_states
+from fastgen.checkpoint.weights import init, load, save
+from fastgen.distributed.data_parallel import Replicas
+from fastgen.core.request import Completion, Event, Output
+from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score
 from fastgen.snapshot import Snapshot
-from fastgen.step import new_kv_cache
-from fastgen.types import (
+from fastgen.core.step import new_kv_cache
+from fastgen.core.types import (
     Adapter,
-    StackedAdapters,
     Batch,
     KVCache,
-    LogitEdits,
-    TopKTopP,
     Layer,
+    LogitEdits,
     Params,
     SamplerOutput,
     SamplingTensors,
     SharedPrefix,
+    StackedAdapters,
+    TopKTopP,
 )
 
 __all__ = [

@@ -100,7 +100,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprob_mode: str = "raw"
-    grammar: str | None = None  # regex:…, json:… or lark:…, which the output follows; see `fastgen.grammar`
+    grammar: str | None = None  # regex:…, json:… or lark:…, which the output follows; see `fastgen.structured_output`
     adapter: str | None = None  # by the name the engine was told; None: the model alone
     cache_salt: str | None = None  # cached prefixes are shared with requests of the same salt, and with no others
 
@@ -347,9 +347,9 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoConfig:
-    """A run of `fastgen.grpo`: learning from rewards. Groups are `sampling.n` answers."""
+    """A run of `fastgen.training.grpo`: learning from rewards. Groups are `sampling.n` answers."""
 
-    problem: str = "addition"  # a name in fastgen.grpo.PROBLEMS, or module:attribute
+    problem: str = "addition"  # a name in fastgen.training.grpo.PROBLEMS, or module:attribute
     steps: int = 40
     prompts_per_step: int = 8  # a step
     num_minibatches: int = 2  # updates a step

@@ -1,4 +1,4 @@
-"""The engine: what one calls. Its loop of steps is in `fastgen.loop`."""
+"""The engine: what one calls. Its loop of steps is in `fastgen.core.engine_core`."""
 
 import hashlib
 import sys
@@ -17,22 +17,25 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from fastgen import exchange, launch, lora, schedule, scoring, tokenizer
-from fastgen.cache.host import page_bytes
-from fastgen.cache.prefix import CacheStats, Namespace, make_namespace
-from fastgen.config import SamplingParams, EngineConfig, check_choice, check_int
-from fastgen.exchange import named_tensors
-from fastgen.loop import INT64_RANGE, EngineCore, get_tp_size
+from fastgen.training import logprobs, weight_sync
+from fastgen.distributed import workers
+from fastgen import lora
+from fastgen.core import scheduler, tokenizer
+from fastgen.offload.host_cache import page_bytes
+from fastgen.core.prefix_cache import CacheStats, Namespace, make_namespace
+from fastgen.config import EngineConfig, SamplingParams, check_choice, check_int
+from fastgen.training.weight_sync import named_tensors
+from fastgen.core.engine_core import EngineCore, INT64_RANGE, get_tp_size
 from fastgen.lora import LoadedAdapter
-from fastgen.memory import ReleasableMemory
-from fastgen.models import default, weights
-from fastgen.models.spec import UNSHARDED, TPShard, ModelConfig, shard_config
-from fastgen.ownership import exclusive, no_torch_modes
-from fastgen.profiler import ProfileWindow
-from fastgen.request import Event, Output, SequenceState, map_prompts, max_length
+from fastgen.training.sleep import ReleasableMemory
+from fastgen.checkpoint import hub, weights
+from fastgen.core.model_config import ModelConfig, TPShard, UNSHARDED, shard_config
+from fastgen.thread_safety import exclusive, no_torch_modes
+from fastgen.profiling.profiler import ProfileWindow
+from fastgen.core.request import Event, Output, SequenceState, map_prompts, max_length
 from fastgen.snapshot import Snapshot
-from fastgen.tokenizer import Prompt
-from fastgen.types import Adapter, Params, Tokenizer
+from fastgen.core.tokenizer import Prompt
+from fastgen.core.types import Adapter, Params, Tokenizer
 
 T = TypeVar("T")
 
@@ -66,7 +69,7 @@ def resolve_model(model: str | Path | None, dtype: str, device: str) -> tuple[Pa
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return default.default_model_path() if model is None else weights.resolve(model), device
+    return hub.default_model_path() if model is None else weights.resolve(model), device
 
 
 def outputs_as_completed(request_ids: Sequence[int], events: Iterable[Event]) -> Iterator[tuple[int, Output]]:
@@ -158,10 +161,10 @@ class Engine(EngineCore):
     `params` are used as they are, without a copy, on the device and in the dtype they have. Settings are the names
     in `fastgen.config` (`token_budget=512, page_size=32, …`).
 
-    `tensor_parallel=N` spreads `params`, the whole model's, over N ranks (see `fastgen.launch`): this process, and
+    `tensor_parallel=N` spreads `params`, the whole model's, over N ranks (see `fastgen.distributed.workers`): this process, and
     others that end with it. With a `group` this is one of several ranks: `params` are this rank's (`init` and `load`
     take its place), `spec` is the whole model's, and every rank makes the same calls in the same order (see
-    `fastgen.parallel`).
+    `fastgen.distributed.tensor_parallel`).
 
     For one thread at a time, of the process that made it: others are refused (RuntimeError), and nothing is changed.
     `close()` (or `with`) frees the cache.
@@ -195,11 +198,11 @@ class Engine(EngineCore):
         load = partial(_load_model, path, kind, random_seed if random_weights else None)
         if size > 1:
             shard_config(weights.read_model_config(path), size)
-            group = launch.create_tp_group(size, device.partition(":")[0], load, settings, cls)
-            device = launch.rank_device(device, group.shard.rank) if device == "cuda" else device
+            group = workers.create_tp_group(size, device.partition(":")[0], load, settings, cls)
+            device = workers.rank_device(device, group.shard.rank) if device == "cuda" else device
         else:
             group = None
-        with launch.close_workers_on_error(group):
+        with workers.close_workers_on_error(group):
             made: list[ReleasableMemory] = []
 
             def region(size: int) -> ReleasableMemory:
@@ -322,7 +325,7 @@ class Engine(EngineCore):
         for seed in given:
             id, copy = next(self._sequence_id_counter), sample.fork(next(self._request_id_counter), seed)
             self._sequence_states[id] = copy
-            self.state = schedule.fork(self.state, source, self._make_sequence(id, copy), self._tokens_by_sequence())
+            self.state = scheduler.fork(self.state, source, self._make_sequence(id, copy), self._tokens_by_sequence())
             new.append(copy.output.request_id)
         return new
 
@@ -351,7 +354,7 @@ class Engine(EngineCore):
             found.model_fingerprint = self._model_fingerprint()
             found.pages = {
                 i: self._host_offload.read_pages(
-                    s.pages[: schedule.num_pages_for(self.state.page_size, s.num_computed_tokens)],
+                    s.pages[: scheduler.num_pages_for(self.state.page_size, s.num_computed_tokens)],
                     s.num_computed_tokens,
                 )
                 for i, s in cached.items()
@@ -440,11 +443,11 @@ class Engine(EngineCore):
 
     def _insert_snapshot_pages(self, tokens: Sequence[int], keys_values: Tensor, cache_namespace: Namespace) -> None:
         """Put keys and values of some tokens into the tree, as if a request had left them, if there is room."""
-        held = schedule.insert_idle_pages(self.state.prefix_cache, tokens, cache_namespace)
+        held = scheduler.insert_idle_pages(self.state.prefix_cache, tokens, cache_namespace)
         if not held:
             return
         out, copies, back = self.state.prefix_cache.pop_page_copies()
-        for event in self._host_offload.start_copies(schedule.PageCopies(out, copies, back)):
+        for event in self._host_offload.start_copies(scheduler.PageCopies(out, copies, back)):
             torch.cuda.current_stream(self.device).wait_event(event)
         self._host_offload.write_pages(held, keys_values[:, :, : len(held) * self.state.page_size])
 
@@ -482,7 +485,7 @@ class Engine(EngineCore):
             self._write_params(given, partial, recompute, check_finite)
             return self.weight_version
         self._broadcast("_take_received", partial, recompute, check_finite)
-        handed = exchange.broadcast_weights(_as_value_errors(pairs), device=self.device)
+        handed = weight_sync.broadcast_weights(_as_value_errors(pairs), device=self.device)
         self._run_on_all_ranks(lambda: self._write_params(handed, partial, recompute, check_finite))
         return self.weight_version
 
@@ -510,7 +513,7 @@ class Engine(EngineCore):
 
     def _write_received_params(self, partial: bool, recompute: bool, check_finite: bool) -> None:
         """What rank 0 hands on."""
-        self._write_params(exchange.receive(device=self.device), partial, recompute, check_finite)
+        self._write_params(weight_sync.receive(device=self.device), partial, recompute, check_finite)
 
     @exclusive("params")
     def score(self, sequences: Tensor | Sequence[Sequence[int] | Tensor | str], **options: Any) -> list[Tensor]:
@@ -518,12 +521,12 @@ class Engine(EngineCore):
 
         Over several ranks, all take part, and there are no gradients.
         """
-        many = scoring.to_token_ids(sequences, self.tokenizer)
+        many = logprobs.to_token_ids(sequences, self.tokenizer)
         self._broadcast("score", many, **options)
         fixed: dict[str, Any] = {"deterministic": self.config.compile.batch_invariant, "group": self.tp_group}
         with torch.set_grad_enabled(self.tp_group is None and torch.is_grad_enabled()):
             return self._run_on_all_ranks(
-                lambda: scoring.score(self._params, self.model_config, many, **fixed | options)
+                lambda: logprobs.score(self._params, self.model_config, many, **fixed | options)
             )
 
     def _run_on_all_ranks(self, fn: Callable[[], T]) -> T:

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgen.config import SamplingParams
-from fastgen.grammar import GrammarMatcher
-from fastgen.request import Completion, FinishReason, Output, SequenceState, TopLogprobs
-from fastgen.types import Tokenizer
+from fastgen.structured_output import GrammarMatcher
+from fastgen.core.request import Completion, FinishReason, Output, SequenceState, TopLogprobs
+from fastgen.core.types import Tokenizer
 
 FORMAT = "fastgen snapshot 2"
 SEED_RANGE = range(-(2**63), 2**63)

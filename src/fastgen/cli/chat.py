@@ -27,12 +27,13 @@ from rich.text import Text
 from torch.utils._pytree import tree_leaves
 
 import fastgen
-from fastgen import Engine, SamplingParams, tokenizer
-from fastgen.chat import Conversation, ConversationTooLong, check_can_chat
-from fastgen.cli.config import RunConfig, model_override, compose, explain_error
+from fastgen import Engine, SamplingParams
+from fastgen.core import tokenizer
+from fastgen.conversation import Conversation, ConversationTooLong, check_can_chat
+from fastgen.cli.hydra_config import RunConfig, compose, explain_error, model_override
 from fastgen.cli.run import build_engine
 from fastgen.config import unknown_name_message
-from fastgen.models import default, weights
+from fastgen.checkpoint import hub, weights
 
 EPILOG = """
 In the terminal, /h lists the commands. With -p, or when stdin is no terminal, the whole of it is one message: the
@@ -328,8 +329,8 @@ def _start_engine(config: RunConfig) -> Engine:
     m = config.model
     if config.parallel.replicas > 1:
         raise ValueError("a conversation is one request at a time: parallel.replicas must be 1; tensor_parallel helps")
-    path = default.default_model_path() if m.path is None else weights.resolve(m.path)
-    check_can_chat(tokenizer.load(path), str(m.path or default.REPO_ID), config.sampling)
+    path = hub.default_model_path() if m.path is None else weights.resolve(m.path)
+    check_can_chat(tokenizer.load(path), str(m.path or hub.REPO_ID), config.sampling)
     return build_engine(config, progress=sys.stderr.isatty())
 
 
@@ -356,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
                 return _answer_once(talk, message)
             size = sum(w.nbytes for w in tree_leaves(e.params) if w is not None)
             dtype, console = str(e.dtype).removeprefix("torch."), Console(highlight=False)
-            name = Path(config.model.path or default.FOLDER).name
+            name = Path(config.model.path or hub.FOLDER).name
             about = f"{name}: {size / 1e9:.1f} GB, {dtype} on {e.device}, a context of {talk.max_length} tokens"
             console.print(Text(about, "dim"))
             TerminalChat(talk, console).run()

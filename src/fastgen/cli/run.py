@@ -29,12 +29,20 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm.auto import tqdm
 
 import fastgen
-from fastgen import Engine, Output, Replicas, SamplingParams, EngineConfig
-from fastgen.cli.config import RunConfig, Task, compose, conf_dir, explain_error, to_hydra_arguments, to_dataclass
-from fastgen.cli.files import STANDARD_OUTPUT, check_output, read_prompts
-from fastgen.grpo import Trainer, load_problem, train
-from fastgen.profiler import profile_on_signal
-from fastgen.tokenizer import Prompt, is_single_prompt
+from fastgen import Engine, EngineConfig, Output, Replicas, SamplingParams
+from fastgen.cli.hydra_config import (
+    RunConfig,
+    Task,
+    compose,
+    conf_dir,
+    explain_error,
+    to_dataclass,
+    to_hydra_arguments,
+)
+from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
+from fastgen.training.grpo import Trainer, load_problem, train
+from fastgen.profiling.profiler import profile_on_signal
+from fastgen.core.tokenizer import Prompt, is_single_prompt
 
 __all__ = ["compose", "build_engine", "build_engines", "main", "run"]
 
@@ -97,7 +105,7 @@ def profile(
 
 
 def grpo(config: RunConfig, folder: Path = Path()) -> None:
-    """Learn from rewards (see `fastgen.grpo`), and say what it came to."""
+    """Learn from rewards (see `fastgen.training.grpo`), and say what it came to."""
     if config.prompt is not None or config.task.prompts is not None or config.out is not None:
         raise ValueError("task=grpo draws its own prompts, and writes to grpo.folder: leave prompt and out as they are")
     if config.seed is None:

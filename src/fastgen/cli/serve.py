@@ -1,7 +1,7 @@
 """`fgserve`: an OpenAI-compatible server. `fgserve --help`.
 
-    supervisor ── one engine process       fastgen.serve.core: token ids in, token ids out
-               └─ some HTTP workers        fastgen.serve.worker: text, forms, limits; they share the listening socket
+    supervisor ── one engine process       fastgen.server.engine_process: token ids in, token ids out
+               └─ some HTTP workers        fastgen.server.http_worker: text, forms, limits; they share the listening socket
 
 This process only watches the others: a worker that dies is replaced, and what it asked for is ended; the engine's
 death ends everything.
@@ -34,8 +34,8 @@ from typing import Any
 import fastgen
 from fastgen import Engine, Replicas, lora
 from fastgen.cli import run
-from fastgen.cli.config import RunConfig, model_override, compose, expand_key
-from fastgen.models import default, weights
+from fastgen.cli.hydra_config import RunConfig, compose, expand_key, model_override
+from fastgen.checkpoint import hub, weights
 
 EngineLoader = Callable[[], tuple[Engine | Replicas, str]]  # an engine or several, and where their model is
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "zmq", "prometheus_client")
@@ -177,7 +177,7 @@ def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
     model, limits = replace(config.model, adapters=folders), lora.expand_lora_config(config.lora, folders)
     config = replace(config, model=model, lora=limits)
     if args.model is None:
-        return config, default.FOLDER
+        return config, hub.FOLDER
     if choice == [f"model={args.model}"]:
         return config, args.model
     is_path = Path(args.model).expanduser().exists()
@@ -200,7 +200,7 @@ def parse_adapters(arguments: Sequence[str]) -> dict[str, str]:
 def load_engine(config: RunConfig) -> tuple[Engine | Replicas, str]:
     """The engine or replicas of a configuration, which work on tokens alone, and where its model is."""
     m = config.model
-    path = default.default_model_path() if m.path is None else weights.resolve(m.path)
+    path = hub.default_model_path() if m.path is None else weights.resolve(m.path)
     engine = run.build_engines(replace(config, model=replace(m, path=str(path))))
     engine.tokenizer = None  # it has told what ends a text; the workers have their own
     return engine, str(path)
@@ -271,7 +271,7 @@ class Supervisor:
         # at once, and memory is shared. The engine is no fork, which GPU drivers do not forgive.
         self.fork_context = multiprocessing.get_context("forkserver")
         tokenizers = "transformers.models.auto.tokenization_auto"
-        self.fork_context.set_forkserver_preload(["fastgen.serve.worker", "fastgen.cli.run", tokenizers])
+        self.fork_context.set_forkserver_preload(["fastgen.server.http_worker", "fastgen.cli.run", tokenizers])
         self.spawn_context = multiprocessing.get_context("spawn")
         self.wake_receiver, self.wake_sender = socket.socketpair()
         self.wake_sender.setblocking(False)
@@ -390,15 +390,15 @@ class Supervisor:
 
 
 def _run_engine(engine_loader: EngineLoader, address: str, max_completions: int | None, control: Connection) -> None:
-    from fastgen.serve import core
+    from fastgen.server import engine_process
 
-    core.run_engine_process(engine_loader, address, control, max_completions)
+    engine_process.run_engine_process(engine_loader, address, control, max_completions)
 
 
 def _run_worker(options: Any, name: str, listener: socket.socket, control: Connection) -> None:
-    from fastgen.serve import worker
+    from fastgen.server import http_worker
 
-    worker.run_http_worker(options, name, listener, control)
+    http_worker.run_http_worker(options, name, listener, control)
 
 
 def _log(text: str) -> None:
@@ -463,8 +463,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         _log(str(e))
         return 2
-    from fastgen.serve.log import nonblocking_stderr
-    from fastgen.serve.service import ServerOptions
+    from fastgen.server.log import nonblocking_stderr
+    from fastgen.server.app_state import ServerOptions
 
     with temporary_folder() as folder, nonblocking_stderr():
         options = ServerOptions(

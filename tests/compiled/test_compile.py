@@ -1,0 +1,123 @@
+"""Shapes that steps are padded to, and compiled steps on a CPU. Captured ones are in test_graphs: they need a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastgen
+from fastgen import EngineConfig
+from fastgen.core.batch import InputBuffers
+from fastgen.compiled.runner import ModelRunner, StepShape, decode_graph_sizes, largest_shape
+from fastgen.config import SchedulerConfig
+from fastgen.core.step import fill_pending_tokens
+
+CONFIG = tiny.config("Qwen3", hidden_size=64, intermediate_size=96, head_dim=16, vocab=103, context=256)
+SPEC = fastgen.from_hf_config(CONFIG)
+
+
+@given(most=st.integers(1, 3000))
+def test_buckets(most: int) -> None:
+    """Rising, up to the most, and no more than a quarter more than is needed, but for the smallest."""
+    sizes = decode_graph_sizes(most)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max(2, most) and sizes[0] >= 2
+    for n in range(1, most + 1):
+        assert min(s for s in sizes if s >= n) <= max(2, n + 7, n * 1.25)
+
+
+def stepper(limits: SchedulerConfig) -> ModelRunner:
+    settings = EngineConfig.from_flat(compile="inductor", schedule=limits).resolve("cpu")
+    params = fastgen.init(SPEC, device="cpu")
+    device = params.embed.device
+    return ModelRunner(
+        params, SPEC, settings, InputBuffers(limits.max_num_seqs, *largest_shape(limits)[:2], 16, 16, 103, device)
+    )
+
+
+@given(data=st.data(), most=st.integers(1, 600), extra=st.integers(0, 3000))
+def test_a_plan_fits_its_shape(data: st.DataObject, most: int, extra: int) -> None:
+    """Every plan has room in its shape, with a row for the padding, and the buffers have room for the shape."""
+    limits = SchedulerConfig(max_num_seqs=most, token_budget=most + extra)
+    run = STEPPERS.setdefault(limits, stepper(limits))
+    rows = data.draw(st.integers(1, most))
+    tokens = data.draw(st.one_of(st.just(rows), st.integers(rows, limits.token_budget)))
+    shape = run.padded_shape(tokens, rows, needs_prompt_logprobs=False)
+    assert shape.num_tokens >= tokens and shape.decode == (tokens == rows)
+    assert shape.num_seqs >= rows if shape.decode else shape.num_seqs > rows
+    assert (shape.num_tokens == shape.num_seqs) == shape.decode, "attention would take it for the other kind"
+    assert shape.num_tokens <= largest_shape(limits).num_tokens and shape.num_seqs <= largest_shape(limits).num_seqs
+
+
+STEPPERS: dict[SchedulerConfig, ModelRunner] = {}
+
+
+def test_graphs_have_shapes_for_all_that_decode() -> None:
+    """Every number of decoding sequences has a graph, largest first: the others fit into its memory."""
+    run = stepper(SchedulerConfig(max_num_seqs=100, token_budget=600))
+    run.mode = "graphs"
+    shapes = run.graph_shapes()
+    assert list(shapes) == sorted(shapes, reverse=True)
+    assert {s.num_seqs for s in shapes if s.decode} == {*decode_graph_sizes(100)}
+    assert [s.num_tokens for s in shapes if not s.decode] == [640, 512, 384, 320, 256, 192, 128, 64]
+    run.graphs = dict.fromkeys(shapes)  # type: ignore[arg-type]
+    assert run.padded_shape(33, 33, needs_prompt_logprobs=False) == StepShape(40, 40, True)
+    assert run.padded_shape(70, 5, needs_prompt_logprobs=False) == StepShape(128, 32, False)
+    assert run.padded_shape(70, 40, needs_prompt_logprobs=False) not in shapes  # more sequences than the graph has
+    assert run.padded_shape(70, 5, needs_prompt_logprobs=True) not in shapes  # graphs keep no hidden states
+    assert run.padded_shape(625, 90, needs_prompt_logprobs=False) == StepShape(
+        640, 101, False
+    )  # the whole budget, nearly
+    assert run.padded_shape(600, 40, needs_prompt_logprobs=False) not in shapes
+    assert run.padded_shape(33, 33, needs_prompt_logprobs=False, shared_prefix=True) == StepShape(64, 64, True, True)
+    run.config = EngineConfig.from_flat(schedule=run.config.schedule, shared_attention=False)
+    assert not any(s.shared_prefix for s in run.graph_shapes())
+
+
+def test_feed() -> None:
+    """A token below 0 is the one last drawn in that seat."""
+    last = torch.tensor([0, 11, 22, 33], dtype=torch.int32)
+    token = torch.tensor([5, -3, 0, -1], dtype=torch.int32)
+    assert fill_pending_tokens(token, last).tolist() == [5, 33, 0, 11]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"compile": "graphs"}, "needs a GPU"), ({"compile": "graphs", "attention": "sdpa"}, "triton only")],
+)
+def test_graphs_need_a_gpu_and_triton(settings: dict[str, str], message: str) -> None:
+    """What cannot be captured is refused, with what to use instead."""
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.from_flat(**settings).resolve("cpu")
+
+
+COMPARE = f"""
+import fastgen, torch
+torch.set_num_threads(1)
+spec = fastgen.from_hf({CONFIG})
+params = fastgen.init(spec, 1, device="cpu")
+prompts = [[i] * (5 * i + 1) for i in range(1, 8)]
+sampling = [fastgen.SamplingParams(temperature=i % 2, seed=i, max_tokens=5 + i) for i in range(7)]
+from fastgen.compiled.runner import compilations
+def run(**settings):
+    with fastgen.Engine(params, spec, cache_tokens=1024, progress=False, token_budget=64, max_requests=4,
+                        **settings) as e:
+        before = compilations()
+        outputs = e.generate(prompts, sampling)
+        assert compilations() == before, "compiled after the start"
+        return [c.token_ids for o in outputs for c in o.completions]
+assert run() == run(compile="inductor", overlap=True)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="test_graphs compares on GPUs")
+def test_compiled_as_eager() -> None:
+    """In a process of its own: types that are checked at run time cannot be traced."""
+    root = Path(fastgen.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, cwd=root)
+    assert done.stdout == "equal\n", done.stderr[-3000:]

@@ -1,0 +1,432 @@
+"""A model over several ranks: the same logits, tokens and plans as on one. Ranks are threads that meet at a barrier."""
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from ranks import PROGRAMS, SETTINGS, SPEC, load, reading
+from ranks import weights as weights_of
+from test_models import CASES, PAGE, build, empty, prompt
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastgen
+from fastgen import SamplingParams, SamplingTensors
+from fastgen.distributed import tensor_parallel
+from fastgen.core import sampling, scheduler
+from fastgen.checkpoint import files
+from fastgen.core.layers import rms_norm
+from fastgen.core.model_config import ModelConfig, TPShard, shard_config
+from fastgen.core.transformer import TORCH_OPS, run_layers
+from fastgen.checkpoint.weights import named_weights, update
+from fastgen.core.attention import reference
+from fastgen.distributed.tensor_parallel import TPProcessGroup, raise_if_inconsistent, shard_ops
+from fastgen.core.scheduler import Span
+
+
+class Meeting:
+    """What the threads share."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.shown = size, threading.Barrier(size, timeout=120), [None] * size
+
+
+class Rank:
+    """A group whose ranks are threads."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.place, self.steps = meeting, TPShard(rank, meeting.size), 0
+
+    def _all(self, x: Any) -> list[Any]:
+        m = self.meeting
+        m.shown[self.place.rank] = x
+        m.barrier.wait()
+        found = [*m.shown]
+        m.barrier.wait()
+        return found
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.copy_(torch.stack(self._all(x.clone())).sum(0))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack(self._all(x))
+
+    def least(self, n: int) -> int:
+        return min(self._all(n))
+
+    def agree(self, step: int, digest: int) -> None:
+        self.steps += 1
+        raise_if_inconsistent(self.place.rank, step, self._all(digest))
+
+
+class Read(tensor_parallel.PeerBuffers):
+    """Of a rank that is a thread: sums of up to `few` rows are read, up to `many` pushed."""
+
+    def __init__(self, rank: Rank, width: int, few: int, many: int) -> None:
+        self.thread, self.sums, self._many = rank, [0, 0], many
+        self.parts = [torch.zeros(few, width) for _ in range(self.NUM_PARTIALS)]
+        boxes = [torch.zeros(many, width) for _ in range(2)]
+        theirs = rank._all(boxes)[1 - rank.place.rank]
+        self._inbox = [*zip(boxes, theirs, strict=True)]
+        self._at = [torch.tensor(i) for i in range(5)]
+
+    def _push(self, mine: Tensor, theirs: Tensor) -> None:
+        theirs.copy_(mine)
+
+    def _pushed(self) -> None: ...
+
+    def _sum_norm(self, x: Tensor, y: Tensor, at: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        i = int(at)
+        others = self.thread._all((i, len(x), y))
+        assert {(j, rows) for j, rows, _ in others} == {(i, len(x))}
+        if i < 3:
+            self.sums[0] += 1
+            y = sum(part for *_, part in others)
+        else:
+            self.sums[1] += 1
+            y = y + self._inbox[i - 3][0][: len(x)]
+        self.thread._all(None)  # threads go on together; parts may be written from now on
+        return x + y, rms_norm(x + y, norm, eps)
+
+
+def together(size: int, run: Callable[[Rank], Any]) -> list[Any]:
+    """What each rank's thread returns; one that raises lets the others go."""
+    meeting = Meeting(size)
+
+    def guarded(rank: int) -> Any:
+        try:
+            with torch.no_grad():
+                return run(Rank(meeting, rank))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(guarded, rank) for rank in range(size)]
+        errors = [e for f in futures if (e := f.exception()) and not isinstance(e, threading.BrokenBarrierError)]
+        if errors:
+            raise errors[0]
+        return [f.result() for f in futures]
+
+
+def spread(params: fastgen.Params, spec: ModelConfig, place: TPShard) -> fastgen.Params:
+    """A rank's share of parameters."""
+    mine = fastgen.init(spec, dtype=torch.float32, tp_shard=place)
+    update(mine, spec, named_weights(params, spec), tp_shard=place)
+    return mine
+
+
+DIVISIBLE = [(name, n) for name, (_, q, kv, *_) in CASES.items() for n in (2, 4)
+             if not (q % n or (kv % n and n % kv))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size"), DIVISIBLE)
+def test_logits(name: str, size: int) -> None:
+    """Of a prompt, on every rank: all families, tied or not, key heads fewer than ranks, a vocabulary that is odd."""
+    _, spec, params = build(name)
+    tokens = {0: prompt(30, 1), 1: prompt(9, 2)}
+    plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
+    batch = fastgen.build_batch(plan, tokens, PAGE)
+    want = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
+
+    def run(rank: Rank) -> Tensor:
+        local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
+        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, reference, ops)
+
+    for got in together(size, run):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "sums"), [(4, 0, [2, 0]), (64, 0, [5, 0]), (0, 64, [0, 4]), (4, 64, [2, 2]), (0, 38, [0, 2])]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_by_whoever_reads_them(
+    few: int, many: int, sums: list[int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory that all ranks read or that is pushed to them, where there is room; a bias is added once."""
+    monkeypatch.setattr(tensor_parallel, "PUSHED", 16)
+    spec = replace(SPEC, layers=2, windows=SPEC.sliding_windows * 2)
+    params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
+    whole = params
+    if bias:
+        layers = tuple(x._replace(out_bias=torch.randn(32)) for x in params.layers)
+        params = params._replace(layers=layers)
+    plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
+    batch = fastgen.build_batch(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
+    ops = TORCH_OPS._replace(attention=reference)
+    want = run_layers(params, empty(spec, 23), batch, spec, ops, last_token_only=True)
+    want = ops.final_norm(*want, params.norm, spec.rms_norm_eps)
+
+    def run(rank: Rank) -> tuple[Tensor, list[int]]:
+        local, read = shard_config(spec, 2), Read(rank, spec.hidden_size, few, many)
+        mine = fastgen.init(spec, dtype=torch.float32, tp_shard=rank.place)
+        update(mine, spec, named_weights(whole, spec), tp_shard=rank.place)
+        mine = mine._replace(layers=tuple(
+            a._replace(out_bias=b.out_bias) for a, b in zip(mine.layers, params.layers, strict=True)
+        ))  # fmt: skip
+        over = shard_ops(ops, rank, spec, read)
+        x, y = run_layers(mine, empty(local, 23), batch, local, over, last_token_only=True)
+        return over.final_norm(x, y, params.norm, spec.rms_norm_eps), read.sums
+
+    for got, done in together(2, run):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+        assert done == sums
+
+
+def test_sums_of_processes(tmp_path: Path) -> None:
+    """Every rank has the same bits; of more rows than programs, too."""
+    pytest.importorskip("triton")
+    size, file = 3, str(tmp_path / "group")
+    parts = [torch.zeros(2, 7, 40).share_memory_() for _ in range(size)]
+    flags = [torch.zeros(PROGRAMS * size + 1, dtype=torch.int32).share_memory_() for _ in range(size)]
+    mp.spawn(reading, (size, file, parts, flags), nprocs=size)  # type: ignore[attr-defined]
+    found = [torch.load(f"{file}.{rank}") for rank in range(size)]
+    norm = torch.randn(1, 40, generator=torch.Generator().manual_seed(99))[0]
+    for step, rows in enumerate((3, 7, 1, 5, 3)):
+        for a, b in zip(found[0][step], found[1][step], strict=True):
+            assert torch.equal(a, b)
+        seeds = [step, *(10 * step + r for r in range(size))]
+        x = sum(torch.randn(rows, 40, generator=torch.Generator().manual_seed(s)) for s in seeds)
+        torch.testing.assert_close(found[2][step][0], x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[2][step][1], rms_norm(x, norm, 1e-5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_many_heads(size: int) -> None:
+    """The heads of a 70B model, 64 and 8, each four wide: a rank has 16 and 2, or 8 and 1."""
+    spec = fastgen.from_hf_config({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 4, "vocab_size": 131,
+        "max_position_embeddings": 256,
+    })  # fmt: skip
+    params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
+    plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
+    batch = fastgen.build_batch(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
+    want = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
+
+    def run(rank: Rank) -> Tensor:
+        local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
+        assert (local.num_q_heads, local.num_kv_heads) == (64 // size, 8 // size)
+        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, reference, ops)
+
+    for got in together(size, run):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_outputs(size: int) -> None:
+    """The whole engine, with prefixes shared, pages on the host and preemption: what one rank alone gives."""
+    with fastgen.Engine(weights_of(), SPEC, **SETTINGS) as engine:
+        want = 2 * engine.generate(*load(1, 12), progress=False)
+
+    def run(rank: Rank) -> tuple[list[fastgen.Output], fastgen.CacheStats]:
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            assert engine.cache.k[0].shape[1] == max(1, 2 // size)
+            outputs = [o for _ in range(2) for o in engine.generate(*load(1, 12), progress=False)]
+            return outputs, engine.cache_stats
+
+    for outputs, counts in together(size, run):
+        assert counts.reused and counts.paged_out and counts.paged_in and counts.parked
+        for a, b in zip(outputs, want, strict=True):
+            assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
+            for x, y in zip(a.completions, b.completions, strict=True):
+                assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-4))
+            if b.prompt_logprobs is not None:
+                assert a.prompt_logprobs is not None
+                assert a.prompt_logprobs[1:] == pytest.approx(b.prompt_logprobs[1:], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("vocab", [5, 131, 128])
+def test_samples(vocab: int, size: int) -> None:
+    """Of parts of the vocabulary, padded: the very tokens of the whole; some ranks may have none."""
+    rows, most = 40, -(-vocab // size)
+    generator = torch.Generator().manual_seed(vocab * size)
+    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    logits[::4] = logits[::4].round()  # ties
+    logits[1::5, ::2] = float("-inf")
+    heat = torch.tensor([0.0, 1.0, 0.3, 1.7])[torch.arange(rows) % 4]
+    seed = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+    padded = torch.zeros(rows, most * size)
+    padded[:, :vocab] = logits
+    for seeds, top in ((seed, None), (seed, 0), (seed, 3), (None, 0), (None, vocab)):
+        s = SamplingTensors(heat, seeds, torch.arange(rows), torch.arange(rows) % 3 == 1, None, None)
+        want = sampling.sample(logits, s, top)
+        words = -(-vocab // 32)
+        special = s._replace(allowed=torch.full((rows, words), 5))  # tokens 0 and 2
+
+        def run(
+            rank: Rank, s: SamplingTensors = s, special: SamplingTensors = special, top: int | None = top
+        ) -> list[Any]:
+            mine = padded[:, rank.place.rank * most :][:, :most]
+            return [tensor_parallel.sample_from_shards(mine, x, top, rank, vocab) for x in (s, special)]
+
+        for got, other in together(size, run):
+            assert torch.equal(got.token, want.token_ids) and got.token.dtype == want.token_ids.dtype
+            for a, b in zip(got, want, strict=True):
+                assert a.shape == b.shape
+            torch.testing.assert_close(got.logprob, want.logprobs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got.top_logprob, want.top_logprobs, atol=1e-5, rtol=1e-5)
+            assert torch.equal(other.token, sampling.sample(logits, special, top).token_ids)
+
+
+def test_little_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the vocabulary, nothing that grows with it, unless a request wants it."""
+    moved = list[int]()
+
+    def run(rank: Rank, **kind: Any) -> None:
+        gather = rank.all_gather
+        monkeypatch.setattr(rank, "all_gather", lambda x: (moved.append(x.shape[-1]), gather(x))[1])
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            engine.generate([[1, 2], [3]], SamplingParams(max_tokens=4, **kind), progress=False)
+
+    together(2, run)
+    assert set(moved) == {5}
+    together(2, partial(run, logprobs=3))
+    assert set(moved) == {5, 11}
+    together(2, partial(run, top_k=3))
+    assert set(moved) == {5, 11, 66}
+
+
+def test_memory_is_taken_again_by_all_or_none() -> None:
+    """One rank's device is full: all of them say so, and have nothing; later they have."""
+
+    def run(rank: Rank) -> list[Any]:
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            before = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
+            cache = engine._releasable_memory["cache"]
+            size, restore = engine.sleep("cache"), cache.reacquire
+            assert not cache.resident and cache._buffer.untyped_storage().nbytes() == 0
+            if rank.place.rank == 1:
+                cache.reacquire = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))  # type: ignore[method-assign]
+            with pytest.raises(torch.OutOfMemoryError, match="full" if rank.place.rank == 1 else "another rank"):
+                engine.restore()
+            assert not cache.resident
+            cache.reacquire = restore  # type: ignore[method-assign]
+            assert engine.restore() == size and cache.resident
+            after = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
+            assert after == before
+            return after
+
+    one, other = together(2, run)
+    assert one == other
+
+
+def test_scores() -> None:
+    """Of given tokens, as on one rank; gradients would be of a part, and are refused."""
+    sequences, first = load(4, 5)[0], [1, 3, 2, 1, 5]
+    want = fastgen.score(weights_of(), SPEC, sequences, first=first, temperature=0.7, token_budget=50)
+
+    def run(rank: Rank) -> list[Tensor]:
+        params = weights_of(place=rank.place)
+        with torch.enable_grad():
+            tree = tree_map(lambda x: x if x is None else x.requires_grad_(), params)
+            with pytest.raises(ValueError, match="no gradients"):
+                fastgen.score(tree, SPEC, sequences, group=rank)
+        with pytest.raises(ValueError, match="no fixed order"):
+            fastgen.score(params, SPEC, sequences, group=rank, deterministic=True)
+        return fastgen.score(params, SPEC, sequences, first=first, temperature=0.7, token_budget=50, group=rank)
+
+    for got in together(2, run):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_thousand_steps() -> None:
+    """Random arrivals and aborts. All ranks plan the same and draw the same, which `agree` looks at in each step."""
+
+    def run(rank: Rank) -> tuple[list[Any], Any]:
+        r, seen = random.Random(3), list[Any]()
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            ids = list[int]()
+            for step in range(1000):
+                if r.random() < 0.3 and len(engine.state.waiting) < 20:
+                    (prompt,), (params,) = load(step, 1)
+                    ids.append(engine.add(prompt, params))
+                if r.random() < 0.05 and ids:
+                    engine.abort(ids.pop(r.randrange(len(ids))))
+                seen += [(e.request_id, e.index, e.token_ids, e.finish_reason) for e in engine.step()]
+                if step % 50 == 0:
+                    scheduler.check(engine.state, engine.config.schedule)
+            assert rank.steps == 1000 and engine.cache_stats.num_preemptions and engine.cache_stats.num_loaded_pages
+            return seen, (engine.state.prefix_cache.stats.num_queried_tokens, [s[:4] for s in engine.state.running])
+
+    one, other = together(2, run)
+    assert one == other and len(one[0]) > 1000
+
+
+def test_ranks_that_part() -> None:
+    """A rank that is asked for something else is named, by all."""
+
+    def run(rank: Rank) -> None:
+        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+            engine.add([1] * (5 + rank.place.rank // 3), SamplingParams(temperature=0, max_tokens=30))
+            while engine.has_unfinished_requests:
+                engine.step()
+
+    parted = r"parted at step 0: (3 planned or drew .* than rank [012]|0, 1, 2 planned or drew .* than rank 3)"
+    with pytest.raises(RuntimeError, match=parted):
+        together(4, run)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (3, "3 does not divide 4 query heads, 2 key heads and a feed-forward width of 48; possible: 1, 2, 4"),
+        (0, "of 0"),
+    ],
+)
+def test_sizes_that_do_not_divide(size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastgen.init(SPEC, tp_shard=TPShard(0, size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank reads its own rows and columns, and no tensor whole; together they are the checkpoint."""
+    whole = weights_of()
+    fastgen.save(tmp_path, SPEC, whole)
+    if size > 1:
+        opened = files.safe_open
+
+        class Sliced:
+            def __init__(self, *args: Any) -> None:
+                self.file = opened(*args)
+
+            def __enter__(self) -> "Sliced":
+                self.inner = self.file.__enter__()
+                return self
+
+            def __exit__(self, *args: Any) -> None:
+                self.file.__exit__(*args)
+
+            def keys(self) -> list[str]:
+                return self.inner.keys()
+
+            def get_slice(self, name: str) -> Any:
+                return self.inner.get_slice(name)
+
+        monkeypatch.setattr(files, "safe_open", Sliced)
+    loaded = [fastgen.load(tmp_path, device="cpu", progress=False, tp_shard=TPShard(r, size))[1] for r in range(size)]
+    for r, params in enumerate(loaded):
+        for a, b in zip(tree_leaves(params), tree_leaves(spread(whole, SPEC, TPShard(r, size))), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    rows = torch.cat([p.embed for p in loaded])
+    assert torch.equal(rows[:131], whole.embed) and not rows[131:].any() and len(rows) == size * -(-131 // size)
+    assert sum(p.layers[0].down.shape[1] for p in loaded) == 48
+    if size > 1:
+        with pytest.raises(ValueError, match="another model's, or one rank's"):
+            fastgen.save(tmp_path / "no", SPEC, loaded[0])
+
+
+def test_no_group() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        TPProcessGroup()

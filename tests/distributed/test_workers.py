@@ -1,0 +1,367 @@
+"""Ranks as processes: the same tokens, and one that ends ends all, quickly and with its cause."""
+
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SETTINGS, SPEC, endless, engine, late, listening, load, tokens, weights
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastgen
+from fastgen import SamplingParams
+from fastgen.distributed import workers
+from fastgen.checkpoint.weights import named_weights
+
+LIMIT = 10  # seconds within which everything ends
+LOOPBACK = "0100007F"  # 127.0.0.1, as /proc/net/tcp has it
+
+
+@pytest.fixture(autouse=True)
+def nobody_left() -> Iterator[None]:
+    """No process outlives its engine."""
+    yield
+    end = time.monotonic() + 5
+    while (
+        left := [p for p in multiprocessing.active_children() if p.name.startswith("rank")]
+    ) and time.monotonic() < end:
+        time.sleep(0.05)
+    crew = workers.WorkerGroup.active
+    if crew is not None:  # a test that failed
+        crew.close()
+    assert not left and crew is None
+
+
+def test_outputs(tmp_path: Path) -> None:
+    """Of one process, whatever is called: what one rank alone gives."""
+
+    def calls(e: fastgen.Engine) -> list[Any]:
+        found: list[Any] = [tokens(e.generate(*load(1, 8), progress=False))]
+        with pytest.raises(ValueError, match="do not fit"):
+            e.generate([[1, 2], [1] * 500], progress=False)
+        first = e.add([5, 6, 7], SamplingParams(max_tokens=30, temperature=0.8))  # a seed of the engine's own
+        second = e.add([5, 6, 9], SamplingParams(max_tokens=30))
+        third = e.add([5, 6, 8], SamplingParams(max_tokens=10))
+        for _ in range(4):
+            e.step()
+        aborted = e.abort(second)
+        assert aborted is not None
+        with pytest.raises(ValueError, match="not running"):
+            e.fork(99)
+        copies, saved = e.fork(first, 2, seeds=[1, 2]), e.snapshot(first)
+        again = e.restore(saved)
+        e.params_changed()
+        outputs = {}
+        while e.has_unfinished_requests:
+            outputs |= {x.request_id: x.output for x in e.step() if x.output}
+        found += [first, copies, again, third, sorted(outputs)]
+        found += [tokens([outputs[i]]) for i in (first, *copies, again, third)]
+        return [*found, tokens(e.generate(*load(2, 4), progress=False))]
+
+    with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
+        want = calls(alone)
+    with engine() as e:
+        assert e.tp_group is not None and e.tp_group.shard.size == 2
+        pids = [os.getpid(), *(p.pid for p in multiprocessing.active_children() if p.pid)]
+        assert len(pids) == 2 and all(listening(pid) <= {LOOPBACK} for pid in pids)  # for nobody on other machines
+        with pytest.raises(ValueError, match="already runs an engine"):
+            engine()
+        got = calls(e)
+    assert got == want
+
+    fastgen.save(tmp_path, SPEC, weights())
+    with fastgen.Engine.from_pretrained(tmp_path, device="cpu", tensor_parallel=2, **SETTINGS) as e:
+        assert tokens(e.generate(*load(1, 8), progress=False)) == want[0]
+
+
+def test_update_and_score() -> None:
+    """Handed on to all ranks, from whatever gives whole tensors; what is wrong is said, and ends nothing."""
+    new, name = weights(1), "model.layers.0.mlp.down_proj.weight"
+    pairs = [(n, t.double()) for n, t in named_weights(new, SPEC)]
+    prompts = load(1, 5)
+    with fastgen.Engine(weights(1), SPEC, **SETTINGS) as alone:
+        want = tokens(alone.generate(*prompts, progress=False))
+        alone.update_params({name: alone.params.layers[0].down * 2}, partial=True)
+        partly = tokens(alone.generate(*prompts, progress=False))
+    assert want != partly
+
+    def breaks(error: Exception) -> Iterator[tuple[str, torch.Tensor]]:
+        yield pairs[0]
+        raise error
+
+    trained = tree_map(lambda x: x if x is None else x.requires_grad_(), weights())  # as a trainer's are
+    with fastgen.Engine(trained, SPEC, tensor_parallel=2, **SETTINGS) as e:
+        assert not any(x.requires_grad for x in tree_leaves(e.params) if x is not None)
+        before = tokens(e.generate(*prompts, progress=False))
+        assert before != want
+        for i, source in enumerate((new, dict(pairs), iter(pairs))):
+            assert e.update_params(source) == 2 * i + 1
+            assert tokens(e.generate(*prompts, progress=False)) == want
+            assert e.update_params(weights()) == 2 * i + 2
+            assert tokens(e.generate(*prompts, progress=False)) == before
+        e.update_params(new)
+        for got, one in zip(e.score(prompts[0]), fastgen.score(new, SPEC, prompts[0]), strict=True):
+            torch.testing.assert_close(got, one, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="sequence 0: it has no tokens"):
+            e.score([[]])
+        wrong: list[tuple[Any, str]] = [
+            ({name: torch.ones(2)}, "shape"), (pairs[:3], "missing"),
+            ([*pairs, ("more", torch.ones(1))], "unexpected"), (breaks(ValueError("no")), "no"),
+            (breaks(KeyError("gone")), "what gives the tensors failed: KeyError: 'gone'"),
+            (dict(pairs) | {pairs[2][0]: pairs[2][1] * math.nan}, f"in {pairs[2][0]} .*; nothing is written"),
+            (iter([*pairs[:2], (pairs[2][0], pairs[2][1] * math.nan)]), "the 2 tensors before it are written"),
+        ]  # fmt: skip
+        for source, message in wrong:
+            with pytest.raises(ValueError, match=message):
+                e.update_params(source)
+        e.update_params({name: new.layers[0].down * math.nan}, partial=True, check_finite=False)
+        assert {c.finish_reason for o in e.generate(*prompts, progress=False) for c in o.completions} == {"error"}
+        e.update_params(new)
+        assert tokens(e.generate(*prompts, progress=False)) == want
+        id = e.add(prompts[0][0], SamplingParams(temperature=0, max_tokens=30))
+        for _ in range(3):
+            e.step()
+        down = weights(1).layers[0].down
+        e.update_params({name: down * 2}, partial=True, recompute=True)
+        while e.has_unfinished_requests:
+            found = {x.request_id: x.output for x in e.step() if x.output}
+        assert {*found[id].completions[0].weight_versions} == {e.weight_version - 1, e.weight_version}  # type: ignore[union-attr]
+        assert tokens(e.generate(*prompts, progress=False)) == partly
+
+
+def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all ranks, and taken again on all or none; requests go on as if nothing had been."""
+    fastgen.save(tmp_path, SPEC, weights())
+    with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
+        want = tokens(alone.generate(*load(1, 8), progress=False))
+    with fastgen.Engine.from_pretrained(tmp_path, device="cpu", tensor_parallel=2, **SETTINGS) as e:
+        assert tokens(e.generate(*load(1, 8), progress=False)) == want
+        ids = [e.add(prompt, params) for prompt, params in zip(*load(1, 8), strict=True)]
+        for _ in range(3):
+            e.step()
+        size = e.sleep("all")
+        assert size == sum(r.nbytes for r in e._releasable_memory.values()) and {*e._releasable_memory} == {
+            "cache",
+            "params",
+        }
+        with pytest.raises(ValueError, match="call restore"):
+            e.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                fastgen.training.sleep.Region, "restore", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+            )
+            with pytest.raises(torch.OutOfMemoryError):
+                e.restore()
+            assert not any(r.resident for r in e._releasable_memory.values())
+        assert e.restore() == size
+        outputs: dict[int, Any] = {}
+        while e.has_unfinished_requests:
+            outputs |= {x.request_id: x.output for x in e.step() if x.output}
+        assert tokens([outputs[i] for i in ids]) == want
+        with pytest.raises(ValueError, match="unknown memory"):
+            e.sleep("everything")
+        for _ in range(3):
+            e.sleep("cache")
+            e.restore()
+        assert tokens(e.generate(*load(1, 8), progress=False)) == want
+    with engine() as e, pytest.raises(ValueError, match="are whose they were"):
+        e.sleep("params")
+
+
+def killed(e: fastgen.Engine, which: int, after: float) -> None:
+    """A rank is, in the middle of steps: within seconds the call says so."""
+    victim, began = next(p for p in multiprocessing.active_children() if p.name == f"rank {which}"), [0.0]
+
+    def kill() -> None:
+        began[0] = time.monotonic()
+        os.kill(victim.pid or 0, signal.SIGKILL)
+
+    threading.Timer(after, kill).start()
+    with pytest.raises(RuntimeError, match=rf"rank {which} \(process {victim.pid}\) was killed by SIGKILL"):
+        endless(e)
+    assert time.monotonic() - began[0] < LIMIT
+    with pytest.raises(RuntimeError, match=f"rank {which} "):  # and so does whatever is tried later
+        e.generate([[1, 2]], SamplingParams(max_tokens=2), progress=False)
+    e.close()
+
+
+def failed(e: fastgen.Engine) -> None:
+    """A rank raises something: the same."""
+    assert e._worker_group is not None
+    e._worker_group.broadcast_call("no_such_call")
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 .* failed: .*no_such_call"):
+        endless(e)
+    assert time.monotonic() - began < LIMIT
+    e.close()
+
+
+def test_a_rank_is_killed() -> None:
+    killed(engine(4), which=3, after=0.7)
+
+
+def test_a_rank_raises() -> None:
+    failed(engine())
+
+
+def test_rank_0_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error, and the others are gone."""
+    e = engine()
+    e.generate([[1, 2]], SamplingParams(max_tokens=2), progress=False)
+    monkeypatch.setattr(e._runner, "run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        endless(e)
+    with pytest.raises(RuntimeError, match="rank 0 failed: division by zero"):
+        e.generate([[1, 2]], SamplingParams(max_tokens=2), progress=False)
+    e.close()
+
+
+def broken(place: Any, device: str, **_: Any) -> Any:
+    """Parameters that only rank 0 gets."""
+    if place.rank:
+        raise OSError("no such disk")
+    return SPEC, weights(place=place), None
+
+
+def test_a_rank_cannot_load() -> None:
+    crew = workers.create_tp_group(2, "cpu", broken, {}, fastgen.Engine)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 .*no such disk"), workers.close_workers_on_error(crew):
+        crew.all_reduce_min(1)
+    assert time.monotonic() - began < LIMIT
+
+
+SCRIPT = """
+import multiprocessing, sys
+sys.path.insert(0, {tests!r})
+import ranks
+if __name__ == "__main__":
+    settings = dict(ranks.SETTINGS, tensor_parallel=2, device="cpu", dtype="float32")
+    e = ranks.fastgen.Engine.from_pretrained({model!r}, **settings)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    ranks.endless(e)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_first_ends(number: signal.Signals, tmp_path: Path) -> None:
+    """The process that started the others, by whatever: they are gone too."""
+    script = tmp_path / "it.py"
+    fastgen.save(tmp_path / "model", SPEC, weights())
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), model=str(tmp_path / "model")))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    other = Path("/proc") / process.stdout.readline().strip()
+    assert other.is_dir()
+    time.sleep(0.5)
+    process.send_signal(number)
+    end = time.monotonic() + LIMIT
+    _, said = process.communicate(timeout=LIMIT)
+    if number is signal.SIGINT:
+        assert said.rstrip().endswith("KeyboardInterrupt") and "leaked" not in said
+    while other.is_dir() and "Z" not in (other / "stat").read_text().rpartition(")")[2][:3] and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not other.is_dir() or time.monotonic() < end
+
+
+def test_a_stream_dropped_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the garbage collector may: it is aborted when the step is done, on all ranks."""
+    with engine() as e:
+        want = tokens(e.generate(*load(1, 3), progress=False))
+        held = [e.stream([[1, 2], [3, 4]], SamplingParams(max_tokens=60)) for _ in range(2)]
+        next(held[0])  # its generator aborts what is left, the other's never begins
+        run, sizes = e._runner.run, list[int]()
+
+        def dropping(*args: Any, **named: Any) -> Any:
+            held.clear()
+            sizes.append(len(e._sequence_states))
+            return run(*args, **named)
+
+        monkeypatch.setattr(e._runner, "run", dropping)
+        e.step()
+        assert sizes == [4] and not e._sequence_states and not e.has_unfinished_requests
+        assert tokens(e.generate(*load(1, 3), progress=False)) == want
+
+
+def test_an_interrupt_leaves_the_ranks_in_step() -> None:
+    """Ctrl-C aborts what runs; the engine goes on."""
+    with engine() as e:
+        want = tokens(e.generate(*load(1, 3), progress=False))
+        threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            endless(e)
+        assert not e.state.running and tokens(e.generate(*load(1, 3), progress=False)) == want
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "tensor_parallel=2, but .* WORLD_SIZE=4"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK='2' is no rank of WORLD_SIZE='2'"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK='first' is no rank"),
+    ],
+)
+def test_environments(environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That say the wrong thing: refused before anybody waits."""
+    if "WORLD_SIZE" in environment:
+        environment = environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        engine()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "message"),
+    [
+        ("1", "127.0.0.1", "rank 1 of 2 found no group at 127.0.0.1:.*refused"),
+        ("1", "192.0.2.1", "rank 1 of 2 found no group at 192.0.2.1:"),  # an address that is nobody's
+        ("0", "192.0.2.1", "rank 0 of 2 found no group at 192.0.2.1:"),
+        ("1", "no-such-host.invalid", "rank 1 of 2 found no group at no-such-host.invalid:"),
+        ("0", "127.0.0.1", "rank 0 of 2 found no group at .*: rank 1 did not come within 1 s"),
+    ],
+)
+def test_nobody_there(rank: str, address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said within seconds, by each rank; who starts late is waited for, but not for ever."""
+    given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(workers, "START", 1.0)
+    if address != "127.0.0.1":
+        monkeypatch.setattr(workers, "ANSWER", 2.0)  # else 7 s each
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        engine()
+    assert time.monotonic() - began < LIMIT
+
+
+def test_a_late_rank(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(late, (free_port(), str(tmp_path / "tokens")), nprocs=2)  # type: ignore[attr-defined]
+    with fastgen.Engine(weights(), SPEC, **SETTINGS) as alone:
+        want = tokens(alone.generate(*load(1, 3), progress=False))
+    found = [torch.load(tmp_path / f"tokens.{rank}") for rank in range(2)]
+    assert [f[0] for f in found] == [want, want] and all(f[1] <= {LOOPBACK} for f in found)
+
+
+def test_sizes() -> None:
+    with pytest.raises(ValueError, match="possible: 1, 2, 4"):
+        engine(3)
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(ValueError, match="needs as many GPUs"):
+            workers.create_tp_group(2, "cuda", broken, {}, fastgen.Engine)

@@ -1,0 +1,356 @@
+"""The attention backends against a plain formula in float64, over ragged batches of every kind."""
+
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastgen
+from fastgen import Batch, ModelConfig
+from fastgen.compiled import batch_invariant
+from fastgen.core.layers import rope_and_cache_kv, rope_cos_sin
+from fastgen.kernels import attention
+from fastgen.core.attention import UnrotatedQKV, causal_mask, reference
+from fastgen.kernels.select import ATTENTION_BACKENDS, select_attention_backend
+from fastgen.core.scheduler import Span
+from fastgen.core.types import SharedPrefix
+
+GARBAGE = 1e3  # in every slot that no query may see: one that leaks in shows
+KINDS = {  # (cached, new) tokens of a sequence
+    "prefill": lambda r: (0, r.randint(2, 40)),
+    "continuation": lambda r: (r.randint(1, 40), r.randint(2, 20)),
+    "decode": lambda r: (r.randint(0, 70), 1),
+}
+BACKENDS = {name: select_attention_backend(name, torch.get_default_device()) for name in ATTENTION_BACKENDS}
+WINDOWS = (None, 1, 6, 20, 1000)
+Case = tuple[Batch, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
+
+
+def make(seed: int, kind: str, spec: ModelConfig, page: int, device: str, *, sequences: int = 5, pad: int = 0) -> Case:
+    """A random batch, its queries, the cache, and each sequence's own keys and values in order."""
+    r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
+    kinds = [KINDS[kind]] * sequences if kind != "mixed" else r.choices(list(KINDS.values()), k=sequences)
+    shapes = [draw(r) for draw in kinds]
+    needed = [-(-(cached + new) // page) for cached, new in shapes]
+    ids = list(range(1, sum(needed) + 3))
+    r.shuffle(ids)
+    plan, own = [], []
+    k, v = (torch.full(((len(ids) + 1) * page, spec.num_kv_heads, spec.head_dim), GARBAGE) for _ in "kv")
+    for i, ((cached, new), n) in enumerate(zip(shapes, needed, strict=True)):
+        held, ids = ids[:n], ids[n:]
+        plan.append(Span(i, cached, cached + new, True, tuple(held)))
+        keys, values = (torch.randn(cached + new, spec.num_kv_heads, spec.head_dim, generator=normal) for _ in "kv")
+        for position in range(cached + new):
+            slot = held[position // page] * page + position % page
+            k[slot], v[slot] = keys[position], values[position]
+        own.append((keys, values))
+    tokens = {span.id: [0] * span.stop for span in plan}
+    count = sum(span.stop - span.start for span in plan)
+    batch = fastgen.build_batch(tuple(plan), tokens, page, device, pad_to=count + pad)
+    q = torch.randn(count + pad, spec.num_q_heads, spec.head_dim, generator=normal)
+    return batch, q.to(device), k.to(device), v.to(device), own
+
+
+def make_shared(
+    seed: int, spec: ModelConfig, page: int, device: str, width: int
+) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """A random batch of sequences in groups whose first pages are the same, among others that are in none; a group
+    for every `width` sequences of a prefix, and some unused. Queries and the cache.
+    """
+    r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
+    fresh = iter(r.sample(range(1, 4000), 3999))
+    rows: list[tuple[int, list[int], int, int]] = []  # group, its pages, own tokens, those of them that are new
+    groups = 0
+    for _ in range(r.randint(1, 2)):
+        common = [next(fresh) for _ in range(r.randint(1, max(1, r.choice([20, 130, 200]) // page)))]
+        for most in (width, r.randint(1, width)):
+            rows += [(groups, common, r.choice([1, page, r.randint(1, 90)]), 1) for _ in range(min(most, 3))]
+            groups += 1
+    rows += [(-1, [], new + r.randint(0, 70), new) for new in (1, 1, r.randint(2, 9))]
+    r.shuffle(rows)
+    share = SharedPrefix(torch.full((groups + 2, width), -1), torch.zeros(groups + 2), torch.zeros(len(rows)))
+    plan, used = [], []
+    for i, (group, common, own, new) in enumerate(rows):
+        held = common + [next(fresh) for _ in range(-(-own // page))]
+        skip, total = len(common) * page, len(common) * page + own
+        plan.append(Span(i, total - new, total, True, tuple(held)))
+        used += [held[n // page] * page + n % page for n in range(total)]
+        if group >= 0:
+            share.num_shared_tokens[group] = share.num_skipped_tokens[i] = skip
+            share.group_rows[group, int((share.group_rows[group] >= 0).sum())] = i
+    k, v = (torch.full((4000 * page, spec.num_kv_heads, spec.head_dim), GARBAGE) for _ in "kv")
+    for x in (k, v):
+        x[used] = torch.randn(len(used), spec.num_kv_heads, spec.head_dim, generator=normal)
+    pad = r.choice([0, 2])
+    batch = fastgen.build_batch(
+        tuple(plan), {span.id: [0] * span.stop for span in plan}, page, device, pad_to=sum(x[3] for x in rows) + pad
+    )
+    skip = torch.cat((share.num_skipped_tokens, torch.zeros(pad)))
+    share = SharedPrefix(*(x.to(device=device, dtype=torch.int32) for x in share._replace(skip=skip)))
+    q = torch.randn(len(batch.token_ids), spec.num_q_heads, spec.head_dim, generator=normal)
+    return batch._replace(share=share), q.to(device), k.to(device), v.to(device)
+
+
+def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: int | None) -> Tensor:
+    """softmax(q k / sqrt(H)) v in float64, a token and a head at a time."""
+    rows = []
+    for r, (keys, values) in enumerate(own):
+        for t in range(int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1])):
+            last = int(batch.positions[t])
+            first = 0 if window is None else max(0, last - window + 1)
+            group = q.shape[1] // keys.shape[1]
+            k, v = (x[first : last + 1].double().repeat_interleave(group, 1) for x in (keys, values))
+            weight = (torch.einsum("qh,sqh->sq", q[t].double(), k) / q.shape[2] ** 0.5).softmax(0)
+            rows.append(torch.einsum("sq,sqh->qh", weight, v))
+    return torch.stack(rows)
+
+
+def shape(q_heads: int, kv_heads: int, head: int) -> ModelConfig:
+    """A spec of which attention reads the heads only."""
+    sizes = {"architecture": "LlamaForCausalLM", "dim": 8, "ffn": 8, "layers": 1, "vocab": 8, "context": 128}
+    return ModelConfig(**sizes, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head, sliding_windows=(None,))
+
+
+def some(turn: int) -> tuple[int | None, ...]:
+    """Two of the windows: interpreted, a kernel takes a while. Each is in two of five cases."""
+    return WINDOWS[turn % len(WINDOWS)], WINDOWS[(turn + 2) % len(WINDOWS)]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("page", [1, 16, 128])
+@pytest.mark.parametrize(("ratio", "head"), [(1, 64), (3, 16), (4, 128), (5, 96), (7, 16), (8, 64)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_formula(backend: str, ratio: int, head: int, page: int, kind: str, device: str) -> None:
+    """Every kind of step, with and without windows, whatever heads, pages and order of pages."""
+    spec = shape(2 * ratio, 2, head)
+    batch, q, k, v, own = make(ratio * page + head, kind, spec, page, device)
+    attend = BACKENDS[backend](batch, spec)
+    for window in some(ratio + page + len(kind)) if backend == "triton" and device == "cpu" else WINDOWS:
+        ours = attend(q, k, v, window)
+        torch.testing.assert_close(ours.double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_backends_agree(seed: int, device: str) -> None:
+    """Ragged mixed batches with padding: all give what the reference gives, padding included."""
+    r = random.Random(seed)
+    page = r.choice([1, 2, 16, 128])
+    spec = shape(*r.choice([(3, 3), (6, 2), (4, 1), (10, 2), (7, 1), (8, 1)]), r.choice([16, 64, 96, 128]))
+    batch, q, k, v, _ = make(seed, "mixed", spec, page, device, sequences=r.randint(1, 20), pad=r.choice([0, 1, 9]))
+    reference, *others = (BACKENDS[name](batch, spec) for name in ATTENTION_BACKENDS)
+    for window in some(seed) if device == "cpu" else WINDOWS:
+        for other in others:
+            torch.testing.assert_close(other(q, k, v, window), reference(q, k, v, window), atol=1e-5, rtol=0)
+
+
+FIXED = {"triton": partial(attention.paged_attention, batch_invariant=True), "tiles": batch_invariant.attention}
+
+
+@pytest.mark.parametrize("backend", FIXED)
+@pytest.mark.parametrize("seed", range(6))
+def test_fixed_order(seed: int, backend: str, device: str) -> None:
+    """A token's attention is right, and the same bits alone as among others, as one token of a step as among many."""
+    r = random.Random(seed)
+    page = (1, 16, 64)[seed % 3]
+    spec = shape(*((3, 3), (6, 2), (5, 1), (8, 1))[seed % 4], (16, 64, 128)[seed % 3])
+    batch, q, k, v, own = make(seed, "mixed", spec, page, device, sequences=r.randint(3, 9), pad=r.choice([0, 3]))
+    start = batch.query_start_loc.tolist()
+    for window in (None, WINDOWS[seed % 5], 20):
+        attend = FIXED[backend](batch, spec)
+        ours = attend(q, k, v, window)
+        wanted = formula(batch, q, own, window)
+        torch.testing.assert_close(ours[: len(wanted)].double(), wanted, atol=1e-5, rtol=0)
+        for i in r.sample(range(len(own)), 2):
+            for first in {start[i], start[i + 1] - 1, r.randrange(start[i], start[i + 1])}:
+                last = slice(first, start[i + 1])  # the sequence alone, and no more of it than its end
+                one = Batch(
+                    token_ids=batch.token_ids[last], positions=batch.positions[last], slot_mapping=batch.slot_mapping[last],
+                    query_start_loc=batch.query_start_loc.new_tensor([0, start[i + 1] - first]), seq_lens=batch.seq_lens[i : i + 1],
+                    req_idx=batch.req_idx[i : i + 1], page_table=batch.page_table, logits_indices=batch.logits_indices[:1], page_size=page,
+                )  # fmt: skip
+                alone = FIXED[backend](one, spec)(q[last], k, v, window)
+                bits = backend == "tiles" or device == "cuda"  # Triton's interpreter multiplies by NumPy, in any order
+                torch.testing.assert_close(alone, ours[last], atol=0 if bits else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_shared_keys_are_read_once(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of sequences that share pages: every backend gives what it gives without them."""
+    r = random.Random(seed)
+    monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "TILES", r.choice([1, 8]))  # one: several programs for few keys
+    ratio, kv_heads, head = ((1, 2, 64), (4, 1, 128), (5, 1, 96), (7, 2, 16), (8, 1, 64), (3, 1, 64))[seed % 6]
+    page, spec = (1, 16, 64, 128)[seed % 4], shape(ratio * kv_heads, kv_heads, head)
+    batch, q, k, v = make_shared(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
+    alone = batch._replace(share=None)
+    for window in (None, r.choice([1, r.randint(2, 90), 300])):
+        exact = reference(alone, spec)(q, k, v, window)
+        for backend in BACKENDS.values():
+            torch.testing.assert_close(backend(batch, spec)(q, k, v, window), exact, atol=1e-5, rtol=0)
+
+
+def test_what_no_group_covers_is_not_read(device: str) -> None:
+    """Sequences in no group never read what a group has left, whatever the memory held."""
+    spec = shape(4, 2, 16)
+    batch, q, k, v, _ = make(5, "decode", spec, 16, device)
+    zero = torch.zeros(len(batch.seq_lens), dtype=torch.int32, device=device)
+    share = SharedPrefix(torch.full((3, 16), -1, dtype=torch.int32, device=device), zero[:3], zero)
+    with pytest.MonkeyPatch.context() as patch:
+        poison_new_memory(patch)
+        patch.setattr(attention, "NARROW", attention.SUFFIX_DECODE_TILE)  # tiles as of members of groups
+        ours, alone = (BACKENDS["triton"](b, spec)(q, k, v, None) for b in (batch._replace(share=share), batch))
+    assert torch.equal(ours, alone)
+
+
+ALL = {**BACKENDS, **FIXED}
+POISON = (float("nan"), float("inf"), float("-inf"))
+# Padding reads the scratch page, which is poisoned as well; Triton's interpreter multiplies by NumPy, which warns.
+ignore_padding = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+
+def poisoned(x: Tensor) -> Tensor:
+    """A copy of a cache with NaN and infinities in every slot that no sequence owns: scratch, free pages, and the rest
+    of last pages."""
+    values = x.new_tensor(POISON).repeat(-(-len(x) // 3))[: len(x), None, None]
+    return torch.where((x == GARBAGE).all(-1, keepdim=True).all(-2, keepdim=True), values, x)
+
+
+def poison_new_memory(patch: pytest.MonkeyPatch) -> None:
+    """Lets what is allocated without a value, as partial results are, hold NaN."""
+    empty = torch.Tensor.new_empty
+
+    def new_empty(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        new = empty(x, *args, **kwargs)
+        return new.fill_(float("nan")) if new.is_floating_point() else new
+
+    patch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@ignore_padding
+@pytest.mark.parametrize("kind", [*KINDS, "mixed", "shared", "long"])
+@pytest.mark.parametrize("backend", ALL)
+def test_memory_of_nobody_never_takes_part(
+    backend: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN and infinities in every slot that no sequence owns, padding's among them, change no bit of any sequence's
+    result: they are selected away, and not multiplied by 0."""
+    page, pad, spec = (16, 64)[len(kind) % 2], 2, shape(4, 2, 16)
+    if kind == "shared":
+        monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "TILES", 1)  # several programs for few keys
+        batch, q, k, v = make_shared(4, spec, page, device, 2)
+        pad = int((batch.req_idx == 0).sum())
+    elif kind == "long":  # several programs for a sequence's keys
+        monkeypatch.setitem(KINDS, "long", lambda r: (r.randint(258, 300), 1))
+        batch, q, k, v, _ = make(0, kind, spec, page, device, sequences=2, pad=pad)
+    else:
+        batch, q, k, v, _ = make(4, kind, spec, page, device, sequences=3, pad=pad)
+    attend, real = ALL[backend](batch, spec), len(q) - pad
+    for window in (None, 6) if backend in ("reference", "sdpa") or device == "cuda" else ((None, 6)[len(kind) % 2],):
+        clean = attend(q, k, v, window)[:real]
+        with monkeypatch.context() as patch:
+            poison_new_memory(patch)
+            ours = attend(q, poisoned(k), poisoned(v), window)[:real]
+        assert torch.isfinite(ours).all() and torch.equal(ours, clean)
+
+
+@ignore_padding
+@pytest.mark.parametrize("window", [None, 5])
+def test_memory_of_nobody_where_decode_stores(window: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where attention rotates and stores what is new: a sequence's only key, few keys, and many."""
+    page, spec, lengths, pad = 16, shape(2, 1, 16), [1, 65, 300], 1
+    needed = [-(-n // page) for n in lengths]
+    first = [1 + sum(needed[:i]) for i in range(len(needed))]
+    plan = [Span(i, n - 1, n, True, tuple(range(f, f + c)))
+            for i, (n, f, c) in enumerate(zip(lengths, first, needed, strict=True))]  # fmt: skip
+    tokens = {i: [0] * n for i, n in enumerate(lengths)}
+    batch = fastgen.build_batch(tuple(plan), tokens, page, device, pad_to=len(plan) + pad)
+    k, v = (torch.full(((sum(needed) + 2) * page, 1, 16), GARBAGE) for _ in "kv")
+    used = [span.pages[i // page] * page + i % page for span in plan for i in range(span.stop - 1)]
+    k[used], v[used] = torch.randn(len(used), 1, 16), torch.randn(len(used), 1, 16)
+    qkv, turn = torch.randn(len(plan) + pad, 4, 16), rope_cos_sin(batch.positions, spec)
+    attend = attention.paged_attention(batch, spec)
+    clean, ours = (k.clone(), v.clone()), (poisoned(k), poisoned(v))
+    out = attend(UnrotatedQKV(qkv, *turn, batch.slot_mapping, *clean), *clean, window)[: len(plan)]
+    with monkeypatch.context() as patch:
+        poison_new_memory(patch)
+        found = attend(UnrotatedQKV(qkv, *turn, batch.slot_mapping, *ours), *ours, window)[: len(plan)]
+    assert torch.isfinite(found).all() and torch.equal(found, out)
+    mine = [*used, *batch.slot_mapping[: len(plan)].tolist()]
+    assert all(torch.equal(x[mine], y[mine]) for x, y in zip(clean, ours, strict=True))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16(backend: str, kind: str, device: str) -> None:
+    """Of bf16 inputs: the reference rounds its result only; a fused kernel may round its weights before.
+
+    Triton's interpreter computes with numpy, which has no bf16: there it is float16, within the same bound.
+    """
+    dtype = torch.float16 if (backend, device) == ("triton", "cpu") else torch.bfloat16
+    spec = shape(8, 2, 64)
+    batch, *arrays, own = make(3, kind, spec, 16, device, sequences=8)
+    attend = BACKENDS[backend](batch, spec)
+    q, k, v = (x.to(dtype) for x in arrays)
+    own = [(keys.to(dtype), values.to(dtype)) for keys, values in own]
+    for window in WINDOWS:
+        ours = attend(q, k, v, window)
+        assert ours.dtype == dtype
+        exact = formula(batch, q, own, window)
+        rounded = exact.abs()
+        if backend != "reference":
+            rounded += formula(batch, q, [(keys, values.abs()) for keys, values in own], window)
+        error = (ours.double() - exact).abs()
+        assert (error <= 2**-8 * rounded + 1e-5).all(), error.max()  # 2^-8: half a unit in bf16's last place
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reads_only(backend: str, device: str) -> None:
+    """Queries and cache are the same after as before."""
+    spec = shape(4, 2, 16)
+    batch, *arrays, _ = make(1, "mixed", spec, 4, device)
+    before = [x.clone() for x in arrays]
+    BACKENDS[backend](batch, spec)(*arrays, 5)
+    assert all(torch.equal(x, y) for x, y in zip(arrays, before, strict=True))
+
+
+def test_live() -> None:
+    """A window of w is the query itself and the w - 1 keys before it."""
+    query, key = torch.arange(6)[:, None], torch.arange(6)
+    for window in (None, 1, 3, 6, 7):
+        for i, row in enumerate(causal_mask(query, key, window).tolist()):
+            first = 0 if window is None else max(0, i - window + 1)
+            assert row == [first <= j <= i for j in range(6)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_decode_rotates_and_stores(seed: int, device: str) -> None:
+    """What is new, rotated and stored by attention itself: outputs and caches as of two functions, over few keys and
+    over many, which several programs share, call after call."""
+    dtype = (torch.float32, torch.float16)[seed // 4]
+    r, kv_heads = random.Random(seed), (1, 2)[seed % 2]
+    ratio, head = ((1, 64), (4, 128), (5, 96), (7, 16))[seed % 4]
+    page, spec = (16, 1, 64)[seed % 3], shape(ratio * kv_heads, kv_heads, head)
+    lengths = [1, r.choice([64, 65, 128, 129]), *(r.randint(300, 700) for _ in range(3 - kv_heads))]
+    needed = [-(-n // page) for n in lengths]
+    ids = r.sample(range(1, sum(needed) + 3), sum(needed))
+    plan = [Span(i, n - 1, n, True, tuple(ids.pop() for _ in range(count)))
+            for i, (n, count) in enumerate(zip(lengths, needed, strict=True))]  # fmt: skip
+    pad = len(plan) + r.choice([0, 1])
+    batch = fastgen.build_batch(tuple(plan), {i: [0] * n for i, n in enumerate(lengths)}, page, device, pad_to=pad)
+    cos, sin = rope_cos_sin(batch.positions, spec)
+    k, v = (torch.randn((sum(needed) + 3) * page, kv_heads, head).to(dtype) for _ in "kv")
+    for window in (None, r.choice([1, 5, 100, 1000])):
+        attend = attention.paged_attention(batch, spec)
+        for _ in range(2):  # the second time from what the first has left
+            qkv = torch.randn(pad, (ratio + 2) * kv_heads, head).to(dtype)
+            k[batch.slot_mapping], v[batch.slot_mapping] = GARBAGE, GARBAGE
+            ours, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
+            out = attend(UnrotatedQKV(qkv, cos, sin, batch.slot_mapping, *ours), *ours, window)
+            q = rope_and_cache_kv(qkv, cos, sin, batch.slot_mapping, *plain)
+            exact = reference(batch, spec)(q, *plain, window)
+            unit = 1e-5 if dtype == torch.float32 else 2e-3
+            torch.testing.assert_close(out, exact, atol=unit, rtol=0)
+            for x, y in zip(ours, plain, strict=True):
+                torch.testing.assert_close(x, y, atol=unit, rtol=unit)

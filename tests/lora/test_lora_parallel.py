@@ -1,0 +1,201 @@
+"""Adapters over several ranks, each of which has its share: what one alone gives. Ranks are threads or processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_launch import nobody_left  # noqa: F401, used by every test here
+from test_lora import ADAPTERS, CONFIGS, PARAMS, SPEC, SPECS, adapter, load, run, same
+from test_parallel import Rank, Read, spread, together
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import fastgen
+from fastgen import Adapter, Output, SamplingParams, lora
+from fastgen.distributed import tensor_parallel
+from fastgen.core.model_config import TPShard, shard_config
+from fastgen.core.transformer import ModelOps, TORCH_OPS, run_layers
+from fastgen.core.attention import reference
+from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
+from fastgen.core.scheduler import Span
+
+SETTINGS: dict[str, Any] = {
+    "page_size": 4, "cache_tokens": 256, "max_requests": 8, "token_budget": 64, "max_adapters": 3, "max_rank": 8,
+    "compile": "eager", "progress": False,
+}  # fmt: skip
+
+
+def double(x: Adapter) -> Adapter:
+    return tree_map_only(Tensor, lambda t: 2 * t, x)
+
+
+def final(
+    params: fastgen.Params,
+    spec: fastgen.ModelConfig,
+    ops: ModelOps,
+    adapters: fastgen.StackedAdapters,
+    kv_heads: int,
+    head: int,
+) -> Tensor:
+    """Of the last tokens of three sequences, each under another adapter: the hidden states."""
+    plan = (Span(0, 0, 9, True, (1, 2)), Span(1, 0, 5, True, (3,)), Span(2, 0, 7, True, (4,)))
+    tokens = {i: [(7 * i + 3 * j) % 61 for j in range(span.stop)] for i, span in enumerate(plan)}
+    batch = fastgen.build_batch(plan, tokens, 16)
+    batch = batch._replace(adapter=torch.tensor([1] * 9 + [0] * 5 + [2] * 7))
+    cache = fastgen.new_kv_cache(spec, 80, dtype=torch.float32)
+    assert cache.k[0].shape[1:] == (kv_heads, head)
+    return ops.final_norm(
+        *run_layers(params, cache, batch, spec, ops, adapters, last_token_only=True),
+        params.final_norm,
+        spec.rms_norm_eps,
+    )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward(name: str, size: int) -> None:
+    """All families, biases and key heads fewer than ranks included."""
+    spec = SPECS[name]
+    params = fastgen.init(spec, dtype=torch.float32)
+    adapters = [adapter(spec, "all"), adapter(spec, "some")]
+    ops = TORCH_OPS._replace(attention=reference)
+    want = final(params, spec, ops, lora.stack(adapters, spec), spec.num_kv_heads, spec.head_dim)
+    assert not torch.allclose(
+        want, final(params, spec, ops, lora.stack(adapters[::-1], spec), spec.num_kv_heads, spec.head_dim)
+    )
+
+    def one(rank: Rank) -> Tensor:
+        local, mine = shard_config(spec, size), lora.stack(adapters, spec, rank.place)
+        over = shard_ops(ops, rank, spec)
+        return final(
+            spread(params, spec, rank.place), local, over, mine, max(1, spec.num_kv_heads // size), spec.head_dim
+        )
+
+    for got in together(size, one):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(("few", "many", "sums"), [(2, 0, [0, 0]), (64, 0, [5, 0]), (0, 64, [0, 4]), (4, 64, [2, 2])])
+def test_changes_are_summed_with_what_they_change(
+    few: int, many: int, sums: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory that others read, or from which parts are pushed as soon as they are there."""
+    monkeypatch.setattr(tensor_parallel, "PUSHED", 8)
+    adapters, ops = [ADAPTERS["all"], ADAPTERS["wide"]], TORCH_OPS._replace(attention=reference)
+    want = final(PARAMS, SPEC, ops, lora.stack(adapters, SPEC), SPEC.num_kv_heads, SPEC.head_dim)
+
+    def one(rank: Rank) -> tuple[Tensor, list[int]]:
+        local, read = shard_config(SPEC, 2), Read(rank, SPEC.hidden_size, few, many)
+        over, mine = shard_ops(ops, rank, SPEC, read), lora.stack(adapters, SPEC, rank.place)
+        found = final(spread(PARAMS, SPEC, rank.place), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
+        return found, read.sums
+
+    for got, done in together(2, one):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+        assert done == sums
+
+
+def test_shares() -> None:
+    """Views, which together are the whole."""
+    whole = ADAPTERS["all"]
+    parts = [lora.shard_adapter(whole, SPEC, TPShard(rank, 2)) for rank in range(2)]
+    first = whole.layers[1]
+    assert first.out is not None and first.up is not None
+    mine = [x.layers[1] for x in parts]
+    assert torch.equal(torch.cat([x.out.a for x in mine], 1), first.out.a)  # type: ignore[union-attr]
+    assert torch.equal(torch.cat([x.up.b for x in mine]), first.up.b)  # type: ignore[union-attr]
+    assert all(x.up.a.data_ptr() == first.up.a.data_ptr() for x in mine)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="wanted"):
+        lora.shard_adapter(parts[0], SPEC, TPShard(0, 2))
+
+
+def calls(e: fastgen.Engine) -> list[Output]:
+    """Whatever may be done with adapters, and requests between."""
+    for name, x in ADAPTERS.items():
+        e.add_adapter(name, x)
+    found = run(e, load(1))
+    with pytest.raises(ValueError, match="raise lora.max_adapters"):
+        e.add_adapter("more", ADAPTERS["all"])
+    e.update_adapter("some", double(ADAPTERS["some"]))
+    found += run(e, load(2))
+    id = e.add([1, 2, 3], SamplingParams(adapter="wide", max_tokens=9))
+    with pytest.raises(ValueError, match="used by"):
+        e.remove_adapter("wide")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        e.update_adapter("all", tree_map_only(Tensor, lambda x: x / 0, ADAPTERS["all"]))
+    with pytest.raises(ValueError, match="unknown adapter"):
+        e.generate([[1]], SamplingParams(adapter="wied", max_tokens=1))
+    e.abort(id)
+    e.remove_adapter("wide")
+    e.add_adapter("wide", ADAPTERS["all"], scale=0.5)
+    found += run(e, load(3))
+    assert e.cache_stats.num_hit_tokens
+    return found
+
+
+def weights(group: TPGroup) -> fastgen.Params:
+    return spread(PARAMS, SPEC, group.shard)
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[Output]:
+    with fastgen.Engine(PARAMS, SPEC, **SETTINGS) as e:
+        return calls(e)
+
+
+def test_outputs(wanted: list[Output]) -> None:
+    """Of ranks that all make the calls, as a trainer's processes do."""
+
+    def one(rank: Rank) -> list[Output]:
+        with fastgen.Engine(weights(rank), SPEC, group=rank, **SETTINGS) as e:
+            return calls(e)
+
+    for outputs in together(2, one):
+        for got, want in zip(outputs, wanted, strict=True):
+            same(got, want)
+
+
+def test_changed_in_place() -> None:
+    """Every rank's views by itself; a value that is not finite on one is an error on all."""
+    with fastgen.Engine(PARAMS, SPEC, **SETTINGS) as e:
+        e.add_adapter("all", double(ADAPTERS["all"]))
+        wanted = run(e, [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, "all")])
+
+    def one(rank: Rank) -> list[Output]:
+        with fastgen.Engine(weights(rank), SPEC, group=rank, **SETTINGS) as e:
+            views = e.add_adapter("all", ADAPTERS["all"])
+            for x in lora.parameters(views):
+                x.mul_(2)
+            e.update_adapter("all")
+            found = run(e, [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, "all")])
+            if rank.place.rank:
+                lora.parameters(views)[0].fill_(float("inf"))
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                e.update_adapter("all")
+            return found
+
+    for (got,) in together(2, one):
+        same(got, wanted[0])
+
+
+def test_processes(wanted: list[Output], tmp_path: Path) -> None:
+    """Those that an engine starts: what is called on it, they do as well; folders are loaded with the model."""
+    with fastgen.Engine(PARAMS, SPEC, tensor_parallel=2, **SETTINGS) as e:
+        for got, want in zip(calls(e), wanted, strict=True):
+            same(got, want)
+        with pytest.raises(ValueError, match="give the tree"):
+            e.update_adapter("all")
+    fastgen.save(tmp_path / "model", SPEC, PARAMS)
+    lora.save(tmp_path / "wide", SPEC, ADAPTERS["wide"])
+    settings = {k: v for k, v in SETTINGS.items() if k not in ("max_adapters", "max_rank")} | {"device": "cpu"}
+    work = [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, name) for name in ("wide", None)]
+    found = []
+    for size in (1, 2):
+        with fastgen.Engine.from_pretrained(
+            tmp_path / "model", adapters={"wide": tmp_path / "wide"}, tensor_parallel=size, **settings
+        ) as e:
+            found.append(run(e, work))
+    for got, want in zip(*found, strict=True):
+        same(got, want)
+    assert found[0][0].completions[0].token_ids != found[0][1].completions[0].token_ids

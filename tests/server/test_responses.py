@@ -1,0 +1,137 @@
+"""What answers say of single tokens, and of a prompt that is given back."""
+
+import asyncio
+import os
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tokenizer import BYTE_FALLBACK, KINDS, QUICK, RUNS, byte_tokens
+
+from fastgen.config import SamplingParams
+from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder
+from fastgen.server.engine_process import TokenDelta
+from fastgen.server.app_state import AppState
+from fastgen.core.tokenizer import token_to_bytes
+
+WORDS = {kind: TokenDecoder(tokenizer) for kind, tokenizer in KINDS.items()}
+
+
+def ids(*pieces: str) -> list[int]:
+    return [BYTE_FALLBACK.convert_tokens_to_ids(piece) for piece in pieces]
+
+
+def choice(kind: str, prompt: list[int], params: SamplingParams, *pieces: TokenDelta) -> Choice:
+    """A completion after some pieces."""
+    made = Choice(0, WORDS[kind], prompt, params, stream_text=True, visible_special_tokens={})
+    for piece in pieces:
+        made.push(piece)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_tokens(kind: str) -> None:
+    """What every token of a vocabulary adds to a text: blanks before words, parts of characters, special tokens."""
+    tokenizer = KINDS[kind]
+    for id, piece in ((i, tokenizer.convert_ids_to_tokens(i)) for i in range(len(tokenizer))):
+        data = token_to_bytes(tokenizer, id)
+        if id in tokenizer.all_special_ids:
+            assert data == piece.encode()
+        elif kind == "fallback" and piece.startswith("<0x"):
+            assert data == bytes([id - 3])
+        elif kind == "fallback":
+            assert data == piece.replace("▁", " ").encode()
+        else:
+            assert data.decode(errors="replace") == tokenizer.decode([id])
+    if kind == "level":
+        assert [token_to_bytes(tokenizer, i) for i in byte_tokens(bytes(range(256)))] == [
+            bytes([b]) for b in range(256)
+        ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@QUICK
+@given(text=st.text(st.sampled_from(" abHe😀é\n"), max_size=12))
+def test_tokens_joined_are_the_text(kind: str, text: str) -> None:
+    prompt, tokens = KINDS[kind]("a").input_ids, KINDS[kind](text).input_ids
+    tokens = [t for t in tokens if kind == "level" or t > 2]
+    piece = TokenDelta(0, tokens, [-1.0] * len(tokens), None, finish_reason="length")
+    made = choice(kind, prompt, SamplingParams(logprobs=0), piece)
+    told = [WORDS[kind].format_logprob(t, 0.0) for t in tokens]
+    assert bytes(b for t in told for b in t["bytes"]).decode() == made.accumulated.text
+    assert "\ufffd" in "".join(t["token"] for t in told) or "".join(t["token"] for t in told) == made.accumulated.text
+
+
+def test_alike_tokens_are_told_apart() -> None:
+    """By their blank where they have one, else by their ids; the one that was drawn has its text."""
+    blank_a, a, byte_a, space, byte_space = ids("▁a", "a", "<0x61>", "▁", "<0x20>")
+    top = {byte_a: -0.1, a: -0.2, blank_a: -0.3, byte_space: -1.0, space: -2.0}
+    completion = TextResponseBuilder(WORDS["fallback"])
+    for drawn, want in (
+        (a, [f"token_id:{byte_a}", "a", " a", " ", f"token_id:{space}"]),
+        (byte_a, ["a", f"token_id:{a}", " a", " ", f"token_id:{space}"]),
+        (space, ["a", f"token_id:{a}", " a", f"token_id:{byte_space}", " "]),
+    ):
+        found: Any = completion._format_logprobs(ChoiceDelta("", [drawn], [top[drawn]], [top], [0]), 0)
+        assert list(found["top_logprobs"][0].items()) == [*zip(want, top.values(), strict=True)]
+        assert found["top_logprobs"][0][found["tokens"][0]] == top[drawn]
+    part = byte_tokens(b"\xf0\x9f")
+    found = TextResponseBuilder(WORDS["level"])._format_logprobs(
+        ChoiceDelta("", part[:1], [-0.1], [dict.fromkeys(part, -0.1)], [0]), 0
+    )
+    assert len(found["top_logprobs"][0]) == 2 and found["tokens"] == ["\ufffd"]
+
+
+def echo(kind: str, prompt: Any) -> tuple[EchoedPrompt, list[int]]:
+    """As an HTTP worker makes it."""
+    service = AppState.__new__(AppState)
+
+    async def tokenized(function: Any, *_: Any) -> Any:
+        return function(KINDS[kind])
+
+    service.run_tokenizer = tokenized  # type: ignore[method-assign]
+    tokens = KINDS[kind](prompt).input_ids if isinstance(prompt, str) else prompt
+    return asyncio.run(service.echo_prompt(prompt, tokens)), tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "text", ["ab", " ab", "a<|im_end|>b", "<|im_start|>user: Hello<|im_end|>", "a</s>", "é😀 a", "<s>a <|im_end|> b"]
+)
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_echo(kind: str, text: str, as_ids: bool) -> None:
+    """The prompt with its special tokens, and offsets at which its tokens are."""
+    prompt: Any = KINDS[kind](text).input_ids if as_ids else text
+    found, tokens = echo(kind, prompt)
+    assert found.text == (text if kind == "level" else KINDS[kind].decode(tokens)) and len(found.text_offsets) == len(
+        tokens
+    )
+    for token, at in zip(tokens, found.text_offsets, strict=True):
+        piece = WORDS[kind].decode_token(token)
+        assert (
+            "\ufffd" in piece or found.text[at:].startswith(piece) or (at == 0 and found.text.startswith(piece.strip()))
+        )
+
+
+def test_echo_leaves_out_what_the_tokenizer_puts_around_a_text() -> None:
+    """BOS of a text has a place in the tokens, and none in the text; in ids it is the client's."""
+    plain = BYTE_FALLBACK("ab a", add_special_tokens=False).input_ids
+    words = WORDS["fallback"]
+    assert words.echo_prompt([1, *plain, 2], frozenset({0, len(plain) + 1})) == EchoedPrompt("ab a", [0, 0, 1, 2, 4])
+    assert words.echo_prompt([1, *plain]).text == BYTE_FALLBACK.decode([1, *plain]) == "<s> ab a"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@QUICK
+@given(runs=st.lists(st.sampled_from(RUNS), max_size=6))
+def test_echo_of_any_bytes(kind: str, runs: list[bytes]) -> None:
+    """Every token points at the character it is a part of."""
+    data = b"".join(runs)
+    tokens = byte_tokens(data) if kind == "level" else [3 + b for b in data]
+    found, _ = echo(kind, tokens)
+    whole = data.decode(errors="replace")
+    cut = kind == "fallback" and whole.startswith(" ")
+    assert found.text == whole[cut:] and found.text_offsets == sorted(found.text_offsets)
+    for i, at in enumerate(found.text_offsets):
+        assert os.path.commonprefix([data[:i].decode(errors="ignore"), whole]) in whole[: at + cut + 1]

@@ -1,0 +1,418 @@
+"""Output that follows a grammar, on a tiny random model whose tokens are bytes."""
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import fastgen
+from fastgen import Output, SamplingParams, structured_output
+from fastgen.structured_output import GrammarBackend, GrammarCancelled, json_depth
+from fastgen.grammar_check import TrialLimits, compile_grammar
+from fastgen.core.sampling import apply_token_mask
+
+pytest.importorskip("llguidance")
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+VOCAB = {c: i for i, c in enumerate(BYTES)} | {"</s>": 256, "ab": 257, "12": 258}
+SPEC = fastgen.from_hf_config(
+    tiny.config(vocab=300, context=256, eos_token_id=256)
+)  # more tokens than the tokenizer has
+PARAMS = tiny.weights(SPEC, times=1)
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "yy"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+DATE = r"[0-9]{4}-[01][0-9]"
+
+
+def fits(value: dict[str, Any]) -> bool:
+    return value.keys() == {"a", "b"} and value["a"] in range(100) and value["b"] in ("x", "yy")
+
+
+FORMS: dict[str, Any] = {
+    f"regex:{DATE}": lambda text: re.fullmatch(DATE, text),
+    "json:" + json.dumps(SCHEMA): lambda text: (
+        json.loads(text)["a"] in range(100) and json.loads(text)["b"] in ("x", "yy")
+    ),
+    'lark:start: "yes" | "no" | "ab"': lambda text: text in ("yes", "no", "ab"),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.BPE(VOCAB, [("a", "b"), ("1", "2")]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def words() -> PreTrainedTokenizerFast:
+    return tokenizer()
+
+
+def engine(words: PreTrainedTokenizerFast | None, **settings: Any) -> fastgen.Engine:
+    return fastgen.Engine(PARAMS, SPEC, words, progress=False, **settings)
+
+
+def guided(form: str, **more: Any) -> SamplingParams:
+    return SamplingParams(**{"grammar": form, "max_tokens": 200} | more)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("grammar", FORMS)
+def test_every_output_follows(grammar: str, overlap: bool, words: PreTrainedTokenizerFast) -> None:
+    """Drawn hot from a random model, what ends by itself matches; so do greedy, filtered and penalised outputs."""
+    kinds = [
+        {"temperature": 3, "n": 8},
+        {"temperature": 0},
+        {"temperature": 1, "top_p": 0.9, "repetition_penalty": 1.2},
+    ]
+    prompts = ["once", "12", "ab"] * 2
+    with engine(words, overlap=overlap, max_requests=7) as e:
+        outputs = e.generate(prompts, [guided(grammar, seed=i, **kinds[i % 3]) for i in range(6)], progress=False)
+    ended = [c for o in outputs for c in o.completions if c.finish_reason == "stop"]
+    assert len(ended) > 8
+    for c in ended:
+        assert c.token_ids[-1] == 256 and FORMS[grammar](c.text), c.text
+
+
+def test_neighbours_are_not_disturbed(words: PreTrainedTokenizerFast) -> None:
+    """A mask that reaches another row changes what it draws."""
+    plain = [SamplingParams(seed=i, max_tokens=20) for i in range(4)]
+    with engine(words) as e:
+        alone = e.generate(["one", "two", "three", "four"], plain, progress=False)
+        mixed = e.generate(
+            ["one", "x", "two", "y", "three", "four"],
+            [plain[0], guided(f"regex:{DATE}", seed=7), plain[1], guided("json:", seed=8), *plain[2:]],
+            progress=False,
+        )
+    assert [o.completions[0].token_ids for o in (mixed[0], mixed[2], mixed[4], mixed[5])] == [
+        o.completions[0].token_ids for o in alone
+    ]
+
+
+def finish(e: fastgen.Engine) -> dict[int, Output]:
+    done = {}
+    while e.has_unfinished_requests:
+        done |= {event.request_id: event.output for event in e.step() if event.output is not None}
+    return done
+
+
+def test_forks_and_snapshots_stay_within_the_grammar(words: PreTrainedTokenizerFast) -> None:
+    """A copy that begins the grammar anew, or moves the original along with it."""
+    with engine(words) as e, engine(words) as other:
+        id = e.add("once", guided(f"regex:{DATE}", seed=1))
+        for _ in range(4):
+            e.step()
+        copies, saved = e.fork(id, 3, seeds=[1, 2, 3]), e.snapshot(id)
+        done = finish(e)
+        again = other.restore(saved)
+        assert finish(other)[again].completions[0].text == done[id].completions[0].text
+    texts = [done[i].completions[0].text for i in (id, *copies)]
+    assert texts[0] == texts[1] and all(re.fullmatch(DATE, t) and t[:2] == texts[0][:2] for t in texts)
+
+
+def test_preempted_requests_go_on(words: PreTrainedTokenizerFast) -> None:
+    """A request that was parked begins its grammar anew."""
+    grammar = "regex:(ab|12){20}!"
+    with engine(words, cache_tokens=64, page_size=4) as e:
+        outputs = e.generate(["once"] * 4, [guided(grammar, seed=i, max_tokens=50) for i in range(4)], progress=False)
+        assert e.cache_stats.num_preemptions
+    for o in outputs:
+        assert re.fullmatch(grammar[6:], o.completions[0].text)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ("[0-9]+", "must begin with regex:, json:, lark:"),
+        ("regex:[", "regex grammar"),
+        ("json:{", "json grammar"),
+        ('json:{"type": 3}', "json grammar"),
+        ("lark:xx", "lark grammar"),
+    ],
+)
+def test_bad_grammars(grammar: str, message: str, words: PreTrainedTokenizerFast) -> None:
+    """A grammar that cannot be used is refused before anything runs, and disturbs nobody."""
+    with engine(words) as e:
+        id = e.add("once", SamplingParams(max_tokens=3, ignore_eos=True))
+        with pytest.raises(ValueError, match=message):
+            e.add("once", guided(grammar))
+        assert [*finish(e)] == [id]
+
+
+def test_what_a_grammar_needs(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a tokenizer or the package it says what to do; it decides itself where the output ends."""
+    with engine(None) as e, pytest.raises(ValueError, match="needs a tokenizer"):
+        e.add([1, 2], guided("json:"))
+    monkeypatch.setattr("fastgen.structured_output.find_spec", lambda name: None)
+    with engine(words) as e, pytest.raises(ValueError, match=r"pip install fastgen\[guide\]"):
+        e.add("once", guided("json:"))
+    for wrong in ({"min_tokens": 3}, {"ignore_eos": True}, {"grammar": 7}):
+        with pytest.raises(ValueError, match="grammar"):
+            SamplingParams(**{"grammar": "json:"} | wrong)
+
+
+def test_a_grammar_that_fails_ends_its_request_alone(words: PreTrainedTokenizerFast) -> None:
+    """A parser that gives up takes the step of all others with it."""
+    with engine(words) as e:
+        one, two = (e.add("once", guided(f"regex:{DATE}", seed=i)) for i in range(2))
+        e.step()
+        sample = next(s for s in e._sequence_states.values() if s.output.request_id == one)
+        assert sample.matcher is not None
+        sample.matcher.matcher.consume_token(words.encode("z")[0])  # no digit
+        done = finish(e)
+    failed = done[one].completions[0]
+    assert failed.finish_reason == "error" and "the grammar cannot be followed any further" in failed.error
+    assert re.fullmatch(DATE, done[two].completions[0].text)
+
+
+def nested(depth: int) -> str:
+    return '{"items": ' * depth + "{}" + "}" * depth
+
+
+def refs(count: int) -> str:
+    """A schema with a chain of references."""
+    chain = {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(count)}
+    return json.dumps({"$ref": "#/$defs/d0", "$defs": chain | {f"d{count}": {}}})
+
+
+def rules(count: int) -> str:
+    """A grammar with a chain of rules."""
+    return "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1}' for i in range(count)), f'r{count}: "b"'])
+
+
+LETTERS = [{"type": "string", "pattern": f".*{chr(97 + i)}.*{chr(98 + i)}.*"} for i in range(25)]
+HARD = {
+    "json:" + nested(500): "nested 501 levels deep, and the limit is 128",
+    "json:" + '{"const": ' + "[" * 200_000 + "]" * 200_000 + "}": "nested 200001 levels deep",
+    "json:" + '["' * 500 + '"]' * 500: "nested|Expecting",
+    'lark:start: %json {"items": ' + nested(3000) + "}": "lark grammar",
+    "json:" + refs(500): "too long a chain",
+    "lark:" + rules(1000): "too long a chain",
+    "lark:" + rules(50_000): "too big|too long a chain|longer than 0.6 s",
+    "lark:start: " + "(" * 5000 + '"a"' + ")" * 5000: "too deeply nested",
+    "lark:start: " + '"a"? ' * 20_000: "too big|longer than 0.6 s",
+    "regex:" + "(" * 5000 + ")" * 5000: "regex grammar",
+    "regex:(a{1000}){1000}": "regex grammar",
+    "json:" + json.dumps({"allOf": LETTERS}): "longer than 0.6 s to compile|more than 64 MiB of memory",
+    'json:{"type": "integer", "multipleOf": 1000003}': "longer than 0.6 s to compile|more than 64 MiB of memory",
+    "json:" + json.dumps({"allOf": [{"multipleOf": p} for p in (1000003, 999983, 1000033)]}): "json grammar",
+    "json:" + json.dumps({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}): "json grammar",
+    "regex:" + "a" * (2**20 + 1): "1048577 characters are more than the limit of 1048576",
+}
+
+
+@pytest.fixture(scope="module")
+def small(words: PreTrainedTokenizerFast) -> Iterator[GrammarBackend]:
+    """Guides with small limits, so that they are reached soon."""
+    made = GrammarBackend(words, 300, frozenset([256]))
+    made._trial_process.limits = TrialLimits(cpu_seconds=0.6, memory_bytes=2**26, stack_bytes=2**19)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("number", range(len(HARD)))
+def test_grammars_that_would_end_or_stop_the_process(number: int, small: GrammarBackend) -> None:
+    """Each is refused with its reason, also at the second time, and the next one is compiled."""
+    grammar, message = [*HARD.items()][number]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            small.make_matchers(grammar)
+    assert len(small.make_matchers("regex:a", 3)) == 3
+
+
+def test_json_depth() -> None:
+    """Brackets in strings do not count, and quotes that are escaped do not end them."""
+    assert json_depth('{"a[[[": [{"b\\"]]{{{": []}, {}], "c": "\\\\"}') == 4
+    assert json_depth("[" * 10**5) == 10**5 and json_depth('"[') == 1 and not json_depth("3")
+
+
+def test_a_trial_is_cancelled(small: GrammarBackend) -> None:
+    """Who leaves ends a trial long before its limits would; it is the process that ends, not just the wait."""
+    small.make_matchers("regex:a")
+    small._trial_process.close()
+    small._trial_process.limits = TrialLimits(cpu_seconds=60.0)
+    stop = threading.Event()
+    timer = threading.Timer(0.1, stop.set)
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(GrammarCancelled):
+        small.make_matchers("json:" + json.dumps({"allOf": LETTERS[1:]}), cancel_event=stop)
+    assert time.monotonic() - begin < 5
+    helper = small._trial_process.process
+    assert helper is not None
+    children = Path(f"/proc/{helper.pid}/task/{helper.pid}/children")
+    while children.exists() and children.read_text():
+        assert time.monotonic() - begin < 5
+        time.sleep(0.01)
+    assert small.make_matchers("regex:ab")
+
+
+def test_the_process_that_tries_grammars_is_started_again(small: GrammarBackend) -> None:
+    """Whatever has ended it."""
+    small.make_matchers("regex:a")
+    assert small._trial_process.process is not None
+    small._trial_process.process.kill()
+    small._trial_process.process.wait()
+    assert small.make_matchers("regex:abc")
+    with pytest.raises(ValueError, match="regex grammar"):
+        small.make_matchers("regex:[c")
+
+
+def test_what_is_compiled_again_and_what_is_copied(small: GrammarBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow compilation is made once for all completions and requests, and again after it has failed; its memory is
+    counted while a guide lives."""
+    calls = list[str]()
+
+    def compile(*args: Any) -> Any:
+        calls.append(args[2])
+        return compile_grammar(*args)
+
+    monkeypatch.setattr(structured_output, "compile_grammar", compile)
+    small.make_matchers("regex:x+", 3)
+    assert calls == ["x+"] * 3
+    monkeypatch.setattr(structured_output, "QUICK", 0)
+    monkeypatch.setitem(small._trial_results, structured_output._grammar_key("regex:y+"), {"bytes": 1000})
+    before = small._compiled_bytes[0]
+    guides = small.make_matchers("regex:y+", 3) + small.make_matchers("regex:y+", 2)
+    assert calls[3:] == ["y+"] and small._compiled_bytes[0] == before + 1000
+    guides[0].accept_token(small.tokenizer.encode("y")[0])  # type: ignore[union-attr]
+    assert not guides[1].matcher.is_accepting() and guides[0].matcher.is_accepting()
+    small._compiled_matchers.popitem()[1].error = "an error"
+    assert not small.make_matchers("regex:y+")[0].failed and calls[3:] == ["y+"] * 2
+    monkeypatch.setattr(structured_output, "BUDGET", 500)
+    small._compiled_matchers.clear()
+    with pytest.raises(ValueError, match="try again later"):
+        small.make_matchers("regex:y+")
+    del guides
+    assert small._compiled_bytes[0] == before
+
+
+def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after a slow one finds out whose masks are slow."""
+    from llguidance import numpy
+
+    par, one, slow = numpy.fill_next_token_bitmask_par, numpy.fill_next_token_bitmask, list[Any]()
+
+    def burn(matchers: list[Any]) -> None:
+        end = time.thread_time() + 0.1 * any(m is s for m in matchers for s in slow)
+        while time.thread_time() < end:
+            pass
+
+    def slow_par(pool: Any, matchers: Any, bits: Any) -> None:
+        burn([m for m, _ in matchers])
+        par(pool, matchers, bits)
+
+    def slow_one(matcher: Any, bits: Any, row: int) -> None:
+        burn([matcher])
+        one(matcher, bits, row)
+
+    monkeypatch.setattr(numpy, "fill_next_token_bitmask_par", slow_par)
+    monkeypatch.setattr(numpy, "fill_next_token_bitmask", slow_one)
+    monkeypatch.setattr(structured_output, "MASK_SECONDS", 0.09)
+    with engine(words) as e:
+        ids = [e.add("once", guided(f"regex:{DATE}", seed=i)) for i in range(3)]
+        e.step()
+        sample = next(s for s in e._sequence_states.values() if s.output.request_id == ids[1])
+        assert sample.matcher is not None
+        slow.append(sample.matcher.matcher)
+        done = finish(e)
+    c = done[ids[1]].completions[0]
+    assert c.finish_reason == "error" and "its next tokens take longer than 0.09 s to find" in c.error
+    assert re.fullmatch(DATE, done[ids[0]].completions[0].text) and re.fullmatch(DATE, done[ids[2]].completions[0].text)
+
+
+def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request runs from beginning to end meanwhile; who leaves ends the compilation; errors are the same."""
+
+    async def main(e: fastgen.AsyncEngine) -> None:
+        make, stops, going = e.engine._grammar_backend.make_matchers, list[threading.Event](), threading.Event()
+
+        def waiting(form: str, count: int = 1, stop: threading.Event | None = None) -> Any:
+            if stop is None:
+                return make(form, count)
+            stops.append(stop)
+            while not (stop.wait(0.005) or going.is_set()):
+                pass
+            return make(form, count, stop)
+
+        monkeypatch.setattr(e.engine._grammar_backend, "make", waiting)
+        one, two = (asyncio.create_task(e.add("once", guided(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
+        plain = [o async for _, o in e.generate(["a", "b"], SamplingParams(max_tokens=20))]
+        assert len(plain) == 2 and not one.done() and not two.done()
+        two.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await two
+        going.set()
+        output = await (await one).output()
+        assert all(re.fullmatch(DATE, c.text) for c in output.completions if c.finish_reason == "stop")
+        assert [stop.is_set() for stop in stops] == [
+            False,
+            True,
+        ] and not e.engine._grammar_backend._prebuilt_matchers.get(structured_output._grammar_key(f"regex:{DATE}"))
+        with pytest.raises(ValueError, match="prompt 1: json grammar: it is nested 501 levels"):
+            await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), guided("json:" + nested(500))]))
+
+    with engine(words) as e, fastgen.AsyncEngine(e) as ae:
+        asyncio.run(main(ae))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("where", ["push", "end"])
+def test_a_tokenizer_that_fails_ends_its_request_alone(
+    where: str, overlap: bool, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of one request's text, in the middle or at the end; the others' texts are as without it."""
+    params = [SamplingParams(max_tokens=6, seed=i, ignore_eos=True) for i in range(3)]
+    with engine(words, overlap=overlap) as e:
+        wanted = [o.completions[0] for o in e.generate(["a", "b", "c"], params)]
+        ids = [e.add(p, s) for p, s in zip("abc", params, strict=True)]
+        sample = next(s for s in e._sequence_states.values() if s.output.request_id == ids[1])
+        monkeypatch.setattr(sample.detokenizer, where, lambda *_, **__: 1 / 0)
+        done = finish(e)
+        assert not e._sequence_states and e.generate("a", params[0])[0].completions[0] == wanted[0]
+    failed = done[ids[1]].completions[0]
+    assert failed.finish_reason == "error" and failed.error == "ZeroDivisionError: division by zero"
+    assert failed.token_ids == wanted[1].token_ids[: 1 if where == "push" else 6]
+    assert [done[i].completions[0] for i in (ids[0], ids[2])] == [wanted[0], wanted[2]]
+
+
+@settings(deadline=None, max_examples=50)
+@given(allowed=st.lists(st.integers(0, 99), max_size=20), rows=st.integers(1, 3))
+def test_restrict(allowed: list[int], rows: int) -> None:
+    """Bits against plain indexing."""
+    bits = np.zeros((rows, 4), np.uint32)
+    for t in allowed:
+        bits[0, t // 32] |= np.uint32(1 << t % 32)
+    logits = torch.randn(rows, 100)
+    got = apply_token_mask(logits, torch.from_numpy(bits.view(np.int32)).to(logits.device))
+    wanted = torch.full_like(logits, float("-inf"))
+    wanted[0, allowed] = logits[0, allowed]
+    assert torch.equal(got, wanted)
+
+
+def test_masks_of_many(words: PreTrainedTokenizerFast) -> None:
+    """Rows without a guide allow everything; a finished one allows the end alone."""
+    guides = GrammarBackend(words, 300, frozenset([256]))
+    a, b = guides.make_matchers("regex:a", 2)
+    b.accept_token(words.encode("a")[0])
+    b.accept_token(256)
+    bits = guides.compute_token_masks([(1, a), (3, b)], 5).view(np.uint32)
+    found = [{t for t in range(300) if bits[r, t // 32] >> np.uint32(t % 32) & 1} for r in range(5)]
+    assert found[0] == found[2] == found[4] == {*range(300)}
+    assert found[1] == {words.encode("a")[0]} and found[3] == {256}
