@@ -52,8 +52,8 @@ def main() -> None:
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "model": args.config.stem,
                              "rank": args.rank, "output_tok_s": {}}  # fmt: skip
     for way, (room, used) in WAYS.items():
-        settings = {"max_adapters": room, "max_rank": args.rank, "cache_fraction": 0.6}
-        with fastgen.Engine.from_pretrained(args.config, random=True, progress=False, **settings) as engine:
+        settings = {"max_adapters": room, "max_rank": args.rank, "gpu_memory_utilization": 0.6}
+        with fastgen.Engine.from_pretrained(args.config, random_weights=True, progress=False, **settings) as engine:
             for i in range(room):
                 engine.add_adapter(f"{i}", drawn(engine.model_config, args.rank, i))
             for workload in args.workloads:

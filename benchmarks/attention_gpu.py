@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgen
-from fastgen.kernels import attention
 from fastgen.core.attention import reference
 from fastgen.core.scheduler import Span
 from fastgen.core.types import SharedPrefix
+from fastgen.kernels import attention
 
 HERE = Path(__file__).parent
 SPEC = fastgen.from_hf_config(json.loads((HERE / "configs" / "llama-3.1-8b-instruct.json").read_text()))

@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "budgets_gpu.json")
     args = parser.parse_args()
     engine = fastgen.Engine.from_pretrained(
-        HERE / "configs" / f"{args.model}.json", random=True, dtype="bfloat16", progress=False,
-        max_requests=512, token_budget=max(args.budget),
+        HERE / "configs" / f"{args.model}.json", random_weights=True, dtype="bfloat16", progress=False,
+        max_num_seqs=512, token_budget=max(args.budget),
     )  # fmt: skip
     limits, generator, results = engine.config.schedule, torch.Generator().manual_seed(0), []
     for workload in args.workload:

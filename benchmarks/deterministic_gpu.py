@@ -55,7 +55,11 @@ def main() -> None:
     row["device"] = torch.cuda.get_device_name()
     for mode in args.modes:
         engine = fastgen.Engine.from_pretrained(
-            config, random=True, dtype="bfloat16", deterministic=mode == "deterministic", cache_fraction=0.6
+            config,
+            random_weights=True,
+            dtype="bfloat16",
+            deterministic=mode == "deterministic",
+            gpu_memory_utilization=0.6,
         )
         one = row[mode] = {}
         prompts, sampling = requests(args.requests, engine.model_config.vocab_size, random.Random(0))

@@ -29,8 +29,8 @@ def speed(name: str, requests: int, prompt_len: int, output_len: int, attention:
     torch.cuda.synchronize()
     start = time.perf_counter()
     engine = fastgen.Engine.from_pretrained(
-        HERE / "configs" / f"{name}.json", random=True, device="cuda", dtype="bfloat16", attention=attention,
-        max_requests=requests, token_budget=8192, cache_tokens=requests * (prompt_len + output_len + 16),
+        HERE / "configs" / f"{name}.json", random_weights=True, device="cuda", dtype="bfloat16", attention=attention,
+        max_num_seqs=requests, token_budget=8192, cache_tokens=requests * (prompt_len + output_len + 16),
     )  # fmt: skip
     torch.cuda.synchronize()
     made = time.perf_counter() - start

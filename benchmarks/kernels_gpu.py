@@ -21,9 +21,9 @@ from torch import Tensor
 
 import fastgen
 from fastgen.core import layers
-from fastgen.kernels import rope_cache, small_batch
 from fastgen.core.sampling import sample
 from fastgen.core.types import SamplingTensors
+from fastgen.kernels import rope_cache, small_batch
 
 HERE = Path(__file__).parent
 MODELS = {  # (N, K)
@@ -120,9 +120,9 @@ def stores() -> list[dict]:
         args = (qkv, angle.cos(), angle.sin(), torch.randperm(16384, device="cuda")[:tokens], k, v)
         same = torch.equal(rope_cache.rope_and_cache_kv(*args), layers.apply_rope(qkv[:, :q], *args[1:3]))
         took, plain = (
-            seconds(lambda _: rope_cache.rope_and_cache_kv(*args)),
-            seconds(lambda _: layers.rope_and_cache_kv(*args)),
-        )  # noqa: B023
+            seconds(lambda _, args=args: rope_cache.rope_and_cache_kv(*args)),
+            seconds(lambda _, args=args: layers.rope_and_cache_kv(*args)),
+        )
         rows.append({"kind": "store", "tokens": tokens, "same": same, "us": took * 1e6, "plain_us": plain * 1e6,
                      "gb_s": 2 * qkv.nbytes / took / 1e9})  # fmt: skip
     return rows

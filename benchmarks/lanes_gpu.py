@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 import fastgen
+from fastgen.checkpoint import weights
 from fastgen.compiled.runner import CompiledOps
 from fastgen.core import transformer
-from fastgen.checkpoint import weights
 from fastgen.core.transformer import TORCH_OPS
+from fastgen.core.types import Batch, KVCache, Params
 from fastgen.kernels import rope_cache
 from fastgen.kernels.attention import paged_attention
-from fastgen.core.types import Batch, KVCache, Params
 
 HERE = Path(__file__).parent
 PAGE = 16
@@ -133,8 +133,8 @@ def main() -> None:
     table = torch.cat((torch.zeros(1, wide), torch.randperm(most * wide).view(most, wide) + 1)).int().cuda()
     region = CompiledOps()
     ops = TORCH_OPS._replace(
-        attention=paged_attention, enter=region(transformer.embed), leave=region(transformer.final_norm),
-        project=region(transformer.add_norm_qkv), project_swiglu=region(transformer.add_norm_gate_up), store=rope_cache.rope_and_cache_kv,
+        attention=paged_attention, embed=region(transformer.embed), final_norm=region(transformer.final_norm),
+        add_norm_qkv=region(transformer.add_norm_qkv), add_norm_gate_up=region(transformer.add_norm_gate_up), rope_and_cache_kv=rope_cache.rope_and_cache_kv,
     )  # fmt: skip
     with torch.no_grad():
         one(params, cache, batch(40, args.context, 1, table), spec, ops)

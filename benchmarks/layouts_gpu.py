@@ -27,15 +27,15 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastgen
-from fastgen.distributed import tensor_parallel
-from fastgen.cli.bench.main import main
+from fastgen.cli.bench import benchmark
 from fastgen.cli.hydra_config import compose, model_override
+from fastgen.distributed import tensor_parallel
 
 HERE = Path(__file__).parent
 WIDTH = 8192
 SIZES = [2**i for i in range(14, 29)]  # bytes: a row in bf16, to 16k rows
 CALLS = 20  # in a captured graph
-SETTINGS = ("schedule.max_requests=512", "schedule.token_budget=16384")
+SETTINGS = ("schedule.max_num_seqs=512", "schedule.token_budget=16384")
 
 
 def share(trace: Path) -> float | None:
@@ -75,12 +75,12 @@ def layout(args: argparse.Namespace) -> dict[str, Any]:
     replicas, size = map(int, args.layouts[0].split("x"))
     where = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
     config = compose(model_override(str(args.config)), "sampling.temperature=0.7", *args.settings, *where)
-    works, sampling = [main.Workload.parse(x) for x in args.workloads], replace(config.sampling, ignore_eos=True)
-    started, generator = main.start_engine(config, False, works), torch.Generator().manual_seed(0)
+    works, sampling = [benchmark.Workload.parse(x) for x in args.workloads], replace(config.sampling, ignore_eos=True)
+    started, generator = benchmark.start_engine(config, False, works), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"rows": [], "profile": None}
     with started.engine as engine:
         for work in works:
-            row = main.measure_throughput(
+            row = benchmark.measure_throughput(
                 started, work, replace(sampling, max_tokens=work.output_len), args.repeats, generator
             )
             one = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
@@ -129,7 +129,10 @@ def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def normed(
-    group: tensor_parallel.TPProcessGroup, read: tensor_parallel.PeerBuffers, pushed: tensor_parallel.PeerBuffers, x: Tensor
+    group: tensor_parallel.TPProcessGroup,
+    read: tensor_parallel.PeerBuffers,
+    pushed: tensor_parallel.PeerBuffers,
+    x: Tensor,
 ) -> dict[str, Any]:
     """A sum over the ranks of rows x, added to others, and the norm of that."""
     from fastgen.kernels import small_batch

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "profile_gpu.json")
     args = parser.parse_args()
     engine = fastgen.Engine.from_pretrained(
-        HERE / "configs" / f"{args.model}.json", random=True, dtype="bfloat16", progress=True,
-        max_requests=512, token_budget=args.budget,
+        HERE / "configs" / f"{args.model}.json", random_weights=True, dtype="bfloat16", progress=True,
+        max_num_seqs=512, token_budget=args.budget,
     )  # fmt: skip
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=80, ignore_eos=True)
     for prompt in torch.randint(100, engine.model_config.vocab_size, (args.prompts, args.length)).tolist():

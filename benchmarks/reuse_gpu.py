@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import fastgen
-from fastgen.cli.bench.main.rows import parse_peer_log
+from fastgen.cli.bench.rows import parse_peer_log
 
 HERE = Path(__file__).parent
 MODES: dict[str, dict[str, Any]] = {
@@ -191,7 +191,7 @@ def share(engine: fastgen.Engine) -> dict[str, Any]:
     settings, found = engine.config, {}
     run(engine, 32, 256, 16, 1)  # warm
     for name, on in (("shared attention", True), ("each by itself", False)):
-        engine.config = replace(settings, pages=replace(settings.kv_cache, shared_attention=on))
+        engine.config = replace(settings, pages=replace(settings.kv_cache, shared_prefix_attention=on))
         found[name] = run(engine, 32, 256, 16, 4 if on else 2)
         print("32 x 1024, 16 samples -> 256,", name, found[name], flush=True)
     engine.config = settings
@@ -214,7 +214,7 @@ def converse(params: fastgen.Params, spec: fastgen.ModelConfig, args: argparse.N
     for name in args.modes:
         host = {"host_gb": 5 * tokens * per_token / 1e9} if "offload" in MODES[name] else {}
         with fastgen.Engine(
-            params, spec, progress=False, max_requests=64, token_budget=4096, cache_tokens=tokens, **MODES[name], **host
+            params, spec, progress=False, max_num_seqs=64, token_budget=4096, cache_tokens=tokens, **MODES[name], **host
         ) as engine:
             if host:
                 found["host"] = {"gb": host["host_gb"], "seconds": engine._host_offload.alloc_seconds}

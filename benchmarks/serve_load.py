@@ -33,10 +33,10 @@ from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.cli.bench.main.machine import hardware_name
+from fastgen.cli.bench.machine import hardware_name
 
 NEW = 24  # tokens of an answer
-SETTINGS = ("model.dtype=float32", "schedule.max_requests=64", "pages.cache_tokens=16384")
+SETTINGS = ("model.dtype=float32", "schedule.max_num_seqs=64", "kv_cache.cache_tokens=16384")
 Prompt = tuple[list[int], list[int], str]  # its tokens, and the answer's tokens and text
 
 

@@ -87,7 +87,7 @@ def main() -> None:
     config = HERE / "configs" / f"{args.model}.json"
     found: dict[str, Any] = {"model": args.model, "device": torch.cuda.get_device_name()}
     found["copy GB/s"] = copied()
-    engine = fastgen.Engine.from_pretrained(config, random=True, dtype="bfloat16", cache_fraction=0.6)
+    engine = fastgen.Engine.from_pretrained(config, random_weights=True, dtype="bfloat16", gpu_memory_utilization=0.6)
     sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0)
     prompts = torch.randint(100, engine.model_config.vocab_size, (16, 200)).tolist()
 
@@ -107,7 +107,7 @@ def main() -> None:
         torch.cuda.synchronize()
         middle = time.perf_counter()
         free = torch.cuda.mem_get_info()[0]
-        engine.restore()
+        engine.wake_up()
         torch.cuda.synchronize()
         times["release"].append(middle - start)
         times["restore"].append(time.perf_counter() - middle)

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 
 with subprocess.Popen(
-    [sys.executable, "-m", "fastgen.cli.serve", "--port", "0", "schedule.max_requests=8"],
+    [sys.executable, "-m", "fastgen.cli.serve", "--port", "0", "schedule.max_num_seqs=8"],
     stderr=subprocess.PIPE, text=True,
 ) as server, tempfile.TemporaryDirectory() as profile:  # fmt: skip
     try:

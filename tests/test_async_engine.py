@@ -19,8 +19,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fastgen
 from fastgen import AsyncEngine, Engine, SamplingParams
-from fastgen.training import logprobs
 from fastgen.checkpoint import weights
+from fastgen.training import logprobs
 
 LONG = replace(GREEDY, max_tokens=60)
 OVERLAP = pytest.mark.parametrize("overlap", [False, True])
@@ -198,7 +198,7 @@ def test_pause_and_resume_under_load(overlap: bool) -> None:
                 late = await e.add(PROMPTS[0], GREEDY)
             await asyncio.sleep(0.01)
             assert steps(e) == before
-            assert not await e.call(lambda x: x._undelivered), "what is there is told"
+            assert not await e.call(lambda x: x._pending_events), "what is there is told"
             await e.resume()
         assert told(await task) == wanted
         assert told([await late.output()])[0] == wanted[0]
@@ -334,7 +334,7 @@ def test_an_update_that_fails_changes_nothing(source: Any, error: type[Exception
         with pytest.raises(error, match=said):
             await e.update_params(source())
         assert told(await running) == wanted
-        assert await e.call(lambda one: one.version) == 0
+        assert await e.call(lambda one: one.weight_version) == 0
         for mine, old in zip(logprobs.iter_weights(params), logprobs.iter_weights(fresh()), strict=True):
             assert torch.equal(mine, old)
         assert await e.update_params({"model.norm.weight": torch.ones(32)}, partial=True, recompute=True) == 1
@@ -359,7 +359,7 @@ def test_an_adopted_model_that_moves_ends_requests_and_not_the_thread() -> None:
         with pytest.raises(RuntimeError, match="ended with it") as caught:
             await request.output()
         assert "model.norm.weight was moved" in str(caught.value.__cause__)
-        assert not await e.call(lambda one: one.unfinished)
+        assert not await e.call(lambda one: one.has_unfinished_requests)
 
     config = Qwen2Config(**tiny.config("Qwen2", vocab=97, context=128))
     model = Qwen2ForCausalLM(config).to(torch.get_default_device())
@@ -374,14 +374,16 @@ def test_updates_at_full_speed() -> None:
     async def main(e: AsyncEngine) -> list[fastgen.Output]:
         task = asyncio.create_task(gathered(e.generate(PROMPTS * 2, LONG)))
         while not task.done():
-            await e.call(Engine.update_params, trees[(await e.call(lambda x: x.version) + 1) % 2], recompute=True)
+            await e.call(
+                Engine.update_params, trees[(await e.call(lambda x: x.weight_version) + 1) % 2], recompute=True
+            )
             await asyncio.sleep(0.01)
         return await task
 
     trees = [fresh(0), fresh(1)]
     with engine(fresh(0)) as one, AsyncEngine(one) as e:
         outputs = run(main(e))
-    versions = {v for o in outputs for c in o.completions for v in c.versions}
+    versions = {v for o in outputs for c in o.completions for v in c.weight_versions}
     assert len(versions) > 2
     for o in outputs[::3]:
         (c,) = o.completions
@@ -389,7 +391,7 @@ def test_updates_at_full_speed() -> None:
             scores = fastgen.score(
                 tree, one.model_config, [[*o.prompt_token_ids, *c.token_ids]], first=len(o.prompt_token_ids)
             )
-            mine = torch.tensor([x % 2 == v for x in c.versions])
+            mine = torch.tensor([x % 2 == v for x in c.weight_versions])
             torch.testing.assert_close(scores[0][mine], torch.tensor(c.logprobs)[mine], atol=1e-4, rtol=0)
 
 
@@ -424,7 +426,7 @@ def test_memory_given_back_under_load() -> None:
         before = steps(e)
         await asyncio.sleep(0.02)
         assert steps(e) == before and not task.done()
-        assert await e.call(Engine.restore) > 0
+        assert await e.call(Engine.wake_up) > 0
         assert told(await task) == wanted
 
     wanted = expected(fresh())
@@ -499,7 +501,7 @@ def test_cancelled_consumers(way: str, overlap: bool) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
         await until(lambda: steps(e) > 8)
-        assert len(await e.call(lambda x: x._samples)) == 2
+        assert len(await e.call(lambda x: x._sequence_states)) == 2
         assert len(e._requests) == 2
         assert [c[:12] for c in told(await other)] == wanted[2:]
         assert steps(e) <= 64
@@ -525,7 +527,7 @@ def test_an_error_in_a_step(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> N
         ]
         await until(lambda: steps(e) > 6)
         with monkeypatch.context() as m:
-            m.setattr("fastgen.compiled.runner.compute", _fails)
+            m.setattr("fastgen.compiled.runner.forward_and_sample", _fails)
             done = await asyncio.gather(*tasks, return_exceptions=True)
         for x in done:
             assert isinstance(x, RuntimeError) and "a step failed" in str(x) and "of the device" in str(x)
@@ -602,7 +604,7 @@ def test_a_program_that_ends_without_close() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
+        cwd=Path(tiny.__file__).parent,
         check=False,
         capture_output=True,
         text=True,
@@ -665,7 +667,7 @@ def test_random_operations(overlap: bool) -> None:
             elif what < 0.86:
                 await e.call(Engine.sleep, "cache")
                 await asyncio.sleep(0.001)
-                await e.call(Engine.restore)
+                await e.call(Engine.wake_up)
             elif what < 0.88 and not paused:
                 await e.drain()
                 await e.resume()
@@ -680,7 +682,7 @@ def test_random_operations(overlap: bool) -> None:
         with pytest.raises(RuntimeError, match="the engine drains"):
             await e.add(prompts[0], GREEDY)
 
-    with engine(fresh(), overlap=overlap, max_requests=7, token_budget=24) as one, AsyncEngine(one) as e:
+    with engine(fresh(), overlap=overlap, max_num_seqs=7, token_budget=24) as one, AsyncEngine(one) as e:
         run(main(e))
         tree = one.state.prefix_cache
         assert tree.num_available_pages() == tree.num_device_pages - 1, "every page is free or idle"
@@ -727,7 +729,11 @@ def test_new_parameters_between_steps() -> None:
         for _ in range(4):
             one.step()
         with torch.no_grad():
-            for mine, new in zip(fastgen.training.logprobs.leaves(params), fastgen.training.logprobs.leaves(other), strict=True):
+            for mine, new in zip(
+                fastgen.training.logprobs.iter_weights(params),
+                fastgen.training.logprobs.iter_weights(other),
+                strict=True,
+            ):
                 mine.copy_(new)
         partial = one.abort(one.add(PROMPTS[0], GREEDY))
         assert partial is not None and partial.completions[0].token_ids == []

@@ -63,7 +63,7 @@ def logits(tokens: list[int]) -> Tensor:
 @pytest.mark.parametrize("page_size", [1, 8, 16, 48])
 def test_forward_of_the_engines_own_batch(page_size: int, overlap: bool) -> None:
     """The logits of a step, computed again from parameters, cache and batch: what the step drew, and its logprobs."""
-    e = engine(page_size=page_size, overlap=overlap, prefix_cache=False, max_requests=4)
+    e = engine(page_size=page_size, overlap=overlap, prefix_cache=False, max_num_seqs=4)
     assert e.last_batch is None
     for prompt in PROMPTS[:3]:
         e.add(prompt, replace(GREEDY, logprobs=0, max_tokens=5))
@@ -154,15 +154,15 @@ def drawn() -> list[list[int]]:
     [
         {},
         {"prefill_chunk": 3},
-        {"token_budget": 4, "max_requests": 4},
-        {"token_budget": 7, "max_requests": 1},
+        {"token_budget": 4, "max_num_seqs": 4},
+        {"token_budget": 7, "max_num_seqs": 1},
         {"page_size": 1},
         {"page_size": 4, "prefill_chunk": 7},
         {"page_size": 4, "cache_tokens": 36},  # room for the longest prompt and little else
         {"policy": "prefill_first"},
-        {"policy": "prefill_first", "token_budget": 8, "max_requests": 3, "page_size": 4},
+        {"policy": "prefill_first", "token_budget": 8, "max_num_seqs": 3, "page_size": 4},
         {"overlap": True},
-        {"overlap": True, "token_budget": 7, "max_requests": 3, "cache_tokens": 128},
+        {"overlap": True, "token_budget": 7, "max_num_seqs": 3, "cache_tokens": 128},
         {"attention": "reference"},
         {"attention": "reference", "page_size": 4, "prefill_chunk": 3, "cache_tokens": 64},
     ],
@@ -289,7 +289,7 @@ def test_abort_a_running_request() -> None:
 
 def test_abort_a_waiting_request() -> None:
     """A request that never ran is reported, and does not run."""
-    e = engine(max_requests=1)
+    e = engine(max_num_seqs=1)
     first, second = e.add(PROMPTS[0], GREEDY), e.add(PROMPTS[1], replace(GREEDY, n=2))
     e.step()
     output = e.abort(second)
@@ -357,7 +357,7 @@ def test_stream_gives_all_events() -> None:
 @pytest.mark.parametrize("seen", [1, 3, 8])
 def test_leaving_a_stream_aborts(seen: int) -> None:
     """What nobody waits for goes on running, or is reported to the next caller."""
-    e = engine(max_requests=4)
+    e = engine(max_num_seqs=4)
     for event, _ in zip(e.stream(PROMPTS, GREEDY), range(seen), strict=False):
         assert event.token_ids
     idle(e)
@@ -389,7 +389,7 @@ def test_aborting_from_within_a_stream() -> None:
 
 def test_interleaved_streams() -> None:
     """One stream swallows the other's events."""
-    e = engine(max_requests=4)
+    e = engine(max_num_seqs=4)
     one, two = e.stream(PROMPTS[:3], GREEDY), e.stream(PROMPTS[3:], GREEDY)
     both = list(itertools.zip_longest(one, two))
     first, second = (collect(event for event in events if event is not None) for events in zip(*both, strict=True))
@@ -400,7 +400,7 @@ def test_interleaved_streams() -> None:
 
 def test_generate_beside_single_steps() -> None:
     """Events of requests in flight are lost or doubled by a call that does not wait for them."""
-    e = engine(max_requests=4)
+    e = engine(max_num_seqs=4)
     ids = [e.add(PROMPTS[0], GREEDY), e.add(PROMPTS[1], replace(GREEDY, max_tokens=3))]
     events = e.step()
     assert tokens(e.generate(PROMPTS[2:4], GREEDY)) == WANTED[2:4]
@@ -415,11 +415,11 @@ def test_generate_beside_single_steps() -> None:
 # --- interrupts and errors ----------------------------------------------------------------------------------
 
 PLACES = (
-    "fastgen.compiled.runner.compute",
-    "fastgen.core.engine_core.Stager.stage",
-    "fastgen.core.engine_core.Loop._draw",
-    "fastgen.core.engine_core.Sample.push",
-    "fastgen.core.engine_core.schedule.commit",
+    "fastgen.compiled.runner.forward_and_sample",
+    "fastgen.core.engine_core.InputBuffers.fill",
+    "fastgen.core.engine_core.EngineCore._sample_tokens",
+    "fastgen.core.engine_core.SequenceState.append_token",
+    "fastgen.core.engine_core.scheduler.commit",
 )
 PUSH = PLACES[3]  # whose errors are a request's own
 
@@ -454,7 +454,7 @@ WAYS: dict[str, Callable[[Engine], object]] = {
 @pytest.mark.parametrize(("call", "overlap"), [(0, False), (4, False), (4, True)])
 def test_interrupt(way: str, place: str, call: int, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a notebook leaves pages taken, or tokens of half a step behind."""
-    e = engine(max_requests=4, prefill_chunk=7, overlap=overlap)
+    e = engine(max_num_seqs=4, prefill_chunk=7, overlap=overlap)
     failing(monkeypatch, place, call, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         WAYS[way](e)
@@ -469,7 +469,7 @@ def test_interrupt_keeps_what_was_finished(monkeypatch: pytest.MonkeyPatch) -> N
     e = engine()
     id = e.add(PROMPTS[0], replace(GREEDY, max_tokens=2))
     e.generate(PROMPTS[1], GREEDY)
-    failing(monkeypatch, "fastgen.compiled.runner.compute", 3, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.compiled.runner.forward_and_sample", 3, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         e.generate(PROMPTS[2], GREEDY)
     assert tokens([collect(drain(e))[id]]) == [WANTED[0][:2]]
@@ -480,7 +480,7 @@ def test_interrupt_keeps_what_was_finished(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("place", [place for place in PLACES if place != PUSH])
 def test_error(way: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the device runs out of memory, say, the engine is of no more use."""
-    e = engine(max_requests=4, prefill_chunk=7)
+    e = engine(max_num_seqs=4, prefill_chunk=7)
     failing(monkeypatch, place, 3, RuntimeError)
     with pytest.raises(RuntimeError):
         WAYS[way](e)
@@ -490,7 +490,7 @@ def test_error(way: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_error_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a tokenizer or a grammar raises about one request ends the others, too."""
-    e = engine(max_requests=4, prefill_chunk=7)
+    e = engine(max_num_seqs=4, prefill_chunk=7)
     failing(monkeypatch, PUSH, 3, RuntimeError)
     ended = [output.completions[0] for output in e.generate(PROMPTS, GREEDY)]
     (failed,) = [i for i, c in enumerate(ended) if c.finish_reason == "error"]
@@ -595,7 +595,7 @@ UNTIL = WANTED[2].index(END) + 1
 )
 def test_finish_reason(eos: tuple[int, ...], params: dict[str, Any], wanted: list[int], reason: str) -> None:
     """A completion runs past its end, stops too early, or gives the wrong reason."""
-    e = Engine(PARAMS, replace(SPEC, eos=eos))
+    e = Engine(PARAMS, replace(SPEC, eos_token_ids=eos))
     (output,) = e.generate(PROMPTS[2], replace(GREEDY, **params))
     assert (output.completions[0].token_ids, output.completions[0].finish_reason) == (wanted, reason)
     idle(e)
@@ -603,7 +603,7 @@ def test_finish_reason(eos: tuple[int, ...], params: dict[str, Any], wanted: lis
 
 def test_min_tokens() -> None:
     """The end token is drawn too early, or stays banned."""
-    e = Engine(PARAMS, replace(SPEC, eos=(END,)))
+    e = Engine(PARAMS, replace(SPEC, eos_token_ids=(END,)))
     for least in range(9):
         wanted = greedy(PROMPTS[2], 10, [END], least)
         wanted = wanted[: wanted.index(END) + 1] if END in wanted else wanted
@@ -704,19 +704,19 @@ def test_logprob_modes() -> None:
             torch.testing.assert_close(torch.tensor([*top.values()]), row.topk(4).values, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 3}, {"token_budget": 7, "max_requests": 3}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 3}, {"token_budget": 7, "max_num_seqs": 3}], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, None])
 def test_prompt_logprobs(settings: dict[str, Any], rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are shifted, or lost or doubled where a prompt or its logits are computed in pieces."""
     if rows is not None:
-        inner = pkgutil.resolve_name("fastgen.core.step.unembed")
+        inner = pkgutil.resolve_name("fastgen.core.step.compute_logits")
 
         def bounded(params: fastgen.Params, x: Tensor, *rest: Any) -> Any:
             assert len(x) <= rows, "more logits at once than allowed"
             return inner(params, x, *rest)
 
-        monkeypatch.setattr("fastgen.core.step.CHUNK", rows * 61 + 60)
-        monkeypatch.setattr("fastgen.core.step.unembed", bounded)
+        monkeypatch.setattr("fastgen.core.step.LOGITS_PER_CHUNK", rows * 61 + 60)
+        monkeypatch.setattr("fastgen.core.step.compute_logits", bounded)
     params = [replace(GREEDY, prompt_logprobs=k, n=2) for k in (0, 3, 2, 1, None, 61)]
     e = engine(**settings)
     for output, asked in zip(e.generate(PROMPTS, params), params, strict=True):
@@ -764,7 +764,7 @@ def test_random_weights(tmp_path: Path) -> None:
     """`random` needs a checkpoint, or draws other weights than `init` does for the same seed."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     where = str(torch.get_default_device())
-    with Engine.from_pretrained(tmp_path, random=True, random_seed=3, device=where, prefill_chunk=2) as e:
+    with Engine.from_pretrained(tmp_path, random_weights=True, random_seed=3, device=where, prefill_chunk=2) as e:
         assert e.config.schedule.prefill_chunk == 2 and e.tokenizer is None and e.model_config == SPEC
         got = tokens(e.generate(PROMPTS, GREEDY))
     assert got == tokens(Engine(fastgen.init(SPEC, 3), SPEC).generate(PROMPTS, GREEDY))
@@ -775,7 +775,7 @@ def test_interrupt_ends_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     e = engine()
     one, two = e.stream(PROMPTS[0], GREEDY), e.stream(PROMPTS[1], GREEDY)
     events = [next(two)]
-    failing(monkeypatch, "fastgen.compiled.runner.compute", 0, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.compiled.runner.forward_and_sample", 0, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         next(one)
     (output,) = collect(events + list(two)).values()
@@ -798,14 +798,14 @@ def test_failed_call_reports_requests_in_flight(
     """Who added a request by hand never hears that an interrupted call ended it, or misses tokens of its last step."""
     e = engine()
     ids = [e.add(p, replace(GREEDY, max_tokens=3)) for p in PROMPTS[:4]]
-    failing(monkeypatch, place, 10 if place.endswith("push") else 2, error)
+    failing(monkeypatch, place, 10 if place.endswith("append_token") else 2, error)
     with pytest.raises(error):
         e.generate(PROMPTS[4:], GREEDY)
     outputs = collect(drain(e))
     assert sorted(outputs) == ids
     for id, output in outputs.items():
         (got,) = tokens([output])
-        assert got == WANTED[id][: len(got)] and len(got) >= 2 - (not place.endswith(("push", "commit")))
+        assert got == WANTED[id][: len(got)] and len(got) >= 2 - (not place.endswith(("append_token", "commit")))
     assert [len(c.token_ids) == 3 for o in outputs.values() for c in o.completions] == [
         c.finish_reason == "length" for o in outputs.values() for c in o.completions
     ]
@@ -847,14 +847,14 @@ def test_stream_that_is_never_read() -> None:
 @pytest.mark.parametrize("page", [16, 48, 128])
 def test_default_cache_holds_the_longest_request(page: int) -> None:
     """Rounding the capacity down to whole pages refuses what the context allows."""
-    e = engine(page_size=page, max_requests=1)
+    e = engine(page_size=page, max_num_seqs=1)
     assert len(tokens(e.generate([1], replace(GREEDY, max_tokens=None)))[0]) == 63
 
 
 def test_interrupt_while_adding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was half added stays, and can never finish."""
     e = engine()
-    failing(monkeypatch, "fastgen.core.engine_core.Sample.__init__", 2, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.core.engine_core.SequenceState.__init__", 2, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         e.generate(PROMPTS[0], replace(GREEDY, n=3))
     idle(e)
@@ -866,7 +866,7 @@ def test_error_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     e = engine()
     for p in PROMPTS[:3]:
         e.add(p, replace(GREEDY, prompt_logprobs=0))
-    failing(monkeypatch, "fastgen.core.engine_core.score", 1, RuntimeError)
+    failing(monkeypatch, "fastgen.core.engine_core.compute_target_logprobs", 1, RuntimeError)
     with pytest.raises(RuntimeError):
         e.step()
     for id, output in collect(drain(e)).items():
@@ -904,7 +904,7 @@ def test_random_load() -> None:
     dice = random.Random(1)
     kinds = [{}, {"temperature": 0}, {"top_p": 0.8, "top_k": 9}, {"repetition_penalty": 1.3, "logprobs": 2},
              {"temperature": 0, "prompt_logprobs": 1}, {"min_tokens": 4, "logprobs": 0}]  # fmt: skip
-    e = engine(overlap=True, max_requests=9, token_budget=24, cache_tokens=640, page_size=8)
+    e = engine(overlap=True, max_num_seqs=9, token_budget=24, cache_tokens=640, page_size=8)
     asked, done, aborted = dict[int, tuple[list[int], SamplingParams]](), list[Output](), set[int]()
     for _ in range(200):
         if len(asked) - len(done) < 12 and dice.random() < 0.5:
@@ -920,7 +920,7 @@ def test_random_load() -> None:
     done += [event.output for event in drain(e) if event.output is not None]
     idle(e)
     assert sorted(o.request_id for o in done) == sorted(asked) and len(done) > 30 and aborted
-    alone = engine(max_requests=1)
+    alone = engine(max_num_seqs=1)
     for output in done[:50]:
         (want,) = alone.generate([asked[output.request_id][0]], asked[output.request_id][1])
         (got,), (whole,) = output.completions, want.completions

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("fuzz_library.py")
+SCRIPT = Path(__file__).parent / "support" / "fuzz_library.py"
 
 
 def test_fuzz() -> None:

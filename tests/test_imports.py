@@ -11,57 +11,66 @@ import fastgen
 
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
-    ["types", "config", "memory", "ownership", "cache.pages", "cache.prefix", "models.spec", "models.files"]
-    + ["template", "control_tokens"],
-    ["models.gguf", "limits", "models.layers", "ops.attention", "ops.paged", "ops.backends", "schedule", "sampling"]
-    + ["ops.hopper", "ops.skinny", "ops.fused", "ops.moves", "ops.lowrank", "ops.peers"],
-    ["models.transformer", "models.weights", "tokenizer"],
-    ["models.default", "models.invariant", "grammar_trial", "grammar", "request", "step"],
-    ["batch", "trace", "profiler", "cache.host", "snapshot"],
-    ["parallel", "scoring", "exchange"],
-    ["lora"],
-    ["launch", "compile"],
-    ["loop"],
+    ["config", "core.types", "core.kv_cache", "core.prefix_cache", "core.model_config", "core.chat_template"]
+    + ["core.control_tokens", "checkpoint.files", "thread_safety", "training.sleep"],
+    ["checkpoint.gguf", "profiling.roofline", "core.layers", "core.attention", "core.scheduler", "core.sampling"]
+    + ["kernels.attention", "kernels.select", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
+    + ["kernels.page_copy", "kernels.lora", "kernels.all_reduce_norm"],
+    ["core.transformer", "checkpoint.weights", "core.tokenizer"],
+    ["checkpoint.hub", "compiled.batch_invariant", "grammar_check", "structured_output", "core.request", "core.step"],
+    ["core.batch", "profiling.report", "profiling.profiler", "offload.host_cache", "snapshot"],
+    ["distributed.tensor_parallel", "training.weight_sync", "training.logprobs"],
+    ["lora.adapter", "lora.__init__"],
+    ["distributed.workers", "compiled.runner"],
+    ["core.engine_core"],
     ["engine"],
-    ["chat", "replicas", "aio", "trl", "grpo"],
+    ["conversation", "distributed.data_parallel", "async_engine", "training.trl", "training.grpo"],
     ["api"],
     ["__init__"],
-    ["serve.protocol", "serve.core", "serve.metrics", "serve.log", "serve.reasoning"],
-    ["serve.client", "serve.tools"],
-    ["serve.answer"],
-    ["serve.service"],
-    ["serve.gate"],
-    ["serve.app"],
-    ["serve.worker"],
-    [
-        "cli.config",
-        "cli.machine",
-        "cli.files",
-        "cli.scripts",
-        "cli.rows",
-        "cli.run",
-        "cli.bench",
-        "cli.chat",
-        "cli.serve",
-    ],
+    ["server.requests", "server.engine_process", "server.metrics", "server.log", "server.reasoning"],
+    ["server.engine_client", "server.tool_calls"],
+    ["server.responses"],
+    ["server.app_state"],
+    ["server.middleware"],
+    ["server.endpoints"],
+    ["server.http_worker"],
+    ["cli.hydra_config", "cli.prompt_files", "cli.scripts", "cli.run", "cli.chat", "cli.serve"]
+    + ["cli.bench.machine", "cli.bench.rows", "cli.bench.benchmark", "cli.bench.__main__"],
 ]
-EMPTY = {"cache.__init__", "cli.__init__", "models.__init__", "ops.__init__", "serve.__init__"}
+EMPTY = {
+    f"{folder}.__init__"
+    for folder in (
+        "core",
+        "checkpoint",
+        "kernels",
+        "compiled",
+        "offload",
+        "distributed",
+        "training",
+        "server",
+        "profiling",
+    )
+} | {"cli.__init__", "cli.bench.__init__"}
+
+
+def module_name(dotted: str) -> str | None:
+    """Returns the name below `fastgen` of a module or package of ours, None for anything else."""
+    name = dotted.removeprefix("fastgen.")
+    path = ROOT / name.replace(".", "/")
+    return name if path.with_suffix(".py").is_file() else f"{name}.__init__" if path.is_dir() else None
 
 
 def imports(file: Path) -> set[str]:
     """Modules named by a file's import statements; `from a import b` counts as a.b where that is a module of ours."""
-    found = set()
+    names = set[str]()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            inner = {f"{module}.{a.name}" for a in node.names}
-            ours = {
-                name for name in inner if (ROOT / (name.removeprefix("fastgen.").replace(".", "/") + ".py")).is_file()
-            }
-            found |= ours or {module}
-    return found
+            ours = {f"{module}.{a.name}" for a in node.names if module.split(".")[0] == "fastgen"}
+            names |= {name for name in ours if module_name(name)} or {module}
+    return names
 
 
 def test_imports_go_one_way() -> None:
@@ -74,13 +83,21 @@ def test_imports_go_one_way() -> None:
     for name, file in files.items():
         for module in imports(file):
             if module == "fastgen" or module.startswith("fastgen."):
-                other = module.removeprefix("fastgen").lstrip(".") or "__init__"
+                other = "__init__" if module == "fastgen" else module_name(module)
+                assert other is not None, f"{name} imports {module}"
                 assert rank[other] <= rank[name], f"{name} imports {other}"
 
 
 def test_the_scheduler_needs_no_torch() -> None:
     """Scheduling can be simulated without torch."""
-    for name in ("schedule", "cache/pages", "cache/prefix", "config", "limits", "models/spec"):
+    for name in (
+        "core/scheduler",
+        "core/kv_cache",
+        "core/prefix_cache",
+        "config",
+        "profiling/roofline",
+        "core/model_config",
+    ):
         roots = {module.split(".")[0] for module in imports(ROOT / f"{name}.py")}
         assert not roots & {"torch", "numpy", "transformers", "hydra"}, name
 
@@ -107,6 +124,9 @@ def test_public_names() -> None:
     assert {"Engine", "AsyncEngine", "score"} <= set(dir(fastgen))
     names: dict[str, object] = {}
     exec("from fastgen import *", names)
-    assert names["Engine"] is fastgen.Engine and fastgen.distributed.tensor_parallel.Ranks.__module__ == "fastgen.distributed.tensor_parallel"
+    assert (
+        names["Engine"] is fastgen.Engine
+        and fastgen.distributed.tensor_parallel.TPProcessGroup.__module__ == "fastgen.distributed.tensor_parallel"
+    )
     with pytest.raises(AttributeError, match="module 'fastgen' has no attribute 'nothing'"):
         fastgen.nothing  # noqa: B018

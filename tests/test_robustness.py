@@ -29,22 +29,22 @@ from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import Output, SamplingParams
-from fastgen.core.batch import build_logit_edits
 from fastgen.cli import serve
+from fastgen.core.batch import build_logit_edits
 from fastgen.core.request import Completion, SequenceState
 from fastgen.core.scheduler import Span
-from fastgen.server import engine_process, http_worker, log, middleware
-from fastgen.server.responses import dump_json, iter_json_chunks
-from fastgen.server.middleware import EXCEPTION_HANDLERS
-from fastgen.server.metrics import Metrics, render_metrics
-from fastgen.server.requests import APIError, ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
-from fastgen.server.app_state import TokenizerThread
 from fastgen.core.tokenizer import StopString, max_prompt_chars
+from fastgen.server import engine_process, http_worker, log, middleware
+from fastgen.server.app_state import TokenizerThread
+from fastgen.server.metrics import Metrics, render_metrics
+from fastgen.server.middleware import EXCEPTION_HANDLERS
+from fastgen.server.requests import APIError, ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
+from fastgen.server.responses import dump_json, iter_json_chunks
 
 
 def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One try a pause and one line for all of them; once there are files again, connections are taken."""
-    monkeypatch.setattr(http_worker, "PAUSE", 0.01)
+    monkeypatch.setattr(http_worker, "ACCEPT_PAUSE_SECONDS", 0.01)
     tries = 0
     full = True
 
@@ -122,7 +122,7 @@ def test_a_log_that_nobody_reads(reader: str) -> None:
 def test_lines_that_find_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     source, sink = os.pipe()
     before = os.dup(2)
-    monkeypatch.setattr(log, "_dropped", 0)
+    monkeypatch.setattr(log, "_num_dropped_lines", 0)
     try:
         os.dup2(sink, 2)
         for i in range(200):
@@ -299,7 +299,16 @@ def test_edits_are_each_samples_own() -> None:
         if r % 5
         for t, x in sorted(changes(s).items())
     ]
-    names = ("row", "token", "bias", "count", "seen", "presence", "frequency", "repetition")
+    names = (
+        "rows",
+        "token_ids",
+        "bias",
+        "output_counts",
+        "seen",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    )
     assert [*zip(*(getattr(found, name).tolist() for name in names), strict=True)] == wanted
     plain = SequenceState(Output(0, [1], [Completion()]), 0, SamplingParams(), 0, 9, frozenset({1}), None)
     assert build_logit_edits((Span(0, 0, 1, True, ()),), {0: plain}, torch.device("cpu")) is None

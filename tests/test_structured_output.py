@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 import fastgen
 from fastgen import Output, SamplingParams, structured_output
-from fastgen.structured_output import GrammarBackend, GrammarCancelled, json_depth
-from fastgen.grammar_check import TrialLimits, compile_grammar
 from fastgen.core.sampling import apply_token_mask
+from fastgen.grammar_check import TrialLimits, compile_grammar
+from fastgen.structured_output import GrammarBackend, GrammarCancelled, json_depth
 
 pytest.importorskip("llguidance")
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -82,7 +82,7 @@ def test_every_output_follows(grammar: str, overlap: bool, words: PreTrainedToke
         {"temperature": 1, "top_p": 0.9, "repetition_penalty": 1.2},
     ]
     prompts = ["once", "12", "ab"] * 2
-    with engine(words, overlap=overlap, max_requests=7) as e:
+    with engine(words, overlap=overlap, max_num_seqs=7) as e:
         outputs = e.generate(prompts, [guided(grammar, seed=i, **kinds[i % 3]) for i in range(6)], progress=False)
     ended = [c for o in outputs for c in o.completions if c.finish_reason == "stop"]
     assert len(ended) > 8
@@ -286,7 +286,7 @@ def test_what_is_compiled_again_and_what_is_copied(small: GrammarBackend, monkey
     monkeypatch.setattr(structured_output, "compile_grammar", compile)
     small.make_matchers("regex:x+", 3)
     assert calls == ["x+"] * 3
-    monkeypatch.setattr(structured_output, "QUICK", 0)
+    monkeypatch.setattr(structured_output, "FAST_COMPILE_SECONDS", 0)
     monkeypatch.setitem(small._trial_results, structured_output._grammar_key("regex:y+"), {"bytes": 1000})
     before = small._compiled_bytes[0]
     guides = small.make_matchers("regex:y+", 3) + small.make_matchers("regex:y+", 2)
@@ -295,7 +295,7 @@ def test_what_is_compiled_again_and_what_is_copied(small: GrammarBackend, monkey
     assert not guides[1].matcher.is_accepting() and guides[0].matcher.is_accepting()
     small._compiled_matchers.popitem()[1].error = "an error"
     assert not small.make_matchers("regex:y+")[0].failed and calls[3:] == ["y+"] * 2
-    monkeypatch.setattr(structured_output, "BUDGET", 500)
+    monkeypatch.setattr(structured_output, "MAX_COMPILED_BYTES", 500)
     small._compiled_matchers.clear()
     with pytest.raises(ValueError, match="try again later"):
         small.make_matchers("regex:y+")
@@ -324,7 +324,7 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
 
     monkeypatch.setattr(numpy, "fill_next_token_bitmask_par", slow_par)
     monkeypatch.setattr(numpy, "fill_next_token_bitmask", slow_one)
-    monkeypatch.setattr(structured_output, "MASK_SECONDS", 0.09)
+    monkeypatch.setattr(structured_output, "MAX_MASK_SECONDS", 0.09)
     with engine(words) as e:
         ids = [e.add("once", guided(f"regex:{DATE}", seed=i)) for i in range(3)]
         e.step()
@@ -351,7 +351,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
                 pass
             return make(form, count, stop)
 
-        monkeypatch.setattr(e.engine._grammar_backend, "make", waiting)
+        monkeypatch.setattr(e.engine._grammar_backend, "make_matchers", waiting)
         one, two = (asyncio.create_task(e.add("once", guided(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
         plain = [o async for _, o in e.generate(["a", "b"], SamplingParams(max_tokens=20))]
         assert len(plain) == 2 and not one.done() and not two.done()
@@ -373,7 +373,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("where", ["push", "end"])
+@pytest.mark.parametrize("where", ["push", "flush"])
 def test_a_tokenizer_that_fails_ends_its_request_alone(
     where: str, overlap: bool, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

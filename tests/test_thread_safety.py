@@ -33,9 +33,10 @@ CALLS: dict[str, Callable[[Engine], Any]] = {  # that need an engine of one's ow
     "abort": lambda e: e.abort(0),
     "fork": lambda e: e.fork(0),
     "snapshot": lambda e: e.snapshot(0),
-    "restore": lambda e: e.restore(),
-    "release": lambda e: e.sleep(),
-    "touch": lambda e: e.params_changed(),
+    "restore": lambda e: e.restore(None),
+    "wake_up": lambda e: e.wake_up(),
+    "sleep": lambda e: e.sleep(),
+    "params_changed": lambda e: e.params_changed(),
     "score": lambda e: e.score(PROMPTS),
     "update_params": lambda e: e.update_params(PARAMS),
     "add_adapter": lambda e: e.add_adapter("a", fastgen.lora.init(SPEC)),
@@ -43,17 +44,17 @@ CALLS: dict[str, Callable[[Engine], Any]] = {  # that need an engine of one's ow
     "adapter_params": lambda e: e.adapter_params("a"),
     "update_adapter": lambda e: e.update_adapter("a"),
     "remove_adapter": lambda e: e.remove_adapter("a"),
-    "table": lambda e: e.summary(),
+    "summary": lambda e: e.summary(),
 }
 READS: dict[str, Callable[[Engine], Any]] = {  # that any thread may make of an engine that is open
     "params": lambda e: e.params,
     "cache": lambda e: e.cache,
-    "batch": lambda e: e.last_batch,
+    "last_batch": lambda e: e.last_batch,
     "adapters": lambda e: e.adapters,
     "profile": lambda e: e.profile(),
     "prepare_grammars": lambda e: e.prepare_grammars(),
 }
-ALWAYS = {"close", "cause", "counts", "unfinished", "from_pretrained"}
+ALWAYS = {"close", "worker_failure", "cache_stats", "has_unfinished_requests", "from_pretrained"}
 
 
 def engine(**settings: Any) -> Engine:
@@ -242,23 +243,23 @@ def test_released(own: Engine, wanted: list[list[int]]) -> None:
         lambda: next(stream), lambda: fastgen.forward(own.params, own.cache, own.last_batch, SPEC),
     ]  # fmt: skip
     for call in touching:
-        with pytest.raises(ValueError, match=r"was given back: call restore\(\)"):
+        with pytest.raises(ValueError, match=r"was given back: call wake_up\(\)"):
             call()
     assert own.weight_version == 0 and len(own.state.waiting) == 2
     assert own.summary() and own.snapshot(id).completions[0].token_ids == snapshot.completions[0].token_ids
-    own.restore()
+    own.wake_up()
     assert [t for x in stream for t in x.token_ids] == wanted[1]
     done = {x.request_id: x.output for x in own.step() if x.output} | {0: None}
     assert done.keys() == {0}
     assert tokens(own) == wanted
     own.sleep("cache")  # a trainer's turn: the parameters are there
     assert own.update_params(PARAMS) == 1 and len(own.score(PROMPTS)) == 2
-    own.restore()
+    own.wake_up()
     assert tokens(own) == wanted
     own.params.final_norm.numpy()
     with pytest.raises(ValueError, match="NumPy"):
         own.sleep("all")
-    assert own.sleep("cache") > 0 and own.restore() > 0
+    assert own.sleep("cache") > 0 and own.wake_up() > 0
     assert tokens(own) == wanted
 
 
@@ -368,7 +369,7 @@ def test_a_fork_is_refused(wanted: list[list[int]]) -> None:
 FORK = """
 import asyncio, os, sys
 import tiny, fastgen
-spec = fastgen.from_hf(tiny.config())
+spec = fastgen.from_hf_config(tiny.config())
 engine = fastgen.Engine(tiny.weights(spec), spec, progress=False, cache_tokens=512, tensor_parallel=2)
 sampling = fastgen.SamplingParams(temperature=0, max_tokens=12)
 want = engine.generate([1, 2, 3], sampling)[0].completions[0].token_ids

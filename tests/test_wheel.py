@@ -54,7 +54,7 @@ def test_contents(dist: Path) -> None:
 def test_fgrun(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script runs in another folder, with the wheel's code and configuration."""
     monkeypatch.chdir(tmp_path)
-    arguments = ("model=debug", "pages=small", "sampling.max_tokens=3", "chat=false", "prompt=[1,2,3]")
+    arguments = ("model=debug", "kv_cache=small", "sampling.max_tokens=3", "chat=false", "prompt=[1,2,3]")
     out = call(site / "bin" / "fgrun", *arguments, PYTHONPATH=str(site))
     assert out.count(",") == 2
     shown = call(site / "bin" / "fgrun", "--info", "searchpath", PYTHONPATH=str(site))

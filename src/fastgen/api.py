@@ -2,19 +2,14 @@
 
 from fastgen import lora
 from fastgen.async_engine import AsyncEngine
-from fastgen.core.batch import build_batch
-from fastgen.core.prefix_cache import CacheStats
-from fastgen.config import EngineConfig, SamplingParams
-from fastgen.engine import Engine
-from fastgen.training.weight_sync import adopt, cuda_ipc_handles, receive, send
-from fastgen.core.model_config import ModelConfig, RopeConfig, from_hf_config
-from fastgen.core.transformer import compute_logits, forward, hidden_states
 from fastgen.checkpoint.weights import init, load, save
-from fastgen.distributed.data_parallel import Replicas
+from fastgen.config import EngineConfig, SamplingParams
+from fastgen.core.batch import build_batch
+from fastgen.core.model_config import ModelConfig, RopeConfig, from_hf_config
+from fastgen.core.prefix_cache import CacheStats
 from fastgen.core.request import Completion, Event, Output
-from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score
-from fastgen.snapshot import Snapshot
 from fastgen.core.step import new_kv_cache
+from fastgen.core.transformer import compute_logits, forward, hidden_states
 from fastgen.core.types import (
     Adapter,
     Batch,
@@ -28,6 +23,11 @@ from fastgen.core.types import (
     StackedAdapters,
     TopKTopP,
 )
+from fastgen.distributed.data_parallel import Replicas
+from fastgen.engine import Engine
+from fastgen.snapshot import Snapshot
+from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score
+from fastgen.training.weight_sync import adopt, cuda_ipc_handles, receive, send
 
 __all__ = [
     "Adapter",

@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastgen.training import weight_sync
-from fastgen.config import SamplingParams, unknown_name_message
-from fastgen.engine import Engine
 from fastgen.checkpoint import weights
+from fastgen.config import SamplingParams, unknown_name_message
 from fastgen.core.request import Event, Output, pair_prompts
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Params
+from fastgen.engine import Engine
+from fastgen.training import weight_sync
 
 T = TypeVar("T")
 OneOrManyPrompts = Prompt | Sequence[Prompt]
@@ -248,7 +248,7 @@ class AsyncEngine:
 
     async def abort_all(self) -> dict[int, Output]:
         """End all requests now; what each has so far."""
-        return await self.call(lambda e: e._end({s.output.request_id for s in e._samples.values()}))
+        return await self.call(lambda e: e._abort_requests({s.output.request_id for s in e._sequence_states.values()}))
 
     # --- control ----------------------------------------------------------------------------------------------------
 
@@ -295,7 +295,7 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(_resolve_future, staged, tensors, error)
 
         threading.Thread(target=receive, name="fastgen-update", daemon=True).start()
-        how = {"partial": partial, "recompute": recompute, "finite": False}  # they have been looked at
+        how = {"partial": partial, "recompute": recompute, "check_finite": False}  # they have been looked at
         return await self.call(Engine.update_params, await staged, **how)
 
     async def pause(self, mode: str = "keep") -> None:
@@ -311,7 +311,7 @@ class AsyncEngine:
             self._paused = True
             try:
                 if self.engine._worker_group is not None:
-                    self.engine._worker_group.broadcast_call("_receive")
+                    self.engine._worker_group.broadcast_call("_finish_step")
                 self.engine._finish_step()
             except BaseException as e:
                 self.engine._reset_after_error()

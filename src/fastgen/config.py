@@ -11,6 +11,8 @@ SCALAR_FIELDS = (  # fields of SamplingParams
     "temperature", "top_p", "top_k", "min_p", "seed", "n", "max_tokens", "min_tokens", "ignore_eos",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "prompt_logprobs",
 )  # fmt: skip
+TOP_LEVEL_SETTINGS = ("seed", "special_tokens_in_content")  # of EngineConfig, in no group
+MAIN_FIELDS = {"compile": "mode", "offload": "target"}  # group -> the field that a flat keyword of its name sets
 MIN_TEMPERATURE = 1e-5  # anything lower is greedy: logits divided by it could leave the range of fp32
 
 
@@ -160,7 +162,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
-    """What to load: a path or hub id (None: the embedded default), or random weights for a config (`random=true`)."""
+    """What to load: a path or hub id (None: the embedded default), or random weights for a config (`random_weights=true`)."""
 
     path: str | None = None
     dtype: str = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
@@ -175,7 +177,7 @@ class LoadConfig:
             if not (isinstance(name, str) and name and isinstance(folder, str) and folder):
                 raise ValueError(f"model.adapters must give a folder for each name, got {name!r}: {folder!r}")
         if self.random_weights and self.path is None:
-            raise ValueError("model.random needs model.path: the config.json, or the folder that holds it")
+            raise ValueError("model.random_weights needs model.path: the config.json, or the folder that holds it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,14 +194,14 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _check_choice("schedule", "policy", self.policy, ("mixed", "prefill_first"))
-        for name in ("max_requests", "token_budget", "prefill_chunk"):
+        for name in ("max_num_seqs", "token_budget", "prefill_chunk"):
             if getattr(self, name) is not None:
                 _check_number("schedule", name, getattr(self, name), 1, integer=True)
         if self.overlap is not None:
             _check_bool("schedule", "overlap", self.overlap, "true, false or null")
         if self.token_budget < self.max_num_seqs:
             raise ValueError(
-                f"schedule.token_budget ({self.token_budget}) must be at least schedule.max_requests "
+                f"schedule.token_budget ({self.token_budget}) must be at least schedule.max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence decodes one token a step"
             )
 
@@ -216,12 +218,12 @@ class KVCacheConfig:
     gpu_memory_utilization: float = 0.92
 
     def __post_init__(self) -> None:
-        _check_number("pages", "page_size", self.page_size, 1, integer=True)
-        for name in ("prefix_cache", "shared_attention"):
-            _check_bool("pages", name, getattr(self, name))
+        _check_number("kv_cache", "page_size", self.page_size, 1, integer=True)
+        for name in ("prefix_cache", "shared_prefix_attention"):
+            _check_bool("kv_cache", name, getattr(self, name))
         if self.cache_tokens is not None:
-            _check_number("pages", "cache_tokens", self.cache_tokens, self.page_size, integer=True)
-        _check_number("pages", "cache_fraction", self.gpu_memory_utilization, 0.01, 0.98, integer=False)
+            _check_number("kv_cache", "cache_tokens", self.cache_tokens, self.page_size, integer=True)
+        _check_number("kv_cache", "gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 0.98, integer=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,11 +232,11 @@ class OffloadConfig:
 
     target: str = "none"
     host_gb: float = 8.0  # of pinned memory, 1e9 bytes
-    offload_policy: str = "all"  # pages of everything that was computed, or of preempted requests alone (`parked`)
+    offload_policy: str = "all"  # pages of everything that was computed, or of preempted requests alone (`preempted`)
 
     def __post_init__(self) -> None:
-        _check_choice("offload", "offload", self.target, ("none", "host"))
-        _check_choice("offload", "keep", self.offload_policy, ("all", "parked"))
+        _check_choice("offload", "target", self.target, ("none", "host"))
+        _check_choice("offload", "offload_policy", self.offload_policy, ("all", "preempted"))
         _check_number("offload", "host_gb", self.host_gb, 1e-6, integer=False)
 
 
@@ -275,14 +277,14 @@ class CompileConfig:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        _check_bool("compile", "deterministic", self.batch_invariant)
+        _check_bool("compile", "batch_invariant", self.batch_invariant)
         if self.batch_invariant and self.attention == "reference":
-            raise ValueError("compile.deterministic=true has an attention of its own: leave compile.attention=auto")
-        _check_choice("compile", "compile", self.mode, ("auto", "eager", "inductor", "graphs"))
+            raise ValueError("compile.batch_invariant=true has an attention of its own: leave compile.attention=auto")
+        _check_choice("compile", "mode", self.mode, ("auto", "eager", "inductor", "graphs"))
         if self.mode == "graphs" and self.attention not in ("auto", "triton"):
             raise ValueError(
-                f"compile.compile=graphs captures compile.attention=triton only, got {self.attention}: "
-                "the others read the batch on the host; use compile.compile=inductor or eager"
+                f"compile.mode=graphs captures compile.attention=triton only, got {self.attention}: "
+                "the others read the batch on the host; use compile.mode=inductor or eager"
             )
         _check_choice("compile", "attention", self.attention, ("auto", "triton", "sdpa", "reference"))
 
@@ -307,42 +309,46 @@ class EngineConfig:
         _check_choice("settings", "special_tokens_in_content", self.special_tokens_in_content, ("text", "control"))
         if self.compile.batch_invariant and self.lora.max_adapters:
             raise ValueError(
-                "compile.deterministic=true with lora.max_adapters: adapters' products have no fixed order; merge one"
+                "compile.batch_invariant=true with lora.max_adapters: adapters' products have no fixed order; merge one"
             )
         if self.compile.batch_invariant and self.parallel.tensor_parallel > 1:
             raise ValueError(
-                "compile.deterministic=true holds for one device: sums over ranks have no fixed order. "
+                "compile.batch_invariant=true holds for one device: sums over ranks have no fixed order. "
                 "Use parallel.tensor_parallel=1"
             )
 
     @classmethod
     def from_flat(cls, **settings: Any) -> "EngineConfig":
-        """From flat keywords (`token_budget=512`), each put into the group that has it, or whole groups.
+        """Builds a config from flat keywords (`token_budget=512`): fields of any group, or whole groups.
 
-        A name that no group has is a ValueError with the nearest ones.
+        `compile="eager"` and `offload="host"` set the group's main field, `compile.mode` and `offload.target`.
+        Raises ValueError for an unknown name, with the nearest known ones.
         """
         groups = {f.name: getattr(cls(), f.name) for f in fields(cls) if is_dataclass(f.default)}
-        owner = {f.name: group for group, value in groups.items() for f in fields(value)}
+        path = {f.name: (group, f.name) for group, value in groups.items() for f in fields(value)}
+        for group, main_field in MAIN_FIELDS.items():
+            path[group] = path.pop(main_field)
         changes: dict[str, dict[str, Any]] = {}
-        own = {name: settings.pop(name) for name in ("seed", "special_tokens_in_content") if name in settings}
+        top_level = {name: settings.pop(name) for name in TOP_LEVEL_SETTINGS if name in settings}
         for name, value in settings.items():
             if name in groups and isinstance(value, type(groups[name])):
                 groups[name] = value
-            elif name in owner:
-                changes.setdefault(owner[name], {})[name] = value
+            elif name in path:
+                group, field_name = path[name]
+                changes.setdefault(group, {})[field_name] = value
             else:
-                raise ValueError(unknown_name_message("setting", name, [*owner, "seed", "special_tokens_in_content"]))
-        return cls(**own, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})
+                raise ValueError(unknown_name_message("setting", name, [*path, *TOP_LEVEL_SETTINGS]))
+        return cls(**top_level, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})
 
     def resolve(self, device: str) -> "EngineConfig":
         """These settings with what is automatic decided for a kind of device, "cuda" or "cpu"."""
         c, s, cuda = self.compile, self.schedule, device == "cuda"
         if c.mode == "graphs" and not cuda:
-            raise ValueError("compile.compile=graphs needs a GPU; on a CPU use eager or inductor")
+            raise ValueError("compile.mode=graphs needs a GPU; on a CPU use eager or inductor")
         attention = ("triton" if cuda else "sdpa") if c.attention == "auto" else c.attention
         how = ("graphs" if cuda and attention == "triton" else "eager") if c.mode == "auto" else c.mode
         overlap = how != "eager" and cuda if s.overlap is None else s.overlap
-        return replace(self, compile=replace(c, compile=how, attention=attention), schedule=replace(s, overlap=overlap))
+        return replace(self, compile=replace(c, mode=how, attention=attention), schedule=replace(s, overlap=overlap))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,18 +374,18 @@ class GrpoConfig:
     export: bool = True  # write the model at the end, as a checkpoint to load
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts", "minibatches", "save_every"):
+        for name in ("steps", "prompts_per_step", "num_minibatches", "save_every"):
             _check_number("grpo", name, getattr(self, name), 1, integer=True)
         if self.trainable_layers is not None:
-            _check_number("grpo", "layers", self.trainable_layers, 1, integer=True)
-        _check_number("grpo", "warmup", self.warmup_steps, 0, integer=True)
-        for name, high in (("clip", 1), ("kl", 100), ("lr", 1), ("weight_decay", 1)):
+            _check_number("grpo", "trainable_layers", self.trainable_layers, 1, integer=True)
+        _check_number("grpo", "warmup_steps", self.warmup_steps, 0, integer=True)
+        for name, high in (("clip", 1), ("kl_coef", 100), ("lr", 1), ("weight_decay", 1)):
             _check_number("grpo", name, getattr(self, name), 0, high, integer=False)
-        _check_number("grpo", "max_norm", self.max_grad_norm, 1e-6, integer=False)
-        _check_choice("grpo", "variant", self.loss_type, ("grpo", "dr_grpo"))
-        for name in ("checkpointed", "resume", "export"):
+        _check_number("grpo", "max_grad_norm", self.max_grad_norm, 1e-6, integer=False)
+        _check_choice("grpo", "loss_type", self.loss_type, ("grpo", "dr_grpo"))
+        for name in ("gradient_checkpointing", "resume", "export"):
             _check_bool("grpo", name, getattr(self, name))
-        for name in ("problem", "folder"):
+        for name in ("problem", "output_dir"):
             if not isinstance(value := getattr(self, name), str) or not value:
                 raise ValueError(f"grpo.{name} must be a name, got {value!r}")
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
-from fastgen.core import tokenizer
 from fastgen.config import SamplingParams, unknown_name_message
+from fastgen.core import tokenizer
 from fastgen.core.control_tokens import ControlTokens
-from fastgen.engine import Engine
 from fastgen.core.request import Completion
 from fastgen.core.tokenizer import Message
 from fastgen.core.types import Tokenizer
+from fastgen.engine import Engine
 
 UNSUPPORTED_SETTINGS = ("n", "prompt_logprobs")  # settings that make no sense in a conversation
 COMMON_SETTINGS = ("temperature", "top_p", "max_tokens")

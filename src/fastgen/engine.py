@@ -17,25 +17,25 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from fastgen.training import logprobs, weight_sync
-from fastgen.distributed import workers
 from fastgen import lora
-from fastgen.core import scheduler, tokenizer
-from fastgen.offload.host_cache import page_bytes
-from fastgen.core.prefix_cache import CacheStats, Namespace, make_namespace
-from fastgen.config import EngineConfig, SamplingParams, check_choice, check_int
-from fastgen.training.weight_sync import named_tensors
-from fastgen.core.engine_core import EngineCore, INT64_RANGE, get_tp_size
-from fastgen.lora import LoadedAdapter
-from fastgen.training.sleep import ReleasableMemory
 from fastgen.checkpoint import hub, weights
-from fastgen.core.model_config import ModelConfig, TPShard, UNSHARDED, shard_config
-from fastgen.thread_safety import exclusive, no_torch_modes
-from fastgen.profiling.profiler import ProfileWindow
+from fastgen.config import EngineConfig, SamplingParams, check_choice, check_int
+from fastgen.core import scheduler, tokenizer
+from fastgen.core.engine_core import INT64_RANGE, EngineCore, get_tp_size
+from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config
+from fastgen.core.prefix_cache import CacheStats, Namespace, make_namespace
 from fastgen.core.request import Event, Output, SequenceState, map_prompts, max_length
-from fastgen.snapshot import Snapshot
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Adapter, Params, Tokenizer
+from fastgen.distributed import workers
+from fastgen.lora import LoadedAdapter
+from fastgen.offload.host_cache import page_bytes
+from fastgen.profiling.profiler import ProfileWindow
+from fastgen.snapshot import Snapshot
+from fastgen.thread_safety import exclusive, no_torch_modes
+from fastgen.training import logprobs, weight_sync
+from fastgen.training.sleep import ReleasableMemory
+from fastgen.training.weight_sync import named_tensors
 
 T = TypeVar("T")
 
@@ -110,14 +110,14 @@ class EventStream(Iterator[Event]):
     def __init__(self, engine: Any, request_ids: Sequence[int]) -> None:
         self._engine, self._unfinished_ids, self._events = engine, set(request_ids), deque[Event]()
         # The garbage collector may find this in any thread, in the middle of anything: the next call aborts them.
-        self._finalizer = weakref.finalize(self, engine._dropped.append, frozenset(request_ids))
+        self._finalizer = weakref.finalize(self, engine._pending_aborts.append, frozenset(request_ids))
         self._finalizer.atexit = False
 
     def __next__(self) -> Event:
-        if self._engine._owner.closed:
-            self._claim_events(self._engine._undelivered)  # of its end
+        if self._engine._access_guard.closed:
+            self._claim_events(self._engine._pending_events)  # of its end
         elif not self._events:
-            self._engine._advance(self)
+            self._engine._step_until_event(self)
         if not self._events:
             raise StopIteration
         return self._events.popleft()
@@ -127,13 +127,13 @@ class EventStream(Iterator[Event]):
         try:
             while self._unfinished_ids and not self._events:
                 others = self._claim_events(self._engine.step())
-                self._engine._undelivered += others
-                if not self._events and not self._engine._runs(self._unfinished_ids):
+                self._engine._pending_events += others
+                if not self._events and not self._engine._has_events_for(self._unfinished_ids):
                     self._unfinished_ids.clear()  # who called `step` has had their last events
         except BaseException:
             self._unfinished_ids.clear()
             self._finalizer()
-            self._engine._drop()
+            self._engine._drain_pending_aborts()
             raise
         if not self._unfinished_ids:
             self._finalizer.detach()
@@ -152,7 +152,7 @@ class EventStream(Iterator[Event]):
         if self._finalizer.alive:
             self._finalizer()
             with suppress(RuntimeError):
-                self._engine._settle()
+                self._engine._flush_pending_aborts()
 
 
 class Engine(EngineCore):
@@ -210,8 +210,8 @@ class Engine(EngineCore):
                 return made[-1]
 
             place = UNSHARDED if group is None else group.shard
-            spec, params, words = load(place, device, progress=progress, region=region)
-        engine = cls(params, spec, words, progress=progress, group=group, **settings)
+            spec, params, words = load(place, device, progress=progress, allocate=region)
+        engine = cls(params, spec, words, progress=progress, tp_group=group, **settings)
         engine._releasable_memory["params"] = made[0]
         try:
             engine.load_adapters(adapters or {})
@@ -341,9 +341,9 @@ class Engine(EngineCore):
             raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
         if include_pages:
             self._require_memory("params", "cache")
-            if self._sum_version_counters() != self._marked:
+            if self._sum_version_counters() != self._last_version_counter_sum:
                 self._on_params_changed()  # pages that were computed before are of other parameters than `model` says
-        self._broadcast("_receive")
+        self._broadcast("_finish_step")
         going = self._get_unfinished_sequences(request_id)
         samples = {i: self._sequence_states[id] for i, id in going.items()}
         found = Snapshot.from_request(next(iter(samples.values())).output, samples)
@@ -364,19 +364,11 @@ class Engine(EngineCore):
 
     @exclusive()
     @torch.no_grad()
-    def restore(self, snapshot: Snapshot | None = None) -> int:
+    def restore(self, snapshot: Snapshot) -> int:
         """Go on with a request that was saved; its id here. It gets the tokens that it would have got.
 
         Pages are used if they are of this model and this engine keeps a prefix cache. ValueError for what cannot run.
-        Without a snapshot: take the memory again that `release` gave back; the bytes. torch.OutOfMemoryError if others
-        have it, on any rank, and nothing is lost.
         """
-        if snapshot is None:
-            self._broadcast("_take_back")
-            taken, short = self._run_on_all_ranks(self._wake_up)
-            if short is not None:
-                raise short
-            return taken
         self._require_memory("params", "cache")
         if not isinstance(snapshot, Snapshot):
             raise ValueError(f"restore takes a Snapshot (Snapshot.load reads a file), not {type(snapshot).__name__}")
@@ -412,7 +404,7 @@ class Engine(EngineCore):
     def _wake_up(self) -> tuple[int, torch.OutOfMemoryError | None]:
         """The memory that was given back, of all ranks or of none; the bytes, and why it could not be."""
         gone, short = [r for r in self._releasable_memory.values() if not r.resident], None
-        if self._sum_version_counters() != self._marked:
+        if self._sum_version_counters() != self._last_version_counter_sum:
             self._on_params_changed()  # a trainer's step while memory was given back
         try:
             for region in gone:
@@ -422,7 +414,7 @@ class Engine(EngineCore):
         if self.tp_group is not None and not self.tp_group.all_reduce_min(int(short is None)):
             short = short or torch.OutOfMemoryError("restore: another rank's device has not enough memory left")
             self._release_memory([r for r in gone if r.resident])
-        self._marked = self._sum_version_counters()
+        self._last_version_counter_sum = self._sum_version_counters()
         return sum(r.nbytes for r in gone), short
 
     def _release_memory(self, regions: Iterable[ReleasableMemory]) -> None:
@@ -467,7 +459,7 @@ class Engine(EngineCore):
         where not all tensors are in memory, parameters may have changed in part then. In a process group each rank
         makes this call; an engine that has started its ranks hands the tensors on to them, in buckets.
 
-        `finite`: ValueError for values that are NaN or infinite, or too large for the engine's dtype. Nothing is
+        `check_finite`: ValueError for values that are NaN or infinite, or too large for the engine's dtype. Nothing is
         written then if all tensors are in memory, or else those before it, as the error says.
         """
         pairs = (
@@ -484,7 +476,7 @@ class Engine(EngineCore):
             given = source if isinstance(source, Params) and self.tp_group is None else pairs
             self._write_params(given, partial, recompute, check_finite)
             return self.weight_version
-        self._broadcast("_take_received", partial, recompute, check_finite)
+        self._broadcast("_write_received_params", partial, recompute, check_finite)
         handed = weight_sync.broadcast_weights(_as_value_errors(pairs), device=self.device)
         self._run_on_all_ranks(lambda: self._write_params(handed, partial, recompute, check_finite))
         return self.weight_version
@@ -504,7 +496,7 @@ class Engine(EngineCore):
                 weights.copy_params(self._params, source)
             else:
                 with closing(source) if isinstance(source, Generator) else nullcontext():
-                    how: dict[str, Any] = {"partial": partial, "finite": check_finite, "place": self._tp_shard}
+                    how: dict[str, Any] = {"partial": partial, "check_finite": check_finite, "tp_shard": self._tp_shard}
                     weights.update(self._params, self.model_config, source, source="update_params", **how)
         finally:
             self._on_params_changed()
@@ -523,7 +515,7 @@ class Engine(EngineCore):
         """
         many = logprobs.to_token_ids(sequences, self.tokenizer)
         self._broadcast("score", many, **options)
-        fixed: dict[str, Any] = {"deterministic": self.config.compile.batch_invariant, "group": self.tp_group}
+        fixed: dict[str, Any] = {"batch_invariant": self.config.compile.batch_invariant, "tp_group": self.tp_group}
         with torch.set_grad_enabled(self.tp_group is None and torch.is_grad_enabled()):
             return self._run_on_all_ranks(
                 lambda: logprobs.score(self._params, self.model_config, many, **fixed | options)
@@ -543,8 +535,21 @@ class Engine(EngineCore):
     # --- memory -------------------------------------------------------------------------------------------------------
 
     @exclusive()
+    @torch.no_grad()
+    def wake_up(self) -> int:
+        """Maps the memory that `sleep` released again; returns its bytes on this rank.
+
+        Raises torch.OutOfMemoryError if others use the device's memory, on any rank; the engine then sleeps on.
+        """
+        self._broadcast("_wake_up")
+        num_bytes, error = self._run_on_all_ranks(self._wake_up)
+        if error is not None:
+            raise error
+        return num_bytes
+
+    @exclusive()
     def sleep(self, memory: str = "all") -> int:
-        """Give back the device's memory of the "cache", the "params" or "all"; the bytes. `restore()` takes it again.
+        """Give back the device's memory of the "cache", the "params" or "all"; the bytes. `wake_up()` takes it again.
 
         Addresses stay reserved, so that nothing is compiled or captured again. What is running waits, and will be
         computed again; parameters are kept in the host's memory. Only an engine's own can be given back
@@ -558,7 +563,7 @@ class Engine(EngineCore):
             raise ValueError(
                 "release: NumPy has seen this memory (`x.numpy()`) and keeps it: give it copies (`x.clone()`)"
             )
-        self._broadcast("release", memory)
+        self._broadcast("sleep", memory)
         self._preempt_all()
         self._release_memory(chosen)
         return sum(r.nbytes for r in chosen)

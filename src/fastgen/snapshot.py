@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgen.config import SamplingParams
-from fastgen.structured_output import GrammarMatcher
 from fastgen.core.request import Completion, FinishReason, Output, SequenceState, TopLogprobs
 from fastgen.core.types import Tokenizer
+from fastgen.structured_output import GrammarMatcher
 
 FORMAT = "fastgen snapshot 2"
 SEED_RANGE = range(-(2**63), 2**63)
@@ -69,7 +69,7 @@ def _copy_completion(completion: Completion) -> Completion:
         token_ids=[*completion.token_ids],
         logprobs=logprobs,
         top_logprobs=tops,
-        versions=[*completion.weight_versions],
+        weight_versions=[*completion.weight_versions],
     )
 
 

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from fastgen import grammar_check
-from fastgen.grammar_check import MAX_MASK_SECONDS, TrialLimits, compile_grammar, run_with_stack
 from fastgen.core.types import Tokenizer
+from fastgen.grammar_check import MAX_MASK_SECONDS, TrialLimits, compile_grammar, run_with_stack
 
 GRAMMAR_TYPES = ("regex", "json", "lark")
 MAX_GRAMMAR_CHARS = 2**20  # characters of a grammar

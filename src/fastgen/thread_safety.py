@@ -70,42 +70,42 @@ class AccessGuard:
 def exclusive(*memory: str) -> Callable[[F], F]:
     """Make a method one that a single thread may be inside of: see the module's text.
 
-    The object has an `_owner`, and in `_dropped` requests that finalizers left to `_drop`. `memory`: what the method
+    The object has an `_access_guard`, and in `_pending_aborts` requests that finalizers left to `_drain_pending_aborts`. `memory`: what the method
     reads or writes of the engine's memory; the ValueError of `_require` while that is given back.
     """
 
     def decorate(call: Any) -> Any:
         @wraps(call)
         def guarded(self: Any, *args: Any, **named: Any) -> Any:
-            owner, me = self._owner, threading.get_ident()
-            mine = owner.thread == me
-            if mine and owner.busy and owner.process == _current_pid:  # within another call
+            owner, me = self._access_guard, threading.get_ident()
+            mine = owner.thread_id == me
+            if mine and owner.in_call and owner.pid == _current_pid:  # within another call
                 if memory:
-                    self._require(*memory)
+                    self._require_memory(*memory)
                 return call(self, *args, **named)
             owner.check()
             if not mine:
                 # Succeeds in one thread only; no interrupt can come between it and the next `try`.
                 try:
-                    del owner.idle[0]
+                    del owner._free_token[0]
                 except IndexError:
-                    raise owner.refuse() from None
+                    raise owner.access_error() from None
             try:
-                owner.thread, owner.busy = me, True
+                owner.thread_id, owner.in_call = me, True
                 owner.check()  # another thread may have closed it
-                if self._dropped:
-                    self._drop()
+                if self._pending_aborts:
+                    self._drain_pending_aborts()
                 if memory:
-                    self._require(*memory)
+                    self._require_memory(*memory)
                 with NULL_CONTEXT if _torch_modes_off() else _disable_torch_modes():
                     found = call(self, *args, **named)
-                if self._dropped:
-                    self._drop()
+                if self._pending_aborts:
+                    self._drain_pending_aborts()
                 return found
             finally:
-                owner.busy = False
+                owner.in_call = False
                 if not mine:
-                    owner.thread, owner.idle = None, [None]
+                    owner.thread_id, owner._free_token = None, [None]
 
         return guarded
 

@@ -205,10 +205,10 @@ def use(folder: Path, file: str) -> None:
     path = folder / file if file.endswith(".gguf") else folder
     if "token" not in file and "template" not in file:
         spec, params = fastgen.load(path, progress=False)
-        shapes = [leaf.shape for leaf in tree_leaves(fastgen.checkpoint.weights.declare(spec)) if leaf is not None]
+        shapes = [leaf.shape for leaf in tree_leaves(fastgen.checkpoint.weights.weight_specs(spec)) if leaf is not None]
         assert shapes == [tuple(x.shape) for x in tree_leaves(params) if x is not None]
         assert spec.hidden_size == (test_gguf.DIM if file.endswith(".gguf") else serving.SPEC.hidden_size)
-        with fastgen.Engine(params, spec, cache_tokens=256, token_budget=32, max_requests=2) as e:
+        with fastgen.Engine(params, spec, cache_tokens=256, token_budget=32, max_num_seqs=2) as e:
             assert (
                 len(e.generate([[1, 2, 3]], fastgen.SamplingParams(max_tokens=2, ignore_eos=True), progress=False)) == 1
             )

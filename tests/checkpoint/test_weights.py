@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import ModelConfig, Params
-from fastgen.core.model_config import TPShard
 from fastgen.checkpoint.weights import WeightSpec, named_weights, resolve, update, weight_specs
+from fastgen.core.model_config import TPShard
 
 SIZES = {
     "vocab_size": 64,
@@ -181,7 +181,7 @@ def test_head_beside_a_tied_embedding(head: str, shards: bool, tmp_path: Path) -
     torch.testing.assert_close(logits(spec, params, tokens), want, atol=1e-4, rtol=0)
     halves = [fastgen.load(tmp_path, progress=False, tp_shard=TPShard(rank, 2)) for rank in (0, 1)]
     assert [half[0] for half in halves] == [spec, spec]
-    for leaf in ("embed", "head"):
+    for leaf in ("embed", "lm_head"):
         if (whole := getattr(params, leaf)) is not None:
             assert torch.equal(torch.cat([getattr(half, leaf) for _, half in halves]), whole)
     fastgen.save(tmp_path / "again", spec, params)
@@ -403,9 +403,9 @@ def test_values_that_are_not_finite_are_named(value: float, folder: Path) -> Non
     """Refused by the tensor's name, unless they are asked for; also what only the dtype makes infinite."""
     name = "model.layers.1.self_attn.v_proj.weight"
     rewrite(folder, lambda tensors: tensors[name][0].fill_(value))
-    with pytest.raises(ValueError, match=rf"in {name} \(float16\); .*finite=False"):
+    with pytest.raises(ValueError, match=rf"in {name} \(float16\); .*check_finite=False"):
         fastgen.load(folder, progress=False, dtype=torch.float16)
-    _, params = fastgen.load(folder, progress=False, dtype=torch.float16, finite=False)
+    _, params = fastgen.load(folder, progress=False, dtype=torch.float16, check_finite=False)
     assert int((~params.layers[1].qkv.isfinite()).sum()) == params.layers[1].qkv.shape[1]
     if value == 1e5:
         fastgen.load(folder, progress=False, dtype=torch.float32)
@@ -536,11 +536,11 @@ def test_init(name: str) -> None:
     same, other = fastgen.init(spec, 0), fastgen.init(spec, 1)
     for leaf, a, b, c in zip(leaves, *map(present, (params, same, other)), strict=True):
         assert torch.equal(a, b)
-        if leaf.fill is None:
+        if leaf.fill_value is None:
             assert not torch.equal(a, c)
             assert a.std().item() == pytest.approx(0.02, rel=0.1) and abs(a.mean().item()) < 0.004
         else:
-            assert (a == leaf.fill).all() and a.ndim == 1
+            assert (a == leaf.fill_value).all() and a.ndim == 1
 
 
 def test_init_has_the_dtype_asked_for() -> None:

@@ -11,9 +11,10 @@ import torch
 
 import fastgen
 from fastgen import Engine, from_hf_config
-from fastgen.cli.bench.main import machine, main
-from fastgen.cli.bench.main.rows import Workload
+from fastgen.cli.bench import benchmark, machine
+from fastgen.cli.bench.rows import Workload
 from fastgen.config import ParallelConfig
+from fastgen.core.model_config import ModelConfig
 from fastgen.profiling.roofline import (
     KNOWN_MACHINES,
     Machine,
@@ -22,10 +23,9 @@ from fastgen.profiling.roofline import (
     min_seconds,
     operation_costs,
 )
-from fastgen.core.model_config import ModelConfig
 
 H200 = KNOWN_MACHINES["H200"]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MISTRAL, LLAMA, QWEN = "mistral-7b-instruct-v0.3", "llama-3.1-8b-instruct", "qwen2.5-7b-instruct"
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,7 +57,7 @@ def fgbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def call(*arguments: str) -> tuple[int, str, str]:
         try:
-            code = main.main(list(arguments))
+            code = benchmark.main(list(arguments))
         except SystemExit as e:
             code = int(e.code or 0)
         return code, *capsys.readouterr()
@@ -160,7 +160,7 @@ def test_windows_limit_keys() -> None:
 def test_rows(fgbench: Run) -> None:
     """Two workloads, settings with and without their group, and all that a row says."""
     code, out, err = fgbench(
-        "tiny.json", "--workload", "2x6x4", "2x6x4x3", "token_budget=99", "schedule.max_requests=9",
+        "tiny.json", "--workload", "2x6x4", "2x6x4x3", "token_budget=99", "schedule.max_num_seqs=9",
         "--out", "rows.json", "--repeats", "2", "--latency", "--start-up", "--warm-up", "0.1",
     )  # fmt: skip
     assert code == 0, err
@@ -174,7 +174,7 @@ def test_rows(fgbench: Run) -> None:
         assert row["seconds"] == pytest.approx((a + b) / 2)
         assert row["output_tok_s"] == pytest.approx(8 * samples / row["seconds"])
         assert row["total_tok_s"] == pytest.approx((8 * samples + 12) / row["seconds"])
-        assert row["settings"]["schedule"]["token_budget"] == 99 and row["settings"]["schedule"]["max_requests"] == 9
+        assert row["settings"]["schedule"]["token_budget"] == 99 and row["settings"]["schedule"]["max_num_seqs"] == 9
         assert row["gemm_tflops"] > 0 and row["copy_tb_s"] > 0 and row["peak_memory_gb"] > 0
         assert row["limit_measured_fraction"] == pytest.approx(row["output_tok_s"] / row["limit_measured_tok_s"])
         assert row["first_token_ms"].keys() == row["inter_token_ms"].keys() == {"p50", "p90", "p99"}
@@ -186,7 +186,7 @@ def test_rows(fgbench: Run) -> None:
 
 def test_replicas(fgbench: Run) -> None:
     """Rows say how many, and are no rows of one engine."""
-    settings = ("cache_tokens=640", "max_requests=4", "token_budget=64")
+    settings = ("cache_tokens=640", "max_num_seqs=4", "token_budget=64")
     common = ("--workload", "6x6x4", "--repeats", "1", "--out", "rows.json", *settings)
     assert fgbench("tiny.json", *common)[0] == 0
     code, out, _ = fgbench("tiny.json", *common, "parallel=replicas")
@@ -219,7 +219,7 @@ def test_merge_and_sweep(fgbench: Run) -> None:
 
 def test_interrupt(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done is kept and shown."""
-    measure, calls = main.measure_throughput, []
+    measure, calls = benchmark.measure_throughput, []
 
     def twice(*args: Any) -> dict:
         calls.append(args)
@@ -227,7 +227,7 @@ def test_interrupt(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return measure(*args)
 
-    monkeypatch.setattr(main, "measure", twice)
+    monkeypatch.setattr(benchmark, "measure_throughput", twice)
     code, out, _ = fgbench("tiny.json", "--workload", "2x6x4", "2x6x5", "--out", "rows.json", "--repeats", "1")
     assert code == 130 and len(rows()) == 1 and "2x6x4" in out
 
@@ -280,13 +280,13 @@ def test_peer_log_and_plot(fgbench: Run) -> None:
 
 def test_the_limit_of_a_known_machine(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its constants, and by the rate that was measured; its constants are those of 16 bits."""
-    monkeypatch.setattr(main, "hardware", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(benchmark, "hardware_name", lambda _: "NVIDIA H200")
     run = ("tiny.json", "--workload", "2x6x4", "--repeats", "1", "--out", "rows.json")
     assert fgbench(*run, "model.dtype=bfloat16")[0] == 0
     assert rows()[0]["limit_tok_s"] == pytest.approx(
         Workload(2, 6, 4).max_tokens_per_second(from_hf_config(TINY), H200, 2)
     )
-    machine = H200._replace(flops=rows()[0]["gemm_tflops"] * 1e12)
+    machine = H200._replace(flops_per_second=rows()[0]["gemm_tflops"] * 1e12)
     assert rows()[0]["limit_measured_tok_s"] == pytest.approx(
         Workload(2, 6, 4).max_tokens_per_second(from_hf_config(TINY), machine, 2)
     )
@@ -304,7 +304,7 @@ def test_the_limit_of_a_known_machine(fgbench: Run, monkeypatch: pytest.MonkeyPa
 def test_clocks(said: str, expected: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Medians of what nvidia-smi says, without a line that was cut; nothing where it cannot say."""
     monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(machine, "_smi", lambda *_: ["printf", "%s", said])
+    monkeypatch.setattr(machine, "_nvidia_smi_command", lambda *_: ["printf", "%s", said])
     with machine.measure_clocks(torch.device("cuda")) as clocks:
         time.sleep(0.2)
     assert clocks == expected

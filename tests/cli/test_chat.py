@@ -19,9 +19,9 @@ from test_tokenizer import TEMPLATE, byte_level
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.distributed import workers
-from fastgen.conversation import Conversation, ConversationTooLong
 from fastgen.cli import chat
+from fastgen.conversation import Conversation, ConversationTooLong
+from fastgen.distributed import workers
 
 CODER = byte_level()
 EOS = CODER.eos_token_id
@@ -233,7 +233,7 @@ def test_save_and_load(talk: Conversation, tmp_path: Path) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 Run = Callable[..., tuple[int, str, str]]
-TINY = ("model.device=cpu", "pages.cache_tokens=2048", "sampling.max_tokens=6", "seed=0")
+TINY = ("model.device=cpu", "kv_cache.cache_tokens=2048", "sampling.max_tokens=6", "seed=0")
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_the_pipe(model: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")  # torch has threads; the child begins anew at once
 def test_every_command(model: Path, tmp_path: Path) -> None:
     """A session in a terminal, from the loading bar to /q."""
-    options = ("pages.cache_tokens=2048", "sampling.max_tokens=6", "seed=0", "sampling.ignore_eos=true")
+    options = ("kv_cache.cache_tokens=2048", "sampling.max_tokens=6", "seed=0", "sampling.ignore_eos=true")
     environment = os.environ | {
         "XDG_STATE_HOME": str(tmp_path / "state"),
         "TERM": "xterm",

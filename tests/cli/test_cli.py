@@ -20,14 +20,14 @@ import pytest
 
 import fastgen
 from fastgen import Completion, Engine, Output
-from fastgen.cli.bench.main import main
 from fastgen.cli import chat, prompt_files, run, serve
+from fastgen.cli.bench.benchmark import main
 from fastgen.cli.hydra_config import to_hydra_arguments
 from fastgen.cli.prompt_files import read_prompts
 from fastgen.config import SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
-TINY = ("model=debug", "pages=small", "sampling=default", "seed=0", "sampling.max_tokens=4")
+TINY = ("model=debug", "kv_cache=small", "sampling=default", "seed=0", "sampling.max_tokens=4")
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_bad_prompt_files(name: str, content: str | bytes, said: str, tmp_path: 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
 def test_prompts_from_standard_input(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "piped").write_text('"a"\n[1]\n')
-    monkeypatch.setattr(prompt_files, "_opened", lambda file: (tmp_path / "piped").open("rb"))
+    monkeypatch.setattr(prompt_files, "_open_binary", lambda file: (tmp_path / "piped").open("rb"))
     assert read_prompts(name) == ['"a"', "[1]"] and read_prompts(name, "jsonl") == ["a", [1]]
 
 
@@ -292,8 +292,8 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             found = [(i, Output(i, [1], [Completion([2], f"answer {i}")])) for i in range(len(prompts))]
             return reversed(found)
 
-    monkeypatch.setattr(run, "engine", lambda _, progress=True: Echo())
-    monkeypatch.setattr(run, "listen", lambda *_: None)
+    monkeypatch.setattr(run, "build_engine", lambda _, progress=True: Echo())
+    monkeypatch.setattr(run, "profile_on_signal", lambda *_: None)
     code, out, _ = fgrun(f"chat={chat}", "prompt=[Hello,[1,2]]")
     assert (code, out) == (0, "[0.0] answer 0\n[1.0] answer 1\n")
     assert asked == [[{"role": "user", "content": "Hello"}] if chat else "Hello", [1, 2]]

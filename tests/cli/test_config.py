@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fastgen.cli import run
-from fastgen.cli.hydra_config import KEY_ALIASES, RunConfig, TASKS, compose, conf_dir, to_dataclass
+from fastgen.cli.hydra_config import KEY_ALIASES, TASKS, RunConfig, compose, conf_dir, to_dataclass
 from fastgen.config import (
     CompileConfig,
     EngineConfig,
@@ -50,21 +50,21 @@ BAD = [
     (SamplingParams, "prompt_logprobs", [-1, 0.5], "at least 0"),
     (SamplingParams, "logprob_mode", ["processd", None], "raw, processed"),
     (LoadConfig, "dtype", ["fp16", "int8", None], "auto, float32, bfloat16, float16"),
-    (LoadConfig, "random", [True], "model.path"),
+    (LoadConfig, "random_weights", [True], "model.path"),
     (LoadConfig, "adapters", [{"": "x"}, {"x": ""}, {"x": 3}], "a folder for each name"),
     (SchedulerConfig, "policy", ["mix", None], "mixed, prefill_first"),
-    (SchedulerConfig, "max_requests", [0, -1, 1.5, 8193], "at least 1|8193"),
+    (SchedulerConfig, "max_num_seqs", [0, -1, 1.5, 8193], "at least 1|8193"),
     (SchedulerConfig, "overlap", ["yes", 1], "must be"),
-    (SchedulerConfig, "token_budget", [0, 2.5, 511], "at least 1|at least schedule.max_requests"),
+    (SchedulerConfig, "token_budget", [0, 2.5, 511], "at least 1|at least schedule.max_num_seqs"),
     (SchedulerConfig, "prefill_chunk", [0, 1.5], "at least 1"),
     (KVCacheConfig, "page_size", [0, -16, 1.5], "at least 1"),
     (KVCacheConfig, "cache_tokens", [15, 0, 1e4], "at least 64"),
-    (KVCacheConfig, "cache_fraction", [0, 0.99, 1.5, NAN], "between 0.01 and 0.98"),
-    (OffloadConfig, "offload", ["disk", None], "none, host"),
-    (OffloadConfig, "keep", ["some", None], "all, parked"),
+    (KVCacheConfig, "gpu_memory_utilization", [0, 0.99, 1.5, NAN], "between 0.01 and 0.98"),
+    (OffloadConfig, "target", ["disk", None], "none, host"),
+    (OffloadConfig, "offload_policy", ["some", None], "all, preempted"),
     (OffloadConfig, "host_gb", [0, -1, "8"], "at least"),
     (KVCacheConfig, "prefix_cache", [1, "yes", None], "true or false"),
-    (KVCacheConfig, "shared_attention", [0, None], "true or false"),
+    (KVCacheConfig, "shared_prefix_attention", [0, None], "true or false"),
     (ParallelConfig, "tensor_parallel", [0, 65, True], "between 1 and 64"),
     (SamplingParams, "adapter", ["", 3], "name or None"),
     (LoraConfig, "max_adapters", [-1, 1025, 1.5, True], "between 0 and 1024"),
@@ -74,20 +74,20 @@ BAD = [
     (SamplingParams, "cache_salt", ["", 5, b"x"], "1 to 256 characters"),
     (SamplingParams, "ignore_eos", [1, "false", None], "true or false"),
     (GrpoConfig, "problem", ["", None], "must be a name"),
-    (GrpoConfig, "folder", ["", 3], "must be a name"),
-    (GrpoConfig, "variant", ["ppo", None], "grpo, dr_grpo"),
+    (GrpoConfig, "output_dir", ["", 3], "must be a name"),
+    (GrpoConfig, "loss_type", ["ppo", None], "grpo, dr_grpo"),
     *(
         (GrpoConfig, name, [0, -1, 1.5, "8"], "at least 1")
-        for name in ("steps", "prompts", "minibatches", "save_every")
+        for name in ("steps", "prompts_per_step", "num_minibatches", "save_every")
     ),
-    (GrpoConfig, "layers", [0, 0.5], "at least 1"),
-    (GrpoConfig, "warmup", [-1, 2.5], "at least 0"),
+    (GrpoConfig, "trainable_layers", [0, 0.5], "at least 1"),
+    (GrpoConfig, "warmup_steps", [-1, 2.5], "at least 0"),
     *((GrpoConfig, name, [-0.1, 1.1, NAN], "between 0 and 1") for name in ("clip", "lr", "weight_decay")),
-    (GrpoConfig, "kl", [-1, 101], "between 0 and 100"),
-    (GrpoConfig, "max_norm", [0, -1.0], "at least"),
-    *((GrpoConfig, name, [1, "yes", None], "true or false") for name in ("checkpointed", "resume", "export")),
-    (CompileConfig, "compile", ["reduce-overhead"], "eager"),
-    (CompileConfig, "deterministic", [1, "yes", None], "true or false"),
+    (GrpoConfig, "kl_coef", [-1, 101], "between 0 and 100"),
+    (GrpoConfig, "max_grad_norm", [0, -1.0], "at least"),
+    *((GrpoConfig, name, [1, "yes", None], "true or false") for name in ("gradient_checkpointing", "resume", "export")),
+    (CompileConfig, "mode", ["reduce-overhead"], "eager"),
+    (CompileConfig, "batch_invariant", [1, "yes", None], "true or false"),
     (CompileConfig, "attention", ["flash", None], "sdpa, reference"),
 ]
 GROUPS = {
@@ -104,7 +104,7 @@ def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}.*({allowed}|number)") as error:
         kind(**{name: value})
     inner = [*value.items()][0] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    assert any(repr(part) in str(error.value) for part in inner) or "model.random" in str(error.value)
+    assert any(repr(part) in str(error.value) for part in inner) or "model.random_weights" in str(error.value)
 
 
 def test_every_field_is_tested_or_free() -> None:
@@ -214,7 +214,7 @@ def test_experiment(group: str, option: str) -> None:
 
 def test_all_engine_options_fit_together() -> None:
     """Each with each other."""
-    names, tried = ("schedule", "compile", "pages", "parallel", "offload"), list[tuple[str, ...]]()
+    names, tried = ("schedule", "compile", "kv_cache", "parallel", "offload"), list[tuple[str, ...]]()
     for a, b in product(range(4), repeat=2):
         turns = zip(names, (a, b, a + b, a + 2 * b, a + b // 2), strict=True)
         options = tuple(GROUPS[name][turn % len(GROUPS[name])] for name, turn in turns)
@@ -234,8 +234,8 @@ def test_debug_model_is_there() -> None:
     [
         ("schedule.token_bugdet=5", r"unknown key 'schedule.token_bugdet'; did you mean schedule.token_budget\?"),
         ("+schedule.token_bugdet=5", r"unknown key 'schedule.token_bugdet'; did you mean schedule.token_budget\?"),
-        ("max_norm=5", r"unknown key 'max_norm'; did you mean grpo.max_norm\?"),
-        ("pages.token_budget=5", r"did you mean schedule.token_budget\?"),
+        ("grad_norm=5", r"unknown key 'grad_norm'; did you mean grpo.max_grad_norm\?"),
+        ("kv_cache.token_budget=5", r"did you mean schedule.token_budget\?"),
         ("shedule=latency", r"unknown key 'shedule'; did you mean schedule\?"),
         ("promt=hello", r"unknown key 'promt'; did you mean prompt\?"),
         ("experimnt=capitals", r"did you mean \+experiment\?"),
@@ -260,13 +260,13 @@ def test_wrong_override(override: str, message: str) -> None:
 def test_keys_without_their_group() -> None:
     """The library's keywords; `parallel.size` as well; what a group or the whole is called stays that."""
     short = compose("page_size=32", "temperature=0", "device=cpu", "path=a b", "max_adapters=2", "stop=[x]", "seed=3")
-    long = compose("pages.page_size=32", "sampling.temperature=0", "model.device=cpu", "model.path=a b",
+    long = compose("kv_cache.page_size=32", "sampling.temperature=0", "model.device=cpu", "model.path=a b",
                    "lora.max_adapters=2", "sampling.stop=[x]", "seed=3")  # fmt: skip
     assert short == long and short.seed == 3 and short.sampling.seed is None
     assert compose("parallel=tp", "parallel.size=4").parallel.tensor_parallel == 4
     with pytest.raises(ValueError, match=r"parallel\.tensor_parallel must be"):
         compose("tensor_parallel=0")
-    with pytest.raises(ValueError, match=r"page_sise.*did you mean.*pages\.page_size"):
+    with pytest.raises(ValueError, match=r"page_sise.*did you mean.*kv_cache\.page_size"):
         compose("page_sise=1")
     keywords = {f.name for f in fields(EngineConfig)} | {f.name for f in fields(RunConfig)}
     for kind in (

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import fastgen
 from fastgen import EngineConfig
-from fastgen.core.batch import InputBuffers
 from fastgen.compiled.runner import ModelRunner, StepShape, decode_graph_sizes, largest_shape
 from fastgen.config import SchedulerConfig
+from fastgen.core.batch import InputBuffers
 from fastgen.core.step import fill_pending_tokens
 
 CONFIG = tiny.config("Qwen3", hidden_size=64, intermediate_size=96, head_dim=16, vocab=103, context=256)
@@ -74,7 +74,7 @@ def test_graphs_have_shapes_for_all_that_decode() -> None:
     )  # the whole budget, nearly
     assert run.padded_shape(600, 40, needs_prompt_logprobs=False) not in shapes
     assert run.padded_shape(33, 33, needs_prompt_logprobs=False, shared_prefix=True) == StepShape(64, 64, True, True)
-    run.config = EngineConfig.from_flat(schedule=run.config.schedule, shared_attention=False)
+    run.config = EngineConfig.from_flat(schedule=run.config.schedule, shared_prefix_attention=False)
     assert not any(s.shared_prefix for s in run.graph_shapes())
 
 
@@ -98,13 +98,13 @@ def test_graphs_need_a_gpu_and_triton(settings: dict[str, str], message: str) ->
 COMPARE = f"""
 import fastgen, torch
 torch.set_num_threads(1)
-spec = fastgen.from_hf({CONFIG})
+spec = fastgen.from_hf_config({CONFIG})
 params = fastgen.init(spec, 1, device="cpu")
 prompts = [[i] * (5 * i + 1) for i in range(1, 8)]
 sampling = [fastgen.SamplingParams(temperature=i % 2, seed=i, max_tokens=5 + i) for i in range(7)]
 from fastgen.compiled.runner import compilations
 def run(**settings):
-    with fastgen.Engine(params, spec, cache_tokens=1024, progress=False, token_budget=64, max_requests=4,
+    with fastgen.Engine(params, spec, cache_tokens=1024, progress=False, token_budget=64, max_num_seqs=4,
                         **settings) as e:
         before = compilations()
         outputs = e.generate(prompts, sampling)

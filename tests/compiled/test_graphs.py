@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import SamplingParams, lora
-from fastgen.core import scheduler
 from fastgen.compiled.runner import num_compiled_graphs
+from fastgen.core import scheduler
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU"),
@@ -29,7 +29,7 @@ CONFIG = {
     "torch_dtype": "float32",
 }
 SPEC = fastgen.from_hf_config(CONFIG)
-SETTINGS: dict[str, Any] = {"cache_tokens": 65536, "max_requests": 96, "token_budget": 2048}
+SETTINGS: dict[str, Any] = {"cache_tokens": 65536, "max_num_seqs": 96, "token_budget": 2048}
 
 
 def engine(**settings: Any) -> fastgen.Engine:
@@ -91,7 +91,7 @@ def related(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
 
 HIERARCHY = {
     "device": {},
-    "alone": {"shared_attention": False},
+    "alone": {"shared_prefix_attention": False},
     "host": {"offload": "host", "host_gb": 0.05, "cache_tokens": 4096},
     "host only": {"offload": "host", "host_gb": 0.05, "cache_tokens": 8192, "prefix_cache": False},
     "preempted": {"cache_tokens": 3072},
@@ -101,7 +101,7 @@ HIERARCHY = {
 @pytest.mark.parametrize("name", HIERARCHY)
 def test_hierarchy_same_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32: pages that are shared, copied, read in groups, evicted, paged out and in, or lost give the same tokens."""
-    monkeypatch.setattr(scheduler, "LEAST", 1)
+    monkeypatch.setattr(scheduler, "MIN_SAVED_KEYS", 1)
     load_ = related(3)
     with engine(compile="eager", prefix_cache=False) as e:
         wanted = e.generate(*load_, progress=False)
@@ -193,8 +193,8 @@ def test_adapters_same_as_merged(settings: dict[str, Any]) -> None:
             w *= 3  # distributions that are not flat: the two sums round differently
     trees = {
         "all": adapter(1, rank=16),
-        "some": adapter(2, rank=5, targets=("q_proj", "v_proj", "down_proj")),
-        "wide": adapter(3, rank=24, targets=("o_proj", "gate_proj")),
+        "some": adapter(2, rank=5, target_modules=("q_proj", "v_proj", "down_proj")),
+        "wide": adapter(3, rank=24, target_modules=("o_proj", "gate_proj")),
     }
     names = [random.Random(i).choice((None, *trees)) for i in range(len(prompts))]
     each = [replace(p, adapter=name) for p, name in zip(sampling, names, strict=True)]
@@ -272,19 +272,19 @@ def test_many_mixed_steps() -> None:
 
 def test_memory_fits_the_fraction() -> None:
     """The cache takes what is left of the fraction, and the largest steps still fit."""
-    with engine(cache_tokens=None, cache_fraction=0.5) as e:
+    with engine(cache_tokens=None, gpu_memory_utilization=0.5) as e:
         e.generate([[1] * 2000] * 96, SamplingParams(max_tokens=20, ignore_eos=True), progress=False)
         free, total = torch.cuda.mem_get_info()
         assert e.cache_capacity == 96 * 4096 or 0.45 * total < total - free < 0.51 * total
     with pytest.raises(ValueError, match="token_budget"):
-        engine(cache_tokens=None, cache_fraction=0.01, token_budget=2**18)
+        engine(cache_tokens=None, gpu_memory_utilization=0.01, token_budget=2**18)
 
 
 POISONED = {
     "graphs": {},
     "inductor": {"compile": "inductor"},
     "eager": {"compile": "eager"},
-    "deterministic": {"deterministic": True},
+    "deterministic": {"batch_invariant": True},
     "host": {"offload": "host", "host_gb": 0.05, "cache_tokens": 4096},
     "adapters": {"max_adapters": 2, "max_rank": 8},
 }
@@ -294,7 +294,7 @@ POISONED = {
 def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in every page, scratch among them, in the host's pages, the graphs' logits and adapters' free slots: the same
     tokens and logprobs as from zeros, alone, in groups, and from what is cached."""
-    monkeypatch.setattr(scheduler, "LEAST", 1)
+    monkeypatch.setattr(scheduler, "MIN_SAVED_KEYS", 1)
     work = [load(2, 60), related(5)]
     with engine(**POISONED[name]) as clean, engine(**POISONED[name]) as poisoned:
         shelf = [] if poisoned._adapter_manager is None else tree_leaves(poisoned._adapter_manager.adapters.layers)
@@ -309,7 +309,7 @@ def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.
                     assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-5))
 
 
-@pytest.mark.parametrize("settings", [{}, {"deterministic": True}, {"overlap": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"batch_invariant": True}, {"overlap": False}], ids=str)
 def test_parameters_of_nan_and_then_good_ones(settings: dict[str, Any]) -> None:
     """Requests of every kind end with an error under parameters of NaN; after good ones all is as before."""
     work = load(4, 60)

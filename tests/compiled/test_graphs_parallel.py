@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 from test_graphs import CONFIG, SETTINGS, SPEC, load, rounding
-from test_launch import failed, killed, nobody_left  # noqa: F401, a fixture
+from test_workers import failed, killed, nobody_left  # noqa: F401, a fixture
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.core import scheduler
 from fastgen.compiled.runner import num_compiled_graphs
+from fastgen.core import scheduler
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs"),
     pytest.mark.filterwarnings("default"),
 ]
-CONFIGS = Path(__file__).parents[1] / "benchmarks" / "configs"
+CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 
 
 def engine(size: int = 2, **settings: Any) -> fastgen.Engine:

@@ -1,7 +1,7 @@
 """Chat templates that are programs: their text does not change, and their work has an end."""
 
 import pytest
-import test_tools
+import test_tool_calls
 from jinja2 import TemplateError
 from test_damaged_files import TEMPLATE
 from test_tokenizer import BYTE_LEVEL
@@ -29,13 +29,15 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("source", [*TEMPLATES.values(), *test_tools.TEMPLATES.values()])
+@pytest.mark.parametrize("source", [*TEMPLATES.values(), *test_tool_calls.TEMPLATES.values()])
 def test_the_same_text(source: str) -> None:
     """To the last blank, with tools and without."""
-    for tools in (None, test_tools.GIVEN):
+    for tools in (None, test_tool_calls.GIVEN):
         options = {"tools": tools, "tokenize": False, "add_generation_prompt": True}
         want = BYTE_LEVEL.apply_chat_template(CHAT, chat_template=source, **options)
-        assert BYTE_LEVEL.apply_chat_template(CHAT, chat_template=chat_template.limit_template(source), **options) == want
+        assert (
+            BYTE_LEVEL.apply_chat_template(CHAT, chat_template=chat_template.limit_template(source), **options) == want
+        )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,9 @@ def test_work_without_end(source: str, said: str, monkeypatch: pytest.MonkeyPatc
     """Refused after a number of steps."""
     monkeypatch.setattr(BYTE_LEVEL, "chat_template", source)
     bounded, most = chat_template.limit_template, str(chat_template.MAX_STEPS)
-    monkeypatch.setattr(chat_template, "bounded", lambda source: bounded(source).replace(most, "5000"))  # a second less
+    monkeypatch.setattr(
+        chat_template, "limit_template", lambda source: bounded(source).replace(most, "5000")
+    )  # a second less
     with pytest.raises(ValueError, match=f"the model's chat template refuses these messages: .*{said}"):
         tokenizer.render(BYTE_LEVEL, CHAT)
 
@@ -76,4 +80,6 @@ def test_long_conversations_have_steps_left() -> None:
     text = BYTE_LEVEL.apply_chat_template(CHAT * 3000, chat_template=made, tokenize=False)
     assert text.count("<|user|>") == 3000
     with pytest.raises(TemplateError, match="endless"):
-        BYTE_LEVEL.apply_chat_template(CHAT, chat_template=made.replace(str(chat_template.MAX_STEPS), "2"), tokenize=False)
+        BYTE_LEVEL.apply_chat_template(
+            CHAT, chat_template=made.replace(str(chat_template.MAX_STEPS), "2"), tokenize=False
+        )

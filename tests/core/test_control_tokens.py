@@ -9,7 +9,7 @@ from test_tokenizer import BYTE_FALLBACK, QUICK, byte_level
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from fastgen.core.control_tokens import ControlTokens, ESCAPE
+from fastgen.core.control_tokens import ESCAPE, ControlTokens
 from fastgen.core.tokenizer import encode, render
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<｜User｜>", "[INST]"]

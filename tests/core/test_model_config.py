@@ -282,7 +282,7 @@ def test_yarn() -> None:
 def test_a_spec_is_a_value() -> None:
     """Equal specs hash alike: compiled graphs are looked up by them."""
     spec = from_hf_config(tiny())
-    assert hash(spec) == hash(from_hf_config(tiny())) and spec != replace(spec, layers=5)
+    assert hash(spec) == hash(from_hf_config(tiny())) and spec != replace(spec, num_layers=5)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ NAN = tree_map_only(Tensor, lambda w: w * math.nan, tiny.weights(SPEC))
 WAYS: dict[str, dict[str, Any]] = {
     "sdpa": {},
     "reference": {"attention": "reference"},
-    "deterministic": {"deterministic": True},
-    "no prefix cache": {"prefix_cache": False, "token_budget": 16, "max_requests": 4},
+    "deterministic": {"batch_invariant": True},
+    "no prefix cache": {"prefix_cache": False, "token_budget": 16, "max_num_seqs": 4},
     "host": {"offload": "host", "host_gb": 0.001, "cache_tokens": 96},
 }
 

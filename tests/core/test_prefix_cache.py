@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 import fastgen
 from fastgen import Event, Output, SamplingParams, Snapshot
 from fastgen.core import scheduler
-from fastgen.offload.host_cache import HostOffload, consecutive_runs, page_bytes
 from fastgen.core.request import sample_seed
 from fastgen.core.scheduler import PageCopies
+from fastgen.offload.host_cache import HostOffload, consecutive_runs, page_bytes
 
 SPEC = fastgen.from_hf_config(tiny.config("Mistral", **tiny.WINDOWED))
 PARAMS = tiny.weights(SPEC)
@@ -139,9 +139,9 @@ def park_at_random(monkeypatch: pytest.MonkeyPatch, dice: random.Random, often: 
     def more(planner: Any) -> None:
         room(planner)
         while len(planner.running) > 1 and dice.random() < often:
-            planner.park()
+            planner.preempt_last()
 
-    monkeypatch.setattr(scheduler._Planner, "room", more)
+    monkeypatch.setattr(scheduler._Planner, "allocate_or_preempt", more)
 
 
 # --- the same results -----------------------------------------------------------------------------------------------
@@ -176,14 +176,14 @@ HIERARCHIES = {
     "device and host": {"host": 40},
     "small host": {"host": 5},
     "host": {"host": 60, **OFF},
-    "parked": {"host": 40, "keep": "parked"},
-    "parked alone": {"host": 30, "keep": "parked", **OFF},
+    "parked": {"host": 40, "offload_policy": "preempted"},
+    "parked alone": {"host": 30, "offload_policy": "preempted", **OFF},
     "none": OFF,
 }
 WAYS = [
     {"page_size": 4, "pages": 16},
     {"page_size": 1, "pages": 48, "overlap": True, "prefill_chunk": 5},
-    {"page_size": 16, "pages": 4, "overlap": True, "policy": "prefill_first", "token_budget": 16, "max_requests": 5},
+    {"page_size": 16, "pages": 4, "overlap": True, "policy": "prefill_first", "token_budget": 16, "max_num_seqs": 5},
     {"page_size": 4, "pages": 12, "policy": "prefill_first", "prefill_chunk": 7},
 ]
 
@@ -209,7 +209,7 @@ def test_results_never_change(name: str, force: str, monkeypatch: pytest.MonkeyP
     kept = name != "none" and not ("evict" in force and name == "device")
     assert (c.num_hit_tokens > 0) == (name != "none") or not kept
     assert c.num_preemptions or "park" not in force
-    if "host" in HIERARCHIES[name] and ("keep" not in HIERARCHIES[name] or c.num_preemptions):
+    if "host" in HIERARCHIES[name] and ("offload_policy" not in HIERARCHIES[name] or c.num_preemptions):
         assert c.num_offloaded_pages
     if "host" not in HIERARCHIES[name]:
         assert not c.num_offloaded_pages and not c.num_loaded_pages
@@ -336,7 +336,7 @@ def test_fork_copies_no_more_than_a_page() -> None:
 
 def test_fork_of_a_waiting_request() -> None:
     """What has no page yet cannot be forked."""
-    e = engine(40, max_requests=1)
+    e = engine(40, max_num_seqs=1)
     first, second = e.add(STEM[:9], GREEDY), e.add(STEM[:7], KINDS["drawn"])
     e.step()
     (new,) = e.fork(second, seeds=[5])
@@ -445,7 +445,7 @@ def test_snapshot(target: str, tmp_path: Path) -> None:
 def test_snapshot_of_several(steps: int, tmp_path: Path) -> None:
     """Completions that have ended run again, those that go on get each other's seeds or pages; or ones not begun."""
     params = SamplingParams(seed=4, n=4, max_tokens=9, logprobs=1, stop_token_ids=tuple(range(10)), prompt_logprobs=1)
-    e = engine(80, max_requests=3)
+    e = engine(80, max_num_seqs=3)
     source = e.add(STEM[:11], params)
     for _ in range(steps):
         e.step()
@@ -524,7 +524,7 @@ def test_restore_refused(tmp_path: Path) -> None:
         small.restore(snapshot)
     idle(small)
     with pytest.raises(ValueError, match=r"do not fit"):
-        engine(3).restore(replace(snapshot, params=GREEDY))
+        engine(3).restore(replace(snapshot, sampling=GREEDY))
     (tmp_path / "x").write_text("no")
     with pytest.raises(ValueError, match=r"is not a snapshot"):
         Snapshot.load(tmp_path / "x")
@@ -550,11 +550,17 @@ def damaged(snapshot: Snapshot) -> dict[str, tuple[Callable[[Snapshot], Any], st
         "dimensions": (pages(lambda x: x[0]), "layers, 2"),
         "none": (lambda s: s.pages.update({0: None}), "NoneType"),
         "of nobody": (lambda s: s.pages.update({7: s.pages[0]}), "wrong type"),
-        "other tokens": (lambda s: setattr(s, "prompt", (2, *s.prompt_token_ids[1:])), "checksum"),
+        "other tokens": (lambda s: setattr(s, "prompt_token_ids", (2, *s.prompt_token_ids[1:])), "checksum"),
         "token": (one(token_ids=[1, 61, 2]), "token 61 is outside"),
-        "negative token": (lambda s: setattr(s, "prompt", (-1, *s.prompt_token_ids[1:])), "token -1 is outside"),
-        "text token": (lambda s: setattr(s, "prompt", ("1", *s.prompt_token_ids[1:])), "token '1' is outside"),
-        "no prompt": (lambda s: setattr(s, "prompt", ()), "no prompt"),
+        "negative token": (
+            lambda s: setattr(s, "prompt_token_ids", (-1, *s.prompt_token_ids[1:])),
+            "token -1 is outside",
+        ),
+        "text token": (
+            lambda s: setattr(s, "prompt_token_ids", ("1", *s.prompt_token_ids[1:])),
+            "token '1' is outside",
+        ),
+        "no prompt": (lambda s: setattr(s, "prompt_token_ids", ()), "no prompt"),
         "seed": (lambda s: s.seeds.update({0: 2**70}), "not within"),
         "seed's kind": (lambda s: s.seeds.update({0: "x"}), "not within"),
         "seed of nobody": (lambda s: s.seeds.update({3: 1}), "those that go on"),
@@ -564,7 +570,7 @@ def damaged(snapshot: Snapshot) -> dict[str, tuple[Callable[[Snapshot], Any], st
         "logprobs": (one(logprobs=[0.0]), "1 values for 3 tokens"),
         "no logprobs": (one(logprobs=None), "logprobs where"),
         "versions": (one(versions=["1"] * 3), "no such value"),
-        "params": (lambda s: setattr(s, "params", {}), "SamplingParams"),
+        "params": (lambda s: setattr(s, "sampling", {}), "SamplingParams"),
         "completions": (lambda s: setattr(s, "completions", [None]), "wrong type"),
     }
 
@@ -695,9 +701,9 @@ def test_touch(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("place", "given"),
     [
-        ("fastgen.compiled.runner.compute", {}),
-        ("fastgen.core.engine_core.Loop._draw", {"overlap": True, "host": 30}),
-        ("fastgen.core.engine_core.Mover.move", {"overlap": True, "host": 30, **OFF}),
+        ("fastgen.compiled.runner.forward_and_sample", {}),
+        ("fastgen.core.engine_core.EngineCore._sample_tokens", {"overlap": True, "host": 30}),
+        ("fastgen.core.engine_core.HostOffload.start_copies", {"overlap": True, "host": 30, **OFF}),
     ],
 )
 def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -811,7 +817,7 @@ def test_any_operations(
 ) -> None:
     """Some order of operations loses a page, or gives a request what it would not have got alone."""
     e = engine(-(-24 // page) + 1, page_size=page, host=host, prefix_cache=prefix, overlap=overlap, policy=policy,
-               max_requests=4, token_budget=12)  # fmt: skip
+               max_num_seqs=4, token_budget=12)  # fmt: skip
     asked, done, dropped = dict[int, tuple[list[int], SamplingParams]](), dict[int, Output](), set[int]()
     for name, *values in ops:
         going = sorted({s.output.request_id for s in e._sequence_states.values()})
@@ -918,7 +924,7 @@ def test_host_pages_are_counted() -> None:
     with pytest.raises(ValueError, match=r"host_gb=1e-06 holds not even a page"):
         Engine(PARAMS, SPEC, offload="host", host_gb=1e-6)
     e.close()
-    assert not e.__dict__.get("_mover")
+    assert not e.__dict__.get("_host_offload")
 
 
 def test_moves_kernel() -> None:

@@ -104,14 +104,14 @@ def test_noise_depends_on_seed_and_position_only() -> None:
 
 def params(n: int, **changes: Any) -> SamplingTensors:
     """Settings of n rows; numbers stand for all rows."""
-    values = {"temperature": 1.0, "seed": 0, "position": 0, "processed": False, **changes}
+    values = {"temperature": 1.0, "seed": 0, "positions": 0, "processed_logprobs": False, **changes}
     for name, dtype in (
-        ("temperature", torch.float32), ("seed", torch.long), ("position", torch.long), ("processed", torch.bool)
+        ("temperature", torch.float32), ("seed", torch.long), ("positions", torch.long), ("processed_logprobs", torch.bool)
     ):  # fmt: skip
         if values[name] is not None:
             value = torch.as_tensor(values[name], dtype=dtype)
             values[name] = value.expand(n) if value.ndim == 0 else value
-    return SamplingTensors(**{"filter": None, "edits": None} | values)
+    return SamplingTensors(**{"top_k_top_p": None, "logit_edits": None} | values)
 
 
 def filters(n: int, vocab: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> TopKTopP:
@@ -132,7 +132,7 @@ DRAWS = 20_000
 def test_frequencies(seed: int, temperature: float) -> None:
     """The positions of a long text draw each token as often as softmax says."""
     logits = spread(50)
-    s = params(DRAWS, seed=seed, position=torch.arange(DRAWS), temperature=temperature)
+    s = params(DRAWS, seed=seed, positions=torch.arange(DRAWS), temperature=temperature)
     counts = sample(logits.expand(DRAWS, -1), s).token_ids.bincount(minlength=50)
     assert abs(chi_square(counts, (logits.double() / temperature).softmax(-1))) < 4
 
@@ -140,7 +140,7 @@ def test_frequencies(seed: int, temperature: float) -> None:
 def test_frequencies_over_seeds() -> None:
     """So do many seeds at one position: samples of one prompt."""
     logits = spread(50)
-    s = params(DRAWS, seed=torch.arange(DRAWS), position=17)
+    s = params(DRAWS, seed=torch.arange(DRAWS), positions=17)
     counts = sample(logits.expand(DRAWS, -1), s).token_ids.bincount(minlength=50)
     assert abs(chi_square(counts, logits.double().softmax(-1))) < 4
 
@@ -148,7 +148,7 @@ def test_frequencies_over_seeds() -> None:
 def test_frequencies_of_a_flat_distribution() -> None:
     """With a vocabulary as large as a model's: no token is favoured by its number."""
     rows, vocab = 256, 65_536
-    token = sample(torch.zeros(rows, vocab), params(rows, position=torch.arange(rows))).token_ids
+    token = sample(torch.zeros(rows, vocab), params(rows, positions=torch.arange(rows))).token_ids
     assert abs(chi_square((token // 8192).bincount(minlength=8), torch.full((8,), 1 / 8))) < 4
     assert len(token.unique()) > 250
 
@@ -171,8 +171,13 @@ def test_frequencies_after_filter_and_edits() -> None:
         frequency_penalty=none,
         repetition_penalty=none + 1,
     )
-    asked = {"temperature": 0.8, "filter": filters(DRAWS, 30, 12, 0.9, 0.02), "edits": edits, "processed": True}
-    drawn = sample(logits.expand(DRAWS, -1), params(DRAWS, position=torch.arange(DRAWS), **asked), num_top_logprobs=30)
+    asked = {
+        "temperature": 0.8,
+        "top_k_top_p": filters(DRAWS, 30, 12, 0.9, 0.02),
+        "logit_edits": edits,
+        "processed_logprobs": True,
+    }
+    drawn = sample(logits.expand(DRAWS, -1), params(DRAWS, positions=torch.arange(DRAWS), **asked), num_top_logprobs=30)
     assert (drawn.top_logprobs == drawn.top_logprobs[0]).all()
     probabilities = torch.zeros(30).scatter(0, drawn.top_token_ids[0], drawn.top_logprobs[0].exp())
     counts = drawn.token_ids.bincount(minlength=30)
@@ -185,7 +190,7 @@ def test_greedy() -> None:
     logits = spread(400).view(8, 50) * 0.1
     alone = sample(logits, params(8, temperature=0.0, seed=None)).token_ids
     assert torch.equal(alone, logits.argmax(-1))
-    mixed = params(8, temperature=torch.tensor([0.0, 1.0] * 4), position=torch.arange(8))
+    mixed = params(8, temperature=torch.tensor([0.0, 1.0] * 4), positions=torch.arange(8))
     drawn = sample(logits, mixed).token_ids
     assert torch.equal(drawn[::2], alone[::2]) and not torch.equal(drawn, alone)
     assert torch.equal(sample(logits, params(8, temperature=1e-4)).token_ids, alone)
@@ -204,17 +209,17 @@ def test_a_row_does_not_depend_on_its_company() -> None:
         6,
         temperature=torch.tensor([1.0, 0.7, 0.0, 0.0, 0.0, 1.3]),
         seed=torch.tensor([3, -3, 1, 1, 0, 2**40]),
-        position=torch.arange(6) * 100,
-        processed=True,
-        filter=filter,
+        positions=torch.arange(6) * 100,
+        processed_logprobs=True,
+        top_k_top_p=filter,
     )
     together = sample(logits, s, num_top_logprobs=40)
     for i in range(6):
         own = TopKTopP(*(x[i : i + 1] for x in filter))
         greedy = s.temperature[i] == 0
         off = greedy or (own.top_k == 40 and own.top_p == 1 and own.min_p == 0)
-        rows = _rows(s._replace(filter=None), i, i + 1)
-        alone = rows._replace(filter=None if off else own, seed=None if greedy else rows.seed)
+        rows = _rows(s._replace(top_k_top_p=None), i, i + 1)
+        alone = rows._replace(top_k_top_p=None if off else own, seed=None if greedy else rows.seed)
         for one, all_rows in zip(sample(logits[i : i + 1], alone, num_top_logprobs=40), together, strict=True):
             assert torch.equal(one[0], all_rows[i]), i
 
@@ -333,7 +338,9 @@ def test_banned_tokens_are_not_drawn() -> None:
     ban = LogitEdits(*(torch.full((100,), x) for x in (0, 1, OFF, 1.0, True, -2.0, -2.0, 0.5)))
     ban = ban._replace(row=torch.arange(100))
     for temperature in (0.0, 1.0):
-        token = sample(logits, params(100, temperature=temperature, position=torch.arange(100), edits=ban)).token_ids
+        token = sample(
+            logits, params(100, temperature=temperature, positions=torch.arange(100), logit_edits=ban)
+        ).token_ids
         assert (token != 1).all()
 
 
@@ -357,8 +364,8 @@ def test_logprobs_raw_and_processed() -> None:
     edits = LogitEdits(torch.arange(4), logits.argmin(-1), one * 20, zero, zero.bool(), zero, zero, one)
     processed = torch.tensor([False, True, True, True])
     cold = torch.tensor([0.5, 0.5, 0.5, 0.0])
-    asked = {"edits": edits, "filter": filters(4, 40, top_k=6), "position": torch.arange(4)}
-    drawn = sample(logits, params(4, temperature=cold, processed=processed, **asked), num_top_logprobs=8)
+    asked = {"logit_edits": edits, "top_k_top_p": filters(4, 40, top_k=6), "positions": torch.arange(4)}
+    drawn = sample(logits, params(4, temperature=cold, processed_logprobs=processed, **asked), num_top_logprobs=8)
     assert drawn.token_ids[3] == logits[3].argmin()  # the biased one
     changed = apply_penalties(logits, edits)
     want = [logits[0], *filter_top_k_top_p(changed[1:3] / 0.5, filters(2, 40, top_k=6)), changed[3]]
@@ -390,7 +397,7 @@ def test_a_temperature_near_0_is_greedy(filtered: bool, processed: bool) -> None
     logits = spread(5 * 40, 3.0).view(5, 40)
     logits[1] *= 1e6
     filter = filters(5, 40, top_k=7, top_p=0.9, min_p=0.01) if filtered else None
-    how: dict[str, Any] = {"processed": processed, "filter": filter, "position": torch.arange(5)}
+    how: dict[str, Any] = {"processed_logprobs": processed, "top_k_top_p": filter, "positions": torch.arange(5)}
     wanted = sample(logits, params(5, temperature=torch.tensor([0.0] * 4 + [1.0]), **how), num_top_logprobs=3)
     drawn = sample(logits, params(5, temperature=torch.tensor([*COLD, 1.0]), **how), num_top_logprobs=3)
     assert all(torch.equal(a, b) for a, b in zip(drawn, wanted, strict=True))
@@ -419,12 +426,12 @@ def test_logits_that_are_no_numbers_show(way: str, value: float, count: int) -> 
     logits, vocab = spread(4 * 33).view(4, 33), 33
     spoilt = logits.clone()
     spoilt[2, 5 : 5 + count] = value
-    how: dict[str, Any] = {"seed": None if way == "greedy" else 3, "position": torch.arange(4)}
+    how: dict[str, Any] = {"seed": None if way == "greedy" else 3, "positions": torch.arange(4)}
     how["temperature"] = 0.0 if way == "greedy" else torch.tensor([0.0, 0.7, 0.7, 1.3])
     if way == "filtered":
-        how["filter"] = filters(4, vocab, top_k=5, top_p=0.9)
+        how["top_k_top_p"] = filters(4, vocab, top_k=5, top_p=0.9)
     if way == "edited":
-        how["edits"] = LogitEdits(*(torch.tensor([x]) for x in (2, 5, OFF, 0.0, False, 0.0, 0.0, 1.0)))
+        how["logit_edits"] = LogitEdits(*(torch.tensor([x]) for x in (2, 5, OFF, 0.0, False, 0.0, 0.0, 1.0)))
     if way in ("guided", "masked"):
         how["allowed"] = torch.full((4, 2), ~(1 << 5) if way == "masked" else -1, dtype=torch.int32)
 
@@ -436,7 +443,7 @@ def test_logits_that_are_no_numbers_show(way: str, value: float, count: int) -> 
         return merge_shards(torch.stack(found), vocab, top)
 
     for processed, top in itertools.product((False, True), (None, 0, 2)):
-        s = params(4, **how, processed=processed)
+        s = params(4, **how, processed_logprobs=processed)
         drawn, wanted = draw(spoilt, s, top), draw(logits, s, top)
         sound = way == "masked" and count == 1 and processed and top is not None  # what is drawn from
         assert bool(drawn.logprobs[2].isfinite()) is sound

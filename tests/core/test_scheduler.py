@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgen import Completion, Output, SamplingParams
+from fastgen.config import SchedulerConfig
 from fastgen.core import scheduler
 from fastgen.core.batch import InputBuffers
 from fastgen.core.prefix_cache import Namespace, PrefixCache
-from fastgen.config import SchedulerConfig
 from fastgen.core.request import SequenceState
 from fastgen.core.scheduler import PageCopies, Plan, Sequence, State
 
@@ -27,7 +27,7 @@ RANDOM = settings(derandomize=True, database=None, deadline=None, suppress_healt
 def little_is_worth() -> Iterator[None]:
     """Groups of few keys, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "LEAST", 1)
+        patch.setattr(scheduler, "MIN_SAVED_KEYS", 1)
         yield
 
 
@@ -68,7 +68,7 @@ def loads(draw: st.DrawFn) -> Load:
     page, most = draw(st.sampled_from((1, 2, 3, 4, 9))), draw(st.integers(1, 6))
     limits = {
         "policy": draw(st.sampled_from(sorted(scheduler.POLICIES))),
-        "max_requests": most,
+        "max_num_seqs": most,
         "token_budget": most + draw(st.integers(0, 12)),
         "prefill_chunk": draw(st.none() | st.integers(1, 6)),
     }
@@ -91,7 +91,10 @@ def loads(draw: st.DrawFn) -> Load:
     )
     jobs = sorted(draw(st.lists(job, min_size=1, max_size=12)), key=lambda j: j.arrival)
     biggest = max(-(-(j.limit - 1) // page) for j in jobs)
-    tree = {"prefix": draw(st.sampled_from((True, True, False))), "only_parked": draw(st.booleans())}
+    tree = {
+        "enable_prefix_caching": draw(st.sampled_from((True, True, False))),
+        "offload_preempted_only": draw(st.booleans()),
+    }
     capacity, host = 1 + biggest + draw(st.integers(0, 4)), draw(st.sampled_from((0, 1, 3, 8, 30)))
     return Load(page, capacity, host, tree, limits, draw(st.booleans()), tuple(jobs))
 
@@ -338,7 +341,7 @@ class Played:
 
     def __init__(self, page: int = 4, pages: int = 21, host: int = 0, **limits: Any) -> None:
         self.state = State(PrefixCache(page, pages, host))
-        self.limits = SchedulerConfig(**{"max_requests": 8, "token_budget": 64} | limits)
+        self.limits = SchedulerConfig(**{"max_num_seqs": 8, "token_budget": 64} | limits)
         self.tokens: dict[int, list[int]] = {}
 
     def add(self, id: int, prompt: list[int], limit: int | None = None, namespace: Namespace = 0) -> None:
@@ -419,7 +422,7 @@ def test_conversation_goes_on() -> None:
 
 def test_least_recently_used_go_first() -> None:
     """A prompt in use all the time is forgotten before one that nobody asks for."""
-    p = Played(pages=5, max_requests=1)
+    p = Played(pages=5, max_num_seqs=1)
     for id, first in enumerate((10, 20, 10, 30)):  # two pages each
         p.add(id, [first, 1, 2, 3, 4, 5, 6, 7], limit=9)
         p.step()
@@ -457,7 +460,7 @@ def test_salts_share_nothing() -> None:
 def test_salts_are_forgotten_with_what_was_cached_for_them() -> None:
     """Each request may bring another one. On the host they stay as long as their pages."""
     for host in (0, 6):
-        p = Played(pages=7, host=host, max_requests=1)
+        p = Played(pages=7, host=host, max_num_seqs=1)
         for id in range(40):
             p.add(id, [id, *range(7)], 9, (0, f"salt {id}"))
             p.step()
@@ -485,7 +488,7 @@ def test_other_parameters_find_nothing() -> None:
 
 def test_the_host_keeps_what_leaves() -> None:
     """What does not fit the device is computed again though the host has it."""
-    p = Played(pages=5, host=8, max_requests=1)
+    p = Played(pages=5, host=8, max_num_seqs=1)
     out = []
     for id, first in enumerate((10, 20, 30)):
         p.add(id, [first, 1, 2, 3, 4, 5, 6, 7], limit=9)
@@ -541,7 +544,7 @@ def test_prefill_first_does_not_decode_meanwhile() -> None:
 
 def test_groups_read_what_they_share() -> None:
     """Sequences of two prompts: each group reads its own prompt, and one that is alone is in none."""
-    p = Played(pages=90, max_requests=9, token_budget=300)
+    p = Played(pages=90, max_num_seqs=9, token_budget=300)
     for id in range(7):
         p.add(id, [100 * (id // 3) + i for i in range(32)], limit=50)
     for _ in range(3):
@@ -559,12 +562,14 @@ def test_groups_read_what_they_share() -> None:
         few.step()
     few.state, plan, _ = scheduler.plan(few.state, few.limits, few.tokens)
     assert few.state.running[0].path[0].ref_count == 2
-    assert scheduler.find_shared_prefix_groups(few.state, plan, 16, 9) == ()  # four keys of some thirty are not worth it
+    assert (
+        scheduler.find_shared_prefix_groups(few.state, plan, 16, 9) == ()
+    )  # four keys of some thirty are not worth it
 
 
 def sound() -> Played:
     """Two that share a page, have nodes, tails and pages of their own, one that waits, idle pages on both sides."""
-    p = Played(pages=9, host=4, max_requests=2)
+    p = Played(pages=9, host=4, max_num_seqs=2)
     p.add(9, [*range(70, 78)], limit=9)
     p.step()
     p.add(0, [*range(6)], limit=20)
@@ -581,25 +586,33 @@ def _first(p: Played) -> Sequence:
 
 
 BREAKS: dict[str, tuple[str | None, Any]] = {
-    "two owners": ("two owners", lambda p: setattr(next(iter(p.state.tree.idle)), "page", _first(p).pages[0])),
+    "two owners": (
+        "two owners",
+        lambda p: setattr(next(iter(p.state.prefix_cache.idle_nodes)), "page", _first(p).pages[0]),
+    ),
     "free and held": (
         "not taken",
-        lambda p: setattr(p.state.tree, "free", p.state.tree.free | 1 << _first(p).pages[0]),
+        lambda p: setattr(
+            p.state.prefix_cache, "free_pages", p.state.prefix_cache.free_pages | 1 << _first(p).pages[0]
+        ),
     ),
-    "lost": ("lost", lambda p: p.state.tree.take()),
-    "scratch is free": ("lost", lambda p: setattr(p.state.tree, "free", p.state.tree.free | 1)),
-    "host page lost": ("host is lost", lambda p: setattr(p.state.tree, "host_free", 0)),
-    "a holder too many": ("other holders", lambda p: setattr(_first(p).path[0], "refs", 5)),
-    "not idle": ("not idle", lambda p: p.state.tree.idle.clear()),
-    "parent first": ("parent would go first", lambda p: _reverse(p.state.tree.idle)),
+    "lost": ("lost", lambda p: p.state.prefix_cache.allocate_page()),
+    "scratch is free": (
+        "lost",
+        lambda p: setattr(p.state.prefix_cache, "free_pages", p.state.prefix_cache.free_pages | 1),
+    ),
+    "host page lost": ("host is lost", lambda p: setattr(p.state.prefix_cache, "free_host_pages", 0)),
+    "a holder too many": ("other holders", lambda p: setattr(_first(p).path[0], "ref_count", 5)),
+    "not idle": ("not idle", lambda p: p.state.prefix_cache.idle_nodes.clear()),
+    "parent first": ("parent would go first", lambda p: _reverse(p.state.prefix_cache.idle_nodes)),
     "waits with pages": (None, lambda p: setattr(p, "state", p.state._replace(waiting=(_first(p)._replace(id=7),)))),
     "twice": ("queued twice", lambda p: setattr(p, "state", p.state._replace(waiting=p.state.waiting * 2))),
-    "seat": ("not taken", lambda p: setattr(p, "state", p.state._replace(seats=scheduler.ALL_REQ_INDICES))),
-    "beyond its limit": (None, lambda p: _change(p, known=99)),
-    "nothing to compute": (None, lambda p: _change(p, cached=_first(p).num_tokens)),
+    "seat": ("not taken", lambda p: setattr(p, "state", p.state._replace(free_req_indices=scheduler.ALL_REQ_INDICES))),
+    "beyond its limit": (None, lambda p: _change(p, num_tokens=99)),
+    "nothing to compute": (None, lambda p: _change(p, num_computed_tokens=_first(p).num_tokens)),
     "too few pages": (
         "without a page",
-        lambda p: _change(p, cached=_first(p).num_tokens - 1, pages=_first(p).pages[:1]),
+        lambda p: _change(p, num_computed_tokens=_first(p).num_tokens - 1, pages=_first(p).pages[:1]),
     ),
 }
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastgen.core import tokenizer as ours
 from fastgen.core.request import pair_prompts
-from fastgen.core.tokenizer import Detokenizer, MAX_PENDING_TOKENS, encode, is_single_prompt, to_prompt_list
+from fastgen.core.tokenizer import MAX_PENDING_TOKENS, Detokenizer, encode, is_single_prompt, to_prompt_list
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 TEXT = st.text(st.one_of(st.sampled_from("ab é€😀👍🏽\ufffd"), st.characters(codec="utf-8")), max_size=20)

@@ -16,8 +16,8 @@ import fastgen
 from fastgen import ModelConfig, Params, RopeConfig, SamplingParams
 from fastgen.checkpoint import weights
 from fastgen.core.layers import apply_rope, rms_norm, rope_cos_sin, rope_inv_freq, swiglu
-from fastgen.kernels.select import ATTENTION_BACKENDS, select_attention_backend
 from fastgen.core.scheduler import Span
+from fastgen.kernels.select import ATTENTION_BACKENDS, select_attention_backend
 
 PAGE = 4
 BACKENDS = {name: select_attention_backend(name, torch.get_default_device()) for name in ATTENTION_BACKENDS}
@@ -117,7 +117,7 @@ def test_greedy(name: str) -> None:
     model, spec, params = build(name)
     prompts = [prompt(n, n) for n in (1, 12, 33)]
     greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-    limits = {"token_budget": 8, "max_requests": 3, "prefill_chunk": 5}
+    limits = {"token_budget": 8, "max_num_seqs": 3, "prefill_chunk": 5}
     with fastgen.Engine(params, spec, page_size=PAGE, cache_tokens=400, **limits) as engine:
         outputs = engine.generate(prompts, greedy)
     for out in outputs:

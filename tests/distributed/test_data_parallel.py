@@ -21,12 +21,12 @@ from test_lora import adapter
 
 import fastgen
 from fastgen import Replicas, SamplingParams, lora
-from fastgen.distributed import data_parallel
 from fastgen.config import LoraConfig
+from fastgen.distributed import data_parallel
 
 LIMIT = 10  # seconds within which everything ends
 SETTINGS: dict[str, Any] = {
-    "page_size": 16, "cache_tokens": 4096, "max_requests": 8, "token_budget": 128, "seed": 5, "device": "cpu",
+    "page_size": 16, "cache_tokens": 4096, "max_num_seqs": 8, "token_budget": 128, "seed": 5, "device": "cpu",
     "progress": False,
 }  # fmt: skip
 

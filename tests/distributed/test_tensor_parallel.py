@@ -14,22 +14,22 @@ import torch
 import torch.multiprocessing as mp
 from ranks import PROGRAMS, SETTINGS, SPEC, load, reading
 from ranks import weights as weights_of
-from test_models import CASES, PAGE, build, empty, prompt
+from test_transformer import CASES, PAGE, build, empty, prompt
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
 from fastgen import SamplingParams, SamplingTensors
-from fastgen.distributed import tensor_parallel
-from fastgen.core import sampling, scheduler
 from fastgen.checkpoint import files
+from fastgen.checkpoint.weights import named_weights, update
+from fastgen.core import sampling, scheduler
+from fastgen.core.attention import reference
 from fastgen.core.layers import rms_norm
 from fastgen.core.model_config import ModelConfig, TPShard, shard_config
-from fastgen.core.transformer import TORCH_OPS, run_layers
-from fastgen.checkpoint.weights import named_weights, update
-from fastgen.core.attention import reference
-from fastgen.distributed.tensor_parallel import TPProcessGroup, raise_if_inconsistent, shard_ops
 from fastgen.core.scheduler import Span
+from fastgen.core.transformer import TORCH_OPS, run_layers
+from fastgen.distributed import tensor_parallel
+from fastgen.distributed.tensor_parallel import TPProcessGroup, raise_if_inconsistent, shard_ops
 
 
 class Meeting:
@@ -43,11 +43,11 @@ class Rank:
     """A group whose ranks are threads."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
-        self.meeting, self.place, self.steps = meeting, TPShard(rank, meeting.size), 0
+        self.meeting, self.shard, self.steps = meeting, TPShard(rank, meeting.size), 0
 
     def _all(self, x: Any) -> list[Any]:
         m = self.meeting
-        m.shown[self.place.rank] = x
+        m.shown[self.shard.rank] = x
         m.barrier.wait()
         found = [*m.shown]
         m.barrier.wait()
@@ -64,19 +64,19 @@ class Rank:
 
     def agree(self, step: int, digest: int) -> None:
         self.steps += 1
-        raise_if_inconsistent(self.place.rank, step, self._all(digest))
+        raise_if_inconsistent(self.shard.rank, step, self._all(digest))
 
 
 class Read(tensor_parallel.PeerBuffers):
     """Of a rank that is a thread: sums of up to `few` rows are read, up to `many` pushed."""
 
     def __init__(self, rank: Rank, width: int, few: int, many: int) -> None:
-        self.thread, self.sums, self._many = rank, [0, 0], many
+        self.thread, self.sums, self._push_max_rows = rank, [0, 0], many
         self.parts = [torch.zeros(few, width) for _ in range(self.NUM_PARTIALS)]
         boxes = [torch.zeros(many, width) for _ in range(2)]
-        theirs = rank._all(boxes)[1 - rank.place.rank]
+        theirs = rank._all(boxes)[1 - rank.shard.rank]
         self._inbox = [*zip(boxes, theirs, strict=True)]
-        self._at = [torch.tensor(i) for i in range(5)]
+        self._partial_ptrs = [torch.tensor(i) for i in range(5)]
 
     def _push(self, mine: Tensor, theirs: Tensor) -> None:
         theirs.copy_(mine)
@@ -139,7 +139,7 @@ def test_logits(name: str, size: int) -> None:
 
     def run(rank: Rank) -> Tensor:
         local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
-        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, reference, ops)
+        return fastgen.forward(spread(params, spec, rank.shard), empty(local, 23), batch, local, reference, ops)
 
     for got in together(size, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -153,8 +153,8 @@ def test_sums_by_whoever_reads_them(
     few: int, many: int, sums: list[int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory that all ranks read or that is pushed to them, where there is room; a bias is added once."""
-    monkeypatch.setattr(tensor_parallel, "PUSHED", 16)
-    spec = replace(SPEC, layers=2, windows=SPEC.sliding_windows * 2)
+    monkeypatch.setattr(tensor_parallel, "PUSH_CHUNK_ROWS", 16)
+    spec = replace(SPEC, num_layers=2, sliding_windows=SPEC.sliding_windows * 2)
     params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
     whole = params
     if bias:
@@ -164,18 +164,18 @@ def test_sums_by_whoever_reads_them(
     batch = fastgen.build_batch(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
     ops = TORCH_OPS._replace(attention=reference)
     want = run_layers(params, empty(spec, 23), batch, spec, ops, last_token_only=True)
-    want = ops.final_norm(*want, params.norm, spec.rms_norm_eps)
+    want = ops.final_norm(*want, params.final_norm, spec.rms_norm_eps)
 
     def run(rank: Rank) -> tuple[Tensor, list[int]]:
         local, read = shard_config(spec, 2), Read(rank, spec.hidden_size, few, many)
-        mine = fastgen.init(spec, dtype=torch.float32, tp_shard=rank.place)
-        update(mine, spec, named_weights(whole, spec), tp_shard=rank.place)
+        mine = fastgen.init(spec, dtype=torch.float32, tp_shard=rank.shard)
+        update(mine, spec, named_weights(whole, spec), tp_shard=rank.shard)
         mine = mine._replace(layers=tuple(
             a._replace(out_bias=b.out_bias) for a, b in zip(mine.layers, params.layers, strict=True)
         ))  # fmt: skip
         over = shard_ops(ops, rank, spec, read)
         x, y = run_layers(mine, empty(local, 23), batch, local, over, last_token_only=True)
-        return over.final_norm(x, y, params.norm, spec.rms_norm_eps), read.sums
+        return over.final_norm(x, y, params.final_norm, spec.rms_norm_eps), read.sums
 
     for got, done in together(2, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -216,7 +216,7 @@ def test_many_heads(size: int) -> None:
     def run(rank: Rank) -> Tensor:
         local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
         assert (local.num_q_heads, local.num_kv_heads) == (64 // size, 8 // size)
-        return fastgen.forward(spread(params, spec, rank.place), empty(local, 23), batch, local, reference, ops)
+        return fastgen.forward(spread(params, spec, rank.shard), empty(local, 23), batch, local, reference, ops)
 
     for got in together(size, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -229,13 +229,15 @@ def test_outputs(size: int) -> None:
         want = 2 * engine.generate(*load(1, 12), progress=False)
 
     def run(rank: Rank) -> tuple[list[fastgen.Output], fastgen.CacheStats]:
-        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+        with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
             assert engine.cache.k[0].shape[1] == max(1, 2 // size)
             outputs = [o for _ in range(2) for o in engine.generate(*load(1, 12), progress=False)]
             return outputs, engine.cache_stats
 
     for outputs, counts in together(size, run):
-        assert counts.reused and counts.paged_out and counts.paged_in and counts.parked
+        assert (
+            counts.num_hit_tokens and counts.num_offloaded_pages and counts.num_loaded_pages and counts.num_preemptions
+        )
         for a, b in zip(outputs, want, strict=True):
             assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
             for x, y in zip(a.completions, b.completions, strict=True):
@@ -262,12 +264,12 @@ def test_samples(vocab: int, size: int) -> None:
         s = SamplingTensors(heat, seeds, torch.arange(rows), torch.arange(rows) % 3 == 1, None, None)
         want = sampling.sample(logits, s, top)
         words = -(-vocab // 32)
-        special = s._replace(allowed=torch.full((rows, words), 5))  # tokens 0 and 2
+        special = s._replace(token_mask=torch.full((rows, words), 5))  # tokens 0 and 2
 
         def run(
             rank: Rank, s: SamplingTensors = s, special: SamplingTensors = special, top: int | None = top
         ) -> list[Any]:
-            mine = padded[:, rank.place.rank * most :][:, :most]
+            mine = padded[:, rank.shard.rank * most :][:, :most]
             return [tensor_parallel.sample_from_shards(mine, x, top, rank, vocab) for x in (s, special)]
 
         for got, other in together(size, run):
@@ -275,7 +277,7 @@ def test_samples(vocab: int, size: int) -> None:
             for a, b in zip(got, want, strict=True):
                 assert a.shape == b.shape
             torch.testing.assert_close(got.logprob, want.logprobs, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(got.top_logprob, want.top_logprobs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got.top_logprobs, want.top_logprobs, atol=1e-5, rtol=1e-5)
             assert torch.equal(other.token, sampling.sample(logits, special, top).token_ids)
 
 
@@ -286,7 +288,7 @@ def test_little_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(rank: Rank, **kind: Any) -> None:
         gather = rank.all_gather
         monkeypatch.setattr(rank, "all_gather", lambda x: (moved.append(x.shape[-1]), gather(x))[1])
-        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+        with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
             engine.generate([[1, 2], [3]], SamplingParams(max_tokens=4, **kind), progress=False)
 
     together(2, run)
@@ -301,18 +303,18 @@ def test_memory_is_taken_again_by_all_or_none() -> None:
     """One rank's device is full: all of them say so, and have nothing; later they have."""
 
     def run(rank: Rank) -> list[Any]:
-        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+        with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
             before = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
             cache = engine._releasable_memory["cache"]
             size, restore = engine.sleep("cache"), cache.reacquire
             assert not cache.resident and cache._buffer.untyped_storage().nbytes() == 0
-            if rank.place.rank == 1:
+            if rank.shard.rank == 1:
                 cache.reacquire = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))  # type: ignore[method-assign]
-            with pytest.raises(torch.OutOfMemoryError, match="full" if rank.place.rank == 1 else "another rank"):
-                engine.restore()
+            with pytest.raises(torch.OutOfMemoryError, match="full" if rank.shard.rank == 1 else "another rank"):
+                engine.wake_up()
             assert not cache.resident
             cache.reacquire = restore  # type: ignore[method-assign]
-            assert engine.restore() == size and cache.resident
+            assert engine.wake_up() == size and cache.resident
             after = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
             assert after == before
             return after
@@ -327,14 +329,14 @@ def test_scores() -> None:
     want = fastgen.score(weights_of(), SPEC, sequences, first=first, temperature=0.7, token_budget=50)
 
     def run(rank: Rank) -> list[Tensor]:
-        params = weights_of(place=rank.place)
+        params = weights_of(tp_shard=rank.shard)
         with torch.enable_grad():
             tree = tree_map(lambda x: x if x is None else x.requires_grad_(), params)
             with pytest.raises(ValueError, match="no gradients"):
-                fastgen.score(tree, SPEC, sequences, group=rank)
+                fastgen.score(tree, SPEC, sequences, tp_group=rank)
         with pytest.raises(ValueError, match="no fixed order"):
-            fastgen.score(params, SPEC, sequences, group=rank, deterministic=True)
-        return fastgen.score(params, SPEC, sequences, first=first, temperature=0.7, token_budget=50, group=rank)
+            fastgen.score(params, SPEC, sequences, tp_group=rank, batch_invariant=True)
+        return fastgen.score(params, SPEC, sequences, first=first, temperature=0.7, token_budget=50, tp_group=rank)
 
     for got in together(2, run):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -345,7 +347,7 @@ def test_a_thousand_steps() -> None:
 
     def run(rank: Rank) -> tuple[list[Any], Any]:
         r, seen = random.Random(3), list[Any]()
-        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
+        with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
             ids = list[int]()
             for step in range(1000):
                 if r.random() < 0.3 and len(engine.state.waiting) < 20:
@@ -367,8 +369,8 @@ def test_ranks_that_part() -> None:
     """A rank that is asked for something else is named, by all."""
 
     def run(rank: Rank) -> None:
-        with fastgen.Engine(weights_of(place=rank.place), SPEC, group=rank, **SETTINGS) as engine:
-            engine.add([1] * (5 + rank.place.rank // 3), SamplingParams(temperature=0, max_tokens=30))
+        with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
+            engine.add([1] * (5 + rank.shard.rank // 3), SamplingParams(temperature=0, max_tokens=30))
             while engine.has_unfinished_requests:
                 engine.step()
 

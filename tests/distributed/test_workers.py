@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.distributed import workers
 from fastgen.checkpoint.weights import named_weights
+from fastgen.distributed import workers
 
 LIMIT = 10  # seconds within which everything ends
 LOOPBACK = "0100007F"  # 127.0.0.1, as /proc/net/tcp has it
@@ -154,16 +154,18 @@ def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "cache",
             "params",
         }
-        with pytest.raises(ValueError, match="call restore"):
+        with pytest.raises(ValueError, match="call wake_up"):
             e.step()
         with monkeypatch.context() as patch:
             patch.setattr(
-                fastgen.training.sleep.Region, "restore", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+                fastgen.training.sleep.ReleasableMemory,
+                "reacquire",
+                lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("no")),
             )
             with pytest.raises(torch.OutOfMemoryError):
-                e.restore()
+                e.wake_up()
             assert not any(r.resident for r in e._releasable_memory.values())
-        assert e.restore() == size
+        assert e.wake_up() == size
         outputs: dict[int, Any] = {}
         while e.has_unfinished_requests:
             outputs |= {x.request_id: x.output for x in e.step() if x.output}
@@ -172,7 +174,7 @@ def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             e.sleep("everything")
         for _ in range(3):
             e.sleep("cache")
-            e.restore()
+            e.wake_up()
         assert tokens(e.generate(*load(1, 8), progress=False)) == want
     with engine() as e, pytest.raises(ValueError, match="are whose they were"):
         e.sleep("params")
@@ -258,7 +260,7 @@ def test_the_first_ends(number: signal.Signals, tmp_path: Path) -> None:
     """The process that started the others, by whatever: they are gone too."""
     script = tmp_path / "it.py"
     fastgen.save(tmp_path / "model", SPEC, weights())
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), model=str(tmp_path / "model")))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1] / "support"), model=str(tmp_path / "model")))
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     other = Path("/proc") / process.stdout.readline().strip()
@@ -342,9 +344,9 @@ def test_nobody_there(rank: str, address: str, message: str, monkeypatch: pytest
     given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(workers, "START", 1.0)
+    monkeypatch.setattr(workers, "START_TIMEOUT", 1.0)
     if address != "127.0.0.1":
-        monkeypatch.setattr(workers, "ANSWER", 2.0)  # else 7 s each
+        monkeypatch.setattr(workers, "CONNECT_TIMEOUT", 2.0)  # else 7 s each
     began = time.monotonic()
     with pytest.raises(ValueError, match=message):
         engine()

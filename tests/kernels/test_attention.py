@@ -11,12 +11,12 @@ from torch import Tensor
 import fastgen
 from fastgen import Batch, ModelConfig
 from fastgen.compiled import batch_invariant
-from fastgen.core.layers import rope_and_cache_kv, rope_cos_sin
-from fastgen.kernels import attention
 from fastgen.core.attention import UnrotatedQKV, causal_mask, reference
-from fastgen.kernels.select import ATTENTION_BACKENDS, select_attention_backend
+from fastgen.core.layers import rope_and_cache_kv, rope_cos_sin
 from fastgen.core.scheduler import Span
 from fastgen.core.types import SharedPrefix
+from fastgen.kernels import attention
+from fastgen.kernels.select import ATTENTION_BACKENDS, select_attention_backend
 
 GARBAGE = 1e3  # in every slot that no query may see: one that leaks in shows
 KINDS = {  # (cached, new) tokens of a sequence
@@ -89,9 +89,9 @@ def make_shared(
         tuple(plan), {span.id: [0] * span.stop for span in plan}, page, device, pad_to=sum(x[3] for x in rows) + pad
     )
     skip = torch.cat((share.num_skipped_tokens, torch.zeros(pad)))
-    share = SharedPrefix(*(x.to(device=device, dtype=torch.int32) for x in share._replace(skip=skip)))
+    share = SharedPrefix(*(x.to(device=device, dtype=torch.int32) for x in share._replace(num_skipped_tokens=skip)))
     q = torch.randn(len(batch.token_ids), spec.num_q_heads, spec.head_dim, generator=normal)
-    return batch._replace(share=share), q.to(device), k.to(device), v.to(device)
+    return batch._replace(shared_prefix=share), q.to(device), k.to(device), v.to(device)
 
 
 def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: int | None) -> Tensor:
@@ -110,7 +110,14 @@ def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: i
 
 def shape(q_heads: int, kv_heads: int, head: int) -> ModelConfig:
     """A spec of which attention reads the heads only."""
-    sizes = {"architecture": "LlamaForCausalLM", "dim": 8, "ffn": 8, "layers": 1, "vocab": 8, "context": 128}
+    sizes = {
+        "architecture": "LlamaForCausalLM",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_layers": 1,
+        "vocab_size": 8,
+        "context_length": 128,
+    }
     return ModelConfig(**sizes, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head, sliding_windows=(None,))
 
 
@@ -180,11 +187,13 @@ def test_fixed_order(seed: int, backend: str, device: str) -> None:
 def test_shared_keys_are_read_once(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of sequences that share pages: every backend gives what it gives without them."""
     r = random.Random(seed)
-    monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "TILES", r.choice([1, 8]))  # one: several programs for few keys
+    monkeypatch.setitem(
+        attention.SHARED_PREFIX_TILE, "MIN_TILES", r.choice([1, 8])
+    )  # one: several programs for few keys
     ratio, kv_heads, head = ((1, 2, 64), (4, 1, 128), (5, 1, 96), (7, 2, 16), (8, 1, 64), (3, 1, 64))[seed % 6]
     page, spec = (1, 16, 64, 128)[seed % 4], shape(ratio * kv_heads, kv_heads, head)
     batch, q, k, v = make_shared(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
-    alone = batch._replace(share=None)
+    alone = batch._replace(shared_prefix=None)
     for window in (None, r.choice([1, r.randint(2, 90), 300])):
         exact = reference(alone, spec)(q, k, v, window)
         for backend in BACKENDS.values():
@@ -199,8 +208,10 @@ def test_what_no_group_covers_is_not_read(device: str) -> None:
     share = SharedPrefix(torch.full((3, 16), -1, dtype=torch.int32, device=device), zero[:3], zero)
     with pytest.MonkeyPatch.context() as patch:
         poison_new_memory(patch)
-        patch.setattr(attention, "NARROW", attention.SUFFIX_DECODE_TILE)  # tiles as of members of groups
-        ours, alone = (BACKENDS["triton"](b, spec)(q, k, v, None) for b in (batch._replace(share=share), batch))
+        patch.setattr(
+            attention, "NARROW_HEAD_DECODE_TILE", attention.SUFFIX_DECODE_TILE
+        )  # tiles as of members of groups
+        ours, alone = (BACKENDS["triton"](b, spec)(q, k, v, None) for b in (batch._replace(shared_prefix=share), batch))
     assert torch.equal(ours, alone)
 
 
@@ -238,7 +249,7 @@ def test_memory_of_nobody_never_takes_part(
     result: they are selected away, and not multiplied by 0."""
     page, pad, spec = (16, 64)[len(kind) % 2], 2, shape(4, 2, 16)
     if kind == "shared":
-        monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "TILES", 1)  # several programs for few keys
+        monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "MIN_TILES", 1)  # several programs for few keys
         batch, q, k, v = make_shared(4, spec, page, device, 2)
         pad = int((batch.req_idx == 0).sum())
     elif kind == "long":  # several programs for a sequence's keys

@@ -98,7 +98,7 @@ def test_dependent_launch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     x, (w, bias, norm) = torch.randn(2, 2048).to(HALF), weights(4096, 2048, HALF)
     results = []
     for on in (False, True):
-        monkeypatch.setattr(pdl, "DEPENDENT", on)
+        monkeypatch.setattr(pdl, "USE_PDL", on)
         h, y = x, x
         for _ in range(50):
             h, gated = small_batch.add_norm_gate_up(h, y, norm, EPS, w)

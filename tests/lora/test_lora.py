@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_map_only
 
 import fastgen
 from fastgen import Adapter, Event, Output, SamplingParams, Snapshot, lora
-from fastgen.core import scheduler
-from fastgen.cli.bench.main import main
-from fastgen.cli import serve
+from fastgen.checkpoint.weights import named_weights
 from fastgen.cli import run as command
+from fastgen.cli import serve
+from fastgen.cli.bench import benchmark
 from fastgen.config import LoraConfig
+from fastgen.core import scheduler
+from fastgen.core.attention import reference
 from fastgen.core.layers import apply_lora
 from fastgen.core.model_config import ModelConfig, from_hf_config
-from fastgen.checkpoint.weights import named_weights
-from fastgen.core.attention import reference
 from fastgen.core.scheduler import Span
 from fastgen.core.types import LayerLora, Params
 
@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SPECS = {name: fastgen.from_hf_config(tiny.SIZES | config) for name, config in CONFIGS.items()}
 SPEC = SPECS["mistral"]
-SMALL: dict[str, Any] = {"max_requests": 8, "token_budget": 64}
+SMALL: dict[str, Any] = {"max_num_seqs": 8, "token_budget": 64}
 NAMES = (None, "all", "some", "wide")
 
 
@@ -47,8 +47,13 @@ def adapter(spec: ModelConfig, name: str, seed: int = 0) -> Adapter:
     """Of different ranks, targets and scales; strong enough to change what is drawn."""
     how: dict[str, Any] = {
         "all": {"rank": 4, "alpha": 8},
-        "some": {"rank": 3, "alpha": 3, "targets": ("q_proj", "v_proj", "up_proj")},
-        "wide": {"rank": 8, "alpha": 8, "targets": ("k_proj", "o_proj", "gate_proj", "down_proj"), "rslora": True},
+        "some": {"rank": 3, "alpha": 3, "target_modules": ("q_proj", "v_proj", "up_proj")},
+        "wide": {
+            "rank": 8,
+            "alpha": 8,
+            "target_modules": ("k_proj", "o_proj", "gate_proj", "down_proj"),
+            "use_rslora": True,
+        },
     }[name]
     made = lora.init(spec, seed=seed, device="cpu", **how)
     r = torch.Generator("cpu").manual_seed(seed + 1)
@@ -136,7 +141,7 @@ def logits(
 ) -> Tensor:
     """[T, V] at once, in a cache of its own."""
     batch = fastgen.build_batch((Span(0, 0, len(tokens), True, (1, 2, 3, 4)),), {0: tokens}, 16)
-    batch = batch._replace(adapter=torch.full((len(tokens),), i) if adapters else None)
+    batch = batch._replace(adapter_idx=torch.full((len(tokens),), i) if adapters else None)
     hidden = fastgen.hidden_states(params, fastgen.new_kv_cache(spec, 80), batch, spec, reference, adapters=adapters)
     return fastgen.compute_logits(params, hidden)
 
@@ -151,7 +156,9 @@ def test_forward_of_several(name: str) -> None:
     plan = tuple(Span(i, 0, len(c), True, (1 + i,)) for i, c in enumerate(contexts))
     batch = fastgen.build_batch(plan, dict(enumerate(contexts)), 16)
     rows = torch.tensor([i for i, c in zip((2, 0, 3, 1), contexts, strict=True) for _ in c])
-    got = fastgen.forward(params, fastgen.new_kv_cache(spec, 80), batch._replace(adapter=rows), spec, adapters=stacked)
+    got = fastgen.forward(
+        params, fastgen.new_kv_cache(spec, 80), batch._replace(adapter_idx=rows), spec, adapters=stacked
+    )
     for row, i, context in zip(got, (2, 0, 3, 1), contexts, strict=True):
         plain = params if i == 0 else lora.merge(params, spec, trees[i - 1])
         torch.testing.assert_close(row, logits(plain, spec, context)[-1], atol=1e-4, rtol=1e-5)
@@ -218,10 +225,10 @@ def test_kernel_rows_do_not_depend_on_their_company(device: str) -> None:
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"cache_tokens": 1024},
     "no reuse": {"cache_tokens": 1024, "prefix_cache": False},
-    "chunks": {"cache_tokens": 1024, "max_requests": 5, "token_budget": 7, "prefill_chunk": 3},
+    "chunks": {"cache_tokens": 1024, "max_num_seqs": 5, "token_budget": 7, "prefill_chunk": 3},
     "preempted": {"cache_tokens": 84},
     "host": {"cache_tokens": 84, "offload": "host", "host_gb": 1e-4},
-    "prefill first": {"cache_tokens": 1024, "policy": "prefill_first", "token_budget": 40, "max_requests": 8},
+    "prefill first": {"cache_tokens": 1024, "policy": "prefill_first", "token_budget": 40, "max_num_seqs": 8},
 }
 
 
@@ -266,9 +273,8 @@ def compiled() -> None:
 @pytest.mark.parametrize("what", ["compiled()", "train('inductor')"])
 def test_compiled(what: str) -> None:
     """In a process of its own: types that are checked at run time cannot be traced."""
-    code = f"import torch; torch.set_num_threads(1); import test_lora; test_lora.{what}; print('done')"
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import torch; torch.set_num_threads(1); import test_lora; test_lora.{what}; print('done')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr[-3000:]
 
 
@@ -291,7 +297,7 @@ def test_any_operations() -> None:
     A request that was admitted after the last change gets exactly what the parameters of now give; pages are checked
     after every step.
     """
-    r, e = random.Random(0), engine(adapters={}, cache_tokens=160, max_adapters=2, max_requests=6)
+    r, e = random.Random(0), engine(adapters={}, cache_tokens=160, max_adapters=2, max_num_seqs=6)
     trees: dict[str, Adapter] = {}
     stale: set[int] = set()
     pending: dict[int, tuple[list[int], dict[str, Any], Params]] = {}
@@ -685,14 +691,14 @@ def test_fgrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = fastgen.from_hf_config(tiny.config("Mistral"))
     config_of(tmp_path)
     lora.save(tmp_path / "poet", spec, adapter(spec, "all", 3))
-    words = [f"model.path={tmp_path}", "model.random=true", "model.device=cpu", "prompt=[1,2,3]", "chat=false"]
-    words += [f"model.adapters.poet={tmp_path / 'poet'}", "pages.cache_tokens=64", "sampling.max_tokens=4"]
+    words = [f"model.path={tmp_path}", "model.random_weights=true", "model.device=cpu", "prompt=[1,2,3]", "chat=false"]
+    words += [f"model.adapters.poet={tmp_path / 'poet'}", "kv_cache.cache_tokens=64", "sampling.max_tokens=4"]
     plain, changed = (command.run(command.compose(*words, *more))[0] for more in ((), ("sampling.adapter=poet",)))
     assert plain.completions[0].token_ids != changed.completions[0].token_ids
     with pytest.raises(ValueError, match="layers"):
         command.run(command.compose(*words, f"model.path={config_of(tmp_path / 'other', num_hidden_layers=1)}"))
     words = [*words[2:3], *words[5:7], "sampling.adapter=poet", "--workload", "2x4x2", "--repeats", "1"]
-    assert main.main([str(tmp_path), *words]) == 0 and "2x4x2" in capsys.readouterr().out
+    assert benchmark.main([str(tmp_path), *words]) == 0 and "2x4x2" in capsys.readouterr().out
 
 
 def config_of(folder: Path, **changes: Any) -> Path:

@@ -5,23 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_launch import nobody_left  # noqa: F401, used by every test here
 from test_lora import ADAPTERS, CONFIGS, PARAMS, SPEC, SPECS, adapter, load, run, same
-from test_parallel import Rank, Read, spread, together
+from test_tensor_parallel import Rank, Read, spread, together
+from test_workers import nobody_left  # noqa: F401, used by every test here
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import fastgen
 from fastgen import Adapter, Output, SamplingParams, lora
-from fastgen.distributed import tensor_parallel
-from fastgen.core.model_config import TPShard, shard_config
-from fastgen.core.transformer import ModelOps, TORCH_OPS, run_layers
 from fastgen.core.attention import reference
-from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
+from fastgen.core.model_config import TPShard, shard_config
 from fastgen.core.scheduler import Span
+from fastgen.core.transformer import TORCH_OPS, ModelOps, run_layers
+from fastgen.distributed import tensor_parallel
+from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
 
 SETTINGS: dict[str, Any] = {
-    "page_size": 4, "cache_tokens": 256, "max_requests": 8, "token_budget": 64, "max_adapters": 3, "max_rank": 8,
+    "page_size": 4, "cache_tokens": 256, "max_num_seqs": 8, "token_budget": 64, "max_adapters": 3, "max_rank": 8,
     "compile": "eager", "progress": False,
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def final(
     plan = (Span(0, 0, 9, True, (1, 2)), Span(1, 0, 5, True, (3,)), Span(2, 0, 7, True, (4,)))
     tokens = {i: [(7 * i + 3 * j) % 61 for j in range(span.stop)] for i, span in enumerate(plan)}
     batch = fastgen.build_batch(plan, tokens, 16)
-    batch = batch._replace(adapter=torch.tensor([1] * 9 + [0] * 5 + [2] * 7))
+    batch = batch._replace(adapter_idx=torch.tensor([1] * 9 + [0] * 5 + [2] * 7))
     cache = fastgen.new_kv_cache(spec, 80, dtype=torch.float32)
     assert cache.k[0].shape[1:] == (kv_heads, head)
     return ops.final_norm(
@@ -66,10 +66,10 @@ def test_forward(name: str, size: int) -> None:
     )
 
     def one(rank: Rank) -> Tensor:
-        local, mine = shard_config(spec, size), lora.stack(adapters, spec, rank.place)
+        local, mine = shard_config(spec, size), lora.stack(adapters, spec, rank.shard)
         over = shard_ops(ops, rank, spec)
         return final(
-            spread(params, spec, rank.place), local, over, mine, max(1, spec.num_kv_heads // size), spec.head_dim
+            spread(params, spec, rank.shard), local, over, mine, max(1, spec.num_kv_heads // size), spec.head_dim
         )
 
     for got in together(size, one):
@@ -81,14 +81,14 @@ def test_changes_are_summed_with_what_they_change(
     few: int, many: int, sums: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory that others read, or from which parts are pushed as soon as they are there."""
-    monkeypatch.setattr(tensor_parallel, "PUSHED", 8)
+    monkeypatch.setattr(tensor_parallel, "PUSH_CHUNK_ROWS", 8)
     adapters, ops = [ADAPTERS["all"], ADAPTERS["wide"]], TORCH_OPS._replace(attention=reference)
     want = final(PARAMS, SPEC, ops, lora.stack(adapters, SPEC), SPEC.num_kv_heads, SPEC.head_dim)
 
     def one(rank: Rank) -> tuple[Tensor, list[int]]:
         local, read = shard_config(SPEC, 2), Read(rank, SPEC.hidden_size, few, many)
-        over, mine = shard_ops(ops, rank, SPEC, read), lora.stack(adapters, SPEC, rank.place)
-        found = final(spread(PARAMS, SPEC, rank.place), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
+        over, mine = shard_ops(ops, rank, SPEC, read), lora.stack(adapters, SPEC, rank.shard)
+        found = final(spread(PARAMS, SPEC, rank.shard), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
         return found, read.sums
 
     for got, done in together(2, one):
@@ -148,7 +148,7 @@ def test_outputs(wanted: list[Output]) -> None:
     """Of ranks that all make the calls, as a trainer's processes do."""
 
     def one(rank: Rank) -> list[Output]:
-        with fastgen.Engine(weights(rank), SPEC, group=rank, **SETTINGS) as e:
+        with fastgen.Engine(weights(rank), SPEC, tp_group=rank, **SETTINGS) as e:
             return calls(e)
 
     for outputs in together(2, one):
@@ -163,13 +163,13 @@ def test_changed_in_place() -> None:
         wanted = run(e, [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, "all")])
 
     def one(rank: Rank) -> list[Output]:
-        with fastgen.Engine(weights(rank), SPEC, group=rank, **SETTINGS) as e:
+        with fastgen.Engine(weights(rank), SPEC, tp_group=rank, **SETTINGS) as e:
             views = e.add_adapter("all", ADAPTERS["all"])
             for x in lora.parameters(views):
                 x.mul_(2)
             e.update_adapter("all")
             found = run(e, [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, "all")])
-            if rank.place.rank:
+            if rank.shard.rank:
                 lora.parameters(views)[0].fill_(float("inf"))
             with pytest.raises(ValueError, match="NaN or infinite"):
                 e.update_adapter("all")

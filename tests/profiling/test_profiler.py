@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgen.profiling import roofline
 from fastgen.core.model_config import ModelConfig
-from fastgen.profiling.profiler import ProfileWindow, Profiler, profile_on_signal
 from fastgen.core.scheduler import Plan, Span
+from fastgen.profiling import roofline
+from fastgen.profiling.profiler import Profiler, ProfileWindow, profile_on_signal
 from fastgen.profiling.report import (
     ProfileSummary,
     build_category_track,
@@ -39,10 +39,17 @@ MIXED = (*DECODE, Span(2, 2, 5, False, (3,)))
 NORM, ACTIVATION = "triton_red_fused_add_mm_mean_mul_0", "triton_poi_fused_mm_mul_silu_1"
 GEMM = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT"
 LAYER = [
-    (NORM, 2), (GEMM, 10), ("_store", 2), ("_decode_shared", 1), ("_decode", 8), (GEMM, 5), (NORM, 2), (GEMM, 12),
+    (NORM, 2), (GEMM, 10), ("_rope_and_cache_kv_kernel", 2), ("_decode_shared_prefix_kernel", 1), ("_decode_kernel", 8), (GEMM, 5), (NORM, 2), (GEMM, 12),
     (ACTIVATION, 2), (GEMM, 6),
 ]  # fmt: skip
-STEP = [("Memcpy HtoD (Pinned -> Device)", 1), *3 * LAYER, (NORM, 2), (GEMM, 20), ("", 4), ("_draw", 3)]  # "": a pause
+STEP = [
+    ("Memcpy HtoD (Pinned -> Device)", 1),
+    *3 * LAYER,
+    (NORM, 2),
+    (GEMM, 20),
+    ("", 4),
+    ("_sample_splits_kernel", 3),
+]  # "": a pause
 
 
 def event(cat: str, name: str, ts: float, dur: float, **args: Any) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def test_a_gpu_trace(correlated: bool) -> None:
     assert (s.step_ms, s.busy_ms, s.idle_ms, s.between_steps_ms) == pytest.approx((0.185, 0.176, 0.009, 0.005))
     assert s.gaps_per_step == 1.5
     assert [(g.before, g.after, g.count, g.us, g.largest_us) for g in s.largest_gaps] == [
-        ("_draw", "Memcpy HtoD", 1, 10, 10), (GEMM, "_draw", 2, 8, 4)
+        ("_sample_splits_kernel", "Memcpy HtoD", 1, 10, 10), (GEMM, "_sample_splits_kernel", 2, 8, 4)
     ]  # fmt: skip
     assert {name: (round(p.ms * 1e3), p.num_kernels) for name, p in s.categories.items()} == {
         "linear": (119, 13), "attention": (27, 6), "pointwise": (20, 10), "rope and cache write": (6, 3),
@@ -102,7 +109,7 @@ def test_a_gpu_trace(correlated: bool) -> None:
     assert linear.fraction_of_ceiling == pytest.approx(max(flops / 1e12, moved / 1e11) / 119e-6)
     assert pointwise.tbps == pytest.approx(todo["pointwise"][1] / 26e-6 / 1e12)  # the rope's time is its, too
     assert str(s).count("\n") < 40 and "params 2.00" in str(s) and max(map(len, str(s).split("\n"))) <= 120
-    assert json.loads(json.dumps(s.to_dict()))["parts"]["attention"]["ms"] == pytest.approx(0.027)
+    assert json.loads(json.dumps(s.to_dict()))["categories"]["attention"]["ms"] == pytest.approx(0.027)
 
 
 def test_the_row_of_a_gpu() -> None:
@@ -147,9 +154,9 @@ def test_layers_of_odd_steps() -> None:
     names = [
         GEMM,
         "splitKreduce",
-        "_store",
+        "_rope_and_cache_kv_kernel",
         "_prefill",
-        "_decode_shared",
+        "_decode_shared_prefix_kernel",
         "_decode",
         GEMM,
         GEMM,
@@ -183,7 +190,7 @@ def test_layers_of_odd_steps() -> None:
         ("triton_tem_fused_mm_3", "linear"),
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float>(cublasSplitKParams<float>)", "linear"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "linear"),
-        ("_skinny", "linear"),
+        ("_linear_kernel", "linear"),
         ("triton_poi_fused_add_cat_index_put_mul_4", "rope and cache write"),
         ("triton_red_fused_argmax_5", "sampling"),
         (
@@ -375,7 +382,7 @@ def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) 
 
 def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """It ends with the steps there were, or for the next one if none came; and one is written at a time."""
-    monkeypatch.setattr("fastgen.profiling.profiler.SECONDS", 0.0)
+    monkeypatch.setattr("fastgen.profiling.profiler.MAX_BACKGROUND_SECONDS", 0.0)
     p = profiler()
     p.profile_in_background(8, tmp_path)
     p.profile_in_background(8, tmp_path, skip_first=0)  # no step has come for the first

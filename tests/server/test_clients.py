@@ -48,7 +48,7 @@ def server(tiny: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def library(tiny: Path) -> Iterator[fastgen.Engine]:
     """The engine that is not behind a server."""
-    settings: dict[str, Any] = dict(page_size=16, cache_tokens=4096, max_requests=24, token_budget=256)
+    settings: dict[str, Any] = dict(page_size=16, cache_tokens=4096, max_num_seqs=24, token_budget=256)
     with fastgen.Engine.from_pretrained(tiny, progress=False, **settings) as engine:
         yield engine
 
@@ -262,7 +262,7 @@ def test_connections_that_ask_for_nothing(server: Server, library: fastgen.Engin
 def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is closed, be it new, in the middle of a head, or in that of a second request; an answer that
     takes longer is waited for."""
-    monkeypatch.setattr(http_worker, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(http_worker, "HEADERS_TIMEOUT_SECONDS", 0.2)
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(0.4)

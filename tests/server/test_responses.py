@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_tokenizer import BYTE_FALLBACK, KINDS, QUICK, RUNS, byte_tokens
 
 from fastgen.config import SamplingParams
-from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder
-from fastgen.server.engine_process import TokenDelta
-from fastgen.server.app_state import AppState
 from fastgen.core.tokenizer import token_to_bytes
+from fastgen.server.app_state import AppState
+from fastgen.server.engine_process import TokenDelta
+from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder
 
 WORDS = {kind: TokenDecoder(tokenizer) for kind, tokenizer in KINDS.items()}
 

@@ -32,13 +32,13 @@ from test_tokenizer import BYTE_LEVEL, TEMPLATE
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.cli import serve
-from fastgen.structured_output import GrammarCancelled
 from fastgen.server import app_state, http_worker
-from fastgen.server.responses import dump_json
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.engine_process import EngineServer, pack_message
 from fastgen.server.middleware import Middleware
 from fastgen.server.requests import APIError, bad_request
+from fastgen.server.responses import dump_json
+from fastgen.structured_output import GrammarCancelled
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 KEY = "sesame"
@@ -61,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def library(tiny: Path) -> Iterator[fastgen.Engine]:
     """The engine that is not behind a server."""
-    settings: dict[str, Any] = dict(page_size=16, cache_tokens=4096, max_requests=24, token_budget=256)
+    settings: dict[str, Any] = dict(page_size=16, cache_tokens=4096, max_num_seqs=24, token_budget=256)
     with fastgen.Engine.from_pretrained(tiny, progress=False, **settings) as engine:
         yield engine
 
@@ -671,7 +671,7 @@ def test_names_that_must_be_known(options: dict[str, Any]) -> None:
     made = app_state.AppState.__new__(app_state.AppState)
     made.options = app_state.ServerOptions(engine_address="", model_names=("tiny", "alias"), **options)
     made.supports_adapters, made.is_ready, made.model_config = not options, True, SPEC
-    made.engine_client = MagicMock(spec=EngineClient, dead=False, ask=AsyncMock(return_value=["poet"]))
+    made.engine_client = MagicMock(spec=EngineClient, is_engine_dead=False, ask=AsyncMock(return_value=["poet"]))
     for name, answers in ((None, "tiny"), ("", "tiny"), ("alias", "alias"), ("poet", "poet")):
         assert asyncio.run(made.resolve_model_name(name)) == answers
     with pytest.raises(APIError, match="no model 'gpt' here; there is tiny, alias, poet") as e:
@@ -717,10 +717,10 @@ def test_pages_of_other_sites_are_refused(headers: dict[str, str], may: bool) ->
     admit(headers)
     for method in ("GET", "POST"):
         if may:
-            admit(headers, method, hosts=LOCAL)
+            admit(headers, method, allowed_hosts=LOCAL)
         else:
             with pytest.raises(APIError, match="--allowed-host") as e:
-                admit(headers, method, hosts=LOCAL)
+                admit(headers, method, allowed_hosts=LOCAL)
             assert e.value.status == 403
 
 
@@ -931,7 +931,7 @@ def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for, and not for ever."""
     from fastgen.server import middleware as around
 
-    monkeypatch.setattr(around, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(around, "BODY_TIMEOUT_SECONDS", 0.05)
     gate = around.Middleware(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
 
     async def never() -> Any:
@@ -1257,7 +1257,7 @@ def test_a_message_that_fails_costs_its_request(library: fastgen.Engine, monkeyp
     assert [(kind, key) for _, (kind, key, _) in sent] == [("failed", str(i)) for i in range(5)] + [("reply", "9")]
     assert sent[-1][1][2] is None and [*core.active_requests] == ["good"]
     with monkeypatch.context() as m:
-        m.setattr(library, "_new", failing)
+        m.setattr(library, "_prepare", failing)
         ((_, said),) = receive(("4", pack_message(("add", "4", "other", [[5, 6]], params))))
     assert said == ("failed", "4", "the engine failed at this: RecursionError: too deep")
     assert [*core.active_requests] == ["good"]
@@ -1284,8 +1284,8 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
             raise GrammarCancelled
         return compile(params, stop)
 
-    monkeypatch.setattr(library, "_compile", waiting)
-    monkeypatch.setattr(core, "_pool", ThreadPoolExecutor(8))
+    monkeypatch.setattr(library, "_compile_grammar", waiting)
+    monkeypatch.setattr(core, "_grammar_pool", ThreadPoolExecutor(8))
     for call in ("one", "left", "killed", "gone"):
         core.on_add(b"b" if call == "gone" else b"a", call, call, [[5, 6]], replace(params, grammar=f"regex:{call}"))
     assert posted(post) == []
@@ -1362,7 +1362,7 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
             self.info.set_result({})
             await asyncio.sleep(60)
 
-    monkeypatch.setattr(app_state, "Client", Client)
+    monkeypatch.setattr(app_state, "EngineClient", Client)
     ours, theirs = multiprocessing.Pipe()
     with socket.create_server(("127.0.0.1", 0)) as listener, ours, theirs:
         with pytest.raises(SystemExit, match="1"):
@@ -1381,7 +1381,7 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
     [
         (["model=debug", "prompt=x"], "requests bring this themselves"),
         (["model=debug", "temperature=0"], "temperature=0: requests bring this themselves"),
-        (["schedule.max_request=4"], "max_requests"),
+        (["schedule.max_request=4"], "max_num_seqs"),
         (["no/such/folder/at/all"], "neither"),
         (["--port", "70000"], "port"),
         (["--workers", "0"], "at least 1"),

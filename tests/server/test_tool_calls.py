@@ -22,15 +22,15 @@ from transformers import PreTrainedTokenizerFast
 
 from fastgen import SamplingParams
 from fastgen.core import tokenizer
+from fastgen.core.tokenizer import Detokenizer
 from fastgen.server import endpoints, tool_calls
-from fastgen.server.responses import ChatResponseBuilder, Choice, ChoiceDelta, CompletionResponse, TokenDecoder
+from fastgen.server.app_state import AppState, TokenizerThread
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.engine_process import TokenDelta
 from fastgen.server.metrics import Metrics
 from fastgen.server.requests import APIError, ChatMessage, ChatRequest, Tool, to_template_dicts
-from fastgen.server.app_state import AppState, TokenizerThread
+from fastgen.server.responses import ChatResponseBuilder, Choice, ChoiceDelta, CompletionResponse, TokenDecoder
 from fastgen.server.tool_calls import ToolCallParser
-from fastgen.core.tokenizer import Detokenizer
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -189,7 +189,9 @@ WORDS = sorted(
     parts=st.lists(st.sampled_from(WORDS) | st.sampled_from([t for _, t, _, _ in TEXTS]), max_size=6),
     cuts=st.lists(st.integers(0, 400), max_size=12),
 )
-def test_any_split_of_any_text_reads_the_same(form: tool_calls.ToolCallFormat, parts: list[str], cuts: list[int]) -> None:
+def test_any_split_of_any_text_reads_the_same(
+    form: tool_calls.ToolCallFormat, parts: list[str], cuts: list[int]
+) -> None:
     text = "".join(parts)
     ends = sorted({min(c, len(text)) for c in cuts} | {0, len(text)})
     assert read(form, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]) == read(form, [text])
@@ -313,9 +315,9 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
     grammar = tool_calls.build_grammar(form, TOOLS, "required", markers, parallel_calls=many)
     counts = set()
     for _ in range(4):
-        guide, tokens = guides[name].make(grammar)[0], list[int]()
+        guide, tokens = guides[name].make_matchers(grammar)[0], list[int]()
         while not guide.matcher.is_stopped():
-            bits = guides[name].masks([(0, guide)], 1)[0]
+            bits = guides[name].compute_token_masks([(0, guide)], 1)[0]
             tokens.append(dice.choice([t for t in range(len(vocabulary)) if bits[t // 32] >> t % 32 & 1]))
             guide.push(tokens[-1])
         shown = {id: text for text, id in markers.items()}
@@ -336,7 +338,7 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
 
 
 def allows(guides: Any, vocabulary: Any, grammar: str, text: str) -> bool:
-    guide = guides.make(grammar)[0]
+    guide = guides.make_matchers(grammar)[0]
     tokens = vocabulary(text, add_special_tokens=False).input_ids
     return guide.matcher.validate_tokens(tokens) == len(tokens)
 
@@ -599,7 +601,8 @@ def test_an_answer_that_follows_a_grammar_is_no_reasoning() -> None:
     for choice, reasons in (("auto", True), ("required", False)):
         body = asks(tools=strictly(), tool_choice=choice)
         assert (
-            endpoints._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=True).may_reason == reasons
+            endpoints._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=True).may_reason
+            == reasons
         )
 
 

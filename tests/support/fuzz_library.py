@@ -65,7 +65,7 @@ class Round:
         r = self.dice
         self.settings = {
             "page_size": r.choice([1, 4, 16]), "cache_tokens": r.choice([64, 128, 512]), "overlap": r.random() < 0.5,
-            "max_requests": r.choice([2, 8]), "token_budget": r.choice([16, 64]), "prefix_cache": r.random() < 0.8,
+            "max_num_seqs": r.choice([2, 8]), "token_budget": r.choice([16, 64]), "prefix_cache": r.random() < 0.8,
             "max_adapters": 2, "seed": 0,
         }  # fmt: skip
         self.owned = r.random() < 0.6
@@ -287,7 +287,7 @@ class Round:
         self.engine.sleep(self.dice.choice(["cache", "params", "all", "all", self.junk()]))
 
     def do_take_back(self) -> None:
-        self.engine.restore()
+        self.engine.wake_up()
 
     def do_touch(self) -> None:
         self.engine.params_changed()
@@ -380,7 +380,7 @@ class Round:
                 which = r.randrange(len(HONEST))
                 prompt, given = HONEST[which]
                 if r.random() < 0.5:
-                    await a.call(r.choice([Engine.params_changed, Engine.restore]))
+                    await a.call(r.choice([Engine.params_changed, Engine.wake_up]))
                 async with asyncio.timeout(60):
                     request = await a.add(prompt, SamplingParams(**given))
                     if all(x.resident for x in e._releasable_memory.values()):
@@ -451,7 +451,7 @@ class Round:
         if e._access_guard.closed:
             return
         self.streams.clear()
-        e.restore()
+        e.wake_up()
         while e.has_unfinished_requests:
             self.take(e.step())
         for id, which in self.ids.items():

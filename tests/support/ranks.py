@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_map
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.core.model_config import TPShard, UNSHARDED
+from fastgen.core.model_config import UNSHARDED, TPShard
 
 SPEC = fastgen.from_hf_config(
     tiny.config("Qwen2", num_hidden_layers=1, vocab=131, context=256, tie_word_embeddings=True)
 )
 SETTINGS: dict[str, Any] = {
-    "page_size": 8, "cache_tokens": 136, "max_requests": 6, "token_budget": 40, "offload": "host", "host_gb": 1e-4,
+    "page_size": 8, "cache_tokens": 136, "max_num_seqs": 6, "token_budget": 40, "offload": "host", "host_gb": 1e-4,
     "seed": 5, "progress": False,
 }  # fmt: skip
 PROGRAMS = 4  # of the kernel that sums
@@ -89,7 +89,9 @@ def reading(rank: int, size: int, file: str, parts: list[Tensor], flags: list[Te
         time.sleep(0.05 * ((rank + step) % size))
         at = torch.tensor([p[step % 2].data_ptr() for p in parts])
         where = torch.tensor([f.data_ptr() for f in flags])
-        found.append(all_reduce_norm.all_reduce_add_norm(x, parts[rank][step % 2, :rows], at, where, rank, norm[0], 1e-5))
+        found.append(
+            all_reduce_norm.all_reduce_add_norm(x, parts[rank][step % 2, :rows], at, where, rank, norm[0], 1e-5)
+        )
     torch.save(found, f"{file}.{rank}")
     if rank == 0:  # the others are gone: waiting ends when it is said
         flags[0][-1] = 1

@@ -18,7 +18,12 @@ from test_tokenizer import BYTE_LEVEL
 import fastgen
 
 SPEC = fastgen.from_hf_config(tiny.config("Mistral", vocab=330, context=512, eos_token_id=BYTE_LEVEL.eos_token_id))
-SETTINGS = ("pages.page_size=16", "pages.cache_tokens=4096", "schedule.max_requests=24", "schedule.token_budget=256")
+SETTINGS = (
+    "kv_cache.page_size=16",
+    "kv_cache.cache_tokens=4096",
+    "schedule.max_num_seqs=24",
+    "schedule.token_budget=256",
+)
 
 
 def checkpoint(folder: Path) -> Path:

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.training import grpo
 from fastgen.cli import run
 from fastgen.config import GrpoConfig
+from fastgen.training import grpo
 from fastgen.training.grpo import PROBLEMS, Problem, StepMetrics, Trainer, load_problem, train
 
 SPEC = fastgen.from_hf_config(tiny.config(vocab=64, tie_word_embeddings=True))
-QUICK = {"lr": 0.01, "prompts": 4, "warmup": 0, "export": False}
+QUICK = {"lr": 0.01, "prompts_per_step": 4, "warmup_steps": 0, "export": False}
 SAMPLING = SamplingParams(n=4, max_tokens=6, ignore_eos=True)
 
 
@@ -58,7 +58,7 @@ def test_rewards_rise(settings: dict[str, Any]) -> None:
 
 
 def test_the_last_layers_alone() -> None:
-    one = trainer(layers=1, minibatches=1)
+    one = trainer(trainable_layers=1, num_minibatches=1)
     before = values(one.engine.params)
     for _ in range(3):
         one.step()
@@ -119,7 +119,7 @@ def test_gradient_by_hand(length: int | None, kl: float) -> None:
 
 def test_the_step_is_the_gradient_of_the_policy() -> None:
     """One minibatch from the sampler's own parameters: the policy's gradient, by advantages."""
-    one = trainer(minibatches=1, max_norm=1e9)
+    one = trainer(num_minibatches=1, max_grad_norm=1e9)
     made = one.rollout()
     advantage = grpo.compute_advantages(made.rewards).flatten()
     own = grpo.make_trainable(tree_map_only(Tensor, lambda w: w.detach().clone(), one.engine.params))
@@ -129,7 +129,7 @@ def test_the_step_is_the_gradient_of_the_policy() -> None:
     one.optimizer.register_step_pre_hook(lambda *_: seen.extend(w.grad for w in one.trainable_weights))
     one.step()
     assert seen and len(seen) == len(one.trainable_weights)
-    for found, wanted in zip(seen, fastgen.training.logprobs.leaves(own), strict=True):
+    for found, wanted in zip(seen, fastgen.training.logprobs.iter_weights(own), strict=True):
         torch.testing.assert_close(found, wanted.grad, atol=1e-6, rtol=1e-4)
 
 
@@ -234,8 +234,8 @@ def test_what_cannot_be_scored(sampling: dict[str, Any], message: str) -> None:
 
 
 def test_too_many_layers() -> None:
-    with pytest.raises(ValueError, match="grpo.layers=3: the model has 2"):
-        trainer(layers=3)
+    with pytest.raises(ValueError, match="grpo.trainable_layers=3: the model has 2"):
+        trainer(trainable_layers=3)
 
 
 def test_temperature() -> None:
@@ -252,7 +252,7 @@ TINY = (
     "model=debug",
     "grpo.problem=sevens",
     "grpo.lr=0.01",
-    "grpo.layers=null",
+    "grpo.trainable_layers=null",
     "sampling.stop=[]",
 )
 
@@ -279,11 +279,11 @@ def test_fgrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with fastgen.Engine.from_pretrained("grpo/model", progress=False, cache_tokens=256) as engine:
         assert engine.generate([1, 2, 3], SamplingParams(max_tokens=2))
     for wrong, message in (
-        (("grpo.folder=a", "prompt=Hello"), "draws its own prompts"),
-        (("grpo.folder=a", "seed=null"), "needs a seed"),
-        (("grpo.folder=a", "grpo.problem=sevns"), "did you mean sevens"),
-        (("grpo.folder=a", "grpo.stepz=3"), "did you mean steps|did you mean grpo.steps"),
-        (("grpo.folder=a", "grpo.clip=3"), "between 0 and 1"),
+        (("grpo.output_dir=a", "prompt=Hello"), "draws its own prompts"),
+        (("grpo.output_dir=a", "seed=null"), "needs a seed"),
+        (("grpo.output_dir=a", "grpo.problem=sevns"), "did you mean sevens"),
+        (("grpo.output_dir=a", "grpo.stepz=3"), "did you mean steps|did you mean grpo.steps"),
+        (("grpo.output_dir=a", "grpo.clip=3"), "between 0 and 1"),
     ):
         code, _, err = fgrun(*wrong)
         assert code in (1, 2) and any(part in err for part in message.split("|")), err

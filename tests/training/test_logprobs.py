@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_map_only
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.training import logprobs
 from fastgen.compiled import batch_invariant
-from fastgen.core.model_config import TPShard
-from fastgen.core.transformer import TORCH_OPS
 from fastgen.core.attention import sdpa
+from fastgen.core.model_config import TPShard
 from fastgen.core.scheduler import Span
+from fastgen.core.transformer import TORCH_OPS
+from fastgen.training import logprobs
 
 BASE = tiny.SIZES | {"vocab_size": 101, "max_position_embeddings": 256}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def test_scores_are_log_softmax(one: tuple[fastgen.ModelConfig, fastgen.Params])
     """Ragged sequences, several in a batch and batches of one, deterministic or not."""
     spec, params = one
     many = sequences(5, 2, 131, 64, 1, 65)
-    for how in ({}, {"token_budget": 70}, {"deterministic": True}):
+    for how in ({}, {"token_budget": 70}, {"batch_invariant": True}):
         for tokens, found in zip(many, fastgen.score(params, spec, many, **how), strict=True):
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, plain(params, spec, tokens), atol=1e-5, rtol=1e-5)
@@ -172,7 +172,7 @@ def test_sampler_and_scorer(one: tuple[fastgen.ModelConfig, fastgen.Params]) -> 
     """In fp32 they differ by rounding, and the report says by how much."""
     spec, params = one
     prompts, settings = requests(18)
-    with fastgen.Engine(params, spec, page_size=16, cache_tokens=2048, token_budget=64, max_requests=8) as engine:
+    with fastgen.Engine(params, spec, page_size=16, cache_tokens=2048, token_budget=64, max_num_seqs=8) as engine:
         found = fastgen.compare_logprobs(engine.generate(prompts, settings), params, spec)
     assert found.num_tokens > 100
     assert found.max_abs_diff <= 1e-5
@@ -198,19 +198,19 @@ def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.ModelConfig, 
     spec, params = one
     prompts, settings = requests(14)
     ways: list[dict[str, Any]] = [
-        {"max_requests": 1, "prefix_cache": False, "cache_tokens": 512},
-        {"max_requests": 16, "token_budget": 400},
-        {"max_requests": 5, "token_budget": 23, "page_size": 32},
+        {"max_num_seqs": 1, "prefix_cache": False, "cache_tokens": 512},
+        {"max_num_seqs": 16, "token_budget": 400},
+        {"max_num_seqs": 5, "token_budget": 23, "page_size": 32},
         {
             "cache_tokens": 112,
             "page_size": 4,
             "token_budget": 64,
-            "max_requests": 9,
+            "max_num_seqs": 9,
         },  # too small for all: some are preempted
     ]
     wanted = None
     for way in ways:
-        how = {"page_size": 16, "cache_tokens": 4096, "deterministic": True} | way
+        how = {"page_size": 16, "cache_tokens": 4096, "batch_invariant": True} | way
         with fastgen.Engine(params, spec, **how) as engine:
             outputs = engine.generate(prompts, settings)
             parked = engine.cache_stats.num_preemptions
@@ -218,20 +218,22 @@ def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.ModelConfig, 
         found = [(c.token_ids, c.logprobs, c.top_logprobs) for o in outputs for c in o.completions]
         wanted = wanted or found
         assert found == wanted
-        difference = fastgen.compare_logprobs(outputs, params, spec, deterministic=True)
+        difference = fastgen.compare_logprobs(outputs, params, spec, batch_invariant=True)
         assert difference.num_tokens > 80
         assert difference.max_abs_diff == 0.0
 
 
 def test_several_ranks_are_refused() -> None:
     spec, params = model("llama")
-    group = SimpleNamespace(place=TPShard(0, 2), all_reduce=max, all_gather=max, least=max, agree=max)
+    group = SimpleNamespace(
+        shard=TPShard(0, 2), all_reduce=max, all_gather=max, all_reduce_min=max, check_consistent=max
+    )
     with pytest.raises(ValueError, match="sums over ranks have no fixed order"):
-        fastgen.Engine(params, spec, group=group, deterministic=True, cache_tokens=256)  # type: ignore[arg-type]
+        fastgen.Engine(params, spec, tp_group=group, batch_invariant=True, cache_tokens=256)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="holds for one device"):
-        fastgen.EngineConfig.from_flat(deterministic=True, tensor_parallel=2)
+        fastgen.EngineConfig.from_flat(batch_invariant=True, tensor_parallel=2)
     with pytest.raises(ValueError, match="merge one"):
-        fastgen.EngineConfig.from_flat(deterministic=True, max_adapters=1)
+        fastgen.EngineConfig.from_flat(batch_invariant=True, max_adapters=1)
 
 
 def test_plain_differs_between_batches() -> None:
@@ -249,17 +251,17 @@ def test_invariant_rows() -> None:
     x, y = torch.randn(2, 137, spec.hidden_size)
     position, ops = torch.randint(250, (137,)), batch_invariant.batch_invariant_ops("cpu")
     calls = {
-        "project": lambda i: ops.add_norm_qkv(
+        "add_norm_qkv": lambda i: ops.add_norm_qkv(
             x[i], y[i], layer.attn_norm, spec.rms_norm_eps, layer.qkv, layer.qkv_bias
         )[1],
-        "project_swiglu": lambda i: ops.add_norm_gate_up(x[i], y[i], layer.ffn_norm, spec.rms_norm_eps, layer.gate_up)[
-            1
-        ],
-        "enter": lambda i: torch.cat(ops.embed(params.embed, position[i] % 101, position[i], spec)[2:], -1),
-        "leave": lambda i: ops.final_norm(x[i], y[i], params.final_norm, spec.rms_norm_eps),
-        "head": lambda i: ops.lm_head(x[i], params.embed),
+        "add_norm_gate_up": lambda i: ops.add_norm_gate_up(
+            x[i], y[i], layer.ffn_norm, spec.rms_norm_eps, layer.gate_up
+        )[1],
+        "embed": lambda i: torch.cat(ops.embed(params.embed, position[i] % 101, position[i], spec)[2:], -1),
+        "final_norm": lambda i: ops.final_norm(x[i], y[i], params.final_norm, spec.rms_norm_eps),
+        "lm_head": lambda i: ops.lm_head(x[i], params.embed),
         "logprobs": lambda i: ops.logprobs(x[i], position[i] % spec.hidden_size, 0)[0],
-        "norm_heads": lambda i: ops.apply_qk_norm(
+        "apply_qk_norm": lambda i: ops.apply_qk_norm(
             x[i, None].expand(-1, 6, -1)[..., :8].contiguous(), layer.q_norm, layer.k_norm, spec
         ),
     }
@@ -281,7 +283,9 @@ def gradients(
     return list(torch.autograd.grad(loss, [*logprobs.iter_weights(own)]))
 
 
-@pytest.mark.parametrize("how", [{}, {"checkpointed": True}, {"deterministic": True, "checkpointed": True}])
+@pytest.mark.parametrize(
+    "how", [{}, {"activation_checkpointing": True}, {"batch_invariant": True, "activation_checkpointing": True}]
+)
 def test_gradients(
     one: tuple[fastgen.ModelConfig, fastgen.Params], how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,7 +296,7 @@ def test_gradients(
     loss = sum(plain(own, spec, tokens).square().sum() for tokens in many)
     assert isinstance(loss, Tensor)
     wanted = torch.autograd.grad(loss, [*logprobs.iter_weights(own)])
-    monkeypatch.setattr(logprobs, "CHUNK", 700)
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 700)
     for got, want in zip(gradients(params, spec, many, how), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4 * float(want.abs().max()), rtol=1e-3)
 
@@ -311,7 +315,7 @@ def test_gradients_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    apart = ("attention", "enter", "row_parallel")  # the last is made of others
+    apart = ("attention", "embed", "row_parallel")  # the last is made of others
     hard = {name: kernel(f) for name, f in TORCH_OPS._asdict().items() if name not in apart}
     ops = TORCH_OPS._replace(attention=lambda b, s: kernel(sdpa(b, s)), **hard)
     ops = logprobs.make_differentiable(ops, reference_gradients=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastgen
-from fastgen.training.weight_sync import merged_named_parameters
 from fastgen.training.trl import RolloutFunc, sampling_params
+from fastgen.training.weight_sync import merged_named_parameters
 
 pytest.importorskip("trl", reason="pip install fastgen[trl]")
 WARNINGS = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -93,7 +93,7 @@ def trainer(
     def looked(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         found = rollout(prompts, trainer)
         seen.calls.append((prompts, copy.deepcopy(found)))  # TRL writes into it
-        seen.versions.append(rollout.engine.version)  # type: ignore[attr-defined]
+        seen.versions.append(rollout.engine.weight_version)  # type: ignore[attr-defined]
         return found
 
     fixed: dict[str, Any] = {
@@ -155,7 +155,7 @@ def test_grpo_on_one_memory(release: bool, tmp_path: Path) -> None:
             assert tuple(ids[mask].tolist()) in rows
         agree(scored)
     if release:
-        with pytest.raises(ValueError, match=r"call restore\(\)"):  # given back between rollouts
+        with pytest.raises(ValueError, match=r"call wake_up\(\)"):  # given back between rollouts
             engine.step()
     else:
         assert engine.cache_stats.num_hit_tokens > 8 * 3, "samples of a prompt compute it once"

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.training import logprobs, weight_sync
 from fastgen.checkpoint import weights
 from fastgen.core.model_config import to_hf_config
+from fastgen.training import logprobs, weight_sync
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler, where it takes part, has some of its own
 
@@ -166,7 +166,9 @@ def test_scores_give_gradients_to_the_models_parameters(family: str, frozen: str
     if spec is None:
         spec, params = fastgen.adopt(model)
     for checkpointed in (False, True):
-        loss_of(fastgen.score(params, spec, PROMPTS[:3], checkpointed=checkpointed, token_budget=30)).backward()
+        loss_of(
+            fastgen.score(params, spec, PROMPTS[:3], activation_checkpointing=checkpointed, token_budget=30)
+        ).backward()
         own_loss(twin, PROMPTS[:3]).backward()
         same_gradients(gradients(model), gradients(twin))
     assert any(g is not None for g in gradients(model).values())
@@ -217,7 +219,7 @@ def test_gradients_of_leaves_that_require_them() -> None:
 
 def blocks(file: str, word: str) -> list[str]:
     """The Python of a document that has a word in it."""
-    text = (Path(__file__).parents[1] / file).read_text()
+    text = (Path(__file__).parents[2] / file).read_text()
     return [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if word in code]
 
 
@@ -232,7 +234,7 @@ def test_the_documents_lines_teach_the_model(tmp_path: Path, monkeypatch: pytest
     first, *_, second = blocks("docs/training.md", "fastgen.score(params")
     exec(first, names)
     engine, model = names["engine"], names["model"]
-    assert engine.version == 1
+    assert engine.weight_version == 1
     for p, old in zip(logprobs.iter_weights(names["params"]), logprobs.iter_weights(fresh()), strict=True):
         assert not torch.equal(p, old)
     names["optimizer"].zero_grad()
@@ -612,11 +614,11 @@ def test_update_in_flight(recompute: bool) -> None:
         while one.has_unfinished_requests:
             done |= {e.request_id: e.output for e in one.step() if e.output}
         found = [done[i].completions[0] for i in ids]
-        assert all(c.versions == sorted(c.versions) and {*c.versions} == {0, 1} for c in found)
+        assert all(c.weight_versions == sorted(c.weight_versions) and {*c.weight_versions} == {0, 1} for c in found)
         if not recompute:
             return
         for prompt, c in zip(PROMPTS, found, strict=True):
-            drawn = c.versions.count(0)
+            drawn = c.weight_versions.count(0)
             rest = SamplingParams(temperature=0, max_tokens=12 - drawn, ignore_eos=True)
             (again,) = one.generate([prompt + c.token_ids[:drawn]], rest)
             assert again.completions[0].token_ids == c.token_ids[drawn:]
@@ -636,9 +638,9 @@ def test_versions_survive_fork_and_snapshot(tmp_path: Path) -> None:
             done |= {e.request_id: e.output for e in one.step() if e.output}
         for i in (request, fork, back):
             c = done[i].completions[0]
-            assert len(c.versions) == len(c.token_ids) == 12
-            assert c.versions == sorted(c.versions)
-            assert {*c.versions} == {0, 1}
+            assert len(c.weight_versions) == len(c.token_ids) == 12
+            assert c.weight_versions == sorted(c.weight_versions)
+            assert {*c.weight_versions} == {0, 1}
 
 
 def test_update_over_a_process_group(device: str) -> None:
@@ -651,8 +653,8 @@ def test_update_over_a_process_group(device: str) -> None:
     answer = found.get()
     while not done.join():
         pass
-    for (tokens, logprobs), (other, wanted) in zip(answer, expected(fresh(0)), strict=True):
-        assert tokens == other and logprobs == pytest.approx(wanted, abs=0 if device == "cpu" else 1e-5)
+    for (tokens, values), (other, wanted) in zip(answer, expected(fresh(0)), strict=True):
+        assert tokens == other and values == pytest.approx(wanted, abs=0 if device == "cpu" else 1e-5)
 
 
 def test_handles_are_for_a_gpus_memory() -> None:
@@ -666,7 +668,7 @@ def test_handles_are_for_a_gpus_memory() -> None:
 @pytest.fixture
 def loaded(tmp_path: Path) -> fastgen.Engine:
     fastgen.save(tmp_path, SPEC, fresh())
-    how = {"page_size": 16, "cache_tokens": 1024, "deterministic": True}  # what is computed again has the same bits
+    how = {"page_size": 16, "cache_tokens": 1024, "batch_invariant": True}  # what is computed again has the same bits
     return fastgen.Engine.from_pretrained(
         tmp_path, progress=False, dtype="float32", device=str(torch.get_default_device()), **how
     )
@@ -674,7 +676,7 @@ def loaded(tmp_path: Path) -> fastgen.Engine:
 
 def test_a_hundred_cycles(loaded: fastgen.Engine) -> None:
     """Never a wrong token, nothing that grows, in the middle of requests too."""
-    wanted = expected(fresh(), deterministic=True)
+    wanted = expected(fresh(), batch_invariant=True)
     addresses = [w.data_ptr() for w in tree_leaves((loaded.params, loaded.cache)) if w is not None]
     size = sum(w.nbytes for w in tree_leaves((loaded.params, loaded.cache)) if w is not None)
     with loaded as one:
@@ -687,9 +689,9 @@ def test_a_hundred_cycles(loaded: fastgen.Engine) -> None:
             assert one.sleep(what) == 0
             assert given >= size if what == "all" else 0 < given < size + 10**6
             if ids:
-                with pytest.raises(ValueError, match=r"call restore\(\)"):
+                with pytest.raises(ValueError, match=r"call wake_up\(\)"):
                     one.step()
-            assert one.restore() == given
+            assert one.wake_up() == given
             if ids:
                 done = {}
                 while one.has_unfinished_requests:
@@ -712,7 +714,7 @@ def test_an_update_while_memory_is_given_back(model: PreTrainedModel) -> None:
         one.sleep("cache")
         with torch.no_grad():
             model.model.norm.weight.mul_(torch.linspace(-1, 2, 32))
-        one.restore()
+        one.wake_up()
         assert one.weight_version == 1
         while one.has_unfinished_requests:
             found = {e.request_id: e.output for e in one.step() if e.output}
@@ -727,7 +729,7 @@ def test_what_is_released_is_free(loaded: fastgen.Engine) -> None:
         one.sleep()
         if torch.get_default_device().type == "cpu":
             assert leaf.untyped_storage().nbytes() == weight.untyped_storage().nbytes() == 0
-        one.restore()
+        one.wake_up()
         assert leaf.untyped_storage().nbytes() > leaf.nbytes
         assert not leaf.any()
 
@@ -739,5 +741,5 @@ def test_what_cannot_be_released() -> None:
         with pytest.raises(ValueError, match="did you mean cache"):
             one.sleep("cash")
         assert one.sleep() > 0, "all that is its own"
-        one.restore()
+        one.wake_up()
         assert told(one.generate(PROMPTS, GREEDY)) == expected(fresh())

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm.auto import tqdm
 
-from fastgen.training.sleep import ReleasableMemory
 from fastgen.checkpoint.files import Checkpoint, open_checkpoint, read_json
 from fastgen.core.model_config import (
+    UNSHARDED,
     ModelConfig,
     TPShard,
-    UNSHARDED,
     from_hf_config,
     parse_eos_token_ids,
     shard_config,
@@ -29,11 +28,12 @@ from fastgen.core.model_config import (
     vocab_shard,
 )
 from fastgen.core.types import Layer, Params
+from fastgen.training.sleep import ReleasableMemory
 
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old checkpoints carry
 EMBED_NAME, LM_HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where the head is tied
 FINAL_NORM_NAME = "model.norm.weight"
-FINITE_HINT = "finite=False takes them as they are"
+FINITE_HINT = "check_finite=False takes them as they are"
 COMPARE_CHUNK_ROWS = 8192  # of two tensors that are compared at a time
 
 
@@ -228,7 +228,9 @@ def _param_views(
         )
     for leaf, tensor in zip(declared, tensors, strict=True):
         if leaf is not None and not isinstance(tensor, Tensor):
-            raise ValueError(f"a parameter is {type(tensor).__name__} instead of a tensor, for {leaf.parts[0].name}")
+            raise ValueError(
+                f"a parameter is {type(tensor).__name__} instead of a tensor, for {leaf.checkpoint_tensors[0].name}"
+            )
         if leaf is not None:
             yield from _weight_views(leaf, tensor)
 
@@ -248,11 +250,11 @@ def update(
     source: str = "update",
     tp_shard: TPShard = UNSHARDED,
     partial: bool = False,
-    finite: bool = True,
+    check_finite: bool = True,
 ) -> None:
     """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each leaf's dtype; every weight once.
 
-    `partial`: those that are not given stay as they are. `finite`: a tensor that `check_finite` refuses is not written,
+    `partial`: those that are not given stay as they are. `check_finite`: a tensor that `check_finite` refuses is not written,
     nor are those after it.
 
     The tensors are whole ones, or slices of a safetensors file; a rank's parameters at `place` take their cuts. Where
@@ -279,7 +281,7 @@ def update(
             if not _equal(view, part.extract_shard(tensor), view.dtype):
                 raise ValueError(_untied_message(source))
             continue
-        if finite:
+        if check_finite:
             whole = tensor if isinstance(tensor, Tensor) else part.extract_shard(tensor)
             count = total - len(left)
             done = f"the {count} tensors before it are written" if count else "nothing is written"
@@ -357,10 +359,10 @@ def _check_shapes(
 ) -> None:
     """Raises ValueError, as `update` would, where a checkpoint's tensors are not those of `spec`."""
     wanted = {
-        part.name: part.shape
+        part.name: part.full_shape
         for leaf in tree_leaves(weight_specs(model_config))
         if leaf is not None
-        for part in leaf.parts
+        for part in leaf.checkpoint_tensors
     }
     missing = set() if partial else wanted.keys() - shapes.keys()
     if model_config.tie_word_embeddings:
@@ -509,7 +511,7 @@ def _untie_if_heads_differ(model_config: ModelConfig, checkpoint: Checkpoint) ->
             return (
                 model_config
                 if checkpoint.shapes[EMBED_NAME] == checkpoint.shapes[LM_HEAD_NAME] and _equal(embed, head)
-                else replace(model_config, tied=False)
+                else replace(model_config, tie_word_embeddings=False)
             )
     return model_config
 
@@ -534,7 +536,7 @@ def load(
     progress: bool = True,
     tp_shard: TPShard = UNSHARDED,
     allocate: Callable[[int], ReleasableMemory] | None = None,
-    finite: bool = True,
+    check_finite: bool = True,
 ) -> tuple[ModelConfig, Params]:
     """Spec and parameters of a checkpoint: a Hugging Face directory, hub id, `.safetensors` or `.gguf` file.
 
@@ -543,7 +545,7 @@ def load(
     before memory is taken. Of several candidates in a folder the files are those that transformers takes; and where the
     config ties the head to the embedding, but the file has another head, the spec is not tied. The spec
     is the whole model's; parameters are a rank's at `place`, of which alone the files are read. `region` makes the
-    memory that they lie in, of so many bytes. `finite`: ValueError for values that are NaN or infinite, or too large
+    memory that they lie in, of so many bytes. `check_finite`: ValueError for values that are NaN or infinite, or too large
     for the dtype.
     """
     path = resolve(model)
@@ -576,8 +578,8 @@ def load(
 
         params = tree_map_only(WeightSpec, make, weight_specs(spec, tp_shard))
         shown = _with_progress(tensors, shapes, bytes // tp_shard.size, bar)
-        update(params, spec, shown, source=str(path), tp_shard=tp_shard, finite=False)
-        if finite:  # where they are now: a reduction is fastest there
+        update(params, spec, shown, source=str(path), tp_shard=tp_shard, check_finite=False)
+        if check_finite:  # where they are now: a reduction is fastest there
             found = ((part.name, view, view.dtype) for part, view in _param_views(params, spec, tp_shard))
             check_finite(found, str(path), f"is the file damaged, or the dtype too narrow? {FINITE_HINT}")
     return spec, params

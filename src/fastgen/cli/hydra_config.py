@@ -111,7 +111,7 @@ def model_override(model: str) -> str:
 
 
 def expand_key(argument: str) -> str:
-    """`pages.page_size=32` for `page_size=32`, a keyword of the library's, and so on."""
+    """`kv_cache.page_size=32` for `page_size=32`, a keyword of the library's, and so on."""
     key, equals, text = argument.partition("=")
     return f"{KEY_ALIASES.get(key, key)}{equals}{text}"
 

@@ -40,9 +40,9 @@ from fastgen.cli.hydra_config import (
     to_hydra_arguments,
 )
 from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
-from fastgen.training.grpo import Trainer, load_problem, train
-from fastgen.profiling.profiler import profile_on_signal
 from fastgen.core.tokenizer import Prompt, is_single_prompt
+from fastgen.profiling.profiler import profile_on_signal
+from fastgen.training.grpo import Trainer, load_problem, train
 
 __all__ = ["compose", "build_engine", "build_engines", "main", "run"]
 
@@ -107,7 +107,9 @@ def profile(
 def grpo(config: RunConfig, folder: Path = Path()) -> None:
     """Learn from rewards (see `fastgen.training.grpo`), and say what it came to."""
     if config.prompt is not None or config.task.prompts is not None or config.out is not None:
-        raise ValueError("task=grpo draws its own prompts, and writes to grpo.folder: leave prompt and out as they are")
+        raise ValueError(
+            "task=grpo draws its own prompts, and writes to grpo.output_dir: leave prompt and out as they are"
+        )
     if config.seed is None:
         raise ValueError("task=grpo needs a seed, so that it can be repeated and resumed: seed=0")
     g, problem, start = config.grpo, load_problem(config.grpo.problem), time.perf_counter()
@@ -136,7 +138,7 @@ def build_engines(config: RunConfig, *, progress: bool = True) -> Engine | Repli
 def _from_pretrained_kwargs(config: RunConfig, progress: bool) -> dict[str, Any]:
     """What `from_pretrained` is told."""
     m, settings = config.model, {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
-    loading = {"dtype": m.dtype, "device": m.device, "random": m.random_weights, "random_seed": m.random_seed}
+    loading = {"dtype": m.dtype, "device": m.device, "random_weights": m.random_weights, "random_seed": m.random_seed}
     loading["adapters"] = m.adapters
     return {"model": m.path, "progress": progress, **loading, **settings}
 

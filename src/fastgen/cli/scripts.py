@@ -22,7 +22,7 @@ def fgrun() -> int:
 
 def fgbench() -> int:
     """Runs benchmarks."""
-    return _run_tool("bench")
+    return _run_tool("bench.benchmark")
 
 
 def fgchat() -> int:

@@ -33,9 +33,9 @@ from typing import Any
 
 import fastgen
 from fastgen import Engine, Replicas, lora
+from fastgen.checkpoint import hub, weights
 from fastgen.cli import run
 from fastgen.cli.hydra_config import RunConfig, compose, expand_key, model_override
-from fastgen.checkpoint import hub, weights
 
 EngineLoader = Callable[[], tuple[Engine | Replicas, str]]  # an engine or several, and where their model is
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "zmq", "prometheus_client")
@@ -50,7 +50,7 @@ Settings are KEY=VALUE as for fgrun (fgrun --help lists them). docs/serving.md h
 examples:
   fgserve
   fgserve mistral_7b --port 8000 --api-key "$KEY" schedule=latency
-  fgserve path/to/checkpoint --served-model-name mine --workers 4 pages.cache_fraction=0.9
+  fgserve path/to/checkpoint --served-model-name mine --workers 4 kv_cache.gpu_memory_utilization=0.9
   fgserve path/to/checkpoint --lora poet=path/to/adapter
   curl localhost:5678/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}'
@@ -122,7 +122,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--grace", type=_parse_seconds, default=30, metavar="S", help="seconds to finish at SIGTERM (%(default)s)"
     )
     p.add_argument(
-        "--max-queue", type=_parse_positive_int, metavar="N", help="completions at a time (four times max_requests)"
+        "--max-queue", type=_parse_positive_int, metavar="N", help="completions at a time (four times max_num_seqs)"
     )
     p.add_argument(
         "--tool-parser",
@@ -306,7 +306,7 @@ class Supervisor:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # inherited: who stops a whole group of processes means this one
         try:
-            told = self.engine_loader, self.options.address, self.max_completions
+            told = self.engine_loader, self.options.engine_address, self.max_completions
             self.engine = self._start_child(self.spawn_context, _run_engine, *told, name="engine")
             forkserver.ensure_running()
             signal.set_wakeup_fd(self.wake_sender.fileno())
@@ -339,7 +339,7 @@ class Supervisor:
                 not said and not missing and all(child.is_ready for child in children)
             ):  # a connection may be any worker's
                 said = True
-                _log(f"{', '.join(self.options.names)} is ready")
+                _log(f"{', '.join(self.options.model_names)} is ready")
             if not engine.is_alive:
                 return self._on_engine_death(engine)
             for worker in [w for w in self.workers if not w.is_alive]:
@@ -374,7 +374,7 @@ class Supervisor:
         _log("shutting down")
         for worker in self.workers:
             worker.send_signal(signal.SIGTERM)
-        before, end = self.num_signals, time.monotonic() + self.options.grace + 10
+        before, end = self.num_signals, time.monotonic() + self.options.grace_seconds + 10
         self.wake_receiver.setblocking(False)
         while alive := [w.sentinel for w in self.workers if w.is_alive]:
             with suppress(BlockingIOError):
@@ -463,8 +463,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         _log(str(e))
         return 2
-    from fastgen.server.log import nonblocking_stderr
     from fastgen.server.app_state import ServerOptions
+    from fastgen.server.log import nonblocking_stderr
 
     with temporary_folder() as folder, nonblocking_stderr():
         options = ServerOptions(

@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fastgen.core import sampling
-from fastgen.core import layers, transformer
+from fastgen.core import layers, sampling, transformer
+from fastgen.core.attention import AttentionFn, causal_mask
 from fastgen.core.layers import rms_norm
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.transformer import ModelOps, lm_head_weight
-from fastgen.core.attention import AttentionFn, causal_mask
 from fastgen.core.types import Batch, Params
 
 ROW_BLOCK_SIZE = 16  # of a product on a CPU, and of a general draw on a GPU
@@ -61,7 +60,11 @@ def batch_invariant_ops(device: torch.device | str) -> ModelOps:
     """
     if torch.device(device).type != "cuda":
         return CPU_OPS
-    from fastgen.kernels import pdl, rope_cache, small_batch  # Triton comes with the GPU builds of torch, and not with others
+    from fastgen.kernels import (  # Triton comes with the GPU builds of torch, and not with others
+        pdl,
+        rope_cache,
+        small_batch,
+    )
     from fastgen.kernels.attention import paged_attention
 
     def product(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -89,19 +92,20 @@ def batch_invariant_ops(device: torch.device | str) -> ModelOps:
     def norm_heads(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, spec: ModelConfig) -> Tensor:
         q, k, v = qkv.split((spec.num_q_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
         both = (
-            small_batch.rms_norm(x.flatten(0, 1), w, spec.rms_norm_eps).view(x.shape) for x, w in ((q, q_norm), (k, k_norm))
+            small_batch.rms_norm(x.flatten(0, 1), w, spec.rms_norm_eps).view(x.shape)
+            for x, w in ((q, q_norm), (k, k_norm))
         )
         return torch.cat((*both, v), 1)
 
     return transformer.TORCH_OPS._replace(
         attention=partial(paged_attention, batch_invariant=True),
-        project=project,
-        project_swiglu=project_swiglu,
-        norm_heads=norm_heads,
-        store=rope_cache.rope_and_cache_kv,
+        add_norm_qkv=project,
+        add_norm_gate_up=project_swiglu,
+        apply_qk_norm=norm_heads,
+        rope_and_cache_kv=rope_cache.rope_and_cache_kv,
         linear=product,
-        leave=lambda *args: small_batch.add_norm(*args)[1],
-        head=lambda h, w, out=None: product(h, w, None, None if out is None else out[: len(h)]),
+        final_norm=lambda *args: small_batch.add_norm(*args)[1],
+        lm_head=lambda h, w, out=None: product(h, w, None, None if out is None else out[: len(h)]),
         logprobs=rope_cache.logprobs,
     )
 
@@ -115,7 +119,7 @@ def verify_batch_invariance(params: Params) -> None:
         "out": layer.out,
         "gate_up": layer.gate_up,
         "down": layer.down,
-        "head": lm_head_weight(params),
+        "lm_head": lm_head_weight(params),
     }
     for name, w in kinds.items():
         x = torch.rand(1024, w.shape[1], device=w.device, dtype=torch.float32).sub_(0.5).to(w.dtype)
@@ -124,7 +128,7 @@ def verify_batch_invariance(params: Params) -> None:
             for n in VERIFIED_BATCH_SIZES:
                 if not torch.equal(f.linear(x[-n:], w), whole[-n:]):
                     raise RuntimeError(
-                        f"compile.deterministic=true cannot be kept here: products of {name} {tuple(w.shape)} in "
+                        f"compile.batch_invariant=true cannot be kept here: products of {name} {tuple(w.shape)} in "
                         f"{w.dtype} have other bits for {n} rows than for {len(x)}, on {device_name(w.device)}"
                     )
 
@@ -231,10 +235,10 @@ def attention(batch: Batch, model_config: ModelConfig) -> AttentionFn:
 
 CPU_OPS = transformer.TORCH_OPS._replace(
     attention=attention,
-    enter=_embed,
-    project=_add_norm_qkv,
-    project_swiglu=_add_norm_gate_up,
+    embed=_embed,
+    add_norm_qkv=_add_norm_qkv,
+    add_norm_gate_up=_add_norm_gate_up,
     linear=linear,
-    head=_lm_head,
+    lm_head=_lm_head,
     logprobs=_logprobs,
 )

@@ -22,20 +22,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastgen.distributed import tensor_parallel
-from fastgen.core.batch import InputBuffers
-from fastgen.config import EngineConfig, SchedulerConfig
 from fastgen.compiled import batch_invariant
+from fastgen.config import EngineConfig, SchedulerConfig
 from fastgen.core import transformer
+from fastgen.core.attention import AttentionBackend, UnrotatedQKV
+from fastgen.core.batch import InputBuffers
 from fastgen.core.layers import swiglu
 from fastgen.core.model_config import ModelConfig, shard_config, vocab_shard
-from fastgen.core.transformer import ModelOps, TORCH_OPS, lm_head_weight
-from fastgen.core.attention import AttentionBackend, UnrotatedQKV
-from fastgen.kernels.select import select_attention_backend
-from fastgen.distributed.tensor_parallel import PeerBuffers, TPGroup, TPProcessGroup, shard_ops
 from fastgen.core.sampling import sample
 from fastgen.core.step import FusedSampler, StepOutput, fill_pending_tokens, forward_and_sample
+from fastgen.core.transformer import TORCH_OPS, ModelOps, lm_head_weight
 from fastgen.core.types import Batch, KVCache, Params, SamplerOutput, SamplingTensors, StackedAdapters
+from fastgen.distributed import tensor_parallel
+from fastgen.distributed.tensor_parallel import PeerBuffers, TPGroup, TPProcessGroup, shard_ops
+from fastgen.kernels.select import select_attention_backend
 
 PREFILL_GRAPH_SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # captured sizes of steps that prefill,
 PREFILL_GRAPH_NUM_SEQS = 32  # with so many sequences, padding included
@@ -177,7 +177,9 @@ class ModelRunner:
         backend = select_attention_backend(config.compile.attention, self.device)
         if fixed:
             if tp_group is not None and tp_group.shard.size > 1:
-                raise ValueError("compile.deterministic=true holds for one device: sums over ranks have no fixed order")
+                raise ValueError(
+                    "compile.batch_invariant=true holds for one device: sums over ranks have no fixed order"
+                )
             batch_invariant.verify_batch_invariance(params)
             self.ops = batch_invariant.batch_invariant_ops(self.device)
         else:
@@ -206,7 +208,9 @@ class ModelRunner:
                 )
             self.ops = shard_ops(self.ops, tp_group, model_config, self.peer_buffers)
         if self.mode != "eager" and cuda:
-            from fastgen.kernels.rope_cache import sample_tokens  # Triton comes with the GPU builds of torch, and not with others
+            from fastgen.kernels.rope_cache import (
+                sample_tokens,  # Triton comes with the GPU builds of torch, and not with others
+            )
 
             self.fused_sampler = partial(sample_tokens, batch_invariant=True) if fixed else sample_tokens
             if tp_group is not None:
@@ -228,17 +232,18 @@ class ModelRunner:
             return lambda x, *rest: (fast if len(x) <= pdl.SMALL_BATCH else plain)(x, *rest)
 
         return ops._replace(
-            project=few(small_batch.add_norm_qkv, ops.add_norm_qkv),
-            project_swiglu=few(small_batch.add_norm_gate_up, ops.add_norm_gate_up),
+            add_norm_qkv=few(small_batch.add_norm_qkv, ops.add_norm_qkv),
+            add_norm_gate_up=few(small_batch.add_norm_gate_up, ops.add_norm_gate_up),
             linear=few(small_batch.linear, ops.linear),
             add_norm=few(small_batch.add_norm, ops.add_norm),
             swiglu=few(small_batch.swiglu, ops.swiglu),
-            adapt=lora.apply_lora,
-            leave=few(lambda *args: small_batch.add_norm(*args)[1], ops.final_norm),
-            head=few(
-                lambda h, w, out=None: small_batch.linear(h, w, None, out if out is None else out[: len(h)]), ops.lm_head
+            apply_lora=lora.apply_lora,
+            final_norm=few(lambda *args: small_batch.add_norm(*args)[1], ops.final_norm),
+            lm_head=few(
+                lambda h, w, out=None: small_batch.linear(h, w, None, out if out is None else out[: len(h)]),
+                ops.lm_head,
             ),
-            store=rope_cache.rope_and_cache_kv,
+            rope_and_cache_kv=rope_cache.rope_and_cache_kv,
         )
 
     # --- shapes -----------------------------------------------------------------------------------------------------
@@ -305,7 +310,7 @@ class ModelRunner:
             graph.replay()
             return computed
         return self._run_model(
-            cache, batch, sampling, layer_chunk_ready, decode=shape.decode, scored=needs_prompt_logprobs
+            cache, batch, sampling, layer_chunk_ready, decode=shape.decode, return_hidden_states=needs_prompt_logprobs
         )
 
     def _run_model(self, *args: Any, **options: bool) -> StepOutput:
@@ -320,9 +325,9 @@ class ModelRunner:
         layer_chunk_ready: Sequence[torch.cuda.Event] = (),
         **options: bool,
     ) -> StepOutput:
-        ops = self.ops._replace(head=self.local_lm_head)
+        ops = self.ops._replace(lm_head=self.local_lm_head)
         if options["decode"] and batch.shared_prefix is None and len(batch.token_ids) <= self.fused_rope_max_tokens:
-            ops = ops._replace(store=UnrotatedQKV)
+            ops = ops._replace(rope_and_cache_kv=UnrotatedQKV)
         if layer_chunk_ready:
             layers, stream = itertools.count(), torch.cuda.current_stream(self.device)
 
@@ -332,9 +337,9 @@ class ModelRunner:
                 )
                 return now(*args)
 
-            now, ops = ops.rope_and_cache_kv, ops._replace(store=store)
+            now, ops = ops.rope_and_cache_kv, ops._replace(rope_and_cache_kv=store)
         feed_ = fill_pending_tokens if self.mode == "eager" else self.compiled_ops(fill_pending_tokens)
-        batch = batch._replace(token=feed_(batch.token_ids, self.input_buffers.last_token_ids))
+        batch = batch._replace(token_ids=feed_(batch.token_ids, self.input_buffers.last_token_ids))
         last, out = self.input_buffers.last_token_ids, self.logits_buffer
         inputs = self.params, cache, last, batch, sampling, self.model_config
         return forward_and_sample(*inputs, ops, self.fused_sampler, out, self.adapters, **options)

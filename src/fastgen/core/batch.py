@@ -11,11 +11,11 @@ from fastgen.core.request import SequenceState
 from fastgen.core.scheduler import Plan, SharedPrefixGroup
 from fastgen.core.types import Batch, LogitEdits, SamplingTensors, SharedPrefix, TopKTopP
 
-TOKEN_FIELDS = ("token", "position", "slot")  # a number for each token of a step
+TOKEN_FIELDS = ("token_ids", "positions", "slot_mapping")  # a number for each token of a step
 SEQUENCE_FIELDS = (
-    "length",
-    "seat",
-    "output",
+    "seq_lens",
+    "req_idx",
+    "logits_indices",
     "temperature",
     "top_k",
     "top_p",
@@ -65,13 +65,13 @@ def build_arrays(
         if span.stop <= len(known):
             token[at:end] = known[span.start : span.stop]
     return {
-        "token": token,
-        "position": position,
-        "slot": slot,
-        "start": start,
-        "length": length,
-        "seat": seats,
-        "output": np.maximum(start[1:] - 1, 0),
+        "token_ids": token,
+        "positions": position,
+        "slot_mapping": slot,
+        "query_start_loc": start,
+        "seq_lens": length,
+        "req_idx": seats,
+        "logits_indices": np.maximum(start[1:] - 1, 0),
     }
 
 
@@ -96,9 +96,9 @@ def build_batch(
         held = span.pages[: -(-span.stop // page_size)]  # what a sequence does not use points at scratch
         table[r, : len(held)] = held
     arrays = build_arrays(plan, tokens_by_id, np.arange(1, len(plan) + 1), table, page_size, max(pad_to, used), rows)
-    arrays["output"] = arrays["output"][[r for r, span in enumerate(plan) if span.needs_sampling]]
+    arrays["logits_indices"] = arrays["logits_indices"][[r for r, span in enumerate(plan) if span.needs_sampling]]
     place = device or torch.get_default_device()
-    tensors: dict[str, Any] = {k: torch.from_numpy(x).to(place) for k, x in (arrays | {"pages": table}).items()}
+    tensors: dict[str, Any] = {k: torch.from_numpy(x).to(place) for k, x in (arrays | {"page_table": table}).items()}
     return Batch(**tensors, page_size=page_size)
 
 
@@ -114,7 +114,7 @@ def shared_prefix_arrays(groups: Sequence[SharedPrefixGroup], num_rows: int, gro
     for i, (members, count) in enumerate(groups):
         member[i, : len(members)], keys[i] = members, count
         skip[list(members)] = count
-    return {"member": member.flatten(), "keys": keys, "skip": skip}
+    return {"group_rows": member.flatten(), "num_shared_tokens": keys, "num_skipped_tokens": skip}
 
 
 def max_groups(num_rows: int) -> int:
@@ -180,7 +180,9 @@ class InputBuffers:
             ]
         self._copy: Callable[..., Any] = lambda target, first: target[: len(first)].copy_(first)
         if use_kernels:
-            from fastgen.kernels.page_copy import copy_concatenated  # Triton comes with the GPU builds of torch, and not with others
+            from fastgen.kernels.page_copy import (
+                copy_concatenated,  # Triton comes with the GPU builds of torch, and not with others
+            )
 
             self._copy = copy_concatenated
 
@@ -194,16 +196,16 @@ class InputBuffers:
         sizes = (
             {"seed": 2 * num_rows}
             | dict.fromkeys(TOKEN_FIELDS, num_tokens)
-            | {"start": num_rows + 1}
+            | {"query_start_loc": num_rows + 1}
             | dict.fromkeys(SEQUENCE_FIELDS, num_rows)
         )
         if self.adapter_idx is not None:
-            sizes["adapter"] = num_tokens
+            sizes["adapter_idx"] = num_tokens
         if shared_prefix:
             sizes |= {
-                "member": max_groups(num_rows) * self.max_group_size,
-                "keys": max_groups(num_rows),
-                "skip": num_rows,
+                "group_rows": max_groups(num_rows) * self.max_group_size,
+                "num_shared_tokens": max_groups(num_rows),
+                "num_skipped_tokens": num_rows,
             }
         return sizes
 
@@ -252,22 +254,26 @@ class InputBuffers:
 
     def _build_batch(self, tensors: dict[str, Tensor]) -> tuple[Batch, SamplingTensors]:
         share = (
-            SharedPrefix(tensors["member"].view(-1, self.max_group_size), tensors["keys"], tensors["skip"])
-            if "member" in tensors
+            SharedPrefix(
+                tensors["group_rows"].view(-1, self.max_group_size),
+                tensors["num_shared_tokens"],
+                tensors["num_skipped_tokens"],
+            )
+            if "group_rows" in tensors
             else None
         )
-        names = (*TOKEN_FIELDS, "start", "length", "seat", "output")
+        names = (*TOKEN_FIELDS, "query_start_loc", "seq_lens", "req_idx", "logits_indices")
         fields = {name: tensors[name] for name in names}
         batch = Batch(
             **fields,
             page_table=self.page_table,
             page_size=self.page_size,
             shared_prefix=share,
-            adapter_idx=tensors.get("adapter"),
+            adapter_idx=tensors.get("adapter_idx"),
         )
         filter = TopKTopP(tensors["top_k"], tensors["top_p"], tensors["min_p"])
         return batch, SamplingTensors(
-            tensors["temperature"], tensors["seed"], tensors["length"], tensors["processed"], filter, None
+            tensors["temperature"], tensors["seed"], tensors["seq_lens"], tensors["processed"], filter, None
         )
 
     def fill(
@@ -287,10 +293,10 @@ class InputBuffers:
         seat = np.fromiter((span.req_idx for span in plan), np.int64, len(plan))
         tokens = {span.id: sequences[span.id].token_ids for span in plan}
         arrays = build_arrays(plan, tokens, seat, self.page_table_cpu, self.page_size, num_tokens, num_rows)
-        arrays["seed"] = self.seeds[arrays["seat"]]
-        arrays |= {name: values[arrays["seat"]] for name, values in self.sampling_tables.items()}
+        arrays["seed"] = self.seeds[arrays["req_idx"]]
+        arrays |= {name: values[arrays["req_idx"]] for name, values in self.sampling_tables.items()}
         if self.adapter_idx is not None:
-            arrays["adapter"] = np.repeat(self.adapter_idx[arrays["seat"]], np.diff(arrays["start"]))
+            arrays["adapter_idx"] = np.repeat(self.adapter_idx[arrays["req_idx"]], np.diff(arrays["query_start_loc"]))
         share = groups is not None
         if groups is not None:
             arrays |= shared_prefix_arrays(groups, num_rows, self.max_group_size)

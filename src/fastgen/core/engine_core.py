@@ -15,21 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastgen.distributed import workers
-from fastgen.core import scheduler, tokenizer
-from fastgen.core.batch import InputBuffers, build_logit_edits, max_groups, to_device
-from fastgen.offload.host_cache import HostOffload, page_bytes
-from fastgen.core.prefix_cache import CacheStats, PrefixCache, make_namespace
 from fastgen.compiled.runner import ModelRunner, largest_shape
 from fastgen.config import EngineConfig, SamplingParams, check_int
-from fastgen.training.weight_sync import adopted_models, version_counters
-from fastgen.structured_output import GrammarBackend, GrammarMatcher
-from fastgen.lora import AdapterManager
-from fastgen.training.sleep import ReleasableMemory
+from fastgen.core import scheduler, tokenizer
+from fastgen.core.batch import InputBuffers, build_logit_edits, max_groups, to_device
 from fastgen.core.model_config import ModelConfig, shard_config
-from fastgen.thread_safety import AccessGuard, check_fork, exclusive, no_torch_modes
-from fastgen.distributed.tensor_parallel import TPGroup
-from fastgen.profiling.profiler import NULL_CONTEXT, Profiler
+from fastgen.core.prefix_cache import CacheStats, PrefixCache, make_namespace
 from fastgen.core.request import (
     Completion,
     Event,
@@ -42,6 +33,15 @@ from fastgen.core.request import (
 from fastgen.core.step import StepOutput, compute_target_logprobs, new_kv_cache
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Batch, KVCache, Params, SamplingTensors, Tokenizer, TopKTopP
+from fastgen.distributed import workers
+from fastgen.distributed.tensor_parallel import TPGroup
+from fastgen.lora import AdapterManager
+from fastgen.offload.host_cache import HostOffload, page_bytes
+from fastgen.profiling.profiler import NULL_CONTEXT, Profiler
+from fastgen.structured_output import GrammarBackend, GrammarMatcher
+from fastgen.thread_safety import AccessGuard, check_fork, exclusive, no_torch_modes
+from fastgen.training.sleep import ReleasableMemory
+from fastgen.training.weight_sync import adopted_models, version_counters
 
 INT64_RANGE = -(2**63), 2**63 - 1  # what numbers of requests may be asked for; seeds, too
 MAX_CPU_CACHE_BYTES = 2**30  # bytes at most, where the size is not given
@@ -202,7 +202,7 @@ class EngineCore:
             self.cache_capacity // s.kv_cache.page_size + 1,
             self._host_offload.num_host_pages,
             enable_prefix_caching=s.kv_cache.prefix_cache,
-            offload_preempted_only=s.offload.offload_policy == "parked",
+            offload_preempted_only=s.offload.offload_policy == "preempted",
         )
         tree.stats = stats or tree.stats
         return tree
@@ -244,8 +244,8 @@ class EngineCore:
         weight = sum(w.nbytes for w in tree_leaves(self._params) if w is not None)
         return (
             f"{problem}: {p.gpu_memory_utilization:.0%} of {total / 1e9:.1f} GB, {weight / 1e9:.1f} GB of which are weights. "
-            f"Lower schedule.token_budget ({s.token_budget}) or schedule.max_requests ({s.max_num_seqs}), "
-            "or raise pages.cache_fraction"
+            f"Lower schedule.token_budget ({s.token_budget}) or schedule.max_num_seqs ({s.max_num_seqs}), "
+            "or raise kv_cache.gpu_memory_utilization"
         )
 
     # --- requests -----------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ class EngineCore:
         try:
             if self._worker_group is not None and not self._grammar_backend.has_prebuilt(sampling.grammar, sampling.n):
                 self._grammar_backend.check_grammar(sampling.grammar, cancel_event)
-                self._worker_group.broadcast_call("_compile_early", sampling.grammar, sampling.n)
+                self._worker_group.broadcast_call("_precompile_on_rank", sampling.grammar, sampling.n)
             guides += self._grammar_backend.make_matchers(sampling.grammar, sampling.n, cancel_event)
         except ValueError as e:
             problem = e
@@ -354,7 +354,7 @@ class EngineCore:
                 None if isinstance(s, Output) else (s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed))
                 for s in requests
             ]
-            self._worker_group.broadcast_call("_join", many)
+            self._worker_group.broadcast_call("_add_from_rank0", many)
         return self._enqueue(requests)
 
     def _add_from_rank0(self, requests: Sequence[tuple[list[int], SamplingParams] | None]) -> None:
@@ -396,7 +396,7 @@ class EngineCore:
         """Abort those of the requests that run; what each has so far."""
         gone = {id: s for id, s in self._sequence_states.items() if s.output.request_id in request_ids}
         if gone:
-            self._broadcast("_end", {s.output.request_id for s in gone.values()})
+            self._broadcast("_abort_requests", {s.output.request_id for s in gone.values()})
             self.state = scheduler.remove(self.state, [*gone], self._tokens_by_sequence())
         for id, one in gone.items():
             del self._sequence_states[id]
@@ -450,7 +450,7 @@ class EngineCore:
         ]
         token = batch.token_ids.clone()
         token[batch.query_start_loc[: len(plan)].long()] = torch.tensor(first, dtype=token.dtype, device=token.device)
-        return batch._replace(token=token)
+        return batch._replace(token_ids=token)
 
     # --- parameters and memory ----------------------------------------------------------------------------------------
 
@@ -461,7 +461,7 @@ class EngineCore:
         What is running goes on with the keys and values it has. Writes in place that torch sees (optimizers, `copy_`)
         are noticed without this before the next step; what goes around it is not (`.data`, other processes, graphs).
         """
-        self._broadcast("touch")
+        self._broadcast("params_changed")
         self._on_params_changed()
 
     def _on_params_changed(self) -> None:
@@ -498,7 +498,7 @@ class EngineCore:
             name for name in memory if (region := self._releasable_memory.get(name)) is not None and not region.resident
         ]
         if gone:
-            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call restore() first")
+            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call wake_up() first")
 
     def _preempt_all(self) -> None:
         """Everybody waits, with nothing computed and nothing cached."""
@@ -780,11 +780,19 @@ class EngineCore:
         crew, self._worker_group = self._worker_group, None
         self._abort_all()
         self._in_flight = None
-        if "_guides" in self.__dict__:
+        if "_grammar_backend" in self.__dict__:
             self._grammar_backend.close()
-        if "_mover" in self.__dict__:
+        if "_host_offload" in self.__dict__:
             self._host_offload.close()
-        for name in ("_stepper", "_mover", "_cache", "_shelf", "_params", "_marks", "_adoptions"):  # graphs first
+        for name in (
+            "_runner",
+            "_host_offload",
+            "_cache",
+            "_adapter_manager",
+            "_params",
+            "_version_counters",
+            "_adoptions",
+        ):  # graphs first
             self.__dict__.pop(name, None)
         self._last_batch, self._releasable_memory = None, {}
         if crew is not None:

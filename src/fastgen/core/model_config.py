@@ -85,9 +85,9 @@ def shard_config(model_config: ModelConfig, tp_size: int) -> ModelConfig:
     kv_heads = max(1, model_config.num_kv_heads // tp_size)
     return replace(
         model_config,
-        q_heads=model_config.num_q_heads // tp_size,
-        kv_heads=kv_heads,
-        ffn=model_config.intermediate_size // tp_size,
+        num_q_heads=model_config.num_q_heads // tp_size,
+        num_kv_heads=kv_heads,
+        intermediate_size=model_config.intermediate_size // tp_size,
     )
 
 

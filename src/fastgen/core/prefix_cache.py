@@ -44,7 +44,7 @@ class Node:
         "__weakref__",
         "filled_at_step",
         "host_page",
-        "kids",
+        "children",
         "page",
         "parent",
         "preempted",
@@ -109,7 +109,10 @@ class PrefixCache:
             offload_preempted_only,
         )
         self.num_device_pages, self.num_host_pages = num_device_pages, num_host_pages
-        self.free_pages, self.free_host_pages = kv_cache.new_pool(num_device_pages), kv_cache.new_pool(num_host_pages + 1)
+        self.free_pages, self.free_host_pages = (
+            kv_cache.new_pool(num_device_pages),
+            kv_cache.new_pool(num_host_pages + 1),
+        )
         self.roots: dict[Namespace, Node] = {}  # of each adapter
         # Held by those who read from them and by the nodes under them, which nobody forgets while they have a page.
         self.salted_roots: WeakValueDictionary[Namespace, Node] = WeakValueDictionary()

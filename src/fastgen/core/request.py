@@ -11,10 +11,10 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fastgen.config import SamplingParams, check_choice
-from fastgen.structured_output import GrammarMatcher
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.tokenizer import Detokenizer, Prompt, to_prompt_list
 from fastgen.core.types import Tokenizer
+from fastgen.structured_output import GrammarMatcher
 
 FinishReason = Literal["stop", "length", "abort", "error"]  # error: see `Completion.error` and `Output.error`
 R = TypeVar("R")
@@ -255,7 +255,7 @@ class SequenceState:
         other.completion = replace(
             c,
             token_ids=[*c.token_ids],
-            versions=[*c.weight_versions],
+            weight_versions=[*c.weight_versions],
             logprobs=None if c.logprobs is None else [*c.logprobs],
             top_logprobs=None if c.top_logprobs is None else [*c.top_logprobs],
         )

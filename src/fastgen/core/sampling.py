@@ -107,7 +107,7 @@ def sample(
     found = []
     for i in range(0, len(z), rows_per_call):
         at = torch.arange(i, i + rows_per_call, device=z.device).clamp_max(len(z) - 1)
-        some = tree_map_only(Tensor, lambda x, at=at: x[at], s._replace(edits=None, allowed=None))
+        some = tree_map_only(Tensor, lambda x, at=at: x[at], s._replace(logit_edits=None, token_mask=None))
         found.append(_sample_rows(z[at], logits[at], some, num_top_logprobs, logprobs_fn or gather_logprobs))
     return SamplerOutput(*(torch.cat(x)[: len(z)] for x in zip(*found, strict=True)))
 

@@ -20,9 +20,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from typing import NamedTuple
 
+from fastgen.config import SchedulerConfig
 from fastgen.core import kv_cache
 from fastgen.core.prefix_cache import Match, Namespace, Node, PrefixCache
-from fastgen.config import SchedulerConfig
 
 ALL_REQ_INDICES = -2  # a pool of as many free seats as are ever needed; seat 0 is padding's
 TokensById = Mapping[
@@ -39,7 +39,7 @@ class Sequence(NamedTuple):
     needs_prompt_logprobs: bool = False  # all of it is computed: its prompt is scored
     num_computed_tokens: int = 0  # whose keys and values are computed
     num_cached_tokens: int = 0  # of those, found in the tree when it was admitted
-    kv_cache: tuple[int, ...] = ()
+    pages: tuple[int, ...] = ()
     path: tuple[Node, ...] = ()  # nodes of its first pages
     partial_node: Node | None = None  # node of the page after those
     root: Node | None = None  # of the tree it was admitted to: another one is of other parameters
@@ -68,7 +68,7 @@ class Span(NamedTuple):
     start: int
     stop: int
     needs_sampling: bool
-    kv_cache: tuple[int, ...]
+    pages: tuple[int, ...]
     req_idx: int = 0
     writes_kv: bool = True  # False: a single token whose key and value are cached already
 
@@ -125,7 +125,7 @@ def publish_full_pages(prefix_cache: PrefixCache, s: Sequence, tokens: Tokens[in
                 prefix_cache.detach_partial(s.partial_node)
             prefix_cache.adopt_page(node, s.pages[i])
             s = s._replace(pages=(*s.pages[:i], node.page, *s.pages[i + 1 :]))
-        s = s._replace(path=(*s.path, node), tail=None)
+        s = s._replace(path=(*s.path, node), partial_node=None)
     return s
 
 
@@ -143,7 +143,7 @@ def publish_partial_page(prefix_cache: PrefixCache, s: Sequence, tokens: Tokens[
     if s.partial_node is not None:
         prefix_cache.extend_node(s.partial_node, rest)
         return s
-    return s._replace(tail=prefix_cache.insert(parent, rest, s.pages[len(s.path)]))
+    return s._replace(partial_node=prefix_cache.insert(parent, rest, s.pages[len(s.path)]))
 
 
 def release(prefix_cache: PrefixCache, s: Sequence, tokens: Tokens[int], *, preempted: bool = False) -> None:
@@ -167,7 +167,7 @@ def remove(state: State, ids: Collection[int], tokens_by_id: TokensById) -> Stat
             release(state.prefix_cache, s, tokens_by_id[s.id])
             seats = kv_cache.free(seats, (s.req_idx,))
     waiting, running = (tuple(s for s in group if s.id not in ids) for group in (state.waiting, state.running))
-    return state._replace(seats=seats, waiting=waiting, running=running)
+    return state._replace(free_req_indices=seats, waiting=waiting, running=running)
 
 
 def preempt_all(state: State, new_prefix_cache: PrefixCache, tokens_by_id: TokensById) -> State:
@@ -180,7 +180,7 @@ def preempt_all(state: State, new_prefix_cache: PrefixCache, tokens_by_id: Token
 
 
 def _reset_for_recompute(s: Sequence) -> Sequence:
-    return s._replace(cached=0, pages=(), path=(), tail=None, root=None, seat=0)
+    return s._replace(num_computed_tokens=0, pages=(), path=(), partial_node=None, root=None, req_idx=0)
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class _Planner:
         s = publish_full_pages(self.prefix_cache, s, tokens, span.stop)
         if span.needs_sampling and (span.stop - span.start > 1 or not span.writes_kv):
             s = publish_partial_page(self.prefix_cache, s, tokens, span.stop)
-        self.spans[s.id] = span._replace(pages=s.pages, seat=s.req_idx)
+        self.spans[s.id] = span._replace(pages=s.pages, req_idx=s.req_idx)
         return s
 
     def admit(self) -> None:
@@ -346,7 +346,9 @@ class _Planner:
         n = min(s.num_tokens - start, self.prefill_chunk, token_budget)
         (seat,), self.free_req_indices = kv_cache.allocate(self.free_req_indices, 1)
         held, root = (*(x.page for x in path), *held), tree.get_root(s.namespace)
-        s = s._replace(cached=start, reused=start, seat=seat, pages=held, path=path, root=root)
+        s = s._replace(
+            num_computed_tokens=start, num_cached_tokens=start, req_idx=seat, pages=held, path=path, root=root
+        )
         tree.stats.num_queried_tokens += s.num_tokens
         tree.stats.num_hit_tokens += start
         if self.has_compute and (len(tree.to_device) > coming or any(n in tree.loading_nodes for n in path)):
@@ -388,7 +390,7 @@ def commit(state: State, executed_plan: Plan, stopped: Collection[int], tokens_b
     running, ended = [], set(stopped)
     for s in state.running:
         if span := spans.get(s.id):
-            s = s._replace(cached=span.stop, known=s.num_tokens + span.needs_sampling)
+            s = s._replace(num_computed_tokens=span.stop, num_tokens=s.num_tokens + span.needs_sampling)
         if s.num_tokens == s.max_length:
             ended.add(s.id)
         running.append(s)

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgen.training.sleep import ReleasableMemory
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.transformer import ModelOps, TORCH_OPS, compute_logits, lm_head_weight, run_layers
+from fastgen.core.transformer import TORCH_OPS, ModelOps, compute_logits, lm_head_weight, run_layers
 from fastgen.core.types import Batch, KVCache, Params, SamplingTensors, StackedAdapters
+from fastgen.training.sleep import ReleasableMemory
 
 # draw(logits, temperature, seed, position, processed, last, seat) -> token, logprob: as `sampling.sample` without
 # filters or edits; the tokens are also written to `last` at `seat`

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 
 from fastgen.core import chat_template
-from fastgen.core.control_tokens import ControlTokens, ESCAPE
+from fastgen.core.control_tokens import ESCAPE, ControlTokens
 from fastgen.core.types import Tokenizer
 
 Message = dict[str, Any]

@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgen.core import layers
+from fastgen.core.attention import AttentionBackend, AttentionFn, sdpa
 from fastgen.core.layers import rms_norm, rope_cos_sin, swiglu
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.attention import AttentionBackend, AttentionFn, sdpa
-from fastgen.thread_safety import no_autocast
 from fastgen.core.sampling import gather_logprobs
 from fastgen.core.types import Batch, KVCache, Layer, Params, StackedAdapters, StackedLora
+from fastgen.thread_safety import no_autocast
 
 HiddenStates = Float[Tensor, "T D"]
 RopeCosSin = Float[Tensor, "T 1 half"]
@@ -180,7 +180,7 @@ def products(
         )
 
     out, down = (
-        partial(ops.row_parallel, ops.linear, change=change(stack, (model_config.hidden_size,), behind))
+        partial(ops.row_parallel, ops.linear, add_lora=change(stack, (model_config.hidden_size,), behind))
         for stack in (stacks.out, stacks.down)
     )
     return Products(project, project_swiglu, out, down)
@@ -193,7 +193,14 @@ def last_token_batch(batch: Batch) -> Batch:
     length = batch.seq_lens.clamp_min(1)  # padding may have none, but attention to nothing is no number
     adapter = None if batch.adapter_idx is None else batch.adapter_idx[rows]
     token, position, slot = (x[rows] for x in (batch.token_ids, batch.positions, batch.slot_mapping))
-    return batch._replace(token=token, position=position, slot=slot, start=start, length=length, adapter=adapter)
+    return batch._replace(
+        token_ids=token,
+        positions=position,
+        slot_mapping=slot,
+        query_start_loc=start,
+        seq_lens=length,
+        adapter_idx=adapter,
+    )
 
 
 def decoder_layer(

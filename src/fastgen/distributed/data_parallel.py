@@ -32,16 +32,16 @@ import torch
 from tqdm.auto import tqdm
 
 from fastgen import lora
-from fastgen.core import tokenizer as tokens
-from fastgen.config import EngineConfig, SamplingParams
-from fastgen.engine import Engine, EventStream, collect_outputs, outputs_as_completed, resolve_model
-from fastgen.structured_output import GrammarBackend, GrammarMatcher
 from fastgen.checkpoint import weights
+from fastgen.config import EngineConfig, SamplingParams
+from fastgen.core import tokenizer as tokens
 from fastgen.core.model_config import ModelConfig, shard_config
-from fastgen.thread_safety import AccessGuard, detach_in_forks, exclusive
 from fastgen.core.request import Completion, Event, Output, map_prompts, max_length, rejection_events
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Adapter, Tokenizer
+from fastgen.engine import Engine, EventStream, collect_outputs, outputs_as_completed, resolve_model
+from fastgen.structured_output import GrammarBackend, GrammarMatcher
+from fastgen.thread_safety import AccessGuard, detach_in_forks, exclusive
 
 PREFIX_AFFINITY = 4  # requests of its own kind that one lets pass in order to find its beginning cached
 MAX_PREFIXES = 2**14  # beginnings that are remembered
@@ -250,7 +250,7 @@ class Replicas:
         if device == "cuda" and (count := torch.cuda.device_count()) < replicas * size:
             asked = f"parallel.replicas={replicas} of parallel.tensor_parallel={size}"
             raise ValueError(f"{asked} need {replicas * size} GPUs, and this machine shows {count}")
-        loading = {"dtype": dtype, "device": device, "random": random_weights, "random_seed": random_seed}
+        loading = {"dtype": dtype, "device": device, "random_weights": random_weights, "random_seed": random_seed}
         loading["adapters"] = dict(adapters or {})
         return cls(path, replicas, loading, chosen, progress=progress)
 
@@ -542,7 +542,7 @@ class Replicas:
         self._finalizer()
         if "_guides" in self.__dict__:
             self._grammar_backend.close()
-        for name in ("_requests", "_waiting", "_undelivered"):
+        for name in ("_requests", "_waiting", "_pending_events"):
             if name in self.__dict__:
                 self.__dict__[name].clear()
 

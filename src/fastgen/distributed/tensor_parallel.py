@@ -324,8 +324,13 @@ def shard_ops(
         found = gather_logits(ops.lm_head(h, w), tp_group, model_config.vocab_size)
         return found if out is None else out[: len(h)].copy_(found)
 
-    parts: dict[str, Any] = {"enter": enter, "project": project, "project_swiglu": project_swiglu, "add_norm": add_norm}
-    return ops._replace(**parts, row_parallel=row_parallel, leave=leave, head=head)
+    parts: dict[str, Any] = {
+        "embed": enter,
+        "add_norm_qkv": project,
+        "add_norm_gate_up": project_swiglu,
+        "add_norm": add_norm,
+    }
+    return ops._replace(**parts, row_parallel=row_parallel, final_norm=leave, lm_head=head)
 
 
 def sample_from_shards(

@@ -31,14 +31,14 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from fastgen.training.sleep import ReleasableMemory
-from fastgen.core.model_config import ModelConfig, TPShard, UNSHARDED
 from fastgen.checkpoint.weights import shard_params
-from fastgen.thread_safety import detach_in_forks
-from fastgen.distributed.tensor_parallel import TPProcessGroup
+from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
 from fastgen.core.types import Params, Tokenizer
+from fastgen.distributed.tensor_parallel import TPProcessGroup
+from fastgen.thread_safety import detach_in_forks
+from fastgen.training.sleep import ReleasableMemory
 
-# A rank's parameters, on its device; with `region=`, in the memory that this makes, if they are loaded there.
+# A rank's parameters, on its device; with `allocate=`, in the memory that this makes, if they are loaded there.
 LoadShard = Callable[..., tuple[ModelConfig, Params, Tokenizer | None]]
 START_TIMEOUT = 120.0  # seconds in which all ranks meet
 CONNECT_TIMEOUT = 7.0  # seconds in which somebody listens where torchrun says that they meet
@@ -48,7 +48,7 @@ SELF_VALIDATING_CALLS = (
     "fork",
     "restore",
     "score",
-    "_take_received",
+    "_write_received_params",
 )  # calls that refuse wrong input on every rank alike
 SHM_DIR = "/dev/shm"
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -172,7 +172,7 @@ def close_workers_on_error(tp_group: Any) -> Iterator[None]:
         yield
         return
     try:
-        with tp_group.collective_call(whole=False):
+        with tp_group.collective_call(defer_interrupts=False):
             yield
     except BaseException:
         tp_group.close()
@@ -424,11 +424,11 @@ def _worker_main(
             own.append(ReleasableMemory(size, torch.device(where)))
             return own[-1]
 
-        spec, params, tokenizer = load_shard(ranks.shard, where, region=region)
-        with engine_class(params, spec, tokenizer, progress=False, group=ranks, **engine_options) as engine:
-            engine._guides.trusted = True  # rank 0 has tried the grammars that come
+        spec, params, tokenizer = load_shard(ranks.shard, where, allocate=region)
+        with engine_class(params, spec, tokenizer, progress=False, tp_group=ranks, **engine_options) as engine:
+            engine._grammar_backend.trusted = True  # rank 0 has tried the grammars that come
             if own:
-                engine._regions["params"] = own[0]
+                engine._releasable_memory["params"] = own[0]
             del params
             while (call := calls.get())[0] != "close":
                 with suppress(*(ValueError,) if call[0] in SELF_VALIDATING_CALLS else ()):

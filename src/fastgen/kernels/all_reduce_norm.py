@@ -26,7 +26,7 @@ from fastgen.kernels.pdl import grid_dependency_sync
 MAX_PROGRAMS = 4 * 132  # at most: as many as run together; each then has several rows
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["num_rows"])
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _all_reduce_add_norm_kernel(
     own_partial, partial_ptrs, flag_ptrs, x, norm, residual_out, out, num_rows, eps,

@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgen.core.model_config import ModelConfig
-from fastgen.kernels import pdl
 from fastgen.core.attention import AttentionFn, UnrotatedQKV
-from fastgen.kernels.pdl import grid_dependency_sync
+from fastgen.core.model_config import ModelConfig
 from fastgen.core.types import Batch
+from fastgen.kernels import pdl
+from fastgen.kernels.pdl import grid_dependency_sync
 
 LOG2E = 1.4426950408889634
 # No key has a score this low. LEAST is what the running maximum starts from: finite, so that a row which has seen no
@@ -51,11 +51,20 @@ USE_TMA = True  # whether tiles are read by Hopper's copy engine, where each lie
 DECODE_TILE = {"N": 64, "num_warps": 4, "num_stages": 3}
 NARROW_HEAD_DECODE_TILE = {"N": 128, "num_warps": 4, "num_stages": 2}  # of heads of 64
 SUFFIX_DECODE_TILE = {"N": 64, "num_warps": 2, "num_stages": 2}  # of members of groups, whose own keys are few
-SHARED_PREFIX_TILE = {"N": DECODE_TILE["N"], "TILES": 16, "num_warps": 4}  # TILES: the fewest of a program
+SHARED_PREFIX_TILE = {"N": DECODE_TILE["N"], "MIN_TILES": 16, "num_warps": 4}  # MIN_TILES: the fewest of a program
 # Each value of these, and whether they are multiples of 16, would be compiled anew.
 NO_SPECIALIZATION: dict[str, Any] = {
-    "do_not_specialize": ["wide", "window", "splits", "shares"],
-    "do_not_specialize_on_alignment": ["todo", "skip", "member", "keys", "slot", "start", "length", "seat", "pages"],
+    "do_not_specialize": ["page_table_stride", "window", "num_splits", "num_prefix_splits"],
+    "do_not_specialize_on_alignment": [
+        "query_blocks",
+        "prefix_len",
+        "member",
+        "slot",
+        "start",
+        "length",
+        "req_idx",
+        "page_table",
+    ],
 }
 
 
@@ -162,17 +171,17 @@ def _prefill_kernel(
             seen_by_all = (context + 1) // N * N
             m, l, acc = _attend_key_range(
                 x, k_cache, v_cache, k_tiles, v_tiles, table, first, seen_by_all, row, window,
-                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=False, WHOLE=True, TMA=TMA,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=False, FULL_TILE=True, TMA=TMA,
             )  # fmt: skip
             first = seen_by_all
         m, l, acc = _attend_key_range(
             x, k_cache, v_cache, k_tiles, v_tiles, table, first, full, row, window,
-            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=True, TMA=TMA,
+            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=True, TMA=TMA,
         )  # fmt: skip
         if full < last:  # what follows the sequence's last key in its tile may be anything, so it is not even read
             m, l, acc = _attend_key_range(
                 x, k_cache, v_cache, k_tiles, v_tiles, table, full, last, row, window,
-                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
             )  # fmt: skip
         mean = acc * (1 / tl.where(l > 0, l, 1.0))[:, None]  # a row beyond the last may have seen none
         tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=whole)
@@ -219,7 +228,7 @@ def _decode_shared_prefix_kernel(
             begun = tl.maximum(first, (tl.min(tl.where(taken, row, 2**30), 0) - window + 1) // N * N)
         m, l, acc = _attend_key_range(
             x, k_cache, v_cache, None, None, table, begun, last, row, window,
-            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
+            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
         )  # fmt: skip
         at = (r.to(tl.int64) * Q + head) * num_splits + split
         tl.store(split_out + at[:, None] * H + d[None, :], acc, mask=whole)
@@ -306,7 +315,7 @@ def _decode_kernel(
                 newest = last == total  # this share's last key is the new one
                 last -= newest.to(tl.int32)
                 # What the cache holds was there long before: it is on its way while the kernel before still runs.
-                k, v = _load_kv_tile(k_cache, v_cache, table, first, last, kv_head, KV, H, D, PAGE, N, WHOLE=False)
+                k, v = _load_kv_tile(k_cache, v_cache, table, first, last, kv_head, KV, H, D, PAGE, N, FULL_TILE=False)
                 grid_dependency_sync(PDL)
                 half: tl.constexpr = H // 2
                 turn, inside = token.to(tl.int64) * half + d % half, d < H
@@ -323,7 +332,7 @@ def _decode_kernel(
                     l += 1.0
                     acc += value.to(tl.float32)[None, :]
                 m, l, acc = _online_softmax_step(
-                    x, k, v, first, last, row, window, m, l, acc, scale, N, WINDOW, EXACT, MASKED=True, WHOLE=False,
+                    x, k, v, first, last, row, window, m, l, acc, scale, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False,
                 )  # fmt: skip
                 first += N
             else:
@@ -337,7 +346,7 @@ def _decode_kernel(
                 m, l, acc = _merge_splits(m, l, acc, prefix_out, prefix_stats, at, found, taken, H, D)
             m, l, acc = _attend_key_range(
                 x, k_cache, v_cache, None, None, table, first, last, row, window,
-                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, WHOLE=False, TMA=False,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
             )  # fmt: skip
             if SINGLE_SPLIT:
                 tl.store(out + offset[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=whole)
@@ -415,7 +424,7 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
     splits = programs(rows, 256, 64, waves=4)
     share = batch.shared_prefix
     shares = (
-        programs(len(share.num_shared_tokens), SHARED_PREFIX_TILE["TILES"] * SHARED_PREFIX_TILE["N"], 16, waves=2)
+        programs(len(share.num_shared_tokens), SHARED_PREFIX_TILE["MIN_TILES"] * SHARED_PREFIX_TILE["N"], 16, waves=2)
         if share is not None
         else 0
     )
@@ -482,7 +491,7 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
         _decode_kernel[(rows, model_config.num_kv_heads, splits)](
             q, k_cache, v_cache, out, *part, *(done or [q]), skip, *found, *new, *common, splits, shares, scale,
             **sizes, M=packed, SINGLE_SPLIT=splits == 1, FUSED_ROPE=fresh is not None, SHARED_PREFIX=share is not None,
-            MIN_TILES=SHARED_PREFIX_TILE["TILES"], **launch, **tile,
+            MIN_TILES=SHARED_PREFIX_TILE["MIN_TILES"], **launch, **tile,
         )  # fmt: skip
         return out
 

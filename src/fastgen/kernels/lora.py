@@ -22,7 +22,7 @@ SPLIT_K_SIZE = 2048  # of the depth, that a program of `shrink` sums up
 NO_MORE_ADAPTERS = tl.constexpr(2**30)  # after all adapters
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["adapter"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["adapter_idx"])
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _lora_shrink_kernel(
     x, a, adapter_idx, inner, num_tokens, in_features,
@@ -52,7 +52,7 @@ def _lora_shrink_kernel(
         i = tl.min(tl.where(mine > i, mine, NO_MORE_ADAPTERS), 0)
 
 
-@triton.jit(do_not_specialize=["rows", "shares"], do_not_specialize_on_alignment=["adapter"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"], do_not_specialize_on_alignment=["adapter_idx"])
 @no_type_check
 def _lora_expand_kernel(
     y, inner, b, scale, adapter_idx, num_tokens, out_features, num_splits, slice_end0, slice_end1,
@@ -104,7 +104,7 @@ def apply_lora(
     wide, exact = max(16, triton.next_power_of_2(r)), x.dtype == torch.float32
     few = tokens <= 512 or wide > 64
     k, n = (32, 32) if wide > 64 else (64 if exact else 128, 128)
-    how = {"PARTS": parts, "R": r, "B": wide, "M": 16 if few else 64, "EXACT": exact, "num_warps": 4}
+    how = {"NUM_SLICES": parts, "R": r, "B": wide, "M": 16 if few else 64, "EXACT": exact, "num_warps": 4}
     tiles = triton.cdiv(tokens, how["M"])
     _lora_shrink_kernel[(tiles, parts, shares)](
         x, a, adapter_idx, inner, tokens, depth, K=k, SPLIT_K_SIZE=SPLIT_K_SIZE, **how

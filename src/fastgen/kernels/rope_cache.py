@@ -24,8 +24,8 @@ UNALIGNED_ARGS = [
     "seed",
     "position",
     "processed",
-    "last",
-    "seat",
+    "last_token_ids",
+    "req_idx",
 ]  # parts of one buffer: aligned by chance
 MIN_SAMPLING_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)  # of a row that is not greedy
 EMPTY_MAX = tl.constexpr(-1.0e30)  # a maximum of none: finite, so that its difference from -inf is
@@ -138,7 +138,9 @@ def _gumbel_max_of_range(
     return best, index, m, l
 
 
-@triton.jit(do_not_specialize=["share", "splits", "base"], do_not_specialize_on_alignment=UNALIGNED_ARGS)
+@triton.jit(
+    do_not_specialize=["chunks_per_split", "num_splits", "vocab_start"], do_not_specialize_on_alignment=UNALIGNED_ARGS
+)
 @no_type_check
 def _sample_splits_kernel(
     logits, temperature, seed, position, processed, split_stats, row_stride, vocab_size, vocab_start, chunks_per_split, num_splits, B: tl.constexpr,
@@ -177,7 +179,7 @@ def _sample_splits_kernel(
     tl.store(to + 4 * field, tl.sum(l * tl.exp(m - peak), 0))
 
 
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=UNALIGNED_ARGS)
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=UNALIGNED_ARGS)
 @no_type_check
 def _merge_sample_splits_kernel(
     split_stats, sampled_token, logprob, last_token_ids, req_idx, vocab_size, num_splits, NUM_RANKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -243,7 +245,7 @@ def _vocab_splits(num_rows: int, num_chunks: int, batch_invariant: bool) -> tupl
     return splits, triton.cdiv(num_chunks, splits)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["num_splits"])
 @no_type_check
 def _token_logprobs_kernel(
     logits, token, split_max, split_sum_exp, logprob, vocab_size, num_splits, num_candidates, BLOCK: tl.constexpr

@@ -15,7 +15,9 @@ def select_attention_backend(name: str, device: torch.device | str) -> Attention
     if name == "auto":
         name = "triton" if torch.device(device).type == "cuda" else "sdpa"
     if name == "triton":
-        from fastgen.kernels.attention import paged_attention  # Triton comes with the GPU builds of torch, and not with others
+        from fastgen.kernels.attention import (
+            paged_attention,  # Triton comes with the GPU builds of torch, and not with others
+        )
 
         return paged_attention
     return {"reference": reference, "sdpa": sdpa}[name]

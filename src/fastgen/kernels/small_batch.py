@@ -20,7 +20,7 @@ from fastgen.kernels import pdl
 from fastgen.kernels.pdl import SMALL_BATCH, grid_dependency_sync
 
 
-@triton.jit(do_not_specialize=["rows"])  # each value of it would be compiled anew
+@triton.jit(do_not_specialize=["num_rows"])  # each value of it would be compiled anew
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _linear_kernel(
     x, w, bias, out, num_rows, out_features, in_features,

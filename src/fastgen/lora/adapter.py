@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastgen.config import LoraConfig, check_int, unknown_name_message
 from fastgen.checkpoint import weights
 from fastgen.checkpoint.files import open_safetensors, read_json, read_shapes
-from fastgen.core.model_config import ModelConfig, TPShard, UNSHARDED
 from fastgen.checkpoint.weights import DimShard
-from fastgen.distributed.tensor_parallel import TPGroup
+from fastgen.config import LoraConfig, check_int, unknown_name_message
+from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
 from fastgen.core.types import Adapter, LayerLora, LayerStackedLora, LoraAB, Params, StackedAdapters, StackedLora
+from fastgen.distributed.tensor_parallel import TPGroup
 
 PACKED_MODULES = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as PEFT names them
@@ -64,8 +64,8 @@ def lora_targets(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> It
     for i, layer in enumerate(weights.weight_specs(model_config, tp_shard).layers):
         for packed, names in PACKED_MODULES.items():
             leaf: Any = getattr(layer, packed)
-            for field, part in zip(names, leaf.parts, strict=True):
-                yield LoraTarget(i, field, part.name.removesuffix(".weight"), *part.cuts)
+            for field, part in zip(names, leaf.checkpoint_tensors, strict=True):
+                yield LoraTarget(i, field, part.name.removesuffix(".weight"), *part.dim_shards)
 
 
 def _build_adapter(model_config: ModelConfig, pairs: Mapping[tuple[int, str], LoraAB], scale: float) -> Adapter:
@@ -535,7 +535,7 @@ class AdapterManager:
             check_finite(name, adapter, self.dtype)
             copy_adapter(held.adapter, shard_adapter(adapter, self.model_config, self.tp_shard))
             self.adapters.scale[held.adapter_idx] = adapter.scale
-            held = held._replace(params=held.adapter._replace(scale=adapter.scale))
+            held = held._replace(adapter=held.adapter._replace(scale=adapter.scale))
         return self._register(name, held._replace(version=held.version + 1))
 
     @property

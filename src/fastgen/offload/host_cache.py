@@ -119,7 +119,7 @@ class HostOffload:
             self._words_per_page = self.elements_per_page * cache.k[0].itemsize // 8
             self._words_per_slot = n * self._words_per_page  # words of a slot of the buffers
             if self.elements_per_page * cache.k[0].itemsize % 8:
-                raise ValueError("a page must be a multiple of 8 bytes: raise pages.page_size")
+                raise ValueError("a page must be a multiple of 8 bytes: raise kv_cache.page_size")
             self._tensor_ptrs = torch.tensor([x.data_ptr() for x in flat], dtype=torch.int64, device=self.device)
             self._staging_ptrs = {
                 name: torch.tensor([x.data_ptr() + 8 * self._words_per_page * i for i in range(n)], device=self.device)
@@ -192,7 +192,9 @@ class HostOffload:
     def _launch_copy(
         self, source: Tensor, target: Tensor, pairs: Sequence[Sequence[int]] | Tensor, *strides: int
     ) -> None:
-        from fastgen.kernels.page_copy import copy_pages  # Triton comes with the GPU builds of torch, and not with others
+        from fastgen.kernels.page_copy import (
+            copy_pages,  # Triton comes with the GPU builds of torch, and not with others
+        )
 
         index = pairs if isinstance(pairs, Tensor) else self._page_index_tensor(pairs)
         copy_pages(source, target, index, self._words_per_page, *strides)

@@ -17,15 +17,15 @@ from safetensors import SafetensorError
 from starlette.requests import Request
 
 from fastgen import lora
-from fastgen.core import tokenizer
 from fastgen.config import SamplingParams
+from fastgen.core import tokenizer
 from fastgen.core.model_config import ModelConfig
+from fastgen.core.types import Adapter
 from fastgen.server import tool_calls as calls
-from fastgen.server.responses import CompletionResponse, EchoedPrompt, ResponseBuilder, TokenDecoder
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.metrics import Metrics
 from fastgen.server.requests import APIError, ChatMessage, Tool, to_template_dicts
-from fastgen.core.types import Adapter
+from fastgen.server.responses import CompletionResponse, EchoedPrompt, ResponseBuilder, TokenDecoder
 
 T = TypeVar("T")
 LONG_TEXT_CHARS = 2**15  # characters of a text that is tokenized beside the others
@@ -114,7 +114,7 @@ class AppState:
         self.max_completions, self.model_config, self.supports_adapters = (
             info["most"],
             info["spec"],
-            info["has_adapters"],
+            info["supports_adapters"],
         )
         self.tokenizer, self.long_text_tokenizer = copy.deepcopy(loaded), copy.deepcopy(loaded)
         self.max_prompt_chars = tokenizer.max_prompt_chars(loaded, self.context_length)

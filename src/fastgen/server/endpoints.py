@@ -17,6 +17,23 @@ from starlette.types import ASGIApp
 
 from fastgen.server import reasoning
 from fastgen.server import tool_calls as calls
+from fastgen.server.app_state import MAX_TOKENIZE_CHARS, AppState
+from fastgen.server.metrics import render_metrics
+from fastgen.server.middleware import EXCEPTION_HANDLERS, Middleware
+from fastgen.server.requests import (
+    MAX_DETOKENIZE_TOKENS,
+    AbortRequest,
+    APIError,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    LoadAdapterRequest,
+    NamedToolChoice,
+    ProfileRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
 from fastgen.server.responses import (
     ChatResponseBuilder,
     Choice,
@@ -26,23 +43,6 @@ from fastgen.server.responses import (
     TokenResponseBuilder,
     dump_json,
 )
-from fastgen.server.middleware import EXCEPTION_HANDLERS, Middleware
-from fastgen.server.metrics import render_metrics
-from fastgen.server.requests import (
-    APIError,
-    AbortRequest,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerateRequest,
-    LoadAdapterRequest,
-    MAX_DETOKENIZE_TOKENS,
-    NamedToolChoice,
-    ProfileRequest,
-    TokenizeRequest,
-    UnloadAdapterRequest,
-)
-from fastgen.server.app_state import AppState, MAX_TOKENIZE_CHARS
 
 STATUS_PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 

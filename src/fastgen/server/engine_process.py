@@ -39,10 +39,10 @@ from typing import Any, NamedTuple
 import zmq
 
 from fastgen import Engine, Replicas, SamplingParams
-from fastgen.structured_output import GrammarMatcher
-from fastgen.distributed.data_parallel import collect_stats
 from fastgen.core.request import Event, sample_seed
 from fastgen.core.types import Adapter
+from fastgen.distributed.data_parallel import collect_stats
+from fastgen.structured_output import GrammarMatcher
 
 MAX_CONSECUTIVE_FAILURES = 3  # steps in a row that may fail; then something is broken for good
 STUCK_STEP_SECONDS = 120.0  # seconds after which a step counts as one that will not end
@@ -326,7 +326,9 @@ class EngineServer:
         if (o := event.output) is None:
             return piece
         return piece._replace(
-            cached=o.num_cached_tokens, prompt_logprobs=o.prompt_logprobs, prompt_top=o.prompt_top_logprobs
+            num_cached_tokens=o.num_cached_tokens,
+            prompt_logprobs=o.prompt_logprobs,
+            prompt_top_logprobs=o.prompt_top_logprobs,
         )
 
     def _remove_finished(self, engine_id: int) -> None:
@@ -346,7 +348,7 @@ class EngineServer:
         """Figures of the moment, and totals since the start."""
         found = collect_stats(self.engine)
         return found | {
-            "cache_usage": found["held_pages"] / found["pages"],
+            "cache_usage": found["held_pages"] / found["kv_cache"],
             "requests": self.num_requests,
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generated_tokens,
@@ -436,7 +438,7 @@ def run_engine_process(
         "most": max_completions,
     }
     info["special_tokens_in_content"] = engine.config.special_tokens_in_content
-    info["has_adapters"] = engine.config.lora.max_adapters > 0
+    info["supports_adapters"] = engine.config.lora.max_adapters > 0
     core = EngineServer(engine, socket, max_completions, info)
     threading.Thread(target=serve_health, args=(core, address), daemon=True).start()
     ready.set()

@@ -14,10 +14,10 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from fastgen.server.app_state import AppState, ServerOptions
 from fastgen.server.endpoints import create_app
 from fastgen.server.log import log_line
 from fastgen.server.requests import APIError
-from fastgen.server.app_state import AppState, ServerOptions
 
 MAX_READ_BYTES = 2**13  # that are read of a connection at a time: as chunks of one byte they take 40 ms to parse
 HEADERS_TIMEOUT_SECONDS = 30.0  # to send what comes before a body, and to be idle between two requests

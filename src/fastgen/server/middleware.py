@@ -20,10 +20,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen.server import requests
-from fastgen.server.responses import error_response
+from fastgen.server.app_state import AppState
 from fastgen.server.log import log_line
 from fastgen.server.requests import APIError
-from fastgen.server.app_state import AppState
+from fastgen.server.responses import error_response
 
 # Names of fields: pydantic's paths to what is wrong hold those of types as well.
 REQUEST_MODELS = [x for x in vars(requests).values() if isinstance(x, type) and issubclass(x, BaseModel)]

@@ -14,14 +14,14 @@ from starlette.types import Receive, Scope, Send
 
 from fastgen.config import SamplingParams
 from fastgen.core.request import NON_FINITE_LOGITS
+from fastgen.core.tokenizer import Detokenizer, token_to_bytes
+from fastgen.core.types import Tokenizer
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.engine_process import TokenDelta
 from fastgen.server.metrics import Metrics
-from fastgen.server.requests import APIError
 from fastgen.server.reasoning import ReasoningParser, find_open_tag
+from fastgen.server.requests import APIError
 from fastgen.server.tool_calls import ToolCallParser
-from fastgen.core.tokenizer import Detokenizer, token_to_bytes
-from fastgen.core.types import Tokenizer
 
 Json = dict[str, Any]
 MAX_INLINE_LOGPROBS = 4096  # logprobs of an answer that is written within the loop; more are in a thread
@@ -149,7 +149,7 @@ class Choice:
         self.index, self.prompt_token_ids, self.sampling = index, prompt_token_ids, sampling
         self.detokenizer: Detokenizer | None = None
         if (tokenizer := token_decoder.tokenizer) is not None:
-            options: Json = {"min_tokens": sampling.min_tokens, "live": stream_text}
+            options: Json = {"min_tokens": sampling.min_tokens, "stream_text": stream_text}
             self.detokenizer = Detokenizer(
                 tokenizer, prompt_token_ids, sampling.stop, visible_special_tokens, **options
             )

@@ -35,13 +35,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from fastgen.config import GrpoConfig, SamplingParams, unknown_name_message
-from fastgen.engine import Engine
 from fastgen.checkpoint.weights import save
+from fastgen.config import GrpoConfig, SamplingParams, unknown_name_message
 from fastgen.core.request import Output, raise_on_non_finite_logits
-from fastgen.training.logprobs import iter_weights, score
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Params
+from fastgen.engine import Engine
+from fastgen.training.logprobs import iter_weights, score
 
 StepMetrics = dict[str, float]  # of the log: what one step was
 BOOKKEEPING_SETTINGS = (
@@ -105,7 +105,9 @@ def load_problem(name: str) -> Problem:
     except (ImportError, AttributeError) as e:
         raise ValueError(f"grpo.problem={name}: {e}; it is imported from where Python looks (PYTHONPATH)") from e
     if not isinstance(found, Problem):
-        raise ValueError(f"grpo.problem={name} is a {type(found).__name__}, not a fastgen.training.grpo.Problem(draw, reward)")
+        raise ValueError(
+            f"grpo.problem={name} is a {type(found).__name__}, not a fastgen.training.grpo.Problem(draw, reward)"
+        )
     return found
 
 
@@ -163,7 +165,7 @@ def make_trainable(params: Params, num_layers: int | None = None) -> Params:
     if num_layers is None:
         return tree_map_only(Tensor, lambda w: w.detach().requires_grad_(), params)
     if num_layers > len(params.layers):
-        raise ValueError(f"grpo.layers={num_layers}: the model has {len(params.layers)}")
+        raise ValueError(f"grpo.trainable_layers={num_layers}: the model has {len(params.layers)}")
     kept, learned = params.layers[:-num_layers], params.layers[-num_layers:]
     return params._replace(layers=(*kept, *make_trainable(params._replace(layers=learned)).layers))
 
@@ -265,9 +267,9 @@ class Trainer:
     def _score_rollout(self, params: Params, rollout: Rollout, indices: Sequence[int]) -> list[Tensor]:
         how: dict[str, Any] = {
             "temperature": self.sampling.temperature,
-            "checkpointed": self.settings.gradient_checkpointing,
+            "activation_checkpointing": self.settings.gradient_checkpointing,
         }
-        how["deterministic"] = self.engine.config.compile.batch_invariant
+        how["batch_invariant"] = self.engine.config.compile.batch_invariant
         return score(
             params,
             self.engine.model_config,
@@ -418,7 +420,7 @@ def train(
             row for line in log.read_text().splitlines() if (row := json.loads(line))["step"] <= trainer.num_steps_done
         ]
     elif kept.exists():
-        raise ValueError(f"{folder} has a run: go on with it (grpo.resume=true) or name another (grpo.folder=…)")
+        raise ValueError(f"{folder} has a run: go on with it (grpo.resume=true) or name another (grpo.output_dir=…)")
     folder.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))  # steps after the checkpoint are done again
     bar = tqdm(total=s.steps, initial=trainer.num_steps_done, unit="step", disable=None if progress else True)

@@ -11,20 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgen.core.batch import build_batch
+from fastgen.compiled import batch_invariant as invariant_ops
 from fastgen.config import MIN_TEMPERATURE, check_int
-from fastgen.training.weight_sync import attach_gradients
-from fastgen.compiled import batch_invariant
-from fastgen.core.model_config import ModelConfig, shard_config
-from fastgen.core.transformer import ModelOps, TORCH_OPS, decoder_layer, lm_head_weight
 from fastgen.core.attention import sdpa
-from fastgen.thread_safety import check_fork, no_autocast
-from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
+from fastgen.core.batch import build_batch
+from fastgen.core.model_config import ModelConfig, shard_config
 from fastgen.core.request import Output
 from fastgen.core.scheduler import Span
 from fastgen.core.step import LOGITS_PER_CHUNK
 from fastgen.core.tokenizer import encode
+from fastgen.core.transformer import TORCH_OPS, ModelOps, decoder_layer, lm_head_weight
 from fastgen.core.types import Batch, Params, Tokenizer
+from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
+from fastgen.thread_safety import check_fork, no_autocast
+from fastgen.training.weight_sync import attach_gradients
 
 PAGE_SIZE = 64  # tokens; of the cache that lives as long as a call
 
@@ -52,7 +52,7 @@ def score(
     it was adopted from, so do the results; `checkpointed` computes each block again on the way back instead of keeping
     its activations. Logits are never held for more than 2**24 entries at once, with gradients or without.
 
-    `deterministic`: with the kernels of an engine's `compile.deterministic`, so that the results are its logprobs, bit
+    `deterministic`: with the kernels of an engine's `compile.batch_invariant`, so that the results are its logprobs, bit
     for bit. Sequences are computed whole, as many at once as fit `token_budget`. ValueError for what cannot be scored.
 
     `group`: `params` are a rank's of it, and every rank makes this call; without gradients, and not `deterministic`.
@@ -68,13 +68,13 @@ def score(
     if tp_group is not None and (grad or batch_invariant):
         raise ValueError("score: over ranks there are no gradients, and sums have no fixed order; leave both off")
     if ops is None:
-        ops = batch_invariant.batch_invariant_ops(device) if batch_invariant else default_ops(device)
+        ops = invariant_ops.batch_invariant_ops(device) if batch_invariant else default_ops(device)
     if tp_group is not None:
         ops, model_config = shard_ops(ops, tp_group, model_config), shard_config(model_config, tp_group.shard.size)
     if grad:
         ops = make_differentiable(ops, batch_invariant or device.type == "cuda")
     found: list[Tensor] = []
-    with batch_invariant.no_split_k() if batch_invariant else nullcontext():
+    with invariant_ops.no_split_k() if batch_invariant else nullcontext():
         for some in split_into_batches([len(s) for s in many], token_budget):
             found += _score_batch(params, model_config, [many[i] for i in some], [each[i] for i in some], temperature, ops,
                              activation_checkpointing=grad and activation_checkpointing, needs_grad=grad)  # fmt: skip
@@ -136,10 +136,12 @@ def default_ops(device: torch.device) -> ModelOps:
     """The functions of a forward that nobody compiled."""
     if device.type != "cuda":
         return TORCH_OPS
-    from fastgen.kernels.rope_cache import rope_and_cache_kv  # Triton comes with the GPU builds of torch, and not with others
     from fastgen.kernels.attention import paged_attention
+    from fastgen.kernels.rope_cache import (
+        rope_and_cache_kv,  # Triton comes with the GPU builds of torch, and not with others
+    )
 
-    return TORCH_OPS._replace(attention=paged_attention, store=rope_and_cache_kv)
+    return TORCH_OPS._replace(attention=paged_attention, rope_and_cache_kv=rope_and_cache_kv)
 
 
 def split_into_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -282,9 +284,9 @@ def make_differentiable(ops: ModelOps, reference_gradients: bool) -> ModelOps:
         none = logits.new_zeros(len(logits), 0)
         return one(logits, token), none.long(), none
 
-    names = ("project", "project_swiglu", "norm_heads", "linear", "leave", "head")
+    names = ("add_norm_qkv", "add_norm_gate_up", "apply_qk_norm", "linear", "final_norm", "lm_head")
     fields = {name: through(getattr(ops, name), getattr(TORCH_OPS, name)) for name in names}
-    return ops._replace(attention=attention, store=store, logprobs=logprobs, **fields)
+    return ops._replace(attention=attention, rope_and_cache_kv=store, logprobs=logprobs, **fields)
 
 
 # --- sampler against scorer -----------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from fastgen.config import SamplingParams, unknown_name_message
+from fastgen.core.request import raise_on_non_finite_logits
 from fastgen.engine import Engine
 from fastgen.training.weight_sync import adopt
-from fastgen.core.request import raise_on_non_finite_logits
 
 # GRPOConfig's names of what SamplingParams calls otherwise; None in it is the default.
 GRPO_CONFIG_TO_SAMPLING = {
@@ -71,7 +71,7 @@ class RolloutFunc:
         """For each prompt: its token ids, those of a completion, and their logprobs."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.engine = self.engine or self._make_engine(model, trainer)
-        self.engine.restore()
+        self.engine.wake_up()
         self._sync_weights(self.engine, model, trainer)
         if trainer.tools:  # the turn after a tool's result is not asked of a rollout_func
             if not hasattr(trainer, "_generate_single_turn"):
@@ -87,7 +87,7 @@ class RolloutFunc:
         """Token ids of a completion for each prompt, and their logprobs; `shorten`: to what fits behind the prompt."""
         engine, sampling = self.engine, sampling_params(trainer)
         assert engine is not None
-        engine.restore()
+        engine.wake_up()
         each = [sampling] * len(prompts)
         if fit_context and sampling.max_tokens is not None:
             longest = min(engine.model_config.context_length, engine.cache_capacity + 1)

@@ -25,8 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from fastgen.core.model_config import ModelConfig, from_hf_config
 from fastgen.checkpoint.weights import EMBED_NAME, LM_HEAD_NAME, weight_specs
+from fastgen.core.model_config import ModelConfig, from_hf_config
 from fastgen.core.types import Params
 
 BUCKET_BYTES = 2**28  # bytes that are sent together
@@ -145,16 +145,16 @@ def adopt(model: torch.nn.Module) -> tuple[ModelConfig, Params]:
         EMBED_NAME,
         LM_HEAD_NAME,
     } <= own.keys():  # the config may say otherwise: a checkpoint's head that differs is not tied
-        spec = replace(spec, tied=own[LM_HEAD_NAME] is own[EMBED_NAME])
+        spec = replace(spec, tie_word_embeddings=own[LM_HEAD_NAME] is own[EMBED_NAME])
         own = {name: p for name, p in own.items() if not (spec.tie_word_embeddings and name == LM_HEAD_NAME)}
     tree = weight_specs(spec)
     declared = [leaf for leaf in tree_leaves(tree) if leaf is not None]
-    parts = [part for leaf in declared for part in leaf.parts]
+    parts = [part for leaf in declared for part in leaf.checkpoint_tensors]
     _check_adoptable(own, [part.name for part in parts], spec)
     for part in parts:
-        if tuple(own[part.name].shape) != part.shape:
-            raise ValueError(f"{part.name} has shape {tuple(own[part.name].shape)}, the config says {part.shape}")
-    sources = [tuple(own[part.name] for part in leaf.parts) for leaf in declared]
+        if tuple(own[part.name].shape) != part.full_shape:
+            raise ValueError(f"{part.name} has shape {tuple(own[part.name].shape)}, the config says {part.full_shape}")
+    sources = [tuple(own[part.name] for part in leaf.checkpoint_tensors) for leaf in declared]
     known = [ref() for ref in _packed_leaves.get(model, [])] + [None] * len(declared)
     packed = [_pack_leaf(some, leaf.shape, old) for some, leaf, old in zip(sources, declared, known, strict=False)]
     adoption = AdoptedModel(model, {part.name: own[part.name] for part in parts})

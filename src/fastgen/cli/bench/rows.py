@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgen.profiling import roofline
 from fastgen.config import ParallelConfig
 from fastgen.core.model_config import ModelConfig
+from fastgen.profiling import roofline
 
 Row = dict[str, Any]
 SINGLE_DEVICE = ParallelConfig()

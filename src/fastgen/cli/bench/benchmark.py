@@ -20,10 +20,8 @@ from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import Engine, EngineConfig, Replicas, SamplingParams, lora
-from fastgen.profiling import roofline
-from fastgen.cli.hydra_config import RunConfig, compose, model_override
-from fastgen.cli.prompt_files import check_output
-from fastgen.cli.bench.main.machine import (
+from fastgen.checkpoint import hub, weights
+from fastgen.cli.bench.machine import (
     collect_versions,
     hardware_name,
     measure_clocks,
@@ -31,9 +29,11 @@ from fastgen.cli.bench.main.machine import (
     peak_memory_bytes,
     total_memory_bytes,
 )
-from fastgen.cli.bench.main.rows import Row, Workload, format_table, merge_rows, parse_peer_log, plot_rows, read_rows
+from fastgen.cli.bench.rows import Row, Workload, format_table, merge_rows, parse_peer_log, plot_rows, read_rows
+from fastgen.cli.hydra_config import RunConfig, compose, model_override
+from fastgen.cli.prompt_files import check_output
 from fastgen.config import ParallelConfig
-from fastgen.checkpoint import hub, weights
+from fastgen.profiling import roofline
 
 progress_bar = partial(tqdm, delay=2, leave=False, disable=None)  # None: on a terminal alone, so that logs stay short
 EPILOG = """
@@ -47,7 +47,7 @@ limit: the least time the machine could need; fastgen/profiling/roofline.py has 
 examples:
   fgbench debug --workload 8x64x16 2x64x16x4
   fgbench benchmarks/configs/mistral-7b-instruct-v0.3.json --workload 512x1024x128 1x128x256 --out rows.json
-  fgbench path/to/config.json --workload 512x1024x128 --outputs 16,64,128,512 --plot plot.png max_requests=512
+  fgbench path/to/config.json --workload 512x1024x128 --outputs 16,64,128,512 --plot plot.png max_num_seqs=512
   fgbench mistral_7b --weights --workload 32x1024x256 --shared-prefix 768 --latency schedule=latency
   fgbench --out rows.json --peer-log vllm.txt --peer-version 0.23.0 --plot plot.png     # measures nothing
 """
@@ -92,7 +92,7 @@ def start_engine(config: RunConfig, load_weights: bool, workloads: list[Workload
     config = replace(config, lora=lora.expand_lora_config(config.lora, m.adapters))
     kind, settings = getattr(torch, dtype), {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
     if config.parallel != ParallelConfig():  # each process makes its share for itself
-        loading = {"dtype": dtype, "device": device, "random": not load_weights, "random_seed": m.random_seed}
+        loading = {"dtype": dtype, "device": device, "random_weights": not load_weights, "random_seed": m.random_seed}
         loading |= {"adapters": m.adapters, "progress": sys.stderr.isatty()} | settings
         if (count := config.parallel.replicas) > 1:
             engine = Replicas.from_pretrained(path, replicas=count, **loading)
@@ -178,7 +178,7 @@ def measure_throughput(
     machines = {"limit": known, "limit_measured": None}
     if row["gemm_tflops"]:
         here = known or roofline.Machine(name, 0, row["copy_tb_s"] * 1e12, total_memory_bytes(engine.device))
-        machines["limit_measured"] = here._replace(flops=row["gemm_tflops"] * 1e12)
+        machines["limit_measured"] = here._replace(flops_per_second=row["gemm_tflops"] * 1e12)
     for name, machine in machines.items():
         tok_s = (
             workload.max_tokens_per_second(engine.model_config, machine, engine.dtype.itemsize, layout)
@@ -243,9 +243,9 @@ def _compose_config(args: argparse.Namespace) -> RunConfig:
 
 
 def _parse_workloads(args: argparse.Namespace) -> list[Workload]:
-    works = [Workload.parse(text)._replace(shared=args.shared_prefix) for text in args.workload]
+    works = [Workload.parse(text)._replace(shared_prefix_len=args.shared_prefix) for text in args.workload]
     if args.outputs:
-        works = [Workload.parse(f"{w.num_requests}x{w.prompt_len}x{n}")._replace(samples=w.num_samples, shared=w.shared_prefix_len)
+        works = [Workload.parse(f"{w.num_requests}x{w.prompt_len}x{n}")._replace(num_samples=w.num_samples, shared_prefix_len=w.shared_prefix_len)
                  for w in works for n in args.outputs.split(",")]  # fmt: skip
     for w in works:
         if not 0 <= w.shared_prefix_len < w.prompt_len:

@@ -1,0 +1,7 @@
+"""Runs `fgbench` as `python -m fastgen.cli.bench`."""
+
+import sys
+
+from fastgen.cli.bench.main import main
+
+sys.exit(main())

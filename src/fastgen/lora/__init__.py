@@ -1,0 +1,41 @@
+"""LoRA adapters: `init`, `load`, `save`, `merge` and the tree they work on; engines serve many at once."""
+
+from fastgen.lora.adapter import (
+    TARGET_MODULES,
+    AdapterManager,
+    LoadedAdapter,
+    adapter_rank,
+    expand_lora_config,
+    init,
+    load,
+    merge,
+    named_tensors,
+    parameters,
+    read_peft_config,
+    save,
+    shard_adapter,
+    stack,
+    to_cpu,
+    update,
+    with_scale,
+)
+
+__all__ = [
+    "TARGET_MODULES",
+    "AdapterManager",
+    "LoadedAdapter",
+    "adapter_rank",
+    "expand_lora_config",
+    "init",
+    "load",
+    "merge",
+    "named_tensors",
+    "parameters",
+    "read_peft_config",
+    "save",
+    "shard_adapter",
+    "stack",
+    "to_cpu",
+    "update",
+    "with_scale",
+]
