@@ -505,16 +505,8 @@ def test_error_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        (
-            [1] * 64,
-            {"max_tokens": 1},
-            r"64 prompt tokens and max_tokens=1 .* context of 64 tokens: the prompt alone",
-        ),
-        (
-            [1] * 70,
-            {"max_tokens": None},
-            r"70 prompt tokens .* context of 64 tokens: the prompt alone is too long",
-        ),
+        ([1] * 64, {"max_tokens": 1}, r"64 prompt tokens and max_tokens=1 .* context of 64 tokens: the prompt alone"),
+        ([1] * 70, {"max_tokens": None}, r"70 prompt tokens .* context of 64 tokens: the prompt alone is too long"),
         ([1] * 20, {"max_tokens": 45}, r"20 prompt tokens and max_tokens=45 .* context of 64 .* at most 44"),
         ([1, 61], {}, r"prompt: token 61 is outside the vocabulary of 61"),
         ([-1], {}, r"prompt: token -1 is outside"),

@@ -121,13 +121,7 @@ class Snapshot:
         """Raises ValueError, with the reason, for what no engine of this vocabulary can have saved."""
         try:
             self._check(vocab_size)
-        except (
-            TypeError,
-            AttributeError,
-            LookupError,
-            ArithmeticError,
-            RuntimeError,
-        ) as e:
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
             raise ValueError(f"snapshot: a part of it is of a wrong type: {e}") from e
         except ValueError as e:
             raise ValueError(f"snapshot: {e}") from e

@@ -387,8 +387,7 @@ def test_unexpected_tensors_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [("model.embed_tokens.weight", (63, 32)), ("model.layers.1.self_attn.k_proj.weight", (32, 32))],
+    ("name", "shape"), [("model.embed_tokens.weight", (63, 32)), ("model.layers.1.self_attn.k_proj.weight", (32, 32))]
 )
 def test_misshaped_tensors_are_named(name: str, shape: tuple[int, ...], folder: Path) -> None:
     """With both shapes. The second one would fit the packed leaf, but not its part of it."""

@@ -175,11 +175,7 @@ def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: 
         ("p.txt", b"a\n\x1f\x8b\0", "p.txt, line 2: byte 0x8b is not UTF-8"),
         ("p", b"a\nb\0", "p, line 2: has a NUL character"),
         ("p.txt.gz", b"plain", "p.txt.gz: cannot be read: Not a gzipped file"),
-        (
-            "p.txt.gz",
-            packed(b"long enough to be cut" * 9)[:-9],
-            "p.txt.gz: cannot be read: Compressed file ended",
-        ),
+        ("p.txt.gz", packed(b"long enough to be cut" * 9)[:-9], "p.txt.gz: cannot be read: Compressed file ended"),
         ("p.pdf", "text", "p.pdf: cannot tell its format from '.pdf'"),
         ("p.jsonl", '"fine"\n{"text": "no prompt"}', "p.jsonl, line 2: must be a text"),
         ("p.jsonl", '{"prompt": 5}', "p.jsonl, line 1: must be a text, a list of token ids"),

@@ -534,12 +534,7 @@ def test_prefill_first_does_not_decode_meanwhile() -> None:
     plans = [p.step()[0] for _ in range(2)]
     p.add(2, [*range(60, 66)])
     plans += [p.step()[0] for _ in range(2)]
-    assert plans == [
-        [(0, 0, 8)],
-        [(0, 8, 9), (1, 0, 1)],
-        [(2, 0, 6)],
-        [(0, 9, 10), (1, 1, 2), (2, 6, 7)],
-    ]
+    assert plans == [[(0, 0, 8)], [(0, 8, 9), (1, 0, 1)], [(2, 0, 6)], [(0, 9, 10), (1, 1, 2), (2, 6, 7)]]
 
 
 def test_groups_read_what_they_share() -> None:

@@ -611,11 +611,7 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
         lora.load(tmp_path, SPECS["qwen3"])
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
-    for r, alpha, said in (
-        (5, 8, "rank 4, the config says 5"),
-        (10**9, 8, "r=1000000000"),
-        (4, 1e308, "lora_alpha"),
-    ):
+    for r, alpha, said in ((5, 8, "rank 4, the config says 5"), (10**9, 8, "r=1000000000"), (4, 1e308, "lora_alpha")):
         file.write_text(json.dumps(config | {"r": r, "lora_alpha": alpha}))
         with pytest.raises(ValueError, match=said):
             lora.expand_lora_config(fastgen.EngineConfig().lora, {"x": tmp_path})  # before there is room for it

@@ -446,9 +446,7 @@ def test_sharded_parameters(model: PreTrainedModel, alone: None, device: str) ->
     params = fresh()
     with engine(params) as one:
         one.update_params(model)
-        assert told(one.generate(PROMPTS, GREEDY)) == expected(
-            tree_map_only(Tensor, lambda w: w * 1.25, fresh()),
-        )
+        assert told(one.generate(PROMPTS, GREEDY)) == expected(tree_map_only(Tensor, lambda w: w * 1.25, fresh()))
 
 
 # --- updates in place -----------------------------------------------------------------------------------------------
@@ -571,8 +569,7 @@ def test_update_of_some_and_wrong_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "value"),
-    [("tree", float("nan")), ("mapping", float("inf")), ("module", 1e39), ("pairs", float("-inf"))],
+    ("kind", "value"), [("tree", float("nan")), ("mapping", float("inf")), ("module", 1e39), ("pairs", float("-inf"))]
 )
 def test_update_with_values_that_are_not_finite(kind: str, value: float) -> None:
     """Refused by the tensor's name; from memory nothing is written then, and nothing cached is lost. 1e39 is finite as

@@ -400,8 +400,7 @@ def _build_tokenizer(reader: GGUFReader, meta: dict) -> Tokenizer:
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
     names = {"bos": v.bos_id, "eos": v.eos_id, "unk": v.unk_id, "pad": v.pad_id}
     made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **{f"{name}_token": v.tokens[i] for name, i in names.items() if i is not None},
+        tokenizer_object=backend, **{f"{name}_token": v.tokens[i] for name, i in names.items() if i is not None}
     )
     made.chat_template = meta.get("tokenizer.chat_template")
     return made

@@ -196,12 +196,7 @@ def _unknown_key_message(key: str) -> str:
     """The message for a key that is not there; one that another group has is found too."""
     schema = OmegaConf.structured(RunConfig)
     groups = {group: list(node) for group, node in schema.items() if isinstance(node, DictConfig)}
-    keys = [
-        *schema,
-        "+experiment",
-        "+debug",
-        *(f"{group}.{name}" for group in groups for name in groups[group]),
-    ]
+    keys = [*schema, "+experiment", "+debug", *(f"{group}.{name}" for group in groups for name in groups[group])]
     group, _, name = key.rpartition(".")
     same, here = [k for k in keys if k.endswith(f".{name}")], [k for k in keys if k.rpartition(".")[0] == group]
     for known in (same, here, keys):

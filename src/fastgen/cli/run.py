@@ -30,15 +30,7 @@ from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import Engine, EngineConfig, Output, Replicas, SamplingParams
-from fastgen.cli.hydra_config import (
-    RunConfig,
-    Task,
-    compose,
-    conf_dir,
-    explain_error,
-    to_dataclass,
-    to_hydra_arguments,
-)
+from fastgen.cli.hydra_config import RunConfig, Task, compose, conf_dir, explain_error, to_dataclass, to_hydra_arguments
 from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
 from fastgen.core.tokenizer import Prompt, is_single_prompt
 from fastgen.profiling.profiler import profile_on_signal

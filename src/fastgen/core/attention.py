@@ -55,10 +55,7 @@ def reference(batch: Batch, model_config: ModelConfig) -> AttentionFn:
     key = torch.arange(slots.shape[1], device=row.device)
 
     def attend(
-        q: Float[Tensor, "T Q H"],
-        k_cache: Float[Tensor, "S K H"],
-        v_cache: Float[Tensor, "S K H"],
-        window: int | None,
+        q: Float[Tensor, "T Q H"], k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"], window: int | None
     ) -> Float[Tensor, "T Q H"]:
         k, v = k_cache[slots].float(), v_cache[slots].float()
         group = q.unflatten(1, (model_config.num_kv_heads, -1)).float()

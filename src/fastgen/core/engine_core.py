@@ -21,15 +21,7 @@ from fastgen.core import scheduler, tokenizer
 from fastgen.core.batch import InputBuffers, build_logit_edits, max_groups, to_device
 from fastgen.core.model_config import ModelConfig, shard_config
 from fastgen.core.prefix_cache import CacheStats, PrefixCache, make_namespace
-from fastgen.core.request import (
-    Completion,
-    Event,
-    Output,
-    SequenceState,
-    max_length,
-    rejected_output,
-    rejection_events,
-)
+from fastgen.core.request import Completion, Event, Output, SequenceState, max_length, rejected_output, rejection_events
 from fastgen.core.step import StepOutput, compute_target_logprobs, new_kv_cache
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Batch, KVCache, Params, SamplingTensors, Tokenizer, TopKTopP
