@@ -254,7 +254,7 @@ def update(
 ) -> None:
     """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each leaf's dtype; every weight once.
 
-    `partial`: those that are not given stay as they are. `check_finite`: a tensor that `check_finite` refuses is not written,
+    `partial`: those that are not given stay as they are. `check_finite`: a tensor that `raise_if_not_finite` refuses is not written,
     nor are those after it.
 
     The tensors are whole ones, or slices of a safetensors file; a rank's parameters at `place` take their cuts. Where
@@ -285,7 +285,7 @@ def update(
             whole = tensor if isinstance(tensor, Tensor) else part.extract_shard(tensor)
             count = total - len(left)
             done = f"the {count} tensors before it are written" if count else "nothing is written"
-            check_finite([(name, whole, view.dtype)], source, f"{done}. {FINITE_HINT}")
+            raise_if_not_finite([(name, whole, view.dtype)], source, f"{done}. {FINITE_HINT}")
         view.copy_(part.extract_shard(tensor))
         left.discard(part.name)
         tied = name if part.name == EMBED_NAME else tied
@@ -392,7 +392,7 @@ def _equal(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
 
 
 @torch.no_grad()
-def check_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str, advice: str) -> None:
+def raise_if_not_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str, advice: str) -> None:
     """Raises ValueError, naming the first eight of the (name, tensor, dtype), where values are NaN or infinite, or
     would be in that dtype.
 
@@ -418,13 +418,15 @@ def check_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str
 def check_finite_update(
     params: Params, model_config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tp_shard: TPShard, source: str
 ) -> None:
-    """Raises ValueError as `check_finite`, of those of (checkpoint name, tensor) that `update` would write."""
+    """Raises ValueError as `raise_if_not_finite`, of those of (checkpoint name, tensor) that `update` would write."""
     dtypes = {part.name: view.dtype for part, view in _param_views(params, model_config, tp_shard)}
     if model_config.tie_word_embeddings:
         dtypes[LM_HEAD_NAME] = dtypes[EMBED_NAME]
     for name, tensor in tensors:
         _checked_shape(source, name, tensor)
-    check_finite([(n, t, dtypes[n]) for n, t in tensors if n in dtypes], source, f"nothing is written. {FINITE_HINT}")
+    raise_if_not_finite(
+        [(n, t, dtypes[n]) for n, t in tensors if n in dtypes], source, f"nothing is written. {FINITE_HINT}"
+    )
 
 
 @torch.no_grad()
@@ -581,7 +583,7 @@ def load(
         update(params, spec, shown, source=str(path), tp_shard=tp_shard, check_finite=False)
         if check_finite:  # where they are now: a reduction is fastest there
             found = ((part.name, view, view.dtype) for part, view in _param_views(params, spec, tp_shard))
-            check_finite(found, str(path), f"is the file damaged, or the dtype too narrow? {FINITE_HINT}")
+            raise_if_not_finite(found, str(path), f"is the file damaged, or the dtype too narrow? {FINITE_HINT}")
     return spec, params
 
 

@@ -236,7 +236,7 @@ def check_finite(name: str, adapter: Adapter, dtype: torch.dtype, tp_group: TPGr
             if not x.is_floating_point() or x.is_meta:
                 kind = "on the meta device" if x.is_meta else x.dtype
                 raise ValueError(f"adapter {name!r}: {place} is {kind}: its tensors must be of floating point")
-        weights.check_finite(tensors, f"adapter {name!r}", advice)
+        weights.raise_if_not_finite(tensors, f"adapter {name!r}", advice)
     except ValueError as e:
         wrong = e
     if tp_group is not None and not tp_group.all_reduce_min(int(wrong is None)):

@@ -2,6 +2,6 @@
 
 import sys
 
-from fastgen.cli.bench.main import main
+from fastgen.cli.bench.benchmark import main
 
 sys.exit(main())
