@@ -90,11 +90,11 @@ def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monke
 
 CHATTY = """
 import sys
-from fastgen.server.log import always_read, say
-with always_read():
+from fastgen.server.log import log_line, nonblocking_stderr
+with nonblocking_stderr():
     for i in range(20_000):
         print(f"line {i} of a process that says much to whoever listens", file=sys.stderr)
-    say("the last line")
+    log_line("the last line")
 print("served", flush=True)
 """
 

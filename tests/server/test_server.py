@@ -750,10 +750,10 @@ def test_keys_are_compared_whole() -> None:
         (("c",), "Bearer C", False),
     ):
         if may:
-            admit(given | {"authorization": sent}, keys=keys)
+            admit(given | {"authorization": sent}, api_keys=keys)
         else:
             with pytest.raises(APIError) as e:
-                admit(given | {"authorization": sent}, keys=keys)
+                admit(given | {"authorization": sent}, api_keys=keys)
             assert e.value.status == 401
 
 
@@ -1353,13 +1353,13 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
     """With a traceback, instead of a 503 for good. Here the engine says nothing of its model."""
 
     class Client:
-        dead = False
+        is_engine_dead = False
 
         def __init__(self, *_: str) -> None:
-            self.info = asyncio.get_running_loop().create_future()
+            self.engine_info = asyncio.get_running_loop().create_future()
 
-        async def run(self) -> None:
-            self.info.set_result({})
+        async def receive_forever(self) -> None:
+            self.engine_info.set_result({})
             await asyncio.sleep(60)
 
     monkeypatch.setattr(app_state, "EngineClient", Client)

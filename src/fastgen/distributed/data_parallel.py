@@ -540,7 +540,7 @@ class Replicas:
             return
         self.worker_failure = self.worker_failure or "the replicas are closed"
         self._finalizer()
-        if "_guides" in self.__dict__:
+        if "_grammar_backend" in self.__dict__:
             self._grammar_backend.close()
         for name in ("_requests", "_waiting", "_pending_events"):
             if name in self.__dict__:

@@ -426,7 +426,7 @@ def _worker_main(
 
         spec, params, tokenizer = load_shard(ranks.shard, where, allocate=region)
         with engine_class(params, spec, tokenizer, progress=False, tp_group=ranks, **engine_options) as engine:
-            engine._grammar_backend.trusted = True  # rank 0 has tried the grammars that come
+            engine._grammar_backend.skip_trials = True  # rank 0 has tried the grammars that come
             if own:
                 engine._releasable_memory["params"] = own[0]
             del params
