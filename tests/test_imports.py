@@ -19,7 +19,8 @@ LAYERS = [  # each may import from its own line and those above
     ["core.transformer", "checkpoint.weights", "core.tokenizer"],
     ["checkpoint.hub", "compiled.batch_invariant", "grammar_check", "structured_output", "core.request", "core.step"],
     ["core.batch", "profiling.report", "profiling.profiler", "offload.host_cache", "snapshot"],
-    ["distributed.tensor_parallel", "training.weight_sync", "training.logprobs"],
+    ["distributed.tensor_parallel", "training.weight_sync", "training.shared_params", "training.differentiable_ops"]
+    + ["training.logprobs"],
     ["lora.adapter", "lora.__init__"],
     ["distributed.workers", "compiled.runner"],
     ["core.engine_core"],

@@ -343,13 +343,13 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
     async def main(e: fastgen.AsyncEngine) -> None:
         make, stops, going = e.engine._grammar_backend.make_matchers, list[threading.Event](), threading.Event()
 
-        def waiting(form: str, count: int = 1, stop: threading.Event | None = None) -> Any:
-            if stop is None:
-                return make(form, count)
-            stops.append(stop)
-            while not (stop.wait(0.005) or going.is_set()):
+        def waiting(grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None) -> Any:
+            if cancel_event is None:
+                return make(grammar, num_matchers)
+            stops.append(cancel_event)
+            while not (cancel_event.wait(0.005) or going.is_set()):
                 pass
-            return make(form, count, stop)
+            return make(grammar, num_matchers, cancel_event)
 
         monkeypatch.setattr(e.engine._grammar_backend, "make_matchers", waiting)
         one, two = (asyncio.create_task(e.add("once", guided(f"regex:{DATE}", seed=i, n=2))) for i in range(2))

@@ -27,7 +27,8 @@ from fastgen.distributed.data_parallel import Replicas
 from fastgen.engine import Engine
 from fastgen.snapshot import Snapshot
 from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score
-from fastgen.training.weight_sync import adopt, cuda_ipc_handles, receive, send
+from fastgen.training.shared_params import adopt
+from fastgen.training.weight_sync import cuda_ipc_handles, receive, send
 
 __all__ = [
     "Adapter",

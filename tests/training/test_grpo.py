@@ -43,7 +43,7 @@ def values(params: fastgen.Params) -> list[Tensor]:
 # --- learning -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"variant": "dr_grpo"}, {"kl": 0.001}], ids=["", "dr", "kl"])
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dr_grpo"}, {"kl_coef": 0.001}], ids=["", "dr", "kl"])
 def test_rewards_rise(settings: dict[str, Any]) -> None:
     """From chance to nearly always, in one memory: the engine samples with what the optimizer wrote."""
     one = trainer(**settings)
@@ -54,7 +54,7 @@ def test_rewards_rise(settings: dict[str, Any]) -> None:
     assert one.engine.weight_version > 5, "the engine has seen the updates by itself"
     assert max(row["mismatch"] for row in rows) < 1e-5, "the scorer has the sampler's parameters"
     assert rows[-1]["entropy"] < rows[0]["entropy"] / 2
-    assert bool(rows[-1]["kl"] > 0.1) == ("kl" in settings)
+    assert bool(rows[-1]["kl"] > 0.1) == ("kl_coef" in settings)
 
 
 def test_the_last_layers_alone() -> None:
@@ -69,7 +69,7 @@ def test_the_last_layers_alone() -> None:
 
 def test_a_strong_pull_to_the_start_keeps_it_there() -> None:
     """The same steps with a large weight of the divergence end nearer to the reference."""
-    free, held = trainer(kl=1e-6), trainer(kl=50.0)
+    free, held = trainer(kl_coef=1e-6), trainer(kl_coef=50.0)
     far = [[one.step() for _ in range(12)][-1]["kl"] for one in (free, held)]
     assert far[1] < far[0] / 5
 
@@ -136,7 +136,7 @@ def test_the_step_is_the_gradient_of_the_policy() -> None:
 # --- interruption ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"kl": 0.01, "layers": 1}], ids=["", "kl"])
+@pytest.mark.parametrize("settings", [{}, {"kl_coef": 0.01, "trainable_layers": 1}], ids=["", "kl"])
 def test_resumed_is_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Bit for bit, though steps after the checkpoint were already in the log."""
     whole = trainer(steps=9, **settings)
@@ -209,7 +209,7 @@ def test_problems() -> None:
     with pytest.raises(ValueError, match="no attribute 'nothing'"):
         load_problem("fastgen.training.grpo:nothing")
     with pytest.raises(ValueError, match=r"is a function, not a fastgen.training.grpo.Problem"):
-        load_problem("fastgen.training.grpo:draw_sum")
+        load_problem("fastgen.training.grpo:sample_sum_prompt")
 
 
 def test_a_problem_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

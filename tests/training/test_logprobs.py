@@ -20,6 +20,7 @@ from fastgen.core.model_config import TPShard
 from fastgen.core.scheduler import Span
 from fastgen.core.transformer import TORCH_OPS
 from fastgen.training import logprobs
+from fastgen.training.differentiable_ops import make_differentiable
 
 BASE = tiny.SIZES | {"vocab_size": 101, "max_position_embeddings": 256}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -318,7 +319,7 @@ def test_gradients_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     apart = ("attention", "embed", "row_parallel")  # the last is made of others
     hard = {name: kernel(f) for name, f in TORCH_OPS._asdict().items() if name not in apart}
     ops = TORCH_OPS._replace(attention=lambda b, s: kernel(sdpa(b, s)), **hard)
-    ops = logprobs.make_differentiable(ops, reference_gradients=True)
+    ops = make_differentiable(ops, reference_gradients=True)
     for got, want in zip(gradients(params, spec, many, {"ops": ops}), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-3)
 

@@ -141,7 +141,7 @@ def test_grpo_on_one_memory(release: bool, tmp_path: Path) -> None:
     assert {id(p) for p in one.model.parameters()} == objects
     engine = rollout.engine
     assert engine is not None
-    for name, tensor in fastgen.checkpoint.weights.named(engine.params, engine.model_config):
+    for name, tensor in fastgen.checkpoint.weights.named_weights(engine.params, engine.model_config):
         assert tensor.data_ptr() == one.model.get_parameter(name).data_ptr(), name
     words = letters()
     for (prompts, found), scored in zip(seen.calls, seen.scored, strict=True):

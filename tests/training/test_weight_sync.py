@@ -24,7 +24,7 @@ import fastgen
 from fastgen import SamplingParams
 from fastgen.checkpoint import weights
 from fastgen.core.model_config import to_hf_config
-from fastgen.training import logprobs, weight_sync
+from fastgen.training import logprobs, shared_params, weight_sync
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler, where it takes part, has some of its own
 
@@ -240,7 +240,7 @@ def test_the_documents_lines_teach_the_model(tmp_path: Path, monkeypatch: pytest
     names["optimizer"].zero_grad()
     exec(second, names)
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
-    names |= {"hf_model": model, "cache": engine.cache, "batch": engine.batch}
+    names |= {"hf_model": model, "cache": engine.cache, "batch": engine.last_batch}
     (readme,) = blocks("README.md", "fastgen.adopt")
     exec(readme, names)
     assert names["logits"].dtype == torch.float32 and all(x.requires_grad for x in names["logprobs"])
@@ -323,8 +323,8 @@ APART: dict[str, tuple[Any, str]] = {
     "_parameters": (lambda m: m.lm_head._parameters.update(weight=torch.nn.Parameter(torch.zeros(97, 32))), "lm_head"),
     "untied": (lambda m: replaced(m, "lm_head.weight"), "lm_head.weight"),
     "resized": (lambda m: m.resize_token_embeddings(100), "model.embed_tokens.weight was"),
-    "layers": (lambda m: m.model.layers.pop(1), "model.layers.1.* is not there"),
-    "module": (wrapped, "mlp.up_proj.weight is not there"),
+    "layers": (lambda m: m.model.layers.pop(1), "model.layers.1.* no longer exists"),
+    "module": (wrapped, "mlp.up_proj.weight no longer exists"),
     "meta": (lambda m: m.to("meta"), "model.embed_tokens.weight was"),
     "bias": (lambda m: m.model.layers[1].mlp.down_proj.register_parameter("bias", torch.nn.Parameter(torch.ones(32))),
              "it got the parameter model.layers.1.mlp.down_proj.bias"),
@@ -393,7 +393,7 @@ def test_watching_a_model_costs_a_step_little() -> None:
     """300 parameters: some 30 microseconds; the bound is that of a slow machine."""
     model = made("Qwen3", num_hidden_layers=27)
     _, params = fastgen.adopt(model)
-    (adoption,) = weight_sync.adopted_models(params)
+    (adoption,) = shared_params.adopted_models(params)
     assert len(list(model.parameters())) == 299
     assert min(timeit.repeat(adoption.check, number=20, repeat=5)) / 20 < 500e-6
 
@@ -547,7 +547,7 @@ def test_update_of_some_and_wrong_ones() -> None:
         with pytest.raises(ValueError, match=r"shape \(31,\), the config says \(32,\)"):
             one.update_params({name: torch.ones(31)}, partial=True)
         with pytest.raises(ValueError, match="another model's"):
-            one.update_params(params._replace(norm=torch.ones(31)))
+            one.update_params(params._replace(final_norm=torch.ones(31)))
         for wrong, said in (
             (torch.ones(32, dtype=torch.int8), f"{name} has dtype torch.int8: weights are of floating point"),
             (torch.ones(32, dtype=torch.complex64), "dtype torch.complex64"),

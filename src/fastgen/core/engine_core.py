@@ -32,8 +32,8 @@ from fastgen.offload.host_cache import HostOffload, page_bytes
 from fastgen.profiling.profiler import NULL_CONTEXT, Profiler
 from fastgen.structured_output import GrammarBackend, GrammarMatcher
 from fastgen.thread_safety import AccessGuard, check_fork, exclusive, no_torch_modes
+from fastgen.training.shared_params import adopted_models, version_counters
 from fastgen.training.sleep import ReleasableMemory
-from fastgen.training.weight_sync import adopted_models, version_counters
 
 INT64_RANGE = -(2**63), 2**63 - 1  # what numbers of requests may be asked for; seeds, too
 MAX_CPU_CACHE_BYTES = 2**30  # bytes at most, where the size is not given

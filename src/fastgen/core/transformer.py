@@ -245,10 +245,12 @@ def run_layers(
     adapters: StackedAdapters | None = None,
     *,
     last_token_only: bool = False,
+    layer_fn: Callable[..., tuple[Tensor, Tensor]] = decoder_layer,
 ) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
-    """x and y after the last block. Writes `cache` at `batch.slot`; pure otherwise.
+    """Returns x and y after the last layer. Writes `cache` at `batch.slot_mapping`; pure otherwise.
 
-    `last`: of the tokens `batch.output` only, which are the sequences' last ones.
+    With `last_token_only` the results are those of the sequences' last tokens, `batch.logits_indices`. `layer_fn` replaces
+    `decoder_layer`, for example by one that recomputes activations in the backward pass.
     """
     x, y, *turn = ops.embed(params.embed, batch.token_ids, batch.positions, model_config)
     attend, output = ops.attention(batch, model_config), None
@@ -260,7 +262,7 @@ def run_layers(
             after, output = last_token_batch(batch), batch.logits_indices
             attend = ops.attention(after, model_config)
         made = products(ops, model_config, adapters, i, batch, after)
-        x, y = decoder_layer(
+        x, y = layer_fn(
             x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot_mapping, attend, model_config, ops, made, output
         )
     return x, y

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgen.config import SamplingParams, unknown_name_message
 from fastgen.core.request import raise_on_non_finite_logits
 from fastgen.engine import Engine
-from fastgen.training.weight_sync import adopt
+from fastgen.training.shared_params import adopt
 
 # GRPOConfig's names of what SamplingParams calls otherwise; None in it is the default.
 GRPO_CONFIG_TO_SAMPLING = {
