@@ -189,7 +189,7 @@ class Run:
         self.audit(before, plan, moves)
         drawn = self.compute(plan, moves) if plan else []
         if plan:
-            self.state = scheduler.commit(self.state, plan, (), self.tokens)
+            self.state = scheduler.commit(self.state, plan, self.tokens)
             self.check()
             self.steps += 1
         self.receive()
@@ -356,7 +356,7 @@ class Played:
         for span in plan:
             if span.needs_sampling:
                 self.tokens[span.id] = [*self.tokens[span.id], 9]
-        self.state = scheduler.commit(self.state, plan, (), self.tokens)
+        self.state = scheduler.commit(self.state, plan, self.tokens)
         scheduler.check(self.state, self.limits)
         return [(x.id, x.start, x.stop) for x in plan], moves
 

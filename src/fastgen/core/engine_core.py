@@ -596,7 +596,7 @@ class EngineCore:
                 plan, *self._sample_tokens(plan, samples, computed, batch, settings), self.weight_version
             )
         self.state, self._last_batch = (
-            scheduler.commit(self.state, plan, (), self._tokens_by_sequence()),
+            scheduler.commit(self.state, plan, self._tokens_by_sequence()),
             (plan, samples, batch),
         )
         self.num_steps += 1

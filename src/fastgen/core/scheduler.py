@@ -381,13 +381,13 @@ def plan(state: State, config: SchedulerConfig, tokens_by_id: TokensById) -> tup
     return State(tree, p.free_req_indices, (*reversed(p.preempted), *p.waiting), tuple(p.running)), spans, moves
 
 
-def commit(state: State, executed_plan: Plan, stopped: Collection[int], tokens_by_id: TokensById) -> State:
-    """The state after a planned step: tokens cached, one token more for each that sampled, `stopped` ones gone.
+def commit(state: State, executed_plan: Plan, tokens_by_id: TokensById) -> State:
+    """Returns the state after a planned step: computed tokens advance, and each sampled sequence has one token more.
 
-    A sequence at its limit stops by itself.
+    Sequences that reach `max_length` leave. `remove` ends sequences that stop for any other reason.
     """
     spans = {span.id: span for span in executed_plan}
-    running, ended = [], set(stopped)
+    running, ended = [], set[int]()
     for s in state.running:
         if span := spans.get(s.id):
             s = s._replace(num_computed_tokens=span.stop, num_tokens=s.num_tokens + span.needs_sampling)

@@ -95,7 +95,7 @@ class _MappedMemory:
 
     @staticmethod
     def _free(address: ctypes.c_uint64, nbytes: int, state: dict[str, Any]) -> None:
-        if state["_process"] != os.getpid():  # a fork has no part in it
+        if state["_pid"] != os.getpid():  # a fork has no part in it
             return
         torch.cuda.synchronize()
         if state["mapped"]:
