@@ -23,6 +23,8 @@ from fastgen.thread_safety import no_autocast
 
 HiddenStates = Float[Tensor, "T D"]
 RopeCosSin = Float[Tensor, "T 1 half"]
+# add_lora(y, x, rows) -> y plus the low-rank terms of x, where both hold these rows of the batch
+AddLora = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 def embed(
@@ -87,7 +89,7 @@ def row_parallel(
     x: Float[Tensor, "T N"],
     w: Float[Tensor, "D N"],
     bias: Float[Tensor, " D"] | None = None,
-    add_lora: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
+    add_lora: AddLora | None = None,
 ) -> Float[Tensor, "T D"]:
     """A linear layer whose depth ranks may share, each of which then has a part of the sum; here, all of it.
 
@@ -107,8 +109,9 @@ class ModelOps(NamedTuple):
     apply_qk_norm: Callable[..., Tensor] = apply_qk_norm
     rope_and_cache_kv: Callable[..., Any] = layers.rope_and_cache_kv  # or `attention.Fresh`, where attention does it
     linear: Callable[..., Tensor] = F.linear
-    row_parallel: Callable[..., Tensor] = row_parallel
-    # In the place of the two projections, where the matrices are changed by adapters:
+    out_proj: Callable[..., Tensor] = row_parallel
+    down_proj: Callable[..., Tensor] = row_parallel
+    # The parts of `add_norm_qkv` and `add_norm_gate_up`, where adapters add to what lies between (see `lora_ops`):
     add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
     swiglu: Callable[..., Tensor] = swiglu
     apply_lora: Callable[..., Tensor] = layers.apply_lora
@@ -120,70 +123,48 @@ class ModelOps(NamedTuple):
 TORCH_OPS = ModelOps()
 
 
-class Products(NamedTuple):
-    """The products of one block: `Ops`', or those whose matrices are changed by adapters."""
+def lora_ops(
+    ops: ModelOps,
+    adapters: StackedAdapters,
+    layer_idx: int,
+    model_config: ModelConfig,
+    adapter_idx: Int[Tensor, " T"] | None,
+    output_adapter_idx: Int[Tensor, " out"] | None,
+) -> ModelOps:
+    """Returns `ops` whose projections in one layer add the low-rank terms of each token's adapter.
 
-    project: Callable[..., tuple[Tensor, Tensor]]
-    project_swiglu: Callable[..., tuple[Tensor, Tensor]]
-    out: Callable[..., Tensor]
-    down: Callable[..., Tensor]
+    `adapter_idx` holds the adapter of every row before attention, `output_adapter_idx` of every row after it. Raises
+    ValueError if the batch has no adapter indices.
+    """
+    if adapter_idx is None or output_adapter_idx is None:
+        raise ValueError("adapters need batch.adapter_idx, the index of each token's adapter")
+    layer, scale, head_dim = adapters.layers[layer_idx], adapters.scale, model_config.head_dim
+    q_size, kv_size = model_config.num_q_heads * head_dim, model_config.num_kv_heads * head_dim
 
+    def low_rank_term(lora: StackedLora, output_sizes: tuple[int, ...], idx: Tensor) -> AddLora:
+        return lambda y, x, rows: ops.apply_lora(y, x, *lora, scale, idx[rows], output_sizes)
 
-def unchanged(ops: ModelOps) -> Products:
-    """Of a model without adapters."""
-    summed = partial(ops.row_parallel, ops.linear)
-    return Products(ops.add_norm_qkv, ops.add_norm_gate_up, summed, summed)
+    add_qkv = low_rank_term(layer.qkv, (q_size, kv_size, kv_size), adapter_idx)
+    add_out = low_rank_term(layer.out, (model_config.hidden_size,), output_adapter_idx)
+    add_gate_up = low_rank_term(layer.gate_up, (model_config.intermediate_size,) * 2, output_adapter_idx)
+    add_down = low_rank_term(layer.down, (model_config.hidden_size,), output_adapter_idx)
 
-
-def products(
-    ops: ModelOps, model_config: ModelConfig, adapters: StackedAdapters | None, i: int, batch: Batch, after: Batch
-) -> Products:
-    """Of layer i. `batch` has the rows before attention, `after` those after it."""
-    if adapters is None:
-        return unchanged(ops)
-    before, behind = batch.adapter_idx, after.adapter_idx
-    if before is None or behind is None:
-        raise ValueError("adapters without batch.adapter, which says whose each token is")
-    stacks, heads = (
-        adapters.layers[i],
-        tuple(
-            n * model_config.head_dim
-            for n in (model_config.num_q_heads, model_config.num_kv_heads, model_config.num_kv_heads)
-        ),
-    )
-
-    def change(
-        stack: StackedLora, widths: tuple[int, ...], adapter: Tensor
-    ) -> Callable[[Tensor, Tensor, slice], Tensor]:
-        return lambda y, x, rows: ops.apply_lora(y, x, *stack, adapters.scale, adapter[rows], widths)
-
-    def linear(x: Tensor, w: Tensor, bias: Tensor | None, *changed: Any) -> Tensor:
-        return change(*changed)(ops.linear(x, w, bias), x, slice(None))
-
-    def project(
+    def add_norm_qkv(
         x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None
-    ) -> tuple[HiddenStates, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         x, h = ops.add_norm(x, y, norm, eps)
-        return x, linear(h, w, bias, stacks.qkv, heads, before)
+        return x, add_qkv(ops.linear(h, w, bias), h, slice(None))
 
-    def project_swiglu(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[HiddenStates, Tensor]:
+    def add_norm_gate_up(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         x, h = ops.add_norm(x, y, norm, eps)
-        return x, ops.swiglu(
-            linear(
-                h,
-                gate_up,
-                None,
-                stacks.gate_up,
-                (model_config.intermediate_size, model_config.intermediate_size),
-                behind,
-            )
-        )
+        return x, ops.swiglu(add_gate_up(ops.linear(h, gate_up, None), h, slice(None)))
 
-    out, down = (
-        partial(ops.row_parallel, ops.linear, add_lora=change(stack, (model_config.hidden_size,), behind))
-        for stack in (stacks.out, stacks.down)
+    return ops._replace(
+        add_norm_qkv=add_norm_qkv,
+        add_norm_gate_up=add_norm_gate_up,
+        out_proj=partial(ops.out_proj, add_lora=add_out),
+        down_proj=partial(ops.down_proj, add_lora=add_down),
     )
-    return Products(project, project_swiglu, out, down)
 
 
 def last_token_batch(batch: Batch) -> Batch:
@@ -215,25 +196,23 @@ def decoder_layer(
     attend: AttentionFn,
     model_config: ModelConfig,
     ops: ModelOps = TORCH_OPS,
-    products: Products | None = None,
     logits_indices: Int[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
     """x and y after a block. Writes k and v at `slot`; pure otherwise.
 
-    `products`: those of `ops`, unless given. `output`: of these tokens only, which `attend` is then made for. Of the
-    others no more than keys and values is computed.
+    `output`: of these tokens only, which `attend` is then made for. Of the others no more than keys and values is
+    computed.
     """
-    of = products or unchanged(ops)
-    x, qkv = of.project(x, y, layer.attn_norm, model_config.rms_norm_eps, layer.qkv, layer.qkv_bias)
+    x, qkv = ops.add_norm_qkv(x, y, layer.attn_norm, model_config.rms_norm_eps, layer.qkv, layer.qkv_bias)
     qkv = qkv.unflatten(-1, (-1, model_config.head_dim))
     if layer.q_norm is not None:
         qkv = ops.apply_qk_norm(qkv, layer.q_norm, layer.k_norm, model_config)
     q = ops.rope_and_cache_kv(qkv, *cos_sin, slot, k_cache, v_cache)
     if logits_indices is not None:
         x, q = x[logits_indices], q[logits_indices]
-    y = of.out(attend(q, k_cache, v_cache, window).flatten(1), layer.out, layer.out_bias)
-    x, gated = of.project_swiglu(x, y, layer.ffn_norm, model_config.rms_norm_eps, layer.gate_up)
-    return x, of.down(gated, layer.down)
+    y = ops.out_proj(ops.linear, attend(q, k_cache, v_cache, window).flatten(1), layer.out, layer.out_bias)
+    x, gated = ops.add_norm_gate_up(x, y, layer.ffn_norm, model_config.rms_norm_eps, layer.gate_up)
+    return x, ops.down_proj(ops.linear, gated, layer.down)
 
 
 def run_layers(
@@ -261,9 +240,11 @@ def run_layers(
         if last_token_only and i == model_config.num_layers - 1:
             after, output = last_token_batch(batch), batch.logits_indices
             attend = ops.attention(after, model_config)
-        made = products(ops, model_config, adapters, i, batch, after)
+        layer_ops = ops
+        if adapters is not None:
+            layer_ops = lora_ops(ops, adapters, i, model_config, batch.adapter_idx, after.adapter_idx)
         x, y = layer_fn(
-            x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot_mapping, attend, model_config, ops, made, output
+            x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot_mapping, attend, model_config, layer_ops, output
         )
     return x, y
 

@@ -21,6 +21,7 @@ import socket
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from fastgen.core import sampling
 from fastgen.core.model_config import ModelConfig, TPShard, vocab_shard
-from fastgen.core.transformer import ModelOps
+from fastgen.core.transformer import AddLora, ModelOps
 from fastgen.core.types import SamplerOutput, SamplingTensors
 
 # Bytes that a rank reads from all others for one sum. Beyond it parts are pushed, or NCCL sums (`layouts_gpu.py`).
@@ -272,11 +273,8 @@ def shard_ops(
     """
     first, count = vocab_shard(model_config.vocab_size, tp_group.shard)
     rows = vocab_shard(model_config.vocab_size, TPShard(0, tp_group.shard.size))[1]  # of every rank, padding included
-    turn = 0
 
     def enter(embed: Tensor, token: Tensor, position: Tensor, local: ModelConfig) -> tuple[Tensor, ...]:
-        nonlocal turn
-        turn = 0
         at = token - first
         x, zero, *rest = ops.embed(embed, at.clamp(0, rows - 1), position, local)
         y = torch.where(((at >= 0) & (at < count))[:, None], x, 0)
@@ -284,20 +282,25 @@ def shard_ops(
         return zero, y if part is None else part, *rest
 
     def row_parallel(
-        linear: Callable[..., Tensor], x: Tensor, w: Tensor, bias: Tensor | None = None, change: Any = None
+        local: Callable[..., Tensor],
+        buffer_idx: int,
+        linear: Callable[..., Tensor],
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None = None,
+        add_lora: AddLora | None = None,
     ) -> Tensor:
-        nonlocal turn
-        turn, bias = 1 - turn, None if tp_group.shard.rank else bias
+        bias = None if tp_group.shard.rank else bias
 
         def make(rows: slice, to: Tensor) -> None:
             ops.lm_head(x[rows], w, to)  # the same product, to a place
             if bias is not None:
                 to += bias
-            if change is not None and (changed := change(to, x[rows], rows)) is not to:
+            if add_lora is not None and (changed := add_lora(to, x[rows], rows)) is not to:
                 to.copy_(changed)
 
-        part = None if peer_buffers is None else peer_buffers.write_partial(turn, len(x), make)
-        return ops.row_parallel(linear, x, w, bias, change) if part is None else part
+        part = None if peer_buffers is None else peer_buffers.write_partial(buffer_idx, len(x), make)
+        return local(linear, x, w, bias, add_lora) if part is None else part
 
     def summed(*args: Any) -> tuple[Tensor, Tensor] | None:
         return None if peer_buffers is None else peer_buffers.try_all_reduce_add_norm(*args)
@@ -330,7 +333,9 @@ def shard_ops(
         "add_norm_gate_up": project_swiglu,
         "add_norm": add_norm,
     }
-    return ops._replace(**parts, row_parallel=row_parallel, final_norm=leave, lm_head=head)
+    # Consecutive sums use different buffers: the embedding's is 2, attention's 0, the feed-forward's 1.
+    parts |= {"out_proj": partial(row_parallel, ops.out_proj, 0), "down_proj": partial(row_parallel, ops.down_proj, 1)}
+    return ops._replace(**parts, final_norm=leave, lm_head=head)
 
 
 def sample_from_shards(
