@@ -12,7 +12,7 @@ import fastgen
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
     ["config", "core.types", "core.kv_cache", "core.prefix_cache", "core.model_config", "core.chat_template"]
-    + ["core.control_tokens", "checkpoint.files", "thread_safety", "training.sleep"],
+    + ["core.model_families", "core.control_tokens", "checkpoint.files", "thread_safety", "training.sleep"],
     ["checkpoint.gguf", "profiling.roofline", "core.layers", "core.attention", "core.scheduler", "core.sampling"]
     + ["kernels.attention", "kernels.select", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
     + ["kernels.page_copy", "kernels.lora", "kernels.all_reduce_norm"],
@@ -98,6 +98,7 @@ def test_the_scheduler_needs_no_torch() -> None:
         "config",
         "profiling/roofline",
         "core/model_config",
+        "core/model_families",
     ):
         roots = {module.split(".")[0] for module in imports(ROOT / f"{name}.py")}
         assert not roots & {"torch", "numpy", "transformers", "hydra"}, name

@@ -5,7 +5,8 @@ from fastgen.async_engine import AsyncEngine
 from fastgen.checkpoint.weights import init, load, save
 from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core.batch import build_batch
-from fastgen.core.model_config import ModelConfig, RopeConfig, from_hf_config
+from fastgen.core.model_config import ModelConfig, RopeConfig
+from fastgen.core.model_families import from_hf_config
 from fastgen.core.prefix_cache import CacheStats
 from fastgen.core.request import Completion, Event, Output
 from fastgen.core.step import new_kv_cache

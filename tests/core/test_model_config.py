@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
-from fastgen.core.model_config import MODEL_TYPES, ModelConfig, RopeConfig, from_hf_config, to_hf_config
+from fastgen.core.model_config import ModelConfig, RopeConfig
+from fastgen.core.model_families import FAMILIES, from_hf_config, to_hf_config
 
 LLAMA3 = {
     "factor": 8.0,
@@ -159,7 +160,7 @@ def test_spelling_of_transformers_5(name: str) -> None:
 def saved_by_transformers(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers makes of a config."""
     rest = {k: v for k, v in config.items() if k != "model_type"}
-    theirs = transformers.AutoConfig.for_model(MODEL_TYPES[config["architectures"][0]], **rest)
+    theirs = transformers.AutoConfig.for_model(FAMILIES[config["architectures"][0]].model_type, **rest)
     return json.loads(theirs.to_json_string())
 
 
@@ -288,9 +289,9 @@ def test_a_spec_is_a_value() -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["architecture", "GPT2LMHeadModel", *MODEL_TYPES]),
-        ({"architectures": None}, ["architecture", "None", *MODEL_TYPES]),
-        ({"architectures": []}, ["architecture", "None", *MODEL_TYPES]),
+        ({"architectures": ["GPT2LMHeadModel"]}, ["architecture", "GPT2LMHeadModel", *FAMILIES]),
+        ({"architectures": None}, ["architecture", "None", *FAMILIES]),
+        ({"architectures": []}, ["architecture", "None", *FAMILIES]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization", "awq", "none"]),
         ({"quantization_config": {"bits": 4}}, ["quantization", "unknown", "none"]),

@@ -28,7 +28,8 @@ from fastgen.config import LoraConfig
 from fastgen.core import scheduler
 from fastgen.core.attention import reference
 from fastgen.core.layers import apply_lora
-from fastgen.core.model_config import ModelConfig, from_hf_config
+from fastgen.core.model_config import ModelConfig
+from fastgen.core.model_families import from_hf_config
 from fastgen.core.scheduler import Span
 from fastgen.core.types import LayerLora, Params
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 import fastgen
 from fastgen import SamplingParams
 from fastgen.checkpoint import weights
-from fastgen.core.model_config import to_hf_config
+from fastgen.core.model_families import to_hf_config
 from fastgen.training import logprobs, shared_params, weight_sync
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler, where it takes part, has some of its own

@@ -17,16 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from tqdm.auto import tqdm
 
 from fastgen.checkpoint.files import Checkpoint, open_checkpoint, read_json
-from fastgen.core.model_config import (
-    UNSHARDED,
-    ModelConfig,
-    TPShard,
-    from_hf_config,
-    parse_eos_token_ids,
-    shard_config,
-    to_hf_config,
-    vocab_shard,
-)
+from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
+from fastgen.core.model_families import from_hf_config, parse_eos_token_ids, to_hf_config
 from fastgen.core.types import Layer, Params
 from fastgen.training.sleep import ReleasableMemory
 

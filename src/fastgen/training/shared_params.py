@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fastgen.checkpoint.weights import EMBED_NAME, LM_HEAD_NAME, weight_specs
-from fastgen.core.model_config import ModelConfig, from_hf_config
+from fastgen.core.model_config import ModelConfig
+from fastgen.core.model_families import from_hf_config
 from fastgen.core.types import Params
 from fastgen.training.weight_sync import checkpoint_name
 
