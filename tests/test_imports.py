@@ -17,7 +17,16 @@ LAYERS = [  # each may import from its own line and those above
     + ["kernels.attention", "kernels.select", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
     + ["kernels.page_copy", "kernels.lora", "kernels.all_reduce_norm"],
     ["core.transformer", "checkpoint.weights", "core.tokenizer"],
-    ["checkpoint.hub", "compiled.batch_invariant", "grammar_check", "structured_output", "core.request", "core.step"],
+    [
+        "checkpoint.hub",
+        "compiled.batch_invariant",
+        "structured_output.trial",
+        "structured_output.trial_process",
+        "structured_output.backend",
+        "structured_output.rank_grammars",
+        "core.request",
+        "core.step",
+    ],
     ["core.batch", "profiling.report", "profiling.profiler", "offload.host_cache", "snapshot"],
     ["distributed.tensor_parallel", "training.weight_sync", "training.shared_params", "training.differentiable_ops"]
     + ["training.logprobs"],
@@ -50,6 +59,7 @@ EMPTY = {
         "training",
         "server",
         "profiling",
+        "structured_output",
     )
 } | {"cli.__init__", "cli.bench.__init__"}
 

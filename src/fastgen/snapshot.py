@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgen.config import SamplingParams
 from fastgen.core.request import Completion, FinishReason, Output, SequenceState, TopLogprobs
 from fastgen.core.types import Tokenizer
-from fastgen.structured_output import GrammarMatcher
+from fastgen.structured_output.backend import GrammarMatcher
 
 FORMAT = "fastgen snapshot 2"
 SEED_RANGE = range(-(2**63), 2**63)

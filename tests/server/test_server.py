@@ -38,7 +38,7 @@ from fastgen.server.engine_process import EngineServer, pack_message
 from fastgen.server.middleware import Middleware
 from fastgen.server.requests import APIError, bad_request
 from fastgen.server.responses import dump_json
-from fastgen.structured_output import GrammarCancelled
+from fastgen.structured_output.trial_process import GrammarCancelled
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 KEY = "sesame"

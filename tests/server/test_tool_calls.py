@@ -294,7 +294,7 @@ SETUPS = [("llama", "plain"), ("mistral", "plain"), ("hermes", "plain"), *((n.sp
 @pytest.fixture(scope="module")
 def guides() -> dict[str, Any]:
     pytest.importorskip("llguidance")
-    from fastgen.structured_output import GrammarBackend
+    from fastgen.structured_output.backend import GrammarBackend
 
     return {name: GrammarBackend(c, len(c), frozenset([256])) for name, c in CODERS.items()}
 

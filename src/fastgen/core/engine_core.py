@@ -30,7 +30,7 @@ from fastgen.distributed.tensor_parallel import TPGroup
 from fastgen.lora import AdapterManager
 from fastgen.offload.host_cache import HostOffload, page_bytes
 from fastgen.profiling.profiler import NULL_CONTEXT, Profiler
-from fastgen.structured_output import GrammarBackend, GrammarMatcher
+from fastgen.structured_output.backend import GrammarBackend, GrammarMatcher
 from fastgen.thread_safety import AccessGuard, check_fork, exclusive, no_torch_modes
 from fastgen.training.shared_params import adopted_models, version_counters
 from fastgen.training.sleep import ReleasableMemory

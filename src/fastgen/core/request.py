@@ -14,7 +14,7 @@ from fastgen.config import SamplingParams, check_choice
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.tokenizer import Detokenizer, Prompt, to_prompt_list
 from fastgen.core.types import Tokenizer
-from fastgen.structured_output import GrammarMatcher
+from fastgen.structured_output.backend import GrammarMatcher
 
 FinishReason = Literal["stop", "length", "abort", "error"]  # error: see `Completion.error` and `Output.error`
 R = TypeVar("R")

@@ -40,7 +40,7 @@ from fastgen.core.request import Completion, Event, Output, map_prompts, max_len
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Adapter, Tokenizer
 from fastgen.engine import Engine, EventStream, collect_outputs, outputs_as_completed, resolve_model
-from fastgen.structured_output import GrammarBackend, GrammarMatcher
+from fastgen.structured_output.backend import GrammarBackend, GrammarMatcher
 from fastgen.thread_safety import AccessGuard, detach_in_forks, exclusive
 
 PREFIX_AFFINITY = 4  # requests of its own kind that one lets pass in order to find its beginning cached

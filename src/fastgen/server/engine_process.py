@@ -42,7 +42,7 @@ from fastgen import Engine, Replicas, SamplingParams
 from fastgen.core.request import Event, sample_seed
 from fastgen.core.types import Adapter
 from fastgen.distributed.data_parallel import collect_stats
-from fastgen.structured_output import GrammarMatcher
+from fastgen.structured_output.backend import GrammarMatcher
 
 MAX_CONSECUTIVE_FAILURES = 3  # steps in a row that may fail; then something is broken for good
 STUCK_STEP_SECONDS = 120.0  # seconds after which a step counts as one that will not end

@@ -1,4 +1,4 @@
-"""Output that follows a grammar, on a tiny random model whose tokens are bytes."""
+"""Output that follows a grammar, from a tiny random model whose tokens are bytes."""
 
 import asyncio
 import json
@@ -19,10 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fastgen
-from fastgen import Output, SamplingParams, structured_output
+from fastgen import Output, SamplingParams
 from fastgen.core.sampling import apply_token_mask
-from fastgen.grammar_check import TrialLimits, compile_grammar
-from fastgen.structured_output import GrammarBackend, GrammarCancelled, json_depth
+from fastgen.structured_output import backend
+from fastgen.structured_output.backend import GrammarBackend, json_depth
+from fastgen.structured_output.rank_grammars import RankGrammars
+from fastgen.structured_output.trial import TrialLimits, compile_grammar
+from fastgen.structured_output.trial_process import GrammarCancelled
 
 pytest.importorskip("llguidance")
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -40,11 +43,7 @@ SCHEMA = {
 DATE = r"[0-9]{4}-[01][0-9]"
 
 
-def fits(value: dict[str, Any]) -> bool:
-    return value.keys() == {"a", "b"} and value["a"] in range(100) and value["b"] in ("x", "yy")
-
-
-FORMS: dict[str, Any] = {
+MATCHES: dict[str, Any] = {
     f"regex:{DATE}": lambda text: re.fullmatch(DATE, text),
     "json:" + json.dumps(SCHEMA): lambda text: (
         json.loads(text)["a"] in range(100) and json.loads(text)["b"] in ("x", "yy")
@@ -54,9 +53,9 @@ FORMS: dict[str, Any] = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    made = Tokenizer(models.BPE(VOCAB, [("a", "b"), ("1", "2")]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    bpe = Tokenizer(models.BPE(VOCAB, [("a", "b"), ("1", "2")]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
@@ -68,36 +67,36 @@ def engine(words: PreTrainedTokenizerFast | None, **settings: Any) -> fastgen.En
     return fastgen.Engine(PARAMS, SPEC, words, progress=False, **settings)
 
 
-def guided(form: str, **more: Any) -> SamplingParams:
-    return SamplingParams(**{"grammar": form, "max_tokens": 200} | more)
+def with_grammar(grammar: str, **settings: Any) -> SamplingParams:
+    return SamplingParams(**{"grammar": grammar, "max_tokens": 200} | settings)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("grammar", FORMS)
+@pytest.mark.parametrize("grammar", MATCHES)
 def test_every_output_follows(grammar: str, overlap: bool, words: PreTrainedTokenizerFast) -> None:
-    """Drawn hot from a random model, what ends by itself matches; so do greedy, filtered and penalised outputs."""
-    kinds = [
-        {"temperature": 3, "n": 8},
-        {"temperature": 0},
-        {"temperature": 1, "top_p": 0.9, "repetition_penalty": 1.2},
-    ]
+    """Outputs that end by themselves match: at a high temperature, greedy, filtered and penalized."""
+    settings = [
+        {"temperature": 3, "n": 8}, {"temperature": 0}, {"temperature": 1, "top_p": 0.9, "repetition_penalty": 1.2},
+    ]  # fmt: skip
     prompts = ["once", "12", "ab"] * 2
     with engine(words, overlap=overlap, max_num_seqs=7) as e:
-        outputs = e.generate(prompts, [guided(grammar, seed=i, **kinds[i % 3]) for i in range(6)], progress=False)
+        outputs = e.generate(
+            prompts, [with_grammar(grammar, seed=i, **settings[i % 3]) for i in range(6)], progress=False
+        )
     ended = [c for o in outputs for c in o.completions if c.finish_reason == "stop"]
     assert len(ended) > 8
     for c in ended:
-        assert c.token_ids[-1] == 256 and FORMS[grammar](c.text), c.text
+        assert c.token_ids[-1] == 256 and MATCHES[grammar](c.text), c.text
 
 
-def test_neighbours_are_not_disturbed(words: PreTrainedTokenizerFast) -> None:
-    """A mask that reaches another row changes what it draws."""
+def test_masks_leave_other_rows_alone(words: PreTrainedTokenizerFast) -> None:
+    """Requests without a grammar sample the same tokens beside requests with one as without them."""
     plain = [SamplingParams(seed=i, max_tokens=20) for i in range(4)]
     with engine(words) as e:
         alone = e.generate(["one", "two", "three", "four"], plain, progress=False)
         mixed = e.generate(
             ["one", "x", "two", "y", "three", "four"],
-            [plain[0], guided(f"regex:{DATE}", seed=7), plain[1], guided("json:", seed=8), *plain[2:]],
+            [plain[0], with_grammar(f"regex:{DATE}", seed=7), plain[1], with_grammar("json:", seed=8), *plain[2:]],
             progress=False,
         )
     assert [o.completions[0].token_ids for o in (mixed[0], mixed[2], mixed[4], mixed[5])] == [
@@ -113,9 +112,9 @@ def finish(e: fastgen.Engine) -> dict[int, Output]:
 
 
 def test_forks_and_snapshots_stay_within_the_grammar(words: PreTrainedTokenizerFast) -> None:
-    """A copy that begins the grammar anew, or moves the original along with it."""
+    """Forks and restored snapshots continue in the grammar's state, independently of the original."""
     with engine(words) as e, engine(words) as other:
-        id = e.add("once", guided(f"regex:{DATE}", seed=1))
+        id = e.add("once", with_grammar(f"regex:{DATE}", seed=1))
         for _ in range(4):
             e.step()
         copies, saved = e.fork(id, 3, seeds=[1, 2, 3]), e.snapshot(id)
@@ -126,11 +125,13 @@ def test_forks_and_snapshots_stay_within_the_grammar(words: PreTrainedTokenizerF
     assert texts[0] == texts[1] and all(re.fullmatch(DATE, t) and t[:2] == texts[0][:2] for t in texts)
 
 
-def test_preempted_requests_go_on(words: PreTrainedTokenizerFast) -> None:
-    """A request that was parked begins its grammar anew."""
+def test_preempted_requests_keep_their_grammar_state(words: PreTrainedTokenizerFast) -> None:
+    """A preempted request continues in the state that its grammar had reached."""
     grammar = "regex:(ab|12){20}!"
     with engine(words, cache_tokens=64, page_size=4) as e:
-        outputs = e.generate(["once"] * 4, [guided(grammar, seed=i, max_tokens=50) for i in range(4)], progress=False)
+        outputs = e.generate(
+            ["once"] * 4, [with_grammar(grammar, seed=i, max_tokens=50) for i in range(4)], progress=False
+        )
         assert e.cache_stats.num_preemptions
     for o in outputs:
         assert re.fullmatch(grammar[6:], o.completions[0].text)
@@ -147,30 +148,30 @@ def test_preempted_requests_go_on(words: PreTrainedTokenizerFast) -> None:
     ],
 )
 def test_bad_grammars(grammar: str, message: str, words: PreTrainedTokenizerFast) -> None:
-    """A grammar that cannot be used is refused before anything runs, and disturbs nobody."""
+    """A grammar that cannot be used is refused before anything runs; other requests are not affected."""
     with engine(words) as e:
         id = e.add("once", SamplingParams(max_tokens=3, ignore_eos=True))
         with pytest.raises(ValueError, match=message):
-            e.add("once", guided(grammar))
+            e.add("once", with_grammar(grammar))
         assert [*finish(e)] == [id]
 
 
 def test_what_a_grammar_needs(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a tokenizer or the package it says what to do; it decides itself where the output ends."""
+    """Errors name a missing tokenizer or package; settings that contradict a grammar's end are refused."""
     with engine(None) as e, pytest.raises(ValueError, match="needs a tokenizer"):
-        e.add([1, 2], guided("json:"))
-    monkeypatch.setattr("fastgen.structured_output.find_spec", lambda name: None)
+        e.add([1, 2], with_grammar("json:"))
+    monkeypatch.setattr("fastgen.structured_output.backend.find_spec", lambda name: None)
     with engine(words) as e, pytest.raises(ValueError, match=r"pip install fastgen\[guide\]"):
-        e.add("once", guided("json:"))
+        e.add("once", with_grammar("json:"))
     for wrong in ({"min_tokens": 3}, {"ignore_eos": True}, {"grammar": 7}):
         with pytest.raises(ValueError, match="grammar"):
             SamplingParams(**{"grammar": "json:"} | wrong)
 
 
 def test_a_grammar_that_fails_ends_its_request_alone(words: PreTrainedTokenizerFast) -> None:
-    """A parser that gives up takes the step of all others with it."""
+    """A parser that gives up does not end the step of other requests."""
     with engine(words) as e:
-        one, two = (e.add("once", guided(f"regex:{DATE}", seed=i)) for i in range(2))
+        one, two = (e.add("once", with_grammar(f"regex:{DATE}", seed=i)) for i in range(2))
         e.step()
         sample = next(s for s in e._sequence_states.values() if s.output.request_id == one)
         assert sample.matcher is not None
@@ -213,22 +214,22 @@ HARD = {
     'json:{"type": "integer", "multipleOf": 1000003}': "longer than 0.6 s to compile|more than 64 MiB of memory",
     "json:" + json.dumps({"allOf": [{"multipleOf": p} for p in (1000003, 999983, 1000033)]}): "json grammar",
     "json:" + json.dumps({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}): "json grammar",
-    "regex:" + "a" * (2**20 + 1): "1048577 characters are more than the limit of 1048576",
+    "regex:" + "a" * (2**20 + 1): "1048577 characters exceed the limit of 1048576",
 }
 
 
 @pytest.fixture(scope="module")
 def small(words: PreTrainedTokenizerFast) -> Iterator[GrammarBackend]:
-    """Guides with small limits, so that they are reached soon."""
-    made = GrammarBackend(words, 300, frozenset([256]))
-    made._trial_process.limits = TrialLimits(cpu_seconds=0.6, memory_bytes=2**26, stack_bytes=2**19)
-    yield made
-    made.close()
+    """A backend whose trials have small limits, which are reached soon."""
+    grammars = GrammarBackend(words, 300, frozenset([256]))
+    grammars._trial_process.limits = TrialLimits(cpu_seconds=0.6, memory_bytes=2**26, stack_bytes=2**19)
+    yield grammars
+    grammars.close()
 
 
 @pytest.mark.parametrize("number", range(len(HARD)))
 def test_grammars_that_would_end_or_stop_the_process(number: int, small: GrammarBackend) -> None:
-    """Each is refused with its reason, also at the second time, and the next one is compiled."""
+    """Each is refused with its reason, the second time too, and the next grammar is compiled."""
     grammar, message = [*HARD.items()][number]
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
@@ -237,13 +238,13 @@ def test_grammars_that_would_end_or_stop_the_process(number: int, small: Grammar
 
 
 def test_json_depth() -> None:
-    """Brackets in strings do not count, and quotes that are escaped do not end them."""
+    """Brackets in strings do not count, and escaped quotes do not end strings."""
     assert json_depth('{"a[[[": [{"b\\"]]{{{": []}, {}], "c": "\\\\"}') == 4
     assert json_depth("[" * 10**5) == 10**5 and json_depth('"[') == 1 and not json_depth("3")
 
 
 def test_a_trial_is_cancelled(small: GrammarBackend) -> None:
-    """Who leaves ends a trial long before its limits would; it is the process that ends, not just the wait."""
+    """Cancelling ends the trial's process, not just the wait, long before the limits would."""
     small.make_matchers("regex:a")
     small._trial_process.close()
     small._trial_process.limits = TrialLimits(cpu_seconds=60.0)
@@ -254,17 +255,17 @@ def test_a_trial_is_cancelled(small: GrammarBackend) -> None:
     with pytest.raises(GrammarCancelled):
         small.make_matchers("json:" + json.dumps({"allOf": LETTERS[1:]}), cancel_event=stop)
     assert time.monotonic() - begin < 5
-    helper = small._trial_process.process
-    assert helper is not None
-    children = Path(f"/proc/{helper.pid}/task/{helper.pid}/children")
+    process = small._trial_process.process
+    assert process is not None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while children.exists() and children.read_text():
         assert time.monotonic() - begin < 5
         time.sleep(0.01)
     assert small.make_matchers("regex:ab")
 
 
-def test_the_process_that_tries_grammars_is_started_again(small: GrammarBackend) -> None:
-    """Whatever has ended it."""
+def test_a_killed_trial_process_is_restarted(small: GrammarBackend) -> None:
+    """The next trial after a kill starts the process again."""
     small.make_matchers("regex:a")
     assert small._trial_process.process is not None
     small._trial_process.process.kill()
@@ -274,37 +275,39 @@ def test_the_process_that_tries_grammars_is_started_again(small: GrammarBackend)
         small.make_matchers("regex:[c")
 
 
-def test_what_is_compiled_again_and_what_is_copied(small: GrammarBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow compilation is made once for all completions and requests, and again after it has failed; its memory is
-    counted while a guide lives."""
+def test_fast_grammars_are_compiled_again_and_slow_ones_copied(
+    small: GrammarBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow grammar is compiled once for all completions and requests, and again after its matcher failed. Its memory is
+    counted while a matcher lives."""
     calls = list[str]()
 
     def compile(*args: Any) -> Any:
         calls.append(args[2])
         return compile_grammar(*args)
 
-    monkeypatch.setattr(structured_output, "compile_grammar", compile)
+    monkeypatch.setattr(backend, "compile_grammar", compile)
     small.make_matchers("regex:x+", 3)
     assert calls == ["x+"] * 3
-    monkeypatch.setattr(structured_output, "FAST_COMPILE_SECONDS", 0)
-    monkeypatch.setitem(small._trial_results, structured_output._grammar_key("regex:y+"), {"bytes": 1000})
+    monkeypatch.setattr(backend, "FAST_COMPILE_SECONDS", 0)
+    monkeypatch.setitem(small._trial_results, backend._grammar_key("regex:y+"), {"bytes": 1000})
     before = small._compiled_bytes[0]
-    guides = small.make_matchers("regex:y+", 3) + small.make_matchers("regex:y+", 2)
+    matchers = small.make_matchers("regex:y+", 3) + small.make_matchers("regex:y+", 2)
     assert calls[3:] == ["y+"] and small._compiled_bytes[0] == before + 1000
-    guides[0].accept_token(small.tokenizer.encode("y")[0])  # type: ignore[union-attr]
-    assert not guides[1].matcher.is_accepting() and guides[0].matcher.is_accepting()
+    matchers[0].accept_token(small.tokenizer.encode("y")[0])  # type: ignore[union-attr]
+    assert not matchers[1].matcher.is_accepting() and matchers[0].matcher.is_accepting()
     small._compiled_matchers.popitem()[1].error = "an error"
     assert not small.make_matchers("regex:y+")[0].failed and calls[3:] == ["y+"] * 2
-    monkeypatch.setattr(structured_output, "MAX_COMPILED_BYTES", 500)
+    monkeypatch.setattr(backend, "MAX_COMPILED_BYTES", 500)
     small._compiled_matchers.clear()
     with pytest.raises(ValueError, match="try again later"):
         small.make_matchers("regex:y+")
-    del guides
+    del matchers
     assert small._compiled_bytes[0] == before
 
 
 def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step after a slow one finds out whose masks are slow."""
+    """The step after a slow one finds the matcher that is slow."""
     from llguidance import numpy
 
     par, one, slow = numpy.fill_next_token_bitmask_par, numpy.fill_next_token_bitmask, list[Any]()
@@ -324,9 +327,9 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
 
     monkeypatch.setattr(numpy, "fill_next_token_bitmask_par", slow_par)
     monkeypatch.setattr(numpy, "fill_next_token_bitmask", slow_one)
-    monkeypatch.setattr(structured_output, "MAX_MASK_SECONDS", 0.09)
+    monkeypatch.setattr(backend, "MAX_MASK_SECONDS", 0.09)
     with engine(words) as e:
-        ids = [e.add("once", guided(f"regex:{DATE}", seed=i)) for i in range(3)]
+        ids = [e.add("once", with_grammar(f"regex:{DATE}", seed=i)) for i in range(3)]
         e.step()
         sample = next(s for s in e._sequence_states.values() if s.output.request_id == ids[1])
         assert sample.matcher is not None
@@ -338,7 +341,7 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
 
 
 def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another request runs from beginning to end meanwhile; who leaves ends the compilation; errors are the same."""
+    """Another request runs from start to end meanwhile; cancelling a request cancels its compilation; errors are the same."""
 
     async def main(e: fastgen.AsyncEngine) -> None:
         make, stops, going = e.engine._grammar_backend.make_matchers, list[threading.Event](), threading.Event()
@@ -352,7 +355,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
             return make(grammar, num_matchers, cancel_event)
 
         monkeypatch.setattr(e.engine._grammar_backend, "make_matchers", waiting)
-        one, two = (asyncio.create_task(e.add("once", guided(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
+        one, two = (asyncio.create_task(e.add("once", with_grammar(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
         plain = [o async for _, o in e.generate(["a", "b"], SamplingParams(max_tokens=20))]
         assert len(plain) == 2 and not one.done() and not two.done()
         two.cancel()
@@ -364,9 +367,9 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
         assert [stop.is_set() for stop in stops] == [
             False,
             True,
-        ] and not e.engine._grammar_backend._prebuilt_matchers.get(structured_output._grammar_key(f"regex:{DATE}"))
+        ] and not e.engine._grammar_backend._prebuilt_matchers.get(backend._grammar_key(f"regex:{DATE}"))
         with pytest.raises(ValueError, match="prompt 1: json grammar: it is nested 501 levels"):
-            await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), guided("json:" + nested(500))]))
+            await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), with_grammar("json:" + nested(500))]))
 
     with engine(words) as e, fastgen.AsyncEngine(e) as ae:
         asyncio.run(main(ae))
@@ -377,7 +380,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
 def test_a_tokenizer_that_fails_ends_its_request_alone(
     where: str, overlap: bool, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error of one request's text, in the middle or at the end; the others' texts are as without it."""
+    """An error in one request's detokenization, in the middle or at the end, leaves other requests' texts alone."""
     params = [SamplingParams(max_tokens=6, seed=i, ignore_eos=True) for i in range(3)]
     with engine(words, overlap=overlap) as e:
         wanted = [o.completions[0] for o in e.generate(["a", "b", "c"], params)]
@@ -394,8 +397,8 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(
 
 @settings(deadline=None, max_examples=50)
 @given(allowed=st.lists(st.integers(0, 99), max_size=20), rows=st.integers(1, 3))
-def test_restrict(allowed: list[int], rows: int) -> None:
-    """Bits against plain indexing."""
+def test_token_masks_are_applied(allowed: list[int], rows: int) -> None:
+    """Applying bit masks equals plain indexing."""
     bits = np.zeros((rows, 4), np.uint32)
     for t in allowed:
         bits[0, t // 32] |= np.uint32(1 << t % 32)
@@ -406,13 +409,38 @@ def test_restrict(allowed: list[int], rows: int) -> None:
     assert torch.equal(got, wanted)
 
 
-def test_masks_of_many(words: PreTrainedTokenizerFast) -> None:
-    """Rows without a guide allow everything; a finished one allows the end alone."""
-    guides = GrammarBackend(words, 300, frozenset([256]))
-    a, b = guides.make_matchers("regex:a", 2)
+def test_masks_of_several_matchers(words: PreTrainedTokenizerFast) -> None:
+    """Rows without a matcher allow every token; a finished matcher allows only the end."""
+    grammars = GrammarBackend(words, 300, frozenset([256]))
+    a, b = grammars.make_matchers("regex:a", 2)
     b.accept_token(words.encode("a")[0])
     b.accept_token(256)
-    bits = guides.compute_token_masks([(1, a), (3, b)], 5).view(np.uint32)
-    found = [{t for t in range(300) if bits[r, t // 32] >> np.uint32(t % 32) & 1} for r in range(5)]
-    assert found[0] == found[2] == found[4] == {*range(300)}
-    assert found[1] == {words.encode("a")[0]} and found[3] == {256}
+    bits = grammars.compute_token_masks([(1, a), (3, b)], 5).view(np.uint32)
+    allowed = [{t for t in range(300) if bits[r, t // 32] >> np.uint32(t % 32) & 1} for r in range(5)]
+    assert allowed[0] == allowed[2] == allowed[4] == {*range(300)}
+    assert allowed[1] == {words.encode("a")[0]} and allowed[3] == {256}
+
+
+def test_ranks_agree_on_a_grammar(words: PreTrainedTokenizerFast, small: GrammarBackend) -> None:
+    """Rank 0 makes the ranks that it started compile only grammars that passed; other ranks refuse a grammar together."""
+    calls, accepted = list[tuple[str, int]](), list[bool]()
+    first = RankGrammars(small, precompile_on_ranks=lambda *call: calls.append(call), all_ranks=lambda _: False)
+    assert len(first.compile(with_grammar("regex:ab", n=2))) == 2 and first.compile(SamplingParams(n=2)) == [None] * 2
+    with pytest.raises(ValueError, match="regex grammar"):
+        first.compile(with_grammar("regex:["))
+    first.precompile(with_grammar("regex:abb", n=2), threading.Event())
+    assert calls == [("regex:ab", 2), ("regex:abb", 2)] and small.has_prebuilt("regex:abb", 2)
+    assert first.compile(with_grammar("regex:abb")) and len(calls) == 2, "the ranks have compiled it already"
+
+    other = RankGrammars(small, all_ranks=lambda accept: accepted.append(accept) or accept)
+    assert other.compile(with_grammar("regex:ab"))
+    with pytest.raises(ValueError, match="regex grammar"):
+        other.compile(with_grammar("regex:["))
+    assert accepted == [True, False]
+    with pytest.raises(ValueError, match="another rank refuses the grammar"):
+        RankGrammars(small, all_ranks=lambda _: False).compile(with_grammar("regex:ab"))
+    trusting = GrammarBackend(words, 300, frozenset([256]))
+    trusting.skip_trials = True
+    started = RankGrammars(trusting, all_ranks=lambda _: False)
+    started.precompile_here("regex:ab", 2)
+    assert len(started.compile(with_grammar("regex:ab", n=2))) == 2 and trusting._trial_process.process is None

@@ -1,0 +1,334 @@
+"""Grammars, compiled by llguidance (an extra: `pip install fastgen[guide]`), and the token masks of their matchers.
+
+    regex:[0-9]{4}-[0-9]{2}         a regular expression that matches the complete output
+    json:{"type": "object", ...}    a JSON schema; `json:` alone is any JSON object
+    lark:start: "yes" | "no"        a context-free grammar (llguidance's variant of Lark)
+
+A grammar is compiled on trial in another process before it is compiled here (see trial.py).
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from fastgen.core.types import Tokenizer
+from fastgen.structured_output.trial import MAX_MASK_SECONDS, compile_grammar, run_with_stack
+from fastgen.structured_output.trial_process import TrialProcess
+
+GRAMMAR_TYPES = ("regex", "json", "lark")
+MAX_GRAMMAR_CHARS, MAX_JSON_DEPTH = 2**20, 128
+MAX_COMPILED_BYTES = 2**31  # of all compiled grammars of running requests
+FAST_COMPILE_SECONDS = 0.01  # a grammar that compiles more slowly is compiled once and copied
+MAX_TRIAL_RESULTS, MAX_CACHED_GRAMMARS, MAX_PREBUILT_GRAMMARS = 1024, 8, 64
+MAX_PREBUILT_PER_GRAMMAR = 256
+
+
+def split_grammar(grammar: str) -> tuple[str, str]:
+    """Returns the type and the text of a grammar. Raises ValueError for an unknown type."""
+    grammar_type, colon, text = grammar.partition(":")
+    if not colon or grammar_type not in GRAMMAR_TYPES:
+        raise ValueError(f"grammar must begin with {', '.join(k + ':' for k in GRAMMAR_TYPES)}, got {grammar[:40]!r}")
+    return grammar_type, text
+
+
+def json_depth(text: str) -> int:
+    """Returns how deeply the arrays and objects of a JSON text are nested, without recursion."""
+    depth = max_depth = 0
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*+"|[][{}]', text, re.DOTALL):
+        if match[0] in "[{":
+            depth += 1
+            max_depth = max(max_depth, depth)
+        elif match[0] in "]}":
+            depth -= 1
+    return max_depth
+
+
+def parse_grammar(grammar: str) -> tuple[str, str]:
+    """Returns the type and the text of a grammar as llguidance takes them.
+
+    Raises ValueError for a grammar that is too large or too deeply nested, or for a schema that is not JSON.
+    """
+    grammar_type, text = split_grammar(grammar)
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise ValueError(f"{grammar_type} grammar: {len(text)} characters exceed the limit of {MAX_GRAMMAR_CHARS}")
+    if grammar_type == "json":
+        if (depth := json_depth(text)) > MAX_JSON_DEPTH:
+            raise ValueError(f"json grammar: it is nested {depth} levels deep, and the limit is {MAX_JSON_DEPTH}")
+        try:
+            text = json.dumps(json.loads(text) if text.strip() else {"type": "object"})
+        except ValueError as e:
+            raise ValueError(f"json grammar: {e}") from e
+    return grammar_type, text
+
+
+class GrammarMatcher:
+    """State of one completion in its grammar."""
+
+    def __init__(self, matcher: Any, memory_reservation: object = None) -> None:
+        """Wraps llguidance's matcher. The grammar's memory is counted while `memory_reservation` lives."""
+        self.matcher, self.memory_reservation = matcher, memory_reservation
+        self.error = ""  # a reason to stop that llguidance does not know
+
+    def accept_token(self, token: int) -> None:
+        """Advances by a sampled token."""
+        if not self.matcher.is_stopped():
+            self.matcher.consume_token(token)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grammar cannot be followed any further: llguidance gave it up, or a mask took too long."""
+        return bool(self.error) or self.matcher.is_error()
+
+    @property
+    def failure_reason(self) -> str:
+        """The reason of the failure, as a message for the request."""
+        return f"the grammar cannot be followed any further: {self.error or self.matcher.get_error().splitlines()[0]}"
+
+    def copy(self) -> "GrammarMatcher":
+        """Returns another matcher in the same state. Masks of copies are computed one at a time: they share a lexer."""
+        return GrammarMatcher(self.matcher.deep_copy(), self.memory_reservation)
+
+
+class _MemoryReservation:
+    """Memory of a compiled grammar, counted while this object lives; see `GrammarBackend._reserve_memory`."""
+
+
+class GrammarBackend:
+    """Compiles grammars for a tokenizer and computes token masks on all cores. Several threads may use it at once."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        *,
+        limit_mask_time: bool = True,
+    ) -> None:
+        """`vocab_size` is the model's, which may exceed the tokenizer's. `limit_mask_time` fails slow matchers."""
+        self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, eos_token_ids
+        self.limit_mask_time = limit_mask_time
+        # True also where another process has tried every grammar that arrives.
+        self.skip_trials = not hasattr(os, "fork")  # Windows
+        self._ll_tokenizer: Any = None  # built at first use: it takes a second
+        self._lock = threading.Lock()
+        self._trial_process = TrialProcess(self._tokenizer_info)
+        self._grammar_locks = [threading.Lock() for _ in range(256)]  # by grammar: each is compiled once at a time
+        self._trial_results: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+        self._compiled_matchers: OrderedDict[bytes, GrammarMatcher] = OrderedDict()  # initial states, to copy
+        self._prebuilt_matchers: OrderedDict[bytes, list[GrammarMatcher]] = OrderedDict()
+        self._compiled_bytes = [0]
+        self._last_fill_slow = False
+
+    def prepare(self) -> None:
+        """Reads the tokenizer and starts the trial process now, if grammars can be used at all."""
+        with suppress(ValueError):
+            if self.tokenizer is not None and find_spec("llguidance"):
+                self._ensure_tokenizer()
+
+    def close(self) -> None:
+        """Ends the trial process; the next grammar starts it again."""
+        self._trial_process.close()
+
+    def _ensure_tokenizer(self) -> Any:
+        with self._lock:
+            return self._ll_tokenizer or self._load_tokenizer()
+
+    def _load_tokenizer(self) -> Any:
+        from llguidance import LLExecutor
+        from llguidance.hf import from_tokenizer
+
+        try:
+            ll_tokenizer = from_tokenizer(self.tokenizer, self.vocab_size, sorted(self.eos_token_ids) or None)  # type: ignore[arg-type]
+        except ValueError as e:
+            raise ValueError(f"this model's tokenizer cannot be used with grammars: {e}") from e
+        self._executor = LLExecutor(num_threads=max(1, (os.cpu_count() or 2) - 1))
+        if not self.skip_trials:
+            with suppress(OSError):  # the next trial starts it, or reports the error
+                self._trial_process.start()
+        self._ll_tokenizer = ll_tokenizer
+        return ll_tokenizer
+
+    def _tokenizer_info(self) -> tuple[str, int, Any]:
+        """Returns tokenizers' JSON, the vocabulary size and the EOS ids, as `llguidance.hf.from_tokenizer` reads them."""
+        assert self.tokenizer is not None
+        original = self.tokenizer.backend_tokenizer
+        backend = type(original).from_str(original.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        return backend.to_str(), self.vocab_size, sorted(self.eos_token_ids) or self.tokenizer.eos_token_id
+
+    def check_grammar(self, grammar: str, cancel_event: threading.Event | None = None) -> None:
+        """Raises ValueError, with the reason, if a grammar cannot be used; GrammarCancelled after `cancel_event` is set."""
+        grammar_type, text = self._parse(grammar)
+        key = _grammar_key(grammar)
+        with self._grammar_locks[key[0]]:
+            self._run_trial(key, grammar_type, text, cancel_event)
+
+    def make_matchers(
+        self, grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None
+    ) -> list[GrammarMatcher]:
+        """Returns matchers in the initial state of a grammar, one for each completion. Raises as `check_grammar` does."""
+        grammar_type, text = self._parse(grammar)
+        key = _grammar_key(grammar)
+        with self._grammar_locks[key[0]]:
+            if len(self._prebuilt_matchers.get(key, ())) >= num_matchers:
+                prebuilt = self._prebuilt_matchers.pop(key)
+                if len(prebuilt) > num_matchers:
+                    self._prebuilt_matchers[key] = prebuilt[num_matchers:]
+                return prebuilt[:num_matchers]
+            num_bytes = self._run_trial(key, grammar_type, text, cancel_event)
+            try:
+                return run_with_stack(
+                    2 * self._trial_process.limits.stack_bytes,
+                    lambda: self._compile_matchers(key, grammar_type, text, num_matchers, num_bytes),
+                )
+            except ValueError as e:
+                raise ValueError(f"{grammar_type} grammar: {e}") from e
+
+    def prebuild_matchers(self, grammar: str, num_matchers: int) -> None:
+        """Makes matchers in a thread, for the next calls of `make_matchers`."""
+
+        def prebuild() -> None:
+            with suppress(ValueError):
+                self.add_prebuilt(grammar, self.make_matchers(grammar, num_matchers))
+
+        threading.Thread(target=prebuild, daemon=True).start()
+
+    def add_prebuilt(self, grammar: str, matchers: list[GrammarMatcher]) -> None:
+        """Stores unused matchers for the next calls of `make_matchers`; keeps a bounded number of the newest."""
+        key = _grammar_key(grammar)
+        with self._grammar_locks[key[0]]:
+            stored = [*self._prebuilt_matchers.pop(key, ()), *matchers]
+            self._prebuilt_matchers[key] = stored[-MAX_PREBUILT_PER_GRAMMAR:]
+            while len(self._prebuilt_matchers) > MAX_PREBUILT_GRAMMARS:
+                with suppress(KeyError):  # another thread was faster
+                    self._prebuilt_matchers.popitem(last=False)
+
+    def has_prebuilt(self, grammar: str, num_matchers: int) -> bool:
+        """Returns whether `make_matchers` has this many stored matchers."""
+        return len(self._prebuilt_matchers.get(_grammar_key(grammar), ())) >= num_matchers
+
+    def _parse(self, grammar: str) -> tuple[str, str]:
+        split_grammar(grammar)
+        if self.tokenizer is None:
+            raise ValueError("a grammar needs a tokenizer, and this model came without one")
+        if find_spec("llguidance") is None:
+            raise ValueError("a grammar needs llguidance: pip install fastgen[guide]")
+        self._ensure_tokenizer()
+        return parse_grammar(grammar)
+
+    def _run_trial(self, key: bytes, grammar_type: str, text: str, cancel_event: threading.Event | None) -> int:
+        """Returns the bytes that a compiled grammar takes. Raises ValueError, with the reason, if the trial fails."""
+        if self.skip_trials:
+            return 0
+        with self._lock:
+            result = self._trial_results.get(key)
+        if result is None:
+            try:
+                result = self._trial_process.run(grammar_type, text, cancel_event)
+            except OSError as e:
+                raise ValueError(f"{grammar_type} grammar: the process that tries grammars failed: {e}") from e
+        self._remember(self._trial_results, key, result, MAX_TRIAL_RESULTS)
+        if "error" in result:
+            raise ValueError(f"{grammar_type} grammar: {result['error']}")
+        return result["bytes"]
+
+    def _remember(self, table: OrderedDict[bytes, Any], key: bytes, value: Any, max_entries: int) -> None:
+        """Stores an entry as the newest of a table, and drops the oldest above `max_entries`."""
+        with self._lock:
+            table[key] = value
+            table.move_to_end(key)
+            if len(table) > max_entries:
+                table.popitem(last=False)
+
+    def _compile_matchers(
+        self, key: bytes, grammar_type: str, text: str, num_matchers: int, num_bytes: int
+    ) -> list[GrammarMatcher]:
+        """Compiles a grammar once for each matcher; a grammar that compiles slowly, once for all."""
+        with self._lock:
+            original = self._compiled_matchers.get(key)
+        original = None if original is None or original.failed else original
+        matchers = list[GrammarMatcher]()
+        while len(matchers) < num_matchers:
+            if original is not None:
+                matchers.append(original.copy())
+                continue
+            reservation, begin = self._reserve_memory(num_bytes), time.monotonic()
+            matcher = GrammarMatcher(compile_grammar(self._ll_tokenizer, grammar_type, text), reservation)
+            if time.monotonic() - begin < FAST_COMPILE_SECONDS:
+                matchers.append(matcher)
+            else:
+                original = matcher
+        if original is not None:
+            self._remember(self._compiled_matchers, key, original, MAX_CACHED_GRAMMARS)
+        return matchers
+
+    def _reserve_memory(self, num_bytes: int) -> object:
+        """Counts a compiled grammar's memory while the returned object lives. Raises ValueError at the limit."""
+        with self._lock:
+            if self._compiled_bytes[0] + num_bytes > MAX_COMPILED_BYTES:
+                self._compiled_matchers.clear()
+            if self._compiled_bytes[0] + num_bytes > MAX_COMPILED_BYTES:
+                used = f"{self._compiled_bytes[0] >> 20} of at most {MAX_COMPILED_BYTES >> 20} MiB"
+                raise ValueError(f"the grammars of running requests take {used} of memory: try again later")
+            self._compiled_bytes[0] += num_bytes
+        reservation, total = _MemoryReservation(), self._compiled_bytes
+        weakref.finalize(reservation, lambda: total.__setitem__(0, total[0] - num_bytes)).atexit = False
+        return reservation
+
+    def compute_token_masks(
+        self, rows: list[tuple[int, GrammarMatcher]], num_rows: int
+    ) -> Int32[np.ndarray, "rows words"]:
+        """Returns masks in which bit t % 32 of word t // 32 is set if token t may come next; all bits in other rows.
+
+        A matcher fails if its mask takes too long or llguidance gives its grammar up. The caller drops its next token.
+        """
+        bits = np.full((num_rows, -(-self.vocab_size // 32)), -1, np.int32)
+        active = [(matcher, row) for row, matcher in rows if not (matcher.failed or matcher.matcher.is_stopped())]
+        if active:
+            self._fill_masks(active, bits)
+        for row, matcher in rows:
+            if matcher.failed:
+                bits[row] = -1
+            elif matcher.matcher.is_stopped():  # only the end may come
+                bits[row] = 0
+                for token in self.eos_token_ids:
+                    bits[row, token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
+        return bits
+
+    def _fill_masks(self, active: list[tuple[GrammarMatcher, int]], bits: np.ndarray) -> None:
+        """Fills the masks of several matchers in parallel; after a slow call, one at a time to find the slow matcher."""
+        from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+
+        if not self._last_fill_slow and len(active) > 1:
+            begin = time.monotonic()
+            try:
+                fill_next_token_bitmask_par(self._executor, [(matcher.matcher, row) for matcher, row in active], bits)
+                self._last_fill_slow = self.limit_mask_time and time.monotonic() - begin > MAX_MASK_SECONDS
+                return
+            except Exception:  # one matcher's: the loop below finds which
+                pass
+        self._last_fill_slow = False
+        for matcher, row in active:
+            begin = time.thread_time()
+            try:
+                fill_next_token_bitmask(matcher.matcher, bits, row)
+            except Exception as e:
+                matcher.error = f"{type(e).__name__}: {e}"
+            if self.limit_mask_time and time.thread_time() - begin > MAX_MASK_SECONDS:
+                matcher.error = f"its next tokens take longer than {MAX_MASK_SECONDS} s to find"
+
+
+def _grammar_key(grammar: str) -> bytes:
+    return hashlib.blake2b(grammar.encode("utf-8", "surrogatepass"), digest_size=16).digest()

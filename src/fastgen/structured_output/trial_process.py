@@ -1,0 +1,124 @@
+"""The process in which grammars are compiled on trial (see trial.py), as the engine's process uses it."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from fastgen.structured_output import trial
+from fastgen.structured_output.trial import TrialLimits
+
+START_TIMEOUT_SECONDS, REPLY_TIMEOUT_SECONDS = 60.0, 60.0
+
+
+class GrammarCancelled(Exception):
+    """The compilation of a grammar was cancelled."""
+
+
+class TrialProcess:
+    """Starts the process at the first trial, and again if it has ended. Several threads may use it at once."""
+
+    def __init__(self, read_tokenizer: Callable[[], tuple[str, int, Any]]) -> None:
+        """`read_tokenizer` returns the tokenizer as tokenizers' JSON, the vocabulary size and the EOS token ids."""
+        self._lock = threading.Lock()
+        self._read_tokenizer, self.limits = read_tokenizer, TrialLimits()
+        self.process: subprocess.Popen | None = None
+        self._control_socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Starts the process if it does not run. Raises OSError on failure."""
+        with self._lock:
+            self._start_locked()
+
+    def _start_locked(self) -> None:
+        if self._control_socket is not None:
+            return
+        tokenizer, vocab_size, eos = self._read_tokenizer()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # -P keeps the program's folder off the import path.
+            command = [sys.executable, "-P", trial.__file__, str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2)
+        self._finalizer = weakref.finalize(self, _terminate, self.process, ours)
+        try:
+            ours.settimeout(START_TIMEOUT_SECONDS)
+            text = tokenizer.encode()
+            header = {"vocab": vocab_size, "eos": eos, "size": len(text), "limits": self.limits}
+            ours.sendall(json.dumps(header).encode() + b"\n" + text)
+            if not ours.recv(1):
+                raise OSError("it ended before it was ready")
+        except OSError:
+            self._finalizer()
+            raise
+        self._control_socket = ours
+
+    def run(self, grammar_type: str, text: str, cancel_event: threading.Event | None) -> dict[str, Any]:
+        """Runs a trial: {"bytes": memory of the compiled grammar} or {"error": reason}. Restarts a process that ended.
+
+        Raises GrammarCancelled soon after `cancel_event` is set, which ends the trial, and OSError if the process fails.
+        """
+        request = json.dumps([grammar_type, text]).encode() + b"\n"
+        for _ in range(2):
+            with self._lock:
+                self._start_locked()
+                control = self._control_socket
+                ours, theirs = socket.socketpair()
+                with theirs, suppress(OSError):
+                    socket.send_fds(control, [b"t"], [theirs.fileno()])  # type: ignore[list-item]
+            with ours:
+                if reply := _send_and_receive_line(ours, request, cancel_event):
+                    return json.loads(reply)
+            with self._lock:
+                if self._control_socket is control:  # another thread may have restarted it
+                    self._close_locked()
+        raise OSError("it ended in the middle of a trial, twice")
+
+    def _close_locked(self) -> None:
+        if self._control_socket is not None:
+            self._control_socket = None
+            self._finalizer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._close_locked()
+
+
+def _send_and_receive_line(connection: socket.socket, message: bytes, cancel_event: threading.Event | None) -> bytes:
+    """Sends a message and returns the line that replies to it; empty if the other end is closed.
+
+    Raises GrammarCancelled soon after `cancel_event` is set, and TimeoutError.
+    """
+    reply = b""
+    with suppress(ConnectionError):
+        connection.settimeout(REPLY_TIMEOUT_SECONDS)
+        connection.sendall(message)
+        deadline = time.monotonic() + REPLY_TIMEOUT_SECONDS
+        connection.settimeout(0.05)
+        while not reply.endswith(b"\n"):
+            try:
+                if not (part := connection.recv(2**16)):
+                    return b""
+                reply += part
+            except TimeoutError:
+                if cancel_event is not None and cancel_event.is_set():
+                    raise GrammarCancelled from None
+                if time.monotonic() > deadline:
+                    raise
+    return reply.partition(b"\n")[0]
+
+
+def _terminate(process: subprocess.Popen, control: socket.socket) -> None:
+    """Closes the control socket, which ends the process; kills the process after a second."""
+    control.close()
+    try:
+        process.wait(1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
