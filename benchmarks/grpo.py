@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from fastgen.cli.run import build_engine, compose
-from fastgen.training.grpo import Trainer, load_problem, plot_runs, train
+from fastgen.training.grpo import Trainer, train
+from fastgen.training.plot import plot_runs
+from fastgen.training.problems import load_problem
 
 ROOT = Path(__file__).parents[1]
 

@@ -34,7 +34,8 @@ LAYERS = [  # each may import from its own line and those above
     ["distributed.workers", "compiled.runner"],
     ["core.engine_core"],
     ["engine"],
-    ["conversation", "distributed.data_parallel", "async_engine", "training.trl", "training.grpo"],
+    ["conversation", "distributed.data_parallel", "async_engine", "training.problems"]
+    + ["training.plot", "training.trl", "training.grpo"],
     ["api"],
     ["__init__"],
     ["server.requests", "server.engine_process", "server.metrics", "server.log", "server.reasoning"],

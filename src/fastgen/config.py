@@ -355,7 +355,7 @@ class EngineConfig:
 class GrpoConfig:
     """A run of `fastgen.training.grpo`: learning from rewards. Groups are `sampling.n` answers."""
 
-    problem: str = "addition"  # a name in fastgen.training.grpo.PROBLEMS, or module:attribute
+    problem: str = "addition"  # a name in fastgen.training.problems.PROBLEMS, or module:attribute
     steps: int = 40
     prompts_per_step: int = 8  # a step
     num_minibatches: int = 2  # updates a step

@@ -34,7 +34,8 @@ from fastgen.cli.hydra_config import RunConfig, Task, compose, conf_dir, explain
 from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
 from fastgen.core.tokenizer import Prompt, is_single_prompt
 from fastgen.profiling.profiler import profile_on_signal
-from fastgen.training.grpo import Trainer, load_problem, train
+from fastgen.training.grpo import Trainer, train
+from fastgen.training.problems import load_problem
 
 __all__ = ["compose", "build_engine", "build_engines", "main", "run"]
 

@@ -162,7 +162,7 @@ class GrammarBackend:
     def _tokenizer_info(self) -> tuple[str, int, Any]:
         """Returns tokenizers' JSON, the vocabulary size and the EOS ids, as `llguidance.hf.from_tokenizer` reads them."""
         assert self.tokenizer is not None
-        original = self.tokenizer.backend_tokenizer
+        original: Any = self.tokenizer.backend_tokenizer
         backend = type(original).from_str(original.to_str())
         backend.no_padding()
         backend.no_truncation()

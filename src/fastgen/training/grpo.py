@@ -1,31 +1,29 @@
-"""GRPO: learning from rewards, with the engine's own parameters. The optimizer writes what the next step reads.
+"""GRPO (arXiv 2402.03300) on an engine's own parameters: the optimizer writes what the next rollout reads.
 
     engine = fastgen.Engine.from_pretrained(dtype="float32")
-    trainer = Trainer(engine, find("addition"), Grpo(steps=40), SamplingParams(n=8, max_tokens=8, stop=("\\n",)))
-    while trainer.done < 40:
+    sampling = SamplingParams(n=8, max_tokens=8, stop=("\\n",))
+    trainer = Trainer(engine, load_problem("addition"), GrpoConfig(steps=40), sampling)
+    while trainer.num_steps_done < 40:
         print(trainer.step())
 
-A step draws prompts, samples a group of answers to each, compares every answer's reward with its group's, and makes
-the better ones likelier. `fgrun +experiment=grpo_smollm2` is this with a log, checkpoints and a plot: `train`.
+A step samples prompts and a group of completions for each, compares each completion's reward with its group's, and
+raises the probability of the better ones. `fgrun +experiment=grpo_smollm2` runs `train`: steps with a log, checkpoints
+and a plot.
 
-All chance comes from (seed, step, index of the prompt), so a run that goes on from a checkpoint is the run that was
-never interrupted.
+All randomness derives from (seed, step, index of the prompt), so a resumed run equals an uninterrupted one.
 """
 
 import hashlib
 import json
 import os
 import random
-import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,86 +34,26 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from fastgen.checkpoint.weights import save
-from fastgen.config import GrpoConfig, SamplingParams, unknown_name_message
-from fastgen.core.request import Output, raise_on_non_finite_logits
+from fastgen.config import GrpoConfig, SamplingParams
+from fastgen.core.request import Completion, raise_on_non_finite_logits
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Params
 from fastgen.engine import Engine
 from fastgen.training.logprobs import iter_weights, score
+from fastgen.training.plot import plot_runs
+from fastgen.training.problems import Problem
 
-StepMetrics = dict[str, float]  # of the log: what one step was
-BOOKKEEPING_SETTINGS = (
-    "steps",
-    "save_every",
-    "folder",
-    "resume",
-    "export",
-)  # settings that leave the numbers as they are
-
-# --- what is learned ------------------------------------------------------------------------------------------------
-
-
-class Problem(NamedTuple):
-    """Something to learn: a generator of prompts, and what an answer is worth.
-
-    The text of a model without a tokenizer is its token ids, with spaces.
-    """
-
-    sample_prompt: Callable[[random.Random], Prompt]
-    reward: Callable[[Prompt, str], float]
-
-
-def sample_sum_prompt(rng: random.Random) -> str:
-    """A sum of two digits, after an example of how it is written."""
-    return f"2 + 1 = 3\n{rng.randint(0, 9)} + {rng.randint(0, 9)} ="
-
-
-def reward_sum(prompt: Prompt, text: str) -> float:
-    """1 for the sum and nothing else, 0.2 for an answer that has it as its first number, 0 otherwise."""
-    a, b = map(int, re.findall(r"\d+", str(prompt))[-2:])
-    first = re.search(r"\d+", text)
-    return 1.0 if text.strip() == str(a + b) else 0.2 if first and first[0] == str(a + b) else 0.0
-
-
-def sample_token_prompt(rng: random.Random) -> list[int]:
-    """Three token ids."""
-    return [rng.randrange(64) for _ in range(3)]
-
-
-def reward_sevens(prompt: Prompt, text: str) -> float:
-    """The share of sevens among the words: for models of random weights."""
-    words = text.split()
-    return words.count("7") / max(1, len(words))
-
-
-PROBLEMS = {"addition": Problem(sample_sum_prompt, reward_sum), "sevens": Problem(sample_token_prompt, reward_sevens)}
-
-
-def load_problem(name: str) -> Problem:
-    """A problem by its name here, or "module:attribute". ValueError if there is none."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        if name not in PROBLEMS:
-            raise ValueError(
-                unknown_name_message("grpo.problem", name, PROBLEMS) + "; or module:attribute, of a grpo.Problem"
-            )
-        return PROBLEMS[name]
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"grpo.problem={name}: {e}; it is imported from where Python looks (PYTHONPATH)") from e
-    if not isinstance(found, Problem):
-        raise ValueError(
-            f"grpo.problem={name} is a {type(found).__name__}, not a fastgen.training.grpo.Problem(draw, reward)"
-        )
-    return found
-
+StepMetrics = dict[str, float]  # one row of the log
+BOOKKEEPING_SETTINGS = ("steps", "save_every", "output_dir", "resume", "export")  # they do not change the numbers
+SAMPLING_SETTINGS = (  # that GRPO's gradient allows for
+    "temperature", "n", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "seed", "logprobs", "logprob_mode",
+)  # fmt: skip
 
 # --- the algorithm --------------------------------------------------------------------------------------------------
 
 
 def derive_seed(seed: int, *indices: int) -> int:
-    """A seed for one place in a run."""
+    """Returns a 64-bit seed that depends on a run's seed and on indices within the run."""
     digest = hashlib.blake2b(repr((seed, *indices)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -123,10 +61,13 @@ def derive_seed(seed: int, *indices: int) -> int:
 def compute_advantages(
     rewards: Float[Tensor, "prompts samples"], *, scale_by_std: bool = True
 ) -> Float[Tensor, "prompts samples"]:
-    """How much better than its group each answer is: in standard deviations, or (Dr. GRPO) in rewards."""
-    same = (rewards == rewards[:, :1]).all(1, keepdim=True)  # exactly nothing is learned from these
-    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(same, 0)
-    return centred / (rewards.std(1, keepdim=True) + 1e-4) if scale_by_std else centred
+    """Returns rewards minus their group's mean, divided by the group's standard deviation unless told not to (Dr. GRPO).
+
+    Groups of equal rewards have advantages of exactly 0.
+    """
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    centered = (rewards - rewards.mean(1, keepdim=True)).masked_fill(equal, 0)
+    return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale_by_std else centered
 
 
 def grpo_loss(
@@ -139,51 +80,51 @@ def grpo_loss(
     reference_logprobs: Sequence[Float[Tensor, " _"]] | None = None,
     kl_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """The sum over answers of their clipped surrogate, from the logprobs of their tokens.
+    """Returns the sum over completions of the clipped surrogate loss, from the logprobs of each completion's tokens.
 
-    An answer counts as the mean of its tokens, or (Dr. GRPO) as their sum over a constant `length`, so that long
-    wrong answers are not cheaper than short ones. `kl` weighs the divergence from a reference's logprobs.
+    A completion contributes the mean over its tokens, or with `normalization_length` their sum divided by that constant
+    (Dr. GRPO, arXiv 2503.20783), so that long wrong completions are not penalized less than short ones. `kl_weight` times
+    the estimated KL divergence from the reference's logprobs is added.
     """
-    total = torch.zeros((), device=logprobs[0].device)
-    for i, (x, y, a) in enumerate(zip(logprobs, old_logprobs, advantages, strict=True)):
-        ratio = (x - y).exp()
-        gain = torch.minimum(ratio * a, ratio.clamp(1 - clip_range, 1 + clip_range) * a)
+    loss = torch.zeros((), device=logprobs[0].device)
+    for i, (new, old, advantage) in enumerate(zip(logprobs, old_logprobs, advantages, strict=True)):
+        ratio = (new - old).exp()
+        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
         if reference_logprobs is not None:
-            gain = gain - kl_weight * estimate_kl(x, reference_logprobs[i])
-        total = total - (gain.mean() if normalization_length is None else gain.sum() / normalization_length)
-    return total
+            gain = gain - kl_weight * estimate_kl(new, reference_logprobs[i])
+        loss = loss - (gain.mean() if normalization_length is None else gain.sum() / normalization_length)
+    return loss
 
 
-def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """KL of x's distribution from the reference's, estimated at each of its tokens, never negative (k3)."""
+def estimate_kl(logprobs: Float[Tensor, " n"], reference_logprobs: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Estimates KL(policy || reference) at each token by J. Schulman's k3, which is never negative."""
     d = reference_logprobs - logprobs
     return d.expm1() - d
 
 
 def make_trainable(params: Params, num_layers: int | None = None) -> Params:
-    """The same memory with gradients: all of it, or the last `layers` blocks alone."""
+    """Returns parameters in the same memory that require gradients: all, or those of the last `num_layers` layers."""
     if num_layers is None:
         return tree_map_only(Tensor, lambda w: w.detach().requires_grad_(), params)
     if num_layers > len(params.layers):
         raise ValueError(f"grpo.trainable_layers={num_layers}: the model has {len(params.layers)}")
-    kept, learned = params.layers[:-num_layers], params.layers[-num_layers:]
-    return params._replace(layers=(*kept, *make_trainable(params._replace(layers=learned)).layers))
+    frozen, trainable = params.layers[:-num_layers], params.layers[-num_layers:]
+    return params._replace(layers=(*frozen, *make_trainable(params._replace(layers=trainable)).layers))
 
 
 class Rollout(NamedTuple):
-    """A step's answers, group after group."""
+    """Completions of one step, group after group."""
 
-    token_ids: list[list[int]]  # prompt and answer
-    answer_starts: list[int]  # where the answer begins
-    old_logprobs: list[Tensor]  # the sampler's logprobs of the answer
+    token_ids: list[list[int]]  # prompt and completion
+    completion_starts: list[int]  # the prompts' lengths
+    old_logprobs: list[Tensor]  # the sampler's, of the completion's tokens
     rewards: Float[Tensor, "prompts samples"]
 
 
 class Trainer:
-    """Raises the rewards of an engine's answers. `step()` is one rollout and its updates; `done` counts them.
+    """Trains an engine's parameters in place to raise the rewards of its completions; `step()` is one GRPO step.
 
-    The engine's parameters are written in place; it notices by itself. They should be float32: in bfloat16 updates as
-    small as these are rounded away.
+    The engine notices the updates by itself. Its parameters should be float32: bfloat16 rounds such small updates away.
     """
 
     def __init__(
@@ -198,127 +139,107 @@ class Trainer:
         self.engine, self.problem, self.settings, self.seed, self.num_steps_done = engine, problem, s, seed, 0
         self.sampling = _with_logprobs(sampling or SamplingParams(n=8, max_tokens=16))
         if engine.tp_group is not None:
-            raise ValueError("grpo: gradients need the whole model in one place; use parallel.tensor_parallel=1")
+            raise ValueError("grpo: gradients need all of the model on one device; use parallel.tensor_parallel=1")
         self.params = make_trainable(engine.params, s.trainable_layers)
         self.trainable_weights = [w for w in iter_weights(self.params) if w.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable_weights, s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay)
-        self.reference_params = None
+        self.reference_params: Params | None = None
         if s.kl_coef:
             self.reference_params = tree_map_only(
                 Tensor, lambda w: w.detach().clone() if w.requires_grad else w, self.params
             )
 
     def rollout(self) -> Rollout:
-        """Prompts, a group of answers to each, and what they are worth. A function of the parameters, seed and step."""
-        dice = random.Random(derive_seed(self.seed, self.num_steps_done))
-        prompts = [self.problem.sample_prompt(dice) for _ in range(self.settings.prompts_per_step)]
-        asked = [
-            replace(self.sampling, seed=derive_seed(self.seed, self.num_steps_done, i)) for i in range(len(prompts))
-        ]
-        outputs = self.engine.generate(prompts, asked, progress=False)
+        """Samples prompts and a group of completions for each. A function of the parameters, the seed and the step."""
+        step, rng = self.num_steps_done, random.Random(derive_seed(self.seed, self.num_steps_done))
+        prompts = [self.problem.sample_prompt(rng) for _ in range(self.settings.prompts_per_step)]
+        sampling = [replace(self.sampling, seed=derive_seed(self.seed, step, i)) for i in range(len(prompts))]
+        outputs = self.engine.generate(prompts, sampling, progress=False)
         raise_on_non_finite_logits(outputs)
-        rewards = [
-            [self._compute_reward(p, o, i) for i in range(self.sampling.n)]
-            for p, o in zip(prompts, outputs, strict=True)
-        ]
-        answers = [(o.prompt_token_ids, c) for o in outputs for c in o.completions]
-        old = [torch.tensor(c.logprobs, device=self.engine.device) for _, c in answers]
-        return Rollout(
-            [[*p, *c.token_ids] for p, c in answers], [len(p) for p, _ in answers], old, torch.tensor(rewards)
-        )
+        rewards = [[self._reward(p, c) for c in o.completions] for p, o in zip(prompts, outputs, strict=True)]
+        pairs = [(o.prompt_token_ids, c) for o in outputs for c in o.completions]
+        logprobs = [torch.tensor(c.logprobs, device=self.engine.device) for _, c in pairs]
+        token_ids, starts = [[*p, *c.token_ids] for p, c in pairs], [len(p) for p, _ in pairs]
+        return Rollout(token_ids, starts, logprobs, torch.tensor(rewards))
 
-    def _compute_reward(self, prompt: Prompt, output: Output, index: int) -> float:
-        c = output.completions[index]
-        return float(self.problem.reward(prompt, c.text if self.engine.tokenizer else " ".join(map(str, c.token_ids))))
+    def _reward(self, prompt: Prompt, completion: Completion) -> float:
+        text = completion.text if self.engine.tokenizer else " ".join(map(str, completion.token_ids))
+        return float(self.problem.reward(prompt, text))
 
     def step(self) -> StepMetrics:
-        """One rollout and its updates; what they were."""
+        """Runs one rollout and its updates. Returns the step's metrics."""
         start, s = time.perf_counter(), self.settings
-        made = self.rollout()
-        sampled = time.perf_counter() - start
-        advantage = compute_advantages(made.rewards, scale_by_std=s.loss_type == "grpo").flatten().tolist()
-        reference = (
-            None
-            if self.reference_params is None
-            else self._score_rollout(self.reference_params, made, range(len(made.token_ids)))
-        )
+        rollout = self.rollout()
+        sampling_s, num_completions = time.perf_counter() - start, len(rollout.token_ids)
+        advantages = compute_advantages(rollout.rewards, scale_by_std=s.loss_type == "grpo").flatten().tolist()
+        reference = None
+        if self.reference_params is not None:
+            reference = self._score_rollout(self.reference_params, rollout, range(num_completions))
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (self.num_steps_done + 1) / max(1, s.warmup_steps))
-        seen = [
-            x
-            for i in range(s.num_minibatches)
-            if (x := self._update_params(made, advantage, reference, range(i, len(made.token_ids), s.num_minibatches)))
-        ]
+        minibatches = (range(i, num_completions, s.num_minibatches) for i in range(s.num_minibatches))
+        updates = [u for m in minibatches if (u := self._update_params(rollout, advantages, reference, m))]
         self.num_steps_done += 1
-        old = torch.cat(made.old_logprobs)
-        row = {
+        old = torch.cat(rollout.old_logprobs)
+        metrics = {
             "step": self.num_steps_done,
-            "reward": float(made.rewards.mean()),
-            "best": float((made.rewards == made.rewards.max()).float().mean()),
-            "length": len(old) / len(made.old_logprobs),
-            "entropy": -float(old.mean()),  # an estimate: what was drawn stands for what could have been
+            "reward": float(rollout.rewards.mean()),
+            "best": float((rollout.rewards == rollout.rewards.max()).float().mean()),
+            "length": len(old) / num_completions,
+            "entropy": -float(old.mean()),  # an estimate, from the sampled tokens alone
+            # Before the first update the scorer has the sampler's parameters: the difference is rounding.
+            "mismatch": updates[0]["apart"] if updates else 0.0,
         }
-        # The first minibatch's scores are by the parameters that sampled, so their difference is rounding.
-        row |= {"mismatch": seen[0]["apart"] if seen else 0.0}
         for name in ("loss", "norm", "clipped", "kl"):
-            row[name] = sum(x[name] for x in seen) / max(1, len(seen))
-        return row | {"sampling_s": round(sampled, 2), "seconds": round(time.perf_counter() - start, 2)}
+            metrics[name] = sum(u[name] for u in updates) / max(1, len(updates))
+        return metrics | {"sampling_s": round(sampling_s, 2), "seconds": round(time.perf_counter() - start, 2)}
 
     def _score_rollout(self, params: Params, rollout: Rollout, indices: Sequence[int]) -> list[Tensor]:
-        how: dict[str, Any] = {
-            "temperature": self.sampling.temperature,
-            "activation_checkpointing": self.settings.gradient_checkpointing,
-        }
-        how["batch_invariant"] = self.engine.config.compile.batch_invariant
         return score(
-            params,
-            self.engine.model_config,
-            [rollout.token_ids[i] for i in indices],
-            first=[rollout.answer_starts[i] for i in indices],
-            **how,
-        )
+            params, self.engine.model_config, [rollout.token_ids[i] for i in indices],
+            first=[rollout.completion_starts[i] for i in indices], temperature=self.sampling.temperature,
+            batch_invariant=self.engine.config.compile.batch_invariant,
+            activation_checkpointing=self.settings.gradient_checkpointing,
+        )  # fmt: skip
 
     def _update_params(
         self, rollout: Rollout, advantages: list[float], reference_logprobs: list[Tensor] | None, indices: Sequence[int]
     ) -> StepMetrics | None:
-        """A step of the optimizer for some of the answers; None where all groups among them are of one reward."""
+        """Runs an optimizer step for a minibatch of completions; returns None if all their gradients are zero."""
         s = self.settings
-        some = [i for i in indices if advantages[i] or reference_logprobs is not None]  # the others have no gradient
-        if not some:
+        with_gradient = [i for i in indices if advantages[i] or reference_logprobs is not None]
+        if not with_gradient:
             return None
-        new, old = self._score_rollout(self.params, rollout, some), [rollout.old_logprobs[i] for i in some]
-        known = None if reference_logprobs is None else [reference_logprobs[i] for i in some]
-        length = None if s.loss_type == "grpo" else self.sampling.max_tokens
-        weight = [advantages[i] for i in some]
-        value = grpo_loss(
-            new,
-            old,
-            weight,
-            clip_range=s.clip,
-            normalization_length=length,
-            reference_logprobs=known,
-            kl_weight=s.kl_coef,
-        ) / len(indices)
+        new, old = (
+            self._score_rollout(self.params, rollout, with_gradient),
+            [rollout.old_logprobs[i] for i in with_gradient],
+        )
+        reference = None if reference_logprobs is None else [reference_logprobs[i] for i in with_gradient]
+        loss = grpo_loss(
+            new, old, [advantages[i] for i in with_gradient], clip_range=s.clip,
+            normalization_length=None if s.loss_type == "grpo" else self.sampling.max_tokens,
+            reference_logprobs=reference, kl_weight=s.kl_coef,
+        ) / len(indices)  # fmt: skip
         self.optimizer.zero_grad()
-        value.backward()
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trainable_weights, s.max_grad_norm, error_if_nonfinite=True)
         self.optimizer.step()
-        self.optimizer.zero_grad()  # sampling has the memory
-        x, y = torch.cat(new).detach(), torch.cat(old)
+        self.optimizer.zero_grad()  # frees the gradients' memory for sampling
+        new_logprobs, log_ratio = torch.cat(new).detach(), torch.cat(new).detach() - torch.cat(old)
         return {
-            "loss": float(value.detach()),
+            "loss": float(loss.detach()),
             "norm": float(norm),
-            "apart": float((x - y).abs().mean()),
-            "clipped": float((((x - y).exp() - 1).abs() > s.clip).float().mean()),
-            "kl": 0.0 if known is None else float(estimate_kl(x, torch.cat(known)).mean()),
+            "apart": float(log_ratio.abs().mean()),
+            "clipped": float(((log_ratio.exp() - 1).abs() > s.clip).float().mean()),
+            "kl": 0.0 if reference is None else float(estimate_kl(new_logprobs, torch.cat(reference)).mean()),
         }
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _reproducibility_settings(self) -> dict[str, Any]:
-        """What decides the numbers, besides the parameters."""
-        own = {k: v for k, v in asdict(self.settings).items() if k not in BOOKKEEPING_SETTINGS}
-        return {f"grpo.{k}": v for k, v in own.items()} | {
+        """Returns everything besides the parameters that determines the numbers of a run."""
+        settings = {f"grpo.{k}": v for k, v in asdict(self.settings).items() if k not in BOOKKEEPING_SETTINGS}
+        return settings | {
             **{f"sampling.{k}": v for k, v in asdict(self.sampling).items()},
             "seed": self.seed,
             "the model": str(self.engine.model_config),
@@ -326,52 +247,41 @@ class Trainer:
         }
 
     def save(self, path: str | Path) -> None:
-        """All that the next step depends on, as one file that is whole or not there."""
+        """Saves everything that the next step depends on, as one file that is replaced atomically."""
         path = Path(path)
-        state = {
-            "done": self.num_steps_done,
-            "curve": self._reproducibility_settings(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        part = path.with_name(path.name + ".part")
-        torch.save(state | {"leaves": [w.detach() for w in self.trainable_weights]}, part)
-        os.replace(part, path)
+        state = {"done": self.num_steps_done, "curve": self._reproducibility_settings()}
+        state |= {"optimizer": self.optimizer.state_dict(), "leaves": [w.detach() for w in self.trainable_weights]}
+        temporary = path.with_name(path.name + ".part")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
 
     def load(self, path: str | Path) -> None:
-        """Go on from what was saved, with the parameters written in place. ValueError if it was another run."""
+        """Restores what `save` wrote, with the parameters written in place. Raises ValueError for another run's file."""
         state = torch.load(path, map_location=self.engine.device, weights_only=True)
-        mine, theirs = self._reproducibility_settings(), state["curve"]
-        if other := [f"{k} was {theirs.get(k)}, is {v}" for k, v in mine.items() if theirs.get(k) != v]:
-            raise ValueError(f"{path} is of another run: {'; '.join(other)[:400]}")
+        saved, current = state["curve"], self._reproducibility_settings()
+        if changes := [f"{k} was {saved.get(k)}, is {v}" for k, v in current.items() if saved.get(k) != v]:
+            raise ValueError(f"{path} is of another run: {'; '.join(changes)[:400]}")
         with torch.no_grad():
-            for own, saved in zip(self.trainable_weights, state["leaves"], strict=True):
-                own.copy_(saved)
+            for w, values in zip(self.trainable_weights, state["leaves"], strict=True):
+                w.copy_(values)
         self.optimizer.load_state_dict(state["optimizer"])
         self.num_steps_done = state["done"]
 
 
 def _with_logprobs(sampling: SamplingParams) -> SamplingParams:
-    """With the logprobs that the loss needs. ValueError for what has a group of one, or is not drawn from a softmax."""
+    """Returns the settings with the logprobs that the loss needs.
+
+    Raises ValueError for groups of one, and for settings that sample from another distribution than the softmax.
+    """
     if sampling.n < 2:
-        raise ValueError(f"sampling.n={sampling.n}: an answer is compared with others to its prompt, 2 at least")
+        raise ValueError(f"sampling.n={sampling.n}: a completion is compared with others of its prompt, 2 at least")
     if sampling.temperature <= 0 or sampling.max_tokens is None:
         raise ValueError("grpo needs sampling.temperature above 0 and a number as sampling.max_tokens")
-    plain = SamplingParams()
-    free = {
-        "temperature",
-        "n",
-        "max_tokens",
-        "stop",
-        "stop_token_ids",
-        "ignore_eos",
-        "seed",
-        "logprobs",
-        "logprob_mode",
-    }
-    if odd := [k for k, v in asdict(sampling).items() if k not in free and v != getattr(plain, k)]:
+    default = SamplingParams()
+    if changed := [k for k, v in asdict(sampling).items() if k not in SAMPLING_SETTINGS and v != getattr(default, k)]:
         raise ValueError(
-            f"grpo with sampling.{' and sampling.'.join(odd)}: the gradient would be of another distribution than "
-            "the one drawn from; leave the default"
+            f"grpo with sampling.{' and sampling.'.join(changed)}: the gradient would be of another distribution than "
+            "the one sampled from; leave the default"
         )
     return replace(sampling, logprobs=0, logprob_mode="raw" if sampling.temperature == 1 else "processed", seed=None)
 
@@ -381,83 +291,63 @@ def _with_logprobs(sampling: SamplingParams) -> SamplingParams:
 
 @contextmanager
 def finish_step_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that a step can be finished; the second one is a Ctrl-C as ever."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which has the signals
-        yield asked
+    """Yields an event that the first Ctrl-C sets, so that a step can finish; the second Ctrl-C interrupts as usual."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
+        yield interrupted
         return
-    before = signal.getsignal(signal.SIGINT)
+    default_handler = signal.getsignal(signal.SIGINT)
 
-    def ask(*_: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
+    def on_interrupt(*_: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, default_handler)
         print("\nfinishing this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
-    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
-        yield asked
+        yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, default_handler)
 
 
 def train(
     trainer: Trainer, folder: str | Path = "grpo", *, resume: bool = False, progress: bool = True
 ) -> list[StepMetrics]:
-    """Steps until there are `settings.steps`; the rows of the log.
+    """Runs steps until there are `settings.steps`. Returns the log's rows, also those of a resumed run's first part.
 
-    `folder` gets log.jsonl, checkpoint.pt, curve.png (with matplotlib) and, at the end, the model. With `resume` it is
-    gone on with from its checkpoint; without, ValueError if there is one. A KeyboardInterrupt comes after a
-    step and its checkpoint.
+    Writes log.jsonl, checkpoint.pt, curve.png (with matplotlib) and, at the end, the model to `folder`. `resume` continues
+    from the folder's checkpoint; without it a checkpoint there is a ValueError. After Ctrl-C the step is finished and
+    saved, then KeyboardInterrupt is raised.
     """
     folder, s = Path(folder), trainer.settings
-    log, kept = folder / "log.jsonl", folder / "checkpoint.pt"
+    log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pt"
     rows: list[StepMetrics] = []
     if resume:
-        if not kept.is_file():
-            raise ValueError(f"grpo.resume: there is no {kept}; leave it out to begin")
-        trainer.load(kept)
-        rows = [
-            row for line in log.read_text().splitlines() if (row := json.loads(line))["step"] <= trainer.num_steps_done
-        ]
-    elif kept.exists():
-        raise ValueError(f"{folder} has a run: go on with it (grpo.resume=true) or name another (grpo.output_dir=…)")
+        if not checkpoint.is_file():
+            raise ValueError(f"grpo.resume: there is no {checkpoint}; leave it out to begin")
+        trainer.load(checkpoint)
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = [row for row in rows if row["step"] <= trainer.num_steps_done]  # later steps are computed again
+    elif checkpoint.exists():
+        raise ValueError(f"{folder} has a run: resume it (grpo.resume=true) or name another (grpo.output_dir=…)")
     folder.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))  # steps after the checkpoint are done again
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     bar = tqdm(total=s.steps, initial=trainer.num_steps_done, unit="step", disable=None if progress else True)
-    with bar, log.open("a") as file, finish_step_on_interrupt() as asked:
-        while trainer.num_steps_done < s.steps and not asked.is_set():
+    with bar, log.open("a") as file, finish_step_on_interrupt() as interrupted:
+        while trainer.num_steps_done < s.steps and not interrupted.is_set():
             rows.append(trainer.step())
             print(json.dumps(rows[-1]), file=file, flush=True)
             bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("reward", "best", "length", "entropy", "mismatch")})
             bar.update()
             if trainer.num_steps_done % s.save_every == 0 and trainer.num_steps_done < s.steps:
-                trainer.save(kept)
-        trainer.save(kept)
+                trainer.save(checkpoint)
+        trainer.save(checkpoint)
     plot_runs({f"seed {trainer.seed}": rows}, folder / "curve.png")
     if trainer.num_steps_done < s.steps:
-        print(f"step {trainer.num_steps_done} of {s.steps} is saved; grpo.resume=true goes on", file=sys.stderr)
+        print(f"step {trainer.num_steps_done} of {s.steps} is saved; grpo.resume=true continues", file=sys.stderr)
         raise KeyboardInterrupt
     if s.export:
         save(folder / "model", trainer.engine.model_config, trainer.engine.params)
         if trainer.engine.tokenizer is not None:
             trainer.engine.tokenizer.save_pretrained(folder / "model")  # type: ignore[attr-defined]
     return rows
-
-
-def plot_runs(runs: dict[str, list[StepMetrics]], path: Path) -> bool:
-    """Reward and length over steps, a line for each run; False if there is no matplotlib."""
-    if not find_spec("matplotlib"):
-        print("no plot: it needs matplotlib, pip install fastgen[notebook]", file=sys.stderr)
-        return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, name, label in ((left, "reward", "mean reward"), (right, "length", "tokens of an answer")):
-        for run, rows in runs.items():
-            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=run)
-        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
-        axes.grid(alpha=0.3)
-    left.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    return True
