@@ -41,7 +41,7 @@ def test_contents(dist: Path) -> None:
         names = set(wheel.namelist())
     conf = {f"fastgen/{f.relative_to(ROOT)}" for f in (ROOT / "conf").rglob("*") if f.suffix in (".yaml", ".json")}
     assert (
-        conf | {"fastgen/py.typed", "fastgen/conf/__init__.py", "fastgen/cli/run.py", "fastgen/serve/page.html"}
+        conf | {"fastgen/py.typed", "fastgen/conf/__init__.py", "fastgen/cli/run.py", "fastgen/server/page.html"}
         <= names
     )
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastgen"}

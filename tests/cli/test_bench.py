@@ -137,11 +137,11 @@ def test_limit_by_hand() -> None:
     assert min_seconds(
         s, 2, 6, 4, 3, machine=slow, bytes_per_element=1, prefix_shared=True, num_shared_tokens=2
     ) == pytest.approx(traffic)
-    small = slow._replace(memory=(matrices + 160 + kv * 12) / 0.9)  # 12 tokens fit, so 144 reads take 12 steps
+    small = slow._replace(memory_bytes=(matrices + 160 + kv * 12) / 0.9)  # 12 tokens fit, so 144 reads take 12 steps
     traffic = 12 * (matrices + 80) + kv * (decode + 6 * 9)
     assert min_seconds(s, 2, 6, 4, 3, machine=small, bytes_per_element=1) == pytest.approx(traffic)
     with pytest.raises(ValueError, match="9 tokens do not fit the memory of two: room for 0"):
-        min_seconds(s, 2, 6, 4, machine=slow._replace(memory=1))
+        min_seconds(s, 2, 6, 4, machine=slow._replace(memory_bytes=1))
 
 
 def test_windows_limit_keys() -> None:

@@ -319,7 +319,7 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
         while not guide.matcher.is_stopped():
             bits = guides[name].compute_token_masks([(0, guide)], 1)[0]
             tokens.append(dice.choice([t for t in range(len(vocabulary)) if bits[t // 32] >> t % 32 & 1]))
-            guide.push(tokens[-1])
+            guide.accept_token(tokens[-1])
         shown = {id: text for text, id in markers.items()}
         decoder = Detokenizer(vocabulary, [], visible_special_tokens=shown)
         text = "".join(decoder.push(t)[0] for t in tokens) + decoder.flush(tokens)
