@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import fastgen
-from fastgen.cli.bench.rows import parse_peer_log
+from fastgen.cli.bench.results import parse_peer_log
 
 HERE = Path(__file__).parent
 MODES: dict[str, dict[str, Any]] = {

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.cli.bench.machine import hardware_name
+from fastgen.cli.bench.hardware import hardware_name
 
 NEW = 24  # tokens of an answer
 SETTINGS = ("model.dtype=float32", "schedule.max_num_seqs=64", "kv_cache.cache_tokens=16384")

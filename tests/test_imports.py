@@ -46,7 +46,7 @@ LAYERS = [  # each may import from its own line and those above
     ["server.endpoints"],
     ["server.http_worker"],
     ["cli.hydra_config", "cli.prompt_files", "cli.scripts", "cli.run", "cli.chat", "cli.serve"]
-    + ["cli.bench.machine", "cli.bench.rows", "cli.bench.benchmark", "cli.bench.__main__"],
+    + ["cli.bench.hardware", "cli.bench.workload", "cli.bench.results", "cli.bench.benchmark", "cli.bench.__main__"],
 ]
 EMPTY = {
     f"{folder}.__init__"

@@ -11,8 +11,8 @@ import torch
 
 import fastgen
 from fastgen import Engine, from_hf_config
-from fastgen.cli.bench import benchmark, machine
-from fastgen.cli.bench.rows import Workload
+from fastgen.cli.bench import benchmark, hardware
+from fastgen.cli.bench.workload import Workload
 from fastgen.config import ParallelConfig
 from fastgen.core.model_config import ModelConfig
 from fastgen.profiling.roofline import (
@@ -280,7 +280,7 @@ def test_peer_log_and_plot(fgbench: Run) -> None:
 
 def test_the_limit_of_a_known_machine(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its constants, and by the rate that was measured; its constants are those of 16 bits."""
-    monkeypatch.setattr(benchmark, "hardware_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(hardware, "hardware_name", lambda _: "NVIDIA H200")
     run = ("tiny.json", "--workload", "2x6x4", "--repeats", "1", "--out", "rows.json")
     assert fgbench(*run, "model.dtype=bfloat16")[0] == 0
     assert rows()[0]["limit_tok_s"] == pytest.approx(
@@ -303,9 +303,9 @@ def test_the_limit_of_a_known_machine(fgbench: Run, monkeypatch: pytest.MonkeyPa
 )
 def test_clocks(said: str, expected: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Medians of what nvidia-smi says, without a line that was cut; nothing where it cannot say."""
-    monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(machine, "_nvidia_smi_command", lambda *_: ["printf", "%s", said])
-    with machine.measure_clocks(torch.device("cuda")) as clocks:
+    monkeypatch.setattr(hardware.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(hardware, "_nvidia_smi_command", lambda *_: ["printf", "%s", said])
+    with hardware.measure_clocks(torch.device("cuda")) as clocks:
         time.sleep(0.2)
     assert clocks == expected
 
@@ -315,13 +315,13 @@ def test_clocks(said: str, expected: dict, monkeypatch: pytest.MonkeyPatch) -> N
     [
         (["--workload", "2x6"], 2, "workload '2x6' is not NxPROMPTxOUTPUT[xSAMPLES]"),
         (["--workload", "2x6x0"], 2, "in positive numbers"),
-        (["--workload", "2x6x4", "--outputs", "4,x"], 2, "workload '2x6xx'"),
+        (["--workload", "2x6x4", "--outputs", "4,x"], 2, "--outputs '4,x' is not a list of positive numbers"),
         (["--workload", "2x6x4", "--shared-prefix", "6"], 2, "must be less than the prompt of 6"),
         (["--workload", "2x6x4", "--repeats", "0"], 2, "--repeats must be at least 1"),
         (["--workload", "2x6x4", "token_bugdet=5"], 2, "did you mean schedule.token_budget?"),
         (["--workload", "2x6x4", "schedule.token_budget=0"], 2, "must be at least 1, got 0"),
         (["--workload", "2x6x4", "prompt=hello"], 2, "fgbench makes its own prompts"),
-        (["--workload", "2x6x4", "--out", "nowhere/rows.json"], 2, "there is no folder nowhere"),
+        (["--workload", "2x6x4", "--out", "nowhere/rows.json"], 2, "folder nowhere does not exist"),
         (["--workload", "2x6x4", "--out", "tiny.json"], 2, "does not hold fgbench's rows"),
         (["--workload", "2x60x5"], 1, "longer than the context of 64"),
         ([], 2, "give a model and what to run"),

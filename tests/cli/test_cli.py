@@ -21,7 +21,7 @@ import pytest
 import fastgen
 from fastgen import Completion, Engine, Output
 from fastgen.cli import chat, prompt_files, run, serve
-from fastgen.cli.bench.benchmark import main
+from fastgen.cli.bench import benchmark
 from fastgen.cli.hydra_config import to_hydra_arguments
 from fastgen.cli.prompt_files import read_prompts
 from fastgen.config import SamplingParams
@@ -176,7 +176,7 @@ def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: 
         ("p", b"a\nb\0", "p, line 2: has a NUL character"),
         ("p.txt.gz", b"plain", "p.txt.gz: cannot be read: Not a gzipped file"),
         ("p.txt.gz", packed(b"long enough to be cut" * 9)[:-9], "p.txt.gz: cannot be read: Compressed file ended"),
-        ("p.pdf", "text", "p.pdf: cannot tell its format from '.pdf'"),
+        ("p.pdf", "text", "p.pdf: unknown suffix '.pdf'"),
         ("p.jsonl", '"fine"\n{"text": "no prompt"}', "p.jsonl, line 2: must be a text"),
         ("p.jsonl", '{"prompt": 5}', "p.jsonl, line 1: must be a text, a list of token ids"),
         ("p.jsonl", "5", "line 1: must be"),
@@ -199,8 +199,8 @@ def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: 
         ("q.csv", "prompt,id,prompt\na,1,b\n", "q.csv: has 2 columns 'prompt'"),
         ("p.txt", "a\nb".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
         ("p.jsonl", "1" * 5000, "p.jsonl, line 1: must be"),
-        ("p.jsonl", '"fine"\n"\\ud800"', "p.jsonl, line 2: half of a surrogate pair"),
-        ("p.jsonl", '[{"role": "user", "content": "\\ud800"}]', "p.jsonl, line 1: half of a surrogate pair"),
+        ("p.jsonl", '"fine"\n"\\ud800"', "p.jsonl, line 2: contains half of a surrogate pair"),
+        ("p.jsonl", '[{"role": "user", "content": "\\ud800"}]', "p.jsonl, line 1: contains half of a surrogate pair"),
         ("q.csv", "messages\nhello\n", "q.csv, line 2: must be"),
         ("q.parquet", parquet(text=["a"]), "q.parquet: needs a column 'prompt' or 'messages', has 'text'"),
         ("q.parquet", parquet(prompt=["a", None]), "q.parquet, row 1: must be"),
@@ -308,11 +308,11 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ([], 1, 'no prompt: give prompt="a text"'),
         (["prompt="], 1, 'no prompt: give prompt="a text"'),
         (["prompt=a", "task.prompts=b"], 1, "both prompt and task.prompts"),
-        (["task.prompts=nowhere.txt"], 1, "there is no file nowhere.txt"),
-        (["prompt=[1]", "out=nowhere/out.jsonl"], 1, "out: there is no folder"),
+        (["task.prompts=nowhere.txt"], 1, "file nowhere.txt does not exist"),
+        (["prompt=[1]", "out=nowhere/out.jsonl"], 1, "out: folder nowhere does not exist"),
         (["prompt=[1]", "out=."], 1, "is a folder"),
-        (["prompt=[1]", "task=profile", "task.trace=nowhere/t.json"], 1, "task.trace: there is no folder"),
-        (["one", "two"], 1, 'one prompt, not 2: put the text in quotes, "one two"'),
+        (["prompt=[1]", "task=profile", "task.trace=nowhere/t.json"], 1, "task.trace: folder nowhere does not exist"),
+        (["one", "two"], 1, 'expected one prompt, got 2: put the text in quotes, "one two"'),
         (["model.path=/nowhere", "prompt=[1]"], 1, "/nowhere"),
         ([*TINY, "prompt=[1,999]"], 1, "token 999 is outside the vocabulary of 256"),
         ([*TINY, "prompt=Hello"], 1, "without a tokenizer"),
@@ -404,16 +404,16 @@ def test_out_is_not_the_input(fgrun: Run, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("p.jsonl")
     for out in ("p.jsonl", "./p.jsonl", "link"):
         code, _, err = fgrun("model.path=/nowhere", "task.prompts=p.jsonl", f"out={out}")
-        assert code == 1 and "is the input itself" in err
+        assert code == 1 and "is the input file" in err
     assert (tmp_path / "p.jsonl").read_text() == "[1]"
 
 
 def test_version(fgrun: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert fgrun("--version") == (0, f"fgrun {fastgen.__version__}\n", "")
-    for tool in (main, chat, serve):
+    for name, tool in (("fgbench", benchmark), ("fgchat", chat), ("fgserve", serve)):
         with pytest.raises(SystemExit, match="^0$"):
             tool.main(["--version"])
-        assert capsys.readouterr().out == f"fg{tool.__name__.rpartition('.')[2]} {fastgen.__version__}\n"
+        assert capsys.readouterr().out == f"{name} {fastgen.__version__}\n"
 
 
 def test_scripts_start_quietly() -> None:

@@ -1,6 +1,6 @@
-"""The command line's configuration: its schema, where its files are, and what is said when it is wrong.
+"""Hydra configuration of the command line: the schema, composing overrides, quoting arguments, error messages.
 
-The schema is the dataclasses of fastgen.config themselves, so a key, a type or a range is written down once.
+The schema is made from the dataclasses of fastgen.config, so keys, types and ranges are defined once.
 """
 
 import difflib
@@ -26,13 +26,13 @@ TASKS = ("generate", "stream", "profile", "grpo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is done with the prompts, and a file of them. `steps` and `trace` are profile's; grpo draws its own."""
+    """What fgrun does. `prompts` and `format` name a prompt file; `steps` and `trace` configure `profile`."""
 
     name: str = "generate"
-    prompts: str | None = None
-    format: str | None = None  # of the file (see `fastgen.cli.prompt_files`); None: by its suffix
-    steps: int = 8  # recorded, after two that are not
-    trace: str | None = None  # .json or .json.gz; None: a file in the working directory
+    prompts: str | None = None  # path, or - for standard input; grpo samples its prompts from grpo.problem instead
+    format: str | None = None  # one of prompt_files.FORMATS; None: by the suffix
+    steps: int = 8  # recorded steps, after two that are skipped
+    trace: str | None = None  # .json or .json.gz file; None: a new file in the working directory
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(EngineConfig):
-    """One run: an engine's settings, its model, and what to do with it."""
+    """Everything fgrun can configure: engine, model, sampling and task."""
 
     model: LoadConfig = field(default_factory=LoadConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -57,16 +57,16 @@ class RunConfig(EngineConfig):
 
 
 def _build_key_aliases() -> dict[str, str]:
-    """Keys by other names: those of the library's keywords, which have no group, and the size of a parallel group."""
+    """Returns keys without a group, as the library's keywords are, mapped to the full keys: top_p to sampling.top_p."""
     config = RunConfig()
     groups = [f.name for f in fields(EngineConfig) if is_dataclass(getattr(config, f.name))] + ["model", "sampling"]
-    short = {f.name: f"{group}.{f.name}" for group in groups for f in fields(getattr(config, group))}
-    own = {f.name for f in fields(RunConfig)}
-    return {"parallel.size": "parallel.tensor_parallel"} | {k: v for k, v in short.items() if k not in own}
+    aliases = {f.name: f"{group}.{f.name}" for group in groups for f in fields(getattr(config, group))}
+    top_level = {f.name for f in fields(RunConfig)}
+    return {"parallel.size": "parallel.tensor_parallel"} | {k: v for k, v in aliases.items() if k not in top_level}
 
 
 def conf_dir() -> Path:
-    """Where the configuration files are: in the installed package, or at the root of a source checkout."""
+    """Returns the folder of the configuration files: in the installed package, or at the root of a checkout."""
     package = Path(__file__).resolve().parents[1]
     return next(d for d in (package / "conf", package.parents[1] / "conf") if (d / "config.yaml").is_file())
 
@@ -74,9 +74,9 @@ def conf_dir() -> Path:
 def _register_schema() -> None:
     schema = OmegaConf.structured(RunConfig)
     for node in (schema, *(v for v in schema.values() if isinstance(v, DictConfig))):
-        OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes, and these are to be overridden
-    for free in (schema.sampling.logit_bias, schema.model.adapters):  # whose keys are tokens, and names of one's own
-        OmegaConf.set_struct(free, False)
+        OmegaConf.set_readonly(node, None)  # nodes of frozen dataclasses are read-only, but must accept overrides
+    for mapping in (schema.sampling.logit_bias, schema.model.adapters):  # mappings whose keys are free
+        OmegaConf.set_struct(mapping, False)
     ConfigStore.instance().store("schema", schema)
     OmegaConf.register_new_resolver("fastgen.conf", lambda path: str(conf_dir() / path), replace=True)
 
@@ -86,16 +86,16 @@ KEY_ALIASES = _build_key_aliases()
 
 
 def to_dataclass(cfg: DictConfig) -> RunConfig:
-    """The dataclasses of a composed configuration, checked: ValueError for an unknown key or a bad value."""
+    """Converts a composed configuration to dataclasses. Raises ValueError for unknown keys and invalid values."""
     for prefix, node in [("", cfg), *((f"{k}.", v) for k, v in cfg.items() if isinstance(v, DictConfig))]:
-        if is_dataclass(kind := OmegaConf.get_type(node)):  # +key=value puts a key past Hydra's own check
-            for name in set(node) - {f.name for f in fields(kind)}:
+        if is_dataclass(schema := OmegaConf.get_type(node)):  # Hydra does not check the keys of +key=value
+            for name in set(node) - {f.name for f in fields(schema)}:
                 raise ValueError(_unknown_key_message(f"{prefix}{name}"))
     return OmegaConf.to_object(cfg)  # type: ignore[return-value]
 
 
 def compose(*overrides: str) -> RunConfig:
-    """What `fgrun OVERRIDES` runs, for notebooks and scripts. ValueError says what is wrong with it."""
+    """Composes the configuration that `fgrun OVERRIDES` would run. Raises ValueError for invalid overrides."""
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return to_dataclass(hydra.compose("config", [quote_override(o) for o in overrides]))
@@ -104,19 +104,19 @@ def compose(*overrides: str) -> RunConfig:
 
 
 def model_override(model: str) -> str:
-    """The override for a command's MODEL: a name of conf/model, or a folder, file or hub id."""
-    named = (conf_dir() / "model" / f"{model}.yaml").is_file()
-    path = Path(model).expanduser().exists() or "/" in model or model.endswith((".gguf", ".safetensors"))
-    return f"model.path={model}" if path and not named else f"model={model}"
+    """Returns the override for a MODEL argument: `model=` a name in conf/model, else `model.path=` a path or hub id."""
+    is_name = (conf_dir() / "model" / f"{model}.yaml").is_file()
+    is_path = Path(model).expanduser().exists() or "/" in model or model.endswith((".gguf", ".safetensors"))
+    return f"model.path={model}" if is_path and not is_name else f"model={model}"
 
 
 def expand_key(argument: str) -> str:
-    """`kv_cache.page_size=32` for `page_size=32`, a keyword of the library's, and so on."""
+    """Adds the group to the key of an override: `page_size=32` becomes `kv_cache.page_size=32`."""
     key, equals, text = argument.partition("=")
     return f"{KEY_ALIASES.get(key, key)}{equals}{text}"
 
 
-TEXT_KEYS = ("prompt", "model.path", "sampling.grammar")  # texts whatever they contain: a comma makes no sweep of them
+TEXT_KEYS = ("prompt", "model.path", "sampling.grammar")  # always one text: a comma does not make a sweep
 
 
 def _parses(argument: str) -> bool:
@@ -128,16 +128,16 @@ def _parses(argument: str) -> bool:
 
 
 def _quote_text(text: str) -> str:
-    """Returns a text in Hydra's quotes, without interpolation."""
+    """Quotes a text for Hydra's grammar and disables interpolation in it."""
     return QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()
 
 
 def quote_override(argument: str) -> str:
-    """Returns an override as Hydra's grammar wants it: the key with its group, and a text as a value in quotes.
+    """Converts an override as typed to Hydra's grammar: adds the key's group, and quotes values that are texts.
 
-    `prompt`, `model.path` and `sampling.grammar` are texts unless they are null, quoted already or, for a prompt, a
-    list; so is every value that Hydra could not parse. One value for a list (`stop=END`) becomes a list. `model` may be
-    a folder, a file or a hub id.
+    Values of TEXT_KEYS are texts unless they are null, quoted already or, for a prompt, a list or an object. A value
+    that Hydra cannot parse is a text, too. A single value of a list, as in `stop=END`, becomes a list. `model` may be a
+    name, a path or a hub id.
     """
     argument = expand_key(argument)
     if argument.startswith("model="):
@@ -149,16 +149,16 @@ def quote_override(argument: str) -> str:
         return f"{key}=[{text}]"
     if key == "sampling.stop":
         return f"{key}={_to_hydra_list(text)}"
-    is_form = text.startswith(("[", "{", "'", '"') if key == "prompt" else ("'", '"')) or key not in TEXT_KEYS
-    return argument if is_form and _parses(argument) else f"{key}={_quote_text(text)}"
+    is_literal = text.startswith(("[", "{", "'", '"') if key == "prompt" else ("'", '"')) or key not in TEXT_KEYS
+    return argument if is_literal and _parses(argument) else f"{key}={_quote_text(text)}"
 
 
 def _to_hydra_list(text: str) -> str:
-    """Returns one text, quoted or not, or a list of them, as Hydra's list; what stands in it need not be quoted."""
+    """Converts a text or a list of texts, with or without quotes, to a list in Hydra's grammar."""
     if text.startswith("["):
         if _parses(f"x={text}"):
             return text
-        if text.endswith("]") and not set(text) & {"'", '"'}:  # characters that Hydra has other uses for
+        if text.endswith("]") and not set(text) & {"'", '"'}:  # unquoted texts with special characters
             return f"[{','.join(_quote_text(part.strip()) for part in text[1:-1].split(','))}]"
     is_quoted = text.startswith(("'", '"')) and _parses(f"x=[{text}]")
     return f"[{text if is_quoted else _quote_text(text)}]"
@@ -171,43 +171,46 @@ FLAGS_WITH_VALUE = {
 
 
 def to_hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """Returns a command line as Hydra reads it: flags, overrides with quoted values, and a bare text as the prompt.
+    """Converts a command line to Hydra's: flags are kept, overrides are quoted, and a bare text becomes the prompt.
 
-    What follows `--` is bare, and so is what begins with a dash but is no flag. ValueError for two bare texts, which
-    are mostly one that lacks its quotes.
+    Arguments after `--` are bare texts; so are arguments that begin with a dash but are no flags. Raises ValueError for
+    more than one bare text, which usually means that quotes are missing.
     """
-    result, bare = list[str](), list[str]()
+    result = list[str]()
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    bare += arguments[end + 1 :]
-    for before, argument in zip(["", *arguments], arguments[:end], strict=False):
+    bare = [*arguments[end + 1 :]]
+    for previous, argument in zip(["", *arguments], arguments[:end], strict=False):
         is_flag = re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", argument, re.DOTALL)
-        if is_flag or before in FLAGS_WITH_VALUE or re.fullmatch(r"~\w[\w/@.]*", argument):
+        if is_flag or previous in FLAGS_WITH_VALUE or re.fullmatch(r"~\w[\w/@.]*", argument):
             result.append(argument)
         elif re.match(r"[+~]{0,2}[\w/@.:-]+=", argument):
             result.append(quote_override(argument))
         else:
             bare.append(argument)
     if len(bare) > 1:
-        raise ValueError(f'one prompt, not {len(bare)}: put the text in quotes, "{" ".join(bare)}"')
+        raise ValueError(f'expected one prompt, got {len(bare)}: put the text in quotes, "{" ".join(bare)}"')
     return result + [quote_override(f"prompt={text}") for text in bare]
 
 
 def _unknown_key_message(key: str) -> str:
-    """The message for a key that is not there; one that another group has is found too."""
+    """Returns the error message for an unknown key. It suggests the nearest key, of this group or of another."""
     schema = OmegaConf.structured(RunConfig)
     groups = {group: list(node) for group, node in schema.items() if isinstance(node, DictConfig)}
     keys = [*schema, "+experiment", "+debug", *(f"{group}.{name}" for group in groups for name in groups[group])]
     group, _, name = key.rpartition(".")
-    same, here = [k for k in keys if k.endswith(f".{name}")], [k for k in keys if k.rpartition(".")[0] == group]
-    for known in (same, here, keys):
-        names = {k.rpartition(".")[2]: k for k in known} | (KEY_ALIASES if known is here and not group else {})
+    same_name = [k for k in keys if k.endswith(f".{name}")]
+    same_group = [k for k in keys if k.rpartition(".")[0] == group]
+    for options in (same_name, same_group, keys):
+        names = {k.rpartition(".")[2]: k for k in options} | (
+            KEY_ALIASES if options is same_group and not group else {}
+        )
         if close := difflib.get_close_matches(name, names, n=1):
             return unknown_name_message("key", key, [names[close[0]]])
-    return unknown_name_message("key", key, here or keys)
+    return unknown_name_message("key", key, same_group or keys)
 
 
 def explain_error(error: Exception) -> str:
-    """What Hydra or OmegaConf found wrong, in a line, with the nearest thing that exists."""
+    """Returns a one-line message for an error of Hydra or OmegaConf, with the nearest existing name."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return unknown_name_message(group, name, list(error.options))
@@ -215,6 +218,6 @@ def explain_error(error: Exception) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         return _unknown_key_message(cause.full_key)
     if isinstance(cause, OmegaConfBaseException):
-        said = str(cause).splitlines()[0]
-        return f"{cause.full_key}: {f'must be a list, [a,b], got {said}' if 'ListConfig' in said else said}"
+        message = str(cause).splitlines()[0]
+        return f"{cause.full_key}: {f'must be a list, [a,b], got {message}' if 'ListConfig' in message else message}"
     return " ".join(line.strip() for line in str(error).splitlines() if "https://" not in line)

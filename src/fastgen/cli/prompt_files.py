@@ -1,4 +1,4 @@
-"""Reads prompts from files (text, JSON, CSV, Parquet, chosen by the suffix), and checks files that will be written."""
+"""Reads prompts from text, JSON, CSV and Parquet files, and checks that output files can be written."""
 
 import codecs
 import csv
@@ -21,27 +21,27 @@ ACCEPTED_ROWS = (
     "a text, a list of token ids, a list of messages, or an object with 'prompt', 'prompt_token_ids' or 'messages'"
 )
 STANDARD_INPUT, STANDARD_OUTPUT = ("-", "/dev/stdin"), ("-", "/dev/stdout")
-GZIP_MAGIC = b"\x1f\x8b"  # the first bytes, which no text in UTF-8 has
+GZIP_MAGIC = b"\x1f\x8b"  # the first bytes of gzip files, which are no valid UTF-8
 
 
 def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
     """Reads all prompts of a file, or of standard input (`-`).
 
-    `format` is one of FORMATS. None takes it from the suffix; standard input and files without a suffix are text, a
-    prompt a line. What is packed by gzip is unpacked. Text is UTF-8, with or without a byte order mark. CSV and Parquet
-    have a column `prompt` or `messages` (in CSV, messages are JSON). ValueError names the file and the line or row.
+    `format` is one of FORMATS; None chooses it by the suffix. Standard input and files without a suffix are text, one
+    prompt per line. Gzip files are decompressed. Text must be UTF-8, with or without a byte order mark. CSV and Parquet
+    files need a column `prompt` or `messages` (JSON, in CSV). Errors are ValueErrors that name the file and line.
     """
     if file not in STANDARD_INPUT:
         file = os.path.expanduser(file)
     suffix = "" if file in STANDARD_INPUT else Path(file.lower().removesuffix(".gz")).suffix
     if format is None and (format := SUFFIXES.get(suffix)) is None:
         known = ", ".join(s for s in SUFFIXES if s)
-        raise ValueError(f"{file}: cannot tell its format from {suffix!r} (known: {known}); give task.format")
+        raise ValueError(f"{file}: unknown suffix {suffix!r} (known: {known}); set task.format")
     if file not in STANDARD_INPUT:
         if os.path.isdir(file):
             raise ValueError(f"task.prompts: {file} is a folder")
         if not os.path.exists(file):
-            raise ValueError(f"task.prompts: there is no file {file}")
+            raise ValueError(f"task.prompts: file {file} does not exist")
     try:
         with _open_binary(file) as raw:
             content = raw.read()
@@ -49,123 +49,116 @@ def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{file}: cannot be read: {e}") from e
-    prompts = [_check_prompt(value, f"{file}, {where}") for where, value in READERS[format](content, file)]
+    prompts = [_check_prompt(value, f"{file}, {location}") for location, value in READERS[format](content, file)]
     if not prompts:
         raise ValueError(f"task.prompts: {file} is empty")
     return prompts
 
 
 def check_output(key: str, path: Path, inputs: Iterable[str | Path | None]) -> None:
-    """Raises ValueError where a file cannot be written, or is one of the inputs: better now than after the work."""
+    """Raises ValueError, before any work is done, if an output file cannot be written or is one of the inputs."""
     if not os.path.isdir(path.parent):
-        raise ValueError(f"{key}: there is no folder {path.parent}")
+        raise ValueError(f"{key}: folder {path.parent} does not exist")
     if os.path.isdir(path):
         raise ValueError(f"{key}: {path} is a folder")
-    is_there = os.path.exists(path)
+    exists = os.path.exists(path)
     for file in inputs:
-        if file is not None and is_there and os.path.exists(file) and path.samefile(file):
-            raise ValueError(f"{key}: {path} is the input itself, and would be overwritten; give another file")
+        if file is not None and exists and os.path.exists(file) and path.samefile(file):
+            raise ValueError(f"{key}: {path} is the input file, which would be overwritten; choose another file")
     try:
-        if is_there and not path.is_file():  # to open a pipe would wait for its reader
+        if exists and not path.is_file():  # opening a pipe would wait for its reader
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        with open(path, "ab"):  # tells what no permission does: links that lead nowhere, names that are too long, ...
+        with open(path, "ab"):  # fails for broken links, long names and other errors that permissions do not show
             pass
-        if not is_there:
+        if not exists:
             os.remove(os.path.realpath(path))
     except (OSError, ValueError) as e:
         raise ValueError(f"{key}: {path} cannot be written: {getattr(e, 'strerror', None) or e}") from e
 
 
 def _open_binary(file: str) -> BinaryIO:
-    """Opens a file, or standard input, which stays open for others."""
+    """Opens a file, or standard input, whose file descriptor stays open when the returned file is closed."""
     return open(sys.stdin.fileno(), "rb", closefd=False) if file in STANDARD_INPUT else open(file, "rb")
 
 
-def _check_prompt(value: Any, where: str) -> Prompt:
-    """Checks that a value is a prompt: text, token ids or messages, bare or in an object; anything else is refused."""
+def _check_prompt(value: Any, location: str) -> Prompt:
+    """Returns the prompt of a row: text, token ids or messages, bare or in an object. Raises ValueError otherwise."""
     if isinstance(value, dict):
         if (name := _find_prompt_key(value, lambda name: value.get(name) is not None)) is None:
-            raise ValueError(
-                f"{where}: must be {ACCEPTED_ROWS}, got an object with {', '.join(map(repr, value)) or 'nothing'}"
-            )
+            keys = ", ".join(map(repr, value)) or "nothing"
+            raise ValueError(f"{location}: must be {ACCEPTED_ROWS}, got an object with {keys}")
         value = value[name]
     is_list = isinstance(value, list) and bool(value)
-    ids = is_list and all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in value)
-    chat = is_list and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-    if not (ids or chat or (isinstance(value, str) and value.strip())):
-        raise ValueError(f"{where}: must be {ACCEPTED_ROWS}, got {repr(value)[:60]}")
-    rows: Any = value
-    texts = [x for message in rows for x in message.values()] if chat else [value]
-    for text in texts:
+    is_ids = is_list and all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in value)
+    is_chat = is_list and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+    if not (is_ids or is_chat or (isinstance(value, str) and value.strip())):
+        raise ValueError(f"{location}: must be {ACCEPTED_ROWS}, got {repr(value)[:60]}")
+    messages: Any = value
+    for text in [x for message in messages for x in message.values()] if is_chat else [value]:
         if isinstance(text, str) and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"{where}: half of a surrogate pair is in it, so this is no text")
+            raise ValueError(f"{location}: contains half of a surrogate pair, which is not valid text")
     return value
 
 
 def _decode_utf8(content: bytes, file: str) -> str:
-    """Decodes UTF-8, with or without a byte order mark. ValueError names the line of a byte that is no UTF-8."""
+    """Decodes UTF-8, with or without a byte order mark. The ValueError for an invalid byte names its line."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
-        source = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
-        raise ValueError(
-            f"{file}, line {line}: byte {content[e.start]:#04x} is not UTF-8; convert the file first, for example "
-            f"iconv -f {source} -t utf-8"
-        ) from e
+        encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+        message = f"{file}, line {line}: byte {content[e.start]:#04x} is not UTF-8; convert the file first"
+        raise ValueError(f"{message}, for example iconv -f {encoding} -t utf-8") from e
 
 
-def _parse_json(text: str, where: str) -> Any:
+def _parse_json(text: str, location: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as e:  # no JSON, numbers of thousands of digits; nested too deep
-        raise ValueError(f"{where}: must be {ACCEPTED_ROWS}, got {text[:60]!r} ({e})") from e
+    except (ValueError, RecursionError) as e:  # also for numbers with thousands of digits, and deep nesting
+        raise ValueError(f"{location}: must be {ACCEPTED_ROWS}, got {text[:60]!r} ({e})") from e
 
 
 def _read_lines(content: bytes, file: str) -> Iterator[tuple[str, str]]:
-    """Yields the place and text of each line that is not blank; only newlines end a line, as in other tools."""
+    """Yields the location and text of each line that is not blank. Only "\\n" ends a line, as in other tools."""
     for number, line in enumerate(_decode_utf8(content, file).split("\n"), 1):
         if "\0" in line:
-            raise ValueError(f"{file}, line {number}: has a NUL character, so this is no text file; give task.format")
+            raise ValueError(f"{file}, line {number}: has a NUL character, so it is not a text file; set task.format")
         if line := line.strip():
             yield f"line {number}", line
 
 
 def _read_jsonl(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
-    for where, line in _read_lines(content, file):
-        yield where, _parse_json(line, f"{file}, {where}")
+    for location, line in _read_lines(content, file):
+        yield location, _parse_json(line, f"{file}, {location}")
 
 
 def _read_json(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
-    """Yields the elements of one JSON array."""
+    """Yields the location and value of each element of one JSON array."""
     values = _parse_json(_decode_utf8(content, file), file)
     if not isinstance(values, list):
-        raise ValueError(
-            f"{file}: must be an array whose elements are each {ACCEPTED_ROWS}; for an object a line, name it .jsonl"
-        )
+        elements = f"whose elements are each {ACCEPTED_ROWS}"
+        raise ValueError(f"{file}: must be an array {elements}; name it .jsonl if each line is an object")
     for i, value in enumerate(values):
         yield f"element {i}", value
 
 
 def _read_csv(content: bytes, file: str, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(_decode_utf8(content, file), newline=""), delimiter=delimiter, strict=True)
-    csv.field_size_limit(2**31 - 1)  # of the process; by default 128 KiB, which long prompts exceed
+    csv.field_size_limit(2**31 - 1)  # for the process; long prompts exceed the default of 128 KiB
     try:
         names = reader.fieldnames or ()
         column = _find_prompt_column(names, file)
         if names.count(column) > 1:
             raise ValueError(f"{file}: has {names.count(column)} columns {column!r}")
         for row in reader:
-            where = f"line {reader.line_num}"
+            location = f"line {reader.line_num}"
             if None in row:
-                raise ValueError(
-                    f"{file}, {where}: has {len(names) + len(row[None])} fields for {len(names)} columns: put a text "
-                    "with the delimiter in it in double quotes"
-                )
+                sizes = f"{len(names) + len(row[None])} fields for {len(names)} columns"
+                raise ValueError(f"{file}, {location}: has {sizes}: put texts that contain the delimiter in quotes")
             value = row[column]
-            yield where, _parse_json(value or "", f"{file}, {where}") if column != "prompt" else value
+            yield location, _parse_json(value or "", f"{file}, {location}") if column != "prompt" else value
     except csv.Error as e:
         raise ValueError(f"{file}, line {reader.line_num}: {e}") from e
 
@@ -189,12 +182,12 @@ def _read_parquet(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
 
 
 def _find_prompt_key(names: Iterable[str], has_value: Callable[[str], bool] = lambda _: True) -> str | None:
-    """Returns which of an object's keys or a table's columns is the prompt, or None; messages come before text."""
+    """Returns which key of an object or column of a table is the prompt: messages, else token ids, else text."""
     return next((n for n in ("messages", "prompt_token_ids", "prompt") if n in names and has_value(n)), None)
 
 
 def _find_prompt_column(names: Sequence[str], file: str) -> str:
-    """Returns which of a table's columns holds the prompts."""
+    """Returns the column of a table that has the prompts. Raises ValueError if no column has them."""
     if (name := _find_prompt_key(names)) is None:
         raise ValueError(f"{file}: needs a column 'prompt' or 'messages', has {', '.join(map(repr, names)) or 'none'}")
     return name

@@ -1,12 +1,12 @@
-"""`fgrun`: generation from the command line, configured by Hydra. `fgrun --help` shows how.
+"""`fgrun`: generates text from the command line, configured by Hydra. `fgrun --help` shows examples.
 
-The same configuration in a notebook or a script:
+Notebooks and scripts can use the same configuration:
 
-    from fastgen.cli.run import compose, engine
+    from fastgen.cli.run import build_engine, compose
 
     config = compose("model=debug", "sampling=greedy", "schedule.token_budget=512")
-    with engine(config) as e:
-        outputs = e.generate([1, 2, 3], config.sampling)
+    with build_engine(config) as engine:
+        outputs = engine.generate([1, 2, 3], config.sampling)
 """
 
 import json
@@ -29,8 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm.auto import tqdm
 
 import fastgen
-from fastgen import Engine, EngineConfig, Output, Replicas, SamplingParams
-from fastgen.cli.hydra_config import RunConfig, Task, compose, conf_dir, explain_error, to_dataclass, to_hydra_arguments
+from fastgen import Engine, EngineConfig, Output, Replicas
+from fastgen.cli.hydra_config import RunConfig, compose, conf_dir, explain_error, to_dataclass, to_hydra_arguments
 from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
 from fastgen.core.tokenizer import Prompt, is_single_prompt
 from fastgen.profiling.profiler import profile_on_signal
@@ -40,19 +40,51 @@ from fastgen.training.problems import load_problem
 __all__ = ["compose", "build_engine", "build_engines", "main", "run"]
 
 
-class OutputCollector:
-    """Collects the outputs of a run by their prompt's index, and prints them."""
+class PromptRun:
+    """A run of prompts on an engine. Each task collects the outputs by prompt index as they finish."""
 
-    def __init__(self, prompts: list[Prompt], sampling: SamplingParams, has_text: bool) -> None:
-        self.prompts, self.has_text = prompts, has_text
-        self.is_single = len(prompts) == sampling.n == 1
+    def __init__(self, engine: Engine | Replicas, prompts: list[Prompt], config: RunConfig) -> None:
+        self.engine, self.prompts, self.sampling, self.task = engine, prompts, config.sampling, config.task
+        use_template = config.chat and engine.tokenizer is not None and engine.tokenizer.chat_template
+        self.requests: list[Prompt] = [
+            [{"role": "user", "content": p}] if use_template and isinstance(p, str) else p for p in prompts
+        ]
+        self.is_single = len(prompts) == config.sampling.n == 1
         self.outputs: dict[int, Output] = {}
+
+    def generate(self) -> None:
+        """Generates behind a progress bar."""
+        with tqdm(total=len(self.prompts), unit="request", delay=2, leave=False, disable=None) as bar:
+            for i, output in self.engine.as_completed(self.requests, self.sampling):
+                self.outputs[i] = output
+                bar.update()
+
+    def stream(self) -> None:
+        """Prints tokens as they are sampled. A line has the tokens of one completion; completions take turns."""
+        last_label = None
+        for event in self.engine.stream(self.requests, self.sampling):
+            label = f"[{event.request_id}.{event.index}] "
+            text = event.text if self.engine.tokenizer else "".join(f"{t} " for t in event.token_ids)
+            if text and not self.is_single and label != last_label:
+                text, last_label = ("\n" if last_label else "") + label + text, label
+            print(text, end="", flush=True)
+            if event.output:
+                self.outputs[event.request_id] = event.output
+        print()
+
+    def profile(self) -> None:
+        """Generates while profiling `task.steps` steps. Prints the profile's summary and the path of its trace."""
+        assert isinstance(self.engine, Engine)
+        with self.engine.profile(self.task.steps, self.task.trace) as p:
+            self.outputs |= enumerate(self.engine.generate(self.requests, self.sampling))
+        print(p.summary)
+        print(f"trace: {p.trace}")
 
     def print_completions(self) -> None:
         """Prints the completions in the order of their prompts."""
-        for i in sorted(self.outputs):
-            for j, c in enumerate(self.outputs[i].completions):
-                text = c.text if self.has_text else str(c.token_ids)
+        for i, output in sorted(self.outputs.items()):
+            for j, c in enumerate(output.completions):
+                text = str(c.token_ids) if self.engine.tokenizer is None else c.text
                 print(text if self.is_single else f"[{i}.{j}] {text}")
 
     def json_lines(self) -> Iterator[str]:
@@ -61,97 +93,57 @@ class OutputCollector:
             yield json.dumps({"prompt": self.prompts[i]} | asdict(output), ensure_ascii=False) + "\n"
 
 
-def generate(
-    engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams, collector: OutputCollector
-) -> None:
-    """Collects the outputs as they finish."""
-    with tqdm(total=len(prompts), unit="request", delay=2, leave=False, disable=None) as bar:
-        for i, output in engine.as_completed(prompts, sampling):
-            collector.outputs[i] = output
-            bar.update()
-
-
-def stream(
-    engine: Engine | Replicas, prompts: list[Prompt], sampling: SamplingParams, collector: OutputCollector
-) -> None:
-    """Prints tokens as they come. Several completions take turns, each on a line of its own."""
-    last = None
-    for event in engine.stream(prompts, sampling):
-        who = f"[{event.request_id}.{event.index}] "
-        text = event.text if engine.tokenizer else "".join(f"{t} " for t in event.token_ids)
-        if text and not collector.is_single and who != last:
-            text, last = ("\n" if last else "") + who + text, who
-        print(text, end="", flush=True)
-        if event.output:
-            collector.outputs[event.request_id] = event.output
-    print()
-
-
-def profile(
-    engine: Engine, prompts: list[Prompt], sampling: SamplingParams, collector: OutputCollector, task: Task
-) -> None:
-    """Prints where the time of some steps goes, and where their trace is."""
-    with engine.profile(task.steps, task.trace) as p:
-        collector.outputs |= enumerate(engine.generate(prompts, sampling))
-    print(p.summary)
-    print(f"trace: {p.trace}")
-
-
 def grpo(config: RunConfig, folder: Path = Path()) -> None:
-    """Learn from rewards (see `fastgen.training.grpo`), and say what it came to."""
+    """Trains with GRPO (see `fastgen.training.grpo`), and prints the mean reward at the first and the last step."""
     if config.prompt is not None or config.task.prompts is not None or config.out is not None:
-        raise ValueError(
-            "task=grpo draws its own prompts, and writes to grpo.output_dir: leave prompt and out as they are"
-        )
+        raise ValueError("task=grpo samples prompts from grpo.problem and writes to grpo.output_dir: leave out prompt, "
+                         "task.prompts and out")  # fmt: skip
     if config.seed is None:
         raise ValueError("task=grpo needs a seed, so that it can be repeated and resumed: seed=0")
     g, problem, start = config.grpo, load_problem(config.grpo.problem), time.perf_counter()
-    with build_engine(config) as e:
-        profile_on_signal(e.profiler, folder)
-        rows = train(Trainer(e, problem, g, config.sampling, config.seed), folder / g.output_dir, resume=g.resume)
+    with build_engine(config) as engine:
+        profile_on_signal(engine.profiler, folder)
+        trainer = Trainer(engine, problem, g, config.sampling, config.seed)
+        rows = train(trainer, folder / g.output_dir, resume=g.resume)
     print(f"reward {rows[0]['reward']:.3f} at step 1, {rows[-1]['reward']:.3f} at step {len(rows)}")
     print(f"{time.perf_counter() - start:.1f} s, in {folder / g.output_dir}", file=sys.stderr, flush=True)
 
 
 def build_engine(config: RunConfig, *, progress: bool = True) -> Engine:
-    """The engine of a configuration, its model loaded."""
+    """Loads the configured model and builds its engine."""
     return Engine.from_pretrained(**_from_pretrained_kwargs(config, progress))
 
 
 def build_engines(config: RunConfig, *, progress: bool = True) -> Engine | Replicas:
-    """The engine of a configuration, or its replicas."""
-    count = config.parallel.replicas
-    return (
-        build_engine(config, progress=progress)
-        if count == 1
-        else Replicas.from_pretrained(replicas=count, **_from_pretrained_kwargs(config, progress))
-    )
+    """Builds the configured engine, or Replicas if `parallel.replicas` is above 1."""
+    if (num_replicas := config.parallel.replicas) == 1:
+        return build_engine(config, progress=progress)
+    return Replicas.from_pretrained(replicas=num_replicas, **_from_pretrained_kwargs(config, progress))
 
 
 def _from_pretrained_kwargs(config: RunConfig, progress: bool) -> dict[str, Any]:
-    """What `from_pretrained` is told."""
-    m, settings = config.model, {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
-    loading = {"dtype": m.dtype, "device": m.device, "random_weights": m.random_weights, "random_seed": m.random_seed}
-    loading["adapters"] = m.adapters
-    return {"model": m.path, "progress": progress, **loading, **settings}
+    load = {f.name: getattr(config.model, f.name) for f in fields(config.model)}
+    settings = {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
+    return {"model": load.pop("path"), "progress": progress, **load, **settings}
 
 
 def _collect_prompts(config: RunConfig) -> list[Prompt]:
-    """Those of `prompt`, or of the file `task.prompts`. ValueError, with the line, where there are none."""
-    given, file = config.prompt, config.task.prompts
-    if (given in (None, "", [])) == (file is None):
+    """Returns the prompts of `prompt` or of the file `task.prompts`. Raises ValueError unless one of them is set."""
+    prompt, file = config.prompt, config.task.prompts
+    if (prompt in (None, "", [])) == (file is None):
         problem = "no prompt" if file is None else "both prompt and task.prompts"
         raise ValueError(f'{problem}: give prompt="a text", task.prompts=FILE or +experiment=NAME; see fgrun --help')
     if file is None:
-        return given if isinstance(given, list) and not is_single_prompt(given) else [given]
+        return prompt if isinstance(prompt, list) and not is_single_prompt(prompt) else [prompt]
     return read_prompts(file, config.task.format)
 
 
 def run(config: RunConfig, folder: Path = Path()) -> list[Output]:
-    """Does the task: results on stdout, a line of timing on stderr. `config.out` is relative to `folder`.
+    """Runs the configured task. Prints results to stdout and a line of statistics to stderr.
 
-    Where `config.out` is standard output (`-`), its JSON lines take the place of the texts. When the task ends early,
-    by an interrupt or an error, the outputs that had finished are printed and saved all the same.
+    `config.out`, relative to `folder`, receives a JSON line for each prompt; with `-`, stdout receives the JSON lines
+    instead of the texts. If the task ends early, by an interrupt or an error, the outputs that have finished are
+    printed and saved before the exception is raised.
     """
     if config.task.name == "grpo":
         grpo(config, folder)
@@ -164,90 +156,86 @@ def run(config: RunConfig, folder: Path = Path()) -> list[Output]:
         check_output("task.trace", Path(config.task.trace), [config.task.prompts, config.out])
     prompts = _collect_prompts(config)
     if config.task.name == "profile" and config.parallel.replicas > 1:
-        raise ValueError("task=profile looks at one engine: parallel.replicas must be 1")
+        raise ValueError("task=profile profiles one engine: parallel.replicas must be 1")
     failure: BaseException | None = None
-    with build_engines(config) as e:
-        if isinstance(e, Engine):
-            profile_on_signal(e.profiler, folder)  # kill -USR2 PID records what runs
-        templated = config.chat and e.tokenizer is not None and e.tokenizer.chat_template
-        asked = [[{"role": "user", "content": p}] if templated and isinstance(p, str) else p for p in prompts]
-        answers = OutputCollector(prompts, config.sampling, e.tokenizer is not None)
+    with build_engines(config) as engine:
+        if isinstance(engine, Engine):
+            profile_on_signal(engine.profiler, folder)  # kill -USR2 PID profiles the running process
+        prompt_run = PromptRun(engine, prompts, config)
         start = time.perf_counter()
         try:
-            if config.task.name == "profile" and isinstance(e, Engine):
-                profile(e, asked, config.sampling, answers, config.task)
-            else:
-                {"generate": generate, "stream": stream}[config.task.name](e, asked, config.sampling, answers)
-        except ValueError:  # of a prompt that cannot run: nothing has begun
+            getattr(prompt_run, config.task.name)()  # generate, stream or profile
+        except ValueError:  # an invalid prompt, found before anything has run
             raise
         except BaseException as error:
             failure = error
         seconds = time.perf_counter() - start
-    if out and (answers.outputs or failure is None):
+    if out and (prompt_run.outputs or failure is None):
         try:
-            out.write_text("".join(answers.json_lines()), encoding="utf-8")
-        except OSError as error:  # the disk is full, say: then they are printed at least
+            out.write_text("".join(prompt_run.json_lines()), encoding="utf-8")
+        except OSError as error:  # for example, the disk is full; the outputs are still printed
             failure, out = failure or error, None
     if to_stdout:
-        sys.stdout.writelines(answers.json_lines())
+        sys.stdout.writelines(prompt_run.json_lines())
     elif config.task.name == "generate":
-        answers.print_completions()
-    outputs = [output for _, output in sorted(answers.outputs.items())]
-    num_read = sum(len(o.prompt_token_ids) for o in outputs)
-    num_made = sum(len(c.token_ids) for o in outputs for c in o.completions)
-    lines = [f"{num_read} prompt tokens, {num_made} output tokens, {seconds:.2f} s, {num_made / seconds:.1f} tokens/s"]
+        prompt_run.print_completions()
+    outputs = [output for _, output in sorted(prompt_run.outputs.items())]
+    num_prompt = sum(len(o.prompt_token_ids) for o in outputs)
+    num_output = sum(len(c.token_ids) for o in outputs for c in o.completions)
     if failure is not None:
         saved = f"; they are in {out}" if out and outputs else ""
-        lines.insert(0, f"fgrun: ended early: {len(outputs)} of {len(prompts)} requests had finished{saved}")
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+        finished = f"{len(outputs)} of {len(prompts)} requests had finished{saved}"
+        print(f"fgrun: ended early: {finished}", file=sys.stderr)
+    rate = f"{seconds:.2f} s, {num_output / seconds:.1f} tokens/s"
+    print(f"{num_prompt} prompt tokens, {num_output} output tokens, {rate}", file=sys.stderr, flush=True)
     if failure is not None:
         raise failure
     return outputs
 
 
 class Terminated(KeyboardInterrupt):
-    """A SIGTERM, which ends a run as Ctrl-C does."""
+    """Raised at SIGTERM, which ends a run as Ctrl-C does."""
 
 
 def _on_sigterm(*_: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
     raise Terminated
 
 
 def _report_error(e: Exception) -> int:
-    """Print what the user can change; the exit status: 2 for the configuration's form, 1 for its values."""
-    form = isinstance(e, HydraException | OmegaConfBaseException)
-    print(f"fgrun: {explain_error(e) if form else e}", file=sys.stderr)
-    return 2 if form else 1
+    """Prints an error that the user can fix. Returns the exit status: 2 for Hydra's errors, 1 for all others."""
+    is_hydra = isinstance(e, HydraException | OmegaConfBaseException)
+    print(f"fgrun: {explain_error(e) if is_hydra else e}", file=sys.stderr)
+    return 2 if is_hydra else 1
 
 
 def _handle_closed_stdout() -> int:
-    """Returns the exit status when nobody reads stdout any more, as with `head` or a pager that was left."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
+    """Returns the exit status for a closed stdout, as behind `head` or a pager that was quit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at exit would fail again
     return 128 + signal.SIGPIPE
 
 
 def main() -> int:
-    """The console script. HYDRA_FULL_ERROR=1 shows tracebacks."""
-    full = os.environ.get("HYDRA_FULL_ERROR")
+    """Runs the console script. HYDRA_FULL_ERROR=1 shows tracebacks."""
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
 
     def job(cfg: DictConfig) -> None:
-        about = HydraConfig.get()
-        if about.mode == RunMode.MULTIRUN:
-            print(f"# {about.job.override_dirname}", flush=True)
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:
+            print(f"# {hydra_config.job.override_dirname}", flush=True)
         try:
-            run(to_dataclass(cfg), Path(about.runtime.output_dir))
+            run(to_dataclass(cfg), Path(hydra_config.runtime.output_dir))
         except BrokenPipeError:
             sys.exit(_handle_closed_stdout())
         except (ValueError, OSError) as e:
-            if full == "1":
+            if full_error == "1":
                 raise
-            sys.exit(_report_error(e))  # past Hydra, which would add lines of its own
+            sys.exit(_report_error(e))  # Hydra would print lines of its own for an exception
 
     if "--version" in sys.argv[1:]:
         print(f"fgrun {fastgen.__version__}")
         return 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -261,9 +249,9 @@ def main() -> int:
     except BrokenPipeError:
         return _handle_closed_stdout()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as e:
-        if full == "1":
+        if full_error == "1":
             raise
         return _report_error(e)
     finally:
-        os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
+        os.environ.pop("HYDRA_FULL_ERROR") if full_error is None else os.environ.update(HYDRA_FULL_ERROR=full_error)
     return 0

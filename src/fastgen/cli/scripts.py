@@ -1,39 +1,22 @@
-"""Starts the command line tools. Ctrl-C before a tool is imported, which takes a second or two, ends it silently."""
+"""Console scripts. Ctrl-C while a tool is being imported, which takes a second or two, ends the process silently."""
 
 import signal
 import sys
+from functools import partial
 from importlib import import_module
 
 
-def _run_tool(tool: str) -> int:
-    """Imports the module of a tool and runs it; returns the exit status."""
-    interrupt = signal.getsignal(signal.SIGINT)
-    if interrupt is signal.default_int_handler:  # and not where SIGINT is ignored, as in the background
+def _run_tool(module: str) -> int:
+    """Imports a module of fastgen.cli and runs its `main`. Returns the exit status."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # background jobs ignore SIGINT, which must stay so
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    main = import_module(f"fastgen.cli.{tool}").main
-    signal.signal(signal.SIGINT, interrupt)
+    main = import_module(f"fastgen.cli.{module}").main
+    signal.signal(signal.SIGINT, handler)
     return main()
 
 
-def fgrun() -> int:
-    """Runs generation from the command line."""
-    return _run_tool("run")
-
-
-def fgbench() -> int:
-    """Runs benchmarks."""
-    return _run_tool("bench.benchmark")
-
-
-def fgchat() -> int:
-    """Runs a chat in the terminal."""
-    return _run_tool("chat")
-
-
-def fgserve() -> int:
-    """Runs the OpenAI-compatible server."""
-    return _run_tool("serve")
-
+fgrun, fgbench, fgchat, fgserve = (partial(_run_tool, module) for module in ("run", "bench.benchmark", "chat", "serve"))
 
 if __name__ == "__main__":
     sys.exit(_run_tool(sys.argv.pop(1)))
