@@ -1,8 +1,8 @@
-"""A conversation with a model, kept as token ids: each turn's prompt begins with everything the one before computed.
+"""Conversations with a model, as token ids: each turn's prompt extends the last one's, whose KV cache it reuses.
 
-talk = Conversation(engine, SamplingParams(temperature=0.7, max_tokens=None))
-for piece in talk.ask("What is the capital of France?"):
-    print(piece, end="", flush=True)
+conversation = Conversation(engine, SamplingParams(temperature=0.7, max_tokens=None))
+for text in conversation.ask("What is the capital of France?"):
+    print(text, end="", flush=True)
 """
 
 import json
@@ -20,37 +20,37 @@ from fastgen.core.tokenizer import Message
 from fastgen.core.types import Tokenizer
 from fastgen.engine import Engine
 
-UNSUPPORTED_SETTINGS = ("n", "prompt_logprobs")  # settings that make no sense in a conversation
+UNSUPPORTED_SETTINGS = ("n", "prompt_logprobs")  # meaningless in a conversation
 COMMON_SETTINGS = ("temperature", "top_p", "max_tokens")
 DEFAULT_SAMPLING = SamplingParams()
-NUM_TOP_LOGPROBS = 5  # most likely tokens that are kept with each token of an answer
+NUM_TOP_LOGPROBS = 5  # most likely tokens recorded with each token of an answer
 
 
 @dataclass(slots=True)
 class Turn:
-    """A message and its answer. What is read from a file has a text, and no tokens."""
+    """A message and its answer. Turns loaded from a file have texts only, no tokens."""
 
     message: str
     answer: Completion
-    prompt_token_ids: list[int] = field(default_factory=list)  # what the answer followed, as tokens
-    rendered_prompt: str = ""  # and as the text that the chat template made of it
-    num_cached_tokens: int = 0  # of these tokens, found in the cache
-    seconds: float = 0.0  # from the question to the last token
+    prompt_token_ids: list[int] = field(default_factory=list)
+    rendered_prompt: str = ""  # the prompt as text, from the chat template
+    num_cached_tokens: int = 0  # prompt tokens that hit the prefix cache
+    seconds: float = 0.0  # from the message to the last token of the answer
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the answer a second; reading the prompt is part of the time."""
+        """Returns the answer's tokens per second. The time includes the prefill."""
         return len(self.answer.token_ids) / self.seconds if self.seconds else 0.0
 
 
 def check_can_chat(tokenizer: Tokenizer | None, model_name: str, sampling: SamplingParams) -> None:
-    """ValueError, with what to do, for a model that cannot chat, or settings that are none of a conversation's."""
+    """Raises ValueError, with advice, if the model cannot chat or a sampling setting is not supported."""
     _check_supported(asdict(sampling))
     if tokenizer is None:
-        raise ValueError(f"{model_name} came without a tokenizer: put its tokenizer.json beside the weights")
+        raise ValueError(f"{model_name} has no tokenizer: put its tokenizer.json beside the weights")
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{model_name}: its tokenizer has no chat template, as of a base model. Take the model's chat variant "
+            f"{model_name}: the tokenizer has no chat template; this may be a base model. Use the model's chat variant "
             "(-Instruct, -Chat), put its chat_template.jinja beside the weights, or complete texts: fgrun prompt=…"
         )
 
@@ -58,17 +58,17 @@ def check_can_chat(tokenizer: Tokenizer | None, model_name: str, sampling: Sampl
 def _check_supported(settings: dict[str, Any]) -> None:
     for name in UNSUPPORTED_SETTINGS:
         if (value := settings.get(name, getattr(DEFAULT_SAMPLING, name))) != getattr(DEFAULT_SAMPLING, name):
-            raise ValueError(f"{name}={value}: a conversation has one answer, and shows no more; leave {name} out")
+            raise ValueError(f"{name}={value}: is not supported in conversations, which have one answer per message")
 
 
 class ConversationTooLong(ValueError):
-    """No room is left for an answer."""
+    """Raised when the prompt leaves no space in the context or the KV cache for an answer."""
 
 
 class Conversation:
-    """Rounds of messages and answers with one engine.
+    """A conversation with one engine, which may serve other requests too.
 
-    `sampling` holds for the next answer, and so does `system`, the system prompt. The engine may serve others too.
+    `sampling` and `system`, the system prompt, can change at any time; they apply to the next answer.
     """
 
     def __init__(self, engine: Engine, sampling: SamplingParams | None = None, system: str | None = None) -> None:
@@ -79,150 +79,140 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """Everything said so far, as chat messages."""
-        said = [{"role": "system", "content": self.system}] if self.system else []
-        for r in self.turns:
-            said.append({"role": "user", "content": r.message})
-            said.append({"role": "assistant", "content": r.answer.text})
-        return said
+        """Returns the conversation so far as chat messages."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns:
+            messages.append({"role": "user", "content": turn.message})
+            messages.append({"role": "assistant", "content": turn.answer.text})
+        return messages
 
     @property
     def max_length(self) -> int:
-        """Tokens a conversation may have, the last answer included."""
-        return min(
-            self.engine.model_config.context_length, self.engine.cache_capacity + 1
-        )  # the last one drawn is never cached
+        """Returns the maximum number of tokens of a conversation, the last answer included."""
+        # The KV of the last sampled token is never cached.
+        return min(self.engine.model_config.context_length, self.engine.cache_capacity + 1)
 
     # --- a turn -----------------------------------------------------------------------------------------------------
 
     def ask(self, message: str) -> Generator[str, None, None]:
-        """The answer's text as it comes; an empty text for each step that brings none, so that one may stop there.
+        """Yields the answer's text as it is generated: one piece per step, empty if the step completed no text.
 
-        The round is added at the end, or with what there is when the iterator is closed. One without a token, or
-        whose step failed, is not added. TooLong if there is no room left for an answer.
+        The turn is added when the answer ends, or, with the text so far, when the generator is closed. A turn without
+        tokens, or one whose step failed, is not added. Raises ConversationTooLong if no answer can fit.
         """
         rendered, prompt = self.render_prompt(message)
-        room, most = self.max_length - len(prompt), self.sampling.max_tokens
-        if room < 1:
+        s, max_answer = self.sampling, self.max_length - len(prompt)
+        if max_answer < 1:
             raise ConversationTooLong(
-                f"the conversation is too long: {len(prompt)} tokens with this message, and the model and its cache "
-                f"hold {self.max_length}, the answer included"
+                f"the conversation is too long: {len(prompt)} tokens with this message; the context and the KV cache "
+                f"allow {self.max_length}, including the answer"
             )
-        sampling = replace(
-            self.sampling,
-            logprobs=max(NUM_TOP_LOGPROBS, self.sampling.logprobs or 0),
-            max_tokens=most and min(most, room),
-            min_tokens=min(self.sampling.min_tokens, room),
-        )
-        began, output = perf_counter(), None
-        request = self.engine.add(prompt, sampling)
+        max_tokens, min_tokens = s.max_tokens and min(s.max_tokens, max_answer), min(s.min_tokens, max_answer)
+        num_logprobs = max(NUM_TOP_LOGPROBS, s.logprobs or 0)
+        start, output = perf_counter(), None
+        params = replace(s, logprobs=num_logprobs, max_tokens=max_tokens, min_tokens=min_tokens)
+        request_id = self.engine.add(prompt, params)
         try:
             while output is None:
-                mine = [e for e in self.engine.step() if e.request_id == request]
-                output = next((e.output for e in mine if e.output), None)
-                yield "".join(e.text for e in mine)
+                events = [e for e in self.engine.step() if e.request_id == request_id]
+                output = next((e.output for e in events if e.output), None)
+                yield "".join(e.text for e in events)
         finally:
-            output = output or self.engine.abort(request)
+            output = output or self.engine.abort(request_id)
             if output and output.completions[0].token_ids:
-                seconds = perf_counter() - began
-                new = Turn(message, output.completions[0], prompt, rendered, output.num_cached_tokens, seconds)
-                self.turns.append(new)
+                stats = (output.num_cached_tokens, perf_counter() - start)
+                self.turns.append(Turn(message, output.completions[0], prompt, rendered, *stats))
 
     def render_prompt(self, message: str) -> tuple[str, list[int]]:
-        """What the model is given for the next message: the chat template's text, and its tokens.
+        """Returns the next message's prompt as rendered text and as token ids.
 
-        The tokens are those of the last round, prompt and answer as it was drawn, and then those of what the template
-        puts between this answer and the next one. Where the template rewrites what was there (it drops an earlier
-        answer's thinking, or the system prompt is another now), all of it is made anew.
+        The token ids are the last turn's prompt, the answer's tokens as sampled, and the tokens of the text that the
+        template adds after the answer. If the template renders earlier turns differently now, for example because it
+        drops an earlier answer's reasoning or the system prompt has changed, the rendered text is tokenized again.
         """
         messages = [*self.messages, {"role": "user", "content": message}]
         coder, content = self.engine.tokenizer, self.engine.config.special_tokens_in_content
         rendered = tokenizer.render(coder, messages, special_tokens_in_content=content)
         assert coder is not None
-        tokens = self._extend_last_prompt(rendered)
-        return rendered, tokenizer.encode_rendered(coder, rendered) if tokens is None else tokens
+        token_ids = self._extend_last_prompt(rendered)
+        return rendered, tokenizer.encode_rendered(coder, rendered) if token_ids is None else token_ids
 
-    def _extend_last_prompt(self, rendered_prompt: str) -> list[int] | None:
-        """The last round's tokens and what follows them in `rendered`; None where it does not begin with them."""
+    def _extend_last_prompt(self, rendered: str) -> list[int] | None:
+        """Returns the last turn's tokens and those of the new text. None unless `rendered` extends the last turn."""
         last, coder = self.turns[-1] if self.turns else None, self.engine.tokenizer
-        if (
-            last is None
-            or not last.prompt_token_ids
-            or not rendered_prompt.startswith(last.rendered_prompt)
-            or coder is None
-        ):
+        if last is None or coder is None or not last.prompt_token_ids or not rendered.startswith(last.rendered_prompt):
             return None
-        rest, text, stripped = rendered_prompt[len(last.rendered_prompt) :], last.answer.text, last.answer.text.strip()
-        said, said_stripped = text, stripped  # as they are in the rendered text
+        suffix, stripped = rendered[len(last.rendered_prompt) :], last.answer.text.strip()
+        answer_texts = last.answer.text, stripped
         if self.engine.config.special_tokens_in_content == "text":
-            said, said_stripped = map(ControlTokens.for_tokenizer(coder).escape, (text, stripped))
-        if rest.startswith(said):
-            between = rest[len(said) :]
-        elif rest.lstrip().startswith(said_stripped):  # templates may strip an answer; its tokens stay as they are
-            between = rest.lstrip()[len(said_stripped) :] if stripped else rest
+            answer_texts = map(ControlTokens.for_tokenizer(coder).escape, answer_texts)
+        answer, stripped_answer = answer_texts  # as the template renders them
+        if suffix.startswith(answer):
+            new_text = suffix[len(answer) :]
+        elif suffix.lstrip().startswith(stripped_answer):  # the template strips answers; the tokens need not change
+            new_text = suffix.lstrip()[len(stripped_answer) :] if stripped else suffix
         else:
             return None
-        drawn = [*last.answer.token_ids]
+        answer_ids = [*last.answer.token_ids]
         if last.answer.finish_reason == "stop":
-            if self._decode(drawn).strip() != stripped:
-                return None  # stopped by a string, which is cut from the text and not from the tokens
-            if not self._decode(drawn[-1:]):
-                drawn.pop()  # an end token: the template closes the answer itself
-        return [*last.prompt_token_ids, *drawn, *tokenizer.encode_rendered(coder, between)]
+            if self._decode(answer_ids).strip() != stripped:
+                return None  # a stop string was cut from the text, but not from the tokens
+            if not self._decode(answer_ids[-1:]):
+                answer_ids.pop()  # the EOS token: the template itself ends the answer
+        return [*last.prompt_token_ids, *answer_ids, *tokenizer.encode_rendered(coder, new_text)]
 
-    def _decode(self, tokens: list[int]) -> str:
+    def _decode(self, token_ids: list[int]) -> str:
         assert self.engine.tokenizer is not None
-        text = self.engine.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.engine.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return cast(str, text)
 
     # --- settings and history ---------------------------------------------------------------------------------------
 
     def update_sampling(self, **settings: Any) -> None:
-        """Change sampling settings; ValueError for one that does not exist or has no place here."""
+        """Changes sampling settings. Raises ValueError for unknown, unsupported and invalid ones."""
         _check_supported(settings)
+        names = [f.name for f in fields(SamplingParams)]
         for name in settings:
-            if not hasattr(DEFAULT_SAMPLING, name):
-                raise ValueError(
-                    unknown_name_message("sampling setting", name, [f.name for f in fields(SamplingParams)])
-                )
+            if name not in names:
+                raise ValueError(unknown_name_message("sampling setting", name, names))
         try:
             self.sampling = replace(self.sampling, **settings)
         except TypeError as e:
             raise ValueError(f"sampling: {e}") from e
 
     def notable_settings(self) -> dict[str, Any]:
-        """The most common sampling settings, and those that are not SamplingParams' defaults."""
-        given = asdict(self.sampling)
-        return {name: v for name, v in given.items() if name in COMMON_SETTINGS or v != getattr(DEFAULT_SAMPLING, name)}
+        """Returns the most common sampling settings, and all that differ from the defaults of SamplingParams."""
+        defaults = asdict(DEFAULT_SAMPLING)
+        return {k: v for k, v in asdict(self.sampling).items() if k in COMMON_SETTINGS or v != defaults[k]}
 
     def rewind(self, turn_number: int) -> None:
-        """Go back to before round `number`; they count from 1."""
+        """Removes turn `turn_number`, counted from 1, and all later turns."""
         if not 1 <= turn_number <= len(self.turns) + 1:
-            raise ValueError(f"there is no round {turn_number}: the next one is {len(self.turns) + 1}")
+            raise ValueError(f"there is no turn {turn_number}: the next turn is {len(self.turns) + 1}")
         del self.turns[turn_number - 1 :]
 
     def save(self, path: str | Path) -> None:
-        """Write messages and sampling settings as JSON."""
-        kept = {"messages": self.messages, "sampling": asdict(self.sampling)}
-        Path(path).expanduser().write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        """Writes the messages and sampling settings to a JSON file."""
+        saved = {"messages": self.messages, "sampling": asdict(self.sampling)}
+        Path(path).expanduser().write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     def load(self, path: str | Path) -> None:
-        """Take up a conversation that was saved. ValueError, and nothing changed, for a file that is none."""
+        """Replaces this conversation by a saved one. An invalid file raises ValueError and changes nothing."""
         path = Path(path).expanduser()
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            said = [(m["role"], m["content"]) for m in kept["messages"]]
-            sampling = dict(kept.get("sampling", {}))
-            if "logit_bias" in sampling:  # JSON's keys are texts
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            messages = [(m["role"], m["content"]) for m in saved["messages"]]
+            sampling = dict(saved.get("sampling", {}))
+            if "logit_bias" in sampling:  # JSON keys are strings
                 sampling["logit_bias"] = {int(k): v for k, v in sampling["logit_bias"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} is no saved conversation: JSON with 'messages' and 'sampling' is wanted") from e
-        if not all(isinstance(text, str) for _, text in said):
-            raise ValueError(f"{path}: every message's content must be a text")
-        system = said.pop(0)[1] if said and said[0][0] == "system" else None
-        roles, texts = [role for role, _ in said], [text for _, text in said]
-        if roles != ["user", "assistant"] * (len(said) // 2):
-            raise ValueError(f"{path}: after the system's, messages must be the user's and the assistant's in turn")
+            raise ValueError(f"{path} is not a saved conversation: JSON with 'messages' and 'sampling'") from e
+        if not all(isinstance(text, str) for _, text in messages):
+            raise ValueError(f"{path}: the content of every message must be a text")
+        system = messages.pop(0)[1] if messages and messages[0][0] == "system" else None
+        roles, texts = [role for role, _ in messages], [text for _, text in messages]
+        if roles != ["user", "assistant"] * (len(messages) // 2):
+            raise ValueError(f"{path}: after the system message, user and assistant messages must alternate")
         self.update_sampling(**sampling)
         self.system = system
         self.turns = [Turn(m, Completion(text=a)) for m, a in zip(texts[::2], texts[1::2], strict=True)]

@@ -171,7 +171,7 @@ def test_going_back(talk: Conversation) -> None:
     say(talk, "another two")
     assert talk.turns[0] is first and [r.message for r in talk.turns] == ["one", "another two"] and grows(talk)
     for number in (0, 4):
-        with pytest.raises(ValueError, match=f"there is no round {number}: the next one is 3"):
+        with pytest.raises(ValueError, match=f"there is no turn {number}: the next turn is 3"):
             talk.rewind(number)
     talk.rewind(3)
     assert len(talk.turns) == 2
@@ -183,7 +183,7 @@ def test_too_long(talk: Conversation) -> None:
     say(talk, "a" * 900)
     last = talk.turns[-1]
     assert last.answer.finish_reason == "length" and len(last.prompt_token_ids + last.answer.token_ids) == CONTEXT
-    with pytest.raises(ConversationTooLong, match=f"the model and its cache hold {CONTEXT}"):
+    with pytest.raises(ConversationTooLong, match=f"the context and the KV cache allow {CONTEXT}"):
         next(talk.ask("more"))
     assert len(talk.turns) == 1
 
@@ -196,7 +196,7 @@ def test_settings(talk: Conversation) -> None:
     for changes, message in (
         ({"temprature": 1}, "unknown sampling setting 'temprature'; did you mean temperature"),
         ({"top_p": 2}, "top_p must be between 0 and 1"),
-        ({"n": 2}, "a conversation has one answer"),
+        ({"n": 2}, "n=2: is not supported in conversations"),
         ({"stop": 5}, "stop must be a list of strings, got 5"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -273,14 +273,14 @@ def test_once(fgchat: Run, model: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["--tensor-parallel", "2"], 1, "possible: 1, 3"),
-        (["parallel=replicas"], 1, "parallel.replicas must be 1; tensor_parallel helps"),
+        (["parallel=replicas"], 1, "parallel.replicas must be 1; use tensor_parallel"),
         (["model.foo=1"], 2, "unknown key 'model.foo'"),
         (["qwen3_8"], 2, "unknown model 'qwen3_8'; did you mean qwen3_8b"),
         (["nowhere.gguf"], 1, "model 'nowhere.gguf' is neither"),
-        (["a", "b"], 1, "one model, not a and b"),
-        (["prompt=x"], 1, "prompt=x: is fgrun's"),
-        (["debug"], 1, "came without a tokenizer"),
-        (["TINY", "sampling.n=2"], 1, "n=2: a conversation has one answer"),
+        (["a", "b"], 1, "expected one model, got a and b"),
+        (["prompt=x"], 1, "prompt=x: is a setting of fgrun"),
+        (["debug"], 1, "has no tokenizer"),
+        (["TINY", "sampling.n=2"], 1, "n=2: is not supported"),
         (["TINY", "-p", " "], 1, "the message is empty"),
         (["TINY", "-p", "a" * 1100], 1, "the conversation is too long"),
     ],
@@ -388,21 +388,21 @@ def test_every_command(model: Path, tmp_path: Path) -> None:
         line("/s stop=[]", "max_tokens=6", "3>")
         line("/system Be brief.", "Be brief.", "3>")
         line("/system", "Be brief.", "3>")
-        line("/system -", "no system prompt of yours", "3>")
+        line("/system -", "no system prompt; the model's", "3>")
         line("third", "--- [6 tokens", "4>")
         line("/p", "probability", "%", "of the prompt's", "tokens were cached", "4>")
-        line("/save talk.json", "3 rounds in talk.json", "4>")
-        line("/save talk.json", "3 rounds in talk.json", "4>")
-        line("/save tiny.txt", "tiny.txt is there already", "4>")
+        line("/save talk.json", "saved 3 turns to talk.json", "4>")
+        line("/save talk.json", "saved 3 turns to talk.json", "4>")
+        line("/save tiny.txt", "tiny.txt exists already", "4>")
         line("/r 2", "2>")
-        line("/r 7", "there is no round 7: the next one is 2", "2>")
-        line("/r", "which round? /r 1 begins anew", "2>")
+        line("/r 7", "there is no turn 7: the next turn is 2", "2>")
+        line("/r", "which turn? /r 1 starts over", "2>")
         line("/load nowhere.json", "No such file", "2>")
         line("/load", "which file?", "2>")
         line("/load talk.json", "1> Hello", "2> two", "lines", "3> third", "4>")
-        line("/p", "there is no answer of this session", "4>")
-        line("/x", "unknown command '/x'", "goes by /m", "4>")
-        line("/h", "go back to before round N", "Ctrl-C stops an answer", "4>")
+        line("/p", "this session has no answer yet", "4>")
+        line("/x", "unknown command '/x'", "begins with /, use /m", "4>")
+        line("/h", "rewind to before turn N", "Ctrl-C stops an answer", "4>")
         line("/help", "Ctrl-C stops an answer", "4>")
         child.send("half a li")
         child.sendintr()
@@ -412,9 +412,9 @@ def test_every_command(model: Path, tmp_path: Path) -> None:
         expect("go on", "\x1b[?2004l")  # the prompt has let go of the terminal
         child.expect(".{10}")
         child.sendintr()
-        expect("--- [", "stopped; what there is counts as the answer", "5>")
-        line(600 * "a", "--- [", "the 1000 tokens of the context are full: /r N goes back", "6>")
-        line("more", "the conversation is too long: ", "/r 1 begins anew", "6>")
+        expect("--- [", "stopped; the text so far is the answer", "5>")
+        line(600 * "a", "--- [", "the context of 1000 tokens is full: /r N rewinds", "6>")
+        line("more", "the conversation is too long: ", "/r 1 starts over", "6>")
         line("/r 1", "1>")
         child.send("\x1b[A")  # the line before
         expect("/r 1")

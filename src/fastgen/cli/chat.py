@@ -1,4 +1,4 @@
-"""`fgchat`: a conversation with a model in the terminal. `fgchat --help`, and docs/chat.md."""
+"""`fgchat`: chats with a model in the terminal. docs/chat.md describes it."""
 
 import argparse
 import json
@@ -36,11 +36,11 @@ from fastgen.conversation import Conversation, ConversationTooLong, check_can_ch
 from fastgen.core import tokenizer
 
 EPILOG = """
-In the terminal, /h lists the commands. With -p, or when stdin is no terminal, the whole of it is one message: the
-answer alone goes to stdout, its figures to stderr.
+In the terminal, /h lists the commands. With -p, or if stdin is not a terminal, fgchat answers one message and exits:
+the answer goes to stdout, its statistics to stderr.
 
-The settings are those of fgrun (fgrun --help), with sampling=chat and schedule=latency unless told otherwise:
-temperature 0.7 (0.2 for the small default model), top_p 0.9, and answers of at most 2048 tokens.
+The settings are those of fgrun (fgrun --help). The defaults are sampling=chat and schedule=latency: temperature 0.7
+(0.2 for the small default model), top_p 0.9, and answers of at most 2048 tokens.
 
 examples:
   fgchat
@@ -50,23 +50,23 @@ examples:
   fgchat -p "Name three kinds of bread."
   git diff | fgchat llama31_8b --system "Write a commit message for this diff."
 """
-COMMANDS = {  # command -> (what follows it, what it does)
-    "/r": ("N", "go back to before round N, to ask something else; /r 1 begins anew"),
-    "/m": ("", "a message of several lines, ended by a line with a single '.'"),
-    "/s": ("NAME=VALUE …", "set sampling, such as temperature=0.7 top_p=0.9; alone, show it"),
-    "/system": ("TEXT", "set the system prompt; - removes it; alone, show it"),
-    "/p": ("", "the last answer's tokens: their probabilities, and what else could have come"),
-    "/save": ("FILE", "write the conversation, JSON of messages and sampling"),
-    "/load": ("FILE", "take up a conversation that was saved"),
-    "/h": ("", "this list; also /help"),
+COMMANDS = {  # command -> (arguments, help)
+    "/r": ("N", "rewind to before turn N; /r 1 starts over"),
+    "/m": ("", "enter a message of several lines; a line with a single '.' ends it"),
+    "/s": ("NAME=VALUE …", "set sampling parameters, as in temperature=0.7 top_p=0.9; without arguments, show them"),
+    "/system": ("TEXT", "set the system prompt; - removes it; without arguments, show it"),
+    "/p": ("", "show the tokens of the last answer, with their probabilities and the most likely alternatives"),
+    "/save": ("FILE", "save the messages and sampling parameters as JSON"),
+    "/load": ("FILE", "load a saved conversation"),
+    "/h": ("", "show this list; also /help"),
     "/q": ("", "quit; also Ctrl-D"),
 }
-MIN_SHOWN_LOGPROB = math.log(0.0005)  # what would be shown as 0.0%
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model should not do to a terminal
+MIN_SHOWN_LOGPROB = math.log(0.0005)  # lower ones would be shown as 0.0%
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would move the cursor or change colors
 
 
 class CommandCompleter(Completer):
-    """Commands at the start of a line, then names of sampling settings, or files."""
+    """Completer for commands, names of sampling parameters after /s, and files after /save and /load."""
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         command, space, rest = document.text_before_cursor.partition(" ")
@@ -77,16 +77,16 @@ class CommandCompleter(Completer):
             return
         words = [f"{name}=" for name in SamplingParams.__slots__] if command == "/s" and space else []
         word = rest.rpartition(" ")[2] if space else command
-        for known in words if space else [*COMMANDS, "/help"]:
-            if known.startswith(word):
-                about = COMMANDS.get(known, ("", ""))[1]
-                yield Completion(known, -len(word), display_meta=about)
+        for option in words if space else [*COMMANDS, "/help"]:
+            if option.startswith(word):
+                yield Completion(option, -len(word), display_meta=COMMANDS.get(option, ("", ""))[1])
 
 
 def stream_answer(conversation: Conversation, message: str, write: Callable[[str], None]) -> bool:
-    """Write the answer as it comes; whether Ctrl-C ended it, which what is cached survives.
+    """Writes the answer as it is generated. Returns whether Ctrl-C ended it.
 
-    A step is not interrupted, since the engine would have to forget everything; the second Ctrl-C does that.
+    Ctrl-C takes effect between two steps, so that the KV cache survives. A second Ctrl-C interrupts the step itself,
+    which resets the engine.
     """
     stopped = False
 
@@ -96,55 +96,52 @@ def stream_answer(conversation: Conversation, message: str, write: Callable[[str
             raise KeyboardInterrupt
         stopped = True
 
-    before, last = signal.signal(signal.SIGINT, stop), ""
+    previous_handler, last_text = signal.signal(signal.SIGINT, stop), ""
     try:
-        with closing(conversation.ask(message)) as pieces:
-            for piece in pieces:
-                if piece:
-                    write(piece)
-                    last = piece
+        with closing(conversation.ask(message)) as texts:
+            for text in texts:
+                if text:
+                    write(text)
+                    last_text = text
                 if stopped:
                     break
     finally:
-        signal.signal(signal.SIGINT, before)
-        if last and not last.endswith("\n"):
+        signal.signal(signal.SIGINT, previous_handler)
+        if last_text and not last_text.endswith("\n"):
             write("\n")
     return stopped
 
 
 def format_stats(conversation: Conversation) -> tuple[str, str]:
-    """The line below the last answer, and what there is to say about how it ended."""
-    last = conversation.turns[-1]
-    drawn = len(last.answer.token_ids)
-    line, note = f"--- [{drawn} tokens, {last.tokens_per_second:.3f}toks/s]", ""
+    """Returns the statistics of the last answer, and a note if a length limit ended it."""
+    last, note = conversation.turns[-1], ""
+    num_tokens = len(last.answer.token_ids)
     if last.answer.finish_reason == "length":
-        full = len(last.prompt_token_ids) + drawn >= conversation.max_length
-        note = (
-            f"the {conversation.max_length} tokens of the context are full"
-            if full
-            else f"max_tokens={drawn} ended the answer"
-        )
-    return line, note
+        is_full = len(last.prompt_token_ids) + num_tokens >= conversation.max_length
+        limit = f"max_tokens={num_tokens} ended the answer"
+        note = f"the context of {conversation.max_length} tokens is full" if is_full else limit
+    return f"--- [{num_tokens} tokens, {last.tokens_per_second:.3f}toks/s]", note
 
 
 class TerminalChat:
-    """The conversation on a terminal: `run` reads lines until /q."""
+    """A conversation in the terminal. `run` reads lines and answers them until /q."""
 
     def __init__(self, conversation: Conversation, console: Console) -> None:
         self.conversation, self.console = conversation, console
-        self.saved_file: Path | None = None  # that was saved or loaded, and may be written again
+        self.saved_file: Path | None = None  # the file last saved or loaded, which /save may overwrite
         self.session: PromptSession[str] = PromptSession(
             history=_open_history(), completer=CommandCompleter(), complete_while_typing=False,
-            complete_style=CompleteStyle.READLINE_LIKE,  # a menu would want eight empty lines below every prompt
+            complete_style=CompleteStyle.READLINE_LIKE,  # a menu needs eight empty lines below every prompt
         )  # fmt: skip
         self.command_handlers: dict[str, Callable[[str], None]] = {
             "/r": self._reset, "/m": self._ask_multiline, "/s": self._set_sampling, "/system": self._set_system,
-            "/p": self._show_alternatives, "/save": self._save, "/load": self._load, "/h": self._show_help, "/help": self._show_help,
+            "/p": self._show_alternatives, "/save": self._save, "/load": self._load,
+            "/h": self._show_help, "/help": self._show_help,
         }  # fmt: skip
 
     def run(self) -> None:
-        """Rounds until /q or the end of input. What goes wrong is said in a line, and the conversation goes on."""
-        self.console.print("[bold]Ready to chat![/] /r N back to round N, /m several lines, /q quit, /h all commands")
+        """Reads lines until /q or the end of input. An error prints one line and ends neither chat nor conversation."""
+        self.console.print("[bold]Ready to chat![/] /r N rewind to turn N, /m several lines, /q quit, /h all commands")
         while True:
             try:
                 line = self.session.prompt(f"{len(self.conversation.turns) + 1}> ").strip()
@@ -156,40 +153,38 @@ class TerminalChat:
             except EOFError:
                 return
             except ConversationTooLong as e:
-                self._print_error(f"{e}. /r N goes back to before round N, /r 1 begins anew, /save FILE keeps it")
+                self._print_error(f"{e}. /r N rewinds to before turn N, /r 1 starts over, /save FILE saves it")
             except (ValueError, OSError, torch.OutOfMemoryError) as e:
                 self._print_error(str(e))
 
     def _handle_line(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
+        name, _, arguments = line.partition(" ")
         if not line.startswith("/"):
             self._ask(line)
         elif name in self.command_handlers:
-            self.command_handlers[name](rest.strip())
+            self.command_handlers[name](arguments.strip())
         else:
-            raise ValueError(
-                f"{unknown_name_message('command', name, [*self.command_handlers, '/q'])}; a message that begins with / goes by /m"
-            )
+            problem = unknown_name_message("command", name, [*self.command_handlers, "/q"])
+            raise ValueError(f"{problem}; to send a message that begins with /, use /m")
 
     def _ask(self, message: str) -> None:
         if not message:
             return
-        rounds = len(self.conversation.turns)
-        stopped = stream_answer(
-            self.conversation,
-            message,
-            lambda text: self.console.out(_replace_control_characters(text), end="", highlight=False),
-        )
-        if len(self.conversation.turns) == rounds:
-            return self._print_note("stopped before the first token; the message is not kept")
-        line, note = format_stats(self.conversation)
-        self._print_note(line)
+        num_turns = len(self.conversation.turns)
+
+        def write(text: str) -> None:
+            self.console.out(_replace_control_characters(text), end="", highlight=False)
+
+        stopped = stream_answer(self.conversation, message, write)
+        if len(self.conversation.turns) == num_turns:
+            return self._print_note("stopped before the first token; the message is discarded")
+        stats, note = format_stats(self.conversation)
+        self._print_note(stats)
         if stopped:
-            self._print_note("stopped; what there is counts as the answer")
+            self._print_note("stopped; the text so far is the answer")
         elif note:
-            self._print_note(
-                f"{note}: {'/s max_tokens=null' if 'max_tokens' in note else '/r N goes back to before round N'}"
-            )
+            advice = "/s max_tokens=null removes the limit" if "max_tokens" in note else "/r N rewinds to before turn N"
+            self._print_note(f"{note}: {advice}")
 
     def _ask_multiline(self, _: str) -> None:
         lines: list[str] = []
@@ -200,67 +195,63 @@ class TerminalChat:
             pass
         self._ask("\n".join(lines).strip())
 
-    def _reset(self, rest: str) -> None:
-        if not rest.isdecimal():
-            raise ValueError("/r N: which round? /r 1 begins anew")
-        self.conversation.rewind(int(rest))
+    def _reset(self, number: str) -> None:
+        if not number.isdecimal():
+            raise ValueError("/r N: which turn? /r 1 starts over")
+        self.conversation.rewind(int(number))
 
-    def _set_sampling(self, rest: str) -> None:
+    def _set_sampling(self, settings: str) -> None:
         try:
-            given = [OverridesParser.create().parse_override(word) for word in re.split(r"\s+(?=\w+=)", rest) if word]
-            self.conversation.update_sampling(**{o.key_or_group: o.value() for o in given})
+            words = [word for word in re.split(r"\s+(?=\w+=)", settings) if word]
+            overrides = OverridesParser.create().parse_overrides(words)
+            self.conversation.update_sampling(**{o.key_or_group: o.value() for o in overrides})
         except HydraException as e:
-            raise ValueError(f"/s {rest}: settings are NAME=VALUE, such as temperature=0.7 stop=[END]") from e
-        shown = " ".join(f"{name}={json.dumps(value)}" for name, value in self.conversation.notable_settings().items())
-        self.console.print(Text(shown))
+            raise ValueError(f"/s {settings}: settings are NAME=VALUE, such as temperature=0.7 stop=[END]") from e
+        items = self.conversation.notable_settings().items()
+        self.console.print(Text(" ".join(f"{name}={json.dumps(value)}" for name, value in items)))
 
-    def _set_system(self, rest: str) -> None:
-        if rest:
-            self.conversation.system = None if rest == "-" else rest
-        self.console.print(
-            Text(self.conversation.system or "no system prompt of yours; the model's template may bring one")
-        )
+    def _set_system(self, text: str) -> None:
+        if text:
+            self.conversation.system = None if text == "-" else text
+        self.console.print(Text(self.conversation.system or "no system prompt; the model's template may add its own"))
 
-    def _save(self, rest: str) -> None:
-        file = Path(rest or _raise_missing_file("/save")).expanduser()
+    def _save(self, name: str) -> None:
+        file = Path(name or _raise_missing_file("/save")).expanduser()
         if file.exists() and file != self.saved_file:
-            raise ValueError(f"{file} is there already: choose another name, or remove it first")
+            raise ValueError(f"{file} exists already: choose another name, or remove it first")
         self.conversation.save(file)
         self.saved_file = file
-        self._print_note(f"{len(self.conversation.turns)} rounds in {file}")
+        self._print_note(f"saved {len(self.conversation.turns)} turns to {file}")
 
-    def _load(self, rest: str) -> None:
-        file = Path(rest or _raise_missing_file("/load")).expanduser()
+    def _load(self, name: str) -> None:
+        file = Path(name or _raise_missing_file("/load")).expanduser()
         self.conversation.load(file)
         self.saved_file = file
-        for number, r in enumerate(self.conversation.turns, 1):
-            self.console.print(Text(_replace_control_characters(f"{number}> {r.message}\n{r.answer.text}")))
+        for number, turn in enumerate(self.conversation.turns, 1):
+            self.console.print(Text(_replace_control_characters(f"{number}> {turn.message}\n{turn.answer.text}")))
 
     def _show_alternatives(self, _: str) -> None:
-        last, coder = (
-            self.conversation.turns[-1] if self.conversation.turns else None,
-            self.conversation.engine.tokenizer,
-        )
-        if last is None or last.answer.logprobs is None or last.answer.top_logprobs is None or coder is None:
-            raise ValueError("there is no answer of this session to show the tokens of")
-        table = Table("token", "probability", "the likeliest there", box=None)
-        for token, logprob, top in zip(
-            last.answer.token_ids, last.answer.logprobs, last.answer.top_logprobs, strict=True
-        ):
-            others = "  ".join(
-                f"{coder.decode([t])!r} {math.exp(p):.1%}" for t, p in top.items() if p > MIN_SHOWN_LOGPROB
-            )
+        turns, tokenizer = self.conversation.turns, self.conversation.engine.tokenizer
+        answer = turns[-1].answer if turns else None
+        if answer is None or answer.logprobs is None or answer.top_logprobs is None or tokenizer is None:
+            raise ValueError("this session has no answer yet whose tokens could be shown")
+        table = Table("token", "probability", "most likely tokens", box=None)
+        for token, logprob, top in zip(answer.token_ids, answer.logprobs, answer.top_logprobs, strict=True):
+            top = [(tokenizer.decode([t]), math.exp(p)) for t, p in top.items() if p > MIN_SHOWN_LOGPROB]
             style = "green" if (p := math.exp(logprob)) > 0.5 else "yellow" if p > 0.1 else "red"
-            table.add_row(Text(repr(coder.decode([token])), style), f"{p:.1%}", Text(others, "dim"))
+            alternatives = Text("  ".join(f"{text!r} {q:.1%}" for text, q in top), "dim")
+            table.add_row(Text(repr(tokenizer.decode([token])), style), f"{p:.1%}", alternatives)
         self.console.print(table)
-        self._print_note(f"{last.num_cached_tokens} of the prompt's {len(last.prompt_token_ids)} tokens were cached")
+        self._print_note(
+            f"{turns[-1].num_cached_tokens} of {len(turns[-1].prompt_token_ids)} prompt tokens were cached"
+        )
 
     def _show_help(self, _: str) -> None:
         table = Table(box=None, show_header=False)
-        for name, (follows, about) in COMMANDS.items():
-            table.add_row(Text(f"{name} {follows}", "bold"), Text(about))
+        for name, (arguments, text) in COMMANDS.items():
+            table.add_row(Text(f"{name} {arguments}", "bold"), Text(text))
         self.console.print(table)
-        self._print_note("Ctrl-C stops an answer; Tab completes, ↑ brings back earlier lines")
+        self._print_note("Ctrl-C stops an answer; Tab completes; ↑ recalls earlier lines")
 
     def _print_note(self, text: str) -> None:
         self.console.print(Text(text, "dim"))
@@ -274,12 +265,12 @@ def _raise_missing_file(command: str) -> str:
 
 
 def _replace_control_characters(text: str) -> str:
-    """Text of a model without what would move the cursor or change colours."""
+    """Replaces characters of a model's text that would move the cursor or change colors."""
     return CONTROL_CHARACTERS.sub("\ufffd", text.replace("\r", ""))
 
 
 def _open_history() -> History:
-    """Of the lines typed, in a file that only the user can read; in memory where there can be none."""
+    """Opens the history of typed lines: a file that only the user can read, or memory if it cannot be created."""
     file = user_state_path("fastgen") / "chat_history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -293,49 +284,48 @@ def _open_history() -> History:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "fgchat", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("fgchat", description=__doc__, epilog=EPILOG, formatter_class=formatter)
     p.add_argument("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
-    p.add_argument("words", nargs="*", metavar="MODEL KEY=VALUE", help="at most one folder, hub id, .gguf or "
-                   ".safetensors file or name of conf/model (none: a small default model); settings")  # fmt: skip
-    p.add_argument("--tensor-parallel", type=int, metavar="N", help="GPUs to spread the model over")
+    p.add_argument("words", nargs="*", metavar="MODEL KEY=VALUE", help="a folder, hub id, .gguf or .safetensors file, "
+                   "or name in conf/model (default: a small model), and settings")  # fmt: skip
+    p.add_argument("--tensor-parallel", type=int, metavar="N", help="number of GPUs to shard the model over")
     p.add_argument("--system", metavar="TEXT", help="the system prompt")
-    p.add_argument("-p", "--prompt", metavar="TEXT", help="answer this once, and exit")
+    p.add_argument("-p", "--prompt", metavar="TEXT", help="answer this message and exit")
     return p
 
 
 def _compose_config(args: argparse.Namespace) -> RunConfig:
-    """The model and settings. ValueError for what fgrun would refuse too."""
-    given = [w for w in args.words if ("=" in w or w.startswith("~")) and not Path(w).expanduser().exists()]
-    models = [w for w in args.words if w not in given]
+    """Composes the model and settings. Raises ValueError for settings that fgrun refuses, and for those of its task."""
+    overrides = [w for w in args.words if ("=" in w or w.startswith("~")) and not Path(w).expanduser().exists()]
+    models = [w for w in args.words if w not in overrides]
     if len(models) > 1:
-        raise ValueError(f"one model, not {' and '.join(models)}; settings are KEY=VALUE")
-    for override in given:
+        raise ValueError(f"expected one model, got {' and '.join(models)}; settings are KEY=VALUE")
+    for override in overrides:
         if re.match(r"(prompt|chat|task|out)\b", override):
-            raise ValueError(f"{override}: is fgrun's; messages are typed, piped or given with -p")
-    first = [model_override(m) for m in models]
+            raise ValueError(f"{override}: is a setting of fgrun; type or pipe messages, or use -p")
+    defaults = [model_override(m) for m in models]
     for group, choice in (("sampling", "chat"), ("schedule", "latency")):
-        first += [] if any(o.startswith(f"{group}=") for o in given) else [f"{group}={choice}"]
-    if not models and "sampling=chat" in first:
-        first.append("sampling.temperature=0.2")  # the small default model wanders at 0.7
+        defaults += [] if any(o.startswith(f"{group}=") for o in overrides) else [f"{group}={choice}"]
+    if not models and "sampling=chat" in defaults:
+        defaults.append("sampling.temperature=0.2")  # at 0.7, the small default model digresses
     if args.tensor_parallel is not None:
-        given = [*given, f"parallel.tensor_parallel={args.tensor_parallel}"]
-    return compose(*first, *given)
+        overrides.append(f"parallel.tensor_parallel={args.tensor_parallel}")
+    return compose(*defaults, *overrides)
 
 
 def _start_engine(config: RunConfig) -> Engine:
-    """The engine, after a look at what a chat needs: weights take longer to load than it takes to say no."""
+    """Builds the engine. Checks first, before the weights are loaded, that the model can chat."""
     m = config.model
     if config.parallel.replicas > 1:
-        raise ValueError("a conversation is one request at a time: parallel.replicas must be 1; tensor_parallel helps")
+        raise ValueError("a chat runs one request at a time: parallel.replicas must be 1; use tensor_parallel instead")
     path = hub.default_model_path() if m.path is None else weights.resolve(m.path)
     check_can_chat(tokenizer.load(path), str(m.path or hub.REPO_ID), config.sampling)
     return build_engine(config, progress=sys.stderr.isatty())
 
 
 def _answer_once(conversation: Conversation, message: str) -> int:
-    """One answer: the text on stdout, figures on stderr."""
+    """Answers one message: the text goes to stdout, its statistics to stderr. Returns the exit status."""
     clean = _replace_control_characters if sys.stdout.isatty() else str
     stopped = stream_answer(conversation, message, lambda text: print(clean(text), end="", flush=True))
     if conversation.turns:
@@ -344,32 +334,31 @@ def _answer_once(conversation: Conversation, message: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console script; the exit status: 2 for a command that is wrong, 1 for what failed."""
+    """Runs the console script. Returns the exit status: 2 for a wrong command, 1 for a chat that failed."""
     args = _make_parser().parse_intermixed_args(argv)
     try:
         config = _compose_config(args)
         message = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read().strip()
         if message is not None and not message.strip():
             raise ValueError("the message is empty: give it with -p or on stdin")
-        with _start_engine(config) as e:
-            talk = Conversation(e, config.sampling, args.system)
+        with _start_engine(config) as engine:
+            conversation = Conversation(engine, config.sampling, args.system)
             if message is not None:
-                return _answer_once(talk, message)
-            size = sum(w.nbytes for w in tree_leaves(e.params) if w is not None)
-            dtype, console = str(e.dtype).removeprefix("torch."), Console(highlight=False)
-            name = Path(config.model.path or hub.FOLDER).name
-            about = f"{name}: {size / 1e9:.1f} GB, {dtype} on {e.device}, a context of {talk.max_length} tokens"
-            console.print(Text(about, "dim"))
-            TerminalChat(talk, console).run()
+                return _answer_once(conversation, message)
+            num_bytes = sum(w.nbytes for w in tree_leaves(engine.params) if w is not None)
+            name, dtype = Path(config.model.path or hub.FOLDER).name, str(engine.dtype).removeprefix("torch.")
+            placement = f"{num_bytes / 1e9:.1f} GB, {dtype} on {engine.device}"
+            console = Console(highlight=False)
+            console.print(Text(f"{name}: {placement}, a context of {conversation.max_length} tokens", "dim"))
+            TerminalChat(conversation, console).run()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # head, or a pager that was left
+    except BrokenPipeError:  # as behind `head` or a pager that was quit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        form = isinstance(e.__cause__, HydraException | OmegaConfBaseException)
         print(f"fgchat: {explain_error(e) if isinstance(e, HydraException) else e}", file=sys.stderr)
-        return 2 if form else 1
+        return 2 if isinstance(e.__cause__, HydraException | OmegaConfBaseException) else 1
     return 0
 
 
