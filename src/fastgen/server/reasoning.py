@@ -1,10 +1,10 @@
-"""Reasoning that models write before an answer, between tags, told from the answer as the text comes.
+"""Separates the reasoning that models write between tags before an answer from the answer, incrementally.
 
 <think>…</think>…      DeepSeek-R1, QwQ, Qwen3; some chat templates end with the opening tag
 [THINK]…[/THINK]…      Magistral
 """
 
-import regex  # unlike re, it knows what may still become a match
+import regex  # matches partially, unlike re
 
 TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 MARKERS = (*TAGS, *TAGS.values())
@@ -14,50 +14,50 @@ CLOSING_TAG = {tag: regex.compile(rf"(?<!\s)\s*+{regex.escape(close)}") for tag,
 
 
 def find_open_tag(prompt: str) -> str | None:
-    """The tag that a prompt ends with, so that the answer begins within reasoning; None if it does not."""
+    """Returns the opening tag that a prompt ends with, so that the generated text begins within reasoning, or None."""
     match = OPENING_TAG_AT_END.search(prompt)
     return match["tag"] if match else None
 
 
 class ReasoningParser:
-    """Tells reasoning at the beginning of an answer from what follows it.
+    """Separates reasoning at the start of the generated text from the answer after it.
 
-    White space around the tags belongs to neither. Reasoning that is never closed is all there is.
+    White space around the tags is dropped. If the closing tag is missing, all of the text is reasoning.
     """
 
     def __init__(self, tag: str | None = None) -> None:
-        """`tag`: the one that the prompt has opened."""
+        """`tag` is the opening tag at the end of the prompt, if there is one."""
         self.tag = tag
-        self.state = "start"  # then "begun" after the tag, "reasoning", "closed" after the other tag, "answer"
-        self.undecided_text = ""  # text that is not decided
+        self.state = "start"  # then "opened" (after the opening tag), "reasoning", "closed" (after the other), "answer"
+        self.buffer = ""  # text that is not parsed yet
 
     def push(self, text: str, *, is_final: bool = False) -> tuple[str, str]:
-        """What is new of the reasoning, and of the answer."""
+        """Parses more text. Returns the new part of the reasoning and of the answer."""
         if self.state == "answer":
             return "", text
-        self.undecided_text += text
+        self.buffer += text
         reasoning = ""
         if self.state == "start":
-            match = OPENING_TAG.match(self.undecided_text, partial=True)
+            match = OPENING_TAG.match(self.buffer, partial=True)
             if match is not None and match.partial and not is_final:
                 return "", ""
             if match is not None and not match.partial:
-                self.tag, self.undecided_text = match["tag"], self.undecided_text[match.end() :]
-            self.state = "answer" if self.tag is None else "begun"
-        if self.state == "begun":
-            self.undecided_text = self.undecided_text.lstrip()
-            self.state = "reasoning" if self.undecided_text else "begun"
+                self.tag, self.buffer = match["tag"], self.buffer[match.end() :]
+            self.state = "answer" if self.tag is None else "opened"
+        if self.state == "opened":
+            self.buffer = self.buffer.lstrip()
+            self.state = "reasoning" if self.buffer else "opened"
         if self.state == "reasoning":
-            match = CLOSING_TAG[self.tag or ""].search(self.undecided_text, partial=True)
-            end = len(self.undecided_text) if match is None or (match.partial and is_final) else match.start()
-            reasoning, self.undecided_text = self.undecided_text[:end], self.undecided_text[end:]
+            match = CLOSING_TAG[self.tag or ""].search(self.buffer, partial=True)
+            end = len(self.buffer) if match is None or (match.partial and is_final) else match.start()
+            reasoning, self.buffer = self.buffer[:end], self.buffer[end:]
             if match is not None and not match.partial:
-                self.state, self.undecided_text = "closed", self.undecided_text[match.end() - end :]
+                self.state, self.buffer = "closed", self.buffer[match.end() - end :]
             reasoning = reasoning.rstrip() if is_final and self.state == "reasoning" else reasoning
         if self.state == "closed":
-            self.undecided_text = self.undecided_text.lstrip()
-            self.state = "answer" if self.undecided_text else "closed"
+            self.buffer = self.buffer.lstrip()
+            self.state = "answer" if self.buffer else "closed"
         answer = ""
         if self.state == "answer":
-            answer, self.undecided_text = self.undecided_text, ""
+            answer, self.buffer = self.buffer, ""
         return reasoning, answer
