@@ -309,7 +309,7 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (["prompt="], 1, 'no prompt: give prompt="a text"'),
         (["prompt=a", "task.prompts=b"], 1, "both prompt and task.prompts"),
         (["task.prompts=nowhere.txt"], 1, "file nowhere.txt does not exist"),
-        (["prompt=[1]", "out=nowhere/out.jsonl"], 1, "out: folder nowhere does not exist"),
+        (["prompt=[1]", "out=nowhere/out.jsonl"], 1, "nowhere does not exist"),
         (["prompt=[1]", "out=."], 1, "is a folder"),
         (["prompt=[1]", "task=profile", "task.trace=nowhere/t.json"], 1, "task.trace: folder nowhere does not exist"),
         (["one", "two"], 1, 'expected one prompt, got 2: put the text in quotes, "one two"'),
