@@ -390,7 +390,7 @@ def test_every_command(model: Path, tmp_path: Path) -> None:
         line("/system", "Be brief.", "3>")
         line("/system -", "no system prompt; the model's", "3>")
         line("third", "--- [6 tokens", "4>")
-        line("/p", "probability", "%", "of the prompt's", "tokens were cached", "4>")
+        line("/p", "probability", "%", "prompt tokens were cached", "4>")
         line("/save talk.json", "saved 3 turns to talk.json", "4>")
         line("/save talk.json", "saved 3 turns to talk.json", "4>")
         line("/save tiny.txt", "tiny.txt exists already", "4>")
