@@ -569,7 +569,7 @@ def damaged(snapshot: Snapshot) -> dict[str, tuple[Callable[[Snapshot], Any], st
         "reason": (one(finish_reason="why"), "finish reason"),
         "logprobs": (one(logprobs=[0.0]), "1 values for 3 tokens"),
         "no logprobs": (one(logprobs=None), "logprobs where"),
-        "versions": (one(versions=["1"] * 3), "no such value"),
+        "versions": (one(weight_versions=["1"] * 3), "no such value"),
         "params": (lambda s: setattr(s, "sampling", {}), "SamplingParams"),
         "completions": (lambda s: setattr(s, "completions", [None]), "wrong type"),
     }

@@ -336,7 +336,7 @@ def test_banned_tokens_are_not_drawn() -> None:
     logits = torch.zeros(100, 3)
     logits[:, 1] = 50.0
     ban = LogitEdits(*(torch.full((100,), x) for x in (0, 1, OFF, 1.0, True, -2.0, -2.0, 0.5)))
-    ban = ban._replace(row=torch.arange(100))
+    ban = ban._replace(rows=torch.arange(100))
     for temperature in (0.0, 1.0):
         token = sample(
             logits, params(100, temperature=temperature, positions=torch.arange(100), logit_edits=ban)
@@ -433,7 +433,7 @@ def test_logits_that_are_no_numbers_show(way: str, value: float, count: int) -> 
     if way == "edited":
         how["logit_edits"] = LogitEdits(*(torch.tensor([x]) for x in (2, 5, OFF, 0.0, False, 0.0, 0.0, 1.0)))
     if way in ("guided", "masked"):
-        how["allowed"] = torch.full((4, 2), ~(1 << 5) if way == "masked" else -1, dtype=torch.int32)
+        how["token_mask"] = torch.full((4, 2), ~(1 << 5) if way == "masked" else -1, dtype=torch.int32)
 
     def draw(x: Tensor, s: SamplingTensors, top: int | None) -> SamplerOutput:
         if way != "parts":
