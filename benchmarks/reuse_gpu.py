@@ -28,6 +28,7 @@ import torch
 
 import fastgen
 from fastgen.cli.bench.results import parse_peer_log
+from fastgen.core.prefix_cache import PageCopies
 
 HERE = Path(__file__).parent
 MODES: dict[str, dict[str, Any]] = {
@@ -57,12 +58,12 @@ def page_in_rate(engine: fastgen.Engine) -> float:
     mover, page = engine._host_offload, engine.state.page_size
     n = min(mover.num_host_pages, engine.cache_capacity // page, 256)
     pairs = tuple((i + 1, i + 1) for i in range(n))
-    mover.start_copies(fastgen.core.scheduler.Moves(out=pairs))
+    mover.start_copies(PageCopies(to_host=pairs))
     torch.cuda.synchronize()
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        mover.start_copies(fastgen.core.scheduler.Moves(back=pairs))
+        mover.start_copies(PageCopies(to_device=pairs))
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     size = (

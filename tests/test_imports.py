@@ -11,9 +11,10 @@ import fastgen
 
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
-    ["config", "core.types", "core.kv_cache", "core.prefix_cache", "core.model_config", "core.chat_template"]
+    ["config", "core.types", "core.page_pool", "core.prefix_cache", "core.model_config", "core.chat_template"]
     + ["core.model_families", "core.control_tokens", "checkpoint.files", "thread_safety", "training.sleep"],
     ["checkpoint.gguf", "profiling.roofline", "core.layers", "core.attention", "core.scheduler", "core.sampling"]
+    + ["core.scheduling_policy", "core.kv_cache"]
     + ["kernels.attention", "kernels.select", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
     + ["kernels.page_copy", "kernels.lora", "kernels.all_reduce_norm"],
     ["core.transformer", "checkpoint.weights", "core.tokenizer"],
@@ -104,7 +105,8 @@ def test_the_scheduler_needs_no_torch() -> None:
     """Scheduling can be simulated without torch."""
     for name in (
         "core/scheduler",
-        "core/kv_cache",
+        "core/scheduling_policy",
+        "core/page_pool",
         "core/prefix_cache",
         "config",
         "profiling/roofline",

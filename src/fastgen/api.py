@@ -5,11 +5,11 @@ from fastgen.async_engine import AsyncEngine
 from fastgen.checkpoint.weights import init, load, save
 from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core.batch import build_batch
+from fastgen.core.kv_cache import new_kv_cache
 from fastgen.core.model_config import ModelConfig, RopeConfig
 from fastgen.core.model_families import from_hf_config
 from fastgen.core.prefix_cache import CacheStats
 from fastgen.core.request import Completion, Event, Output
-from fastgen.core.step import new_kv_cache
 from fastgen.core.transformer import compute_logits, forward, hidden_states
 from fastgen.core.types import (
     Adapter,

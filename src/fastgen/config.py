@@ -13,6 +13,7 @@ SCALAR_FIELDS = (  # fields of SamplingParams
 )  # fmt: skip
 TOP_LEVEL_SETTINGS = ("seed", "special_tokens_in_content")  # of EngineConfig, in no group
 MAIN_FIELDS = {"compile": "mode", "offload": "target"}  # group -> the field that a flat keyword of its name sets
+SCHEDULING_POLICIES = ("mixed", "prefill_first")  # the names in core.scheduling_policy.POLICIES
 MIN_TEMPERATURE = 1e-5  # anything lower is greedy: logits divided by it could leave the range of fp32
 
 
@@ -193,7 +194,7 @@ class SchedulerConfig:
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("schedule", "policy", self.policy, ("mixed", "prefill_first"))
+        _check_choice("schedule", "policy", self.policy, SCHEDULING_POLICIES)
         for name in ("max_num_seqs", "token_budget", "prefill_chunk"):
             if getattr(self, name) is not None:
                 _check_number("schedule", name, getattr(self, name), 1, integer=True)

@@ -435,11 +435,10 @@ class Engine(EngineCore):
 
     def _insert_snapshot_pages(self, tokens: Sequence[int], keys_values: Tensor, cache_namespace: Namespace) -> None:
         """Put keys and values of some tokens into the tree, as if a request had left them, if there is room."""
-        held = scheduler.insert_idle_pages(self.state.prefix_cache, tokens, cache_namespace)
+        held = self.state.prefix_cache.insert_idle_pages(tokens, cache_namespace)
         if not held:
             return
-        out, copies, back = self.state.prefix_cache.pop_page_copies()
-        for event in self._host_offload.start_copies(scheduler.PageCopies(out, copies, back)):
+        for event in self._host_offload.start_copies(self.state.prefix_cache.pop_page_copies()):
             torch.cuda.current_stream(self.device).wait_event(event)
         self._host_offload.write_pages(held, keys_values[:, :, : len(held) * self.state.page_size])
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 import fastgen
 from fastgen import Event, Output, SamplingParams, Snapshot
 from fastgen.core import scheduler
+from fastgen.core.prefix_cache import PageCopies
 from fastgen.core.request import sample_seed
-from fastgen.core.scheduler import PageCopies
 from fastgen.offload.host_cache import HostOffload, consecutive_runs, page_bytes
 
 SPEC = fastgen.from_hf_config(tiny.config("Mistral", **tiny.WINDOWED))

@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgen import Completion, Output, SamplingParams
-from fastgen.config import SchedulerConfig
-from fastgen.core import scheduler
+from fastgen.config import SCHEDULING_POLICIES, SchedulerConfig
+from fastgen.core import scheduler, scheduling_policy
 from fastgen.core.batch import InputBuffers
-from fastgen.core.prefix_cache import Namespace, PrefixCache
+from fastgen.core.prefix_cache import Namespace, PageCopies, PrefixCache
 from fastgen.core.request import SequenceState
-from fastgen.core.scheduler import PageCopies, Plan, Sequence, State
+from fastgen.core.scheduler import Plan, SchedulerOutput, SchedulingPolicy, Sequence, State
+from fastgen.core.scheduling_policy import POLICIES, MixedPolicy, find_shared_prefix_groups
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 RANDOM = settings(derandomize=True, database=None, deadline=None, suppress_health_check=SLOW)
@@ -27,7 +28,7 @@ RANDOM = settings(derandomize=True, database=None, deadline=None, suppress_healt
 def little_is_worth() -> Iterator[None]:
     """Groups of few keys, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "MIN_SAVED_KEYS", 1)
+        patch.setattr(scheduling_policy, "MIN_SAVED_KEYS", 1)
         yield
 
 
@@ -67,7 +68,7 @@ def loads(draw: st.DrawFn) -> Load:
     """A load whose every job fits the cache when it is alone; prompts begin alike more often than not."""
     page, most = draw(st.sampled_from((1, 2, 3, 4, 9))), draw(st.integers(1, 6))
     limits = {
-        "policy": draw(st.sampled_from(sorted(scheduler.POLICIES))),
+        "policy": draw(st.sampled_from(sorted(POLICIES))),
         "max_num_seqs": most,
         "token_budget": most + draw(st.integers(0, 12)),
         "prefill_chunk": draw(st.none() | st.integers(1, 6)),
@@ -184,10 +185,11 @@ class Run:
 
     def step(self) -> Plan:
         before = self.state
-        self.state, plan, moves = scheduler.plan(before, self.limits, self.tokens)
+        self.state, scheduled = scheduler.plan(before, self.limits, POLICIES[self.limits.policy], self.tokens)
+        plan = scheduled.plan
         self.check()
-        self.audit(before, plan, moves)
-        drawn = self.compute(plan, moves) if plan else []
+        self.audit(before, scheduled)
+        drawn = self.compute(plan, scheduled.page_copies) if plan else []
         if plan:
             self.state = scheduler.commit(self.state, plan, self.tokens)
             self.check()
@@ -198,17 +200,18 @@ class Run:
             self.receive()
         return plan
 
-    def audit(self, before: State, plan: Plan, moves: PageCopies) -> None:
+    def audit(self, before: State, scheduled: SchedulerOutput) -> None:
         """Asserts what has to be true of any plan."""
-        limits, after = self.limits, self.state
+        limits, after, plan = self.limits, self.state, scheduled.plan
         running = {s.id: s for s in after.running}
         assert sorted(ids(after)) == sorted(ids(before))
-        parked = [*moves.preempted]
-        assert not (parked and moves.admitted)
-        kept = [s.id for s in before.running if s.id not in parked]
-        assert [s.id for s in after.running] == kept + [s.id for s in moves.admitted]
-        assert parked == [s.id for s in before.running][::-1][: len(parked)], "not the newest made way"
-        assert [s.id for s in after.waiting[: len(parked)]] == parked[::-1], "who made way does not come first"
+        preempted = [*scheduled.preempted]
+        assert not (preempted and scheduled.admitted)
+        kept = [s.id for s in before.running if s.id not in preempted]
+        assert [s.id for s in after.running] == kept + [s.id for s in scheduled.admitted]
+        last = [s.id for s in before.running][::-1][: len(preempted)]
+        assert preempted == last, "not the last admitted were preempted"
+        assert [s.id for s in after.waiting[: len(preempted)]] == preempted[::-1], "preempted sequences are not first"
         spans = {span.id: span for span in plan}
         assert len(spans) == len(plan) and sum(x.stop - x.start for x in plan) <= limits.token_budget
         sizes = [x.stop - x.start > 1 for x in plan]
@@ -284,7 +287,7 @@ class Run:
 
     def groups(self, plan: Plan) -> None:
         """Groups read the same pages, whole ones, and leave each sequence something of its own to read."""
-        found = scheduler.find_shared_prefix_groups(self.state, plan, 3, 2)
+        found = find_shared_prefix_groups(self.state, plan, 3, 2)
         rows = [r for members, _ in found for r in members]
         assert len(rows) == len(set(rows)) and len(found) <= 2
         for members, keys in found:
@@ -339,7 +342,10 @@ def test_any_load(load: Load) -> None:
 class Played:
     """Plans of a few sequences on a tree of 20 pages of 4 tokens, unless told otherwise."""
 
-    def __init__(self, page: int = 4, pages: int = 21, host: int = 0, **limits: Any) -> None:
+    def __init__(
+        self, page: int = 4, pages: int = 21, host: int = 0, policy: SchedulingPolicy | None = None, **limits: Any
+    ) -> None:
+        self.policy = policy
         self.state = State(PrefixCache(page, pages, host))
         self.limits = SchedulerConfig(**{"max_num_seqs": 8, "token_budget": 64} | limits)
         self.tokens: dict[int, list[int]] = {}
@@ -349,10 +355,16 @@ class Played:
         new = Sequence(id, len(prompt), limit or len(prompt) + 5, namespace=namespace)
         self.state = scheduler.add(self.state, new)
 
+    def plan(self) -> tuple[Plan, PageCopies]:
+        """Plans a step without committing it."""
+        policy = self.policy or POLICIES[self.limits.policy]
+        self.state, self.scheduled = scheduler.plan(self.state, self.limits, policy, self.tokens)
+        scheduler.check(self.state, self.limits)
+        return self.scheduled.plan, self.scheduled.page_copies
+
     def step(self) -> tuple[list[tuple[int, int, int]], PageCopies]:
         """(sequence, start, stop) of what is computed; every token drawn is 9."""
-        self.state, plan, moves = scheduler.plan(self.state, self.limits, self.tokens)
-        scheduler.check(self.state, self.limits)
+        plan, moves = self.plan()
         for span in plan:
             if span.needs_sampling:
                 self.tokens[span.id] = [*self.tokens[span.id], 9]
@@ -391,7 +403,7 @@ def test_a_prompt_that_is_all_cached_computes_its_last_token() -> None:
     p.add(0, [*range(8)])
     p.step()
     p.add(1, [*range(8)])
-    p.state, plan, moves = scheduler.plan(p.state, p.limits, p.tokens)
+    plan, moves = p.plan()
     assert [x[1:4] for x in plan] == [(8, 9, True), (7, 8, True)]
     assert [x.writes_kv for x in plan] == [True, False] and not moves.on_device
     assert p.state.running[1].pages == p.state.running[0].pages[:2]
@@ -443,9 +455,9 @@ def test_salts_share_nothing() -> None:
         p.add(id, prompt, 12, space)
     assert sorted(p.step()[0]) == [(id, 10, 11) for id in range(5, 10)]
     assert (
-        scheduler.insert_idle_pages(p.state.prefix_cache, prompt, (0, "b"))
+        p.state.prefix_cache.insert_idle_pages(prompt, (0, "b"))
         == ()
-        != scheduler.insert_idle_pages(p.state.prefix_cache, prompt, (0, "c"))
+        != p.state.prefix_cache.insert_idle_pages(prompt, (0, "c"))
     )
     p.state.prefix_cache.reset_adapter(1)
     scheduler.check(p.state, p.limits)
@@ -504,9 +516,11 @@ def test_who_came_last_makes_way() -> None:
     p = Played(pages=6)
     p.add(0, [*range(7)], limit=17)
     p.add(1, [*range(20, 25)], limit=15)
-    seen = [p.step() for _ in range(22)]
-    parked = [m.preempted for _, m in seen if m.preempted]
-    assert parked and all(x == (1,) for x in parked)
+    preempted = []
+    for _ in range(22):
+        p.step()
+        preempted += p.scheduled.preempted
+    assert preempted and set(preempted) == {1}
     assert len(p.tokens[0]) == 17 and len(p.tokens[1]) == 15 and not p.state.running
 
 
@@ -528,13 +542,37 @@ def test_mixed_decodes_before_prompts() -> None:
 
 def test_prefill_first_does_not_decode_meanwhile() -> None:
     """Decoding beside prompts would make this policy the other one."""
-    p = Played(policy="prefill_first", token_budget=8)
+    p = Played(policy=POLICIES["prefill_first"], token_budget=8)
     p.add(0, [*range(9)])
     p.add(1, [40])
     plans = [p.step()[0] for _ in range(2)]
     p.add(2, [*range(60, 66)])
     plans += [p.step()[0] for _ in range(2)]
     assert plans == [[(0, 0, 8)], [(0, 8, 9), (1, 0, 1)], [(2, 0, 6)], [(0, 9, 10), (1, 1, 2), (2, 6, 7)]]
+
+
+class ShortestPromptFirst(MixedPolicy):
+    """A policy as a user would write it: short prompts are admitted first."""
+
+    def order_waiting(self, waiting: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
+        return tuple(sorted(waiting, key=lambda seq: seq.num_tokens))
+
+
+def test_a_policy_is_one_class() -> None:
+    """The scheduler admits in another order than the policy's, or plans its spans by other rules."""
+    plans = {}
+    for name, policy in (("mixed", None), ("shortest", ShortestPromptFirst())):
+        p = Played(policy=policy, token_budget=8)
+        for id, length in enumerate((6, 4, 2)):
+            p.add(id, [id * 20 + i for i in range(length)])
+        plans[name] = [p.step()[0] for _ in range(2)]
+    assert plans["mixed"] == [[(0, 0, 6), (1, 0, 2)], [(0, 6, 7), (1, 2, 4), (2, 0, 2)]]
+    assert plans["shortest"] == [[(2, 0, 2), (1, 0, 4), (0, 0, 2)], [(2, 2, 3), (1, 4, 5), (0, 2, 6)]]
+
+
+def test_every_policy_can_be_configured() -> None:
+    """A policy cannot be chosen by name, or a name has no policy."""
+    assert {*POLICIES} == {*SCHEDULING_POLICIES}
 
 
 def test_groups_read_what_they_share() -> None:
@@ -544,22 +582,20 @@ def test_groups_read_what_they_share() -> None:
         p.add(id, [100 * (id // 3) + i for i in range(32)], limit=50)
     for _ in range(3):
         p.step()
-    p.state, plan, _ = scheduler.plan(p.state, p.limits, p.tokens)
-    who = [[plan[r].id for r in members] for members, _ in scheduler.find_shared_prefix_groups(p.state, plan, 16, 9)]
+    plan, _ = p.plan()
+    who = [[plan[r].id for r in members] for members, _ in find_shared_prefix_groups(p.state, plan, 16, 9)]
     assert sorted(map(sorted, who)) == [[0, 1, 2], [3, 4, 5]]
-    assert {keys for _, keys in scheduler.find_shared_prefix_groups(p.state, plan, 16, 9)} == {32}
-    assert len(scheduler.find_shared_prefix_groups(p.state, plan, 2, 9)) == 2  # the third of each is alone
-    assert len(scheduler.find_shared_prefix_groups(p.state, plan, 16, 1)) == 1
+    assert {keys for _, keys in find_shared_prefix_groups(p.state, plan, 16, 9)} == {32}
+    assert len(find_shared_prefix_groups(p.state, plan, 2, 9)) == 2  # the third of each is alone
+    assert len(find_shared_prefix_groups(p.state, plan, 16, 1)) == 1
     few = Played()
     few.add(0, [*range(6)], limit=20)
     few.add(1, [*range(4), 50, *range(60, 79)], limit=40)
     for _ in range(3):
         few.step()
-    few.state, plan, _ = scheduler.plan(few.state, few.limits, few.tokens)
+    plan, _ = few.plan()
     assert few.state.running[0].path[0].ref_count == 2
-    assert (
-        scheduler.find_shared_prefix_groups(few.state, plan, 16, 9) == ()
-    )  # four keys of some thirty are not worth it
+    assert find_shared_prefix_groups(few.state, plan, 16, 9) == ()  # four keys of some thirty are not worth it
 
 
 def sound() -> Played:
@@ -586,7 +622,7 @@ BREAKS: dict[str, tuple[str | None, Any]] = {
         lambda p: setattr(next(iter(p.state.prefix_cache.idle_nodes)), "page", _first(p).pages[0]),
     ),
     "free and held": (
-        "not taken",
+        "not allocated",
         lambda p: setattr(
             p.state.prefix_cache, "free_pages", p.state.prefix_cache.free_pages | 1 << _first(p).pages[0]
         ),
@@ -596,13 +632,16 @@ BREAKS: dict[str, tuple[str | None, Any]] = {
         "lost",
         lambda p: setattr(p.state.prefix_cache, "free_pages", p.state.prefix_cache.free_pages | 1),
     ),
-    "host page lost": ("host is lost", lambda p: setattr(p.state.prefix_cache, "free_host_pages", 0)),
-    "a holder too many": ("other holders", lambda p: setattr(_first(p).path[0], "ref_count", 5)),
+    "host page lost": ("host page is lost", lambda p: setattr(p.state.prefix_cache, "free_host_pages", 0)),
+    "a holder too many": ("reference count", lambda p: setattr(_first(p).path[0], "ref_count", 5)),
     "not idle": ("not idle", lambda p: p.state.prefix_cache.idle_nodes.clear()),
     "parent first": ("parent would go first", lambda p: _reverse(p.state.prefix_cache.idle_nodes)),
     "waits with pages": (None, lambda p: setattr(p, "state", p.state._replace(waiting=(_first(p)._replace(id=7),)))),
     "twice": ("queued twice", lambda p: setattr(p, "state", p.state._replace(waiting=p.state.waiting * 2))),
-    "seat": ("not taken", lambda p: setattr(p, "state", p.state._replace(free_req_indices=scheduler.ALL_REQ_INDICES))),
+    "req_idx": (
+        "not allocated",
+        lambda p: setattr(p, "state", p.state._replace(free_req_indices=scheduler.ALL_REQ_INDICES)),
+    ),
     "beyond its limit": (None, lambda p: _change(p, num_tokens=99)),
     "nothing to compute": (None, lambda p: _change(p, num_computed_tokens=_first(p).num_tokens)),
     "too few pages": (
@@ -639,10 +678,10 @@ def test_planted_pages_are_found() -> None:
     p = Played()
     p.add(0, [*range(6)])
     p.step()
-    filled = scheduler.insert_idle_pages(p.state.prefix_cache, [*range(13)])
+    filled = p.state.prefix_cache.insert_idle_pages([*range(13)])
     scheduler.check(p.state, p.limits)
     assert len(filled) == 3 and filled[0] == 0 and all(filled[1:])
-    assert scheduler.insert_idle_pages(p.state.prefix_cache, [*range(13)]) == ()
+    assert p.state.prefix_cache.insert_idle_pages([*range(13)]) == ()
     p.add(1, [*range(13), 50])
     assert (1, 12, 14) in p.step()[0]
-    assert scheduler.insert_idle_pages(p.state.prefix_cache, [*range(200, 300)]) == ()  # no room
+    assert p.state.prefix_cache.insert_idle_pages([*range(200, 300)]) == ()  # no room

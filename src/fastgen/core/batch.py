@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastgen.core.request import SequenceState
-from fastgen.core.scheduler import Plan, SharedPrefixGroup
+from fastgen.core.scheduler import Plan
+from fastgen.core.scheduling_policy import SharedPrefixGroup
 from fastgen.core.types import Batch, LogitEdits, SamplingTensors, SharedPrefix, TopKTopP
 
 TOKEN_FIELDS = ("token_ids", "positions", "slot_mapping")  # a number for each token of a step

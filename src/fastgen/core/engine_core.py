@@ -19,10 +19,12 @@ from fastgen.compiled.runner import ModelRunner, largest_shape
 from fastgen.config import EngineConfig, SamplingParams, check_int
 from fastgen.core import scheduler, tokenizer
 from fastgen.core.batch import InputBuffers, build_logit_edits, max_groups, to_device
+from fastgen.core.kv_cache import new_kv_cache
 from fastgen.core.model_config import ModelConfig, shard_config
 from fastgen.core.prefix_cache import CacheStats, PrefixCache, make_namespace
 from fastgen.core.request import Completion, Event, Output, SequenceState, max_length, rejected_output, rejection_events
-from fastgen.core.step import StepOutput, compute_target_logprobs, new_kv_cache
+from fastgen.core.scheduling_policy import POLICIES, SharedPrefixGroup, find_shared_prefix_groups
+from fastgen.core.step import StepOutput, compute_target_logprobs
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Batch, KVCache, Params, SamplingTensors, Tokenizer, TopKTopP
 from fastgen.distributed import workers
@@ -161,7 +163,8 @@ class EngineCore:
                 [(slots, here.num_kv_heads, here.head_dim)] * 2 * here.num_layers, self.dtype
             )
             self._releasable_memory["cache"] = ReleasableMemory(size, self.device)
-            self._cache = new_kv_cache(here, slots, dtype=self.dtype, memory=self._releasable_memory["cache"])
+            memory = self._releasable_memory["cache"]
+            self._cache = new_kv_cache(here, slots, allocate=lambda shape: memory.allocate(shape, self.dtype))
             self._host_offload.attach_cache(self._cache)
             self._runner.warm_up(self._cache, progress=progress)
             self.state = scheduler.State(self._new_prefix_cache())
@@ -555,23 +558,26 @@ class EngineCore:
         if self._sum_version_counters() != self._last_version_counter_sum:
             self.params_changed()
         with self.profiler.range("plan"):
-            self.state, plan, moves = scheduler.plan(self.state, self.config.schedule, self._tokens_by_sequence())
+            limits, tokens_by_id = self.config.schedule, self._tokens_by_sequence()
+            self.state, scheduled = scheduler.plan(self.state, limits, POLICIES[limits.policy], tokens_by_id)
+        plan = scheduled.plan
         if self.tp_group is not None:
-            paged = moves.to_host, moves.on_device, moves.to_device, moves.prefetch, moves.preempted
-            self.tp_group.check_consistent(self.num_steps, hash((plan, paged, self._last_tokens_hash)))
+            digest = hash((plan, scheduled.page_copies, scheduled.preempted, self._last_tokens_hash))
+            self.tp_group.check_consistent(self.num_steps, digest)
         with self.profiler.step(plan) if plan else NULL_CONTEXT:
             try:
-                launched = self._launch_step(plan, moves) if plan else None
+                launched = self._launch_step(scheduled) if plan else None
             finally:
                 self._finish_step()  # of the step before
             self._in_flight = launched
         if not self.config.schedule.overlap:
             self._finish_step()
 
-    def _launch_step(self, plan: scheduler.Plan, page_copies: scheduler.PageCopies) -> InFlightStep:
+    def _launch_step(self, scheduled: scheduler.SchedulerOutput) -> InFlightStep:
         """Set a planned step going; the state is then as if it had been done, and nobody had stopped."""
+        plan = scheduled.plan
         samples = [self._sequence_states[span.id] for span in plan]
-        for s in page_copies.admitted:
+        for s in scheduled.admitted:
             self._sequence_states[s.id].record_admission(s.num_cached_tokens)
         scored = any(s.needs_prompt_logprobs for s in samples)
         count = sum(span.stop - span.start for span in plan)
@@ -583,7 +589,7 @@ class EngineCore:
                 plan, self._sequence_states, shape.num_tokens, shape.num_seqs, self.num_steps, share
             )
         with self.profiler.range("move"):
-            ready = self._host_offload.start_copies(page_copies)
+            ready = self._host_offload.start_copies(scheduled.page_copies)
         with self.profiler.range("forward"):
             computed = self._runner.run(
                 self._cache, batch, settings, shape, needs_prompt_logprobs=scored, layer_chunk_ready=ready
@@ -602,15 +608,13 @@ class EngineCore:
         self.num_steps += 1
         return launched
 
-    def _shared_prefix_groups(self, plan: scheduler.Plan) -> tuple[scheduler.SharedPrefixGroup, ...]:
+    def _shared_prefix_groups(self, plan: scheduler.Plan) -> tuple[SharedPrefixGroup, ...]:
         """Sequences whose shared pages are read together; none where the attention cannot."""
         p = self.config.kv_cache
         c = self.config.compile
         if not (p.prefix_cache and p.shared_prefix_attention and c.attention == "triton") or c.batch_invariant:
             return ()
-        return scheduler.find_shared_prefix_groups(
-            self.state, plan, self._input_buffers.max_group_size, max_groups(len(plan))
-        )
+        return find_shared_prefix_groups(self.state, plan, self._input_buffers.max_group_size, max_groups(len(plan)))
 
     def _sample_tokens(
         self,

@@ -1,30 +1,27 @@
-"""The pool of free pages, as a value: the bits of an int. Taking and giving return a new pool."""
+"""The tensors of the paged KV cache. Free pages are in `page_pool`, pages that hold a known prefix in `prefix_cache`."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastgen.core.model_config import ModelConfig
+from fastgen.core.types import KVCache
 
 
-def new_pool(num_pages: int) -> int:
-    """All pages of a cache free, but page 0: it is scratch, where padding writes."""
-    return (1 << num_pages) - 2
+def new_kv_cache(
+    model_config: ModelConfig,
+    num_slots: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    allocate: Callable[[tuple[int, int, int]], Tensor] | None = None,
+) -> KVCache:
+    """Returns a cache of `num_slots` tokens. Page p is slots [p * page_size, (p + 1) * page_size).
 
-
-def num_free(pool: int) -> int:
-    """How many pages are free."""
-    return pool.bit_count()
-
-
-def allocate(pool: int, n: int) -> tuple[tuple[int, ...], int]:
-    """The n lowest free pages, and the pool without them."""
-    taken = []
-    for _ in range(n):
-        lowest = pool & -pool
-        assert lowest, "took more pages than are free"
-        taken.append(lowest.bit_length() - 1)
-        pool ^= lowest
-    return tuple(taken), pool
-
-
-def free(pool: int, pages: tuple[int, ...]) -> int:
-    """The pool with `pages` back in it."""
-    for page in pages:
-        assert page and not pool >> page & 1, "freed a page that is not taken"
-        pool |= 1 << page
-    return pool
+    `allocate` makes each tensor from its shape; by default it is zeros of `dtype` on `device`.
+    """
+    shape = (num_slots, model_config.num_kv_heads, model_config.head_dim)
+    allocate = allocate or (lambda shape: torch.zeros(shape, device=device, dtype=dtype))
+    k, v = (tuple(allocate(shape) for _ in range(model_config.num_layers)) for _ in "kv")
+    return KVCache(k, v)

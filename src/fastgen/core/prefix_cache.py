@@ -1,19 +1,30 @@
-"""What is cached, where it lies, and who holds it: a tree of prefixes over pages. No torch here.
+"""The prefix cache: a radix tree over the pages of the KV cache, so that equal prefixes are computed and stored once.
 
-    page of the device   0 scratch | free | a running sequence's own | a node's
-    page of the host     0 none    | free | a node's
+A node is one page. Its keys and values depend on the tokens from the root to the node and on nothing else, so any
+sequence that begins with those tokens can read the page. With pages of four tokens:
 
-A node stands for the tokens of one page that follow its parent's: its keys and values depend on all tokens from the
-root to it, and on nothing else. Sequences that begin alike hold the same nodes, from the root on. A node that nobody
-holds is idle: it stays until its page is wanted, the least recently used first, and then moves to the host's pages
-or is forgotten. Children are released before their parents, so they are also taken before them.
+    root ── page 5 [a b c d] ── page 8 [e f g h] ── page 3 [i j]     partial node: a page that is not full yet
+                            └── page 6 [x y z z]
 
-Each adapter has a root of its own: the same tokens have other keys and values under another one. So has each salt
-under each adapter: requests of different salts share no page, so that how much of a prompt was cached tells nothing
-of requests of another salt. A salt's root is forgotten with the last node under it.
+    a sequence of a b c d e f g h i j ...    reads pages 5 and 8, and writes page 3, which it alone holds
+    a new prompt  a b c d e f q ...          matches page 5, and two tokens of page 8, which are copied to a new page
 
-A node of fewer tokens than a page holds is a *tail*: the end of what somebody computed. Nobody but the sequence that
-still fills the page holds it; others copy the page and go on in the copy.
+- Match. A prompt shares the nodes of its full pages. Then the child with the longest common beginning is copied, if
+  that saves at least `min_copy_tokens` tokens: the sequence continues in the copy (copy-on-write).
+- Reference counts. A node counts the running sequences that read its page. At zero the node is *idle*: the page stays
+  until another allocation needs it. Idle nodes are evicted in order of last use; a sequence releases children before
+  parents, so that a leaf is always evicted first.
+- Eviction. The page moves to a page of host memory if there is one; otherwise the node is removed from the tree. A
+  match loads host pages back.
+- Namespaces. Each LoRA adapter has a root of its own, because the same tokens have other keys and values under another
+  adapter. So has each cache salt of an adapter, so that a request cannot learn from its cache hits what requests of
+  other salts contain. The root of a salt is forgotten with the last node below it.
+
+Every page has one owner. A device page is scratch (0), free, private to a running sequence, or a node's. A host page is
+free or a node's. The tree changes while a step is planned, before the device runs it: a node may be shared within the
+step that fills its page (a layer writes before it reads), but is copied only by later steps.
+
+This module needs no torch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,44 +33,38 @@ from itertools import islice
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from fastgen.core import kv_cache
+from fastgen.core import page_pool
 
-PageTokens = tuple[int, ...]  # the tokens of a page
-Namespace = int | tuple[int, str]  # whose tree: of an adapter (0: none), or of an adapter and a salt
-MAX_SCANNED_CHILDREN = 64  # children looked at for one that begins alike, the newest first
+PageTokens = tuple[int, ...]  # the tokens of one page
+Namespace = int | tuple[int, str]  # an adapter (0: none), or an adapter and a cache salt
+PagePairs = tuple[tuple[int, int], ...]  # (source page, target page)
+MAX_SCANNED_CHILDREN = 64  # children compared to find the longest common beginning, the newest first
 
 
 def make_namespace(adapter: int, salt: str | None) -> Namespace:
-    """The namespace of a request's adapter and salt."""
+    """Returns the namespace of requests with this adapter and cache salt."""
     return adapter if salt is None else (adapter, salt)
 
 
 class Node:
-    """Tokens of one page, and where their keys and values lie: `page` on the device, `host` beside it, 0 if not there.
+    """One page of tokens, with its place on the device (`page`) and on the host (`host_page`); 0 means neither.
 
-    `born` is the step that fills the page: only later steps may copy it.
+    `filled_at_step` is the step that fills the page: only later steps may copy from it.
     """
 
     __slots__ = (
+        *("parent", "tokens", "page", "host_page", "filled_at_step", "ref_count", "preempted", "children"),
         "__weakref__",
-        "filled_at_step",
-        "host_page",
-        "children",
-        "page",
-        "parent",
-        "preempted",
-        "ref_count",
-        "tokens",
     )
 
     def __init__(self, parent: "Node | None", tokens: PageTokens, page: int = 0, filled_at_step: int = 0) -> None:
         self.parent, self.tokens, self.page, self.filled_at_step = parent, tokens, page, filled_at_step
         self.host_page = self.ref_count = 0
-        self.preempted = False  # of a sequence that was preempted
+        self.preempted = False  # whether a sequence that was preempted had read the page
         self.children: dict[PageTokens, Node] = {}
 
     def iter_descendants(self) -> "Iterator[Node]":
-        """All nodes below this one."""
+        """Yields all nodes below this one."""
         stack = [*self.children.values()]
         while stack:
             node = stack.pop()
@@ -68,29 +73,42 @@ class Node:
 
 
 class Match(NamedTuple):
-    """What of a sequence is cached."""
+    """The cached prefix of a sequence."""
 
-    path: tuple[Node, ...]  # its first pages, whole
-    partial_node: Node | None = None  # a page that begins with the next `common` tokens
+    path: tuple[Node, ...]  # nodes of its full pages
+    partial_node: Node | None = None  # a node whose page begins with the next `num_common_tokens` tokens
     num_common_tokens: int = 0
-    pending: bool = False  # the step being planned will leave such a page behind
+    pending: bool = False  # the step being planned fills `partial_node`: it can be copied one step later
+
+
+class PageCopies(NamedTuple):
+    """Page copies before a step's computation, in this order: device to host, device to device, host to device.
+
+    The layers of the step wait for the loaded pages, one layer after the other. With `prefetch`, no sequence of this
+    step reads a loaded page, so only the next step waits.
+    """
+
+    to_host: PagePairs = ()
+    on_device: PagePairs = ()
+    to_device: PagePairs = ()
+    prefetch: bool = False
 
 
 @dataclass(slots=True)
 class CacheStats:
-    """What the hierarchy did so far; tokens and pages."""
+    """Counters since the engine started."""
 
-    num_queried_tokens: int = 0  # tokens of sequences that were admitted
-    num_hit_tokens: int = 0  # of those, tokens that were cached
-    num_copied_pages: int = 0  # pages copied, since somebody goes on within them
-    num_evicted_pages: int = 0  # pages taken from what was cached
-    num_offloaded_pages: int = 0
-    num_loaded_pages: int = 0
-    num_preemptions: int = 0  # preemptions
+    num_queried_tokens: int = 0  # tokens of admitted sequences
+    num_hit_tokens: int = 0  # of these, tokens found in the prefix cache
+    num_copied_pages: int = 0  # pages copied to continue within them
+    num_evicted_pages: int = 0  # cached pages that were taken from the device
+    num_offloaded_pages: int = 0  # pages copied to the host
+    num_loaded_pages: int = 0  # pages copied back from the host
+    num_preemptions: int = 0
 
 
 class PrefixCache:
-    """Changed in place by the functions of `schedule`."""
+    """Radix tree of cached pages, with the pools of free pages. The functions of `scheduler` change it in place."""
 
     def __init__(
         self,
@@ -101,40 +119,36 @@ class PrefixCache:
         enable_prefix_caching: bool = True,
         offload_preempted_only: bool = False,
     ) -> None:
-        """`device_pages` with scratch, `host_pages` without. `prefix` false: idle nodes leave the device at once.
-        `only_parked`: the host takes the pages of preempted sequences alone."""
-        self.page_size, self.enable_prefix_caching, self.offload_preempted_only = (
-            page_size,
-            enable_prefix_caching,
-            offload_preempted_only,
-        )
-        self.num_device_pages, self.num_host_pages = num_device_pages, num_host_pages
-        self.free_pages, self.free_host_pages = (
-            kv_cache.new_pool(num_device_pages),
-            kv_cache.new_pool(num_host_pages + 1),
-        )
-        self.roots: dict[Namespace, Node] = {}  # of each adapter
-        # Held by those who read from them and by the nodes under them, which nobody forgets while they have a page.
+        """Makes an empty tree. `num_device_pages` counts the scratch page.
+
+        Without `enable_prefix_caching`, idle pages leave the device at once. With `offload_preempted_only`, only pages
+        of preempted sequences move to the host.
+        """
+        self.page_size, self.num_device_pages, self.num_host_pages = page_size, num_device_pages, num_host_pages
+        self.enable_prefix_caching, self.offload_preempted_only = enable_prefix_caching, offload_preempted_only
+        self.free_pages, self.free_host_pages = map(page_pool.new_pool, (num_device_pages, num_host_pages + 1))
+        self.roots: dict[Namespace, Node] = {}  # by adapter
+        # By adapter and salt. A salt's root lives as long as a node below it or a sequence that was admitted to it.
         self.salted_roots: WeakValueDictionary[Namespace, Node] = WeakValueDictionary()
-        self.idle_nodes: dict[Node, None] = {}  # the least recently used first
-        self.host_nodes: dict[Node, None] = {}  # nodes with a page of the host, likewise
-        self.step_idx = 0  # steps planned
+        self.idle_nodes: dict[Node, None] = {}  # nodes with a device page and no reader, least recently used first
+        self.host_nodes: dict[Node, None] = {}  # nodes with a host page, least recently used first
+        self.step_idx = 0  # number of planned steps
         self.stats = CacheStats()
-        self.min_copy_tokens = max(1, page_size // 8)  # tokens that are worth copying a page for
-        # What the next step moves before it computes, in this order:
-        self.to_host: list[tuple[int, int]] = []  # (page of the device, page of the host)
-        self.on_device: list[tuple[int, int]] = []  # (page, page)
-        self.to_device: list[tuple[int, int]] = []  # (page of the host, page of the device)
-        self.loading_nodes: set[Node] = set()  # whose pages `back` fills
-        self._pinned_nodes: set[Node] = set()  # read by one of these: their pages stay
+        self.min_copy_tokens = max(1, page_size // 8)
+        # Copies that the step being planned begins with, see PageCopies.
+        self.to_host: list[tuple[int, int]] = []
+        self.on_device: list[tuple[int, int]] = []
+        self.to_device: list[tuple[int, int]] = []
+        self.loading_nodes: set[Node] = set()  # nodes whose page `to_device` fills
+        self._pinned_nodes: set[Node] = set()  # nodes that a copy reads: not evicted before the next plan
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is kept at all."""
+        """Whether pages outlive their sequence, on the device or on the host."""
         return self.enable_prefix_caching or self.num_host_pages > 0
 
     def get_root(self, namespace: Namespace = 0) -> Node:
-        """Of the tree of a namespace, as it is now."""
+        """Returns the current root of a namespace. `reset` replaces it."""
         roots = self.roots if isinstance(namespace, int) else self.salted_roots
         root = roots.get(namespace)
         if root is None:
@@ -142,28 +156,30 @@ class PrefixCache:
         return root
 
     def begin_step(self) -> None:
-        """A new plan."""
+        """Begins a new plan."""
         self.step_idx += 1
         self.loading_nodes.clear()
         self._pinned_nodes.clear()
 
-    def pop_page_copies(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """`out`, `copies` and `back`, which are empty then."""
-        last = {host: page for page, host in self.to_host}  # one that was given to another meanwhile is written once
-        found = tuple((page, host) for host, page in last.items()), (*self.on_device,), (*self.to_device,)
+    def pop_page_copies(self) -> PageCopies:
+        """Returns the queued page copies and empties the queues."""
+        # A host page that was assigned twice within the plan is written once.
+        source_of = {host_page: page for page, host_page in self.to_host}
+        to_host = tuple((page, host_page) for host_page, page in source_of.items())
+        copies = PageCopies(to_host, (*self.on_device,), (*self.to_device,))
         self.to_host, self.on_device, self.to_device = [], [], []
-        return found
+        return copies
 
     # --- pages ------------------------------------------------------------------------------------------------------
 
     def num_available_pages(self) -> int:
-        """Pages that `take` can give."""
-        return kv_cache.num_free(self.free_pages) + len(self.idle_nodes)
+        """Returns the number of pages that are free or idle."""
+        return page_pool.num_free(self.free_pages) + len(self.idle_nodes)
 
     def allocate_page(self) -> int:
-        """A page, if need be that of the node that has been idle for longest. 0: there is none."""
+        """Returns a free page, or else the page of the least recently used idle node. 0: every page is in use."""
         if self.free_pages:
-            (page,), self.free_pages = kv_cache.allocate(self.free_pages, 1)
+            (page,), self.free_pages = page_pool.allocate(self.free_pages, 1)
             return page
         node = next((n for n in self.idle_nodes if n not in self._pinned_nodes), None)
         if node is None:
@@ -172,43 +188,37 @@ class PrefixCache:
         return self._evict(node)
 
     def free_page(self, page: int) -> None:
-        """A page that no node has is free again."""
-        self.free_pages = kv_cache.free(self.free_pages, (page,))
+        """Frees a page that belongs to no node."""
+        self.free_pages = page_pool.free(self.free_pages, (page,))
 
     def _evict(self, node: Node) -> int:
-        """Take an idle node's page away: to the host if there is room, and else for ever."""
+        """Returns the device page of an idle node, after queuing its copy to the host. Without one the node is removed."""
         self.idle_nodes.pop(node, None)
         page, node.page = node.page, 0
-        if (
-            not node.host_page
-            and (node.preempted or not self.offload_preempted_only)
-            and (host := self._allocate_host_page())
-        ):
-            node.host_page = host
+        offload = not node.host_page and (node.preempted or not self.offload_preempted_only)
+        if offload and (host_page := self._allocate_host_page()):
+            node.host_page = host_page
             self.host_nodes[node] = None
-            self.to_host.append((page, host))
+            self.to_host.append((page, host_page))
             self.stats.num_offloaded_pages += 1
         if not node.host_page:
             self._remove_subtree(node)
         return page
 
     def _allocate_host_page(self) -> int:
-        """A page of the host, if need be one that was not used for longest. 0: there is none."""
+        """Returns a free host page, or else the least recently used one that no node needs. 0: there is none."""
         if self.free_host_pages:
-            (page,), self.free_host_pages = kv_cache.allocate(self.free_host_pages, 1)
-            return page
+            (host_page,), self.free_host_pages = page_pool.allocate(self.free_host_pages, 1)
+            return host_page
         for node in self.host_nodes:
-            if (
-                node in self._pinned_nodes
-                or node.filled_at_step == self.step_idx
-                or (not node.page and (node.children or node.ref_count))
-            ):
+            being_read = node in self._pinned_nodes or node.filled_at_step == self.step_idx
+            if being_read or (not node.page and (node.children or node.ref_count)):
                 continue
             del self.host_nodes[node]
-            host, node.host_page = node.host_page, 0
+            host_page, node.host_page = node.host_page, 0
             if not node.page:
                 self._detach(node)
-            return host
+            return host_page
         return 0
 
     def _detach(self, node: Node) -> None:
@@ -216,46 +226,54 @@ class PrefixCache:
             del node.parent.children[node.tokens]
 
     def _remove_subtree(self, node: Node) -> None:
-        """Remove a node without pages, and what hangs on it."""
+        """Removes a node without pages and all nodes below it, which nothing can reach any more."""
         self._detach(node)
-        for below in [*node.iter_descendants()]:
-            assert not below.ref_count, "a page was taken from under somebody who holds the next one"
-            if below in self.idle_nodes:
-                del self.idle_nodes[below]
-                self.free_page(below.page)
-            self._free_host_page(below)
-            below.children.clear()
-        node.children.clear()  # no cycle keeps them, nor a salt's root above them
+        for child in [*node.iter_descendants()]:
+            assert not child.ref_count, "a page was evicted while a sequence reads a page below it"
+            self._free_pages_of(child)
+            child.children.clear()
+        node.children.clear()  # no reference cycle keeps the subtree or a salt's root alive
+
+    def _free_pages_of(self, node: Node) -> None:
+        """Frees a node's host page, and its device page if no sequence reads it."""
+        if node in self.idle_nodes:
+            del self.idle_nodes[node]
+            self.free_page(node.page)
+        self._free_host_page(node)
 
     def _free_host_page(self, node: Node) -> None:
         if node.host_page:
             del self.host_nodes[node]
-            self.free_host_pages = kv_cache.free(self.free_host_pages, (node.host_page,))
+            self.free_host_pages = page_pool.free(self.free_host_pages, (node.host_page,))
             node.host_page = 0
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
-    def match(self, tokens: Sequence[int], num_tokens: int, namespace: Namespace = 0) -> Match:
-        """The longest cached beginning of the first `known` tokens."""
-        path, node, page = list[Node](), self.get_root(namespace), self.page_size
-        while len(path) < num_tokens // page:
-            kid = node.children.get(tuple(tokens[len(path) * page : (len(path) + 1) * page]))
-            if kid is None:
+    def match(self, token_ids: Sequence[int], num_tokens: int, namespace: Namespace = 0) -> Match:
+        """Returns the longest cached prefix of the first `num_tokens` tokens."""
+        path, node, page_size = list[Node](), self.get_root(namespace), self.page_size
+        while len(path) < num_tokens // page_size:
+            child = node.children.get(tuple(token_ids[len(path) * page_size : (len(path) + 1) * page_size]))
+            if child is None:
                 break
-            path.append(node := kid)
-        rest = tuple(tokens[len(path) * page : min(num_tokens - 1, (len(path) + 1) * page)])  # the last one is computed
-        best, common = None, self.min_copy_tokens - 1
-        for kid in islice(reversed(node.children.values()), MAX_SCANNED_CHILDREN if len(rest) > common else 0):
-            same = next((i for i, (a, b) in enumerate(zip(kid.tokens, rest, strict=False)) if a != b), None)
-            same = min(len(kid.tokens), len(rest)) if same is None else same
-            if same > common:
-                best, common = kid, same
+            path.append(node := child)
+        # The last token is always computed: its logits are needed.
+        suffix = tuple(token_ids[len(path) * page_size : min(num_tokens - 1, (len(path) + 1) * page_size)])
+        best, num_common = None, self.min_copy_tokens - 1
+        for child in islice(reversed(node.children.values()), MAX_SCANNED_CHILDREN if len(suffix) > num_common else 0):
+            differs_at = next((i for i, (a, b) in enumerate(zip(child.tokens, suffix, strict=False)) if a != b), None)
+            num_equal = min(len(child.tokens), len(suffix)) if differs_at is None else differs_at
+            if num_equal > num_common:
+                best, num_common = child, num_equal
         if best is None:
             return Match(tuple(path))
-        return Match(tuple(path), best, common, best.filled_at_step == self.step_idx)
+        return Match(tuple(path), best, num_common, best.filled_at_step == self.step_idx)
 
     def acquire(self, path: Iterable[Node]) -> None:
-        """Sequences begin to read these pages; what is on the host only comes back. There must be pages for it."""
+        """Adds a reader to each node, and queues loading of the pages that are only on the host.
+
+        The caller has checked that enough pages are available.
+        """
         path = tuple(path)
         for node in path:
             self.idle_nodes.pop(node, None)
@@ -263,7 +281,7 @@ class PrefixCache:
         for node in path:
             if not node.page:
                 node.page, node.filled_at_step = self.allocate_page(), self.step_idx
-                assert node.page, "held more than there is room for"
+                assert node.page, "acquired more pages than are available"
                 self.to_device.append((node.host_page, node.page))
                 self.loading_nodes.add(node)
                 self.stats.num_loaded_pages += 1
@@ -272,7 +290,7 @@ class PrefixCache:
                 self.host_nodes[node] = self.host_nodes.pop(node)
 
     def adopt_page(self, node: Node, page: int) -> None:
-        """Hold a node whose tokens somebody's own page has, too: one of the two is enough."""
+        """Adds a reader to a node, with a private page of the same tokens: the node takes it, or it is freed."""
         if node.page:
             self.acquire((node,))
             self.free_page(page)
@@ -280,11 +298,11 @@ class PrefixCache:
             node.page, node.ref_count = page, 1
 
     def pin(self, node: Node) -> None:
-        """Its pages stay until the next plan."""
+        """Protects a node from eviction until the next plan."""
         self._pinned_nodes.add(node)
 
     def copy_partial_page(self, node: Node, page: int) -> None:
-        """Fill `page` with the tail's before the step. It must be pinned before any page is taken."""
+        """Queues a copy of a node's page to `page`. The caller has pinned the node before it allocated any page."""
         if node.page:
             self.on_device.append((node.page, page))
         else:
@@ -295,14 +313,14 @@ class PrefixCache:
             self.idle_nodes[node] = self.idle_nodes.pop(node)
 
     def insert(self, parent: Node, tokens: PageTokens, page: int) -> Node:
-        """A node for a page that the step being planned fills, held once."""
+        """Adds a node with one reader, for a page that the step being planned fills."""
         node = Node(parent, tokens, page, self.step_idx)
         node.ref_count = 1
         parent.children[tokens] = node
         return node
 
     def extend_node(self, node: Node, tokens: PageTokens) -> None:
-        """More tokens of its page are filled."""
+        """Replaces the tokens of a partial node by `tokens`, which begin with them: the step being planned adds the last."""
         parent = node.parent
         assert parent is not None and tokens not in parent.children
         del parent.children[node.tokens]
@@ -310,12 +328,15 @@ class PrefixCache:
         parent.children[tokens] = node
 
     def detach_partial(self, node: Node) -> None:
-        """Forget a tail; its page is its one holder's own."""
+        """Removes a partial node from the tree. Its device page becomes private to its only reader."""
         self._free_host_page(node)
         self._detach(node)
 
     def release(self, path: Sequence[Node], *, stale: bool = False, preempted: bool = False) -> None:
-        """Somebody holds these no longer. `stale`: they are of a tree that is no more."""
+        """Removes a reader from each node; nodes without readers become idle.
+
+        `stale`: a reset has replaced the tree, so the pages are freed. `preempted`: the reader will come back.
+        """
         for node in reversed(path):
             node.ref_count -= 1
             node.preempted |= preempted
@@ -328,8 +349,30 @@ class PrefixCache:
                 if not self.enable_prefix_caching:
                     self.free_page(self._evict(node))
 
+    def insert_idle_pages(self, token_ids: Sequence[int], namespace: Namespace = 0) -> tuple[int, ...]:
+        """Inserts idle nodes for the full pages of `token_ids`; returns the page of each, for the caller to fill.
+
+        A page is 0 where the tree already has it. Returns () if nothing is missing, or if too few pages are available.
+        """
+        size = self.page_size
+        blocks = [tuple(token_ids[i : i + size]) for i in range(0, len(token_ids) - size + 1, size)]
+        num_cached = len(self.match(token_ids, len(token_ids), namespace).path)
+        if len(blocks) > self.num_available_pages() or num_cached == len(blocks):
+            return ()
+        pages, path, to_fill = [self.allocate_page() for _ in blocks], [self.get_root(namespace)], list[int]()
+        for tokens, page in zip(blocks, pages, strict=True):
+            node = path[-1].children.get(tokens)
+            to_fill.append(0 if node is not None and node.page else page)
+            if node is None:
+                node = self.insert(path[-1], tokens, page)
+            else:
+                self.adopt_page(node, page)
+            path.append(node)
+        self.release(path[1:])
+        return tuple(to_fill)
+
     def reset(self) -> None:
-        """Nothing that is cached counts any more: the parameters have changed. What is held is freed by its holders."""
+        """Forgets everything that is cached, after a weight update. Pages of running sequences are freed when they end."""
         for node in self.idle_nodes:
             self.free_page(node.page)
         for node in [*self.host_nodes]:
@@ -339,39 +382,37 @@ class PrefixCache:
         self.salted_roots.clear()
 
     def reset_adapter(self, adapter: int) -> None:
-        """The same for what is cached under one adapter, with any salt, which has changed or is gone."""
+        """Forgets everything that is cached for one adapter, with any salt, after the adapter has changed or is gone."""
         salted = [key for key in self.salted_roots if isinstance(key, tuple) and key[0] == adapter]
         roots = [self.roots.pop(adapter, None), *(self.salted_roots.pop(key, None) for key in salted)]
         for node in [node for root in roots if root is not None for node in root.iter_descendants()]:
-            if node in self.idle_nodes:
-                del self.idle_nodes[node]
-                self.free_page(node.page)
-            self._free_host_page(node)
+            self._free_pages_of(node)
 
     def check(self, private_pages: Sequence[int], ref_counts: dict[Node, int]) -> None:
-        """Asserts that every page has exactly one owner. `owned`: pages that sequences have for themselves; `held`:
-        how many sequences hold each node."""
+        """Asserts that every page has exactly one owner and that nodes are in order.
+
+        `private_pages` are pages of running sequences outside the tree, `ref_counts` the number of readers by node.
+        """
         roots = {*self.roots.values(), *self.salted_roots.values()}
         nodes = [n for root in roots for n in root.iter_descendants()]
-        known = {*nodes, *ref_counts}  # the held ones of a former tree, too
-        used = [*private_pages, *(n.page for n in known if n.page)]
-        assert len(used) == len(set(used)), "a page has two owners"
-        assert kv_cache.free(self.free_pages, tuple(used)) == kv_cache.new_pool(self.num_device_pages), "a page is lost"
-        hosts = [n.host_page for n in known if n.host_page]
-        assert len(hosts) == len(set(hosts)), "a page of the host has two owners"
-        assert kv_cache.free(self.free_host_pages, tuple(hosts)) == kv_cache.new_pool(self.num_host_pages + 1), (
-            "a page of the host is lost"
-        )
+        all_nodes = {*nodes, *ref_counts}  # nodes from before a reset may still have readers
+        pages = [*private_pages, *(n.page for n in all_nodes if n.page)]
+        assert len(pages) == len(set(pages)), "a page has two owners"
+        pool = page_pool.free(self.free_pages, tuple(pages))
+        assert pool == page_pool.new_pool(self.num_device_pages), "a page is lost"
+        host_pages = [n.host_page for n in all_nodes if n.host_page]
+        assert len(host_pages) == len(set(host_pages)), "a host page has two owners"
+        pool = page_pool.free(self.free_host_pages, tuple(host_pages))
+        assert pool == page_pool.new_pool(self.num_host_pages + 1), "a host page is lost"
         assert {n for n in nodes if n.host_page} == {*self.host_nodes}
-        assert {n for n in nodes if n.page and not n.ref_count} == {*self.idle_nodes}, (
-            "a page that nobody holds is not idle"
-        )
-        assert all(n.ref_count == ref_counts.get(n, 0) for n in known), "a node has other holders than it counts"
-        place = {n: i for i, n in enumerate(self.idle_nodes)}
+        idle = {n for n in nodes if n.page and not n.ref_count}
+        assert idle == {*self.idle_nodes}, "a page without readers is not idle"
+        assert all(n.ref_count == ref_counts.get(n, 0) for n in all_nodes), "a node has a wrong reference count"
+        order = {n: i for i, n in enumerate(self.idle_nodes)}
         for n in nodes:
             assert n.page or n.host_page, "a node without a page"
             assert n.parent is not None and n.parent.children[n.tokens] is n
             assert 0 < len(n.tokens) <= self.page_size and (len(n.tokens) == self.page_size or not n.children)
             if n.page and n.parent not in roots:
-                assert n.parent.page and n.parent.ref_count >= (n.ref_count > 0), "a page hangs on none"
-                assert n.parent not in place or n in place and place[n] < place[n.parent], "a parent would go first"
+                assert n.parent.page and n.parent.ref_count >= (n.ref_count > 0), "a page has no parent page"
+                assert n.parent not in order or n in order and order[n] < order[n.parent], "a parent would go first"

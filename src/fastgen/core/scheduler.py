@@ -1,58 +1,67 @@
-"""Continuous batching: what runs next, and what is true after it ran. No torch, so that it can be simulated.
+"""The scheduler: which tokens the next step computes, for which sequences, in which pages of the KV cache.
 
-    add -> waiting --plan--> running --commit, step by step--> gone (stop) or removed (drop)
-              ^---- parked ----|
+    add ──> waiting ──admit──> running ──commit, once a step──> removed (stop, length or abort)
+               ^                  │
+               └─────preempt──────┘
 
-Sequences are values; the tree of pages is the one thing here that is changed in place (`cache.prefix`). A running
-sequence holds the pages its tokens need so far:
+`plan` chooses a step, the engine runs it, `commit` records it. A sequence needs a page for every `page_size` tokens that
+it has computed. The first pages of a running sequence are nodes of the prefix cache; the others are private:
 
-    pages     0 .. len(path) - 1        len(path)                  .. and on
-    hold      whole blocks of tokens,   perhaps the tail: a page   pages of its own
-              nodes of the tree         others may copy from
+    tokens    a b c d   e f g h   i j k l   m n . .       page_size 4; `.` is a slot not written yet
+    pages     5         8         3         7
+              └── path: full pages, ──┘     └ private, or partial_node: published for others to copy
+                  shared with others
 
-When pages run out, first idle ones are taken from the tree; then the sequences that were admitted last are parked:
-they give up their pages, wait in front of all others, and later begin with what is still cached of them. The first in
-line is never parked for another, and any one sequence fits the cache alone, so that it always advances.
+Admission. Waiting sequences are admitted in the policy's order while the step has tokens left and the pages for all
+known tokens of the sequence are available. The longest cached prefix is shared instead of computed. A sequence whose
+best match is a page that this step only fills waits one step and then copies that page.
+
+Preemption. Running sequences that need another page take free pages, then idle pages of the prefix cache. If there are
+none, the sequence that was admitted last is preempted: its pages stay in the prefix cache as idle pages, it moves to the
+front of the waiting, and later resumes with what is still cached. The sequence that was admitted first is never
+preempted, and any single sequence fits the cache, so some sequence always advances.
+
+Sequences and State are immutable values; only the prefix cache is changed in place. This module needs no torch, so that
+scheduling can be simulated.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from collections.abc import Sequence as Tokens
-from typing import NamedTuple
+from collections import abc, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from fastgen.config import SchedulerConfig
-from fastgen.core import kv_cache
-from fastgen.core.prefix_cache import Match, Namespace, Node, PrefixCache
+from fastgen.core import page_pool
+from fastgen.core.prefix_cache import Match, Namespace, Node, PageCopies, PrefixCache
 
-ALL_REQ_INDICES = -2  # a pool of as many free seats as are ever needed; seat 0 is padding's
-TokensById = Mapping[
-    int, Tokens[int]
-]  # of each sequence the tokens whose values are known; the last ones may be on the way
+ALL_REQ_INDICES = -2  # a pool without end in which only row 0, padding's, is taken
+TokenIds = abc.Sequence[int]
+# The known tokens of each sequence. While steps overlap, the last token may still be computed, and missing.
+TokensById = Mapping[int, TokenIds]
 
 
 class Sequence(NamedTuple):
-    """One sequence being generated, in tokens."""
+    """One sequence being generated, as the scheduler sees it: counts of tokens, and pages."""
 
     id: int
     num_tokens: int  # prompt and generated so far
-    max_length: int  # prompt and the most it may generate
-    needs_prompt_logprobs: bool = False  # all of it is computed: its prompt is scored
-    num_computed_tokens: int = 0  # whose keys and values are computed
-    num_cached_tokens: int = 0  # of those, found in the tree when it was admitted
+    max_length: int  # prompt and the most that may be generated
+    needs_prompt_logprobs: bool = False  # every token is computed, without prefix cache hits
+    num_computed_tokens: int = 0  # tokens whose keys and values are computed, or planned to be
+    num_cached_tokens: int = 0  # of these, tokens found in the prefix cache at admission
     pages: tuple[int, ...] = ()
     path: tuple[Node, ...] = ()  # nodes of its first pages
     partial_node: Node | None = None  # node of the page after those
-    root: Node | None = None  # of the tree it was admitted to: another one is of other parameters
-    req_idx: int = 0  # row of the device's tables while it runs
-    namespace: Namespace = 0  # of what is cached for it: its adapter, and its salt if it has one
+    root: Node | None = None  # the root at admission; a later root is one of other parameters
+    req_idx: int = 0  # row of the device's request tables while it runs
+    namespace: Namespace = 0
 
 
 class State(NamedTuple):
     """Everything the scheduler knows."""
 
     prefix_cache: PrefixCache
-    free_req_indices: int = ALL_REQ_INDICES  # pool of free seats
-    waiting: tuple[Sequence, ...] = ()  # in order of arrival, parked ones first
+    free_req_indices: int = ALL_REQ_INDICES  # a page_pool of free rows of the request tables
+    waiting: tuple[Sequence, ...] = ()  # preempted sequences, then the others in order of arrival
     running: tuple[Sequence, ...] = ()  # in order of admission
 
     @property
@@ -62,439 +71,350 @@ class State(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Tokens [start, stop) of a sequence, computed in one step; `sample`: the next token is drawn from the last."""
+    """Tokens [start, stop) of a sequence, computed in one step. A span of one token decodes, a longer one prefills."""
 
     id: int
     start: int
     stop: int
-    needs_sampling: bool
+    needs_sampling: bool  # whether the logits of its last token are sampled
     pages: tuple[int, ...]
     req_idx: int = 0
-    writes_kv: bool = True  # False: a single token whose key and value are cached already
-
-
-class PageCopies(NamedTuple):
-    """What happens besides computing, in this order: pages are copied to the host (`out`), on the device (`copies`),
-    and from the host (`back`). What comes back is wanted by the step's layers, one after the other, or, where `early`,
-    not before the next step: whoever waits for it has no part in this one."""
-
-    to_host: tuple[tuple[int, int], ...] = ()
-    on_device: tuple[tuple[int, int], ...] = ()
-    to_device: tuple[tuple[int, int], ...] = ()
-    prefetch: bool = False
-    admitted: tuple[Sequence, ...] = ()
-    preempted: tuple[int, ...] = ()
+    writes_kv: bool = True  # False: its one token's key and value are cached already
 
 
 Plan = tuple[Span, ...]  # decoding sequences first
 
 
+class SchedulerOutput(NamedTuple):
+    """A planned step. `plan` is empty only when no sequence waits or runs."""
+
+    plan: Plan
+    page_copies: PageCopies
+    admitted: tuple[Sequence, ...]
+    preempted: tuple[int, ...]  # ids
+
+
+@runtime_checkable
+class SchedulingPolicy(Protocol):
+    """The decisions that the scheduler leaves open. `scheduling_policy` has the policies to choose from."""
+
+    decode_yields_to_prefill: bool  # whether decoding sequences skip a step that admits a prompt
+
+    def order_waiting(self, waiting: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
+        """Returns the waiting sequences in the order in which they are to be admitted."""
+        ...
+
+    def plan_running(self, running: abc.Sequence[Sequence], token_budget: int, prefill_chunk: int) -> list[Span]:
+        """Returns the spans of running sequences for one step: at most `token_budget` tokens in all and `prefill_chunk`
+        tokens for each sequence."""
+        ...
+
+
 def num_pages_for(page_size: int, num_tokens: int) -> int:
-    """Pages that hold `tokens`."""
+    """Returns the number of pages that hold `num_tokens` tokens."""
     return -(-num_tokens // page_size)
 
 
 def add(state: State, *sequences: Sequence) -> State:
-    """Queue sequences; the caller has checked that each fits the cache at all."""
+    """Adds sequences to the waiting ones. The caller has checked that each fits the cache by itself."""
     return state._replace(waiting=(*state.waiting, *sequences))
 
 
-# --- what a sequence holds ------------------------------------------------------------------------------------------
+# --- the pages of a sequence ----------------------------------------------------------------------------------------
 
 
-def publish_full_pages(prefix_cache: PrefixCache, s: Sequence, tokens: Tokens[int], num_tokens: int) -> Sequence:
-    """Its whole pages of the first `upto` tokens become nodes; where there is one of the same tokens, it reads that."""
-    page, end = prefix_cache.page_size, min(num_tokens, len(tokens))
-    while prefix_cache.enabled and s.root is prefix_cache.get_root(s.namespace) and (len(s.path) + 1) * page <= end:
-        i = len(s.path)
-        block, parent = (
-            tuple(tokens[i * page : (i + 1) * page]),
-            s.path[-1] if s.path else prefix_cache.get_root(s.namespace),
-        )
-        node = parent.children.get(block)
-        if node is None:
-            if s.partial_node is not None:
-                node = s.partial_node
-                prefix_cache.extend_node(node, block)
-            else:
-                node = prefix_cache.insert(parent, block, s.pages[i])
-        elif (i + 1) * page > s.num_computed_tokens or node in prefix_cache.loading_nodes:
-            break  # the step being planned fills both, or one is on its way; the next one may choose
+def publish_full_pages(prefix_cache: PrefixCache, seq: Sequence, token_ids: TokenIds, num_tokens: int) -> Sequence:
+    """Publishes the sequence's full pages of its first `num_tokens` tokens in the prefix cache.
+
+    Where the prefix cache has a page of the same tokens already, the sequence reads that page and frees its own.
+    """
+    size, root = prefix_cache.page_size, prefix_cache.get_root(seq.namespace)
+    if not prefix_cache.enabled or seq.root is not root:
+        return seq
+    for i in range(len(seq.path), min(num_tokens, len(token_ids)) // size):
+        tokens, parent = tuple(token_ids[i * size : (i + 1) * size]), seq.path[-1] if seq.path else root
+        node = parent.children.get(tokens)
+        if node is None and seq.partial_node is not None:
+            node = seq.partial_node
+            prefix_cache.extend_node(node, tokens)
+        elif node is None:
+            node = prefix_cache.insert(parent, tokens, seq.pages[i])
+        elif (i + 1) * size > seq.num_computed_tokens or node in prefix_cache.loading_nodes:
+            break  # the step being planned fills one page or both: publishing waits for the next step
         else:
-            if s.partial_node is not None:
-                prefix_cache.detach_partial(s.partial_node)
-            prefix_cache.adopt_page(node, s.pages[i])
-            s = s._replace(pages=(*s.pages[:i], node.page, *s.pages[i + 1 :]))
-        s = s._replace(path=(*s.path, node), partial_node=None)
-    return s
+            if seq.partial_node is not None:
+                prefix_cache.detach_partial(seq.partial_node)
+            prefix_cache.adopt_page(node, seq.pages[i])
+            seq = seq._replace(pages=(*seq.pages[:i], node.page, *seq.pages[i + 1 :]))
+        seq = seq._replace(path=(*seq.path, node), partial_node=None)
+    return seq
 
 
-def publish_partial_page(prefix_cache: PrefixCache, s: Sequence, tokens: Tokens[int], num_tokens: int) -> Sequence:
-    """Others may copy what the page after its whole ones holds of the first `upto` tokens."""
-    rest = tuple(tokens[len(s.path) * prefix_cache.page_size : min(num_tokens, len(tokens))])
-    parent = s.path[-1] if s.path else prefix_cache.get_root(s.namespace)
-    fits = (
-        prefix_cache.min_copy_tokens <= len(rest) < prefix_cache.page_size
-        and prefix_cache.enabled
-        and s.root is prefix_cache.get_root(s.namespace)
-    )
-    if not fits or rest in parent.children:
-        return s
-    if s.partial_node is not None:
-        prefix_cache.extend_node(s.partial_node, rest)
-        return s
-    return s._replace(partial_node=prefix_cache.insert(parent, rest, s.pages[len(s.path)]))
+def publish_partial_page(prefix_cache: PrefixCache, seq: Sequence, token_ids: TokenIds, num_tokens: int) -> Sequence:
+    """Publishes the page after the full ones, which holds the last of the first `num_tokens` tokens, so that other
+    sequences can copy it. Nothing is published if copying would not be worthwhile."""
+    root = prefix_cache.get_root(seq.namespace)
+    tokens = tuple(token_ids[len(seq.path) * prefix_cache.page_size : min(num_tokens, len(token_ids))])
+    parent = seq.path[-1] if seq.path else root
+    if (
+        not prefix_cache.min_copy_tokens <= len(tokens) < prefix_cache.page_size
+        or not prefix_cache.enabled
+        or seq.root is not root
+        or tokens in parent.children
+    ):
+        return seq
+    if seq.partial_node is not None:
+        prefix_cache.extend_node(seq.partial_node, tokens)
+        return seq
+    return seq._replace(partial_node=prefix_cache.insert(parent, tokens, seq.pages[len(seq.path)]))
 
 
-def release(prefix_cache: PrefixCache, s: Sequence, tokens: Tokens[int], *, preempted: bool = False) -> None:
-    """It runs no longer: what is known of it stays in the tree as long as nobody wants the pages."""
-    stale = s.root is not prefix_cache.get_root(s.namespace)
-    s = publish_partial_page(
-        prefix_cache, publish_full_pages(prefix_cache, s, tokens, s.num_computed_tokens), tokens, s.num_computed_tokens
-    )
-    for page in s.pages[len(s.path) + (s.partial_node is not None) :]:
+def publish(prefix_cache: PrefixCache, seq: Sequence, token_ids: TokenIds, num_tokens: int) -> Sequence:
+    """Publishes all pages of the sequence's first `num_tokens` tokens, the partial one too."""
+    seq = publish_full_pages(prefix_cache, seq, token_ids, num_tokens)
+    return publish_partial_page(prefix_cache, seq, token_ids, num_tokens)
+
+
+def release_pages(prefix_cache: PrefixCache, seq: Sequence, token_ids: TokenIds, *, preempted: bool = False) -> None:
+    """Publishes what a running sequence has computed, and gives up its pages, which stay cached until they are evicted."""
+    stale = seq.root is not prefix_cache.get_root(seq.namespace)
+    seq = publish(prefix_cache, seq, token_ids, seq.num_computed_tokens)
+    nodes = (*seq.path, *((seq.partial_node,) if seq.partial_node else ()))
+    for page in seq.pages[len(nodes) :]:
         prefix_cache.free_page(page)
-    prefix_cache.release((*s.path, *((s.partial_node,) if s.partial_node else ())), stale=stale, preempted=preempted)
+    prefix_cache.release(nodes, stale=stale, preempted=preempted)
 
 
 def remove(state: State, ids: Collection[int], tokens_by_id: TokensById) -> State:
-    """Without the sequences `ids`, waiting or running."""
+    """Removes the sequences `ids`, waiting or running."""
     if not ids:
         return state
-    seats = state.free_req_indices
-    for s in state.running:
-        if s.id in ids:
-            release(state.prefix_cache, s, tokens_by_id[s.id])
-            seats = kv_cache.free(seats, (s.req_idx,))
+    free_req_indices = state.free_req_indices
+    for seq in state.running:
+        if seq.id in ids:
+            release_pages(state.prefix_cache, seq, tokens_by_id[seq.id])
+            free_req_indices = page_pool.free(free_req_indices, (seq.req_idx,))
     waiting, running = (tuple(s for s in group if s.id not in ids) for group in (state.waiting, state.running))
-    return state._replace(free_req_indices=seats, waiting=waiting, running=running)
+    return state._replace(free_req_indices=free_req_indices, waiting=waiting, running=running)
 
 
 def preempt_all(state: State, new_prefix_cache: PrefixCache, tokens_by_id: TokensById) -> State:
-    """All who run wait again, first in line, with nothing computed; `tree` is a new one, in which nothing is cached."""
-    for s in state.running:
-        release(state.prefix_cache, s, tokens_by_id[s.id])
-    waiting = tuple(_reset_for_recompute(s) for s in state.running)
-    new_prefix_cache.stats.num_preemptions += len(waiting)
-    return State(new_prefix_cache, waiting=(*waiting, *state.waiting))
+    """Preempts every running sequence and replaces the prefix cache by a new, empty one."""
+    for seq in state.running:
+        release_pages(state.prefix_cache, seq, tokens_by_id[seq.id])
+    new_prefix_cache.stats.num_preemptions += len(state.running)
+    return State(new_prefix_cache, waiting=(*map(_reset_for_recompute, state.running), *state.waiting))
 
 
-def _reset_for_recompute(s: Sequence) -> Sequence:
-    return s._replace(num_computed_tokens=0, pages=(), path=(), partial_node=None, root=None, req_idx=0)
+def _reset_for_recompute(seq: Sequence) -> Sequence:
+    return seq._replace(num_computed_tokens=0, pages=(), path=(), partial_node=None, root=None, req_idx=0)
+
+
+def fork(state: State, id: int, child: Sequence, tokens_by_id: TokensById) -> State:
+    """Adds `child`, which continues from all tokens of sequence `id`; a running parent publishes its pages for it."""
+    tree, tokens = state.prefix_cache, tokens_by_id[id]
+    running = (publish(tree, s, tokens, s.num_computed_tokens) if s.id == id else s for s in state.running)
+    return add(state._replace(running=tuple(running)), child)
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------
 
 
-def _plan_prefill(running: Iterable[Sequence], token_budget: int, prefill_chunk: int) -> list[Span]:
-    """Prompt tokens in order of admission, until the budget is spent."""
-    spans = []
-    for s in running:
-        n = min(s.num_tokens - s.num_computed_tokens, prefill_chunk, token_budget)
-        if s.num_tokens - s.num_computed_tokens > 1 and n:
-            spans.append(
-                Span(
-                    s.id,
-                    s.num_computed_tokens,
-                    s.num_computed_tokens + n,
-                    s.num_computed_tokens + n == s.num_tokens,
-                    s.pages,
-                    s.req_idx,
-                )
-            )
-            token_budget -= n
-    return spans
+def plan(
+    state: State, config: SchedulerConfig, policy: SchedulingPolicy, tokens_by_id: TokensById
+) -> tuple[State, SchedulerOutput]:
+    """Plans the next step: chooses its tokens, allocates their pages, and admits waiting sequences.
+
+    The prefix cache changes as if the step had run. If the step fails, the caller replaces the prefix cache.
+    """
+    state.prefix_cache.begin_step()
+    p = _Planner(state, config, policy, tokens_by_id)
+    p.allocate_or_preempt()
+    yields = policy.decode_yields_to_prefill and not _has_prefill(p.spans.values())
+    p.has_compute = bool(p.spans)
+    decode, p.spans = (p.spans, {}) if yields else ({}, p.spans)
+    p.publish_planned()
+    if not p.preempted:
+        p.admit()
+    if yields and not _has_prefill(p.spans.values()):
+        p.spans = decode | p.spans
+        p.publish_planned()
+    spans = tuple(sorted(p.spans.values(), key=lambda x: x.stop - x.start > 1))
+    copies = state.prefix_cache.pop_page_copies() if spans else PageCopies()
+    output = SchedulerOutput(
+        spans, copies._replace(prefetch=p.has_compute), tuple(p.admitted), tuple(s.id for s in p.preempted)
+    )
+    waiting = (*map(_reset_for_recompute, reversed(p.preempted)), *p.waiting)
+    return State(state.prefix_cache, p.free_req_indices, waiting, tuple(p.running)), output
 
 
-def _plan_decode(running: Iterable[Sequence]) -> list[Span]:
-    return [
-        Span(s.id, s.num_computed_tokens, s.num_tokens, True, s.pages, s.req_idx)
-        for s in running
-        if s.num_tokens - s.num_computed_tokens == 1
-    ]
+def commit(state: State, executed_plan: Plan, tokens_by_id: TokensById) -> State:
+    """Records that a planned step runs: its tokens are computed, and each sampling sequence is one token longer.
+
+    Sequences that have reached their maximum length are removed.
+    """
+    spans = {span.id: span for span in executed_plan}
+    running, finished = [], set[int]()
+    for seq in state.running:
+        if span := spans.get(seq.id):
+            seq = seq._replace(num_computed_tokens=span.stop, num_tokens=seq.num_tokens + span.needs_sampling)
+        if seq.num_tokens == seq.max_length:
+            finished.add(seq.id)
+        running.append(seq)
+    return remove(state._replace(running=tuple(running)), finished, tokens_by_id)
 
 
-def _plan_mixed(running: Iterable[Sequence], token_budget: int, prefill_chunk: int) -> list[Span]:
-    """Everyone who decodes, then prompts up to the budget."""
-    decode = _plan_decode(running)
-    return decode + _plan_prefill(running, token_budget - len(decode), prefill_chunk)
-
-
-def _plan_prefill_first(running: Iterable[Sequence], token_budget: int, prefill_chunk: int) -> list[Span]:
-    """Prompts alone while there are any, else everyone who decodes (who waits as long as new prompts keep coming)."""
-    return _plan_prefill(running, token_budget, prefill_chunk) or _plan_decode(running)
-
-
-POLICIES: dict[str, Callable[[Iterable[Sequence], int, int], list[Span]]] = {
-    "mixed": _plan_mixed,
-    "prefill_first": _plan_prefill_first,
-}
+def _has_prefill(spans: Iterable[Span]) -> bool:
+    return any(span.stop - span.start > 1 for span in spans)
 
 
 class _Planner:
-    """The work of one `plan`: lists that it fills."""
+    """The lists and counters that one `plan` fills."""
 
-    def __init__(self, state: State, config: SchedulerConfig, tokens_by_id: TokensById) -> None:
-        self.prefix_cache, self.free_req_indices, self.config, self.tokens_by_id = (
-            state.prefix_cache,
-            state.free_req_indices,
-            config,
-            tokens_by_id,
-        )
-        self.running, self.waiting = list(state.running), state.waiting
-        self.has_compute = False  # whether the step has something to compute meanwhile when pages come back
-        self.preempted: list[Sequence] = []
+    def __init__(
+        self, state: State, config: SchedulerConfig, policy: SchedulingPolicy, tokens_by_id: TokensById
+    ) -> None:
+        self.prefix_cache, self.free_req_indices = state.prefix_cache, state.free_req_indices
+        self.config, self.tokens_by_id = config, tokens_by_id
+        self.running, self.waiting = list(state.running), policy.order_waiting(state.waiting)
+        self.has_compute = False  # whether running sequences compute in this step while admitted ones load pages
+        self.preempted: list[Sequence] = []  # the last admitted first
         self.admitted: list[Sequence] = []
         self.prefill_chunk = config.prefill_chunk or config.token_budget
-        self.spans = {x.id: x for x in POLICIES[config.policy](self.running, config.token_budget, self.prefill_chunk)}
+        spans = policy.plan_running(self.running, config.token_budget, self.prefill_chunk)
+        self.spans = {span.id: span for span in spans}
 
     def preempt_last(self) -> None:
-        """Take the pages of the sequence that was admitted last."""
-        s = self.running.pop()
-        release(self.prefix_cache, s, self.tokens_by_id[s.id], preempted=True)
-        self.free_req_indices = kv_cache.free(self.free_req_indices, (s.req_idx,))
-        self.spans.pop(s.id, None)
-        self.preempted.append(_reset_for_recompute(s))
+        """Preempts the sequence that was admitted last."""
+        seq = self.running.pop()
+        release_pages(self.prefix_cache, seq, self.tokens_by_id[seq.id], preempted=True)
+        self.free_req_indices = page_pool.free(self.free_req_indices, (seq.req_idx,))
+        self.spans.pop(seq.id, None)
+        self.preempted.append(seq)
         self.prefix_cache.stats.num_preemptions += 1
 
     def allocate_or_preempt(self) -> None:
-        """Pages for the tokens that running sequences compute; who was admitted last makes way."""
+        """Allocates the pages that the planned spans fill, in order of admission, and preempts where there are none.
+
+        No starvation: the last admitted sequence is preempted first, possibly the one that needs the page, and never
+        the first admitted one. What a sequence has computed is taken by older sequences only.
+        """
         i = 0
         while i < len(self.running):
-            s = self.running[i]
-            span = self.spans.get(s.id)
-            missing = num_pages_for(self.prefix_cache.page_size, span.stop) - len(s.pages) if span else 0
-            while missing > 0 and i < len(self.running):
+            seq = self.running[i]
+            span = self.spans.get(seq.id)
+            num_missing = num_pages_for(self.prefix_cache.page_size, span.stop) - len(seq.pages) if span else 0
+            while num_missing > 0 and i < len(self.running):
                 if page := self.prefix_cache.allocate_page():
-                    s = self.running[i] = s._replace(pages=(*s.pages, page))
-                    missing -= 1
+                    seq = self.running[i] = seq._replace(pages=(*seq.pages, page))
+                    num_missing -= 1
                 else:
                     self.preempt_last()
             i += 1
 
     def publish_planned(self) -> None:
-        """What the planned spans fill is there for those admitted now: they read it after it is written."""
-        for i, s in enumerate(self.running):
-            if span := self.spans.get(s.id):
-                self.running[i] = self._publish_span(s, span)
+        """Publishes the pages this step will fill, so that sequences admitted in the same plan can share them; the step
+        writes them before it reads them."""
+        for i, seq in enumerate(self.running):
+            if span := self.spans.get(seq.id):
+                self.running[i] = self._publish_span(seq, span)
 
-    def _publish_span(self, s: Sequence, span: Span) -> Sequence:
-        tokens = self.tokens_by_id[s.id]
-        s = publish_full_pages(self.prefix_cache, s, tokens, span.stop)
+    def _publish_span(self, seq: Sequence, span: Span) -> Sequence:
+        token_ids = self.tokens_by_id[seq.id]
+        seq = publish_full_pages(self.prefix_cache, seq, token_ids, span.stop)
         if span.needs_sampling and (span.stop - span.start > 1 or not span.writes_kv):
-            s = publish_partial_page(self.prefix_cache, s, tokens, span.stop)
-        self.spans[s.id] = span._replace(pages=s.pages, req_idx=s.req_idx)
-        return s
+            seq = publish_partial_page(self.prefix_cache, seq, token_ids, span.stop)
+        self.spans[seq.id] = span._replace(pages=seq.pages, req_idx=seq.req_idx)
+        return seq
 
     def admit(self) -> None:
-        """In order of arrival, while there is budget, a seat and room for all that is known of a sequence.
+        """Admits waiting sequences while the step has tokens left, a request row is free, and their pages are available.
 
-        Nobody overtakes, but for those who wait a step for a page that is being filled and that they then copy.
+        No starvation: admission stops at the first sequence that does not fit, so a later, smaller one never overtakes
+        it. The exception are sequences that skip one step until the page they will copy is filled.
         """
         if not self.waiting:
             return
-        left = self.config.token_budget - sum(x.stop - x.start for x in self.spans.values())
+        token_budget = self.config.token_budget - sum(x.stop - x.start for x in self.spans.values())
         delayed = list[Sequence]()
-        for at, s in enumerate(self.waiting):
-            full = len(self.running) >= self.config.max_num_seqs or left <= 0
-            found = Match(()) if full or s.needs_prompt_logprobs else self._match_prefix(s)
-            if found.pending:
-                delayed.append(s)
+        for i, seq in enumerate(self.waiting):
+            full = len(self.running) >= self.config.max_num_seqs or token_budget <= 0
+            match = Match(()) if full or seq.needs_prompt_logprobs else self._match_prefix(seq)
+            if match.pending:
+                delayed.append(seq)
                 continue
-            if full or (new := self._try_admit(s, found, left)) is None:
-                self.waiting = (*delayed, *self.waiting[at:])
+            if full or (admission := self._try_admit(seq, match, token_budget)) is None:
+                self.waiting = (*delayed, *self.waiting[i:])
                 return
-            s, span = new
+            seq, span = admission
             if span is not None:
-                left -= span.stop - span.start
-                self.spans[s.id] = span
-                s = self._publish_span(s, span)
-            self.running.append(s)
-            self.admitted.append(s)
+                token_budget -= span.stop - span.start
+                self.spans[seq.id] = span
+                seq = self._publish_span(seq, span)
+            self.running.append(seq)
+            self.admitted.append(seq)
         self.waiting = tuple(delayed)
 
-    def _match_prefix(self, s: Sequence) -> Match:
-        return (
-            self.prefix_cache.match(self.tokens_by_id[s.id], s.num_tokens, s.namespace)
-            if self.prefix_cache.enabled
-            else Match(())
-        )
+    def _match_prefix(self, seq: Sequence) -> Match:
+        if not self.prefix_cache.enabled:
+            return Match(())
+        return self.prefix_cache.match(self.tokens_by_id[seq.id], seq.num_tokens, seq.namespace)
 
-    def _try_admit(self, s: Sequence, match: Match, token_budget: int) -> tuple[Sequence, Span | None] | None:
-        """The sequence as a running one, and its first span. None: there are not the pages for it.
+    def _try_admit(self, seq: Sequence, match: Match, token_budget: int) -> tuple[Sequence, Span | None] | None:
+        """Returns the sequence as a running one, and its first span; None if too few pages are available.
 
-        It has no span yet where its pages are on their way and others compute meanwhile.
+        The span is None if the sequence has to wait for host pages while others compute.
         """
-        tree, path, coming = self.prefix_cache, match.path, len(self.prefix_cache.to_device)
-        own = num_pages_for(tree.page_size, s.num_tokens) - len(path)
-        free = (
-            tree.num_available_pages() - sum(n in tree.idle_nodes for n in path) - len(self.running)
-        )  # each may want one more soon
-        wanted = own + sum(not n.page for n in path)
-        if wanted > free:
+        tree, path, num_loads = self.prefix_cache, match.path, len(self.prefix_cache.to_device)
+        num_private = num_pages_for(tree.page_size, seq.num_tokens) - len(path)
+        # Of the available pages, those of `path` stay, and every running sequence may need another one soon.
+        num_available = tree.num_available_pages() - sum(n in tree.idle_nodes for n in path) - len(self.running)
+        num_needed = num_private + sum(not n.page for n in path)
+        if num_needed > num_available:
             return None
-        tail = match.partial_node if wanted + (match.partial_node in tree.idle_nodes) <= free else None
-        if tail is not None:
-            tree.pin(tail)
+        # A copied page must stay until it is copied. If that takes one page too many, the copy is left out.
+        copies = num_needed + (match.partial_node in tree.idle_nodes) <= num_available
+        partial_node = match.partial_node if copies else None
+        if partial_node is not None:
+            tree.pin(partial_node)
         tree.acquire(path)
-        held = tuple(tree.allocate_page() for _ in range(own))
-        assert all(held), "there were fewer pages than counted"
-        if tail is not None:
-            tree.copy_partial_page(tail, held[0])
-        reached = len(path) * tree.page_size + (match.num_common_tokens if tail else 0)
-        start = min(reached, s.num_tokens - 1)
-        n = min(s.num_tokens - start, self.prefill_chunk, token_budget)
-        (seat,), self.free_req_indices = kv_cache.allocate(self.free_req_indices, 1)
-        held, root = (*(x.page for x in path), *held), tree.get_root(s.namespace)
-        s = s._replace(
-            num_computed_tokens=start, num_cached_tokens=start, req_idx=seat, pages=held, path=path, root=root
-        )
-        tree.stats.num_queried_tokens += s.num_tokens
+        private_pages = tuple(tree.allocate_page() for _ in range(num_private))
+        assert all(private_pages), "fewer pages were available than counted"
+        if partial_node is not None:
+            tree.copy_partial_page(partial_node, private_pages[0])
+        num_cached = len(path) * tree.page_size + (match.num_common_tokens if partial_node else 0)
+        start = min(num_cached, seq.num_tokens - 1)  # the last token is computed in any case: its logits are needed
+        stop = start + min(seq.num_tokens - start, self.prefill_chunk, token_budget)
+        (req_idx,), self.free_req_indices = page_pool.allocate(self.free_req_indices, 1)
+        seq = seq._replace(
+            num_computed_tokens=start, num_cached_tokens=start, pages=(*(n.page for n in path), *private_pages),
+            path=path, root=tree.get_root(seq.namespace), req_idx=req_idx,
+        )  # fmt: skip
+        tree.stats.num_queried_tokens += seq.num_tokens
         tree.stats.num_hit_tokens += start
-        if self.has_compute and (len(tree.to_device) > coming or any(n in tree.loading_nodes for n in path)):
-            return s, None
-        return s, Span(s.id, start, start + n, start + n == s.num_tokens, s.pages, seat, start == reached)
-
-
-def plan(state: State, config: SchedulerConfig, tokens_by_id: TokensById) -> tuple[State, Plan, PageCopies]:
-    """Choose the tokens of the next step, find pages for them, and admit who fits.
-
-    Empty only when nothing runs or waits. The tree is changed as if the step had been done: it must be, or be reset.
-    """
-    tree = state.prefix_cache
-    tree.begin_step()
-    p = _Planner(state, config, tokens_by_id)
-    p.allocate_or_preempt()
-    # Where prompts come first, those who decode do so only if nobody is admitted with a prompt to compute.
-    patient = config.policy == "prefill_first" and all(x.stop - x.start == 1 for x in p.spans.values())
-    p.has_compute = bool(p.spans)
-    others, p.spans = (p.spans, {}) if patient else ({}, p.spans)
-    p.publish_planned()
-    if not p.preempted:
-        p.admit()
-    if patient and all(x.stop - x.start == 1 for x in p.spans.values()):
-        p.spans = others | p.spans
-        p.publish_planned()
-    spans = tuple(sorted(p.spans.values(), key=lambda x: x.stop - x.start > 1))
-    out, copies, back = tree.pop_page_copies() if spans else ((), (), ())
-    moves = PageCopies(out, copies, back, p.has_compute, tuple(p.admitted), tuple(s.id for s in p.preempted))
-    return State(tree, p.free_req_indices, (*reversed(p.preempted), *p.waiting), tuple(p.running)), spans, moves
-
-
-def commit(state: State, executed_plan: Plan, tokens_by_id: TokensById) -> State:
-    """Returns the state after a planned step: computed tokens advance, and each sampled sequence has one token more.
-
-    Sequences that reach `max_length` leave. `remove` ends sequences that stop for any other reason.
-    """
-    spans = {span.id: span for span in executed_plan}
-    running, ended = [], set[int]()
-    for s in state.running:
-        if span := spans.get(s.id):
-            s = s._replace(num_computed_tokens=span.stop, num_tokens=s.num_tokens + span.needs_sampling)
-        if s.num_tokens == s.max_length:
-            ended.add(s.id)
-        running.append(s)
-    return remove(state._replace(running=tuple(running)), ended, tokens_by_id)
-
-
-def fork(state: State, id: int, child: Sequence, tokens_by_id: TokensById) -> State:
-    """Queue `new`, which goes on from all tokens of sequence `id`; a running one's pages are there to be shared."""
-    running = list(state.running)
-    for i, s in enumerate(running):
-        if s.id == id:
-            running[i] = publish_partial_page(
-                state.prefix_cache,
-                publish_full_pages(state.prefix_cache, s, tokens_by_id[id], s.num_computed_tokens),
-                tokens_by_id[id],
-                s.num_computed_tokens,
-            )
-    return add(state._replace(running=tuple(running)), child)
-
-
-def insert_idle_pages(prefix_cache: PrefixCache, tokens: Tokens[int], namespace: Namespace = 0) -> tuple[int, ...]:
-    """Whole pages for `tokens`, from the first one on, as idle nodes of the tree, which the caller fills; 0 for those
-    that are there already. None of them if there is not the room.
-    """
-    blocks = [
-        tuple(tokens[i : i + prefix_cache.page_size])
-        for i in range(0, len(tokens) - prefix_cache.page_size + 1, prefix_cache.page_size)
-    ]
-    if len(blocks) > prefix_cache.num_available_pages() or len(
-        prefix_cache.match(tokens, len(tokens), namespace).path
-    ) == len(blocks):
-        return ()
-    held, path, filled = [prefix_cache.allocate_page() for _ in blocks], [prefix_cache.get_root(namespace)], list[int]()
-    for block, page in zip(blocks, held, strict=True):
-        node = path[-1].children.get(block)
-        filled.append(0 if node is not None and node.page else page)
-        if node is None:
-            node = prefix_cache.insert(path[-1], block, page)
-        else:
-            prefix_cache.adopt_page(node, page)
-        path.append(node)
-    prefix_cache.release(path[1:])
-    return tuple(filled)
-
-
-# --- groups ---------------------------------------------------------------------------------------------------------
-
-SharedPrefixGroup = tuple[tuple[int, ...], int]  # rows of a plan, and how many tokens they share
-# What groups must spare to be worth their partial results, which are written and read again: a quarter of all keys,
-# and so many that a launch more is less (on an H200, 32 sequences of 1k gain nothing, 128 half of attention's time).
-MIN_SAVED_DIVISOR, MIN_SAVED_KEYS = 4, 2**15
-
-
-def find_shared_prefix_groups(
-    state: State, plan: Plan, max_group_size: int, max_groups: int
-) -> tuple[SharedPrefixGroup, ...]:
-    """Decoding rows that read the same pages, at most `width` in a group and `most` groups, if that is worth while.
-
-    A row is put with those who share its deepest node that others hold too.
-    """
-    by_id = {s.id: s for s in state.running}
-    rows: dict[Node, list[int]] = defaultdict(list)
-    depth: dict[Node, int] = {}
-    total = 0
-    for row, span in enumerate(plan):
-        if span.stop - span.start > 1:
-            break
-        total += span.stop
-        path = by_id[span.id].path
-        # Whoever holds a node holds those before it.
-        d = min(len(path), (span.stop - 1) // state.page_size) if path and path[0].ref_count > 1 else 0
-        while d and path[d - 1].ref_count < 2:
-            d -= 1
-        if d:
-            rows[path[d - 1]].append(row)
-            depth[path[d - 1]] = d
-    found = [
-        (tuple(members[i : i + max_group_size]), depth[node] * state.page_size)
-        for node, members in rows.items()
-        for i in range(0, len(members), max_group_size)
-    ]
-    found = sorted((g for g in found if len(g[0]) > 1), key=lambda g: (1 - len(g[0])) * g[1])[:max_groups]
-    saved = sum((len(members) - 1) * keys for members, keys in found)
-    return tuple(found) if saved >= MIN_SAVED_KEYS and saved * MIN_SAVED_DIVISOR >= total else ()
+        loads = len(tree.to_device) > num_loads or any(n in tree.loading_nodes for n in path)
+        if self.has_compute and loads:
+            return seq, None
+        return seq, Span(seq.id, start, stop, stop == seq.num_tokens, seq.pages, req_idx, start == num_cached)
 
 
 def check(state: State, config: SchedulerConfig) -> None:
-    """Asserts the invariants."""
-    assert kv_cache.free(state.free_req_indices, tuple(s.req_idx for s in state.running)) == ALL_REQ_INDICES, (
-        "a seat is lost"
-    )
+    """Asserts the invariants of the scheduler's state and of its prefix cache."""
+    req_indices = page_pool.free(state.free_req_indices, tuple(s.req_idx for s in state.running))
+    assert req_indices == ALL_REQ_INDICES, "a row of the request tables is lost"
     assert len(state.running) <= config.max_num_seqs
     ids = [s.id for s in (*state.waiting, *state.running)]
     assert len(ids) == len(set(ids)), "a sequence is queued twice"
-    owned, held = [], defaultdict[Node, int](int)
+    private_pages, ref_counts = [], defaultdict[Node, int](int)
     for s in state.running:
         assert 0 <= s.num_computed_tokens < s.num_tokens <= s.max_length
-        assert len(s.pages) >= num_pages_for(state.page_size, s.num_computed_tokens), "cached tokens without a page"
+        assert len(s.pages) >= num_pages_for(state.page_size, s.num_computed_tokens), "computed tokens without a page"
         nodes = (*s.path, *((s.partial_node,) if s.partial_node else ()))
-        assert [n.page for n in nodes] == [*s.pages[: len(nodes)]], "a sequence reads other pages than it holds"
+        assert [n.page for n in nodes] == [*s.pages[: len(nodes)]], "a sequence's nodes have other pages than it reads"
         for parent, node in zip((s.root, *s.path), nodes, strict=False):
             assert node.parent is parent
-            held[node] += 1
-        owned += s.pages[len(nodes) :]
+            ref_counts[node] += 1
+        private_pages += s.pages[len(nodes) :]
     for s in state.waiting:
         assert not s.pages and not s.path and s.num_computed_tokens == 0
-    state.prefix_cache.check(owned, held)
+    state.prefix_cache.check(private_pages, ref_counts)

@@ -10,32 +10,11 @@ from torch import Tensor
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.transformer import TORCH_OPS, ModelOps, compute_logits, lm_head_weight, run_layers
 from fastgen.core.types import Batch, KVCache, Params, SamplingTensors, StackedAdapters
-from fastgen.training.sleep import ReleasableMemory
 
 # draw(logits, temperature, seed, position, processed, last, seat) -> token, logprob: as `sampling.sample` without
 # filters or edits; the tokens are also written to `last` at `seat`
 FusedSampler = Callable[..., tuple[Tensor, Tensor]]
 LOGITS_PER_CHUNK = 2**24  # logits held at once when prompts are scored: 64 MB in fp32
-
-
-def new_kv_cache(
-    spec: ModelConfig,
-    num_slots: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    memory: ReleasableMemory | None = None,
-) -> KVCache:
-    """Makes an empty cache of `slots` tokens, in a region's memory where one is given."""
-    shape = (num_slots, spec.num_kv_heads, spec.head_dim)
-
-    def leaf() -> Tensor:
-        if memory is not None:
-            return memory.allocate(shape, dtype or torch.get_default_dtype())
-        return torch.zeros(shape, device=device, dtype=dtype)
-
-    k, v = (tuple(leaf() for _ in range(spec.num_layers)) for _ in "kv")
-    return KVCache(k, v)
 
 
 class StepOutput(NamedTuple):

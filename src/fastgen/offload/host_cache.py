@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.scheduler import PageCopies
+from fastgen.core.prefix_cache import PageCopies
 from fastgen.core.types import KVCache
 
 STAGING_BYTES = 2**28  # bytes of the ring and of the buffer for what comes back, each
