@@ -13,6 +13,7 @@ ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
     ["config", "core.types", "core.page_pool", "core.prefix_cache", "core.model_config", "core.chat_template"]
     + ["core.model_families", "core.control_tokens", "checkpoint.files", "thread_safety", "training.sleep"],
+    ["distributed.processes", "distributed.router"],
     ["checkpoint.gguf", "profiling.roofline", "core.layers", "core.attention", "core.scheduler", "core.sampling"]
     + ["core.scheduling_policy", "core.kv_cache"]
     + ["kernels.attention", "kernels.select", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
@@ -32,14 +33,15 @@ LAYERS = [  # each may import from its own line and those above
     ["distributed.tensor_parallel", "training.weight_sync", "training.shared_params", "training.differentiable_ops"]
     + ["training.logprobs"],
     ["lora.adapter", "lora.__init__"],
-    ["distributed.workers", "compiled.runner"],
+    ["distributed.rendezvous", "distributed.workers", "compiled.runner"],
     ["core.engine_core"],
     ["engine"],
-    ["conversation", "distributed.data_parallel", "async_engine", "training.problems"]
+    ["conversation", "distributed.replica", "distributed.data_parallel", "async_engine", "training.problems"]
     + ["training.plot", "training.trl", "training.grpo"],
     ["api"],
     ["__init__"],
-    ["server.requests", "server.engine_process", "server.metrics", "server.log", "server.reasoning"],
+    ["server.requests", "server.engine_process", "server.metrics", "server.log", "server.reasoning"]
+    + ["server.supervisor"],
     ["server.engine_client", "server.tool_calls"],
     ["server.responses"],
     ["server.app_state"],

@@ -29,12 +29,12 @@ from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import Output, SamplingParams
-from fastgen.cli import serve
 from fastgen.core.batch import build_logit_edits
 from fastgen.core.request import Completion, SequenceState
 from fastgen.core.scheduler import Span
 from fastgen.core.tokenizer import StopString, max_prompt_chars
-from fastgen.server import engine_process, http_worker, log, middleware
+from fastgen.distributed import processes
+from fastgen.server import engine_process, http_worker, log, middleware, supervisor
 from fastgen.server.app_state import TokenizerThread
 from fastgen.server.metrics import Metrics, render_metrics
 from fastgen.server.middleware import EXCEPTION_HANDLERS
@@ -153,11 +153,11 @@ def test_folders_of_killed_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "fgserve-killed" / "pymp-x").mkdir()
     with open(tmp_path / "fgserve-runs" / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with serve.temporary_folder() as folder:
+        with supervisor.temporary_folder() as folder:
             left = {p.name for p in tmp_path.iterdir()}
             assert left == {"fgserve-runs", "fgserve-starts", Path(folder).name}
             assert Path(folder).stat().st_mode & 0o777 == 0o700
-            with serve.temporary_folder() as other:  # a second server's
+            with supervisor.temporary_folder() as other:  # a second server's
                 assert Path(folder).exists() and other != folder
     assert {p.name for p in tmp_path.iterdir()} == {"fgserve-runs", "fgserve-starts"}
 
@@ -169,13 +169,13 @@ def test_stopped_descendants() -> None:
         assert child.stdout
         grandchild = int(child.stdout.readline())
         try:
-            assert grandchild not in engine_process.find_stopped_children()
+            assert grandchild not in processes.find_stopped_descendants()
             os.kill(grandchild, signal.SIGSTOP)
             end = time.monotonic() + 10
-            while engine_process.find_stopped_children() != [grandchild]:
+            while processes.find_stopped_descendants() != [grandchild]:
                 assert time.monotonic() < end
             os.kill(grandchild, signal.SIGCONT)
-            while engine_process.find_stopped_children():
+            while processes.find_stopped_descendants():
                 assert time.monotonic() < end
         finally:
             os.kill(grandchild, signal.SIGKILL)

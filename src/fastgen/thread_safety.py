@@ -6,12 +6,9 @@ shields what is computed from the caller's modes of torch (autocast, inference m
 
 import os
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
-from multiprocessing import process
-from multiprocessing.process import BaseProcess
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -170,19 +167,9 @@ def check_fork(caller: str) -> None:
     computing_pid = _current_pid
 
 
-_detached_processes: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
-
-
-def detach_in_forks(processes: Iterable[BaseProcess]) -> None:
-    """Leave processes alone when a fork of this process ends, which multiprocessing would terminate with it."""
-    _detached_processes.update(processes)
-
-
 def _reset_after_fork() -> None:
     global _current_pid
     _current_pid = os.getpid()
-    children: set[Any] = process._children  # type: ignore[attr-defined]
-    children.difference_update(_detached_processes)
 
 
 os.register_at_fork(after_in_child=_reset_after_fork)

@@ -22,7 +22,7 @@ from test_lora import adapter
 import fastgen
 from fastgen import Replicas, SamplingParams, lora
 from fastgen.config import LoraConfig
-from fastgen.distributed import data_parallel
+from fastgen.distributed import data_parallel, router
 
 LIMIT = 10  # seconds within which everything ends
 SETTINGS: dict[str, Any] = {
@@ -77,9 +77,9 @@ def test_outputs(pair: Replicas, model: Path) -> None:
         for x, y in zip(a.completions, b.completions, strict=True):
             assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-4))
     assert [o.request_id for o in got] == list(range(ids[-1].request_id + 1, ids[-1].request_id + 61))
-    assert all(f["steps"] > 10 and f["prefix_hits"] for f in pair.stats)  # both have worked
-    assert data_parallel.collect_stats(pair)["steps"] == sum(f["steps"] for f in pair.stats)
-    assert not pair.has_unfinished_requests and pair._assigned_tokens == [0, 0] and pair._num_running == [0, 0]
+    assert all(f["steps"] > 10 and f["prefix_hits"] for f in pair.replica_stats)  # both have worked
+    assert pair.stats()["steps"] == sum(stats["steps"] for stats in pair.replica_stats)
+    assert not pair.has_unfinished_requests and pair._router.assigned_tokens == [0, 0] == pair._router.num_assigned_seqs
 
 
 def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
@@ -118,18 +118,18 @@ def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
 def test_salts_go_where_their_prefix_is(pair: Replicas) -> None:
     """A prompt that was seen with another salt is cached nowhere for this one."""
     prompt = [*range(9, 9 + 2 * pair.config.kv_cache.page_size)]
-    keys = len(pair._prefix_replicas)
+    keys = len(pair._router._prefix_replicas)
     for salt, found in (("a", False), ("b", False), ("a", True), ("b", True)):
         (output,) = pair.generate([prompt], SamplingParams(max_tokens=1, cache_salt=salt), progress=False)
         assert (output.num_cached_tokens > 0) == found
-    assert len(pair._prefix_replicas) == keys + 2
+    assert len(pair._router._prefix_replicas) == keys + 2
 
 
 def test_stream_and_abort(pair: Replicas) -> None:
     """Events as they come; what waits and what runs can be aborted, and others' events are kept for them."""
     long = SamplingParams(max_tokens=400, ignore_eos=True)
     mine = [pair.add([i, 2, 3], long) for i in range(30)]  # more than have room
-    assert len(pair._waiting) == 10
+    assert len(pair._router.waiting) == 10
     while not any(e.token_ids for e in pair.step()):
         pass
     for id in mine:
@@ -154,7 +154,7 @@ def test_a_stream_that_is_dropped(pair: Replicas) -> None:
     pair.stream([5, 6], SamplingParams(max_tokens=400, ignore_eos=True))
     while pair.has_unfinished_requests:
         assert not pair.step()
-    assert pair._assigned_tokens == [0, 0]
+    assert pair._router.assigned_tokens == [0, 0]
 
 
 def test_wrong_requests(pair: Replicas) -> None:
@@ -195,7 +195,7 @@ def test_an_interrupt(pair: Replicas) -> None:
     ],
 )
 def test_choose(load: list[int], room: list[bool], seen: set[int], cost: int, want: int | None) -> None:
-    assert data_parallel.choose_replica(load, room, seen, cost) == want
+    assert router.choose_replica(load, room, seen, cost) == want
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_a_rank_of_a_replica_is_killed(model: Path) -> None:
     with fastgen.Engine.from_pretrained(model, **SETTINGS) as alone:
         want = said(alone.generate(*load(12), progress=False))
     assert said(both.generate(*load(12), progress=False)) == want
-    (pid,) = Path(f"/proc/{both._processes[1].pid}/task/{both._processes[1].pid}/children").read_text().split()[-1:]
+    (pid,) = Path(f"/proc/{both._children[1].pid}/task/{both._children[1].pid}/children").read_text().split()[-1:]
     began = [0.0]
 
     def kill() -> None:
@@ -260,14 +260,14 @@ def test_a_rank_of_a_replica_is_killed(model: Path) -> None:
     for call in (both.step, lambda: both.add([1])):
         with pytest.raises(RuntimeError, match=cause):  # and so does whatever is tried later
             call()
-    assert not any(p.is_alive() for p in both._processes)
+    assert not any(child.is_alive for child in both._children)
 
 
 SCRIPT = """
 import fastgen
 if __name__ == "__main__":
     both = fastgen.Replicas.from_pretrained({model!r}, **{settings!r})
-    print(*(p.pid for p in both._processes), flush=True)
+    print(*(p.pid for p in both._children), flush=True)
     while True:
         both.generate([[i] for i in range(20)], fastgen.SamplingParams(max_tokens=50), progress=False)
 """

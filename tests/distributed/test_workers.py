@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastgen
 from fastgen import SamplingParams
 from fastgen.checkpoint.weights import named_weights
-from fastgen.distributed import workers
+from fastgen.distributed import rendezvous, workers
 
 LIMIT = 10  # seconds within which everything ends
 LOOPBACK = "0100007F"  # 127.0.0.1, as /proc/net/tcp has it
@@ -344,9 +344,9 @@ def test_nobody_there(rank: str, address: str, message: str, monkeypatch: pytest
     given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(workers, "START_TIMEOUT", 1.0)
+    monkeypatch.setattr(rendezvous, "START_TIMEOUT", 1.0)
     if address != "127.0.0.1":
-        monkeypatch.setattr(workers, "CONNECT_TIMEOUT", 2.0)  # else 7 s each
+        monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", 2.0)  # else 7 s each
     began = time.monotonic()
     with pytest.raises(ValueError, match=message):
         engine()

@@ -805,7 +805,7 @@ def test_serve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--lora-dir", "."], "no room for adapters; add max_adapters=N"),
+        (["--lora-dir", "."], "no adapter can be loaded; add max_adapters=N"),
         (["--lora-dir", "nowhere", "max_adapters=1"], "no folder nowhere"),
         (["--lora", "poet"], "NAME=PATH"),
         (["--lora", "debug=FOLDER"], "the model's own name"),

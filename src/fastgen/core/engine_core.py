@@ -404,6 +404,21 @@ class EngineCore:
         """Why the ranks have ended, if they have: then this engine has, too."""
         return "" if self._worker_group is None else self._worker_group.failure_cause
 
+    def stats(self) -> dict[str, int]:
+        """Returns the present load, and totals since the start."""
+        state, prefix_cache = self.state, self.state.prefix_cache
+        num_pages = prefix_cache.num_device_pages - 1
+        return {
+            "running": len(state.running),
+            "waiting": len(state.waiting),
+            "pages": num_pages,
+            "held_pages": num_pages - prefix_cache.num_available_pages(),
+            "prefix_queries": prefix_cache.stats.num_queried_tokens,
+            "prefix_hits": prefix_cache.stats.num_hit_tokens,
+            "preemptions": prefix_cache.stats.num_preemptions,
+            "steps": self.num_steps,
+        }
+
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether a step has anything left to do or to report."""

@@ -19,7 +19,6 @@ so that one can end at a stop string while the others go on; the prefix cache co
 """
 
 import contextlib
-import multiprocessing
 import os
 import pickle
 import queue
@@ -32,8 +31,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import zmq
@@ -41,7 +39,7 @@ import zmq
 from fastgen import Engine, Replicas, SamplingParams
 from fastgen.core.request import Event, sample_seed
 from fastgen.core.types import Adapter
-from fastgen.distributed.data_parallel import collect_stats
+from fastgen.distributed.processes import exit_with_parent, find_stopped_descendants
 from fastgen.structured_output.backend import GrammarMatcher
 
 MAX_CONSECUTIVE_FAILURES = 3  # steps in a row that may fail; then something is broken for good
@@ -346,9 +344,9 @@ class EngineServer:
 
     def stats(self) -> dict[str, Any]:
         """Figures of the moment, and totals since the start."""
-        found = collect_stats(self.engine)
+        found = self.engine.stats()
         return found | {
-            "cache_usage": found["held_pages"] / found["kv_cache"],
+            "cache_usage": found["held_pages"] / found["pages"],
             "requests": self.num_requests,
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generated_tokens,
@@ -374,34 +372,9 @@ def serve_health(server: EngineServer, address: str) -> None:
         since = server.step_start_time
         stuck = since is not None and time.monotonic() - since > STUCK_STEP_SECONDS
         problem = f"a step has been running for more than {STUCK_STEP_SECONDS:.0f} s" if stuck else ""
-        if stopped := find_stopped_children():
+        if stopped := find_stopped_descendants():
             problem = f"process {stopped[0]} of the engine is stopped"
         socket.send(problem.encode())
-
-
-def find_stopped_children() -> list[int]:
-    """This process's descendants that a signal or a debugger has stopped; none where there is no /proc."""
-    states, children = dict[int, str](), defaultdict[int, list[int]](list)
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]  # behind its name, which may hold anything
-            states[int(path.parent.name)] = state
-            children[int(parent)].append(int(path.parent.name))
-    left, found = [os.getpid()], list[int]()
-    while left:
-        left += (own := children[left.pop()])
-        found += [pid for pid in own if states[pid] in ("T", "t")]
-    return sorted(found)
-
-
-def _exit_with_parent(ready: threading.Event) -> None:
-    """A thread: an engine that is still loading, or hangs, ends when its supervisor has."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        if ready.is_set():
-            time.sleep(ORPHAN_EXIT_SECONDS)  # its loop hears of it too, and ends in order
-        os._exit(1)
 
 
 def run_engine_process(
@@ -417,7 +390,7 @@ def run_engine_process(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the supervisor says when, after the last request
         signal.signal(number, signal.SIG_IGN)
     ready = threading.Event()
-    threading.Thread(target=_exit_with_parent, args=(ready,), daemon=True).start()
+    exit_with_parent(lambda: ORPHAN_EXIT_SECONDS if ready.is_set() else 0.0)
     try:
         engine, path = engine_loader()
     except (ValueError, OSError) as e:

@@ -19,19 +19,20 @@ from fastgen.server.endpoints import create_app
 from fastgen.server.log import log_line
 from fastgen.server.requests import APIError
 
-MAX_READ_BYTES = 2**13  # that are read of a connection at a time: as chunks of one byte they take 40 ms to parse
-HEADERS_TIMEOUT_SECONDS = 30.0  # to send what comes before a body, and to be idle between two requests
-FLUSH_TIMEOUT_SECONDS = 5.0  # for clients to read their error event once the time to finish is over
-MAX_ACCEPTS = 100  # connections that are taken in a row
-ACCEPT_PAUSE_SECONDS = 0.25  # seconds without accepting once files or memory have run out
-WARNING_INTERVAL_SECONDS = 60.0  # seconds without saying so again
+MAX_READ_BYTES = 2**13  # per read of a connection: chunks of one byte take 40 ms to parse then
+HEADERS_TIMEOUT_SECONDS = 30.0  # for a client to send a request's head, and to be idle between two requests
+FLUSH_TIMEOUT_SECONDS = 5.0  # for clients to read their error event once the grace period is over
+ENGINE_DEATH_GRACE_SECONDS = 2.0  # the grace period once the engine has died
+MAX_ACCEPTS = 100  # connections that are accepted in a row
+ACCEPT_PAUSE_SECONDS = 0.25  # without accepting once files or memory have run out
+WARNING_INTERVAL_SECONDS = 60.0  # between two warnings of it
 OUT_OF_RESOURCES_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Acceptor:
-    """Takes connections, and pauses where files run out.
+    """Accepts connections, and pauses when the process has no more files.
 
-    asyncio's own loop (Python 3.11) goes on for the whole backlog then, with a traceback for each try.
+    asyncio's own loop (Python 3.11) would then try the whole backlog, with a traceback for each connection.
     """
 
     def __init__(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
@@ -42,12 +43,12 @@ class Acceptor:
         self._tasks = set[asyncio.Task[None]]()
 
     def start(self) -> None:
-        """Accept from now on."""
+        """Starts to accept connections."""
         self._timer = None
         self._loop.add_reader(self.listener.fileno(), self._accept)
 
     def stop(self) -> None:
-        """Accept no more, for now or for good."""
+        """Stops accepting connections."""
         self._loop.remove_reader(self.listener.fileno())
         if self._timer is not None:
             self._timer.cancel()
@@ -63,8 +64,8 @@ class Acceptor:
                 self._timer = self._loop.call_later(ACCEPT_PAUSE_SECONDS, self.start)
                 now = self._loop.time()
                 if now - self._last_warning_time >= WARNING_INTERVAL_SECONDS:
-                    said = "ulimit -n is reached" if e.errno in OUT_OF_RESOURCES_ERRNOS else str(e)
-                    log_line(f"fgserve: no more connections can be accepted for now: {said}")
+                    cause = "ulimit -n is reached" if e.errno in OUT_OF_RESOURCES_ERRNOS else str(e)
+                    log_line(f"fgserve: no more connections can be accepted for now: {cause}")
                     self._last_warning_time = now
                 return
             connection.setblocking(False)
@@ -75,12 +76,12 @@ class Acceptor:
     async def _connect(self, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self.protocol, connection)
-        except OSError:  # it is gone already
+        except OSError:  # the client is gone already
             connection.close()
 
 
 class _Server(uvicorn.Server):
-    """Signals are the worker's: uvicorn's own handling would stop listening at the first one. So is accepting."""
+    """A uvicorn server that leaves signals to the worker and accepting to `Acceptor`."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         super().__init__(config)
@@ -88,15 +89,15 @@ class _Server(uvicorn.Server):
         self.acceptor: Acceptor | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept, once the app has started."""
+        """Starts to accept connections once the app has started."""
         await super().startup(sockets=[])
         if not self.should_exit:
-            made = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
-            self.acceptor = Acceptor(self.listener, lambda: _Connection(**made))
+            args = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+            self.acceptor = Acceptor(self.listener, lambda: _Connection(**args))
             self.acceptor.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more, and end."""
+        """Stops accepting connections, and ends."""
         if self.acceptor is not None:
             self.acceptor.stop()
         self.listener.close()
@@ -104,54 +105,54 @@ class _Server(uvicorn.Server):
 
     @property
     def connections(self) -> list["_Connection"]:
-        """Those that are open."""
+        """The open connections."""
         return [*self.server_state.connections]  # type: ignore[list-item]
 
     def capture_signals(self) -> Any:
-        """Leave them alone."""
+        """Does nothing: uvicorn would stop listening at the first signal."""
         return nullcontext()
 
 
 class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
-    """One that is closed where no request comes: uvicorn waits for a first one, and for the rest of one, for ever."""
+    """A connection that is closed if no request comes in time: uvicorn would wait forever for a request's head."""
 
-    cycle: Any  # the request that is answered, or was last
+    cycle: Any  # the request that is being answered, or the last one
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     flow: Any
     idle_timer: asyncio.TimerHandle | None = None
-    ignore_backpressure = False  # whether what is left to say is sent without waiting for a client that does not read
+    ignore_backpressure = False  # whether a response is sent without waiting for a client that does not read
 
     def pause_writing(self) -> None:
-        """As the others."""
+        """Pauses the response, unless backpressure is ignored."""
         if not self.ignore_backpressure:
             super().pause_writing()
 
     def finish_response(self) -> None:
-        """Let what is answered come to its end, whether its client reads or not."""
+        """Lets the response complete, whether its client reads or not."""
         self.ignore_backpressure = True
         self.flow.resume_writing()
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is being answered, or has not been sent yet."""
-        answering = self.cycle is not None and not self.cycle.response_complete
-        return answering or self.transport.get_write_buffer_size() > 0
+        """Whether a response is incomplete or has not been sent yet."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        return is_answering or self.transport.get_write_buffer_size() > 0
 
     def connection_made(self, transport: Any) -> None:
-        """Of asyncio.Protocol, as the others."""
-        with suppress(AttributeError):  # of other loops than asyncio's own
+        """Begins the time for the first request's head."""
+        with suppress(AttributeError):  # the loop is not asyncio's own
             transport.max_size = MAX_READ_BYTES
         super().connection_made(transport)
         self._update_idle_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Perhaps the last byte of a request's head."""
+        """Ends the time for a request's head once it is complete."""
         super().data_received(data)
         self._update_idle_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """No timer outlives it."""
+        """Cancels the timer."""
         self._update_idle_timer(False)
         super().connection_lost(exc)
 
@@ -164,33 +165,33 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
 
 
 async def _serve(options: ServerOptions, name: str, listener: socket.socket, control: Connection) -> None:
-    service = AppState(options, name)
+    state = AppState(options, name)
 
-    def loaded() -> None:
+    def on_loaded() -> None:
         gc.collect()
-        gc.freeze()  # or reading a body of many values would have all that was loaded looked at again and again
-        with suppress(OSError):  # the supervisor is gone, which `told` hears
+        gc.freeze()  # otherwise each large body would make the collector traverse all loaded objects
+        with suppress(OSError):  # the supervisor is gone, which `on_control` notices
             control.send("ready")
 
     config = uvicorn.Config(
-        create_app(service, loaded),
+        create_app(state, on_loaded),
         log_level="warning",
         access_log=False,
         server_header=False,
         http=_Connection,
         timeout_keep_alive=round(HEADERS_TIMEOUT_SECONDS),
-        timeout_graceful_shutdown=1,  # what runs has ended before
+        timeout_graceful_shutdown=1,  # `drain` has ended all requests before
     )
     server, loop = _Server(config, listener), asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
-    async def drain(grace: float) -> None:
-        """Take nothing new, finish what runs, and end."""
-        service.is_draining = True
-        end = loop.time() + grace
-        while service.num_active_requests and loop.time() < end:
+    async def drain(grace_seconds: float) -> None:
+        """Refuses new requests, lets running ones finish for a while, and ends the server."""
+        state.is_draining = True
+        end = loop.time() + grace_seconds
+        while state.num_active_requests and loop.time() < end:
             await asyncio.sleep(0.02)
-        service.engine_client.fail_all(APIError(503, "the server is shutting down", code="shutting_down"))
+        state.engine_client.fail_all(APIError(503, "the server is shutting down", code="shutting_down"))
         end = loop.time() + FLUSH_TIMEOUT_SECONDS
         while (busy := [c for c in server.connections if c.is_busy]) and loop.time() < end:
             for connection in busy:
@@ -200,27 +201,27 @@ async def _serve(options: ServerOptions, name: str, listener: socket.socket, con
             connection.transport.abort()
         server.should_exit = True
 
-    def begin(grace: float) -> None:
+    def start_draining(grace_seconds: float) -> None:
         if not tasks:
-            tasks.add(loop.create_task(drain(grace)))
+            tasks.add(loop.create_task(drain(grace_seconds)))
 
-    def told() -> None:
-        """The supervisor says that the engine is dead, or is gone itself."""
+    def on_control() -> None:
+        """Handles the end of the pipe to the supervisor: the engine has died, or the supervisor itself."""
         loop.remove_reader(control.fileno())
-        service.engine_client.is_engine_dead = True
-        service.engine_client.fail_all(APIError(500, "the engine has stopped", code="engine_error"))
-        begin(2)
+        state.engine_client.is_engine_dead = True
+        state.engine_client.fail_all(APIError(500, "the engine has stopped", code="engine_error"))
+        start_draining(ENGINE_DEATH_GRACE_SECONDS)
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, begin, options.grace_seconds)
-    loop.add_reader(control.fileno(), told)
+        loop.add_signal_handler(number, start_draining, options.grace_seconds)
+    loop.add_reader(control.fileno(), on_control)
     await server.serve()
 
 
 def run_http_worker(options: ServerOptions, name: str, listener: socket.socket, control: Connection) -> None:
-    """The process."""
-    with suppress(ValueError, OSError):  # a connection is a file, and 1024 are soon taken
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Runs the worker until it has drained. `control` is the pipe to the supervisor, whose end drains the worker."""
+    with suppress(ValueError, OSError):  # each connection is a file, and the usual limit is 1024
+        hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     asyncio.run(_serve(options, name, listener, control))
