@@ -34,7 +34,7 @@ LAYERS = [  # each may import from its own line and those above
     + ["training.logprobs"],
     ["lora.adapter", "lora.__init__"],
     ["distributed.rendezvous", "distributed.workers", "compiled.runner"],
-    ["core.engine_core"],
+    ["core.engine_core", "event_stream"],
     ["engine"],
     ["conversation", "distributed.replica", "distributed.data_parallel", "async_engine", "training.problems"]
     + ["training.plot", "training.trl", "training.grpo"],

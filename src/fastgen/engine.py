@@ -2,10 +2,8 @@
 
 import hashlib
 import sys
-import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from tqdm.auto import tqdm
 
 from fastgen import lora
 from fastgen.checkpoint import hub, weights
@@ -24,10 +21,11 @@ from fastgen.core import scheduler, tokenizer
 from fastgen.core.engine_core import INT64_RANGE, EngineCore, get_tp_size
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config
 from fastgen.core.prefix_cache import CacheStats, Namespace, make_namespace
-from fastgen.core.request import Event, Output, SequenceState, map_prompts, max_length
+from fastgen.core.request import Output, SequenceState, map_prompts, max_length
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Adapter, Params, Tokenizer
 from fastgen.distributed import workers
+from fastgen.event_stream import GenerateMethods
 from fastgen.lora import LoadedAdapter
 from fastgen.offload.host_cache import page_bytes
 from fastgen.profiling.profiler import ProfileWindow
@@ -72,28 +70,6 @@ def resolve_model(model: str | Path | None, dtype: str, device: str) -> tuple[Pa
     return hub.default_model_path() if model is None else weights.resolve(model), device
 
 
-def outputs_as_completed(request_ids: Sequence[int], events: Iterable[Event]) -> Iterator[tuple[int, Output]]:
-    """Yields the position in `ids` and the output of each request when its last event comes."""
-    index = {id: i for i, id in enumerate(request_ids)}
-    for event in events:
-        if event.output is not None:
-            yield index[event.request_id], event.output
-
-
-def collect_outputs(request_ids: Sequence[int], events: Iterable[Event], progress: bool | None) -> list[Output]:
-    """Returns the outputs of requests, in the order of their ids, once their events have come.
-
-    `progress` None shows a bar on a terminal or in a notebook, when it takes longer than two seconds.
-    """
-    done: dict[int, Output] = {}
-    hidden = None if progress is None else not progress
-    with tqdm(total=len(request_ids), unit="request", delay=2, leave=False, disable=hidden) as bar:
-        for i, output in outputs_as_completed(request_ids, events):
-            done[i] = output
-            bar.update()
-    return [done[i] for i in range(len(request_ids))]
-
-
 def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """A caller's pairs. ValueError if what gives them fails: that is no rank's end."""
     try:
@@ -104,58 +80,7 @@ def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tu
         raise ValueError(f"update_params: what gives the tensors failed: {type(e).__name__}: {e}") from e
 
 
-class EventStream(Iterator[Event]):
-    """Events of some requests, for which their engine is stepped. Closed or dropped, it aborts those that go on."""
-
-    def __init__(self, engine: Any, request_ids: Sequence[int]) -> None:
-        self._engine, self._unfinished_ids, self._events = engine, set(request_ids), deque[Event]()
-        # The garbage collector may find this in any thread, in the middle of anything: the next call aborts them.
-        self._finalizer = weakref.finalize(self, engine._pending_aborts.append, frozenset(request_ids))
-        self._finalizer.atexit = False
-
-    def __next__(self) -> Event:
-        if self._engine._access_guard.closed:
-            self._claim_events(self._engine._pending_events)  # of its end
-        elif not self._events:
-            self._engine._step_until_event(self)
-        if not self._events:
-            raise StopIteration
-        return self._events.popleft()
-
-    def step_until_event(self) -> None:
-        """Within a call of the engine: step until there is something, or all requests have ended."""
-        try:
-            while self._unfinished_ids and not self._events:
-                others = self._claim_events(self._engine.step())
-                self._engine._pending_events += others
-                if not self._events and not self._engine._has_events_for(self._unfinished_ids):
-                    self._unfinished_ids.clear()  # who called `step` has had their last events
-        except BaseException:
-            self._unfinished_ids.clear()
-            self._finalizer()
-            self._engine._drain_pending_aborts()
-            raise
-        if not self._unfinished_ids:
-            self._finalizer.detach()
-
-    def _claim_events(self, events: Sequence[Event]) -> list[Event]:
-        """Keep its own; the others."""
-        left = frozenset(self._unfinished_ids)
-        self._events += [e for e in events if e.request_id in left]
-        self._unfinished_ids -= {e.request_id for e in self._events if e.output is not None}
-        return [e for e in events if e.request_id not in left]
-
-    def close(self) -> None:
-        """Abort what has not ended; at once, unless another thread is inside a call of the engine."""
-        self._unfinished_ids.clear()
-        self._events.clear()
-        if self._finalizer.alive:
-            self._finalizer()
-            with suppress(RuntimeError):
-                self._engine._flush_pending_aborts()
-
-
-class Engine(EngineCore):
+class Engine(EngineCore, GenerateMethods):
     """Generates from a dense transformer; many requests share each step.
 
     `params` are used as they are, without a copy, on the device and in the dtype they have. Settings are the names
@@ -222,59 +147,6 @@ class Engine(EngineCore):
             print(engine.summary(), file=sys.stderr, flush=True)
         return engine
 
-    # --- many at once -------------------------------------------------------------------------------------------------
-
-    @exclusive("params", "cache")
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        on_error: str = "raise",
-    ) -> Iterator[Event]:
-        """Events of one or many prompts as they come; `request_id` counts the prompts from the first one's id.
-
-        `on_error`: what to do about prompts that cannot run, as for `generate`.
-        Leaving the loop early, or an interrupt, aborts what is not finished.
-        """
-        return EventStream(self, self._add_requests(prompts, sampling, stream_text=True, on_error=on_error))
-
-    @exclusive("params", "cache")
-    def as_completed(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        on_error: str = "raise",
-    ) -> Iterator[tuple[int, Output]]:
-        """Returns an iterator over (index of the prompt, output) of one or many prompts, as they finish.
-
-        `on_error`: what to do about prompts that cannot run, as for `generate`.
-        Leaving the loop early, or an interrupt, aborts what is not finished.
-        """
-        ids = self._add_requests(prompts, sampling, stream_text=False, on_error=on_error)
-        return outputs_as_completed(ids, EventStream(self, ids))
-
-    @exclusive("params", "cache")
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        progress: bool | None = None,
-        on_error: str = "raise",
-    ) -> list[Output]:
-        """Outputs of one or many prompts, in their order. `sampling` is one for all, or one for each.
-
-        `progress` None shows a bar, on a terminal or in a notebook, when it takes longer than two seconds.
-
-        `on_error` "raise": a prompt that cannot run is a ValueError, which says which and why, and none of them runs.
-        "skip": the others run, and its Output has the reason in `error`, and finish reasons "error".
-        """
-        ids = self._add_requests(prompts, sampling, stream_text=False, on_error=on_error)
-        with closing(EventStream(self, ids)) as events:
-            return collect_outputs(ids, events, progress)
-
     def _add_requests(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -286,16 +158,6 @@ class Engine(EngineCore):
         make = partial(self._prepare, stream_text=stream_text)
         new: list[list[SequenceState] | Output] = map_prompts(make, prompts, sampling, on_error)
         return self._submit(new)
-
-    @exclusive("params", "cache")
-    def _step_until_event(self, stream: "EventStream") -> None:
-        """Step until there is something for a stream; what others receive meanwhile waits for their next step."""
-        stream.step_until_event()
-
-    @exclusive()
-    def _flush_pending_aborts(self) -> None:
-        """Abort now what was dropped."""
-        self._drain_pending_aborts()
 
     # --- requests as values -------------------------------------------------------------------------------------------
 

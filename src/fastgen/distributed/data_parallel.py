@@ -12,8 +12,8 @@ import queue
 import random as random_
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from multiprocessing.util import Finalize
@@ -34,7 +34,8 @@ from fastgen.core.types import Adapter, Tokenizer
 from fastgen.distributed.processes import ChildFailure, ChildProcess, end_children
 from fastgen.distributed.replica import AddRequest, ReplicaInfo, run_replica
 from fastgen.distributed.router import RoutedRequest, Router
-from fastgen.engine import EventStream, collect_outputs, outputs_as_completed, resolve_model
+from fastgen.engine import resolve_model
+from fastgen.event_stream import GenerateMethods
 from fastgen.structured_output.backend import GrammarBackend, GrammarMatcher
 from fastgen.thread_safety import AccessGuard, exclusive
 
@@ -71,7 +72,7 @@ def visible_devices(replica_index: int, devices_per_replica: int, num_devices: i
     return ",".join(names[replica_index * devices_per_replica : (replica_index + 1) * devices_per_replica])
 
 
-class Replicas:
+class Replicas(GenerateMethods):
     """Engines behind one queue, with `Engine`'s methods for requests; one of the engines runs each request.
 
     One thread at a time may call it. When a replica ends for any reason, all of them end; the call that notices and all
@@ -295,6 +296,9 @@ class Replicas:
                     self._router.remove(event.request_id)
             events.popleft()
 
+    def _require_memory(self, *memory: str) -> None:
+        """Does nothing: replicas do not sleep."""
+
     def _require_alive(self) -> None:
         if self.worker_failure:
             raise RuntimeError(self.worker_failure)
@@ -357,61 +361,12 @@ class Replicas:
         for i in range(len(self._children)):
             self._outbox.put((i, ("call", (method, args))))
 
-    # --- many prompts ---------------------------------------------------------------------------------------------
-
-    @exclusive()
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        on_error: str = "raise",
-    ) -> Iterator[Event]:
-        """Returns an iterator over the events of prompts, as `Engine.stream`."""
-        return EventStream(self, self._add_requests(prompts, sampling, final_only=False, on_error=on_error))
-
-    @exclusive()
-    def as_completed(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        on_error: str = "raise",
-    ) -> Iterator[tuple[int, Output]]:
-        """Returns an iterator over (index of the prompt, output) as requests end, as `Engine.as_completed`."""
-        ids = self._add_requests(prompts, sampling, final_only=True, on_error=on_error)
-        return outputs_as_completed(ids, EventStream(self, ids))
-
-    @exclusive()
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        progress: bool | None = None,
-        on_error: str = "raise",
-    ) -> list[Output]:
-        """Returns the outputs of prompts in their order, as `Engine.generate`."""
-        ids = self._add_requests(prompts, sampling, final_only=True, on_error=on_error)
-        with closing(EventStream(self, ids)) as events:
-            return collect_outputs(ids, events, progress)
-
-    def _add_requests(self, prompts: Any, sampling: Any, *, final_only: bool, on_error: str) -> list[int]:
-        prepare = partial(self._prepare, stream_text=not final_only, final_only=final_only)
+    def _add_requests(self, prompts: Any, sampling: Any, *, stream_text: bool, on_error: str) -> list[int]:
+        prepare = partial(self._prepare, stream_text=stream_text, final_only=not stream_text)
         requests: list[RoutedRequest | Output] = map_prompts(prepare, prompts, sampling, on_error)
         return self._enqueue(requests)
 
-    @exclusive()
-    def _step_until_event(self, stream: EventStream) -> None:
-        """Steps until a stream has an event; events of other requests wait for the next call of `step`."""
-        stream.step_until_event()
-
-    @exclusive()
-    def _flush_pending_aborts(self) -> None:
-        """Aborts requests whose streams were dropped."""
-        self._drain_pending_aborts()
-
-    def _has_events_for(self, request_ids: Iterable[int]) -> bool:
+    def _has_events_for(self, request_ids: Collection[int]) -> bool:
         """Returns whether any of these requests will have events."""
         return any(id in self._router.requests for id in request_ids) or bool(self._pending_events)
 
