@@ -1,4 +1,4 @@
-"""Several engines behind one queue: the tokens of one engine, an even load, and an end of all of them when one ends."""
+"""Several engines behind one queue: the tokens of one engine, an even load, and the end of all when one ends."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ from fastgen import Replicas, SamplingParams, lora
 from fastgen.config import LoraConfig
 from fastgen.distributed import data_parallel, router
 
-LIMIT = 10  # seconds within which everything ends
+LIMIT = 10  # seconds within which all processes end
 SETTINGS: dict[str, Any] = {
     "page_size": 16, "cache_tokens": 4096, "max_num_seqs": 8, "token_budget": 128, "seed": 5, "device": "cpu",
     "progress": False,
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def poet(model: Path) -> Path:
-    """An adapter's files."""
+    """Returns the folder of an adapter's files."""
     spec, folder = fastgen.from_hf_config(json.loads((model / "config.json").read_text())), model.parent / "poet"
     lora.save(folder, spec, adapter(spec, "all"))
     return folder
@@ -52,87 +52,87 @@ def pair(model: Path, poet: Path) -> Iterator[Replicas]:
 
 
 def load(count: int, seed: int = 1) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts that begin alike, drawn with seeds of the queue's own."""
+    """Returns prompts with shared prefixes, and their settings, without seeds."""
     r = random.Random(seed)
-    stems = [[r.randrange(300) for _ in range(n)] for n in (40, 20, 0)]
-    kinds: list[dict[str, Any]] = [{"temperature": 0}, {"n": 3}, {"logprobs": 2, "top_k": 9}, {"prompt_logprobs": 1}]
-    prompts = [r.choice(stems) + [r.randrange(300) for _ in range(r.randrange(1, 30))] for _ in range(count)]
-    return prompts, [SamplingParams(**r.choice(kinds), max_tokens=r.randrange(1, 20)) for _ in range(count)]
+    prefixes = [[r.randrange(300) for _ in range(n)] for n in (40, 20, 0)]
+    settings: list[dict[str, Any]] = [{"temperature": 0}, {"n": 3}, {"logprobs": 2, "top_k": 9}, {"prompt_logprobs": 1}]
+    prompts = [r.choice(prefixes) + [r.randrange(300) for _ in range(r.randrange(1, 30))] for _ in range(count)]
+    return prompts, [SamplingParams(**r.choice(settings), max_tokens=r.randrange(1, 20)) for _ in range(count)]
 
 
-def said(outputs: list[fastgen.Output]) -> list[Any]:
+def results(outputs: list[fastgen.Output]) -> list[Any]:
     return [(o.prompt_token_ids, [(c.token_ids, c.text, c.finish_reason) for c in o.completions]) for o in outputs]
 
 
 def test_outputs(pair: Replicas, model: Path) -> None:
-    """In the order of the prompts: those of one engine, whose seeds are drawn in the same order."""
-    ids = pair.generate([[1]] * 2, SamplingParams(max_tokens=1))  # whatever was before
+    """Outputs are in the order of the prompts, and those of one engine, which chooses the same seeds."""
+    ids = pair.generate([[1]] * 2, SamplingParams(max_tokens=1))  # ids continue from these
     first = pair._seed_rng.getstate()
-    got = pair.generate(*load(60), progress=False)
+    actual = pair.generate(*load(60), progress=False)
     with fastgen.Engine.from_pretrained(model, **SETTINGS) as alone:
         alone._seed_rng.setstate(first)
-        want = alone.generate(*load(60), progress=False)
-    assert said(got) == said(want)
-    for a, b in zip(got, want, strict=True):
+        expected = alone.generate(*load(60), progress=False)
+    assert results(actual) == results(expected)
+    for a, b in zip(actual, expected, strict=True):
         for x, y in zip(a.completions, b.completions, strict=True):
             assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-4))
-    assert [o.request_id for o in got] == list(range(ids[-1].request_id + 1, ids[-1].request_id + 61))
-    assert all(f["steps"] > 10 and f["prefix_hits"] for f in pair.replica_stats)  # both have worked
+    assert [o.request_id for o in actual] == list(range(ids[-1].request_id + 1, ids[-1].request_id + 61))
+    assert all(stats["steps"] > 10 and stats["prefix_hits"] for stats in pair.replica_stats)
     assert pair.stats()["steps"] == sum(stats["steps"] for stats in pair.replica_stats)
     assert not pair.has_unfinished_requests and pair._router.assigned_tokens == [0, 0] == pair._router.num_assigned_seqs
 
 
 def test_adapters(pair: Replicas, model: Path, poet: Path) -> None:
-    """Every replica has them; another name is refused before any is told."""
+    """Every replica has the adapters; an unknown name is refused before any replica receives the request."""
     with pytest.raises(ValueError, match="unknown adapter 'poem'; did you mean poet"):
         pair.add([1], SamplingParams(adapter="poem"))
     sampling = [SamplingParams(temperature=0, max_tokens=6, adapter=name) for name in (None, "poet")] * 4
-    got = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
+    actual = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
     with fastgen.Engine.from_pretrained(model, adapters={"poet": poet}, **SETTINGS) as alone:
         assert alone.config.lora == LoraConfig(max_adapters=1, max_rank=4)
-        want = alone.generate([[5, 6, 7]] * 8, sampling, progress=False)
-        assert said(got) == said(want) and said(got)[0] != said(got)[1]
-        spec, mine = alone.model_config, adapter(alone.model_config, "some", 5)
+        expected = alone.generate([[5, 6, 7]] * 8, sampling, progress=False)
+        assert results(actual) == results(expected) and results(actual)[0] != results(actual)[1]
+        spec, new = alone.model_config, adapter(alone.model_config, "some", 5)
         for engine in (alone, pair):
             with pytest.raises(ValueError, match="raise lora.max_adapters"):
-                engine.add_adapter("mine", mine)
+                engine.add_adapter("new", new)
             engine.remove_adapter("poet")
-            engine.add_adapter("mine", adapter(spec, "some", 6))
-            engine.update_adapter("mine", mine)
-        sampling = [SamplingParams(temperature=0, max_tokens=6, adapter=name) for name in (None, "mine")] * 4
-        got = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
-        assert said(got) == said(alone.generate([[5, 6, 7]] * 8, sampling, progress=False))
-        assert [{*o.completions[0].weight_versions} for o in got] == [{0}, {1}] * 4
+            engine.add_adapter("new", adapter(spec, "some", 6))
+            engine.update_adapter("new", new)
+        sampling = [SamplingParams(temperature=0, max_tokens=6, adapter=name) for name in (None, "new")] * 4
+        actual = pair.generate([[5, 6, 7]] * 8, sampling, progress=False)
+        assert results(actual) == results(alone.generate([[5, 6, 7]] * 8, sampling, progress=False))
+        assert [{*o.completions[0].weight_versions} for o in actual] == [{0}, {1}] * 4
     id = pair.add([1], sampling[1])
     with pytest.raises(ValueError, match=rf"used by requests \[{id}\]"):
-        pair.remove_adapter("mine")
+        pair.remove_adapter("new")
     with pytest.raises(ValueError, match="layer 0"):
-        pair.update_adapter("mine", adapter(spec, "all"))
+        pair.update_adapter("new", adapter(spec, "all"))
     while pair.has_unfinished_requests:
         pair.step()
-    pair.remove_adapter("mine")
+    pair.remove_adapter("new")
     assert not pair.adapters
     pair.add_adapter("poet", lora.load(poet, spec, device="cpu"))
 
 
-def test_salts_go_where_their_prefix_is(pair: Replicas) -> None:
-    """A prompt that was seen with another salt is cached nowhere for this one."""
+def test_requests_go_where_prefix_and_salt_are_cached(pair: Replicas) -> None:
+    """A prompt that was computed with another salt is not a cache hit for this one."""
     prompt = [*range(9, 9 + 2 * pair.config.kv_cache.page_size)]
-    keys = len(pair._router._prefix_replicas)
-    for salt, found in (("a", False), ("b", False), ("a", True), ("b", True)):
+    num_prefixes = len(pair._router._prefix_replicas)
+    for salt, is_hit in (("a", False), ("b", False), ("a", True), ("b", True)):
         (output,) = pair.generate([prompt], SamplingParams(max_tokens=1, cache_salt=salt), progress=False)
-        assert (output.num_cached_tokens > 0) == found
-    assert len(pair._router._prefix_replicas) == keys + 2
+        assert (output.num_cached_tokens > 0) == is_hit
+    assert len(pair._router._prefix_replicas) == num_prefixes + 2
 
 
 def test_stream_and_abort(pair: Replicas) -> None:
-    """Events as they come; what waits and what runs can be aborted, and others' events are kept for them."""
+    """Streams yield their own events only; waiting and running requests can be aborted."""
     long = SamplingParams(max_tokens=400, ignore_eos=True)
-    mine = [pair.add([i, 2, 3], long) for i in range(30)]  # more than have room
+    ids = [pair.add([i, 2, 3], long) for i in range(30)]  # more than the replicas take at once
     assert len(pair._router.waiting) == 10
     while not any(e.token_ids for e in pair.step()):
         pass
-    for id in mine:
+    for id in ids:
         pair.abort(id)
     texts: dict[int, str] = {}
     for event in pair.stream(["Hello", "again"], SamplingParams(max_tokens=5)):
@@ -142,11 +142,11 @@ def test_stream_and_abort(pair: Replicas) -> None:
     ended = {e.request_id: e.output for e in pair._pending_events if e.output is not None}
     while pair.has_unfinished_requests:
         ended |= {e.request_id: e.output for e in pair.step() if e.output is not None}
-    assert ended.keys() == set(mine) and {o.completions[0].finish_reason for o in ended.values()} == {"abort"}
+    assert ended.keys() == set(ids) and {o.completions[0].finish_reason for o in ended.values()} == {"abort"}
     assert any(o.completions[0].token_ids for o in ended.values())
 
 
-def test_a_stream_that_is_dropped(pair: Replicas) -> None:
+def test_a_dropped_stream_aborts_its_requests(pair: Replicas) -> None:
     events = pair.stream([[1, 2], [3, 4]], SamplingParams(max_tokens=400, ignore_eos=True))
     next(iter(events))
     del events
@@ -158,7 +158,7 @@ def test_a_stream_that_is_dropped(pair: Replicas) -> None:
 
 
 def test_wrong_requests(pair: Replicas) -> None:
-    """Are refused here, with the numbers; nothing is queued."""
+    """Requests that no replica can run are refused before they are queued."""
     with pytest.raises(ValueError, match="prompt 1: .* do not fit"):
         pair.generate([[1], [1] * 600])
     with pytest.raises(ValueError, match="outside the vocabulary"):
@@ -169,47 +169,48 @@ def test_wrong_requests(pair: Replicas) -> None:
 
 
 def test_an_interrupt(pair: Replicas) -> None:
-    """Ends what was asked for, and the replicas go on."""
-    want = said(pair.generate([[1, 2], [3]], SamplingParams(temperature=0, max_tokens=9), progress=False))
+    """Ctrl-C aborts the running requests, and the replicas can be used further."""
+    greedy = SamplingParams(temperature=0, max_tokens=9)
+    expected = results(pair.generate([[1, 2], [3]], greedy, progress=False))
     threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         while True:
             pair.generate([[1, 2]] * 20, SamplingParams(max_tokens=300, ignore_eos=True), progress=False)
-    assert said(pair.generate([[1, 2], [3]], SamplingParams(temperature=0, max_tokens=9), progress=False)) == want
-    while (
-        pair.has_unfinished_requests
-    ):  # a replica that had none of these may still be telling what it has ended, which is nobody's
+    assert results(pair.generate([[1, 2], [3]], greedy, progress=False)) == expected
+    while pair.has_unfinished_requests:  # a replica may still report the events of aborted requests
         assert not pair.step()
 
 
 @pytest.mark.parametrize(
-    ("load", "room", "seen", "cost", "want"),
+    ("load", "accepts", "cached", "num_tokens", "expected"),
     [
         ([5, 3, 9], [True] * 3, (), 1, 1),
         ([5, 3, 9], [True, False, True], (), 1, 0),
         ([5, 3], [False, False], (), 1, None),
-        ([5, 3, 9], [True] * 3, {0}, 1, 0),  # a little busier
-        ([8, 3, 9], [True] * 3, {0}, 1, 1),  # much busier
+        ([5, 3, 9], [True] * 3, {0}, 1, 0),  # a slightly larger load
+        ([8, 3, 9], [True] * 3, {0}, 1, 1),  # a much larger load
         ([8, 3, 9], [True] * 3, {0, 2}, 2, 0),
         ([8, 3, 9], [False, True, True], {0}, 2, 1),
     ],
 )
-def test_choose(load: list[int], room: list[bool], seen: set[int], cost: int, want: int | None) -> None:
-    assert router.choose_replica(load, room, seen, cost) == want
+def test_choose_replica(
+    load: list[int], accepts: list[bool], cached: set[int], num_tokens: int, expected: int | None
+) -> None:
+    assert router.choose_replica(load, accepts, cached, num_tokens) == expected
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [data_parallel.visible_devices(i, 2, 8) for i in range(4)] == ["0,1", "2,3", "4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-a,5,1")
     assert [data_parallel.visible_devices(i, 1, 4) for i in range(4)] == ["3", "GPU-a", "5", "1"]
 
 
-def test_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before any process starts."""
-    for make in (fastgen.Engine.from_pretrained, Replicas.from_pretrained):
+def test_refused_layouts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts that cannot work are refused before any process starts."""
+    for create in (fastgen.Engine.from_pretrained, Replicas.from_pretrained):
         with pytest.raises(ValueError, match="between 1 and 64"):
-            make(model, replicas=0)
+            create(model, replicas=0)
     with pytest.raises(ValueError, match="parallel.replicas=2 are several engines: use fastgen.Replicas"):
         fastgen.Engine.from_pretrained(model, replicas=2)
     spec, params = fastgen.load(model, device="cpu", progress=False)
@@ -240,11 +241,11 @@ def endless(engine: Replicas) -> None:
 
 
 def test_a_rank_of_a_replica_is_killed(model: Path) -> None:
-    """Two ranks each: the tokens are the same, and the call that runs says which process ended."""
+    """Replicas of two ranks sample the same tokens; if a rank is killed, the running call names it."""
     both = Replicas.from_pretrained(model, tensor_parallel=2, **SETTINGS)
     with fastgen.Engine.from_pretrained(model, **SETTINGS) as alone:
-        want = said(alone.generate(*load(12), progress=False))
-    assert said(both.generate(*load(12), progress=False)) == want
+        expected = results(alone.generate(*load(12), progress=False))
+    assert results(both.generate(*load(12), progress=False)) == expected
     (pid,) = Path(f"/proc/{both._children[1].pid}/task/{both._children[1].pid}/children").read_text().split()[-1:]
     began = [0.0]
 
@@ -258,7 +259,7 @@ def test_a_rank_of_a_replica_is_killed(model: Path) -> None:
         endless(both)
     assert time.monotonic() - began[0] < LIMIT and not both.has_unfinished_requests
     for call in (both.step, lambda: both.add([1])):
-        with pytest.raises(RuntimeError, match=cause):  # and so does whatever is tried later
+        with pytest.raises(RuntimeError, match=cause):  # and so do later calls
             call()
     assert not any(child.is_alive for child in both._children)
 
@@ -273,25 +274,25 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("victim", ["it", "replica", "interrupt"])
+@pytest.mark.parametrize("victim", ["parent", "replica", "interrupt"])
 def test_the_end(victim: str, model: Path, tmp_path: Path) -> None:
-    """The first process is killed or interrupted, or another is killed: all are gone, with the cause."""
-    script = tmp_path / "it.py"
+    """If the parent is killed or interrupted, or a replica is killed, all processes end, with the cause."""
+    script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(model=str(model), settings=SETTINGS))
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    others = [int(pid) for pid in process.stdout.readline().split()]
+    pids = [int(pid) for pid in process.stdout.readline().split()]
     time.sleep(0.5)
     end = time.monotonic() + LIMIT
     if victim == "replica":
-        os.kill(others[1], signal.SIGKILL)
+        os.kill(pids[1], signal.SIGKILL)
     else:
-        process.send_signal(signal.SIGKILL if victim == "it" else signal.SIGINT)
-    _, text = process.communicate(timeout=LIMIT)
+        process.send_signal(signal.SIGKILL if victim == "parent" else signal.SIGINT)
+    _, stderr = process.communicate(timeout=LIMIT)
     if victim == "replica":
-        assert text.rstrip().endswith(f"RuntimeError: replica 1 (process {others[1]}) was killed by SIGKILL")
+        assert stderr.rstrip().endswith(f"RuntimeError: replica 1 (process {pids[1]}) was killed by SIGKILL")
     if victim == "interrupt":
-        assert text.rstrip().endswith("KeyboardInterrupt")
+        assert stderr.rstrip().endswith("KeyboardInterrupt")
 
     def alive(pid: int) -> bool:
         try:
@@ -299,6 +300,6 @@ def test_the_end(victim: str, model: Path, tmp_path: Path) -> None:
         except OSError:
             return False
 
-    while any(map(alive, others)) and time.monotonic() < end:
+    while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not any(map(alive, others))
+    assert not any(map(alive, pids))

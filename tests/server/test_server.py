@@ -1195,7 +1195,7 @@ def test_the_engine_is_killed(bare: Server) -> None:
             os.kill(bare.children()["engine"], signal.SIGKILL)
             assert [*chunks][-1]["error"]["code"] == "engine_error"
         assert whole.result().status_code == 500 and whole.result().json()["error"]["code"] == "engine_error"
-    assert bare.stop(ask=False) == 1
+    assert bare.stop(terminate=False) == 1
     assert any("the engine died" in line for line in bare.lines)
     for pid in bare.children().values():
         assert not Path(f"/proc/{pid}").exists()
@@ -1221,7 +1221,7 @@ def test_the_end(server: Server, library: fastgen.Engine) -> None:
         assert reply.json()["error"]["message"] == "the server is shutting down"
         assert found + "".join(c["choices"][0]["text"] for c in chunks) == wanted
         assert [*others][-1]["error"]["code"] == "shutting_down"
-    assert server.stop(ask=False) == 0
+    assert server.stop(terminate=False) == 0
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines[-60:])
 
 

@@ -1,4 +1,4 @@
-"""A tiny checkpoint with a tokenizer and a chat template, and `fgserve` on it, in processes of its own."""
+"""A tiny checkpoint with a tokenizer and a chat template, and `fgserve` on it in processes of its own."""
 
 import json
 import os
@@ -27,14 +27,14 @@ SETTINGS = (
 
 
 def checkpoint(folder: Path) -> Path:
-    """Random weights."""
+    """Saves a checkpoint with random weights in a folder, which it returns."""
     fastgen.save(folder, SPEC, tiny.weights(SPEC, device="cpu"))
     BYTE_LEVEL.save_pretrained(folder)
     return folder
 
 
 class Server:
-    """`fgserve` on a free port, and what it says on stderr."""
+    """`fgserve` on a free port, and the lines of its standard error."""
 
     def __init__(self, *arguments: str, key: str = "") -> None:
         command = [sys.executable, "-m", "fastgen.cli.serve", *arguments, "--port", "0"]
@@ -57,7 +57,7 @@ class Server:
         self._queue.put("")
 
     def line(self, text: str, seconds: float = 180) -> str:
-        """The next line of stderr with `text`."""
+        """Returns the next line of standard error with `text`."""
         end = time.monotonic() + seconds
         while line := self._queue.get(timeout=max(0.01, end - time.monotonic())):
             if text in line:
@@ -65,35 +65,35 @@ class Server:
         raise AssertionError(f"the server ended without {text!r}: {''.join(self.lines)}")
 
     def ready(self) -> "Server":
-        """When it says so, it has to be true."""
+        """Waits until the server announces that it is ready; checks its health."""
         self.line("is ready")
         assert self.http.get("/health").status_code == 200
         return self
 
     def until(self, condition: Any, seconds: float = 60) -> None:
-        """Wait for something to become true."""
+        """Waits until a condition is true."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end and self.process.poll() is None, "".join(self.lines)
             time.sleep(0.05)
 
     def status(self) -> dict[str, Any]:
-        """The live figures."""
+        """Returns the present /status.json."""
         return self.http.get("/status.json").raise_for_status().json()
 
     def children(self) -> dict[str, int]:
-        """Process ids by name: "engine", "worker-0" and so on."""
-        said = (line.split() for line in self.lines if "has process id" in line)
-        return {words[1]: int(words[-1]) for words in said}
+        """Returns process ids by name: "engine", "worker-0" and so on."""
+        lines = (line.split() for line in self.lines if "has process id" in line)
+        return {words[1]: int(words[-1]) for words in lines}
 
     def logged(self) -> list[dict[str, Any]]:
-        """The lines about requests."""
+        """Returns the log lines of requests."""
         return [json.loads(line) for line in self.lines if line.startswith("{")]
 
-    def stop(self, *, ask: bool = True) -> int:
-        """SIGTERM, if it is to be asked; the exit status."""
+    def stop(self, *, terminate: bool = True) -> int:
+        """Waits for the server to end, after SIGTERM with `terminate`; returns the exit status."""
         self.http.close()
-        if ask and self.process.poll() is None:
+        if terminate and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(60)
