@@ -1,4 +1,4 @@
-"""Programs that people point at `fgserve`: scripts with OpenAI's client, LangChain, lm-eval; and clients that idle."""
+"""Clients of `fgserve`: scripts with OpenAI's client, LangChain, lm-eval, idle connections, and the status page."""
 
 import asyncio
 import contextlib
@@ -40,14 +40,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Server]:
-    made = Server(str(tiny), *SETTINGS, key=KEY)
-    yield made.ready()
-    made.stop()
+    server = Server(str(tiny), *SETTINGS, key=KEY)
+    yield server.ready()
+    server.stop()
 
 
 @pytest.fixture(scope="module")
 def library(tiny: Path) -> Iterator[fastgen.Engine]:
-    """The engine that is not behind a server."""
+    """Returns an engine of the same model in this process, for the expected texts."""
     settings: dict[str, Any] = dict(page_size=16, cache_tokens=4096, max_num_seqs=24, token_budget=256)
     with fastgen.Engine.from_pretrained(tiny, progress=False, **settings) as engine:
         yield engine
@@ -66,20 +66,20 @@ def greedy(library: fastgen.Engine, prompts: list[Any]) -> list[str]:
 
 
 def test_a_script_with_many_threads(server: Server, library: fastgen.Engine) -> None:
-    """An address without /v1, the name that /models gives, and 32 threads with one client."""
+    """32 threads share one client, whose address lacks /v1, and use the name that /models returns."""
     questions = chats(32)
     url = server.url.replace("127.0.0.1", "localhost")
     with openai.OpenAI(base_url=url, api_key=KEY, timeout=60) as client, ThreadPoolExecutor(32) as pool:
         [model] = [m.id for m in client.models.list()]
 
-        def whole(messages: Any) -> str | None:
+        def complete(messages: Any) -> str | None:
             return client.chat.completions.create(model=model, messages=messages, **GREEDY).choices[0].message.content
 
-        def streamed(messages: Any) -> str:
-            stream = client.chat.completions.create(model=model, messages=messages, stream=True, **GREEDY)
-            return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        def stream(messages: Any) -> str:
+            chunks = client.chat.completions.create(model=model, messages=messages, stream=True, **GREEDY)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
-        answers = pool.map(lambda i: (streamed if i % 2 else whole)(questions[i]), range(32))
+        answers = pool.map(lambda i: (stream if i % 2 else complete)(questions[i]), range(32))
         assert list(answers) == greedy(library, questions)
 
 
@@ -98,8 +98,8 @@ print(completion.choices[0].message.content)
 """
 
 
-def test_the_first_lines_that_anybody_tries(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    """OpenAI's own example, with another address and nothing else: whatever the model is called."""
+def test_the_example_of_openai(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """OpenAI's own example works with the server's address, whatever model it names."""
     names: dict[str, Any] = {}
     exec(README.replace("5678", str(httpx.URL(server.url).port)), names)
     completion = names["completion"]
@@ -111,62 +111,62 @@ def test_the_first_lines_that_anybody_tries(server: Server, capsys: pytest.Captu
 
 
 class Person(pydantic.BaseModel):
-    """What an answer has to be."""
+    """The object that an answer must be."""
 
     name: Literal["Ann", "Bo"]
     adult: bool
 
 
 def test_langchain(server: Server, library: fastgen.Engine) -> None:
-    """ChatOpenAI: one answer, a stream of it, a batch, and an answer that is an object."""
+    """ChatOpenAI gets single answers, streams, batches, and answers that are objects."""
     ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
-    how = {"model": "tiny", "base_url": f"{server.url}/v1", "api_key": KEY, "temperature": 0, "max_tokens": 12}
-    model = ChatOpenAI(**how)
+    options = {"model": "tiny", "base_url": f"{server.url}/v1", "api_key": KEY, "temperature": 0, "max_tokens": 12}
+    model = ChatOpenAI(**options)
     questions = chats(6)
-    wanted = greedy(library, questions)
+    expected = greedy(library, questions)
     answer = model.invoke(questions[0])
     output = library.generate([questions[0]], SamplingParams(**GREEDY), progress=False)[0]
-    assert answer.content == wanted[0] and answer.response_metadata["finish_reason"]
+    assert answer.content == expected[0] and answer.response_metadata["finish_reason"]
     assert answer.usage_metadata["input_tokens"] == len(output.prompt_token_ids)
     assert answer.usage_metadata["output_tokens"] == len(output.completions[0].token_ids)
     chunks = list(model.stream(questions[1]))
-    assert "".join(c.content for c in chunks) == wanted[1] and len(chunks) > 2
-    assert [a.content for a in model.batch(questions)] == wanted
+    assert "".join(c.content for c in chunks) == expected[1] and len(chunks) > 2
+    assert [a.content for a in model.batch(questions)] == expected
 
-    async def awaited() -> str:
-        async with httpx.AsyncClient() as client:  # its own would outlive the loop
-            return (await ChatOpenAI(**how, http_async_client=client).ainvoke(questions[2])).content
+    async def invoke() -> str:
+        async with httpx.AsyncClient() as client:  # the client that LangChain creates would outlive the loop
+            return (await ChatOpenAI(**options, http_async_client=client).ainvoke(questions[2])).content
 
-    assert asyncio.run(awaited()) == wanted[2]
-    # A random model may go on with white space until it has no tokens left, which is an error of the client's.
-    found = []
+    assert asyncio.run(invoke()) == expected[2]
+    # A random model may generate white space up to max_tokens, which the client turns into an error.
+    people = []
     for seed in range(6):
-        drawn = ChatOpenAI(
+        sampled = ChatOpenAI(
             model="tiny", base_url=f"{server.url}/v1", api_key=KEY, temperature=1, seed=seed, max_tokens=200
         )
         try:
-            found.append(drawn.with_structured_output(Person, method="json_schema").invoke(questions[0]))
+            people.append(sampled.with_structured_output(Person, method="json_schema").invoke(questions[0]))
         except openai.LengthFinishReasonError:
             pass
-    assert found and all(isinstance(x, Person) for x in found)
+    assert people and all(isinstance(x, Person) for x in people)
 
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------------
 
 
-def test_likelihoods_as_lm_eval_asks_for_them(server: Server, library: fastgen.Engine) -> None:
-    """Requests of its `local-completions`: batches of token ids, echoed with one logprob each, and a token more.
+def test_likelihood_requests_of_lm_eval(server: Server, library: fastgen.Engine) -> None:
+    """Its `local-completions` sends batches of token ids, to be echoed with one logprob each, and one new token.
 
-    What it computes from the answers, context cut off, is the library's likelihood and whether it is the greedy choice.
+    From the response it computes a continuation's likelihood, and whether the continuation is the greedy choice.
     """
     pairs = [([41, 70, 77, 45], [46, 49]), ([47], [48, 41, 69]), ([45] * 40, [43])]
-    wanted = library.generate(
-        [context + rest for context, rest in pairs],
+    outputs = library.generate(
+        [context + continuation for context, continuation in pairs],
         SamplingParams(temperature=0, max_tokens=1, logprobs=1, prompt_logprobs=1),
         progress=False,
     )
     body = {
-        "prompt": [context + rest for context, rest in pairs],
+        "prompt": [context + continuation for context, continuation in pairs],
         "model": "tiny",
         "temperature": 0,
         "max_tokens": 1,
@@ -176,17 +176,19 @@ def test_likelihoods_as_lm_eval_asks_for_them(server: Server, library: fastgen.E
     }
     ended = body | {"logit_bias": {str(BYTE_LEVEL.eos_token_id): 100}}
     for choice in server.http.post("/v1/completions", json=ended).raise_for_status().json()["choices"]:
-        # It takes the last token to be the new one, so there has to be one even where the text ends.
-        context, rest = pairs[choice["index"]]
-        assert choice["finish_reason"] == "stop" and len(choice["logprobs"]["tokens"]) == len(context + rest) + 1
+        # lm-eval assumes that the last token is the new one, so there must be one even where the text ends.
+        context, continuation = pairs[choice["index"]]
+        assert (
+            choice["finish_reason"] == "stop" and len(choice["logprobs"]["tokens"]) == len(context + continuation) + 1
+        )
     choices = server.http.post("/v1/completions", json=body).raise_for_status().json()["choices"]
-    for (context, rest), choice, output in zip(pairs, choices, wanted, strict=True):
-        found = choice["logprobs"]
-        own = found["token_logprobs"][len(context) : -1]
+    for (context, continuation), choice, output in zip(pairs, choices, outputs, strict=True):
+        logprobs = choice["logprobs"]
+        own = logprobs["token_logprobs"][len(context) : -1]
         values = (output.prompt_logprobs or [])[len(context) :]
-        assert len(own) == len(rest) and sum(own) == pytest.approx(sum(map(float, values)), abs=1e-4)  # type: ignore[arg-type]
+        assert len(own) == len(continuation) and sum(own) == pytest.approx(sum(map(float, values)), abs=1e-4)  # type: ignore[arg-type]
         for token, value, top in zip(
-            found["tokens"][len(context) : -1], own, found["top_logprobs"][len(context) : -1], strict=True
+            logprobs["tokens"][len(context) : -1], own, logprobs["top_logprobs"][len(context) : -1], strict=True
         ):
             assert top[token] == value and max(top.values()) >= value
 
@@ -194,7 +196,7 @@ def test_likelihoods_as_lm_eval_asks_for_them(server: Server, library: fastgen.E
 def test_lm_eval(
     server: Server, library: fastgen.Engine, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The program itself, where it is installed: a task of likelihoods and one of texts, from files."""
+    """lm-eval itself, where it is installed, runs a task of likelihoods and one of texts."""
     lm_eval = pytest.importorskip("lm_eval")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -243,25 +245,25 @@ def test_lm_eval(
 # --- clients that idle ------------------------------------------------------------------------------------------------
 
 
-def test_connections_that_ask_for_nothing(server: Server, library: fastgen.Engine) -> None:
-    """500 of them, some in the middle of a request's head: a stream goes on, and new requests are answered."""
+def test_idle_connections(server: Server, library: fastgen.Engine) -> None:
+    """With 500 idle connections, some within a request's head, streams continue and new requests are answered."""
     [question] = chats(1)
     url = httpx.URL(server.url)
     with contextlib.ExitStack() as stack, openai.OpenAI(base_url=server.url, api_key=KEY, timeout=60) as client:
         stream = client.chat.completions.create(model="tiny", messages=question, stream=True, **GREEDY)  # type: ignore[call-overload]
         parts = [next(stream).choices[0].delta.content or ""]
         for i in range(500):
-            one = stack.enter_context(socket.create_connection((url.host, url.port or 80)))
-            one.sendall(b"" if i % 5 else b"POST /v1/completions HTTP/1.1\r\nHost")
+            connection = stack.enter_context(socket.create_connection((url.host, url.port or 80)))
+            connection.sendall(b"" if i % 5 else b"POST /v1/completions HTTP/1.1\r\nHost")
         parts += [chunk.choices[0].delta.content or "" for chunk in stream]
         again = client.chat.completions.create(model="tiny", messages=question, **GREEDY)  # type: ignore[call-overload]
         assert ["".join(parts), again.choices[0].message.content] == greedy(library, [question]) * 2
 
 
 @pytest.mark.parametrize("sent", [[], [b"GET / HT", b"TP/1.1\r\n"], [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /"]])
-def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection is closed, be it new, in the middle of a head, or in that of a second request; an answer that
-    takes longer is waited for."""
+def test_incomplete_heads_time_out(sent: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection is closed whether it is new or within the head of a first or second request; a response that takes
+    longer is not cut."""
     monkeypatch.setattr(http_worker, "HEADERS_TIMEOUT_SECONDS", 0.2)
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
@@ -276,24 +278,24 @@ def test_a_head_that_does_not_come(sent: list[bytes], monkeypatch: pytest.Monkey
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setblocking(False)
         address = listener.getsockname()
-        service = http_worker._Server(config, listener)
-        task = asyncio.create_task(service.serve())
+        server = http_worker._Server(config, listener)
+        task = asyncio.create_task(server.serve())
         reader, writer = await asyncio.open_connection(*address)
         for part in sent:
             writer.write(part)
             await asyncio.sleep(0.1 if len(sent[0]) < 12 else 0.5)
-        found = await asyncio.wait_for(reader.read(), 5)
+        response = await asyncio.wait_for(reader.read(), 5)
         writer.close()
         await writer.wait_closed()
-        service.should_exit = True
+        server.should_exit = True
         await task
-        return found
+        return response
 
     assert asyncio.run(run()).endswith(b"ok") == (len(sent) == 2 and sent[0].endswith(b"\r\n\r\n"))
 
 
 def test_a_connection_is_read_in_small_parts() -> None:
-    """So that others are served while a body comes in chunks of one byte each, which are slow to parse."""
+    """Other clients are served while a body comes in chunks of one byte, which are slow to parse."""
     sizes, done = list[int](), asyncio.Event()
 
     class Connection(http_worker._Connection):
@@ -322,7 +324,7 @@ def test_a_connection_is_read_in_small_parts() -> None:
 
 
 def browse(url: str, profile: Path) -> tuple[dict[str, str], str]:
-    """The page's table after three seconds of its time, and what it complains about."""
+    """Returns the page's table after three seconds of its time, and its error message."""
     # As root, as in containers, there is no sandbox; /dev/shm may be small there.
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}")
     command = [str(BROWSER), *options, "--virtual-time-budget=3000", "--dump-dom", url]
@@ -334,14 +336,14 @@ def browse(url: str, profile: Path) -> tuple[dict[str, str], str]:
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
 def test_the_page(server: Server, tmp_path: Path) -> None:
-    """Without the key it says so; with it, its figures are those of a server that idles, and then of one that works."""
+    """The page asks for the key; with the key it shows the figures of an idle server, then of a busy one."""
     assert browse(server.url, tmp_path)[1].startswith("a valid API key is needed")
     idle, problem = browse(f"{server.url}/#{KEY}", tmp_path)
     assert not problem and idle["model"] == "tiny" and idle["output tokens/s"] == "0.0"
     assert (idle["running"], idle["waiting"], idle["cache in use"]) == ("0", "0", "0.0 %")
     body = {"prompt": "Hello", "n": 90, "max_tokens": 480, "ignore_eos": True, "stream": True}
     with server.http.stream("POST", "/completions", json=body):
-        for _ in range(5):  # its three seconds may pass within one step of the engine
+        for _ in range(5):  # the page's three seconds may pass within one step of the engine
             busy, problem = browse(f"{server.url}/#{KEY}", tmp_path)
             assert server.status()["running"], "the request was over before the page was there"
             if busy["output tokens/s"] != "0.0":
