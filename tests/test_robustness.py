@@ -137,7 +137,7 @@ def test_lines_that_find_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) ->
     lines = found.splitlines()
     assert (
         lines[-1] == "again"
-        and lines[-2] == f"fgserve: {200 - (len(lines) - 2)} lines were dropped, since nobody read them"
+        and lines[-2] == f"fgserve: {200 - (len(lines) - 2)} lines were dropped, since nothing read them"
     )
     assert [int(line.split()[0]) for line in lines[:-2]] == [*range(len(lines) - 2)] and len(lines) > 50
 
