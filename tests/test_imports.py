@@ -40,14 +40,13 @@ LAYERS = [  # each may import from its own line and those above
     + ["training.plot", "training.trl", "training.grpo"],
     ["api"],
     ["__init__"],
-    ["server.requests", "server.engine_process", "server.metrics", "server.log", "server.reasoning"]
-    + ["server.supervisor"],
+    ["server.requests", "server.engine_process", "server.metrics", "server.log", "server.reasoning"],
     ["server.engine_client", "server.tool_calls"],
     ["server.responses"],
     ["server.app_state"],
     ["server.middleware"],
     ["server.endpoints"],
-    ["server.http_worker"],
+    ["server.http_worker", "server.supervisor"],
     ["cli.hydra_config", "cli.prompt_files", "cli.scripts", "cli.run", "cli.chat", "cli.serve"]
     + ["cli.bench.hardware", "cli.bench.workload", "cli.bench.results", "cli.bench.benchmark", "cli.bench.__main__"],
 ]
