@@ -20,10 +20,9 @@ import triton
 from torch import Tensor
 
 import fastgen
-from fastgen.core import layers
-from fastgen.core.sampling import sample
+from fastgen.core import layers, sampling
 from fastgen.core.types import SamplingTensors
-from fastgen.kernels import rope_cache, small_batch
+from fastgen.kernels import rope_cache, sample, small_batch
 
 HERE = Path(__file__).parent
 MODELS = {  # (N, K)
@@ -137,10 +136,10 @@ def draws() -> list[dict]:
             temperature = torch.full((n,), heat, device="cuda")
             settings = SamplingTensors(temperature, seed, seed, flags, None, None)
             last = torch.zeros(n + 1, dtype=torch.int32, device="cuda")
-            token, logprob = rope_cache.sample_tokens(logits, temperature, seed, seed, flags, last, seed)
-            plain = sample(logits.float(), settings, num_top_logprobs=0)
-            took = seconds(lambda _: rope_cache.sample_tokens(logits, temperature, seed, seed, flags, last, seed))  # noqa: B023
-            slow = seconds(lambda _: sample(logits.float(), settings, num_top_logprobs=0), calls=2)  # noqa: B023
+            token, logprob = sample.sample_tokens(logits, temperature, seed, seed, flags, last, seed)
+            plain = sampling.sample(logits.float(), settings, num_top_logprobs=0)
+            took = seconds(lambda _: sample.sample_tokens(logits, temperature, seed, seed, flags, last, seed))  # noqa: B023
+            slow = seconds(lambda _: sampling.sample(logits.float(), settings, num_top_logprobs=0), calls=2)  # noqa: B023
             rows.append({"kind": "draw", "rows": n, "vocab": vocab, "temperature": heat, "us": took * 1e6,
                          "plain_us": slow * 1e6, "gb_s": logits.nbytes / took / 1e9,
                          "other_tokens": int((token != plain.token_ids).sum()),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastgen
 from fastgen.checkpoint import weights
-from fastgen.compiled.runner import CompiledOps
+from fastgen.compiled.compiled_ops import CompiledOps
 from fastgen.core import transformer
 from fastgen.core.transformer import TORCH_OPS
 from fastgen.core.types import Batch, KVCache, Params
@@ -47,7 +47,7 @@ def batch(rows: int, context: int, first: int, table: Tensor) -> Batch:
 
 def one(params: Params, cache: KVCache, b: Batch, spec: fastgen.ModelConfig, ops: Any) -> Tensor:
     x, y = transformer.run_layers(params, cache, b, spec, ops)
-    return ops.leave(x, y, params.final_norm, spec.rms_norm_eps)
+    return ops.final_norm(x, y, params.final_norm, spec.rms_norm_eps)
 
 
 def lanes(
@@ -57,13 +57,13 @@ def lanes(
     main = torch.cuda.current_stream()
     x, y, turn, attend, q, o, ready = [[None] * 2 for _ in range(7)]
     for i, b in enumerate(halves):
-        x[i], y[i], *turn[i] = ops.enter(params.embed, b.token_ids, b.positions, spec)
+        x[i], y[i], *turn[i] = ops.embed(params.embed, b.token_ids, b.positions, spec)
         attend[i] = ops.attention(b, spec)
 
     def begin(i: int, n: int) -> None:
         layer = params.layers[n]
-        x[i], qkv = ops.project(x[i], y[i], layer.attn_norm, spec.rms_norm_eps, layer.qkv, layer.qkv_bias)
-        q[i] = ops.store(
+        x[i], qkv = ops.add_norm_qkv(x[i], y[i], layer.attn_norm, spec.rms_norm_eps, layer.qkv, layer.qkv_bias)
+        q[i] = ops.rope_and_cache_kv(
             qkv.unflatten(-1, (-1, spec.head_dim)), *turn[i], halves[i].slot_mapping, cache.k[n], cache.v[n]
         )
         side.wait_event(main.record_event())
@@ -75,7 +75,7 @@ def lanes(
         layer = params.layers[n]
         main.wait_event(ready[i])
         y[i] = ops.linear(o[i].flatten(1), layer.out, layer.out_bias)
-        x[i], gated = ops.project_swiglu(x[i], y[i], layer.ffn_norm, spec.rms_norm_eps, layer.gate_up)
+        x[i], gated = ops.add_norm_gate_up(x[i], y[i], layer.ffn_norm, spec.rms_norm_eps, layer.gate_up)
         y[i] = ops.linear(gated, layer.down)
 
     for i in range(2):
@@ -85,7 +85,7 @@ def lanes(
             end(i, n)
             if n + 1 < spec.num_layers:
                 begin(i, n + 1)
-    return [ops.leave(x[i], y[i], params.final_norm, spec.rms_norm_eps) for i in range(2)]
+    return [ops.final_norm(x[i], y[i], params.final_norm, spec.rms_norm_eps) for i in range(2)]
 
 
 def graph_ms(f: Any, priority: int = 0, seconds: float = 1.5) -> float:

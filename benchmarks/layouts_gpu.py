@@ -30,6 +30,7 @@ import fastgen
 from fastgen.cli.bench import benchmark
 from fastgen.cli.hydra_config import compose, model_override
 from fastgen.distributed import tensor_parallel
+from fastgen.distributed.peer_memory import PeerBuffers
 
 HERE = Path(__file__).parent
 WIDTH = 8192
@@ -128,21 +129,16 @@ def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
-def normed(
-    group: tensor_parallel.TPProcessGroup,
-    read: tensor_parallel.PeerBuffers,
-    pushed: tensor_parallel.PeerBuffers,
-    x: Tensor,
-) -> dict[str, Any]:
+def normed(group: tensor_parallel.TPProcessGroup, read: PeerBuffers, pushed: PeerBuffers, x: Tensor) -> dict[str, Any]:
     """A sum over the ranks of rows x, added to others, and the norm of that."""
     from fastgen.kernels import small_batch
 
     other, norm = torch.zeros_like(x), torch.ones(WIDTH, dtype=x.dtype, device=x.device)
 
-    def one(peers: tensor_parallel.PeerBuffers) -> Any:
-        part = peers.write_partial(0, len(x), lambda rows, to: None)
+    def one(peers: PeerBuffers) -> Any:
+        part = peers.write_partial(peers.ATTENTION, len(x), lambda rows, out: None)
         assert part is not None
-        return peers.try_all_reduce_add_norm(other, part, norm, 1e-5)
+        return peers.all_reduce_add_norm(other, part, norm, 1e-5)
 
     ways: dict[str, Callable[[], Any]] = {
         "nccl, norm": lambda: small_batch.add_norm(other, group.all_reduce(x), norm, 1e-5),
@@ -160,10 +156,10 @@ def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=index, world_size=size)
     group = tensor_parallel.TPProcessGroup()
-    peers = list[tensor_parallel.PeerBuffers]()
+    peers = list[PeerBuffers]()
     if kind == "cuda":
         most = SIZES[-1] // 2 // WIDTH
-        peers = [tensor_parallel.PeerBuffers(group, WIDTH, most, torch.bfloat16, device, read) for read in (2**62, 0)]
+        peers = [PeerBuffers(group, WIDTH, most, torch.bfloat16, device, read) for read in (2**62, 0)]
     rows = list[dict[str, Any]]()
     for n in SIZES:
         x = torch.zeros(n // 2 // WIDTH, WIDTH, dtype=torch.bfloat16, device=device)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fastgen
-from fastgen.compiled.runner import StepShape
+from fastgen.compiled.cuda_graphs import StepShape
 from fastgen.kernels import pdl
 
 HERE = Path(__file__).parent
@@ -25,9 +25,9 @@ def step_us(engine: fastgen.Engine, rows: int) -> float:
     """Microseconds of a captured step of `rows` sequences at one token of context."""
     shape = StepShape(rows, rows, True)
     stepper = engine._runner
-    stepper.graphs.pop(shape, None)
-    stepper._capture(engine.cache, shape)
-    graph = stepper.graphs[shape][0]
+    stepper.graphs.captured.pop(shape, None)
+    stepper.capture(engine.cache, shape)
+    graph = stepper.graphs.captured[shape][0]
     times = []
     for _ in range(8):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

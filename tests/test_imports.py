@@ -16,12 +16,12 @@ LAYERS = [  # each may import from its own line and those above
     ["distributed.processes", "distributed.router"],
     ["checkpoint.gguf", "profiling.roofline", "core.layers", "core.attention", "core.scheduler", "core.sampling"]
     + ["core.scheduling_policy", "core.kv_cache"]
-    + ["kernels.attention", "kernels.select", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
+    + ["kernels.attention", "kernels.sample", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
     + ["kernels.page_copy", "kernels.lora", "kernels.all_reduce_norm"],
     ["core.transformer", "checkpoint.weights", "core.tokenizer"],
     [
         "checkpoint.hub",
-        "compiled.batch_invariant",
+        "kernels.batch_invariant",
         "structured_output.trial",
         "structured_output.trial_process",
         "structured_output.backend",
@@ -29,11 +29,18 @@ LAYERS = [  # each may import from its own line and those above
         "core.request",
         "core.step",
     ],
+    ["kernels.select", "compiled.cuda_graphs", "compiled.compiled_ops"],
     ["core.batch", "profiling.report", "profiling.profiler", "offload.host_cache", "snapshot"],
-    ["distributed.tensor_parallel", "training.weight_sync", "training.shared_params", "training.differentiable_ops"]
+    [
+        "distributed.peer_memory",
+        "distributed.tensor_parallel",
+        "training.weight_sync",
+        "training.shared_params",
+        "training.differentiable_ops",
+    ]
     + ["training.logprobs"],
     ["lora.adapter", "lora.__init__"],
-    ["distributed.rendezvous", "distributed.workers", "compiled.runner"],
+    ["distributed.rendezvous", "distributed.workers", "compiled.runner", "compiled.warm_up"],
     ["core.engine_core", "event_stream"],
     ["engine"],
     ["conversation", "distributed.replica", "distributed.data_parallel", "async_engine", "training.problems"]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import fastgen
 from fastgen import EngineConfig
-from fastgen.compiled.runner import ModelRunner, StepShape, decode_graph_sizes, largest_shape
+from fastgen.compiled.cuda_graphs import StepShape, decode_graph_sizes, largest_shape
+from fastgen.compiled.runner import ModelRunner
 from fastgen.config import SchedulerConfig
 from fastgen.core.batch import InputBuffers
 from fastgen.core.step import fill_pending_tokens
@@ -64,7 +65,7 @@ def test_graphs_have_shapes_for_all_that_decode() -> None:
     assert list(shapes) == sorted(shapes, reverse=True)
     assert {s.num_seqs for s in shapes if s.decode} == {*decode_graph_sizes(100)}
     assert [s.num_tokens for s in shapes if not s.decode] == [640, 512, 384, 320, 256, 192, 128, 64]
-    run.graphs = dict.fromkeys(shapes)  # type: ignore[arg-type]
+    run.graphs.captured = dict.fromkeys(shapes)  # type: ignore[arg-type]
     assert run.padded_shape(33, 33, needs_prompt_logprobs=False) == StepShape(40, 40, True)
     assert run.padded_shape(70, 5, needs_prompt_logprobs=False) == StepShape(128, 32, False)
     assert run.padded_shape(70, 40, needs_prompt_logprobs=False) not in shapes  # more sequences than the graph has
@@ -102,13 +103,13 @@ spec = fastgen.from_hf_config({CONFIG})
 params = fastgen.init(spec, 1, device="cpu")
 prompts = [[i] * (5 * i + 1) for i in range(1, 8)]
 sampling = [fastgen.SamplingParams(temperature=i % 2, seed=i, max_tokens=5 + i) for i in range(7)]
-from fastgen.compiled.runner import compilations
+from fastgen.compiled.compiled_ops import num_compiled_graphs
 def run(**settings):
     with fastgen.Engine(params, spec, cache_tokens=1024, progress=False, token_budget=64, max_num_seqs=4,
                         **settings) as e:
-        before = compilations()
+        before = num_compiled_graphs()
         outputs = e.generate(prompts, sampling)
-        assert compilations() == before, "compiled after the start"
+        assert num_compiled_graphs() == before, "compiled after the start"
         return [c.token_ids for o in outputs for c in o.completions]
 assert run() == run(compile="inductor", overlap=True)
 print("equal")

@@ -13,7 +13,7 @@ from test_workers import failed, killed, nobody_left  # noqa: F401, a fixture
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.compiled.runner import num_compiled_graphs
+from fastgen.compiled.compiled_ops import num_compiled_graphs
 from fastgen.core import scheduler
 
 pytestmark = [
@@ -40,10 +40,10 @@ def test_same_as_one(peers: bool, wanted: list[fastgen.Output]) -> None:
     """fp32: tokens are equal and logprobs nearly; nothing is compiled or captured after the start."""
     with engine(peer_memory=peers) as e:
         assert (e._runner.peer_buffers is not None) is peers
-        compiled, captured = num_compiled_graphs(), e._runner.num_captures
+        compiled, captured = num_compiled_graphs(), e._runner.graphs.num_captures
         for _ in range(2):
             got = e.generate(*load(0, 150), progress=False)
-        assert (num_compiled_graphs(), e._runner.num_captures) == (compiled, captured)
+        assert (num_compiled_graphs(), e._runner.graphs.num_captures) == (compiled, captured)
         assert captured > 20
     for a, b in zip(got, wanted, strict=True):
         assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]

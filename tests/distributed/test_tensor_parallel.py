@@ -28,7 +28,8 @@ from fastgen.core.layers import rms_norm
 from fastgen.core.model_config import ModelConfig, TPShard, shard_config
 from fastgen.core.scheduler import Span
 from fastgen.core.transformer import TORCH_OPS, run_layers
-from fastgen.distributed import tensor_parallel
+from fastgen.core.types import PartialSum
+from fastgen.distributed import peer_memory, tensor_parallel
 from fastgen.distributed.tensor_parallel import TPProcessGroup, raise_if_inconsistent, shard_ops
 
 
@@ -59,42 +60,43 @@ class Rank:
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._all(x))
 
-    def least(self, n: int) -> int:
+    def all_reduce_min(self, n: int) -> int:
         return min(self._all(n))
 
-    def agree(self, step: int, digest: int) -> None:
+    def check_consistent(self, step: int, digest: int) -> None:
         self.steps += 1
         raise_if_inconsistent(self.shard.rank, step, self._all(digest))
 
 
-class Read(tensor_parallel.PeerBuffers):
-    """Of a rank that is a thread: sums of up to `few` rows are read, up to `many` pushed."""
+class ThreadBuffers(peer_memory.PeerBuffers):
+    """Buffers of a rank that is a thread: all-reduces of up to `read_rows` rows are read, up to `push_rows` pushed."""
 
-    def __init__(self, rank: Rank, width: int, few: int, many: int) -> None:
-        self.thread, self.sums, self._push_max_rows = rank, [0, 0], many
-        self.parts = [torch.zeros(few, width) for _ in range(self.NUM_PARTIALS)]
-        boxes = [torch.zeros(many, width) for _ in range(2)]
-        theirs = rank._all(boxes)[1 - rank.shard.rank]
-        self._inbox = [*zip(boxes, theirs, strict=True)]
-        self._partial_ptrs = [torch.tensor(i) for i in range(5)]
+    def __init__(self, rank: Rank, hidden_size: int, read_rows: int, push_rows: int) -> None:
+        self.thread, self.num_read, self.num_pushed, self._push_max_rows = rank, 0, 0, push_rows
+        self._partials = [torch.zeros(read_rows, hidden_size) for _ in range(3)]
+        local = [torch.zeros(push_rows, hidden_size) for _ in range(2)]
+        remote = rank._all(local)[1 - rank.shard.rank]
+        self._push_buffers = [*zip(local, remote, strict=True)]
+        self._rank_ptrs = [torch.tensor([i]) for i in range(5)]  # the number of the buffer
 
-    def _push(self, mine: Tensor, theirs: Tensor) -> None:
-        theirs.copy_(mine)
+    def _push(self, local: Tensor, remote: Tensor) -> None:
+        remote.copy_(local)
 
-    def _pushed(self) -> None: ...
+    def _wait_for_push(self) -> None: ...
 
-    def _sum_norm(self, x: Tensor, y: Tensor, at: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        i = int(at)
-        others = self.thread._all((i, len(x), y))
-        assert {(j, rows) for j, rows, _ in others} == {(i, len(x))}
+    def all_reduce_add_norm(self, x: Tensor, y: PartialSum, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        assert y.rank_ptrs is not None
+        i = int(y.rank_ptrs)
+        ranks = self.thread._all((i, len(x), y.local))
+        assert {(j, rows) for j, rows, _ in ranks} == {(i, len(x))}
         if i < 3:
-            self.sums[0] += 1
-            y = sum(part for *_, part in others)
+            self.num_read += 1
+            total = sum(partial for *_, partial in ranks)
         else:
-            self.sums[1] += 1
-            y = y + self._inbox[i - 3][0][: len(x)]
-        self.thread._all(None)  # threads go on together; parts may be written from now on
-        return x + y, rms_norm(x + y, norm, eps)
+            self.num_pushed += 1
+            total = y.local + self._push_buffers[i - 3][0][: len(x)]
+        self.thread._all(None)  # all threads have read: partial sums may be written from now on
+        return x + total, rms_norm(x + total, norm, eps)
 
 
 def together(size: int, run: Callable[[Rank], Any]) -> list[Any]:
@@ -153,7 +155,7 @@ def test_sums_by_whoever_reads_them(
     few: int, many: int, sums: list[int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory that all ranks read or that is pushed to them, where there is room; a bias is added once."""
-    monkeypatch.setattr(tensor_parallel, "PUSH_CHUNK_ROWS", 16)
+    monkeypatch.setattr(peer_memory, "PUSH_CHUNK_ROWS", 16)
     spec = replace(SPEC, num_layers=2, sliding_windows=SPEC.sliding_windows * 2)
     params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
     whole = params
@@ -167,15 +169,15 @@ def test_sums_by_whoever_reads_them(
     want = ops.final_norm(*want, params.final_norm, spec.rms_norm_eps)
 
     def run(rank: Rank) -> tuple[Tensor, list[int]]:
-        local, read = shard_config(spec, 2), Read(rank, spec.hidden_size, few, many)
+        local, buffers = shard_config(spec, 2), ThreadBuffers(rank, spec.hidden_size, few, many)
         mine = fastgen.init(spec, dtype=torch.float32, tp_shard=rank.shard)
         update(mine, spec, named_weights(whole, spec), tp_shard=rank.shard)
         mine = mine._replace(layers=tuple(
             a._replace(out_bias=b.out_bias) for a, b in zip(mine.layers, params.layers, strict=True)
         ))  # fmt: skip
-        over = shard_ops(ops, rank, spec, read)
+        over = shard_ops(ops, rank, spec, buffers)
         x, y = run_layers(mine, empty(local, 23), batch, local, over, last_token_only=True)
-        return over.final_norm(x, y, params.final_norm, spec.rms_norm_eps), read.sums
+        return over.final_norm(x, y, params.final_norm, spec.rms_norm_eps), [buffers.num_read, buffers.num_pushed]
 
     for got, done in together(2, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -273,12 +275,12 @@ def test_samples(vocab: int, size: int) -> None:
             return [tensor_parallel.sample_from_shards(mine, x, top, rank, vocab) for x in (s, special)]
 
         for got, other in together(size, run):
-            assert torch.equal(got.token, want.token_ids) and got.token.dtype == want.token_ids.dtype
+            assert torch.equal(got.token_ids, want.token_ids) and got.token_ids.dtype == want.token_ids.dtype
             for a, b in zip(got, want, strict=True):
                 assert a.shape == b.shape
-            torch.testing.assert_close(got.logprob, want.logprobs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(got.top_logprobs, want.top_logprobs, atol=1e-5, rtol=1e-5)
-            assert torch.equal(other.token, sampling.sample(logits, special, top).token_ids)
+            assert torch.equal(other.token_ids, sampling.sample(logits, special, top).token_ids)
 
 
 def test_little_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +336,7 @@ def test_scores() -> None:
             tree = tree_map(lambda x: x if x is None else x.requires_grad_(), params)
             with pytest.raises(ValueError, match="no gradients"):
                 fastgen.score(tree, SPEC, sequences, tp_group=rank)
-        with pytest.raises(ValueError, match="no fixed order"):
+        with pytest.raises(ValueError, match="no batch-invariant sums"):
             fastgen.score(params, SPEC, sequences, tp_group=rank, batch_invariant=True)
         return fastgen.score(params, SPEC, sequences, first=first, temperature=0.7, token_budget=50, tp_group=rank)
 
@@ -374,8 +376,10 @@ def test_ranks_that_part() -> None:
             while engine.has_unfinished_requests:
                 engine.step()
 
-    parted = r"parted at step 0: (3 planned or drew .* than rank [012]|0, 1, 2 planned or drew .* than rank 3)"
-    with pytest.raises(RuntimeError, match=parted):
+    diverged = (
+        r"diverged at step 0: (3 planned or sampled .* than rank [012]|0, 1, 2 planned or sampled .* than rank 3)"
+    )
+    with pytest.raises(RuntimeError, match=diverged):
         together(4, run)
 
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 import fastgen
 from fastgen import Batch, ModelConfig
-from fastgen.compiled import batch_invariant
-from fastgen.core.attention import UnrotatedQKV, causal_mask, reference
+from fastgen.core.attention import causal_mask, reference
 from fastgen.core.layers import rope_and_cache_kv, rope_cos_sin
 from fastgen.core.scheduler import Span
 from fastgen.core.types import SharedPrefix
-from fastgen.kernels import attention
+from fastgen.kernels import attention, batch_invariant
 from fastgen.kernels.select import ATTENTION_BACKENDS, select_attention_backend
 
 GARBAGE = 1e3  # in every slot that no query may see: one that leaks in shows
@@ -283,10 +282,10 @@ def test_memory_of_nobody_where_decode_stores(window: int | None, device: str, m
     qkv, turn = torch.randn(len(plan) + pad, 4, 16), rope_cos_sin(batch.positions, spec)
     attend = attention.paged_attention(batch, spec)
     clean, ours = (k.clone(), v.clone()), (poisoned(k), poisoned(v))
-    out = attend(UnrotatedQKV(qkv, *turn, batch.slot_mapping, *clean), *clean, window)[: len(plan)]
+    out = attend(attention.UnrotatedQKV(qkv, *turn, batch.slot_mapping), *clean, window)[: len(plan)]
     with monkeypatch.context() as patch:
         poison_new_memory(patch)
-        found = attend(UnrotatedQKV(qkv, *turn, batch.slot_mapping, *ours), *ours, window)[: len(plan)]
+        found = attend(attention.UnrotatedQKV(qkv, *turn, batch.slot_mapping), *ours, window)[: len(plan)]
     assert torch.isfinite(found).all() and torch.equal(found, out)
     mine = [*used, *batch.slot_mapping[: len(plan)].tolist()]
     assert all(torch.equal(x[mine], y[mine]) for x, y in zip(clean, ours, strict=True))
@@ -358,7 +357,7 @@ def test_decode_rotates_and_stores(seed: int, device: str) -> None:
             qkv = torch.randn(pad, (ratio + 2) * kv_heads, head).to(dtype)
             k[batch.slot_mapping], v[batch.slot_mapping] = GARBAGE, GARBAGE
             ours, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
-            out = attend(UnrotatedQKV(qkv, cos, sin, batch.slot_mapping, *ours), *ours, window)
+            out = attend(attention.UnrotatedQKV(qkv, cos, sin, batch.slot_mapping), *ours, window)
             q = rope_and_cache_kv(qkv, cos, sin, batch.slot_mapping, *plain)
             exact = reference(batch, spec)(q, *plain, window)
             unit = 1e-5 if dtype == torch.float32 else 2e-3

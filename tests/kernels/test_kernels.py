@@ -14,6 +14,7 @@ from fastgen.core.types import SamplingTensors
 
 pytest.importorskip("triton")
 from fastgen.kernels import page_copy, pdl, rope_cache, small_batch
+from fastgen.kernels import sample as sample_kernels
 
 HALF = torch.float16 if torch.get_default_device().type == "cpu" else torch.bfloat16  # the interpreter has no bf16
 EPS = 1e-5
@@ -142,7 +143,7 @@ def compare(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator(logits.device).manual_seed(seed))
     position = torch.arange(rows) * 12345
     last, seat = torch.full((rows + 9,), -1, dtype=torch.int32), torch.randperm(rows + 8)[:rows].int() + 1
-    token, logprob = rope_cache.sample_tokens(logits, temperature, seeds, position, processed, last, seat)
+    token, logprob = sample_kernels.sample_tokens(logits, temperature, seeds, position, processed, last, seat)
     assert torch.equal(last[seat], token) and (last == -1).sum() == 9
     plain = sample(
         logits.float(), SamplingTensors(temperature, seeds, position, processed, None, None), num_top_logprobs=0
@@ -186,12 +187,12 @@ def test_draw_of_logits_that_are_no_numbers(value: float, count: int) -> None:
     spoilt[1::2, -count:] = value
     args = (torch.tensor([0.0, 0.0, 1.0, 1.0, 0.5]), torch.arange(5), torch.arange(5), torch.arange(5) % 2 == 1)
     last, seat = torch.zeros(6, dtype=torch.int32), torch.arange(1, 6)
-    token, logprob = rope_cache.sample_tokens(spoilt, *args, last, seat, batch_invariant=count == 1)
-    wanted = rope_cache.sample_tokens(logits, *args, last.clone(), seat, batch_invariant=count == 1)
+    token, logprob = sample_kernels.sample_tokens(spoilt, *args, last, seat, batch_invariant=count == 1)
+    wanted = sample_kernels.sample_tokens(logits, *args, last.clone(), seat, batch_invariant=count == 1)
     assert logprob.isnan().tolist() == [False, True, False, True, False]
     assert ((token >= 0) & (token < 1100)).all() and torch.equal(last[1:], token)
     assert torch.equal(token[rows], wanted[0][rows]) and torch.equal(logprob[rows], wanted[1][rows])
-    value_of = rope_cache.logprobs(spoilt, token, 2)[0]
+    value_of = sample_kernels.logprobs(spoilt, token, 2)[0]
     assert value_of.isnan().tolist() == [False, True, False, True, False]
 
 
@@ -222,7 +223,7 @@ def test_draw_over_ranks(rows: int, vocab: int, ranks: int) -> None:
         first = min(rank * most, vocab)
         last, seat = torch.zeros(rows + 1, dtype=torch.int32), torch.arange(1, rows + 1)
         mine, part = padded[:, rank * most :][:, :most], (first, min(most, vocab - first))
-        token, logprob = rope_cache.sample_tokens(
+        token, logprob = sample_kernels.sample_tokens(
             mine, *args, last, seat, vocab_size=vocab, vocab_shard=part, all_gather=gather
         )
         return token, logprob, last[1:]
@@ -244,9 +245,9 @@ def test_draw_rows_do_not_depend_on_the_batch() -> None:
     logits, flags = torch.randn(24, 1100), torch.zeros(24, dtype=torch.bool)
     seed, temperature, position = torch.arange(24), torch.full((24,), 0.8), torch.arange(24)
     args, last = (logits, temperature, seed, position, flags), torch.zeros(24, dtype=torch.int32)
-    token, logprob = rope_cache.sample_tokens(*args, last, seed)
+    token, logprob = sample_kernels.sample_tokens(*args, last, seed)
     for pick in ([0], [23, 7], list(range(8, 14))):
-        t, p = rope_cache.sample_tokens(*(x[pick] for x in args), last, seed[pick])
+        t, p = sample_kernels.sample_tokens(*(x[pick] for x in args), last, seed[pick])
         assert torch.equal(t, token[pick])
         torch.testing.assert_close(p, logprob[pick], atol=1e-5, rtol=0)
 
@@ -257,15 +258,15 @@ def test_logprobs_of_given_tokens(dtype: torch.dtype) -> None:
     logits = (3 * torch.randn(9, 5003)).to(dtype)
     args = (logits, torch.full((9,), 0.9), torch.arange(9), torch.arange(9), torch.zeros(9, dtype=torch.int32))
     last, seat = torch.zeros(9, dtype=torch.int32), torch.arange(9)
-    token, logprob = rope_cache.sample_tokens(*args, last, seat, batch_invariant=True)
-    value, best, top = rope_cache.logprobs(logits, token, 3)
+    token, logprob = sample_kernels.sample_tokens(*args, last, seat, batch_invariant=True)
+    value, best, top = sample_kernels.logprobs(logits, token, 3)
     assert torch.equal(value, logprob)
     for plain, ours in zip(sampling.gather_logprobs(logits.float(), token.long(), 3), (value, best, top), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
-    some, few, _ = rope_cache.logprobs(logits[4:6].float(), token[4:6], 1)
+    some, few, _ = sample_kernels.logprobs(logits[4:6].float(), token[4:6], 1)
     assert torch.equal(some, value[4:6])
     assert torch.equal(few, best[4:6, :1])
-    assert not len(rope_cache.logprobs(logits[:0], token[:0], 2)[0])
+    assert not len(sample_kernels.logprobs(logits[:0], token[:0], 2)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])

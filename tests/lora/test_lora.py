@@ -255,7 +255,7 @@ def test_as_merged(way: str) -> None:
 
 def compiled() -> None:
     """With compiled regions; adapters that come, change and go compile nothing anew."""
-    from fastgen.compiled.runner import num_compiled_graphs
+    from fastgen.compiled.compiled_ops import num_compiled_graphs
 
     e, work = engine(adapters={}, cache_tokens=1024, compile="inductor", **SMALL), load(4, 12)
     before = num_compiled_graphs()

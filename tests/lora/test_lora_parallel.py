@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from test_lora import ADAPTERS, CONFIGS, PARAMS, SPEC, SPECS, adapter, load, run, same
-from test_tensor_parallel import Rank, Read, spread, together
+from test_tensor_parallel import Rank, ThreadBuffers, spread, together
 from test_workers import nobody_left  # noqa: F401, used by every test here
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -17,7 +17,7 @@ from fastgen.core.attention import reference
 from fastgen.core.model_config import TPShard, shard_config
 from fastgen.core.scheduler import Span
 from fastgen.core.transformer import TORCH_OPS, ModelOps, run_layers
-from fastgen.distributed import tensor_parallel
+from fastgen.distributed import peer_memory
 from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
 
 SETTINGS: dict[str, Any] = {
@@ -81,15 +81,15 @@ def test_changes_are_summed_with_what_they_change(
     few: int, many: int, sums: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory that others read, or from which parts are pushed as soon as they are there."""
-    monkeypatch.setattr(tensor_parallel, "PUSH_CHUNK_ROWS", 8)
+    monkeypatch.setattr(peer_memory, "PUSH_CHUNK_ROWS", 8)
     adapters, ops = [ADAPTERS["all"], ADAPTERS["wide"]], TORCH_OPS._replace(attention=reference)
     want = final(PARAMS, SPEC, ops, lora.stack(adapters, SPEC), SPEC.num_kv_heads, SPEC.head_dim)
 
     def one(rank: Rank) -> tuple[Tensor, list[int]]:
-        local, read = shard_config(SPEC, 2), Read(rank, SPEC.hidden_size, few, many)
+        local, read = shard_config(SPEC, 2), ThreadBuffers(rank, SPEC.hidden_size, few, many)
         over, mine = shard_ops(ops, rank, SPEC, read), lora.stack(adapters, SPEC, rank.shard)
         found = final(spread(PARAMS, SPEC, rank.shard), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
-        return found, read.sums
+        return found, [read.num_read, read.num_pushed]
 
     for got, done in together(2, one):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)

@@ -26,9 +26,9 @@ SETTINGS: dict[str, Any] = {
 PROGRAMS = 4  # of the kernel that sums
 
 
-def weights(seed: int = 0, place: TPShard = UNSHARDED) -> fastgen.Params:
+def weights(seed: int = 0, tp_shard: TPShard = UNSHARDED) -> fastgen.Params:
     """With distributions that are not flat."""
-    params = fastgen.init(SPEC, seed, device="cpu", dtype=torch.float32, tp_shard=place)
+    params = fastgen.init(SPEC, seed, device="cpu", dtype=torch.float32, tp_shard=tp_shard)
     return tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, params)
 
 

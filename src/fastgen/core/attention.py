@@ -5,7 +5,7 @@ every layer calls. All backends share the signature of `reference`, which is the
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +16,9 @@ from fastgen.core.model_config import ModelConfig
 from fastgen.core.types import Batch
 
 # attend(q [T Q H], k_cache [S K H], v_cache [S K H], window) -> [T Q H]; window: keys seen, None for all. One backend
-# also takes Fresh for q.
+# also takes its own UnrotatedQKV for q.
 AttentionFn = Callable[[Any, Tensor, Tensor, int | None], Tensor]
 AttentionBackend = Callable[[Batch, ModelConfig], AttentionFn]
-
-
-class UnrotatedQKV(NamedTuple):
-    """What `layers.store` takes, in the place of the queries that it returns: not rotated yet, and not in the caches.
-
-    The Triton backend does both where it reads the keys, in steps that only decode: a kernel less in every layer.
-    """
-
-    qkv: Float[Tensor, "T Q2K H"]
-    cos: Float[Tensor, "T 1 half"]
-    sin: Float[Tensor, "T 1 half"]
-    slot: Int[Tensor, " T"]
-    k_cache: Float[Tensor, "S K H"]
-    v_cache: Float[Tensor, "S K H"]
 
 
 def causal_mask(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastgen.compiled.runner import ModelRunner, largest_shape
+from fastgen.compiled.cuda_graphs import largest_shape
+from fastgen.compiled.runner import ModelRunner
 from fastgen.config import EngineConfig, SamplingParams, check_int
 from fastgen.core import scheduler, tokenizer
 from fastgen.core.batch import InputBuffers, build_logit_edits, max_groups, to_device

@@ -18,10 +18,11 @@ from fastgen.core.attention import AttentionBackend, AttentionFn, sdpa
 from fastgen.core.layers import rms_norm, rope_cos_sin, swiglu
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.sampling import gather_logprobs
-from fastgen.core.types import Batch, KVCache, Layer, Params, StackedAdapters, StackedLora
+from fastgen.core.types import Batch, KVCache, Layer, Params, PartialSum, StackedAdapters, StackedLora
 from fastgen.thread_safety import no_autocast
 
 HiddenStates = Float[Tensor, "T D"]
+SublayerOutput = HiddenStates | PartialSum  # partial on one of several tensor-parallel ranks
 RopeCosSin = Float[Tensor, "T 1 half"]
 # add_lora(y, x, rows) -> y plus the low-rank terms of x, where both hold these rows of the batch
 AddLora = Callable[[Tensor, Tensor, slice], Tensor]
@@ -103,14 +104,14 @@ class ModelOps(NamedTuple):
     """What a forward is made of. Each may be replaced by a faster function of the same signature."""
 
     attention: AttentionBackend = sdpa
-    embed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = embed
+    embed: Callable[..., tuple[Any, ...]] = embed
     add_norm_qkv: Callable[..., tuple[Tensor, Tensor]] = add_norm_qkv
     add_norm_gate_up: Callable[..., tuple[Tensor, Tensor]] = add_norm_gate_up
     apply_qk_norm: Callable[..., Tensor] = apply_qk_norm
-    rope_and_cache_kv: Callable[..., Any] = layers.rope_and_cache_kv  # or `attention.Fresh`, where attention does it
+    rope_and_cache_kv: Callable[..., Any] = layers.rope_and_cache_kv
     linear: Callable[..., Tensor] = F.linear
-    out_proj: Callable[..., Tensor] = row_parallel
-    down_proj: Callable[..., Tensor] = row_parallel
+    out_proj: Callable[..., Any] = row_parallel  # -> SublayerOutput
+    down_proj: Callable[..., Any] = row_parallel
     # The parts of `add_norm_qkv` and `add_norm_gate_up`, where adapters add to what lies between (see `lora_ops`):
     add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
     swiglu: Callable[..., Tensor] = swiglu
@@ -186,7 +187,7 @@ def last_token_batch(batch: Batch) -> Batch:
 
 def decoder_layer(
     x: HiddenStates,
-    y: HiddenStates,
+    y: SublayerOutput,
     layer: Layer,
     k_cache: Float[Tensor, "S K H"],
     v_cache: Float[Tensor, "S K H"],
@@ -197,7 +198,7 @@ def decoder_layer(
     model_config: ModelConfig,
     ops: ModelOps = TORCH_OPS,
     logits_indices: Int[Tensor, " N"] | None = None,
-) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
+) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"] | PartialSum]:
     """x and y after a block. Writes k and v at `slot`; pure otherwise.
 
     `output`: of these tokens only, which `attend` is then made for. Of the others no more than keys and values is
@@ -224,8 +225,8 @@ def run_layers(
     adapters: StackedAdapters | None = None,
     *,
     last_token_only: bool = False,
-    layer_fn: Callable[..., tuple[Tensor, Tensor]] = decoder_layer,
-) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"]]:
+    layer_fn: Callable[..., tuple[Any, Any]] = decoder_layer,
+) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"] | PartialSum]:
     """Returns x and y after the last layer. Writes `cache` at `batch.slot_mapping`; pure otherwise.
 
     With `last_token_only` the results are those of the sequences' last tokens, `batch.logits_indices`. `layer_fn` replaces

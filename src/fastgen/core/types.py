@@ -107,6 +107,14 @@ class KVCache(NamedTuple):
     v: tuple[Float[Tensor, "S K H"], ...]
 
 
+class PartialSum(NamedTuple):
+    """What one tensor-parallel rank adds to a sublayer's output; the op that reads the output adds up all ranks' sums."""
+
+    local: Float[Tensor, "T D"]
+    # Device addresses of all ranks' partial sums, where one rank's kernels read them; None: `local` is all-reduced.
+    rank_ptrs: Int[Tensor, " ranks"] | None = None
+
+
 class SharedPrefix(NamedTuple):
     """Groups of decoding sequences whose contexts begin with the same pages, which attention reads once for a group.
 

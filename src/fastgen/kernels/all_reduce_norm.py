@@ -1,13 +1,12 @@
-"""A sum over the ranks of a host (a one-shot all-reduce) with the residual sum and norm that follow it: one kernel in
-the place of an all-reduce, a sum and a norm.
+"""One-shot all-reduce over the ranks of a host, fused with the residual addition and the RMS norm that follow it.
 
-Each rank's part of the sum lies where this rank can read it: in the other's memory, or here if that one has pushed it.
-A program of the kernel owns some rows: it tells the same program of every other rank that this rank has come so far,
-waits until they have, and adds the rows of all ranks in the order of ranks, so that all get the same bits.
+This rank can read every rank's partial sum: in that rank's memory, or in its own if that rank has pushed it there. A
+program signals the same program of all other ranks that this rank's partial sum is written, waits for their signals, and
+adds the rows of all ranks in rank order, so that all ranks get the same bits.
 
-A flag counts how often a program of a rank has come: each has one of every rank's, its own included, and waits until
-the others have come as often. So nothing has to be reset, and a captured kernel can be replayed. A part may be written
-over once the next sum has been made: whoever takes part in that has read this one.
+A signal increments a counter. Every program has a counter per rank, its own included, and waits until the others are as
+high as its own: nothing is reset, and a captured kernel can be replayed. A partial sum may be overwritten after the next
+all-reduce, because a rank signals there only after it has read this one.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -23,7 +22,7 @@ from torch import Tensor
 from fastgen.kernels import pdl
 from fastgen.kernels.pdl import grid_dependency_sync
 
-MAX_PROGRAMS = 4 * 132  # at most: as many as run together; each then has several rows
+MAX_PROGRAMS = 4 * 132  # all must run at once, since they wait for each other; each has several rows if need be
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -33,63 +32,60 @@ def _all_reduce_add_norm_kernel(
     RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """total = x + the sum of the parts, out = its norm; all [rows, D]."""
+    """Writes residual_out = x + the sum of all ranks' partial sums, and out = its RMS norm, both [num_rows, D]."""
     d = tl.arange(0, B)
     inside = d < D
     weight = tl.load(norm + d, mask=inside, other=0)
-    here = tl.load(flag_ptrs + RANK).to(tl.pointer_type(tl.int32))
-    end = here + MAX_PROGRAMS * WORLD_SIZE  # set when a rank is gone
-    mine = tl.program_id(0) * WORLD_SIZE
-    count = tl.atomic_add(here + mine + RANK, 1, sem="relaxed") + 1
+    local_flags = tl.load(flag_ptrs + RANK).to(tl.pointer_type(tl.int32))
+    abort_flag = local_flags + MAX_PROGRAMS * WORLD_SIZE  # set when a rank has exited
+    program_flags = tl.program_id(0) * WORLD_SIZE
+    count = tl.atomic_add(local_flags + program_flags + RANK, 1, sem="relaxed") + 1
     grid_dependency_sync(PDL)
     for r in tl.static_range(WORLD_SIZE):
         if r != RANK:
-            there = tl.load(flag_ptrs + r).to(tl.pointer_type(tl.int32))
-            tl.atomic_add(there + mine + RANK, 1, sem="release", scope="sys")
+            remote_flags = tl.load(flag_ptrs + r).to(tl.pointer_type(tl.int32))
+            tl.atomic_add(remote_flags + program_flags + RANK, 1, sem="release", scope="sys")
     for r in tl.static_range(WORLD_SIZE):
         if r != RANK:
-            waits = 1
-            while waits != 0:
-                waits = (tl.atomic_add(here + mine + r, 0, sem="acquire", scope="sys") - count < 0).to(tl.int32)
-                if waits != 0:
-                    waits = 1 - tl.load(end, volatile=True)
+            waiting = 1
+            while waiting != 0:
+                arrived = tl.atomic_add(local_flags + program_flags + r, 0, sem="acquire", scope="sys")
+                waiting = (arrived - count < 0).to(tl.int32)
+                if waiting != 0:
+                    waiting = 1 - tl.load(abort_flag, volatile=True)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        at = row * D + d
-        h = tl.load(x + at, mask=inside, other=0)
+        offset = row * D + d
+        h = tl.load(x + offset, mask=inside, other=0)
         y = tl.zeros([B], tl.float32)
         for r in tl.static_range(WORLD_SIZE):
-            part = own_partial
+            partial = own_partial
             if r != RANK:
-                part = tl.load(partial_ptrs + r).to(tl.pointer_type(x.dtype.element_ty))
-                part = tl.multiple_of(part, 16)  # else each number is loaded alone
-            # Past the first cache, which may hold what was there before.
-            y += tl.load(part + at, mask=inside, other=0, cache_modifier=".cg").to(tl.float32)
+                partial = tl.load(partial_ptrs + r).to(tl.pointer_type(x.dtype.element_ty))
+                partial = tl.multiple_of(partial, 16)  # without this, numbers are loaded one by one
+            # Loads bypass the L1 cache, which may hold old values.
+            y += tl.load(partial + offset, mask=inside, other=0, cache_modifier=".cg").to(tl.float32)
         h += y.to(h.dtype)
-        tl.store(residual_out + at, h, mask=inside)
+        tl.store(residual_out + offset, h, mask=inside)
         h32 = h.to(tl.float32)
         unit = (h32 * tl.rsqrt(tl.sum(h32 * h32, 0) / D + eps)).to(h.dtype)
-        tl.store(out + at, unit * weight, mask=inside)
+        tl.store(out + offset, unit * weight, mask=inside)
 
 
 def all_reduce_add_norm(
-    x: Float[Tensor, "T D"],
-    own_partial: Float[Tensor, "T D"],
-    partial_ptrs: Int[Tensor, " R"],
-    flag_ptrs: Int[Tensor, " R"],
-    rank: int,
-    norm: Float[Tensor, " D"],
-    eps: float,
-) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-    """x plus the sum of all ranks' parts, and its RMS norm.
+    x: Float[Tensor, "T D"], own_partial: Float[Tensor, "T D"], partial_ptrs: Int[Tensor, " ranks"],
+    flag_ptrs: Int[Tensor, " ranks"], rank: int, norm: Float[Tensor, " D"], eps: float,
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:  # fmt: skip
+    """Returns x plus the sum of all ranks' partial sums, and its RMS norm. All ranks must call it with as many rows.
 
-    `own`: this rank's part. `parts`: where each other rank's part [T, D] begins, in x's dtype, aligned to 16 bytes.
-    `flags`: where each rank's `PROGRAMS` x R + 1 flags do, int32, all 0 before the first call; waiting ends for ever
-    when the last is set. All ranks make this call with as many rows.
+    `partial_ptrs` are the addresses of the ranks' partial sums [T, D], of x's dtype, aligned to 16 bytes; this rank's own
+    is `own_partial`. `flag_ptrs` are those of the ranks' `MAX_PROGRAMS` * ranks + 1 counters, int32, 0 before the first
+    call. Once a rank's last counter is 1, that rank never waits again.
     """
     rows, width = x.shape
-    total, out = torch.empty_like(x), torch.empty_like(x)
+    residual, out = torch.empty_like(x), torch.empty_like(x)
     _all_reduce_add_norm_kernel[(min(rows, MAX_PROGRAMS),)](
-        own_partial, partial_ptrs, flag_ptrs, x, norm, total, out, rows, eps, RANK=rank, WORLD_SIZE=len(partial_ptrs), MAX_PROGRAMS=MAX_PROGRAMS, D=width,
-        B=triton.next_power_of_2(width), num_warps=8, **pdl.pdl_launch_options(x),
+        own_partial, partial_ptrs, flag_ptrs, x, norm, residual, out, rows, eps, RANK=rank,
+        WORLD_SIZE=len(partial_ptrs), MAX_PROGRAMS=MAX_PROGRAMS, D=width, B=triton.next_power_of_2(width), num_warps=8,
+        **pdl.pdl_launch_options(x),
     )  # fmt: skip
-    return total, out
+    return residual, out

@@ -1,23 +1,97 @@
-"""The attention backends by name."""
+"""Chooses kernels: the only module that decides which attention, matmuls, norms and samplers a device runs.
+
+Triton comes with the GPU builds of torch, and not with others: modules with kernels are imported where they are chosen.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
+from fastgen.config import CompileConfig
 from fastgen.core.attention import AttentionBackend, reference, sdpa
+from fastgen.core.sampling import sample
+from fastgen.core.step import FusedSampler
+from fastgen.core.transformer import TORCH_OPS, ModelOps
+from fastgen.kernels.batch_invariant import batch_invariant_ops, sample_row_blocks
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "triton")
 
 
 def select_attention_backend(name: str, device: torch.device | str) -> AttentionBackend:
-    """A backend, a function of (batch, spec); `auto` is triton on a GPU and sdpa elsewhere.
+    """Returns the attention backend of this name; `auto` is triton on a GPU and sdpa elsewhere.
 
-    On a CPU the Triton kernels run in Triton's interpreter only (TRITON_INTERPRET=1), to be tested.
+    On a CPU the Triton kernels run in Triton's interpreter only (TRITON_INTERPRET=1), for tests.
     """
     if name == "auto":
         name = "triton" if torch.device(device).type == "cuda" else "sdpa"
     if name == "triton":
-        from fastgen.kernels.attention import (
-            paged_attention,  # Triton comes with the GPU builds of torch, and not with others
-        )
+        from fastgen.kernels.attention import paged_attention
 
         return paged_attention
     return {"reference": reference, "sdpa": sdpa}[name]
+
+
+def select_ops(config: CompileConfig, device: torch.device, torch_ops: ModelOps) -> ModelOps:
+    """Returns the ops of an engine's forward.
+
+    `torch_ops` are the plain or the compiled ones, which stay where no kernel replaces them. On a GPU, steps of up to
+    `SMALL_BATCH` tokens have kernels of their own, which stream the weights; larger ones use the library's GEMMs.
+    """
+    if config.batch_invariant:
+        return batch_invariant_ops(device)
+    ops = torch_ops._replace(attention=select_attention_backend(config.attention, device))
+    if config.mode == "eager" or device.type != "cuda":
+        return ops
+    from fastgen.kernels import lora, pdl, rope_cache, small_batch
+
+    def for_small_batch(small: Callable[..., Any], large: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, *args: (small if len(x) <= pdl.SMALL_BATCH else large)(x, *args)
+
+    return ops._replace(
+        add_norm_qkv=for_small_batch(small_batch.add_norm_qkv, ops.add_norm_qkv),
+        add_norm_gate_up=for_small_batch(small_batch.add_norm_gate_up, ops.add_norm_gate_up),
+        linear=for_small_batch(small_batch.linear, ops.linear),
+        add_norm=for_small_batch(small_batch.add_norm, ops.add_norm),
+        swiglu=for_small_batch(small_batch.swiglu, ops.swiglu),
+        final_norm=for_small_batch(small_batch.final_norm, ops.final_norm),
+        lm_head=for_small_batch(small_batch.lm_head, ops.lm_head),
+        rope_and_cache_kv=rope_cache.rope_and_cache_kv,
+        apply_lora=lora.apply_lora,
+    )
+
+
+def select_scoring_ops(device: torch.device, *, batch_invariant: bool) -> ModelOps:
+    """Returns the ops of a forward outside an engine, which compiles nothing."""
+    if batch_invariant or device.type != "cuda":
+        return batch_invariant_ops(device) if batch_invariant else TORCH_OPS
+    from fastgen.kernels.attention import paged_attention
+    from fastgen.kernels.rope_cache import rope_and_cache_kv
+
+    return TORCH_OPS._replace(attention=paged_attention, rope_and_cache_kv=rope_and_cache_kv)
+
+
+def select_fused_rope(config: CompileConfig, ops: ModelOps) -> tuple[int, ModelOps]:
+    """Returns the ops with which the decode kernel applies RoPE and writes the cache itself, and the largest number of
+    tokens of a decode step that uses them; 0: none does."""
+    if config.attention != "triton" or config.mode == "eager" or config.batch_invariant:
+        return 0, ops
+    from fastgen.kernels.attention import defer_rope_and_cache_kv
+    from fastgen.kernels.pdl import SMALL_BATCH
+
+    return SMALL_BATCH, ops._replace(rope_and_cache_kv=defer_rope_and_cache_kv)
+
+
+def select_fused_sampler(config: CompileConfig, device: torch.device) -> FusedSampler | None:
+    """Returns the kernel that samples without filters or edits; None where tokens are sampled by `select_sample_fn`."""
+    if config.mode == "eager" or device.type != "cuda":
+        return None
+    from fastgen.kernels.sample import sample_tokens
+
+    return partial(sample_tokens, batch_invariant=True) if config.batch_invariant else sample_tokens
+
+
+def select_sample_fn(config: CompileConfig, ops: ModelOps) -> Callable[..., Any]:
+    """Returns `sampling.sample`, or its batch-invariant form, which computes logprobs by `ops.logprobs`."""
+    return partial(sample_row_blocks, logprobs_fn=ops.logprobs) if config.batch_invariant else sample

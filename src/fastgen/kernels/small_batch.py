@@ -1,9 +1,8 @@
-"""A block's matrices and what lies between them for few rows (T <= 16), where reading the weights is all that should
-take time.
+"""Matmuls, norms and activations for up to `SMALL_BATCH` rows, where only reading the weights should take time.
 
-A program of `linear` owns N columns of the result and streams its rows of the weights once, K wide at a time, through
-a few stages of shared memory; the activations come from L2. The order of every sum depends on shapes alone, so a
-row's result is the same in any company.
+A program of `linear` computes N columns of the result. It streams the weights' rows once, K columns at a time, through
+a few stages of shared memory; activations come from L2. The order of every sum depends on shapes alone, so a row's result
+does not depend on the other rows.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -20,39 +19,42 @@ from fastgen.kernels import pdl
 from fastgen.kernels.pdl import SMALL_BATCH, grid_dependency_sync
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # each value of it would be compiled anew
+@triton.jit(do_not_specialize=["num_rows"])  # Triton would compile a kernel for each value
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _linear_kernel(
     x, w, bias, out, num_rows, out_features, in_features,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, width] of x [rows, depth] and w [width, depth]."""
+    """Computes N columns of out [num_rows, out_features] = x [num_rows, in_features] @ w [out_features, in_features].T.
+
+    T: rows, padded. EVEN: K divides in_features.
+    """
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     t, n = tl.arange(0, T), tl.program_id(0) * N + tl.arange(0, N)
-    row = tl.minimum(n, out_features - 1).to(tl.int64)  # beyond the last: the last again, so that loads need no mask
-    w_at = w + row * in_features
-    live = (t < num_rows)[:, None]
-    here = t[:, None] * in_features
+    w_row = tl.minimum(n, out_features - 1).to(tl.int64)  # the last row repeats, so that loads need no mask
+    w_ptr = w + w_row * in_features
+    is_row = (t < num_rows)[:, None]
+    x_offset = t[:, None] * in_features
     acc = tl.zeros([N, T], tl.float32)
     grid_dependency_sync(PDL)
-    for first in tl.range(0, in_features, K):
-        k = first + tl.arange(0, K)
+    for k_start in tl.range(0, in_features, K):
+        k = k_start + tl.arange(0, K)
         if EVEN:
-            b = tl.load(w_at[:, None] + k[None, :])
-            a = tl.load(x + here + k[None, :], mask=live, other=0)
+            b = tl.load(w_ptr[:, None] + k[None, :])
+            a = tl.load(x + x_offset + k[None, :], mask=is_row, other=0)
         else:
-            b = tl.load(w_at[:, None] + k[None, :], mask=(k < in_features)[None, :], other=0)
-            a = tl.load(x + here + k[None, :], mask=live & (k < in_features)[None, :], other=0)
+            b = tl.load(w_ptr[:, None] + k[None, :], mask=(k < in_features)[None, :], other=0)
+            a = tl.load(x + x_offset + k[None, :], mask=is_row & (k < in_features)[None, :], other=0)
         acc = tl.dot(b, tl.trans(a), acc, input_precision=precision)
     if BIAS:
-        acc += tl.load(bias + row)[:, None].to(tl.float32)
-    to = out + t[None, :] * out_features + n[:, None]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=(t < num_rows)[None, :] & (n < out_features)[:, None])
+        acc += tl.load(bias + w_row)[:, None].to(tl.float32)
+    target = out + t[None, :] * out_features + n[:, None]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=(t < num_rows)[None, :] & (n < out_features)[:, None])
 
 
-# Up to so many rows of weights: N, K, warps, stages. What decides is how many programs a processor gets, and how many
-# of the next product's it takes while they end; depth hardly matters.
+# Largest out_features: N, K, warps, stages. What matters is the number of programs per multiprocessor, and how many of the
+# next matmul's it can start while they end; in_features hardly matters.
 LINEAR_TILES = (
     (4224, (16, 256, 2, 5)),
     (6144, (16, 128, 1, 6)),
@@ -64,33 +66,35 @@ LINEAR_TILES = (
 
 
 def select_linear_tile(n: int, k: int, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """How weights [n, k] are cut: the fastest of those tried on an H200 (`benchmarks/tiles_gpu.py`)."""
-    if dtype == torch.float32:  # no tensor cores: every step is unrolled
-        width, depth, warps, stages = 16, 64, 4, 3
+    """Returns the tile for weights [n, k]: the fastest of those measured on an H200 (`benchmarks/tiles_gpu.py`)."""
+    if dtype == torch.float32:  # without tensor cores, every step is unrolled
+        tile = 16, 64, 4, 3
     elif num_rows <= 8:
-        width, depth, warps, stages = next(config for most, config in LINEAR_TILES if n <= most)
+        tile = next(tile for max_n, tile in LINEAR_TILES if n <= max_n)
     elif n >= 16384:
-        width, depth, warps, stages = 64, 128, 2, 4
-    elif k > 8000:
-        width, depth, warps, stages = 16, 512, 2, 4
+        tile = 64, 128, 2, 4
     else:
-        width, depth, warps, stages = 64, 256, 4, 4
-    return {"N": width, "K": depth, "num_warps": warps, "num_stages": stages}
+        tile = (16, 512, 2, 4) if k > 8000 else (64, 256, 4, 4)
+    return dict(zip(("N", "K", "num_warps", "num_stages"), tile, strict=True))
 
 
 def linear(
     x: Float[Tensor, "T D"], w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None = None,
     out: Float[Tensor, "T N"] | None = None,
 ) -> Float[Tensor, "T N"]:  # fmt: skip
-    """x @ w.T + bias for T <= 16, summed in fp32 and rounded once. All of one dtype; w contiguous."""
-    (rows, depth), width = x.shape, len(w)
+    """Returns x @ w.T + bias for 1 to `SMALL_BATCH` rows, summed in fp32 and rounded once, in `out` if that is set.
+
+    All tensors have one dtype. ValueError for other numbers of rows, and for weights that are not contiguous.
+    """
+    (rows, in_features), out_features = x.shape, len(w)
     if not 0 < rows <= SMALL_BATCH or not w.is_contiguous():
-        raise ValueError(f"for 1 to {SMALL_BATCH} rows and contiguous weights, got {rows} and strides {w.stride()}")
-    out, config = x.new_empty(rows, width) if out is None else out, select_linear_tile(width, depth, rows, x.dtype)
-    _linear_kernel[(triton.cdiv(width, config["N"]),)](
-        x.contiguous(), w, x if bias is None else bias, out, rows, width, depth, T=8 if rows <= 8 else SMALL_BATCH,
-        BIAS=bias is not None, EVEN=depth % config["K"] == 0, EXACT=x.dtype == torch.float32,
-        **pdl.pdl_launch_options(x), **config,
+        raise ValueError(f"takes 1 to {SMALL_BATCH} rows and contiguous weights, not {rows} and strides {w.stride()}")
+    out = x.new_empty(rows, out_features) if out is None else out
+    tile = select_linear_tile(out_features, in_features, rows, x.dtype)
+    _linear_kernel[(triton.cdiv(out_features, tile["N"]),)](
+        x.contiguous(), w, x if bias is None else bias, out, rows, out_features, in_features,
+        T=8 if rows <= 8 else SMALL_BATCH, BIAS=bias is not None, EVEN=in_features % tile["K"] == 0,
+        EXACT=x.dtype == torch.float32, **pdl.pdl_launch_options(x), **tile,
     )  # fmt: skip
     return out
 
@@ -100,34 +104,34 @@ def linear(
 def _add_norm_kernel(
     x, y, norm, residual_out, out, eps, D: tl.constexpr, B: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr
 ):
+    """Normalizes one row of D numbers of x, or of x + y if ADD. B: D, rounded up to a power of two."""
     d = tl.arange(0, B)
-    at = tl.program_id(0).to(tl.int64) * D + d
+    i = tl.program_id(0).to(tl.int64) * D + d
     weight = tl.load(norm + d, mask=d < D, other=0)
     grid_dependency_sync(PDL)
-    h = tl.load(x + at, mask=d < D, other=0)
+    h = tl.load(x + i, mask=d < D, other=0)
     if ADD:
-        h += tl.load(y + at, mask=d < D, other=0)
-        tl.store(residual_out + at, h, mask=d < D)
+        h += tl.load(y + i, mask=d < D, other=0)
+        tl.store(residual_out + i, h, mask=d < D)
     h32 = h.to(tl.float32)
     unit = (h32 * tl.rsqrt(tl.sum(h32 * h32, 0) / D + eps)).to(h.dtype)
-    tl.store(out + at, unit * weight, mask=d < D)
+    tl.store(out + i, unit * weight, mask=d < D)
 
 
 def add_norm(
     x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-    """x + y, and its RMS norm."""
-    rows, width = x.shape
-    total, out = torch.empty_like(x), torch.empty_like(x)
-    size = triton.next_power_of_2(width)
+    """Returns x + y and its RMS norm."""
+    (rows, width), residual, out = x.shape, torch.empty_like(x), torch.empty_like(x)
     _add_norm_kernel[(rows,)](
-        x, y, norm, total, out, eps, D=width, B=size, ADD=True, num_warps=8, **pdl.pdl_launch_options(x)
-    )
-    return total, out
+        x, y, norm, residual, out, eps, D=width, B=triton.next_power_of_2(width), ADD=True, num_warps=8,
+        **pdl.pdl_launch_options(x),
+    )  # fmt: skip
+    return residual, out
 
 
 def rms_norm(x: Float[Tensor, "T D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "T D"]:
-    """RMS norm of each row, D being a few hundred."""
+    """Returns the RMS norm of each row; for heads, where D is a few hundred."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     size = triton.next_power_of_2(x.shape[1])
     _add_norm_kernel[(len(x),)](x, x, weight, x, out, eps, D=x.shape[1], B=size, ADD=False, num_warps=1, PDL=False)
@@ -139,15 +143,15 @@ def rms_norm(x: Float[Tensor, "T D"], weight: Float[Tensor, " D"], eps: float) -
 def _swiglu_kernel(x, out, width, B: tl.constexpr, PDL: tl.constexpr):
     t, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * B + tl.arange(0, B)
     grid_dependency_sync(PDL)
-    at = x + t * 2 * width + f
-    gate, up = tl.load(at, mask=f < width, other=0), tl.load(at + width, mask=f < width, other=0)
+    gate_ptr = x + t * 2 * width + f
+    gate, up = tl.load(gate_ptr, mask=f < width, other=0), tl.load(gate_ptr + width, mask=f < width, other=0)
     gate32 = gate.to(tl.float32)
     gated = (gate32 / (1.0 + tl.exp(-gate32))).to(gate.dtype) * up
     tl.store(out + t * width + f, gated, mask=f < width)
 
 
 def swiglu(x: Float[Tensor, "T F2"]) -> Float[Tensor, "T F"]:
-    """silu(gate) * up of the halves of x."""
+    """Returns silu(gate) * up, where gate and up are the halves of x."""
     rows, width = len(x), x.shape[1] // 2
     out = x.new_empty(rows, width)
     _swiglu_kernel[(rows, triton.cdiv(width, 1024))](x, out, width, B=1024, num_warps=4, **pdl.pdl_launch_options(x))
@@ -158,7 +162,7 @@ def add_norm_qkv(
     x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float,
     w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None,
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T N"]]:  # fmt: skip
-    """As `transformer.project`."""
+    """Returns x + y, and the linear layer of its RMS norm."""
     x, h = add_norm(x, y, norm, eps)
     return x, linear(h, w, bias)
 
@@ -167,6 +171,20 @@ def add_norm_gate_up(
     x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float,
     gate_up: Float[Tensor, "F2 D"],
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T F"]]:  # fmt: skip
-    """As `transformer.project_swiglu`."""
+    """Returns x + y, and the gated activation of its RMS norm."""
     x, h = add_norm(x, y, norm, eps)
     return x, swiglu(linear(h, gate_up))
+
+
+def final_norm(
+    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float
+) -> Float[Tensor, "T D"]:
+    """Returns the RMS norm of x + y."""
+    return add_norm(x, y, norm, eps)[1]
+
+
+def lm_head(
+    h: Float[Tensor, "N D"], w: Float[Tensor, "V D"], out: Float[Tensor, "M V"] | None = None
+) -> Float[Tensor, "N V"]:
+    """Returns the logits of up to `SMALL_BATCH` hidden states, in the first rows of `out` if that is set."""
+    return linear(h, w, None, None if out is None else out[: len(h)])

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgen.compiled.batch_invariant import batch_invariant_ops, no_split_k
 from fastgen.config import MIN_TEMPERATURE, check_int
 from fastgen.core.batch import build_batch
 from fastgen.core.model_config import ModelConfig, shard_config
@@ -21,9 +20,11 @@ from fastgen.core.request import Output
 from fastgen.core.scheduler import Span
 from fastgen.core.step import LOGITS_PER_CHUNK
 from fastgen.core.tokenizer import encode
-from fastgen.core.transformer import TORCH_OPS, ModelOps, decoder_layer, lm_head_weight, run_layers
+from fastgen.core.transformer import ModelOps, SublayerOutput, decoder_layer, lm_head_weight, run_layers
 from fastgen.core.types import Batch, KVCache, Layer, Params, Tokenizer
 from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
+from fastgen.kernels.batch_invariant import no_split_k
+from fastgen.kernels.select import select_scoring_ops
 from fastgen.thread_safety import check_fork, no_autocast
 from fastgen.training.differentiable_ops import make_differentiable
 from fastgen.training.shared_params import attach_gradients
@@ -69,7 +70,7 @@ def score(
     if tp_group is not None and (needs_grad or batch_invariant):
         raise ValueError("score: several ranks compute no gradients and no batch-invariant sums; turn both off")
     if ops is None:
-        ops = batch_invariant_ops(device) if batch_invariant else default_ops(device)
+        ops = select_scoring_ops(device, batch_invariant=batch_invariant)
     if tp_group is not None:
         ops, model_config = shard_ops(ops, tp_group, model_config), shard_config(model_config, tp_group.shard.size)
     if needs_grad:
@@ -138,16 +139,6 @@ def iter_weights(params: Params) -> Iterator[Tensor]:
     yield from (w for layer in params.layers for w in layer if w is not None)
 
 
-def default_ops(device: torch.device) -> ModelOps:
-    """Returns the uncompiled ops for a device: Triton kernels for attention and the cache on a GPU, torch elsewhere."""
-    if device.type != "cuda":
-        return TORCH_OPS
-    from fastgen.kernels.attention import paged_attention  # Triton comes with torch's GPU builds only
-    from fastgen.kernels.rope_cache import rope_and_cache_kv
-
-    return TORCH_OPS._replace(attention=paged_attention, rope_and_cache_kv=rope_and_cache_kv)
-
-
 def split_into_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
     """Yields lists of consecutive indices whose lengths sum to at most `token_budget`; at least one index each."""
     batch, num_tokens = list[int](), 0
@@ -203,8 +194,8 @@ def _build_batch(sequences: list[list[int]], device: torch.device) -> Batch:
 
 
 def _layer_with_own_cache(
-    x: Tensor, y: Tensor, layer: Layer, k_cache: Tensor, v_cache: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: SublayerOutput, layer: Layer, k_cache: Tensor, v_cache: Tensor, *args: Any
+) -> tuple[Tensor, SublayerOutput]:
     """Runs a decoder layer with a zeroed KV cache of the given caches' shape, which lives as long as the layer's graph."""
     k_cache, v_cache = x.new_zeros(k_cache.shape), x.new_zeros(v_cache.shape)
     return decoder_layer(x, y, layer, k_cache, v_cache, *args)
