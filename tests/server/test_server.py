@@ -671,7 +671,9 @@ def test_names_that_must_be_known(options: dict[str, Any]) -> None:
     made = app_state.AppState.__new__(app_state.AppState)
     made.options = app_state.ServerOptions(engine_address="", model_names=("tiny", "alias"), **options)
     made.supports_adapters, made.is_ready, made.model_config = not options, True, SPEC
-    made.engine_client = MagicMock(spec=EngineClient, is_engine_dead=False, ask=AsyncMock(return_value=["poet"]))
+    made.engine_client = MagicMock(
+        spec=EngineClient, is_engine_dead=False, call_engine=AsyncMock(return_value=["poet"])
+    )
     for name, answers in ((None, "tiny"), ("", "tiny"), ("alias", "alias"), ("poet", "poet")):
         assert asyncio.run(made.resolve_model_name(name)) == answers
     with pytest.raises(APIError, match="no model 'gpt' here; there is tiny, alias, poet") as e:
@@ -1263,7 +1265,7 @@ def test_a_message_that_fails_costs_its_request(library: fastgen.Engine, monkeyp
     assert [*core.active_requests] == ["good"]
     while library.has_unfinished_requests:
         core.step()
-    assert [t for _, (_, e) in posted(post) for p in e["good"] for t in p.tokens]
+    assert [t for _, (_, e) in posted(post) for p in e["good"] for t in p.token_ids]
 
 
 def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1297,7 +1299,7 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
         core.step()
         core.drain_messages()
     pieces = [p for _, (kind, *e) in posted(post) if kind == "events" for p in e[0]["plain"]]
-    assert [p.reason for p in pieces if p.reason] == ["length"] * 2
+    assert [p.finish_reason for p in pieces if p.finish_reason] == ["length"] * 2
     core.on_abort_by_id(b"a", "kill", "killed")
     core.abort_worker_requests(b"b")
     assert [m[:2] for _, m in posted(post)] == [("reply", "killed"), ("reply", "kill")]
@@ -1312,7 +1314,7 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
     core.drain_messages()
     while library.has_unfinished_requests:
         core.step()
-    tokens = [t for _, (_, e) in posted(post) for p in e["one"] if p.slot == 0 for t in p.tokens]
+    tokens = [t for _, (_, e) in posted(post) for p in e["one"] if p.choice_index == 0 for t in p.token_ids]
     assert "one".startswith(BYTE_LEVEL.decode(tokens, skip_special_tokens=True)) and tokens and not core.active_requests
     assert {g for g, stop in stops.items() if stop.is_set()} == {"regex:left", "regex:killed", "regex:gone"}
 
@@ -1334,7 +1336,10 @@ def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, mo
     core.report_step_failure()
     reply, *rest = sent()
     assert reply == (b"a", ("reply", "key", None))
-    assert [(p.slot, p.reason) for _, (_, e) in rest for p in e["call"]] == [(0, "failed"), (1, "failed")]
+    assert [(p.choice_index, p.finish_reason) for _, (_, e) in rest for p in e["call"]] == [
+        (0, "failed"),
+        (1, "failed"),
+    ]
     core.on_add(b"a", "key", "one", [[5, 6]], params)
     core.on_add(b"b", "key", "two", [[5, 6]], params)
     core.on_abort(b"b", "one", None)  # not its own
@@ -1345,7 +1350,7 @@ def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, mo
     assert {who for who, _ in pieces} == {b"a"}
     wanted = ask(library, [5, 6], temperature=0, max_tokens=3).completions[0].token_ids
     for slot in range(2):
-        assert [t for _, p in pieces if p.slot == slot for t in p.tokens] == wanted
+        assert [t for _, p in pieces if p.choice_index == slot for t in p.token_ids] == wanted
     assert core.stats()["held_pages"] == 0 and not core.active_requests and not core.owner_by_engine_id
 
 

@@ -161,7 +161,7 @@ class AppState:
     async def list_model_names(self) -> tuple[str, ...]:
         """The model's names, and its adapters'."""
         self.check_ready()
-        return (*self.options.model_names, *await self.engine_client.call_engine("adapters"))
+        return (*self.options.model_names, *await self.engine_client.call_engine("list_adapters"))
 
     async def resolve_model_name(self, model: str | None) -> str:
         """The name of what answers a request for `model`: the model, by any of its names, or an adapter.
@@ -207,7 +207,7 @@ class AppState:
 
     async def _set_adapter(self, name: str, adapter: Adapter | None, *, load_inplace: bool = False) -> None:
         """As the engine's "adapter"."""
-        if refused := await self.engine_client.call_engine("adapter", name, adapter, load_inplace):
+        if refused := await self.engine_client.call_engine("set_adapter", name, adapter, load_inplace):
             raise APIError(*refused, param="lora_name")
 
     def check_num_completions(self, num_completions: int, param: str = "n") -> None:

@@ -77,7 +77,15 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     usage = bool(body.stream_options and body.stream_options.include_usage)
     versions = body.return_weight_versions
     return await service.submit(
-        request, form, model, [tokens], params, names, stream=body.stream, usage=usage, versions=versions
+        request,
+        form,
+        model,
+        [tokens],
+        params,
+        names,
+        stream=body.stream,
+        include_usage=usage,
+        return_weight_versions=versions,
     )
 
 
@@ -138,8 +146,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         params,
         body.client_field_names(),
         stream=body.stream,
-        usage=usage,
-        versions=versions,
+        include_usage=usage,
+        return_weight_versions=versions,
     )
 
 
@@ -154,7 +162,9 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     names = {"prompt": "token_ids"} | {n: f"sampling_params.{n}" for n in type(body.sampling_params).model_fields}
     form = TokenResponseBuilder(service.token_decoder)
     versions = body.return_weight_versions
-    return await service.submit(request, form, model, [tokens], params, names, stream=body.stream, versions=versions)
+    return await service.submit(
+        request, form, model, [tokens], params, names, stream=body.stream, return_weight_versions=versions
+    )
 
 
 @router.post("/abort", response_model=None)
@@ -162,7 +172,7 @@ async def abort(body: AbortRequest, request: Request) -> Response:
     """End a call by its id, wherever it runs; its client gets what there is, with finish_reason abort."""
     service = _get_app_state(request)
     service.check_ready()
-    return _json_response({"aborted": await service.engine_client.call_engine("kill", body.request_id)})
+    return _json_response({"aborted": await service.engine_client.call_engine("abort_by_id", body.request_id)})
 
 
 @router.post("/profile", response_model=None)
