@@ -18,7 +18,7 @@ LAYERS = [  # each may import from its own line and those above
     + ["core.scheduling_policy", "core.kv_cache"]
     + ["kernels.attention", "kernels.sample", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
     + ["kernels.page_copy", "kernels.lora", "kernels.all_reduce_norm"],
-    ["core.transformer", "checkpoint.weights", "core.tokenizer"],
+    ["core.transformer", "checkpoint.weights", "core.tokenizer", "core.detokenizer", "checkpoint.tokenizer"],
     [
         "checkpoint.hub",
         "kernels.batch_invariant",

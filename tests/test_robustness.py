@@ -30,9 +30,10 @@ from test_tokenizer import BYTE_LEVEL
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.core.batch import build_logit_edits
+from fastgen.core.detokenizer import StopString
 from fastgen.core.request import Completion, SequenceState
 from fastgen.core.scheduler import Span
-from fastgen.core.tokenizer import StopString, max_prompt_chars
+from fastgen.core.tokenizer import max_prompt_chars
 from fastgen.distributed import processes
 from fastgen.server import engine_process, http_worker, log, middleware, supervisor
 from fastgen.server.app_state import TokenizerThread

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastgen import lora
-from fastgen.checkpoint import hub, weights
+from fastgen.checkpoint import hub, tokenizer, weights
 from fastgen.config import EngineConfig, SamplingParams, check_choice, check_int
-from fastgen.core import scheduler, tokenizer
+from fastgen.core import scheduler
 from fastgen.core.engine_core import INT64_RANGE, EngineCore, get_tp_size
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config
 from fastgen.core.prefix_cache import CacheStats, Namespace, make_namespace

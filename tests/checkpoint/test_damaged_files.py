@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastgen
 from fastgen import lora
+from fastgen.checkpoint.tokenizer import load as load_tokenizer
 from fastgen.core import tokenizer
 
 CASES = int(os.environ.get("FASTGEN_DAMAGED_FILES", "6"))  # of each kind of file
@@ -213,7 +214,7 @@ def use(folder: Path, file: str) -> None:
                 len(e.generate([[1, 2, 3]], fastgen.SamplingParams(max_tokens=2, ignore_eos=True), progress=False)) == 1
             )
     if "token" in file or "template" in file or file.endswith(".gguf"):
-        loaded = tokenizer.load(path)
+        loaded = load_tokenizer(path)
         assert loaded is not None
         tokens = tokenizer.encode(loaded, "Hello 12 \u6f22 <s>")
         assert all(type(t) is int for t in tokens)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import BYTE_FALLBACK, KINDS, QUICK, RUNS, byte_tokens
+from test_detokenizer import RUNS
+from test_tokenizer import BYTE_FALLBACK, KINDS, QUICK, byte_tokens
 
 from fastgen.config import SamplingParams
-from fastgen.core.tokenizer import token_to_bytes
+from fastgen.core.detokenizer import token_to_bytes
 from fastgen.server.app_state import AppState
 from fastgen.server.engine_process import TokenDelta
 from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder

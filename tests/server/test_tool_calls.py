@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from test_detokenizer import decode_at_once
 from test_tokenizer import BYTE_LEVEL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastgen import SamplingParams
 from fastgen.core import tokenizer
-from fastgen.core.tokenizer import Detokenizer
+from fastgen.core.detokenizer import Detokenizer
 from fastgen.server import endpoints, tool_calls
 from fastgen.server.app_state import AppState, TokenizerThread
 from fastgen.server.engine_client import EngineClient
@@ -322,8 +323,10 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
             guide.accept_token(tokens[-1])
         shown = {id: text for text, id in markers.items()}
         decoder = Detokenizer(vocabulary, [], visible_special_tokens=shown)
-        text = "".join(decoder.push(t)[0] for t in tokens) + decoder.flush(tokens)
-        assert text == Detokenizer(vocabulary, [], visible_special_tokens=shown, stream_text=False).flush(tokens)
+        text = "".join(decoder.push(t)[0] for t in tokens) + decoder.flush()
+        assert text == decode_at_once(
+            Detokenizer(vocabulary, [], visible_special_tokens=shown, stream_text=False), tokens
+        )
         content, calls = read(form, [text])
         assert content == "" and calls, text
         counts.add(len(calls))
@@ -615,12 +618,12 @@ def test_markers_that_are_special_tokens_are_seen() -> None:
     vocabulary = CODERS["mistral"]
     id = tool_calls.find_marker_token_ids(vocabulary)[tool_calls.TOOL_CALLS]
     tokens = vocabulary('é[TOOL_CALLS] [{"name"').input_ids + [256]
-    assert Detokenizer(vocabulary, [], stream_text=False).flush(tokens) == 'é [{"name"'
+    assert decode_at_once(Detokenizer(vocabulary, [], stream_text=False), tokens) == 'é [{"name"'
     for decoder in (
         Detokenizer(vocabulary, [1, id, 2], visible_special_tokens={id: tool_calls.TOOL_CALLS}),
         Detokenizer(vocabulary, [], visible_special_tokens={id: tool_calls.TOOL_CALLS}),
     ):
-        assert "".join(decoder.push(t)[0] for t in tokens) + decoder.flush(tokens) == 'é[TOOL_CALLS] [{"name"'
+        assert "".join(decoder.push(t)[0] for t in tokens) + decoder.flush() == 'é[TOOL_CALLS] [{"name"'
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -28,12 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 import fastgen
 from fastgen import Engine, SamplingParams
-from fastgen.checkpoint import hub, weights
+from fastgen.checkpoint import hub, tokenizer, weights
 from fastgen.cli.hydra_config import RunConfig, compose, explain_error, model_override
 from fastgen.cli.run import build_engine
 from fastgen.config import unknown_name_message
 from fastgen.conversation import Conversation, ConversationTooLong, check_can_chat
-from fastgen.core import tokenizer
 
 EPILOG = """
 In the terminal, /h lists the commands. With -p, or if stdin is not a terminal, fgchat answers one message and exits:

@@ -1,9 +1,9 @@
-"""Keeps control tokens that are spelled in a message's content from becoming control tokens.
+"""Keeps control tokens spelled in a message's content plain text.
 
-A chat template writes control tokens, such as <|im_start|>, as text, and so may a user. Which of them is content cannot
-be told from the rendered text. So content is marked before it is rendered: a secret number goes into each control token
-that it spells, or may spell together with what follows. Those without the number are the template's own. They get other
-names for the tokenizer, to which all the rest is text.
+A chat template writes control tokens, such as <|im_start|>, as text, and a user may spell them too. The rendered text
+does not show which ones are content. Content is therefore escaped before rendering: a secret number is inserted into
+each control token that the content spells, or may spell together with the text that follows. Control tokens without
+the number are the template's own: they are replaced by aliases, and a copy of the tokenizer knows only the aliases.
 """
 
 import re
@@ -14,17 +14,16 @@ from weakref import WeakKeyDictionary
 
 from fastgen.core.types import Tokenizer
 
-# Digits stay as they are in JSON and in small or large letters. Nobody can guess these.
+# Digits survive JSON and changes of case. Random, so that no content can contain them.
 ESCAPE, ALIAS_PREFIX = ("".join(secrets.choice("0123456789") for _ in range(24)) for _ in range(2))
-CONTROL_TOKEN_PATTERN = re.compile(
-    r"<[|｜][^\s<>|｜]+[|｜]>"
-)  # of tokens that DeepSeek's tokenizers have for roles, and do not call special
+# DeepSeek's tokenizers do not mark the tokens of roles as special.
+CONTROL_TOKEN_PATTERN = re.compile(r"<[|｜][^\s<>|｜]+[|｜]>")
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer: its special ones, and added ones of the form <|…|>."""
+    """Control tokens of a tokenizer: its special tokens, and added tokens of the form <|…|>."""
 
-    _by_tokenizer: "WeakKeyDictionary[Tokenizer, ControlTokens]" = WeakKeyDictionary()
+    _cache: "WeakKeyDictionary[Tokenizer, ControlTokens]" = WeakKeyDictionary()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -40,13 +39,13 @@ class ControlTokens:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Tokenizer) -> "ControlTokens":
-        """Returns those of a tokenizer, which are read once."""
-        if (found := cls._by_tokenizer.get(tokenizer)) is None:
-            found = cls._by_tokenizer[tokenizer] = cls(tokenizer)
-        return found
+        """Returns the tokenizer's control tokens, computed once per tokenizer."""
+        if (tokens := cls._cache.get(tokenizer)) is None:
+            tokens = cls._cache[tokenizer] = cls(tokenizer)
+        return tokens
 
     def escape(self, value: Any) -> Any:
-        """Marks control tokens in all texts of a value, such as messages or tools. Other values are as before."""
+        """Escapes control tokens in all strings of a nested value, such as messages or tools."""
         if isinstance(value, str):
             return self._escape_text(value)
         if isinstance(value, Mapping):
@@ -54,36 +53,34 @@ class ControlTokens:
         return [self.escape(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _escape_text(self, text: str) -> str:
-        while self.pattern.search(text):  # again: one may lie across another
+        while self.pattern.search(text):  # again, since one match may overlap another
             text = self.pattern.sub(lambda match: match[0][0] + ESCAPE + match[0][1:], text)
         if any(text[-n:] in self.prefixes for n in range(1, min(self.max_prefix_length, len(text)) + 1)):
             text += ESCAPE
         return text
 
     def encode(self, rendered: str) -> list[int]:
-        """Returns the tokens of a text in which content is marked: only what is not marked becomes control tokens."""
+        """Returns the token ids of a rendered text: only control tokens that are not escaped become control tokens."""
         if self.backend is None:
-            raise ValueError(
-                "this tokenizer cannot tell content from control tokens: special_tokens_in_content=control"
-            )
-        backend, names, ids = self._encoder = self._encoder or self._build_encoder()
-        text = self.pattern.sub(lambda match: names[match[0]], rendered).replace(ESCAPE, "")
+            advice = "special_tokens_in_content=control"
+            raise ValueError(f"this tokenizer cannot tell content from control tokens: {advice}")
+        backend, aliases, ids = self._encoder = self._encoder or self._build_encoder()
+        text = self.pattern.sub(lambda match: aliases[match[0]], rendered).replace(ESCAPE, "")
         return [ids[token] if token in ids else token for token in backend.encode(text, add_special_tokens=False).ids]
 
     def _build_encoder(self) -> tuple[Any, dict[str, str], dict[int, int]]:
-        """Returns a copy of the tokenizer that knows control tokens by other names alone, the names, and their ids."""
+        """Returns a copy of the tokenizer that knows only aliases, aliases by token text, and token ids by alias id."""
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Backend
 
         backend = cast(Any, Backend.from_str(self.backend.to_str()))
         backend.no_truncation()
         backend.no_padding()
-        # Special tokens are text to it; those with other names are not special, and found.
-        backend.add_special_tokens(
-            [AddedToken(text, special=True) for text, (_, t) in self.tokens.items() if not t.special]
-        )
+        # `encode_special_tokens` makes special tokens plain text; aliases are added tokens that are not special.
+        not_special = [AddedToken(text, special=True) for text, (_, t) in self.tokens.items() if not t.special]
+        backend.add_special_tokens(not_special)
         backend.encode_special_tokens = True
-        names = {text: f"\ue000{ALIAS_PREFIX}{i}\ue001" for i, text in enumerate(self.tokens)}
-        how = {text: {"lstrip": t.lstrip, "rstrip": t.rstrip} for text, (_, t) in self.tokens.items()}
-        backend.add_tokens([AddedToken(name, normalized=False, **how[text]) for text, name in names.items()])
-        return backend, names, {backend.token_to_id(name): self.tokens[text][0] for text, name in names.items()}
+        aliases = {text: f"\ue000{ALIAS_PREFIX}{i}\ue001" for i, text in enumerate(self.tokens)}
+        options = {text: {"lstrip": t.lstrip, "rstrip": t.rstrip} for text, (_, t) in self.tokens.items()}
+        backend.add_tokens([AddedToken(alias, normalized=False, **options[text]) for text, alias in aliases.items()])
+        return backend, aliases, {backend.token_to_id(alias): self.tokens[text][0] for text, alias in aliases.items()}

@@ -11,8 +11,9 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fastgen.config import SamplingParams, check_choice
+from fastgen.core.detokenizer import Detokenizer
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.tokenizer import Detokenizer, Prompt, to_prompt_list
+from fastgen.core.tokenizer import Prompt, to_prompt_list
 from fastgen.core.types import Tokenizer
 from fastgen.structured_output.backend import GrammarMatcher
 
@@ -334,20 +335,17 @@ class SequenceState:
         if self.detokenizer is not None:
             event.text, cut = self.detokenizer.push(token_id)
         if cut or (token_id in self.end_token_ids and not early):
-            return self.finish("stop", event, text_is_final=cut)
+            return self.finish("stop", event)
         if len(self.token_ids) >= self.max_length:
             return self.finish("length", event)
         return event
 
-    def finish(
-        self, reason: FinishReason, event: Event | None = None, *, text_is_final: bool = False, error: str = ""
-    ) -> Event:
+    def finish(self, reason: FinishReason, event: Event | None = None, *, error: str = "") -> Event:
         """Close the completion; the event that says so."""
         event = event or Event(self.output.request_id, self.index, [], "")
         if self.detokenizer is not None:
             try:
-                if not text_is_final:
-                    event.text += self.detokenizer.flush(self.completion.token_ids)
+                event.text += self.detokenizer.flush()
                 self.completion.text = self.detokenizer.text
             except Exception as e:  # a tokenizer's, which concerns this completion alone
                 reason, error = "error", f"{type(e).__name__}: {e}"

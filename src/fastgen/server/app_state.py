@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from starlette.requests import Request
 
 from fastgen import lora
+from fastgen.checkpoint.tokenizer import load as load_tokenizer
 from fastgen.config import SamplingParams
 from fastgen.core import tokenizer
 from fastgen.core.model_config import ModelConfig
@@ -108,7 +109,7 @@ class AppState:
     async def load(self) -> None:
         """Wait for the engine, and read the tokenizer of its model."""
         info = await self.engine_client.engine_info
-        loaded = await self.tokenizer_thread.run(partial(tokenizer.load, Path(info["path"])))
+        loaded = await self.tokenizer_thread.run(partial(load_tokenizer, Path(info["path"])))
         self.token_decoder, self.context_length = TokenDecoder(loaded), info["context"]
         self.special_tokens_in_content = info["special_tokens_in_content"]
         self.max_completions, self.model_config, self.supports_adapters = (

@@ -13,8 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastgen.config import SamplingParams
+from fastgen.core.detokenizer import Detokenizer, token_to_bytes
 from fastgen.core.request import NON_FINITE_LOGITS
-from fastgen.core.tokenizer import Detokenizer, token_to_bytes
 from fastgen.core.types import Tokenizer
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.engine_process import TokenDelta
@@ -176,7 +176,7 @@ class Choice:
         if cut or token_delta.finish_reason:
             new.finish_reason, self.final_delta = "stop" if cut else token_delta.finish_reason, token_delta
             if d is not None and not cut:
-                new.text += d.flush([*self.accumulated.token_ids, *new.token_ids])
+                new.text += d.flush()
         all, count = self.accumulated, len(new.token_ids)
         if all.logprobs is not None and token_delta.logprobs is not None:
             new.logprobs = token_delta.logprobs[:count]
