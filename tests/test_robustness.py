@@ -36,11 +36,13 @@ from fastgen.core.scheduler import Span
 from fastgen.core.tokenizer import max_prompt_chars
 from fastgen.distributed import processes
 from fastgen.server import engine_process, http_worker, log, middleware, supervisor
-from fastgen.server.app_state import TokenizerThread
+from fastgen.server.errors import APIError
+from fastgen.server.messages import Sender
 from fastgen.server.metrics import Metrics, render_metrics
 from fastgen.server.middleware import EXCEPTION_HANDLERS
-from fastgen.server.requests import APIError, ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
-from fastgen.server.responses import dump_json, iter_json_chunks
+from fastgen.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
+from fastgen.server.sse import dump_json, iter_json_chunks
+from fastgen.server.tokenizer_thread import TokenizerThread
 
 
 def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +188,7 @@ def test_stopped_descendants() -> None:
 
 def test_counts_are_added_up() -> None:
     """Of two workers, one of which is gone; as Prometheus reads them."""
-    total = engine_process.EngineServer(MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), 1, {})
+    total = engine_process.EngineServer(MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), MagicMock())
 
     async def work(*gaps: float) -> None:
         sent: list[dict] = []
@@ -202,7 +204,7 @@ def test_counts_are_added_up() -> None:
         while len(sent) < 2:  # by itself, a little later
             await asyncio.sleep(0.01)
         for changes in sent:
-            total.on_count(b"", changes)
+            total.add_counts(Sender(b"", ""), changes)
 
     asyncio.run(work(0.25, 0.25, 0.5))
     asyncio.run(work(0.75))

@@ -10,14 +10,8 @@ from openai.types.chat import chat_completion_stream_options_param as stream_opt
 from openai.types.chat import completion_create_params as chat
 from pydantic import ValidationError
 
-from fastgen.server.requests import (
-    APIError,
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    GenerateRequest,
-    to_template_dicts,
-)
+from fastgen.server.errors import APIError
+from fastgen.server.requests import ChatMessage, ChatRequest, CompletionRequest, GenerateRequest, to_template_dicts
 
 ANY = {"type": "function", "function": {"name": "f"}}
 # Of each field, values that are followed or that ask for nothing, and values that are refused.

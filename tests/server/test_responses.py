@@ -13,7 +13,7 @@ from test_tokenizer import BYTE_FALLBACK, KINDS, QUICK, byte_tokens
 from fastgen.config import SamplingParams
 from fastgen.core.detokenizer import token_to_bytes
 from fastgen.server.app_state import AppState
-from fastgen.server.engine_process import TokenDelta
+from fastgen.server.messages import TokenDelta
 from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder
 
 WORDS = {kind: TokenDecoder(tokenizer) for kind, tokenizer in KINDS.items()}

@@ -34,10 +34,11 @@ from fastgen import Output, SamplingParams
 from fastgen.cli import serve
 from fastgen.server import app_state, http_worker
 from fastgen.server.engine_client import EngineClient
-from fastgen.server.engine_process import EngineServer, pack_message
+from fastgen.server.engine_process import EngineServer
+from fastgen.server.errors import APIError, bad_request
+from fastgen.server.messages import pack_message
 from fastgen.server.middleware import Middleware
-from fastgen.server.requests import APIError, bad_request
-from fastgen.server.responses import dump_json
+from fastgen.server.sse import dump_json
 from fastgen.structured_output.trial_process import GrammarCancelled
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -1227,135 +1228,151 @@ def test_the_end(server: Server, library: fastgen.Engine) -> None:
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines[-60:])
 
 
-def posted(post: MagicMock) -> list[Any]:
-    """What a `Core` has sent since the last call: (worker, message)."""
-    found = [(worker, pickle.loads(raw)) for ((worker, raw),), _ in post.send_multipart.call_args_list]
-    post.reset_mock()
-    return found
+class EngineProcess:
+    """An `EngineServer` whose socket is a mock, and the workers at its other end."""
+
+    def __init__(self, library: fastgen.Engine) -> None:
+        self.socket = MagicMock(spec=zmq.Socket)
+        self.socket.recv_multipart.side_effect = zmq.Again()
+        self.server = EngineServer(library, self.socket, EngineInfo("", SPEC, 512, 8, "text", False))
+
+    def receive(self, *frames: tuple[str, str, object]) -> None:
+        """Receives messages, as (worker, message id, pickled data or the message)."""
+        data = [raw if isinstance(raw, bytes) else pack_message(raw) for _, _, raw in frames]
+        sources = [(worker.encode(), id.encode()) for worker, id, _ in frames]
+        messages = [(*source, raw) for source, raw in zip(sources, data, strict=True)]
+        self.socket.recv_multipart.side_effect = [*messages, zmq.Again()]
+        self.server.drain_messages()
+        self.socket.recv_multipart.side_effect = zmq.Again()
+
+    def call(self, worker: str, message_id: str, method: str, *args: object) -> None:
+        """Receives a call."""
+        self.receive((worker, message_id, (method, args)))
+
+    def run(self) -> None:
+        """Steps until every request has finished."""
+        while self.server.engine.has_unfinished_requests:
+            self.server.step()
+            self.server.drain_messages()
+
+    def sent(self) -> list[tuple[str, Any]]:
+        """Returns the messages to workers since the last call, as (worker, message)."""
+        calls = self.socket.send_multipart.call_args_list
+        messages = [(worker.decode(), pickle.loads(raw)) for ((worker, raw),), _ in calls]
+        self.socket.send_multipart.reset_mock()
+        return messages
+
+    def replies(self) -> list[tuple[str, str, Any, Any]]:
+        """Returns the replies since the last call, as (worker, message id, value, error's status and message)."""
+        replies = [(worker, m) for worker, m in self.sent() if isinstance(m, Reply)]
+        return [(w, m.message_id, m.value, m.error and (m.error.status, str(m.error))) for w, m in replies]
+
+    def deltas(self, request_id: str) -> list[tuple[str, TokenDelta]]:
+        """Returns the token deltas of a request since the last call, with the worker that received them."""
+        return [(w, delta) for w, m in self.sent() if isinstance(m, dict) for delta in m.get(request_id, ())]
 
 
-def test_a_message_that_fails_costs_its_request(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it raises, its key is answered, nothing of it stays, and what follows is done."""
-    post = MagicMock(spec=zmq.Socket)
-    core, params = EngineServer(library, post, 8, {}), SamplingParams(temperature=0, max_tokens=3)
+def test_a_call_that_fails_ends_its_request_alone(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's process replies to every call that raises, drops its request and processes the next call."""
+    process, params = EngineProcess(library), SamplingParams(temperature=0, max_tokens=3)
 
-    def receive(*frames: tuple[str, bytes]) -> list[Any]:
-        post.recv_multipart.side_effect = [*((b"a", key.encode(), raw) for key, raw in frames), zmq.Again()]
-        core.drain_messages()
-        return posted(post)
-
-    def failing(*_: Any, **__: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise RecursionError("too deep")
 
-    good = pack_message(("add", "9", "good", [[5, 6]], params))
-    wrong = [
-        b"no pickle",
-        pack_message(("nothing", "1")),
-        pack_message(("add", "2")),
-        pack_message(("add", "3", "x", 7, params)),
-        pack_message((3,)),
-    ]
-    sent = receive(*((str(i), raw) for i, raw in enumerate(wrong)), ("", b"\x80"), ("9", good))
-    assert [(kind, key) for _, (kind, key, _) in sent] == [("failed", str(i)) for i in range(5)] + [("reply", "9")]
-    assert sent[-1][1][2] is None and [*core.active_requests] == ["good"]
+    wrong = [b"no pickle", ("nothing", ()), ("add", ()), ("add", ("x", 7, params)), (3,)]
+    frames = [("a", str(i), message) for i, message in enumerate(wrong)]
+    process.receive(*frames, ("a", "", b"\x80"), ("a", "9", ("add", ("good", [[5, 6]], params))))
+    *errors, success = process.replies()
+    assert [(id, error[0]) for _, id, _, error in errors] == [(str(i), 500) for i in range(5)]
+    assert success == ("a", "9", None, None) and [*process.server.active_requests] == ["good"]
     with monkeypatch.context() as m:
-        m.setattr(library, "_prepare", failing)
-        ((_, said),) = receive(("4", pack_message(("add", "4", "other", [[5, 6]], params))))
-    assert said == ("failed", "4", "the engine failed at this: RecursionError: too deep")
-    assert [*core.active_requests] == ["good"]
-    while library.has_unfinished_requests:
-        core.step()
-    assert [t for _, (_, e) in posted(post) for p in e["good"] for t in p.token_ids]
+        m.setattr(library, "_prepare", fail)
+        process.call("a", "4", "add", "other", [[5, 6]], params)
+    message = "the engine failed at this: RecursionError: too deep"
+    assert process.replies() == [("a", "4", None, (500, message))]
+    assert [*process.server.active_requests] == ["good"]
+    process.run()
+    assert [t for _, delta in process.deltas("good") for t in delta.token_ids]
 
 
 def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another request ends meanwhile. The call is answered and counted; it ends with its client or worker, or by id."""
+    """Another request finishes meanwhile. A request whose grammar compiles counts, and ends with its client or worker,
+    or by its id."""
     pytest.importorskip("llguidance")
-    post, going, stops = MagicMock(spec=zmq.Socket), threading.Event(), dict[str, threading.Event]()
-    post.recv_multipart.side_effect = zmq.Again()
-    core, compile = EngineServer(library, post, 8, {}), library._compile_grammar
+    process, may_finish, cancel_events = EngineProcess(library), threading.Event(), dict[str, threading.Event]()
+    server, compile = process.server, library._compile_grammar
     params = SamplingParams(temperature=0, max_tokens=3, n=2)
 
-    def waiting(params: SamplingParams, stop: threading.Event | None = None) -> Any:
-        if stop is None:
+    def compile_later(params: SamplingParams, cancel_event: threading.Event | None = None) -> Any:
+        if cancel_event is None:
             return compile(params)
-        stops[str(params.grammar)] = stop
-        while not (going.is_set() or stop.wait(0.01)):
+        cancel_events[str(params.grammar)] = cancel_event
+        while not (may_finish.is_set() or cancel_event.wait(0.01)):
             pass
-        if stop.is_set():
+        if cancel_event.is_set():
             raise GrammarCancelled
-        return compile(params, stop)
+        return compile(params, cancel_event)
 
-    monkeypatch.setattr(library, "_compile_grammar", waiting)
-    monkeypatch.setattr(core, "_grammar_pool", ThreadPoolExecutor(8))
-    for call in ("one", "left", "killed", "gone"):
-        core.on_add(b"b" if call == "gone" else b"a", call, call, [[5, 6]], replace(params, grammar=f"regex:{call}"))
-    assert posted(post) == []
-    core.on_add(b"a", "more", "more", [[5, 6]], params)
-    assert posted(post)[0][1][2][0] == 429
-    core.on_abort(b"a", "left", None)
-    core.on_add(b"a", "plain", "plain", [[5, 6]], params)
-    while library.has_unfinished_requests:
-        core.step()
-        core.drain_messages()
-    pieces = [p for _, (kind, *e) in posted(post) if kind == "events" for p in e[0]["plain"]]
-    assert [p.finish_reason for p in pieces if p.finish_reason] == ["length"] * 2
-    core.on_abort_by_id(b"a", "kill", "killed")
-    core.abort_worker_requests(b"b")
-    assert [m[:2] for _, m in posted(post)] == [("reply", "killed"), ("reply", "kill")]
-    assert [*core.grammar_compilations] == ["one"]
-    core._grammar_pool.submit(going.wait, 60)
-    going.set()
-    while core.grammar_compilations:
-        select.select([core.wake_fd], [], [], 60)
-        core.drain_messages()
-    assert posted(post) == [(b"a", ("reply", "one", None))] and [*core.active_requests] == ["one"]
-    core._grammar_pool.shutdown()
-    core.drain_messages()
-    while library.has_unfinished_requests:
-        core.step()
-    tokens = [t for _, (_, e) in posted(post) for p in e["one"] if p.choice_index == 0 for t in p.token_ids]
-    assert "one".startswith(BYTE_LEVEL.decode(tokens, skip_special_tokens=True)) and tokens and not core.active_requests
-    assert {g for g, stop in stops.items() if stop.is_set()} == {"regex:left", "regex:killed", "regex:gone"}
+    monkeypatch.setattr(library, "_compile_grammar", compile_later)
+    monkeypatch.setattr(server, "_grammar_pool", ThreadPoolExecutor(8))
+    for id, worker in (("one", "a"), ("left", "a"), ("killed", "a"), ("gone", "b")):
+        process.call(worker, id, "add", id, [[5, 6]], replace(params, grammar=f"regex:{id}"))
+    assert process.replies() == []
+    process.call("a", "more", "add", "more", [[5, 6]], params)
+    assert process.replies()[0][3][0] == 429
+    process.call("a", "", "abort", "left", None)
+    process.call("a", "plain", "add", "plain", [[5, 6]], params)
+    process.run()
+    assert [d.finish_reason for _, d in process.deltas("plain") if d.finish_reason] == ["length"] * 2
+    process.call("a", "kill", "abort_by_id", "killed")
+    server.abort_worker_requests(b"b")
+    killed, reply = process.replies()
+    assert killed[:3] == ("a", "killed", None) and killed[3][0] == 409 and reply == ("a", "kill", False, None)
+    assert [*server.grammar_compilations] == ["one"]
+    server._grammar_pool.submit(may_finish.wait, 60)
+    may_finish.set()
+    while server.grammar_compilations:
+        select.select([server.wake_fd], [], [], 60)
+        server.drain_messages()
+    assert process.replies() == [("a", "one", None, None)] and [*server.active_requests] == ["one"]
+    server._grammar_pool.shutdown()
+    server.drain_messages()
+    process.run()
+    tokens = [t for _, delta in process.deltas("one") if delta.choice_index == 0 for t in delta.token_ids]
+    text = BYTE_LEVEL.decode(tokens, skip_special_tokens=True)
+    assert "one".startswith(text) and tokens and not server.active_requests
+    assert {g for g, event in cancel_events.items() if event.is_set()} == {"regex:left", "regex:killed", "regex:gone"}
 
 
-def test_a_step_that_fails_and_a_worker_that_is_gone(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs is told; the next one is computed. What a dead worker asked for ends, and only that."""
-    post = MagicMock(spec=zmq.Socket)
-    core = EngineServer(library, post, 8, {})
-
-    def sent() -> list[Any]:
-        return posted(post)
-
-    params = SamplingParams(temperature=0, max_tokens=3, n=2)
-    core.on_add(b"a", "key", "call", [[5, 6]], params)
+def test_a_step_that_fails_and_a_worker_that_died(library: fastgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed step is reported to every request, and the next one runs. Requests of a dead worker end, others not."""
+    process, params = EngineProcess(library), SamplingParams(temperature=0, max_tokens=3, n=2)
+    server = process.server
+    process.call("a", "1", "add", "call", [[5, 6]], params)
+    assert process.replies() == [("a", "1", None, None)]
     with monkeypatch.context() as m:
         m.setattr(library._runner, "run", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            core.step()
-    core.report_step_failure()
-    reply, *rest = sent()
-    assert reply == (b"a", ("reply", "key", None))
-    assert [(p.choice_index, p.finish_reason) for _, (_, e) in rest for p in e["call"]] == [
-        (0, "failed"),
-        (1, "failed"),
-    ]
-    core.on_add(b"a", "key", "one", [[5, 6]], params)
-    core.on_add(b"b", "key", "two", [[5, 6]], params)
-    core.on_abort(b"b", "one", None)  # not its own
-    core.abort_worker_requests(b"b")
-    while library.has_unfinished_requests:
-        core.step()
-    pieces = [(who, p) for who, (kind, *e) in sent() if kind == "events" for x in e[0].values() for p in x]
-    assert {who for who, _ in pieces} == {b"a"}
+            server.step()
+    server.report_step_failure()
+    failures = [(d.choice_index, d.finish_reason) for _, d in process.deltas("call")]
+    assert failures == [(0, "failed"), (1, "failed")]
+    process.call("a", "2", "add", "one", [[5, 6]], params)
+    process.call("b", "3", "add", "two", [[5, 6]], params)
+    process.call("b", "", "abort", "one", None)  # ignored: another worker's request
+    server.abort_worker_requests(b"b")
+    process.run()
+    messages = [(worker, m) for worker, m in process.sent() if isinstance(m, dict)]
+    assert {(worker, id) for worker, m in messages for id in m} == {("a", "one")}
     wanted = ask(library, [5, 6], temperature=0, max_tokens=3).completions[0].token_ids
-    for slot in range(2):
-        assert [t for _, p in pieces if p.choice_index == slot for t in p.token_ids] == wanted
-    assert core.stats()["held_pages"] == 0 and not core.active_requests and not core.owner_by_engine_id
+    for i in range(2):
+        assert [t for _, m in messages for d in m["one"] if d.choice_index == i for t in d.token_ids] == wanted
+    stats = server.get_stats(Sender(b"a", ""))
+    assert stats["held_pages"] == 0 and not server.active_requests and not server.owner_by_engine_id
 
 
 def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a traceback, instead of a 503 for good. Here the engine says nothing of its model."""
+    """With a traceback, instead of answering 503 for good. Here the engine sends no information about its model."""
 
     class Client:
         is_engine_dead = False
@@ -1375,7 +1392,7 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
                 app_state.ServerOptions(engine_address="", model_names=("x",)), "worker-0", listener, theirs
             )
         assert not ours.poll()
-    assert "KeyError: 'path'" in capsys.readouterr().err
+    assert "'dict' object has no attribute 'path'" in capsys.readouterr().err
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

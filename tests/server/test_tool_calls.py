@@ -25,12 +25,15 @@ from fastgen import SamplingParams
 from fastgen.core import tokenizer
 from fastgen.core.detokenizer import Detokenizer
 from fastgen.server import endpoints, tool_calls
-from fastgen.server.app_state import AppState, TokenizerThread
+from fastgen.server.app_state import AppState
 from fastgen.server.engine_client import EngineClient
-from fastgen.server.engine_process import TokenDelta
+from fastgen.server.errors import APIError
+from fastgen.server.messages import TokenDelta
 from fastgen.server.metrics import Metrics
-from fastgen.server.requests import APIError, ChatMessage, ChatRequest, Tool, to_template_dicts
-from fastgen.server.responses import ChatResponseBuilder, Choice, ChoiceDelta, CompletionResponse, TokenDecoder
+from fastgen.server.requests import ChatMessage, ChatRequest, Tool, to_template_dicts
+from fastgen.server.responses import ChatResponseBuilder, Choice, ChoiceDelta, TokenDecoder
+from fastgen.server.sse import CompletionResponse
+from fastgen.server.tokenizer_thread import TokenizerThread
 from fastgen.server.tool_calls import ToolCallParser
 
 WEATHER: dict[str, Any] = {

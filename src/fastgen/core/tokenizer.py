@@ -130,7 +130,7 @@ def encode(
         types = set(map(type, prompt))  # not token by token: hundreds of prompts may be added before a step
         if all(issubclass(t, Integral) and t is not bool for t in types):
             return list(prompt) if types == {int} else [int(t) for t in prompt]  # type: ignore[arg-type, call-overload]
-        rendered = render(tokenizer, prompt, tools, special_tokens_in_content=special_tokens_in_content)  # type: ignore[arg-type]
+        rendered = render(tokenizer, prompt, tools, special_tokens_in_content=special_tokens_in_content)
         return encode_rendered(cast(Tokenizer, tokenizer), rendered)
     if tokenizer is None:
         raise ValueError(NO_TOKENIZER)
@@ -145,7 +145,7 @@ def encode(
 
 def render(
     tokenizer: Tokenizer | None,
-    messages: Sequence[Message],
+    messages: Sequence[Any],
     tools: Tools = None,
     *,
     special_tokens_in_content: str = "text",

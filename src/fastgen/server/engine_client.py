@@ -1,24 +1,28 @@
-"""A worker's end of the engine's socket, for asyncio."""
+"""An HTTP worker's end of the engine's socket, for asyncio."""
 
 import asyncio
 import itertools
 import pickle
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 import zmq
 import zmq.asyncio
 
 from fastgen.config import SamplingParams
-from fastgen.server.engine_process import TokenDelta, health_address, pack_message
+from fastgen.server.engine_process import EngineServer
+from fastgen.server.errors import APIError, bad_request
+from fastgen.server.messages import EngineInfo, Reply, Sender, TokenDelta, health_address, pack_message
 from fastgen.server.metrics import MetricKey
-from fastgen.server.requests import APIError, bad_request
 
-HEALTH_TIMEOUT_SECONDS = 5.0  # in which the engine's process says how it is
+P = ParamSpec("P")
+R = TypeVar("R")
+HEALTH_TIMEOUT_SECONDS = 5.0  # for the engine's process to answer the health check
 
 
 class EngineClient:
-    """Requests to the engine, and their events as they come."""
+    """Calls methods of the `EngineServer` and receives the token deltas of requests."""
 
     def __init__(self, address: str, name: str) -> None:
         self.socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
@@ -26,60 +30,63 @@ class EngineClient:
         self.socket.set_hwm(0)
         self.socket.linger = 0
         self.socket.connect(address)
-        self.engine_info: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.engine_info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self.is_engine_dead = False
         self.address = address
-        self._failure: APIError | None = None  # why nothing is asked of the engine any more
-        self._health_check: asyncio.Task[str] | None = (
-            None  # of the engine's health, which all who ask meanwhile wait for
-        )
+        self._failure: APIError | None = None  # answers every call once set
+        self._health_check: asyncio.Task[str] | None = None  # shared by concurrent health requests
         self._message_ids = map(str, itertools.count())
-        self._pending_replies: dict[str, asyncio.Future[Any]] = {}
+        self._pending_replies: dict[str, asyncio.Future] = {}
         self._delta_queues: dict[str, asyncio.Queue[list[TokenDelta] | APIError]] = {}
 
     async def receive_forever(self) -> None:
-        """Receive, for as long as the worker lives."""
-        self._send("hello")
+        """Receives the engine's messages until cancelled."""
+        self._send("", EngineServer.hello)
         while True:
-            kind, *rest = pickle.loads(await self.socket.recv())
-            if kind == "events":
-                for call, pieces in rest[0].items():
-                    if queue := self._delta_queues.get(call):
-                        queue.put_nowait(pieces)
-            elif kind == "reply":
-                key, value = rest
-                if (future := self._pending_replies.pop(key, None)) and not future.done():
-                    future.set_result(value)
-            elif kind == "failed":
-                key, why = rest
-                if (future := self._pending_replies.pop(key, None)) and not future.done():
-                    future.set_exception(APIError(500, why, code="engine_error"))
+            message = pickle.loads(await self.socket.recv())
+            if isinstance(message, dict):
+                for request_id, deltas in message.items():
+                    if queue := self._delta_queues.get(request_id):
+                        queue.put_nowait(deltas)
+            elif isinstance(message, Reply):
+                future = self._pending_replies.pop(message.message_id, None)
+                if future and not future.done():
+                    future.set_exception(message.error) if message.error else future.set_result(message.value)
             elif not self.engine_info.done():
-                self.engine_info.set_result(rest[0])
+                self.engine_info.set_result(message)
 
-    def _send(self, *message: Any, message_id: str = "") -> None:
-        self.socket.send_multipart([message_id.encode(), pack_message(message)])  # at once: nothing bounds the queue
+    def _send(
+        self,
+        message_id: str,
+        method: Callable[Concatenate[EngineServer, Sender, P], object],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
+        # Sent at once: the socket's queue is unbounded.
+        self.socket.send_multipart([message_id.encode(), pack_message((method.__name__, args))])
 
-    async def call_engine(self, method: str, *rest: Any) -> Any:
-        """The engine's reply."""
+    async def call_engine(
+        self, method: Callable[Concatenate[EngineServer, Sender, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Calls a method of the `EngineServer`; returns its result or raises APIError."""
         if self.is_engine_dead:
             raise APIError(503, "the engine has stopped")
         if self._failure:
             raise self._failure
-        key = next(self._message_ids)
-        self._pending_replies[key] = future = asyncio.get_running_loop().create_future()
-        self._send(method, key, *rest, message_id=key)
+        message_id = next(self._message_ids)
+        self._pending_replies[message_id] = future = asyncio.get_running_loop().create_future()
+        self._send(message_id, method, *args, **kwargs)
         try:
             return await future
         finally:
-            self._pending_replies.pop(key, None)
+            self._pending_replies.pop(message_id, None)
 
     def send_counts(self, counts: dict[MetricKey, float]) -> None:
-        """Add to what all workers have counted."""
-        self._send("count", counts)
+        """Adds a worker's counts to the totals of all workers."""
+        self._send("", EngineServer.add_counts, counts)
 
     async def check_health(self) -> str:
-        """What is wrong with the engine; nothing if it is well."""
+        """Returns what is wrong with the engine, "" if nothing is."""
         if self._health_check is None or self._health_check.done():
             self._health_check = asyncio.create_task(self._query_health())
         return await asyncio.shield(self._health_check)
@@ -96,40 +103,36 @@ class EngineClient:
     async def add(
         self, request_id: str, prompts: list[list[int]], sampling: SamplingParams, field_names: dict[str, str]
     ) -> None:
-        """Queue a call; Refused if the engine does not take it. `close` it in the end."""
+        """Adds a request to the engine; `close_request` must follow. Raises APIError if the engine rejects it."""
         if request_id in self._delta_queues:
             raise APIError(409, f"the request id {request_id} is in use")
         self._delta_queues[request_id] = asyncio.Queue()
         try:
-            refused = await self.call_engine("add", request_id, prompts, sampling)
-        except BaseException:
+            await self.call_engine(EngineServer.add, request_id, prompts, sampling)
+        except BaseException as e:  # also CancelledError, when the HTTP client disconnects
             self.close_request(request_id)
+            if isinstance(e, APIError) and e.status == 400:
+                raise bad_request(e.message, field_names) from None
             raise
-        if refused:
-            del self._delta_queues[request_id]
-            status, message = refused
-            if status == 400:
-                raise bad_request(message, field_names)
-            raise APIError(status, message, retry_after=1 if status == 429 else None)
 
     async def next_deltas(self, request_id: str) -> list[TokenDelta]:
-        """What the next step gave a call. Refused if nothing more comes."""
-        found = await self._delta_queues[request_id].get()
-        if isinstance(found, APIError):
-            raise found
-        return found
+        """Returns the deltas of the next step with tokens for a request. Raises APIError once the engine is gone."""
+        deltas = await self._delta_queues[request_id].get()
+        if isinstance(deltas, APIError):
+            raise deltas
+        return deltas
 
     def abort_choice(self, request_id: str, choice_index: int) -> None:
-        """One completion is complete, whatever the engine thinks."""
-        self._send("abort", request_id, choice_index)
+        """Ends one choice of a request, whose text a stop string has cut."""
+        self._send("", EngineServer.abort, request_id, choice_index)
 
     def close_request(self, request_id: str) -> None:
-        """Nobody waits for a call any more."""
+        """Ends a request and drops its deltas."""
         if self._delta_queues.pop(request_id, None):
-            self._send("abort", request_id, None)
+            self._send("", EngineServer.abort, request_id, None)
 
     def fail_all(self, error: APIError) -> None:
-        """End everything that waits for the engine, and whatever would."""
+        """Ends all requests and calls with an error, also future ones."""
         self._failure = error
         for queue in self._delta_queues.values():
             queue.put_nowait(error)

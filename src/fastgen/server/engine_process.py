@@ -1,21 +1,10 @@
-"""The engine's process: one loop that takes requests from a socket, steps the engine, and sends what each step gave.
+"""The engine's process: a loop that receives workers' calls from a socket, steps the engine and sends token deltas.
 
-It knows token ids only. Messages are pickled tuples: both ends are processes of the same program, on a socket that
-lies in a folder only its user can enter, so that nobody else can send one.
+The process sees token ids only; workers tokenize and detokenize. A request is what one HTTP request asks for. Each of
+its choices (completions) is a request of its own to the engine, so that one choice can end at a stop string while the
+others continue; the prefix cache computes their prompt once.
 
-    worker -> engine   ("hello",)  ("add", key, call, prompts, params)  ("abort", call, slot or None)
-                       ("stats", key)  ("kill", key, call)  ("profile", key, folder, steps, skip)
-                       ("adapters", key)  ("adapter", key, name, tree or None, again)
-                       ("count", changes)  ("metrics", key)
-    engine -> worker   ("info", {...})  ("reply", key, value)  ("events", {call: [Piece, ...]})
-    engine -> worker   ("info", {...})  ("reply", key, value)  ("failed", key, why)  ("events", {call: [Piece, ...]})
-
-A key stands in a frame of its own as well, so that a message that cannot be read is answered.
-
-On a second socket a thread answers whether the engine is well, which a long step does not delay.
-
-A call is what one HTTP request asks for. Each of its completions is a request of its own to the engine, its *slot*,
-so that one can end at a stop string while the others go on; the prefix cache computes their prompt once.
+A thread answers health checks on a second socket, independent of long steps.
 """
 
 import contextlib
@@ -40,226 +29,206 @@ from fastgen import Engine, Replicas, SamplingParams
 from fastgen.core.request import Event, sample_seed
 from fastgen.core.types import Adapter
 from fastgen.distributed.processes import exit_with_parent, find_stopped_descendants
+from fastgen.server.errors import APIError
+from fastgen.server.messages import EngineInfo, Reply, Sender, TokenDelta, health_address, pack_message
+from fastgen.server.metrics import MetricKey
 from fastgen.structured_output.backend import GrammarMatcher
 
-MAX_CONSECUTIVE_FAILURES = 3  # steps in a row that may fail; then something is broken for good
-STUCK_STEP_SECONDS = 120.0  # seconds after which a step counts as one that will not end
-ORPHAN_EXIT_SECONDS = 15.0  # seconds for an engine to end by itself once its supervisor has
-
-
-class TokenDelta(NamedTuple):
-    """What a step added to a slot. The counts and the prompt's logprobs come with the last one."""
-
-    choice_index: int
-    token_ids: list[int]
-    logprobs: list[float] | None
-    top_logprobs: list[dict[int, float]] | None
-    finish_reason: (
-        str | None
-    )  # stop, length, abort, error (logits that are no numbers, a grammar), or failed (the engine)
-    error: str = ""  # what went wrong with this slot alone
-    num_cached_tokens: int = 0
-    prompt_logprobs: list[float | None] | None = None
-    prompt_top_logprobs: list[dict[int, float] | None] | None = None
-    weight_version: int | None = None  # of the weights that drew the tokens
-
-
-def pack_message(message: tuple) -> bytes:
-    """A message on its way."""
-    return pickle.dumps(message, protocol=5)
+MAX_CONSECUTIVE_FAILURES = 3  # failed steps in a row after which the process exits
+STUCK_STEP_SECONDS = 120.0  # duration after which a running step counts as stuck
+ORPHAN_EXIT_SECONDS = 15.0  # for the engine to exit in order after its supervisor has ended
+NO_REPLY = object()  # returned by methods whose reply is sent later
 
 
 class GrammarCompilation(NamedTuple):
-    """A call whose grammar is compiled, in a thread."""
+    """A request whose grammar is being compiled in a thread; `sender` gets its reply once the request is added."""
 
-    worker: bytes
-    message_id: str  # of its "add", which is answered when it joins the others
-    num_choices: int  # completions
+    sender: Sender
+    num_choices: int
     cancel_event: threading.Event
 
 
 class EngineServer:
-    """The engine, or replicas of it, and whose requests it runs."""
+    """Runs workers' requests on the engine or its replicas.
 
-    def __init__(
-        self, engine: Engine | Replicas, socket: zmq.Socket, max_completions: int, info: dict[str, Any]
-    ) -> None:
-        self.engine, self.socket, self.max_completions, self.info = engine, socket, max_completions, info
-        self.active_requests: dict[str, tuple[bytes, dict[int, int]]] = {}  # call -> its worker, and slot -> request
-        self.owner_by_engine_id: dict[int, tuple[bytes, str, int]] = {}  # request -> worker, call, slot
+    Workers call the public methods that have a `sender`, through `EngineClient.call_engine`.
+    """
+
+    def __init__(self, engine: Engine | Replicas, socket: zmq.Socket, info: EngineInfo) -> None:
+        self.engine, self.socket, self.info = engine, socket, info
+        self.active_requests: dict[str, tuple[bytes, dict[int, int]]] = {}  # request -> worker, {choice: engine id}
+        self.owner_by_engine_id: dict[int, tuple[bytes, str, int]] = {}  # engine id -> worker, request, choice
         self.start_time, self.num_requests, self.num_prompt_tokens, self.num_generated_tokens = time.time(), 0, 0, 0
-        self.metric_counts: Counter[Any] = Counter()  # what workers have counted, by `metrics.Key`
-        self.step_start_time: float | None = None  # since when a step runs
-        self.grammar_compilations: dict[str, GrammarCompilation] = {}  # by call
-        self.between_steps: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # to be done between two steps
-        self.wake_fd, self._wake_write_fd = os.pipe()  # can be read when there is such a thing
+        self.metric_counts: Counter[Any] = Counter()  # sums over workers, by MetricKey
+        self.step_start_time: float | None = None  # while a step runs
+        self.grammar_compilations: dict[str, GrammarCompilation] = {}  # by request id
+        self.between_steps: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # work of other threads
+        self.wake_fd, self._wake_write_fd = os.pipe()  # readable while `between_steps` has work
         self._grammar_pool = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), "grammar")
 
-    def send(self, worker: bytes, *message: Any) -> None:
-        """To a worker; one that is gone is not missed."""
+    def send(self, worker: bytes, message: object) -> None:
+        """Sends a message to a worker; a worker that has ended is ignored."""
         self.socket.send_multipart([worker, pack_message(message)])
 
     def drain_messages(self) -> None:
-        """Take every message that has come. An error costs the request that it came with."""
+        """Processes all received calls. An error fails only the request of its call."""
         while True:
             try:
-                worker, key, raw = self.socket.recv_multipart(zmq.NOBLOCK)
+                worker, message_id, data = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            try:
-                kind, *rest = pickle.loads(raw)
-                getattr(self, f"on_{kind}")(worker, *rest)
-            except Exception as e:
-                self._reply_failure(worker, key.decode(), e)
+            self._call_and_reply(Sender(worker, message_id.decode()), self._call_method, data)
         while not self.between_steps.empty():
             os.read(self.wake_fd, 1)
             self.between_steps.get()()
 
-    def _reply_failure(self, worker: bytes, message_id: str, error: Exception) -> None:
-        """Answers a message, if it has a key, whose handling has failed."""
-        traceback.print_exception(error)
-        if message_id:
-            self.send(worker, "failed", message_id, f"the engine failed at this: {type(error).__name__}: {error}")
+    def _call_method(self, sender: Sender, data: bytes) -> object:
+        method, args = pickle.loads(data)
+        return getattr(self, method)(sender, *args)
 
-    def on_hello(self, worker: bytes) -> None:
-        self.send(worker, "info", self.info)
+    def _call_and_reply(self, sender: Sender, function: Callable[..., object], *args: object) -> None:
+        """Calls `function` and sends its result or its error to the sender."""
+        value, error = None, None
+        try:
+            value = function(sender, *args)
+        except APIError as e:
+            error = e
+        except Exception as e:
+            traceback.print_exception(e)
+            error = APIError(500, f"the engine failed at this: {type(e).__name__}: {e}", code="engine_error")
+        if sender.message_id and value is not NO_REPLY:
+            self.send(sender.worker, Reply(sender.message_id, value, error))
 
-    def on_stats(self, worker: bytes, message_id: str) -> None:
-        self.send(worker, "reply", message_id, self.stats())
+    def hello(self, sender: Sender) -> None:
+        """Sends `EngineInfo` to a new worker."""
+        self.send(sender.worker, self.info)
 
-    def on_count(self, worker: bytes, counts: dict[Any, Any]) -> None:
-        """Add up what a worker has counted since it last said so."""
-        for key, change in counts.items():
-            self.metric_counts[key] += change
+    def get_stats(self, sender: Sender) -> dict[str, Any]:
+        """Returns current figures, and totals since the start."""
+        stats = self.engine.stats()
+        return stats | {
+            "cache_usage": stats["held_pages"] / stats["pages"],
+            "requests": self.num_requests,
+            "prompt_tokens": self.num_prompt_tokens,
+            "generation_tokens": self.num_generated_tokens,
+            "uptime": time.time() - self.start_time,
+        }
 
-    def on_metrics(self, worker: bytes, message_id: str) -> None:
-        self.send(worker, "reply", message_id, (dict(self.metric_counts), self.stats()))
+    def add_counts(self, sender: Sender, counts: dict[MetricKey, float]) -> None:
+        """Adds what a worker has counted since its last call."""
+        for key, count in counts.items():
+            self.metric_counts[key] += count  # type: ignore[assignment]
 
-    def on_add(
-        self, worker: bytes, message_id: str, request_id: str, prompts: list[list[int]], sampling: SamplingParams
-    ) -> None:
-        """All of a call's completions, or none; the reply is None, or (status, message).
+    def get_metrics(self, sender: Sender) -> tuple[dict[MetricKey, float], dict[str, Any]]:
+        """Returns the counts of all workers and the engine's figures."""
+        return dict(self.metric_counts), self.get_stats(sender)
 
-        A grammar is compiled beside the steps first.
+    def add(self, sender: Sender, request_id: str, prompts: list[list[int]], sampling: SamplingParams) -> object:
+        """Adds all choices of a request, or none. Raises APIError for a request that is rejected.
+
+        A grammar is compiled in a thread first, while the engine steps.
         """
-        count = len(prompts) * sampling.n
-        used = len(self.owner_by_engine_id) + sum(c.num_choices for c in self.grammar_compilations.values())
+        num_choices = len(prompts) * sampling.n
+        num_used = len(self.owner_by_engine_id) + sum(c.num_choices for c in self.grammar_compilations.values())
         if request_id in self.active_requests or request_id in self.grammar_compilations:
-            self.send(worker, "reply", message_id, (409, f"the request id {request_id} is in use"))
-        elif used + count > self.max_completions:
-            busy = f"{used} completions are running or waiting, of {self.max_completions} at most: try again later"
-            self.send(worker, "reply", message_id, (429, busy))
-        elif sampling.grammar is None:
-            self._try_add(worker, message_id, request_id, prompts, sampling, None)
-        else:
-            self.grammar_compilations[request_id] = found = GrammarCompilation(
-                worker, message_id, count, threading.Event()
-            )
-            self._grammar_pool.submit(self._compile_grammars, found, request_id, prompts, sampling)
+            raise APIError(409, f"the request id {request_id} is in use")
+        if num_used + num_choices > (limit := self.info.max_completions):
+            busy = f"{num_used} completions are running or waiting, of {limit} at most: try again later"
+            raise APIError(429, busy, retry_after=1)
+        if sampling.grammar is None:
+            return self._add_to_engine(sender, request_id, prompts, sampling)
+        compilation = GrammarCompilation(sender, num_choices, threading.Event())
+        self.grammar_compilations[request_id] = compilation
+        self._grammar_pool.submit(self._compile_grammar, compilation, request_id, prompts, sampling)
+        return NO_REPLY
 
-    def _compile_grammars(
+    def _compile_grammar(
         self, compilation: GrammarCompilation, request_id: str, prompts: list[list[int]], sampling: SamplingParams
     ) -> None:
-        """In a thread of its own: makes the guides of a call, which then joins the others."""
-        guides, error = [], None
+        """Compiles a request's grammar in a thread of the pool, then has the request added between two steps."""
+        cancel_event, matchers, error = compilation.cancel_event, [], None
         try:
-            if not compilation.cancel_event.is_set():
-                guides = self.engine._compile_grammar(
-                    replace(sampling, n=compilation.num_choices), compilation.cancel_event
-                )
+            if not cancel_event.is_set():
+                matchers = self.engine._compile_grammar(replace(sampling, n=compilation.num_choices), cancel_event)
         except Exception as e:
             error = e
 
-        def join() -> None:
-            if self.grammar_compilations.get(request_id) is not compilation:
-                return  # nobody waits for it any more
-            del self.grammar_compilations[request_id]
-            self._try_add(compilation.worker, compilation.message_id, request_id, prompts, sampling, guides, error)
+        def add_if_active() -> None:
+            if self.grammar_compilations.get(request_id) is compilation:  # else it was aborted meanwhile
+                del self.grammar_compilations[request_id]
+                args = request_id, prompts, sampling, matchers, error
+                self._call_and_reply(compilation.sender, self._add_to_engine, *args)
 
-        self.between_steps.put(join)
+        self.between_steps.put(add_if_active)
         os.write(self._wake_write_fd, b".")
-
-    def _try_add(
-        self,
-        worker: bytes,
-        message_id: str,
-        request_id: str,
-        prompts: list[list[int]],
-        sampling: SamplingParams,
-        guides: list[GrammarMatcher | None] | None,
-        error: Exception | None = None,  # of its grammar
-    ) -> None:
-        try:
-            if error is not None:
-                raise error
-            self._add_to_engine(worker, request_id, prompts, sampling, guides)
-            self.send(worker, "reply", message_id, None)
-        except ValueError as e:
-            self._abort_choices(request_id)
-            self.send(worker, "reply", message_id, (400, str(e)))
-        except Exception as e:
-            self._abort_choices(request_id)
-            self._reply_failure(worker, message_id, e)
 
     def _add_to_engine(
         self,
-        worker: bytes,
+        sender: Sender,
         request_id: str,
         prompts: list[list[int]],
         sampling: SamplingParams,
-        guides: list[GrammarMatcher | None] | None,
+        matchers: list[GrammarMatcher | None] | None = None,
+        error: Exception | None = None,
     ) -> None:
-        slots: dict[int, int] = {}
-        self.active_requests[request_id] = worker, slots
-        for prompt in prompts:
-            for i in range(sampling.n):
-                seed = None if sampling.seed is None else sample_seed(sampling.seed, i)
-                scored = sampling.prompt_logprobs if i == 0 else None
-                one = replace(sampling, n=1, seed=seed, prompt_logprobs=scored)
-                guide = guides and [guides[len(slots)]]
-                id = self.engine._add(prompt, one, stream_text=False, matchers=guide)
-                self.owner_by_engine_id[id] = worker, request_id, len(slots)
-                slots[len(slots)] = id
+        """Adds the choices of a request to the engine; aborts all of them on an error, as after the grammar's."""
+        engine_ids: dict[int, int] = {}
+        try:
+            if error is not None:
+                raise error
+            self.active_requests[request_id] = sender.worker, engine_ids
+            for prompt in prompts:
+                for i in range(sampling.n):
+                    seed = None if sampling.seed is None else sample_seed(sampling.seed, i)
+                    prompt_logprobs = sampling.prompt_logprobs if i == 0 else None
+                    params = replace(sampling, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
+                    choice = len(engine_ids)
+                    matcher = matchers and [matchers[choice]]
+                    engine_id = self.engine._add(prompt, params, stream_text=False, matchers=matcher)
+                    self.owner_by_engine_id[engine_id] = sender.worker, request_id, choice
+                    engine_ids[choice] = engine_id
+        except Exception as e:
+            self._abort_choices(request_id)
+            if isinstance(e, ValueError):
+                raise APIError(400, str(e)) from e
+            raise
         self.num_requests += 1
         self.num_prompt_tokens += sum(map(len, prompts))
 
-    def on_abort(self, worker: bytes, request_id: str, choice_index: int | None) -> None:
-        """End a worker's call, or one slot of it; nobody waits for its events."""
-        if request_id in self.active_requests and self.active_requests[request_id][0] == worker:
+    def abort(self, sender: Sender, request_id: str, choice_index: int | None) -> None:
+        """Aborts one choice of a worker's own request, or all (None); no deltas follow."""
+        if request_id in self.active_requests and self.active_requests[request_id][0] == sender.worker:
             self._abort_choices(request_id, choice_index)
-        elif request_id in self.grammar_compilations and self.grammar_compilations[request_id].worker == worker:
+        elif (c := self.grammar_compilations.get(request_id)) and c.sender.worker == sender.worker:
             self._cancel_compilation(request_id)
 
-    def on_abort_by_id(self, worker: bytes, message_id: str, request_id: str) -> None:
-        """End a call, of whichever worker: that one hears of it. The reply says whether there was one."""
-        found = self.active_requests.get(request_id)
-        if found is not None:
-            for id in list(found[1].values()):
-                self.engine.abort(id)  # its events come with the next step
-        elif request_id in self.grammar_compilations:
-            ended = self._cancel_compilation(request_id)
-            self.send(ended.worker, "reply", ended.message_id, (409, "the request was ended before it began"))
-        self.send(worker, "reply", message_id, found is not None)
+    def abort_by_id(self, sender: Sender, request_id: str) -> bool:
+        """Aborts a request of any worker, which gets the last deltas; returns whether the request was active."""
+        if request_id in self.active_requests:
+            for engine_id in list(self.active_requests[request_id][1].values()):
+                self.engine.abort(engine_id)  # the events come with the next step
+            return True
+        if request_id in self.grammar_compilations:
+            compilation = self._cancel_compilation(request_id)
+            error = APIError(409, "the request was ended before it began")
+            self.send(compilation.sender.worker, Reply(compilation.sender.message_id, error=error))
+        return False
 
-    def on_profile(self, worker: bytes, message_id: str, folder: str, steps: int, skip: int) -> None:
-        """Trace the next steps; the reply is the path of the trace to come, or (status, message)."""
+    def profile(self, sender: Sender, folder: str, num_steps: int, num_skipped: int) -> str:
+        """Traces `num_steps` steps after `num_skipped` others; returns the path of the trace, which comes later."""
         try:
             if isinstance(self.engine, Replicas):
                 raise ValueError("a trace is of one engine, and this server runs several (parallel.replicas)")
-            self.send(worker, "reply", message_id, str(self.engine.profiler.profile_in_background(steps, folder, skip)))
+            return str(self.engine.profiler.profile_in_background(num_steps, folder, num_skipped))
         except ValueError as e:
-            self.send(worker, "reply", message_id, (409, str(e)))
+            raise APIError(409, str(e)) from e
 
-    def on_list_adapters(self, worker: bytes, message_id: str) -> None:
-        self.send(worker, "reply", message_id, sorted(self.engine.adapters))
+    def list_adapters(self, sender: Sender) -> list[str]:
+        """Returns the names of the LoRA adapters."""
+        return sorted(self.engine.adapters)
 
-    def on_set_adapter(
-        self, worker: bytes, message_id: str, name: str, adapter: Adapter | None, load_inplace: bool
-    ) -> None:
-        """Add an adapter, or replace it by another of the same shapes (`again`), or remove it (no tree).
-
-        The reply is None, or (status, message).
-        """
+    def set_adapter(self, sender: Sender, name: str, adapter: Adapter | None, load_inplace: bool) -> None:
+        """Adds a LoRA adapter, replaces it by one of the same shapes (`load_inplace`), or removes it (None)."""
         try:
             if adapter is None:
                 self.engine.remove_adapter(name)
@@ -267,113 +236,87 @@ class EngineServer:
                 self.engine.update_adapter(name, adapter)
             else:
                 self.engine.add_adapter(name, adapter)
-            self.send(worker, "reply", message_id, None)
         except ValueError as e:
-            self.send(worker, "reply", message_id, (409 if name in self.engine.adapters else 400, str(e)))
+            raise APIError(409 if name in self.engine.adapters else 400, str(e), param="lora_name") from e
 
     def _abort_choices(self, request_id: str, choice_index: int | None = None) -> None:
-        _, slots = self.active_requests.get(request_id, (b"", {}))
-        for i in [*slots] if choice_index is None else [choice_index] * (choice_index in slots):
-            id = slots.pop(i)
-            self.owner_by_engine_id.pop(id, None)
-            self.engine.abort(id)
-        if not slots:
+        _, engine_ids = self.active_requests.get(request_id, (b"", {}))
+        for i in [*engine_ids] if choice_index is None else [choice_index] * (choice_index in engine_ids):
+            engine_id = engine_ids.pop(i)
+            self.owner_by_engine_id.pop(engine_id, None)
+            self.engine.abort(engine_id)
+        if not engine_ids:
             self.active_requests.pop(request_id, None)
 
     def _cancel_compilation(self, request_id: str) -> GrammarCompilation:
-        """Ends a call whose grammar is compiled, which then ends soon."""
-        found = self.grammar_compilations.pop(request_id)
-        found.cancel_event.set()
-        return found
+        """Removes a request whose grammar is being compiled; the thread stops soon."""
+        compilation = self.grammar_compilations.pop(request_id)
+        compilation.cancel_event.set()
+        return compilation
 
     def abort_worker_requests(self, worker: bytes) -> None:
-        """A worker died: end what it asked for."""
-        for call in [call for call, c in self.grammar_compilations.items() if c.worker == worker]:
-            self._cancel_compilation(call)
-        for call in [call for call, (who, _) in self.active_requests.items() if who == worker]:
-            self._abort_choices(call)
+        """Aborts all requests of a worker that has died."""
+        for request_id in [id for id, c in self.grammar_compilations.items() if c.sender.worker == worker]:
+            self._cancel_compilation(request_id)
+        for request_id in [id for id, (owner, _) in self.active_requests.items() if owner == worker]:
+            self._abort_choices(request_id)
 
     def step(self) -> None:
-        """One step, and its events on their way, a message for each worker."""
-        found: dict[bytes, dict[str, list[TokenDelta]]] = defaultdict(lambda: defaultdict(list))
+        """Runs one step and sends its token deltas, one message per worker."""
+        messages: dict[bytes, dict[str, list[TokenDelta]]] = defaultdict(lambda: defaultdict(list))
         self.step_start_time = time.monotonic()
         try:
             events = self.engine.step()
         finally:
             self.step_start_time = None
         for event in events:
-            if event.request_id in self.owner_by_engine_id:  # else nobody waits for it any more
-                worker, call, slot = self.owner_by_engine_id[event.request_id]
-                found[worker][call].append(self._make_token_delta(event, slot))
+            if event.request_id in self.owner_by_engine_id:  # else it was aborted
+                worker, request_id, choice = self.owner_by_engine_id[event.request_id]
+                messages[worker][request_id].append(_make_token_delta(event, choice))
                 self.num_generated_tokens += len(event.token_ids)
                 if event.finish_reason:
                     self._remove_finished(event.request_id)
-        for worker, calls in found.items():
-            self.send(worker, "events", dict(calls))
-
-    def _make_token_delta(self, event: Event, choice_index: int) -> TokenDelta:
-        piece = TokenDelta(
-            choice_index,
-            event.token_ids,
-            event.logprobs,
-            event.top_logprobs,
-            event.finish_reason,
-            event.error,
-            weight_version=event.weight_version,
-        )
-        if (o := event.output) is None:
-            return piece
-        return piece._replace(
-            num_cached_tokens=o.num_cached_tokens,
-            prompt_logprobs=o.prompt_logprobs,
-            prompt_top_logprobs=o.prompt_top_logprobs,
-        )
+        for worker, deltas in messages.items():
+            self.send(worker, dict(deltas))
 
     def _remove_finished(self, engine_id: int) -> None:
-        _, call, slot = self.owner_by_engine_id.pop(engine_id)
-        del self.active_requests[call][1][slot]
-        if not self.active_requests[call][1]:
-            del self.active_requests[call]
+        _, request_id, choice = self.owner_by_engine_id.pop(engine_id)
+        del self.active_requests[request_id][1][choice]
+        if not self.active_requests[request_id][1]:
+            del self.active_requests[request_id]
 
     def report_step_failure(self) -> None:
-        """A step raised, which ended everything: say so to whoever waits."""
-        for worker, call, slot in self.owner_by_engine_id.values():
-            self.send(worker, "events", {call: [TokenDelta(slot, [], None, None, "failed")]})
+        """Reports a step that raised, which has ended all requests, to every worker."""
+        for worker, request_id, choice in self.owner_by_engine_id.values():
+            self.send(worker, {request_id: [TokenDelta(choice, [], None, None, "failed")]})
         self.owner_by_engine_id.clear()
         self.active_requests.clear()
 
-    def stats(self) -> dict[str, Any]:
-        """Figures of the moment, and totals since the start."""
-        found = self.engine.stats()
-        return found | {
-            "cache_usage": found["held_pages"] / found["pages"],
-            "requests": self.num_requests,
-            "prompt_tokens": self.num_prompt_tokens,
-            "generation_tokens": self.num_generated_tokens,
-            "uptime": time.time() - self.start_time,
-        }
 
-
-def health_address(address: str) -> str:
-    """Where `answer_health` listens, beside the engine's own socket."""
-    return f"{address}-health"
+def _make_token_delta(event: Event, choice_index: int) -> TokenDelta:
+    e, output = event, event.output
+    tokens = choice_index, e.token_ids, e.logprobs, e.top_logprobs, e.finish_reason, e.error
+    if output is None:
+        return TokenDelta(*tokens, weight_version=e.weight_version)
+    prompt = output.num_cached_tokens, output.prompt_logprobs, output.prompt_top_logprobs
+    return TokenDelta(*tokens, *prompt, e.weight_version)
 
 
 def serve_health(server: EngineServer, address: str) -> None:
-    """A thread: answers each message with what is wrong with the engine, or with nothing.
+    """Answers each message with what is wrong with the engine, "" if nothing is. Runs in a thread.
 
-    A process that is stopped does not answer, which its deadline tells whoever asks.
+    A stopped process does not answer, which the client's timeout detects.
     """
     socket = zmq.Context.instance().socket(zmq.REP)
     socket.linger = 0
     socket.bind(health_address(address))
     while True:
         socket.recv()
-        since = server.step_start_time
-        stuck = since is not None and time.monotonic() - since > STUCK_STEP_SECONDS
-        problem = f"a step has been running for more than {STUCK_STEP_SECONDS:.0f} s" if stuck else ""
-        if stopped := find_stopped_descendants():
-            problem = f"process {stopped[0]} of the engine is stopped"
+        start = server.step_start_time
+        is_stuck = start is not None and time.monotonic() - start > STUCK_STEP_SECONDS
+        problem = f"a step has been running for more than {STUCK_STEP_SECONDS:.0f} s" if is_stuck else ""
+        if pids := find_stopped_descendants():
+            problem = f"process {pids[0]} of the engine is stopped"
         socket.send(problem.encode())
 
 
@@ -383,57 +326,56 @@ def run_engine_process(
     control: Connection,
     max_completions: int | None,
 ) -> None:
-    """The process: `build` gives the engine and the path of its model; `control` is the supervisor's.
+    """Runs the engine's process until the supervisor closes `control`, over which it sends names of dead workers.
 
-    Over `control` come the names of workers that died; its end is this process's.
+    `engine_loader` returns the engine and the path of its model.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the supervisor says when, after the last request
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the supervisor decides when the process ends
         signal.signal(number, signal.SIG_IGN)
-    ready = threading.Event()
-    exit_with_parent(lambda: ORPHAN_EXIT_SECONDS if ready.is_set() else 0.0)
+    is_ready = threading.Event()
+    # Once ready, the main loop notices the end of the supervisor too, and exits in order.
+    exit_with_parent(lambda: ORPHAN_EXIT_SECONDS if is_ready.is_set() else 0.0)
     try:
         engine, path = engine_loader()
     except (ValueError, OSError) as e:
         print(f"fgserve: {e}", file=sys.stderr, flush=True)
         sys.exit(1)
     socket = zmq.Context.instance().socket(zmq.ROUTER)
-    socket.set_hwm(0)  # what a worker has not read yet is bounded by what it asked for
+    socket.set_hwm(0)  # unread messages are bounded by the requests that run
     socket.linger = 0
     socket.bind(address)
-    limits, spec = engine.config.schedule, engine.model_config
-    max_completions = max_completions or 4 * limits.max_num_seqs * engine.config.parallel.replicas
-    # Grammars want a second before the first one; whoever comes until then waits for it.
+    # The grammar library takes a second to start; a request with a grammar that comes earlier waits for it.
     threading.Thread(target=engine.prepare_grammars, daemon=True).start()
-    info = {
-        "path": path,
-        "context": min(spec.context_length, engine.cache_capacity + 1),
-        "spec": spec,
-        "most": max_completions,
-    }
-    info["special_tokens_in_content"] = engine.config.special_tokens_in_content
-    info["supports_adapters"] = engine.config.lora.max_adapters > 0
-    core = EngineServer(engine, socket, max_completions, info)
-    threading.Thread(target=serve_health, args=(core, address), daemon=True).start()
-    ready.set()
+    config, model_config = engine.config, engine.model_config
+    info = EngineInfo(
+        path=path,
+        model_config=model_config,
+        context_length=min(model_config.context_length, engine.cache_capacity + 1),
+        max_completions=max_completions or 4 * config.schedule.max_num_seqs * config.parallel.replicas,
+        special_tokens_in_content=config.special_tokens_in_content,
+        supports_adapters=config.lora.max_adapters > 0,
+    )
+    server = EngineServer(engine, socket, info)
+    threading.Thread(target=serve_health, args=(server, address), daemon=True).start()
+    is_ready.set()
     control.send("ready")
-    poller, failures = zmq.Poller(), 0
-    poller.register(socket, zmq.POLLIN)
-    poller.register(control.fileno(), zmq.POLLIN)
-    poller.register(core.wake_fd, zmq.POLLIN)
-    with engine, contextlib.suppress(EOFError, ConnectionError):  # the supervisor closed its end, or is gone
+    poller, num_failures = zmq.Poller(), 0
+    for source in (socket, control.fileno(), server.wake_fd):
+        poller.register(source, zmq.POLLIN)
+    with engine, contextlib.suppress(EOFError, ConnectionError):  # raised once the supervisor has closed `control`
         while True:
             if not engine.has_unfinished_requests:
                 poller.poll()
             while control.poll():
-                core.abort_worker_requests(control.recv())
-            core.drain_messages()
+                server.abort_worker_requests(control.recv())
+            server.drain_messages()
             if engine.has_unfinished_requests:
                 try:
-                    core.step()
-                    failures = 0
+                    server.step()
+                    num_failures = 0
                 except Exception:
                     traceback.print_exc()
-                    core.report_step_failure()
-                    failures += 1
-                    if failures == MAX_CONSECUTIVE_FAILURES or engine.worker_failure:
+                    server.report_step_failure()
+                    num_failures += 1
+                    if num_failures == MAX_CONSECUTIVE_FAILURES or engine.worker_failure:
                         sys.exit(1)

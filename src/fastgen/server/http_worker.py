@@ -16,8 +16,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from fastgen.server.app_state import AppState, ServerOptions
 from fastgen.server.endpoints import create_app
+from fastgen.server.errors import APIError
 from fastgen.server.log import log_line
-from fastgen.server.requests import APIError
 
 MAX_READ_BYTES = 2**13  # per read of a connection: chunks of one byte take 40 ms to parse then
 HEADERS_TIMEOUT_SECONDS = 30.0  # for a client to send a request's head, and to be idle between two requests

@@ -1,20 +1,19 @@
-"""What clients may send: OpenAI's requests as pydantic models, and what they mean as SamplingParams.
+"""Requests of clients as pydantic models of OpenAI's API, and their conversion to SamplingParams.
 
-Every field is checked without conversion ("5" is no number), an unknown one is refused by name, and one that is null
-counts as not given.
+Fields are validated without conversion ("5" is not a number), unknown fields are rejected by name, and a field that is
+null counts as missing. Methods raise APIError where fields contradict each other.
 """
 
 import json
-import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from fastgen.config import SamplingParams
+from fastgen.server.errors import APIError, bad_request
 
-ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# Fields of OpenAI's and vLLM's requests that are not supported, with the values that ask for nothing.
+# Unsupported fields of OpenAI's and vLLM's requests, with the values that have no effect and are accepted.
 UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
@@ -30,47 +29,22 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-FIRST_WORD = re.compile(r"\w+")
-CONTEXT_OVERFLOW_MESSAGE = re.compile(
-    r"\d+ prompt tokens and max_tokens="
-)  # how the library begins to say what does not fit
-# Limits that are checked before there is any work with what a request holds.
-MAX_FIELDS = 256  # of an object with named fields
-MAX_PROMPTS = 2**14  # texts, or lists of tokens
-MAX_TOKEN_IDS = 2**21  # of a list
-MAX_MESSAGES = 2**13  # and parts and calls of all of them
+# Limits that are checked before a request's contents are processed.
+MAX_FIELDS = 256  # fields of an object with named fields
+MAX_PROMPTS = 2**14  # prompts of a request, as texts or token ids
+MAX_TOKEN_IDS = 2**21  # token ids of a prompt
+MAX_MESSAGES = 2**13  # messages, content parts and tool calls together
 MAX_TOOLS = 1024
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 64, 2048  # stop strings, and characters of each
-MAX_GUIDED_CHOICES = 4096  # of guided_choice
+MAX_GUIDED_CHOICES = 4096  # items of guided_choice
 MAX_LISTED_TOKEN_IDS = 1024  # tokens of logit_bias, and of stop_token_ids
 MAX_DETOKENIZE_TOKENS = 2**18  # tokens of /detokenize
-MAX_COMPLETIONS_PER_PROMPT = 128  # completions of a prompt, as OpenAI's limit
-MAX_TOP_LOGPROBS = 20  # most likely tokens beside each, likewise
-
-
-class APIError(Exception):
-    """A request that is answered by an error, in OpenAI's form. `param` is the field that is wrong."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
-
-    def to_body(self) -> dict[str, Any]:
-        """What the client gets."""
-        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+MAX_COMPLETIONS_PER_PROMPT = 128  # OpenAI's limit
+MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 
 
 class StrictModel(BaseModel):
-    """No conversions, no unknown fields; null is the default."""
+    """Base of all requests: validates without conversion, rejects unknown fields, reads null as the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -85,7 +59,7 @@ class StrictModel(BaseModel):
 
 
 def _limit_items(max_items: int) -> BeforeValidator:
-    """Refuses what has more elements, before any of them is looked at."""
+    """Rejects a list or dict of more than `max_items` before its items are validated."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > max_items:
@@ -96,17 +70,17 @@ def _limit_items(max_items: int) -> BeforeValidator:
 
 
 def _limit_message_parts(messages: Any) -> Any:
-    """Refuses more messages, parts and calls together than a server should spend its time with."""
+    """Rejects messages with more than `MAX_MESSAGES` messages, content parts and tool calls in total."""
     if isinstance(messages, list):
-        held = [m.get(name) for m in messages if isinstance(m, dict) for name in ("content", "tool_calls")]
-        count = len(messages) + sum(len(x) for x in held if isinstance(x, list))
+        parts = [m.get(name) for m in messages if isinstance(m, dict) for name in ("content", "tool_calls")]
+        count = len(messages) + sum(len(x) for x in parts if isinstance(x, list))
         if count > MAX_MESSAGES:
             raise ValueError(f"at most {MAX_MESSAGES} messages, parts and calls are taken together, got {count}")
     return messages
 
 
 def _check_encodable(text: str) -> str:
-    """JSON's escapes can spell half of a character, which no tokenizer takes."""
+    """Rejects half of a surrogate pair, which JSON can escape and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -120,8 +94,11 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterV
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True), _limit_items(MAX_TOKEN_IDS)]
 
 
+GuidedChoices = Annotated[list[EncodableString], Field(min_length=1, fail_fast=True), _limit_items(MAX_GUIDED_CHOICES)]
+
+
 class StreamOptions(StrictModel):
-    """`include_usage`: a last chunk with the number of tokens. The other two are not supported, and may be false."""
+    """Options of a stream: `include_usage` adds a last chunk with token counts. The others are unsupported."""
 
     include_usage: bool = False
     continuous_usage_stats: Literal[False] = False
@@ -129,7 +106,7 @@ class StreamOptions(StrictModel):
 
 
 class JsonSchema(StrictModel):
-    """A schema and what OpenAI's clients say about it; it is followed whether `strict` or not."""
+    """A JSON schema in OpenAI's form; the output follows the schema whether `strict` or not."""
 
     name: str = ""
     description: str | None = None
@@ -138,7 +115,7 @@ class JsonSchema(StrictModel):
 
 
 class ResponseFormat(StrictModel):
-    """`json_schema` is given with the type of that name, and only then."""
+    """Format of the output; `json_schema` belongs to the type of the same name."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -151,12 +128,12 @@ class ResponseFormat(StrictModel):
 
 
 class SamplingFields(StrictModel):
-    """How tokens are drawn, and how many: fields of SamplingParams, by its names."""
+    """Fields of SamplingParams under the library's names."""
 
     n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS_PER_PROMPT)] = 1
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0 and -1 are off
+    top_k: int = 0  # 0 and -1 disable it
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int | None = None
@@ -169,66 +146,65 @@ class SamplingFields(StrictModel):
     logit_bias: Annotated[dict[str, float], _limit_items(MAX_LISTED_TOKEN_IDS)] = {}
 
     def to_sampling_kwargs(self) -> dict[str, Any]:
-        """As SamplingParams has them."""
-        given = {name: getattr(self, name) for name in SamplingFields.model_fields}
-        return given | {"stop_token_ids": tuple(self.stop_token_ids), "logit_bias": _parse_logit_bias(self.logit_bias)}
+        """Returns the keyword arguments of SamplingParams."""
+        fields = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        return fields | {"stop_token_ids": tuple(self.stop_token_ids), "logit_bias": _parse_logit_bias(self.logit_bias)}
 
 
 class CompletionRequestBase(SamplingFields):
-    """What chat and text completions have in common."""
+    """Fields that chat and text completions share."""
 
     model: EncodableString | None = None
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True), _limit_items(MAX_STOP_STRINGS)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # Accepted, and not used: they say who asks, or what is to be kept, and nothing of the answer.
+    # Accepted without effect: these identify the user or control storage at OpenAI.
     user: EncodableString | None = None
     safety_identifier: EncodableString | None = None
     metadata: dict[EncodableString, EncodableString] = {}
     store: bool = False
     prompt_cache_key: EncodableString | None = None
 
-    return_weight_versions: bool = False  # of each token: `weight_versions` of a choice
-    cache_salt: EncodableString | None = None  # vLLM's, as the guided ones
+    return_weight_versions: bool = False  # adds `weight_versions` to each choice, one per token
+    cache_salt: EncodableString | None = None  # this and the guided fields are vLLM's
     response_format: ResponseFormat | None = None
     guided_json: EncodableString | dict[str, Any] | None = None
     guided_regex: EncodableString | None = None
-    guided_choice: (
-        Annotated[list[EncodableString], Field(min_length=1, fail_fast=True), _limit_items(MAX_GUIDED_CHOICES)] | None
-    ) = None
+    guided_choice: GuidedChoices | None = None
     guided_grammar: EncodableString | None = None
 
-    # Declared so that they are refused with a reason, and not as unknown; see REFUSED.
+    # Declared to be rejected as unsupported, not as unknown; see UNSUPPORTED_FIELDS.
     service_tier: Any = None
     structured_outputs: Any = None
 
-    _tool_call_grammar: str | None = PrivateAttr(None)  # the grammar of calls, where they are enforced
+    _tool_call_grammar: str | None = PrivateAttr(None)  # of enforced tool calls
 
     def resolve_grammar(self) -> tuple[str, str] | None:
-        """The field that wants the output to follow a grammar, and the grammar. Refused if there are several."""
-        found, form = dict[str, str](), self.response_format
-        if form is not None and form.type != "text":
-            schema = form.json_schema.schema_ if form.json_schema else {"type": "object"}
-            found["response_format"] = f"json:{json.dumps(schema)}"
-        if self.guided_json is not None:
-            given = self.guided_json
-            found["guided_json"] = f"json:{given if isinstance(given, str) else json.dumps(given)}"
+        """Returns the field that constrains the output and its grammar, or None. Raises APIError for several fields."""
+        grammars, response_format = dict[str, str](), self.response_format
+        if response_format is not None and response_format.type != "text":
+            json_schema = response_format.json_schema
+            schema = json_schema.schema_ if json_schema else {"type": "object"}
+            grammars["response_format"] = f"json:{json.dumps(schema)}"
+        if (schema := self.guided_json) is not None:
+            grammars["guided_json"] = f"json:{schema if isinstance(schema, str) else json.dumps(schema)}"
         if self.guided_regex is not None:
-            found["guided_regex"] = f"regex:{self.guided_regex}"
+            grammars["guided_regex"] = f"regex:{self.guided_regex}"
         if self.guided_choice is not None:
-            found["guided_choice"] = "lark:start: " + " | ".join(json.dumps(text) for text in self.guided_choice)
+            grammars["guided_choice"] = "lark:start: " + " | ".join(json.dumps(text) for text in self.guided_choice)
         if self.guided_grammar is not None:
-            found["guided_grammar"] = f"lark:{self.guided_grammar}"
+            grammars["guided_grammar"] = f"lark:{self.guided_grammar}"
         if self._tool_call_grammar is not None:
-            found["tools"] = self._tool_call_grammar
-        if len(found) > 1:
-            raise APIError(400, f"{' and '.join(found)} both say what the output follows: give one", param=[*found][1])
-        return next(iter(found.items()), None)
+            grammars["tools"] = self._tool_call_grammar
+        if len(grammars) > 1:
+            names = [*grammars]
+            raise APIError(400, f"{' and '.join(names)} both say what the output follows: give one", param=names[1])
+        return next(iter(grammars.items()), None)
 
     def client_field_names(self) -> dict[str, str]:
-        """How clients call what the library calls otherwise."""
-        guide = self.resolve_grammar()
-        return dict.fromkeys(("grammar", "json", "regex", "lark"), guide[0]) if guide else {}
+        """Maps the library's names in error messages to the client's field names."""
+        grammar = self.resolve_grammar()
+        return dict.fromkeys(("grammar", "json", "regex", "lark"), grammar[0]) if grammar else {}
 
     def _make_sampling_params(
         self, max_tokens_field: tuple[str, int | None], logprobs: int | None, echo: bool = False
@@ -236,28 +212,27 @@ class CompletionRequestBase(SamplingFields):
         reject_unsupported(self)
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise APIError(400, "stream_options needs stream=true", param="stream_options")
-        guide = self.resolve_grammar()
-        given = self.to_sampling_kwargs() | {"max_tokens": max_tokens_field[1], "grammar": guide[1] if guide else None}
-        given["cache_salt"] = self.cache_salt
-        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        prompt = logprobs if echo else None
-        return make_sampling_params(
-            {"max_tokens": max_tokens_field[0]} | self.client_field_names(),
-            **given,
-            logprobs=logprobs,
-            prompt_logprobs=prompt,
-        )
+        grammar = self.resolve_grammar()
+        fields = self.to_sampling_kwargs() | {
+            "max_tokens": max_tokens_field[1],
+            "grammar": grammar[1] if grammar else None,
+            "cache_salt": self.cache_salt,
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            "logprobs": logprobs,
+            "prompt_logprobs": logprobs if echo else None,
+        }
+        return make_sampling_params({"max_tokens": max_tokens_field[0]} | self.client_field_names(), **fields)
 
 
 class ContentPart(StrictModel):
-    """A part of a message. Only text is supported. All of a prompt is cached, with a breakpoint or without."""
+    """A part of a message's content; only text is supported. Breakpoints have no effect: all of a prompt is cached."""
 
     type: Literal["text"]
     text: EncodableString
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-FunctionIdentifier = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]  # of a function, as OpenAI has it
+FunctionIdentifier = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]  # OpenAI's rule
 
 
 def _check_object_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +251,7 @@ def _check_json_object(text: str) -> str:
 
 
 class FunctionDefinition(StrictModel):
-    """What may be called. No parameters means that it takes none."""
+    """A function that the model may call. Without `parameters`, the function has none."""
 
     name: FunctionIdentifier
     description: EncodableString | None = None
@@ -285,41 +260,41 @@ class FunctionDefinition(StrictModel):
 
 
 class Tool(StrictModel):
-    """Only functions are supported."""
+    """A tool; only functions are supported."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
     def to_template_dict(self) -> dict[str, Any]:
-        """As a chat template wants it: `strict` is ours to know."""
+        """Returns the tool in the form of chat templates, without `strict`."""
         f = self.function
-        told: dict[str, Any] = {"name": f.name, "description": f.description or ""}  # templates may print either
-        told["parameters"] = f.parameters or {"type": "object", "properties": {}}
-        return {"type": self.type, "function": told}
+        function: dict[str, Any] = {"name": f.name, "description": f.description or ""}  # templates may print it
+        function["parameters"] = f.parameters or {"type": "object", "properties": {}}
+        return {"type": self.type, "function": function}
 
 
 class FunctionChoice(StrictModel):
-    """The one that is to be called."""
+    """The function of a `NamedToolChoice`."""
 
     name: FunctionIdentifier
 
 
 class NamedToolChoice(StrictModel):
-    """A `tool_choice` of one function."""
+    """A `tool_choice` that requires a call of one function."""
 
     type: Literal["function"]
     function: FunctionChoice
 
 
 class FunctionCall(StrictModel):
-    """A function's name, and the JSON of its arguments."""
+    """Name and JSON arguments of a call."""
 
     name: FunctionIdentifier
     arguments: Annotated[EncodableString, AfterValidator(_check_json_object)]
 
 
 class ToolCall(StrictModel):
-    """A call that the model made before. `index` is what a stream's deltas have, and clients send back."""
+    """A tool call of an earlier answer. Clients send back the `index` that a stream's chunks have."""
 
     id: NonEmptyString
     index: int | None = None
@@ -327,15 +302,15 @@ class ToolCall(StrictModel):
     function: FunctionCall
 
     def to_template_dict(self) -> dict[str, Any]:
-        """Templates want an object, where clients have its text."""
-        called = {"name": self.function.name, "arguments": json.loads(self.function.arguments or "{}")}
-        return {"id": self.id, "type": self.type, "function": called}
+        """Returns the call in the form of chat templates, with the arguments as an object."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments or "{}")}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 class ChatMessage(StrictModel):
-    """What somebody said. A developer is the system to chat templates.
+    """A message of a chat. Chat templates see the role developer as system.
 
-    `reasoning_content` is the reasoning of an assistant's former answer, for templates that have a place for it.
+    `reasoning_content` is the reasoning of an assistant's earlier answer, for templates that render reasoning.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -344,7 +319,7 @@ class ChatMessage(StrictModel):
     reasoning_content: EncodableString | None = None
     tool_calls: list[ToolCall] = []
     tool_call_id: NonEmptyString | None = None
-    # What answers have beside it; nothing else of theirs has a place in a prompt.
+    # Further fields of answers, which clients send back; accepted only if empty.
     refusal: Literal[""] = ""
     annotations: Annotated[list[Any], Field(max_length=0)] = []
 
@@ -358,54 +333,55 @@ class ChatMessage(StrictModel):
         return self
 
     def to_template_dict(self) -> dict[str, Any]:
-        """As a chat template wants it."""
+        """Returns the message in the form of chat templates."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.name is not None:
-            found["name"] = self.name
+            message["name"] = self.name
         if self.reasoning_content:
-            found["reasoning_content"] = self.reasoning_content
+            message["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
-            found["tool_calls"] = [call.to_template_dict() for call in self.tool_calls]
+            message["tool_calls"] = [call.to_template_dict() for call in self.tool_calls]
         if self.tool_call_id is not None:
-            found["tool_call_id"] = self.tool_call_id
-        return found
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 def to_template_dicts(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """All of them; a tool's get the name of what was called, which some templates ask for."""
-    found, called = list[dict[str, Any]](), dict[str, str]()
+    """Returns messages in the form of chat templates; results of tools get the function's name, which some need."""
+    results, function_names = list[dict[str, Any]](), dict[str, str]()
     for i, message in enumerate(messages):
-        called |= {c.id: c.function.name for c in message.tool_calls}
-        found.append(message.to_template_dict())
-        if message.tool_call_id is not None:
+        function_names |= {call.id: call.function.name for call in message.tool_calls}
+        results.append(message.to_template_dict())
+        if (call_id := message.tool_call_id) is not None:
             param = f"messages.{i}.tool_call_id"
-            if message.tool_call_id not in called:
-                raise APIError(400, f"{param}: no call before it has the id {message.tool_call_id!r}", param=param)
-            found[-1].setdefault("name", called[message.tool_call_id])
-    return found
+            if call_id not in function_names:
+                raise APIError(400, f"{param}: no call before it has the id {call_id!r}", param=param)
+            results[-1].setdefault("name", function_names[call_id])
+    return results
 
 
 def _check_distinct_names(tools: list[Tool]) -> list[Tool]:
-    count = Counter(tool.function.name for tool in tools)
-    if twice := [name for name, times in count.items() if times > 1]:
-        raise ValueError(f"there is more than one function {twice[0]}")
+    counts = Counter(tool.function.name for tool in tools)
+    if duplicates := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"there is more than one function {duplicates[0]}")
     return tools
 
 
 ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_limit_message_parts)]
 
 
-class RequestWithTools(StrictModel):
-    """What has messages, and tools beside them."""
+Tools = Annotated[list[Tool], Field(fail_fast=True), _limit_items(MAX_TOOLS), AfterValidator(_check_distinct_names)]
 
-    tools: Annotated[
-        list[Tool], Field(fail_fast=True), _limit_items(MAX_TOOLS), AfterValidator(_check_distinct_names)
-    ] = []
+
+class RequestWithTools(StrictModel):
+    """A request with messages and tools."""
+
+    tools: Tools = []
 
 
 class ChatRequest(CompletionRequestBase, RequestWithTools):
-    """POST /chat/completions"""
+    """Body of POST /chat/completions."""
 
     messages: ChatMessages
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
@@ -413,9 +389,9 @@ class ChatRequest(CompletionRequestBase, RequestWithTools):
     max_completion_tokens: int | None = None  # the newer name of max_tokens
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
-    prediction: dict[str, Any] | None = None  # of the answer, which it could make faster and not change; not used
+    prediction: dict[str, Any] | None = None  # would only make the answer faster; no effect
 
-    # See REFUSED.
+    # See UNSUPPORTED_FIELDS.
     audio: Any = None
     function_call: Any = None
     functions: Any = None
@@ -429,20 +405,20 @@ class ChatRequest(CompletionRequestBase, RequestWithTools):
 
     @property
     def tool_choice_mode(self) -> str:
-        """`none`, `auto`, `required`, or `named`; what does not go together is Refused, by name."""
+        """Returns "none", "auto", "required" or "named". Raises APIError for a choice that does not fit the tools."""
         for name in ("tool_choice", "parallel_tool_calls"):
             if not self.tools and getattr(self, name) not in (None, "none"):
                 raise APIError(400, f"{name} needs tools", param=name)
         if isinstance(self.tool_choice, NamedToolChoice):
-            wanted, names = self.tool_choice.function.name, [tool.function.name for tool in self.tools]
-            if wanted not in names:
-                problem = f"tool_choice: no function {wanted} is among the tools: {', '.join(names)}"
+            choice, names = self.tool_choice.function.name, [tool.function.name for tool in self.tools]
+            if choice not in names:
+                problem = f"tool_choice: no function {choice} is among the tools: {', '.join(names)}"
                 raise APIError(400, problem, param="tool_choice")
             return "named"
         return self.tool_choice or ("auto" if self.tools else "none")
 
     def enforce_tool_calls(self, grammar: str | None) -> None:
-        """Have the output follow the grammar of calls. A form of all output leaves no room for calls."""
+        """Constrains the output to a grammar of tool calls. Raises APIError beside another grammar, also for None."""
         other = self.resolve_grammar()
         if other is not None:
             problem = f"{other[0]} is the form of all output, and calls have another: leave it out, or tool_choice=none"
@@ -450,15 +426,15 @@ class ChatRequest(CompletionRequestBase, RequestWithTools):
         self._tool_call_grammar = grammar
 
     def to_sampling_params(self) -> SamplingParams:
-        """ValueError-free: what is wrong is Refused, by name. No limit means the rest of the context."""
+        """Returns the library's settings. Without a limit, output may fill the context. Raises APIError by field."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             problem = "max_tokens and max_completion_tokens are two names of the same: give one"
             raise APIError(400, problem, param="max_completion_tokens")
         if self.top_logprobs and not self.logprobs:
             raise APIError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-        new = self.max_completion_tokens is not None
-        most = ("max_completion_tokens", self.max_completion_tokens) if new else ("max_tokens", self.max_tokens)
-        return self._make_sampling_params(most, (self.top_logprobs or 0) if self.logprobs else None)
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._make_sampling_params((name, getattr(self, name)), logprobs)
 
 
 TextPrompts = Annotated[list[NonEmptyString], Field(min_length=1, fail_fast=True), _limit_items(MAX_PROMPTS)]
@@ -466,34 +442,34 @@ TokenPrompts = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), _l
 
 
 class CompletionRequest(CompletionRequestBase):
-    """POST /completions"""
+    """Body of POST /completions."""
 
     prompt: NonEmptyString | TokenIds | TextPrompts | TokenPrompts
     echo: bool = False
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     best_of: int | None = None
 
-    suffix: Any = None  # see REFUSED
+    suffix: Any = None  # see UNSUPPORTED_FIELDS
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or many, as many."""
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else list(self.prompt)  # type: ignore[return-value]
+        """Returns one or several prompts as a list."""
+        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_single else list(self.prompt)  # type: ignore[return-value]
 
     def to_sampling_params(self) -> SamplingParams:
-        """What is wrong is Refused, by name."""
+        """Returns the library's settings. Raises APIError by field."""
         if self.echo and self.stream and self.logprobs is not None:
             raise APIError(400, "echo with logprobs cannot be streamed: the prompt's come at the end", param="echo")
         if self.best_of not in (None, self.n):
             problem = f"best_of={self.best_of} is not supported by this server: leave it out, or make it n={self.n}"
             raise APIError(400, problem, param="best_of", code="unsupported_parameter")
-        most = 16 if self.max_tokens is None else self.max_tokens
-        return self._make_sampling_params(("max_tokens", most), self.logprobs, self.echo)
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        return self._make_sampling_params(("max_tokens", max_tokens), self.logprobs, self.echo)
 
 
 class GenerateSamplingParams(SamplingFields):
-    """The library's own SamplingParams, without text."""
+    """SamplingParams of the library without fields for text."""
 
     max_tokens: int | None = 16
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
@@ -502,34 +478,33 @@ class GenerateSamplingParams(SamplingFields):
 
 
 class GenerateRequest(StrictModel):
-    """POST /inference/v1/generate: token ids in, token ids out."""
+    """Body of POST /inference/v1/generate: token ids in, token ids out."""
 
     model: EncodableString | None = None
     token_ids: TokenIds
     sampling_params: GenerateSamplingParams = GenerateSamplingParams()
     cache_salt: EncodableString | None = None
     stream: bool = False
-    return_weight_versions: bool = False  # as of completions
+    return_weight_versions: bool = False
 
     def to_sampling_params(self) -> SamplingParams:
-        """What is wrong is Refused, by name."""
-        asked = self.sampling_params
-        if self.stream and asked.prompt_logprobs is not None:
+        """Returns the library's settings. Raises APIError by field."""
+        params = self.sampling_params
+        if self.stream and params.prompt_logprobs is not None:
             problem = "prompt_logprobs cannot be streamed: they come at the end"
             raise APIError(400, problem, param="sampling_params.prompt_logprobs")
         names = {name: f"sampling_params.{name}" for name in GenerateSamplingParams.model_fields}
-        return make_sampling_params(
-            names, **(asked.model_dump() | asked.to_sampling_kwargs()), cache_salt=self.cache_salt
-        )
+        fields = params.model_dump() | params.to_sampling_kwargs()
+        return make_sampling_params(names, **fields, cache_salt=self.cache_salt)
 
 
 class TokenizeRequest(RequestWithTools):
-    """POST /tokenize: a text, or messages as the chat template has them, with tools or without."""
+    """Body of POST /tokenize: a text, or messages and tools for the chat template."""
 
     model: EncodableString | None = None
     prompt: EncodableString | None = None
     messages: ChatMessages | None = None
-    add_special_tokens: bool = True  # of a prompt
+    add_special_tokens: bool = True  # to `prompt`
 
     @model_validator(mode="after")
     def _check_prompt_or_messages(self) -> "TokenizeRequest":
@@ -541,27 +516,27 @@ class TokenizeRequest(RequestWithTools):
 
 
 class DetokenizeRequest(StrictModel):
-    """POST /detokenize"""
+    """Body of POST /detokenize."""
 
     model: EncodableString | None = None
     tokens: Annotated[list[int], Field(fail_fast=True), _limit_items(MAX_DETOKENIZE_TOKENS)]
 
 
 class AbortRequest(StrictModel):
-    """POST /abort: the id that a response or its header x-request-id names."""
+    """Body of POST /abort: the id in a response, and in its header x-request-id."""
 
     request_id: EncodableString
 
 
 class ProfileRequest(StrictModel):
-    """POST /profile: how many steps are traced, after how many others."""
+    """Body of POST /profile: traces `steps` steps after `skip` steps."""
 
-    steps: Annotated[int, Field(ge=1, le=64)] = 8  # the trace of more would take the engine too long to collect
+    steps: Annotated[int, Field(ge=1, le=64)] = 8  # collecting a longer trace would stall the engine
     skip: Annotated[int, Field(ge=0, le=100_000)] = 2
 
 
 class LoadAdapterRequest(StrictModel):
-    """POST /load_lora_adapter: a name, and a folder of PEFT's files. `load_inplace`: one of that name is replaced."""
+    """Body of POST /load_lora_adapter: a name and a folder in PEFT's format; `load_inplace` replaces an adapter."""
 
     lora_name: EncodableString
     lora_path: EncodableString
@@ -569,26 +544,26 @@ class LoadAdapterRequest(StrictModel):
 
 
 class UnloadAdapterRequest(StrictModel):
-    """POST /unload_lora_adapter"""
+    """Body of POST /unload_lora_adapter."""
 
     lora_name: EncodableString
 
 
 def reject_unsupported(request: CompletionRequestBase) -> None:
-    """Refuse, by name, what asks for something that is not there. The one place that decides it."""
-    for name, harmless in UNSUPPORTED_FIELDS.items():
+    """Raises APIError for a field of `UNSUPPORTED_FIELDS` that has an effect."""
+    for name, accepted in UNSUPPORTED_FIELDS.items():
         value = getattr(request, name, None)
-        if value is not None and value not in harmless:
+        if value is not None and value not in accepted:
             problem = f"{name} is not supported by this server"
-            problem += f", but for {' or '.join(map(json.dumps, harmless))}" if harmless else ""
+            problem += f", but for {' or '.join(map(json.dumps, accepted))}" if accepted else ""
             raise APIError(400, problem, param=name, code="unsupported_parameter")
 
 
 def make_sampling_params(field_names: dict[str, str], **fields: Any) -> SamplingParams:
-    """SamplingParams, or a 400 for the field that is out of range; `names` has those that clients call otherwise."""
-    if fields["top_k"] == -1 or fields["top_k"] > 2**31 - 1:  # more than any vocabulary is all of it
+    """Makes SamplingParams. Raises APIError for a field out of range; `field_names` maps names to the client's."""
+    if fields["top_k"] == -1 or fields["top_k"] > 2**31 - 1:  # at least the size of any vocabulary: no limit
         fields["top_k"] = 0
-    if 0 <= fields["top_p"] < 1e-6:  # the likeliest token alone, also in single precision, where none might be left
+    if 0 <= fields["top_p"] < 1e-6:  # only the most likely token; a smaller value could leave none in float32
         fields["top_p"] = 1e-6
     try:
         return SamplingParams(**fields)
@@ -596,27 +571,8 @@ def make_sampling_params(field_names: dict[str, str], **fields: Any) -> Sampling
         raise bad_request(str(e), field_names) from e
 
 
-def bad_request(message: str, field_names: dict[str, str] | None = None) -> APIError:
-    """Makes the 400 for a message of the library, whose first word is the field it is about.
-
-    Fields that clients know by another name (`names`) are renamed there and nowhere else: what follows may quote the
-    client.
-    """
-    message, field_names = message.removeprefix("SamplingParams."), field_names or {}
-    if CONTEXT_OVERFLOW_MESSAGE.match(message):  # two numbers and two names, no words of the client's
-        name = field_names.get("max_tokens", "max_tokens")
-        message = message.replace("max_tokens", name)
-    else:
-        word = FIRST_WORD.match(message)
-        first = word[0] if word else ""
-        name = field_names.get(first, first)
-        message = name + message[len(first) :]
-    known = (*SamplingParams.__dataclass_fields__, *field_names.values(), "prompt")
-    return APIError(400, message, param=name if name in known else None)
-
-
 def _parse_logit_bias(logit_bias: dict[str, float]) -> dict[int, float]:
-    """Tokens are texts in JSON's objects. int() takes more than digits: 1_0, spaces, other scripts."""
+    """Converts the keys of a JSON object to token ids. int() alone would accept 1_0, spaces and other digits."""
     for token in logit_bias:
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise APIError(400, f"logit_bias: {token[:20]!r} is no token id", param="logit_bias")

@@ -1,0 +1,52 @@
+"""Errors in OpenAI's form, and the translation of the library's error messages into a client's field names."""
+
+import re
+from typing import Any
+
+from fastgen.config import SamplingParams
+
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+FIRST_WORD = re.compile(r"\w*")
+CONTEXT_OVERFLOW_MESSAGE = re.compile(r"\d+ prompt tokens and max_tokens=")  # start of the message of `max_length`
+
+
+class APIError(Exception):
+    """An error that answers a request in OpenAI's form. `param` is the field that is wrong. It can be pickled."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(status, message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    def __str__(self) -> str:
+        return self.message
+
+    def to_body(self) -> dict[str, Any]:
+        """Returns the JSON of the response's body."""
+        error_type = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, field_names: dict[str, str] | None = None) -> APIError:
+    """Makes the 400 for an error message of the library, whose first word is the name of the field.
+
+    `field_names` maps the library's field names to the client's. Only the first word is renamed, since the remaining
+    message may quote the client.
+    """
+    message, field_names = message.removeprefix("SamplingParams."), field_names or {}
+    if CONTEXT_OVERFLOW_MESSAGE.match(message):  # contains numbers and field names only
+        name = field_names.get("max_tokens", "max_tokens")
+        message = message.replace("max_tokens", name)
+    else:
+        first_word = FIRST_WORD.match(message)[0]  # type: ignore[index]
+        name = field_names.get(first_word, first_word)
+        message = name + message[len(first_word) :]
+    known_names = (*SamplingParams.__dataclass_fields__, *field_names.values(), "prompt")
+    return APIError(400, message, param=name if name in known_names else None)
