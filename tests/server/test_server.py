@@ -36,7 +36,7 @@ from fastgen.server import app_state, http_worker
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.engine_process import EngineServer
 from fastgen.server.errors import APIError, bad_request
-from fastgen.server.messages import pack_message
+from fastgen.server.messages import EngineInfo, Reply, Sender, TokenDelta, pack_message
 from fastgen.server.middleware import Middleware
 from fastgen.server.sse import dump_json
 from fastgen.structured_output.trial_process import GrammarCancelled

@@ -162,14 +162,14 @@ def render(
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
     if not tokenizer.chat_template:
         raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
-    messages = list(messages)
+    chat: Any = list(messages)
     try:
         if special_tokens_in_content == "text":
             escape = ControlTokens.for_tokenizer(tokenizer).escape
-            messages, tools = escape(messages), escape(tools)
+            chat, tools = escape(chat), escape(tools)
         source = chat_template.limit_template(tokenizer.get_chat_template(tools=tools))
         options: Any = {"chat_template": source, "tools": tools, "add_generation_prompt": True, "tokenize": False}
-        return cast(str, tokenizer.apply_chat_template(messages, **options))
+        return cast(str, tokenizer.apply_chat_template(chat, **options))
     except TEMPLATE_ERRORS as e:
         raise ValueError(f"the model's chat template refuses these messages: {e or type(e).__name__}") from e
 
