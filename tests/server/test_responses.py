@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from test_tokenizer import BYTE_FALLBACK, KINDS, QUICK, byte_tokens
 
 from fastgen.config import SamplingParams
 from fastgen.core.detokenizer import token_to_bytes
+from fastgen.core.request import Completion, Event, Output, SequenceState
 from fastgen.server.app_state import AppState
 from fastgen.server.messages import TokenDelta
 from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder
 
+STOP_STRINGS = ["a", "ab", "é", " H", "<|im_end|>", "b<|im_end|>", "</s>", "a</s>b"]
 WORDS = {kind: TokenDecoder(tokenizer) for kind, tokenizer in KINDS.items()}
 
 
@@ -62,6 +65,44 @@ def test_tokens_joined_are_the_text(kind: str, text: str) -> None:
     told = [WORDS[kind].format_logprob(t, 0.0) for t in tokens]
     assert bytes(b for t in told for b in t["bytes"]).decode() == made.accumulated.text
     assert "\ufffd" in "".join(t["token"] for t in told) or "".join(t["token"] for t in told) == made.accumulated.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@QUICK
+@given(data=st.data(), stop=st.lists(st.sampled_from(STOP_STRINGS), max_size=2), stream_text=st.booleans())
+def test_library_and_server_return_the_same_text(
+    kind: str, data: st.DataObject, stop: list[str], stream_text: bool
+) -> None:
+    """The same tokens have the same text, end and finish reason in both, however steps group the tokens."""
+    tokenizer = KINDS[kind]
+    token = st.integers(0, len(tokenizer) - 1) | st.sampled_from(tokenizer("ab He é<|im_end|>b a😀").input_ids)
+    prompt, tokens = (data.draw(st.lists(token, min_size=1, max_size=n)) for n in (5, 24))
+    max_length, eos = len(prompt) + len(tokens), frozenset({tokenizer.eos_token_id})
+    min_tokens = data.draw(st.integers(0, len(tokens)))
+    params = SamplingParams(stop=tuple(stop), min_tokens=min_tokens, max_tokens=len(tokens))
+
+    def events(params: SamplingParams, *args: Any, **options: Any) -> tuple[list[Event], Completion]:
+        """Returns the library's events until the completion finishes."""
+        state = SequenceState(Output(0, prompt, [Completion()]), 0, params, 0, max_length, eos, *args, **options)
+        events = list[Event]()
+        while not events or not events[-1].finish_reason:
+            events.append(state.append_token(tokens[len(events)], -1.0, ()))
+        return events, state.completion
+
+    library, completion = events(params, tokenizer, stream_text=stream_text)
+    assert "".join(e.text for e in library) == completion.text
+    # The engine behind a server has neither a tokenizer nor stop strings.
+    engine, _ = events(replace(params, stop=()), None)
+    options: Any = {"stream_text": stream_text, "visible_special_tokens": {}}
+    served, text = Choice(0, WORDS[kind], prompt, params, **options), ""
+    while not served.accumulated.finish_reason:
+        size = data.draw(st.integers(1, len(engine)))
+        group, engine = engine[:size], engine[size:]
+        group_tokens = [t for e in group for t in e.token_ids]
+        text += served.push(TokenDelta(0, group_tokens, None, None, group[-1].finish_reason)).text
+    total = served.accumulated
+    assert text == total.text == completion.text and total.token_ids == completion.token_ids
+    assert total.finish_reason == completion.finish_reason
 
 
 def test_alike_tokens_are_told_apart() -> None:
