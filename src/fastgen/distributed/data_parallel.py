@@ -26,6 +26,7 @@ import torch
 from fastgen import lora
 from fastgen.checkpoint import weights
 from fastgen.config import EngineConfig, SamplingParams
+from fastgen.checkpoint.tokenizer import load as load_tokenizer
 from fastgen.core import tokenizer as tokens
 from fastgen.core.model_config import shard_config
 from fastgen.core.request import Completion, Event, Output, map_prompts, max_length, rejection_events
@@ -87,7 +88,7 @@ class Replicas(GenerateMethods):
         # Requests whose events are no longer wanted, to abort with the next call.
         self._pending_aborts = deque[frozenset[int]]()
         self.worker_failure = ""  # why the replicas have ended
-        self.tokenizer: Tokenizer | None = tokens.load(model_path)
+        self.tokenizer: Tokenizer | None = load_tokenizer(model_path)
         num_threads = max(1, torch.get_num_threads() // (num_replicas * tp_size))
         engine_config = replace(config, parallel=replace(config.parallel, replicas=1), seed=None)
         options = load_kwargs | {f.name: getattr(engine_config, f.name) for f in fields(EngineConfig)}
