@@ -25,8 +25,8 @@ import torch
 
 from fastgen import lora
 from fastgen.checkpoint import weights
-from fastgen.config import EngineConfig, SamplingParams
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
+from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core import tokenizer as tokens
 from fastgen.core.model_config import shard_config
 from fastgen.core.request import Completion, Event, Output, map_prompts, max_length, rejection_events
