@@ -1,4 +1,4 @@
-"""What is published works by itself: built, installed and run away from the checkout."""
+"""Tests the wheel and sdist: built, installed, and run outside of the checkout."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def call(*command: str | Path, **environment: str) -> str:
-    """Stdout of a command that has to succeed."""
+    """Runs a command that must succeed and returns its stdout."""
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -21,7 +21,7 @@ def call(*command: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist, and the wheel made from it."""
+    """Returns the folder of the sdist and the wheel built from it."""
     folder = tmp_path_factory.mktemp("dist")
     call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
     return folder
@@ -29,7 +29,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's files; what it depends on comes from the environment of the tests."""
+    """Returns a folder with the installed wheel. Its dependencies come from the test environment."""
     folder = tmp_path_factory.mktemp("site")
     options = ("--no-deps", "--no-compile", "--no-index", "--quiet")
     call(sys.executable, "-m", "pip", "install", *options, "--target", folder, next(dist.glob("*.whl")))
@@ -52,7 +52,7 @@ def test_contents(dist: Path) -> None:
 
 
 def test_fgrun(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script runs in another folder, with the wheel's code and configuration."""
+    """The console script runs in another folder, with the wheel's code and configuration."""
     monkeypatch.chdir(tmp_path)
     arguments = ("model=debug", "kv_cache=small", "sampling.max_tokens=3", "chat=false", "prompt=[1,2,3]")
     out = call(site / "bin" / "fgrun", *arguments, PYTHONPATH=str(site))
@@ -63,7 +63,7 @@ def test_fgrun(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_config_module(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra finds the configuration as a package, and with it the schema."""
+    """Hydra finds the configuration and the schema as a package."""
     monkeypatch.chdir(tmp_path)
     code = """
 import hydra

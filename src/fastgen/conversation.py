@@ -10,7 +10,7 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 from fastgen.config import SamplingParams, unknown_name_message
 from fastgen.core import tokenizer
@@ -162,9 +162,8 @@ class Conversation:
         return [*last.prompt_token_ids, *answer_ids, *tokenizer.encode_rendered(coder, new_text)]
 
     def _decode(self, token_ids: list[int]) -> str:
-        assert self.engine.tokenizer is not None
-        text = self.engine.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text)
+        assert (coder := self.engine.tokenizer) is not None
+        return str(coder.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     # --- settings and history ---------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`fgbench` with a model of random weights, and the limits it compares with."""
+"""Tests `fgbench` with a model of random weights, and the roofline limits."""
 
 import json
 import time
@@ -51,7 +51,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def fgbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs it in an empty folder with a tiny model beside it; exit status, stdout, stderr."""
+    """Returns a function that runs fgbench beside tiny.json and returns exit status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
 
@@ -69,7 +69,7 @@ def rows() -> list[dict]:
     return json.loads(Path("rows.json").read_text())
 
 
-def spec(name: str) -> ModelConfig:
+def model_config(name: str) -> ModelConfig:
     return from_hf_config(json.loads((ROOT / "benchmarks" / "configs" / f"{name}.json").read_text()))
 
 
@@ -96,55 +96,60 @@ def spec(name: str) -> ModelConfig:
     ],
 )
 def test_known_limits(model: str, workload: str, devices: int, expected: float) -> None:
-    """Output tokens/s on H200s, from an independent calculation."""
-    assert Workload.parse(workload).max_tokens_per_second(spec(model), H200.scaled(devices), 2) == pytest.approx(
-        expected, rel=0.01
-    )
+    """The limits in output tokens/s on H200s equal those of an independent calculation."""
+    assert Workload.parse(workload).max_tokens_per_second(
+        model_config(model), H200.scaled(devices), 2
+    ) == pytest.approx(expected, rel=0.01)
 
 
-def test_parts_by_hand() -> None:
-    """Of a model small enough to count: D 8, F 16, 2 layers, q 8, k and v 4 each, vocabulary 10."""
+def test_operation_costs_by_hand() -> None:
+    """Costs of a model small enough to count: D 8, F 16, 2 layers, q 8, k and v 4 each, vocabulary 10."""
     matrices = 2 * (8 * 16 + 8 * 8 + 3 * 8 * 16)
     kv = 2 * 2 * 4
-    got = operation_costs(
+    costs = operation_costs(
         from_hf_config(TINY),
         StepWork(num_tokens=5, num_sampled=2, num_prefill_pairs=6, num_decode_keys=7, num_prefill_keys=3),
         bytes_per_element=4,
     )
-    assert got == {
+    assert costs == {
         "linear": (2 * 5 * matrices, 4 * matrices),
         "head": (2 * 2 * 80, 4 * 80),
         "prefill attention": (6 * 2 * 4 * 8, 4 * 3 * kv),
         "decode attention": (7 * 2 * 4 * 8, 4 * 7 * kv),
-        # embedding and first norm; in each layer two adds with their norms, rope with the cache write, swiglu
+        # embedding and first norm; in each layer two residual adds with norms, RoPE with the cache write, SwiGLU
         "pointwise": (0, 4 * 5 * (2 * 8 + 2 * 8 + 2 * (2 * 4 * 8 + 2 * 16 + 3 * 16))),
     }
     assert operation_costs(from_hf_config(TINY), StepWork(5))["head"] == (0, 0)
 
 
 def test_limit_by_hand() -> None:
-    """Two prompts of 6 tokens, 3 samples of 4 tokens each, of which the first 2 are common; and without sharing."""
-    s, machine = from_hf_config(TINY), Machine("one", flops_per_second=1.0, bytes_per_second=1e30, memory_bytes=1e9)
+    """Two prompts of 6 tokens, whose first 2 are shared, with 3 samples of 4 tokens; and the same without sharing."""
+    config, machine = (
+        from_hf_config(TINY),
+        Machine("one", flops_per_second=1.0, bytes_per_second=1e30, memory_bytes=1e9),
+    )
     matrices, pair = 2 * (8 * 16 + 8 * 8 + 3 * 8 * 16), 2 * 4 * 8
     decode = 6 * (7 + 8 + 9)
     flops = 2 * matrices * (6 * (6 + 3)) + 2 * 80 * 24 + pair * (6 * 21 + decode)
-    assert min_seconds(s, 2, 6, 4, 3, machine=machine) == pytest.approx(flops)
+    assert min_seconds(config, 2, 6, 4, 3, machine=machine) == pytest.approx(flops)
     flops = 2 * matrices * (2 + 2 * 4 + 6 * 3) + 2 * 80 * 24 + pair * (3 + 2 * (3 + 4 + 5 + 6) + decode)
-    assert min_seconds(s, 2, 6, 4, 3, machine=machine, prefix_shared=True, num_shared_tokens=2) == pytest.approx(flops)
+    assert min_seconds(config, 2, 6, 4, 3, machine=machine, prefix_shared=True, num_shared_tokens=2) == pytest.approx(
+        flops
+    )
     slow, kv = Machine("two", flops_per_second=1e30, bytes_per_second=1.0, memory_bytes=1e9), 2 * 2 * 4
     own = 6 * (1 + 2 + 3)
     traffic = 4 * (matrices + 80) + kv * (own + 3 * (2 * 4 + 2) + 2 + 2 * 4 + 6 * 3)
     assert min_seconds(
-        s, 2, 6, 4, 3, machine=slow, bytes_per_element=1, prefix_shared=True, num_shared_tokens=2
+        config, 2, 6, 4, 3, machine=slow, bytes_per_element=1, prefix_shared=True, num_shared_tokens=2
     ) == pytest.approx(traffic)
     small = slow._replace(memory_bytes=(matrices + 160 + kv * 12) / 0.9)  # 12 tokens fit, so 144 reads take 12 steps
     traffic = 12 * (matrices + 80) + kv * (decode + 6 * 9)
-    assert min_seconds(s, 2, 6, 4, 3, machine=small, bytes_per_element=1) == pytest.approx(traffic)
+    assert min_seconds(config, 2, 6, 4, 3, machine=small, bytes_per_element=1) == pytest.approx(traffic)
     with pytest.raises(ValueError, match="9 tokens do not fit the memory of two: room for 0"):
-        min_seconds(s, 2, 6, 4, machine=slow._replace(memory_bytes=1))
+        min_seconds(config, 2, 6, 4, machine=slow._replace(memory_bytes=1))
 
 
-def test_windows_limit_keys() -> None:
+def test_sliding_windows_limit_attended_keys() -> None:
     config = TINY | {"architectures": ["MistralForCausalLM"], "sliding_window": 3}
     assert count_attended_keys(from_hf_config(config), 1, 5) == 1 + 2 + 3 + 3 + 3
     assert count_attended_keys(from_hf_config(config), 5, 6) == 6
@@ -158,7 +163,7 @@ def test_windows_limit_keys() -> None:
 
 
 def test_rows(fgbench: Run) -> None:
-    """Two workloads, settings with and without their group, and all that a row says."""
+    """Two workloads, settings with and without their group, and the fields of a row."""
     code, out, err = fgbench(
         "tiny.json", "--workload", "2x6x4", "2x6x4x3", "token_budget=99", "schedule.max_num_seqs=9",
         "--out", "rows.json", "--repeats", "2", "--latency", "--start-up", "--warm-up", "0.1",
@@ -185,7 +190,7 @@ def test_rows(fgbench: Run) -> None:
 
 
 def test_replicas(fgbench: Run) -> None:
-    """Rows say how many, and are no rows of one engine."""
+    """Rows have the number of replicas, and do not replace those of one engine."""
     settings = ("cache_tokens=640", "max_num_seqs=4", "token_budget=64")
     common = ("--workload", "6x6x4", "--repeats", "1", "--out", "rows.json", *settings)
     assert fgbench("tiny.json", *common)[0] == 0
@@ -197,13 +202,15 @@ def test_replicas(fgbench: Run) -> None:
     machine = KNOWN_MACHINES["H200"]
     work, half = Workload.parse("512x1024x128"), Workload.parse("256x1024x128")
     layout = ParallelConfig(replicas=2, tensor_parallel=2)
-    both = work.max_tokens_per_second(spec(MISTRAL), machine, 2, layout)
-    assert both == pytest.approx(2 * half.max_tokens_per_second(spec(MISTRAL), machine.scaled(2), 2))
-    assert both < work.max_tokens_per_second(spec(MISTRAL), machine.scaled(4), 2)  # the weights are read twice
+    both = work.max_tokens_per_second(model_config(MISTRAL), machine, 2, layout)
+    assert both == pytest.approx(2 * half.max_tokens_per_second(model_config(MISTRAL), machine.scaled(2), 2))
+    assert both < work.max_tokens_per_second(
+        model_config(MISTRAL), machine.scaled(4), 2
+    )  # each replica reads the weights
 
 
 def test_merge_and_sweep(fgbench: Run) -> None:
-    """A second run replaces its own rows and keeps the others; a failure and an interrupt keep all."""
+    """A second run replaces equal rows and keeps the others. A failure keeps all."""
     quick = ("--repeats", "1", "--out", "rows.json")
     assert fgbench("tiny.json", "--workload", "2x6x4", "--outputs", "1,2,8", *quick)[0] == 0
     before = rows()
@@ -218,7 +225,7 @@ def test_merge_and_sweep(fgbench: Run) -> None:
 
 
 def test_interrupt(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done is kept and shown."""
+    """Rows that are complete are saved and shown."""
     measure, calls = benchmark.measure_throughput, []
 
     def twice(*args: Any) -> dict:
@@ -233,29 +240,29 @@ def test_interrupt(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_prompts(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distinct, and new for each repeat, but for the part that is shared."""
+    """Prompts are distinct, and new for each repeat, except for the shared prefix."""
     generator = torch.Generator().manual_seed(0)
     first, second = (Workload(4, 16, 1).make_prompts(1000, generator) for _ in range(2))
     assert len({tuple(p[:8]) for p in first + second}) == 8
-    asked, generate = [], Engine.generate
+    runs, generate = [], Engine.generate
 
-    def watch(self: Engine, prompts: list[list[int]], *rest: Any, **options: Any) -> list[fastgen.Output]:
-        asked.append(prompts)
-        return generate(self, prompts, *rest, **options)
+    def record(self: Engine, prompts: list[list[int]], *args: Any, **kwargs: Any) -> list[fastgen.Output]:
+        runs.append(prompts)
+        return generate(self, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(Engine, "generate", watch)
+    monkeypatch.setattr(Engine, "generate", record)
     code, *_ = fgbench(
         "tiny.json", "--workload", "4x24x2", "--shared-prefix", "12", "--out", "rows.json", "--repeats", "2"
     )
     assert code == 0 and rows()[0]["workload"] == "4x24x2 shared 12"
-    assert [len(p) for p in asked] == [1, 4, 4]
-    assert all(len({tuple(p[:12]) for p in prompts}) == 1 for prompts in asked)
-    assert len({tuple(p[12:]) for prompts in asked[1:] for p in prompts}) == 8
-    assert asked[1][0][:12] != asked[2][0][:12]
+    assert [len(prompts) for prompts in runs] == [1, 4, 4]
+    assert all(len({tuple(p[:12]) for p in prompts}) == 1 for prompts in runs)
+    assert len({tuple(p[12:]) for prompts in runs[1:] for p in prompts}) == 8
+    assert runs[1][0][:12] != runs[2][0][:12]
 
 
 def test_peer_log_and_plot(fgbench: Run) -> None:
-    """Another engine's lines become rows on the same hardware, beside ours in the table and the plot."""
+    """Lines of another engine's log become rows on the same hardware, in the same table and plot."""
     Path("log.txt").write_text(PEER)
     fgbench("tiny.json", "--workload", "2x6x4", "--outputs", "2,4", "--repeats", "1", "--out", "rows.json")
     ours = rows()[1]
@@ -271,15 +278,15 @@ def test_peer_log_and_plot(fgbench: Run) -> None:
     assert lines[0][-2:] == ["/", "vllm"]
     ratio = next(line[-1] for line in lines if "fastgen" in line and "2x6x4" in line)
     assert float(ratio) == pytest.approx(ours["output_tok_s"] / 50, abs=0.006)
-    theirs = next(line for line in lines if "vllm" in line and "2x6x4" in line)
-    assert theirs[-1] == f"{50 / ours['limit_measured_tok_s']:.1%}"
+    peer_line = next(line for line in lines if "vllm" in line and "2x6x4" in line)
+    assert peer_line[-1] == f"{50 / ours['limit_measured_tok_s']:.1%}"
     assert Path("plot.png").stat().st_size > 5000
-    code, shown, _ = fgbench("--peer", "rows.json")  # for the table alone
+    code, shown, _ = fgbench("--peer", "rows.json")  # shows the table only
     assert code == 0 and shown == out
 
 
 def test_the_limit_of_a_known_machine(fgbench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its constants, and by the rate that was measured; its constants are those of 16 bits."""
+    """Rows have limits from constants, which hold for 16-bit dtypes, and from the measured rate."""
     monkeypatch.setattr(hardware, "hardware_name", lambda _: "NVIDIA H200")
     run = ("tiny.json", "--workload", "2x6x4", "--repeats", "1", "--out", "rows.json")
     assert fgbench(*run, "model.dtype=bfloat16")[0] == 0
@@ -294,17 +301,17 @@ def test_the_limit_of_a_known_machine(fgbench: Run, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("nvidia_smi_output", "expected"),
     [
         ("1400, 650.5\n1500, 690.5\n1600, 700.5\n16", {"sm_mhz": 1500, "power_w": 690.5}),
         ("No devices were found", {}),
         ("1500, [N/A]\n1500, [N/A]\n", {}),
     ],
 )
-def test_clocks(said: str, expected: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Medians of what nvidia-smi says, without a line that was cut; nothing where it cannot say."""
+def test_clocks(nvidia_smi_output: str, expected: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks are the medians of nvidia-smi's lines, without a cut last line; none if nvidia-smi reports none."""
     monkeypatch.setattr(hardware.shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(hardware, "_nvidia_smi_command", lambda *_: ["printf", "%s", said])
+    monkeypatch.setattr(hardware, "_nvidia_smi_command", lambda *_: ["printf", "%s", nvidia_smi_output])
     with hardware.measure_clocks(torch.device("cuda")) as clocks:
         time.sleep(0.2)
     assert clocks == expected
@@ -329,14 +336,14 @@ def test_clocks(said: str, expected: dict, monkeypatch: pytest.MonkeyPatch) -> N
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
 def test_mistakes(arguments: list[str], code: int, message: str, fgbench: Run) -> None:
-    """One line on stderr, nothing on stdout, no traceback."""
+    """An error prints one line to stderr and nothing to stdout, without a traceback."""
     status, out, err = fgbench("tiny.json", *arguments)
     assert (status, out) == (code, "")
     assert err.startswith("fgbench: ") and message in err and err.count("\n") == 1
 
 
 def test_weights(fgbench: Run) -> None:
-    """A checkpoint's own, and the name of its folder."""
+    """--weights loads the checkpoint's weights; rows have the name of its folder."""
     run = ("--workload", "2x6x4", "--repeats", "1", "--out", "rows.json", "--weights")
     code, _, err = fgbench("tiny.json", *run)
     assert code == 1 and "no .safetensors file" in err

@@ -1,4 +1,4 @@
-"""`fgchat`: the conversation on a tiny random model, and every command of the terminal in a real one."""
+"""Tests conversations with a tiny random model, and `fgchat` with every command in a real terminal."""
 
 import json
 import os
@@ -23,174 +23,186 @@ from fastgen.cli import chat
 from fastgen.conversation import Conversation, ConversationTooLong
 from fastgen.distributed import workers
 
-CODER = byte_level()
-EOS = CODER.eos_token_id
+TOKENIZER = byte_level()
+EOS = TOKENIZER.eos_token_id
 CONTEXT = 1000
-SPEC = fastgen.from_hf_config(tiny.config(vocab=330, context=CONTEXT, eos_token_id=EOS, tie_word_embeddings=True))
-DRAWN = SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
-ENDING = SamplingParams(seed=1, min_tokens=11, max_tokens=20, logit_bias={EOS: 100.0})  # an end token is the 12th
+CONFIG = fastgen.from_hf_config(tiny.config(vocab=330, context=CONTEXT, eos_token_id=EOS, tie_word_embeddings=True))
+FIXED_LENGTH = SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
+ENDING = SamplingParams(seed=1, min_tokens=11, max_tokens=20, logit_bias={EOS: 100.0})  # the 12th token is EOS
 
 
 @pytest.fixture
-def talk() -> Iterator[Conversation]:
+def conversation() -> Iterator[Conversation]:
     coder = byte_level()
-    with fastgen.Engine(fastgen.init(SPEC), SPEC, coder, page_size=16, cache_tokens=2048) as engine:
-        yield Conversation(engine, DRAWN)
+    with fastgen.Engine(fastgen.init(CONFIG), CONFIG, coder, page_size=16, cache_tokens=2048) as engine:
+        yield Conversation(engine, FIXED_LENGTH)
 
 
-def say(talk: Conversation, *messages: str) -> None:
+def ask(conversation: Conversation, *messages: str) -> None:
     for message in messages:
-        text = "".join(talk.ask(message))
-        assert text == talk.turns[-1].answer.text and talk.turns[-1].seconds > 0
+        text = "".join(conversation.ask(message))
+        assert text == conversation.turns[-1].answer.text and conversation.turns[-1].seconds > 0
 
 
-def grows(talk: Conversation) -> bool:
-    """Whether the last prompt begins with the round before's, prompt and answer as drawn, and these were cached."""
-    before, last = talk.turns[-2:]
-    drawn = before.answer.token_ids[: -1 if before.answer.token_ids[-1] == EOS else None]
-    same = last.prompt_token_ids[: len(before.prompt_token_ids) + len(drawn)] == before.prompt_token_ids + drawn
-    assert (
-        not same or last.num_cached_tokens >= len(before.prompt_token_ids) + len(drawn) - 2
-    )  # the last one drawn was never computed
-    return same
+def extends_last_turn(conversation: Conversation) -> bool:
+    """Returns whether the last prompt begins with the previous turn's prompt and answer, which must be cached."""
+    previous, last = conversation.turns[-2:]
+    answer_ids = previous.answer.token_ids[: -1 if previous.answer.token_ids[-1] == EOS else None]
+    turn_ids = previous.prompt_token_ids + answer_ids
+    is_prefix = last.prompt_token_ids[: len(turn_ids)] == turn_ids
+    assert not is_prefix or last.num_cached_tokens >= len(turn_ids) - 2  # the last sampled token was never computed
+    return is_prefix
 
 
-@pytest.mark.parametrize("sampling", [DRAWN, ENDING], ids=["length", "stop"])
-def test_a_turn_computes_only_what_is_new(talk: Conversation, sampling: SamplingParams) -> None:
-    """Each prompt is the last one, its answer as drawn, and the template's text between; nothing is tokenized again."""
-    talk.sampling = sampling
-    say(talk, "Hello", "and again, é", "and the last")
+@pytest.mark.parametrize("sampling", [FIXED_LENGTH, ENDING], ids=["length", "stop"])
+def test_a_turn_computes_only_what_is_new(conversation: Conversation, sampling: SamplingParams) -> None:
+    """Each prompt is the last prompt, its sampled answer and the template's new text; nothing is tokenized again."""
+    conversation.sampling = sampling
+    ask(conversation, "Hello", "and again, é", "and the last")
     for i in (2, 3):
-        rounds, talk.turns = talk.turns, talk.turns[:i]
-        assert grows(talk)
-        talk.turns = rounds
-    assert [r.answer.finish_reason for r in talk.turns] == [("length", "stop")[sampling is ENDING]] * 3
-    wanted = "".join(
-        f"<|im_start|>user: {r.message}<|im_end|><|im_start|>assistant: {r.answer.text}<|im_end|>" for r in talk.turns
+        turns, conversation.turns = conversation.turns, conversation.turns[:i]
+        assert extends_last_turn(conversation)
+        conversation.turns = turns
+    assert [turn.answer.finish_reason for turn in conversation.turns] == [("length", "stop")[sampling is ENDING]] * 3
+    expected = "".join(
+        f"<|im_start|>user: {turn.message}<|im_end|><|im_start|>assistant: {turn.answer.text}<|im_end|>"
+        for turn in conversation.turns
     )
-    assert talk.turns[-1].rendered_prompt == wanted[: -len(talk.turns[-1].answer.text + "<|im_end|>")]
-    if sampling is ENDING:  # no special tokens within the answers of this seed
-        assert CODER.decode(talk.turns[-1].prompt_token_ids).count("<|im_end|>") == 5
+    assert conversation.turns[-1].rendered_prompt == expected[: -len(conversation.turns[-1].answer.text + "<|im_end|>")]
+    if sampling is ENDING:  # with this seed, the answers contain no special tokens
+        assert TOKENIZER.decode(conversation.turns[-1].prompt_token_ids).count("<|im_end|>") == 5
 
 
-def test_the_first_prompt_is_the_template(talk: Conversation) -> None:
-    talk.system = "Be brief."
+def test_the_first_prompt_is_the_template(conversation: Conversation) -> None:
+    conversation.system = "Be brief."
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    assert talk.render_prompt("Hello")[1] == CODER.apply_chat_template(messages, add_generation_prompt=True).input_ids
-
-
-STRIPS = TEMPLATE.replace("m['content']", "m['content'] | trim")
-FORGETS = TEMPLATE.replace("m['content']", "(m['content'] if m['role'] == 'user' else m['content'][-4:])")
-
-
-def test_templates_that_strip_answers(talk: Conversation) -> None:
-    """The spaces at an answer's ends stay as they were drawn."""
-    assert talk.engine.tokenizer is not None
-    talk.engine.tokenizer.chat_template = STRIPS
-    space = CODER.convert_tokens_to_ids("Ġ")
-    talk.update_sampling(logit_bias={space: 100.0})
-    say(talk, "Hello")
-    assert talk.turns[0].answer.text == " " * 12
-    say(talk, "again")
-    assert grows(talk)
-    talk.update_sampling(logit_bias={}, min_tokens=0)
-    say(talk, "and", "again")
-    assert grows(talk)
-
-
-def test_templates_that_rewrite(talk: Conversation) -> None:
-    """Where earlier answers are shortened, as thinking is, all is rendered and tokenized anew."""
-    assert talk.engine.tokenizer is not None
-    talk.engine.tokenizer.chat_template = FORGETS
-    say(talk, "Hello", "again")
-    assert not grows(talk)
-    messages = talk.messages[:-1]
     assert (
-        talk.turns[-1].prompt_token_ids
-        == talk.engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        conversation.render_prompt("Hello")[1]
+        == TOKENIZER.apply_chat_template(messages, add_generation_prompt=True).input_ids
     )
 
 
-def test_special_tokens_in_messages(talk: Conversation) -> None:
-    """They are text, in the turn and in those after it; the template's own stay what they are."""
-    im_end = CODER.convert_tokens_to_ids("<|im_end|>")
-    talk.update_sampling(logit_bias={im_end: -100.0, CODER.convert_tokens_to_ids("<|im_start|>"): -100.0})
-    say(talk, "a<|im_end|>b", "<|im_start|>", "c <")
-    assert grows(talk)
-    assert [r.prompt_token_ids.count(im_end) for r in talk.turns] == [1, 3, 5]
-    assert CODER.decode(talk.turns[0].prompt_token_ids).startswith("<|im_start|>user: a<|im_end|>b<|im_end|>")
+STRIPPING = TEMPLATE.replace("m['content']", "m['content'] | trim")
+SHORTENING = TEMPLATE.replace("m['content']", "(m['content'] if m['role'] == 'user' else m['content'][-4:])")
 
 
-def test_another_system_prompt_and_stop_strings(talk: Conversation) -> None:
-    """Both change what was there: it is rendered anew."""
-    say(talk, "Hello")
-    talk.system = "Be brief."
-    say(talk, "again")
-    assert not grows(talk) and "Be brief." in talk.turns[-1].rendered_prompt
-    talk.rewind(1)
-    say(talk, "Hello")
-    text = talk.turns[-1].answer.text
-    talk.rewind(1)
-    talk.update_sampling(stop=(text[5:7],))
-    say(talk, "Hello")
-    assert talk.turns[-1].answer.text == text[: text.index(text[5:7])]
-    say(talk, "again")
-    assert not grows(talk) and talk.turns[0].answer.text in talk.turns[-1].rendered_prompt
+def test_templates_that_strip_answers(conversation: Conversation) -> None:
+    """The prompt keeps the tokens of an answer's leading and trailing spaces as they were sampled."""
+    assert conversation.engine.tokenizer is not None
+    conversation.engine.tokenizer.chat_template = STRIPPING
+    space = TOKENIZER.convert_tokens_to_ids("Ġ")
+    conversation.update_sampling(logit_bias={space: 100.0})
+    ask(conversation, "Hello")
+    assert conversation.turns[0].answer.text == " " * 12
+    ask(conversation, "again")
+    assert extends_last_turn(conversation)
+    conversation.update_sampling(logit_bias={}, min_tokens=0)
+    ask(conversation, "and", "again")
+    assert extends_last_turn(conversation)
 
 
-def test_left_early(talk: Conversation) -> None:
-    """What there is counts as the answer, and stays cached."""
-    talk.update_sampling(max_tokens=None)
-    with closing(talk.ask("Hello")) as pieces:
+def test_templates_that_rewrite(conversation: Conversation) -> None:
+    """If a template shortens earlier answers, as for reasoning, the whole conversation is tokenized again."""
+    assert conversation.engine.tokenizer is not None
+    conversation.engine.tokenizer.chat_template = SHORTENING
+    ask(conversation, "Hello", "again")
+    assert not extends_last_turn(conversation)
+    messages = conversation.messages[:-1]
+    assert (
+        conversation.turns[-1].prompt_token_ids
+        == conversation.engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    )
+
+
+def test_special_tokens_in_messages(conversation: Conversation) -> None:
+    """In messages they are text, in this turn and later ones; those of the template are special tokens."""
+    im_end = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    conversation.update_sampling(logit_bias={im_end: -100.0, TOKENIZER.convert_tokens_to_ids("<|im_start|>"): -100.0})
+    ask(conversation, "a<|im_end|>b", "<|im_start|>", "c <")
+    assert extends_last_turn(conversation)
+    assert [turn.prompt_token_ids.count(im_end) for turn in conversation.turns] == [1, 3, 5]
+    assert TOKENIZER.decode(conversation.turns[0].prompt_token_ids).startswith(
+        "<|im_start|>user: a<|im_end|>b<|im_end|>"
+    )
+
+
+def test_another_system_prompt_and_stop_strings(conversation: Conversation) -> None:
+    """Both change earlier turns, so the conversation is rendered again."""
+    ask(conversation, "Hello")
+    conversation.system = "Be brief."
+    ask(conversation, "again")
+    assert not extends_last_turn(conversation) and "Be brief." in conversation.turns[-1].rendered_prompt
+    conversation.rewind(1)
+    ask(conversation, "Hello")
+    text = conversation.turns[-1].answer.text
+    conversation.rewind(1)
+    conversation.update_sampling(stop=(text[5:7],))
+    ask(conversation, "Hello")
+    assert conversation.turns[-1].answer.text == text[: text.index(text[5:7])]
+    ask(conversation, "again")
+    assert (
+        not extends_last_turn(conversation)
+        and conversation.turns[0].answer.text in conversation.turns[-1].rendered_prompt
+    )
+
+
+def test_closing_the_generator_ends_the_answer(conversation: Conversation) -> None:
+    """The text so far becomes the answer, and stays cached."""
+    conversation.update_sampling(max_tokens=None)
+    with closing(conversation.ask("Hello")) as pieces:
         for _ in range(8):
             next(pieces)
-    assert talk.turns[0].answer.finish_reason == "abort" and len(talk.turns[0].answer.token_ids) == 8
-    talk.update_sampling(max_tokens=5)
-    say(talk, "again")
-    assert grows(talk)
-    assert not talk.engine.has_unfinished_requests
+    assert conversation.turns[0].answer.finish_reason == "abort" and len(conversation.turns[0].answer.token_ids) == 8
+    conversation.update_sampling(max_tokens=5)
+    ask(conversation, "again")
+    assert extends_last_turn(conversation)
+    assert not conversation.engine.has_unfinished_requests
 
 
-def test_an_interrupted_step(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The round is not added; the next one works."""
+def test_an_interrupted_step(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turn is not added; the next one works."""
 
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(talk.engine._runner, "run", fail)
-        list(talk.ask("Hello"))
-    assert talk.turns == []
-    say(talk, "Hello")
+        m.setattr(conversation.engine._runner, "run", fail)
+        list(conversation.ask("Hello"))
+    assert conversation.turns == []
+    ask(conversation, "Hello")
 
 
-def test_going_back(talk: Conversation) -> None:
-    say(talk, "one", "two", "three")
-    first = talk.turns[0]
-    talk.rewind(2)
-    say(talk, "another two")
-    assert talk.turns[0] is first and [r.message for r in talk.turns] == ["one", "another two"] and grows(talk)
+def test_rewind(conversation: Conversation) -> None:
+    ask(conversation, "one", "two", "three")
+    first = conversation.turns[0]
+    conversation.rewind(2)
+    ask(conversation, "another two")
+    assert (
+        conversation.turns[0] is first
+        and [turn.message for turn in conversation.turns] == ["one", "another two"]
+        and extends_last_turn(conversation)
+    )
     for number in (0, 4):
         with pytest.raises(ValueError, match=f"there is no turn {number}: the next turn is 3"):
-            talk.rewind(number)
-    talk.rewind(3)
-    assert len(talk.turns) == 2
+            conversation.rewind(number)
+    conversation.rewind(3)
+    assert len(conversation.turns) == 2
 
 
-def test_too_long(talk: Conversation) -> None:
-    """An answer ends with the context; what leaves no room for one is refused, and nothing is changed."""
-    talk.update_sampling(max_tokens=10_000)
-    say(talk, "a" * 900)
-    last = talk.turns[-1]
+def test_too_long(conversation: Conversation) -> None:
+    """An answer ends when the context is full. A message that leaves no space for one is rejected without effect."""
+    conversation.update_sampling(max_tokens=10_000)
+    ask(conversation, "a" * 900)
+    last = conversation.turns[-1]
     assert last.answer.finish_reason == "length" and len(last.prompt_token_ids + last.answer.token_ids) == CONTEXT
     with pytest.raises(ConversationTooLong, match=f"the context and the KV cache allow {CONTEXT}"):
-        next(talk.ask("more"))
-    assert len(talk.turns) == 1
+        next(conversation.ask("more"))
+    assert len(conversation.turns) == 1
 
 
-def test_settings(talk: Conversation) -> None:
-    talk.update_sampling(temperature=0.5, stop=["a"])
-    assert talk.notable_settings() == {
+def test_settings(conversation: Conversation) -> None:
+    conversation.update_sampling(temperature=0.5, stop=["a"])
+    assert conversation.notable_settings() == {
         "temperature": 0.5, "top_p": 1.0, "seed": 1, "max_tokens": 12, "stop": ("a",), "ignore_eos": True,
     }  # fmt: skip
     for changes, message in (
@@ -200,21 +212,21 @@ def test_settings(talk: Conversation) -> None:
         ({"stop": 5}, "stop must be a list of strings, got 5"),
     ):
         with pytest.raises(ValueError, match=message):
-            talk.update_sampling(**changes)
-    assert talk.sampling.temperature == 0.5
+            conversation.update_sampling(**changes)
+    assert conversation.sampling.temperature == 0.5
 
 
-def test_save_and_load(talk: Conversation, tmp_path: Path) -> None:
-    """The same messages and settings, and the same next prompt but for where tokens were cut."""
-    talk.system = "Be brief."
-    talk.update_sampling(logit_bias={5: -1.0}, stop=("zzz",))
-    say(talk, "one", "two é")
-    talk.save(tmp_path / "a.json")
-    other = Conversation(talk.engine)
+def test_save_and_load(conversation: Conversation, tmp_path: Path) -> None:
+    """Loading restores messages, settings and the rendered prompt, but not the tokens of answers."""
+    conversation.system = "Be brief."
+    conversation.update_sampling(logit_bias={5: -1.0}, stop=("zzz",))
+    ask(conversation, "one", "two é")
+    conversation.save(tmp_path / "a.json")
+    other = Conversation(conversation.engine)
     other.load(tmp_path / "a.json")
-    assert (other.messages, other.sampling, other.system) == (talk.messages, talk.sampling, "Be brief.")
-    assert other.render_prompt("three")[0] == talk.render_prompt("three")[0]
-    say(other, "three")
+    assert (other.messages, other.sampling, other.system) == (conversation.messages, conversation.sampling, "Be brief.")
+    assert other.render_prompt("three")[0] == conversation.render_prompt("three")[0]
+    ask(other, "three")
     assert other.turns[-1].num_cached_tokens > 16 and other.turns[0].prompt_token_ids == []
     for text in (
         "{",
@@ -238,16 +250,16 @@ TINY = ("model.device=cpu", "kv_cache.cache_tokens=2048", "sampling.max_tokens=6
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights that can chat."""
+    """Returns the folder of a checkpoint with random weights and a chat template."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    fastgen.save(folder, SPEC, fastgen.init(SPEC, device="cpu"))
-    CODER.save_pretrained(folder)
+    fastgen.save(folder, CONFIG, fastgen.init(CONFIG, device="cpu"))
+    TOKENIZER.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def fgchat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs it with something on stdin; exit status, stdout, stderr."""
+    """Returns a function that runs fgchat with a text on stdin and returns exit status, stdout and stderr."""
 
     def call(*arguments: Any, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", StringIO(stdin))
@@ -260,8 +272,8 @@ def fgchat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return call
 
 
-def test_once(fgchat: Run, model: Path) -> None:
-    """The answer alone on stdout, for a prompt and for stdin, whose lines are one message."""
+def test_single_message(fgchat: Run, model: Path) -> None:
+    """Only the answer goes to stdout, for -p and for stdin, whose lines are one message."""
     code, out, err = fgchat(model, "-p", "Hello\nyou", *TINY)
     assert code == 0 and out.endswith("\n")
     assert err.startswith("--- [6 tokens, ") and err.endswith("toks/s] max_tokens=6 ended the answer\n")
@@ -287,22 +299,22 @@ def test_once(fgchat: Run, model: Path) -> None:
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else None,
 )
 def test_mistakes(arguments: list[str], code: int, message: str, fgchat: Run, model: Path) -> None:
-    """One line on stderr, nothing on stdout, no traceback."""
-    given = [x for a in arguments for x in ((str(model), *TINY) if a == "TINY" else (a,))]
-    status, out, err = fgchat(*given, stdin="Hello")
+    """An error prints one line to stderr and nothing to stdout, without a traceback."""
+    expanded = [x for a in arguments for x in ((str(model), *TINY) if a == "TINY" else (a,))]
+    status, out, err = fgchat(*expanded, stdin="Hello")
     assert (status, out) == (code, "")
     assert err.startswith("fgchat: ") and message in err and err.count("\n") == 1
 
 
 def test_two_ranks(fgchat: Run, model: Path) -> None:
-    """The answer of one; the other process ends with it."""
-    want = fgchat(model, "-p", "Hello", "sampling=greedy", *TINY)[:2]
-    assert fgchat(model, "-p", "Hello", "sampling=greedy", "--tensor-parallel", "2", *TINY)[:2] == want
-    assert want[0] == 0 and workers.WorkerGroup.active is None
+    """Two ranks give the same answer as one, and the worker process ends with the command."""
+    expected = fgchat(model, "-p", "Hello", "sampling=greedy", *TINY)[:2]
+    assert fgchat(model, "-p", "Hello", "sampling=greedy", "--tensor-parallel", "2", *TINY)[:2] == expected
+    assert expected[0] == 0 and workers.WorkerGroup.active is None
 
 
 def test_no_template(fgchat: Run, tmp_path: Path) -> None:
-    """A base model is refused before its weights are read, with what to do."""
+    """A base model is rejected before its weights are loaded, with advice."""
     coder = byte_level()
     coder.chat_template = None
     coder.save_pretrained(tmp_path)
@@ -317,7 +329,7 @@ def test_help(fgchat: Run) -> None:
 
 
 def test_defaults() -> None:
-    """sampling=chat and schedule=latency, unless others are named; the small default model is kept on a short leash."""
+    """The defaults are sampling=chat and schedule=latency, and a low temperature for the default model."""
     config = chat._compose_config(chat._make_parser().parse_args([]))
     assert (config.sampling.temperature, config.sampling.top_p, config.sampling.max_tokens) == (0.2, 0.9, 2048)
     assert config.schedule.max_num_seqs == 32
@@ -340,24 +352,26 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert complete("hello /s") == complete("/q ") == []
 
 
-def test_the_pipe(model: Path) -> None:
-    """As a process between two others; a reader that leaves early is no error to be shown."""
+def test_pipe(model: Path) -> None:
+    """Between two other processes, a reader that exits early causes no error message."""
     options = " ".join([*TINY, "sampling.max_tokens=300", "sampling.ignore_eos=true"])
     command = f"echo hello | {sys.executable} -m fastgen.cli.chat {model} {options} | head -c 1"
-    done = subprocess.run(command, shell=True, capture_output=True, timeout=60)
-    assert len(done.stdout) == 1 and done.stderr == b""
+    process = subprocess.run(command, shell=True, capture_output=True, timeout=60)
+    assert len(process.stdout) == 1 and process.stderr == b""
 
 
-@pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")  # torch has threads; the child begins anew at once
+@pytest.mark.filterwarnings(
+    "ignore:.*forkpty:DeprecationWarning"
+)  # torch has threads, but the child calls exec at once
 def test_every_command(model: Path, tmp_path: Path) -> None:
-    """A session in a terminal, from the loading bar to /q."""
+    """A terminal session, from the progress bar to /q."""
     options = ("kv_cache.cache_tokens=2048", "sampling.max_tokens=6", "seed=0", "sampling.ignore_eos=true")
     environment = os.environ | {
         "XDG_STATE_HOME": str(tmp_path / "state"),
         "TERM": "xterm",
         "PROMPT_TOOLKIT_NO_CPR": "1",
     }
-    for name in ("COLUMNS", "LINES"):  # readline sets them for what pytest-xdist starts; rich believes them
+    for name in ("COLUMNS", "LINES"):  # readline sets them in pytest-xdist's workers, and rich would use them
         environment.pop(name, None)
     screen = StringIO()
     child = pexpect.spawn(
@@ -409,14 +423,14 @@ def test_every_command(model: Path, tmp_path: Path) -> None:
         expect("/q quits", "4>")
         line("/s max_tokens=null", "max_tokens=null", "4>")
         child.send("go on\r")
-        expect("go on", "\x1b[?2004l")  # the prompt has let go of the terminal
+        expect("go on", "\x1b[?2004l")  # the prompt has released the terminal
         child.expect(".{10}")
         child.sendintr()
         expect("--- [", "stopped; the text so far is the answer", "5>")
         line(600 * "a", "--- [", "the context of 1000 tokens is full: /r N rewinds", "6>")
         line("more", "the conversation is too long: ", "/r 1 starts over", "6>")
         line("/r 1", "1>")
-        child.send("\x1b[A")  # the line before
+        child.send("\x1b[A")  # recall the previous line
         expect("/r 1")
         child.sendintr()
         expect("1>")
@@ -431,11 +445,11 @@ def test_every_command(model: Path, tmp_path: Path) -> None:
     assert "+two" in history.read_text() and history.stat().st_mode & 0o077 == 0
 
 
-def test_the_default_model_remembers(device: str) -> None:
-    """The second turn of a real conversation reads only what is new, and knows what the first was about."""
+def test_default_model_uses_earlier_turns(device: str) -> None:
+    """The second turn of a real conversation computes only the new tokens, and refers to the first turn."""
     with fastgen.Engine.from_pretrained(device=device, dtype="float32", cache_tokens=1024, progress=False) as engine:
-        talk = Conversation(engine, SamplingParams(temperature=0, max_tokens=24))
-        say(talk, "What is the capital of France?", "And of Germany?")
-    first, second = talk.turns
+        conversation = Conversation(engine, SamplingParams(temperature=0, max_tokens=24))
+        ask(conversation, "What is the capital of France?", "And of Germany?")
+    first, second = conversation.turns
     assert "Paris" in first.answer.text and "Berlin" in second.answer.text
     assert second.num_cached_tokens >= len(first.prompt_token_ids) + len(first.answer.token_ids) - 2

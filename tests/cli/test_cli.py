@@ -1,4 +1,4 @@
-"""`fgrun`, from its arguments to what it prints, with a model of random weights."""
+"""Tests `fgrun`, from its arguments to its output, with a model of random weights."""
 
 import gzip
 import io
@@ -32,7 +32,7 @@ TINY = ("model=debug", "kv_cache=small", "sampling=default", "seed=0", "sampling
 
 @pytest.fixture
 def fgrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs it in an empty folder; exit status, stdout, stderr."""
+    """Returns a function that runs fgrun in an empty folder and returns exit status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
@@ -48,7 +48,7 @@ def fgrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 
 
 def test_generate(fgrun: Run, tmp_path: Path) -> None:
-    """Token ids in, token ids out, a line of timing, and no file left behind."""
+    """A prompt of token ids prints token ids and a line of statistics, and leaves no file behind."""
     code, out, err = fgrun(*TINY, "prompt=[1,2,3]")
     assert code == 0
     assert len(json.loads(out)) == 4
@@ -58,16 +58,16 @@ def test_generate(fgrun: Run, tmp_path: Path) -> None:
 
 
 def test_replicas(fgrun: Run) -> None:
-    """The same tokens; there is no trace of several engines."""
-    given = (*TINY, "prompt=[[1,2,3],[4,5]]", "seed=3")
-    want = fgrun(*given)
-    assert want[0] == 0 and fgrun(*given, "parallel=replicas")[:2] == want[:2]
-    code, _, err = fgrun(*given, "parallel=replicas", "task=profile")
+    """Replicas generate the same tokens as one engine, and cannot be profiled."""
+    arguments = (*TINY, "prompt=[[1,2,3],[4,5]]", "seed=3")
+    expected = fgrun(*arguments)
+    assert expected[0] == 0 and fgrun(*arguments, "parallel=replicas")[:2] == expected[:2]
+    code, _, err = fgrun(*arguments, "parallel=replicas", "task=profile")
     assert code == 1 and "parallel.replicas must be 1" in err
 
 
 def test_the_first_command_of_the_readme(fgrun: Run) -> None:
-    """With nothing but a question, the default model answers it."""
+    """Without a model argument, the default model answers."""
     code, out, _ = fgrun("prompt=What is the capital of France?")
     assert code == 0 and "Paris" in out
 
@@ -78,24 +78,24 @@ def test_several_prompts_and_samples(fgrun: Run) -> None:
 
 
 def test_stream_prints_what_generate_prints(fgrun: Run) -> None:
-    _, whole, _ = fgrun(*TINY, "prompt=[1,2,3]")
+    _, expected, _ = fgrun(*TINY, "prompt=[1,2,3]")
     code, out, err = fgrun(*TINY, "prompt=[1,2,3]", "task=stream")
     assert code == 0 and "4 output tokens" in err
-    assert [int(t) for t in out.split()] == json.loads(whole)
+    assert [int(t) for t in out.split()] == json.loads(expected)
 
 
-def test_stream_of_several(fgrun: Run) -> None:
-    """Every line says whose tokens it has."""
-    _, whole, _ = fgrun(*TINY, "prompt=[[1,2,3],[4,5]]")
-    _, out, _ = fgrun(*TINY, "prompt=[[1,2,3],[4,5]]", "task=stream")
-    for line in whole.splitlines():
-        who, tokens = line.split(maxsplit=1)
-        mine = [t for turn in out.splitlines() if turn.startswith(who) for t in turn.split()[1:]]
-        assert [int(t) for t in mine] == json.loads(tokens)
+def test_stream_of_several_prompts(fgrun: Run) -> None:
+    """Every line begins with the label of its completion."""
+    _, generated, _ = fgrun(*TINY, "prompt=[[1,2,3],[4,5]]")
+    _, streamed, _ = fgrun(*TINY, "prompt=[[1,2,3],[4,5]]", "task=stream")
+    for line in generated.splitlines():
+        label, tokens = line.split(maxsplit=1)
+        words = [word for line in streamed.splitlines() if line.startswith(label) for word in line.split()[1:]]
+        assert [int(word) for word in words] == json.loads(tokens)
 
 
 def test_out(fgrun: Run, tmp_path: Path) -> None:
-    """A line of JSON for each prompt, with all that was asked for."""
+    """The file has a line of JSON for each prompt, with completions and logprobs."""
     code, out, _ = fgrun("+experiment=rollout_smoke", "out=rollouts.jsonl")
     assert code == 0
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
@@ -106,7 +106,7 @@ def test_out(fgrun: Run, tmp_path: Path) -> None:
 
 
 def test_multirun(fgrun: Run, tmp_path: Path) -> None:
-    """Each job's results follow the line that says which it is, and go to a folder of their own."""
+    """A line with the job's overrides precedes its results. Each job writes to its own folder."""
     code, out, err = fgrun(
         "--multirun", *TINY, "prompt=[1,2]", "out=r.jsonl", "schedule=latency,throughput", "hydra.sweep.dir=sweep"
     )
@@ -122,13 +122,13 @@ CHAT = [{"role": "user", "content": "Hi é"}]
 ROWS = ["Hi é, you", [1, 2], CHAT]
 
 
-def packed(content: bytes) -> bytes:
-    """A gzip file, the same at any time: test processes must agree on the names of tests."""
+def compress(content: bytes) -> bytes:
+    """Compresses with gzip, without a time stamp: test processes must agree on the names of tests."""
     return gzip.compress(content, mtime=0)
 
 
 def parquet(**columns: list) -> bytes:
-    """A Parquet file of some columns."""
+    """Returns the content of a Parquet file with the columns."""
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
     return file.getvalue()
@@ -140,15 +140,15 @@ def parquet(**columns: list) -> bytes:
         ("p.txt", "one\n\n two, three \n", ["one", "two, three"]),
         ("p", "one\u2028still one\r\ntwo", ["one\u2028still one", "two"]),
         ("bom.txt", "\ufeffone\n", ["one"]),
-        ("p.txt.gz", packed("é\ntwo".encode()), ["é", "two"]),
+        ("p.txt.gz", compress("é\ntwo".encode()), ["é", "two"]),
         ("p.JSONL", "".join(json.dumps(row) + "\n\n" for row in ROWS), ROWS),
         ("p.jsonl", '{"prompt": "b", "id": 5}\n' + json.dumps({"messages": CHAT, "prompt": "x"}), ["b", CHAT]),
-        ("p.jsonl.gz", packed('\ufeff{"prompt_token_ids": [0, 7], "prompt": "x"}'.encode()), [[0, 7]]),
+        ("p.jsonl.gz", compress('\ufeff{"prompt_token_ids": [0, 7], "prompt": "x"}'.encode()), [[0, 7]]),
         ("p.json", json.dumps([*ROWS, {"prompt": "b"}], indent=1), [*ROWS, "b"]),
         ("q.csv", 'id,prompt\n1,"a ""b"",\nc"\n2,[1]\n', ['a "b",\nc', "[1]"]),
         ("q.tsv", "prompt\tx\na, b\t1\n", ["a, b"]),
         ("long.csv", f"prompt,id\n{'a' * 200_000},1\n", ["a" * 200_000]),
-        ("packed", packed(b"one\ntwo"), ["one", "two"]),
+        ("gzipped", compress(b"one\ntwo"), ["one", "two"]),
         ("q.csv", '\ufeffmessages\n"[{""role"": ""user"", ""content"": ""Hi é""}]"\n', [CHAT]),
         ("q.parquet", parquet(prompt=["a", "b"], id=[1, 2]), ["a", "b"]),
         ("q.parquet", parquet(messages=[CHAT]), [CHAT]),
@@ -156,7 +156,7 @@ def parquet(**columns: list) -> bytes:
     ],
 )
 def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: Path) -> None:
-    """The format is that of the suffix, and whatever `task.format` says is read so."""
+    """The suffix selects the format, and `task.format` overrides it."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert run._collect_prompts(run.compose(f"task.prompts={tmp_path / name}")) == prompts
     suffix = name.lower().removesuffix(".gz").partition(".")[2] or "text"
@@ -169,13 +169,13 @@ def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("p.txt", "fine\nh\xe9\n".encode("latin1"), "p.txt, line 2: byte 0xe9 is not UTF-8"),
         ("p.txt", b"a\n\x1f\x8b\0", "p.txt, line 2: byte 0x8b is not UTF-8"),
         ("p", b"a\nb\0", "p, line 2: has a NUL character"),
         ("p.txt.gz", b"plain", "p.txt.gz: cannot be read: Not a gzipped file"),
-        ("p.txt.gz", packed(b"long enough to be cut" * 9)[:-9], "p.txt.gz: cannot be read: Compressed file ended"),
+        ("p.txt.gz", compress(b"long enough to be cut" * 9)[:-9], "p.txt.gz: cannot be read: Compressed file ended"),
         ("p.pdf", "text", "p.pdf: unknown suffix '.pdf'"),
         ("p.jsonl", '"fine"\n{"text": "no prompt"}', "p.jsonl, line 2: must be a text"),
         ("p.jsonl", '{"prompt": 5}', "p.jsonl, line 1: must be a text, a list of token ids"),
@@ -210,10 +210,10 @@ def test_prompt_files(name: str, content: str | bytes, prompts: list, tmp_path: 
         ("empty.json", "[]", "empty.json is empty"),
     ],
 )
-def test_bad_prompt_files(name: str, content: str | bytes, said: str, tmp_path: Path) -> None:
-    """The file, the line, and what is wanted."""
+def test_bad_prompt_files(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+    """Errors name the file, the line, and what is expected."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_prompts(str(tmp_path / name))
     with pytest.raises(ValueError, match="is a folder"):
         read_prompts(str(tmp_path), "text")
@@ -258,7 +258,7 @@ def test_prompts_from_standard_input(name: str, monkeypatch: pytest.MonkeyPatch,
     ],
 )
 def test_arguments(argument: str, override: str) -> None:
-    """What one would type is what Hydra is told."""
+    """Arguments as typed are converted to Hydra's grammar."""
     assert to_hydra_arguments([argument]) == [override]
 
 
@@ -272,8 +272,8 @@ def test_values_of_arguments() -> None:
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text becomes a user's message if it should and there is a template; everything else goes in as it is."""
-    asked = []
+    """With `chat` and a chat template, a text becomes a user message. Other prompts are unchanged."""
+    received = []
 
     class Echo(Engine):
         tokenizer = SimpleNamespace(chat_template="{{ messages }}")
@@ -284,15 +284,15 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         def close(self) -> None: ...
 
         def as_completed(self, prompts: list, sampling: SamplingParams) -> Iterator[tuple[int, Output]]:
-            asked.extend(prompts)
-            found = [(i, Output(i, [1], [Completion([2], f"answer {i}")])) for i in range(len(prompts))]
-            return reversed(found)
+            received.extend(prompts)
+            outputs = [(i, Output(i, [1], [Completion([2], f"answer {i}")])) for i in range(len(prompts))]
+            return reversed(outputs)
 
     monkeypatch.setattr(run, "build_engine", lambda _, progress=True: Echo())
     monkeypatch.setattr(run, "profile_on_signal", lambda *_: None)
     code, out, _ = fgrun(f"chat={chat}", "prompt=[Hello,[1,2]]")
     assert (code, out) == (0, "[0.0] answer 0\n[1.0] answer 1\n")
-    assert asked == [[{"role": "user", "content": "Hello"}] if chat else "Hello", [1, 2]]
+    assert received == [[{"role": "user", "content": "Hello"}] if chat else "Hello", [1, 2]]
     assert fgrun(f"chat={chat}", "prompt=What's this, and that?")[:2] == (0, "answer 0\n")
 
 
@@ -320,7 +320,7 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
 def test_mistakes(arguments: list[str], code: int, message: str, fgrun: Run, tmp_path: Path) -> None:
-    """One line on stderr, nothing on stdout, no traceback."""
+    """An error prints one line to stderr and nothing to stdout, without a traceback."""
     status, out, err = fgrun(*arguments)
     assert status == code
     assert err.startswith("fgrun: ") and message in err and err.count("\n") == 1
@@ -328,7 +328,7 @@ def test_mistakes(arguments: list[str], code: int, message: str, fgrun: Run, tmp
 
 
 def test_full_error(fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HYDRA_FULL_ERROR=1 gives the exception itself, and is left as it was."""
+    """HYDRA_FULL_ERROR=1 raises the exception, and fgrun restores the variable."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match="outside the vocabulary"):
         fgrun(*TINY, "prompt=[1,999]")
@@ -348,7 +348,7 @@ def test_full_error(fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interrupts(
     task: str, error: type[BaseException], status: int, fgrun: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What had finished is printed and saved, and said; the exit status is that of the signal."""
+    """Finished outputs are printed, saved and counted. The exit status is that of the signal."""
     original, dup2 = getattr(Engine, method := {"generate": "as_completed"}.get(task, task)), list[tuple[int, int]]()
 
     def interrupted(self: Engine, prompts: list, sampling: list) -> Iterator[Any]:
@@ -369,7 +369,7 @@ def test_interrupts(
 
 
 def test_out_cannot_be_written(fgrun: Run, tmp_path: Path) -> None:
-    """Refused before anything is loaded; where it can be, nothing is left behind by the look at it."""
+    """An unwritable file is rejected before the model is loaded. The check leaves no file behind."""
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("no/file")
     (tmp_path / "later").symlink_to("target")
@@ -386,20 +386,20 @@ def test_out_cannot_be_written(fgrun: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("out", ["-", "/dev/stdout"])
 def test_out_is_standard_output(out: str, fgrun: Run, tmp_path: Path) -> None:
-    """JSON lines in the place of the texts, and no file."""
+    """JSON lines replace the texts, and no file is written."""
     code, printed, _ = fgrun(*TINY, "prompt=[[1,2,3],[4,5]]", f"out={out}")
     assert code == 0 and [json.loads(line)["prompt"] for line in printed.splitlines()] == [[1, 2, 3], [4, 5]]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outputs_are_printed_where_the_disk_is_full(fgrun: Run) -> None:
-    """What was generated is not lost with the file."""
+def test_outputs_are_printed_if_the_disk_is_full(fgrun: Run) -> None:
+    """Outputs are not lost if the file cannot be written."""
     code, printed, err = fgrun(*TINY, "prompt=[1,2,3]", "out=/dev/full")
     assert code == 1 and len(json.loads(printed)) == 4 and "No space left on device" in err
 
 
 def test_out_is_not_the_input(fgrun: Run, tmp_path: Path) -> None:
-    """By whatever name; nothing was loaded, and the input is as it was."""
+    """An output file that is the input, by any name, is rejected before the model is loaded, and not changed."""
     (tmp_path / "p.jsonl").write_text("[1]")
     (tmp_path / "link").symlink_to("p.jsonl")
     for out in ("p.jsonl", "./p.jsonl", "link"):
@@ -421,14 +421,14 @@ def test_scripts_start_quietly() -> None:
     script = "import sys, fastgen.cli.scripts as s; print(flush=True); s.fgrun()"
     tool = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert tool.stdout and tool.stdout.readline()
-    while b"torch" not in Path(f"/proc/{tool.pid}/maps").read_bytes():  # its libraries are being loaded
+    while b"torch" not in Path(f"/proc/{tool.pid}/maps").read_bytes():  # until torch's libraries are being loaded
         assert tool.poll() is None
     tool.send_signal(signal.SIGINT)
     assert tool.communicate() == (b"", b"") and tool.returncode in (-signal.SIGINT, 130)
 
 
 def test_help(fgrun: Run) -> None:
-    """Examples, every option of every group, and the whole configuration."""
+    """The help has examples, every option of every group, and the complete configuration."""
     code, out, _ = fgrun("--help")
     assert code == 0
     for part in ('fgrun "What is the capital of France?"', "+experiment=capitals", "--multirun", "llama31_8b"):
@@ -442,7 +442,7 @@ def test_cfg_shows_what_would_run(fgrun: Run) -> None:
 
 
 def test_profile(fgrun: Run, tmp_path: Path) -> None:
-    """The summary and the place of the trace are printed; there is a trace."""
+    """fgrun prints the summary and the path of the trace, which exists."""
     trace = tmp_path / "trace.json"
     code, out, _ = fgrun("task=profile", "task.steps=2", f"task.trace={trace}", "prompt=Hello", "sampling.max_tokens=6")
     assert code == 0 and "2 steps" in out and "linear" in out and f"trace: {trace}" in out

@@ -1,4 +1,4 @@
-"""Calls of functions: read from scripted output, enforced by grammars, and told to models by templates."""
+"""Tests tool calls: parsed from text, enforced by grammars, and rendered by chat templates."""
 
 import asyncio
 import copy
@@ -42,15 +42,15 @@ WEATHER: dict[str, Any] = {
     "required": ["city", "days"],
     "additionalProperties": False,
 }
-GIVEN: list[dict[str, Any]] = [
+TOOL_DICTS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "get", "description": "The weather.", "parameters": WEATHER}},
     {"type": "function", "function": {"name": "get_time"}},
 ]
-TOOLS = [Tool.model_validate(tool) for tool in GIVEN]
+TOOLS = [Tool.model_validate(tool) for tool in TOOL_DICTS]
 NAMES = ("get", "get_time")
 HARD = '{"city": "a \\"b\\" \\\\ }{", "more": {"x": [{}, "{"]}}'
 
-# family, text, the content it leaves, and the calls in it
+# format, text, and the content and calls parsed from it
 TEXTS: list[tuple[tool_calls.ToolCallFormat, str, str, list[tuple[str, str]]]] = [
     ("hermes", "Hello <b>there</b>, 1 < 2 <tool", "Hello <b>there</b>, 1 < 2 <tool", []),
     ("hermes", '<tool_call>\n{"name": "get", "arguments": {"a": 1}}\n</tool_call>', "", [("get", '{"a": 1}')]),
@@ -151,35 +151,35 @@ TEXTS: list[tuple[tool_calls.ToolCallFormat, str, str, list[tuple[str, str]]]] =
 ]
 
 
-def read(
-    form: tool_calls.ToolCallFormat, parts: Sequence[str], most: int | None = None
+def parse(
+    call_format: tool_calls.ToolCallFormat, parts: Sequence[str], max_calls: int | None = None
 ) -> tuple[str, list[tuple[str, str]]]:
-    """What a client puts together from the deltas, which have to be OpenAI's."""
-    reader, content, found = ToolCallParser(form, NAMES, most), "", list[list[str]]()
+    """Returns the content and calls that a client assembles from OpenAI's deltas."""
+    parser, content, assembled = ToolCallParser(call_format, NAMES, max_calls), "", list[list[str]]()
     for i in range(len(parts) + 1):
-        text, calls = reader.push("".join(parts[i : i + 1]), is_final=i == len(parts))
+        text, calls = parser.push("".join(parts[i : i + 1]), is_final=i == len(parts))
         content += text
         assert len({c["index"] for c in calls}) == len(calls)
         for call in calls:
-            if call["index"] == len(found):
+            if call["index"] == len(assembled):
                 assert call["id"].startswith("call_") and call["type"] == "function"
-                found.append([call["function"].pop("name"), ""])
+                assembled.append([call["function"].pop("name"), ""])
             else:
-                assert call.keys() == {"index", "function"} and call["index"] == len(found) - 1
+                assert call.keys() == {"index", "function"} and call["index"] == len(assembled) - 1
             assert call["function"].keys() == {"arguments"}
-            found[-1][1] += call["function"]["arguments"]
-    return content, [(name, arguments) for name, arguments in found]
+            assembled[-1][1] += call["function"]["arguments"]
+    return content, [(name, arguments) for name, arguments in assembled]
 
 
-@pytest.mark.parametrize("form, text, content, calls", TEXTS, ids=lambda x: x[:24] if isinstance(x, str) else "")
-def test_calls_are_read_wherever_the_text_is_split(
-    form: tool_calls.ToolCallFormat, text: str, content: str, calls: list[tuple[str, str]]
+@pytest.mark.parametrize("call_format, text, content, calls", TEXTS, ids=lambda x: x[:24] if isinstance(x, str) else "")
+def test_calls_are_parsed_wherever_the_text_is_split(
+    call_format: tool_calls.ToolCallFormat, text: str, content: str, calls: list[tuple[str, str]]
 ) -> None:
-    """Whole, in two parts, and by character."""
-    assert read(form, [text]) == (content, calls)
-    assert read(form, list(text)) == (content, calls)
+    """The result is the same for the complete text, any two parts, and single characters."""
+    assert parse(call_format, [text]) == (content, calls)
+    assert parse(call_format, list(text)) == (content, calls)
     for i in range(len(text)):
-        assert read(form, [text[:i], text[i:]]) == (content, calls), i
+        assert parse(call_format, [text[:i], text[i:]]) == (content, calls), i
 
 
 WORDS = sorted(
@@ -189,16 +189,16 @@ WORDS = sorted(
 
 @settings(deadline=None, max_examples=300)
 @given(
-    form=st.sampled_from(tool_calls.TOOL_CALL_FORMATS),
+    call_format=st.sampled_from(tool_calls.TOOL_CALL_FORMATS),
     parts=st.lists(st.sampled_from(WORDS) | st.sampled_from([t for _, t, _, _ in TEXTS]), max_size=6),
     cuts=st.lists(st.integers(0, 400), max_size=12),
 )
-def test_any_split_of_any_text_reads_the_same(
-    form: tool_calls.ToolCallFormat, parts: list[str], cuts: list[int]
+def test_any_split_of_any_text_has_the_same_result(
+    call_format: tool_calls.ToolCallFormat, parts: list[str], cuts: list[int]
 ) -> None:
     text = "".join(parts)
     ends = sorted({min(c, len(text)) for c in cuts} | {0, len(text)})
-    assert read(form, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]) == read(form, [text])
+    assert parse(call_format, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]) == parse(call_format, [text])
 
 
 OBJECTS = st.dictionaries(
@@ -219,37 +219,39 @@ AROUND: dict[tool_calls.ToolCallFormat, list[tuple[str, str]]] = {
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), form=st.sampled_from(tool_calls.TOOL_CALL_FORMATS), arguments=OBJECTS)
-def test_objects_have_no_order(data: st.DataObject, form: tool_calls.ToolCallFormat, arguments: dict[str, Any]) -> None:
-    """Any order of members, white space, escapes, and split of the text: the same call."""
-    given = data.draw(st.sampled_from([arguments, json.dumps(arguments)]))
-    members: dict[str, Any] = {"name": "get", data.draw(st.sampled_from(tool_calls.ARGUMENT_KEYS)): given}
+@given(data=st.data(), call_format=st.sampled_from(tool_calls.TOOL_CALL_FORMATS), arguments=OBJECTS)
+def test_members_may_have_any_order(
+    data: st.DataObject, call_format: tool_calls.ToolCallFormat, arguments: dict[str, Any]
+) -> None:
+    """Any order of members, white space, escapes and splits of the text result in the same call."""
+    value = data.draw(st.sampled_from([arguments, json.dumps(arguments)]))
+    members: dict[str, Any] = {"name": "get", data.draw(st.sampled_from(tool_calls.ARGUMENT_KEYS)): value}
     members |= data.draw(st.fixed_dictionaries({}, optional=MORE))
     members = dict(data.draw(st.permutations(list(members.items()))))
     space = st.text(" \n\t\r", max_size=2)
     separators = data.draw(space) + "," + data.draw(space), data.draw(space) + ":" + data.draw(space)
     text = json.dumps(members, separators=separators, ensure_ascii=data.draw(st.booleans()))
     text = "{" + data.draw(space) + text[1:-1] + data.draw(space) + "}"
-    before, after = data.draw(st.sampled_from(AROUND[form]))
+    before, after = data.draw(st.sampled_from(AROUND[call_format]))
     text = before + text + after
     ends = sorted({0, len(text), *data.draw(st.lists(st.integers(0, len(text)), max_size=8))})
-    content, [(name, found)] = read(form, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)])
-    assert (content, name, json.loads(found)) == ("", "get", arguments)
+    content, [(name, parsed)] = parse(call_format, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)])
+    assert (content, name, json.loads(parsed)) == ("", "get", arguments)
 
 
-def test_what_may_be_a_call_is_read_once() -> None:
-    """A hundred kilobytes that may still become a call, token by token, takes a second or so and not minutes."""
+def test_parsing_takes_linear_time() -> None:
+    """A hundred kilobytes that may become a call, token by token, take a second or so, not minutes."""
     text = '<tool_call>{"x": [' * 5_000 + '"' + "a" * 50_000 + '"' + "]" * 5_000
-    began = time.monotonic()
-    assert read("hermes", [text[i : i + 4] for i in range(0, len(text), 4)]) == (text, [])
+    start = time.monotonic()
+    assert parse("hermes", [text[i : i + 4] for i in range(0, len(text), 4)]) == (text, [])
     long = '{"arguments": {"x": "' + "<tool_call>{ " * 10_000 + '"}, "name": "get"}'
-    _, [(_, arguments)] = read("llama", [long[i : i + 4] for i in range(0, len(long), 4)])
-    assert len(arguments) > 100_000 and time.monotonic() - began < 20
+    _, [(_, arguments)] = parse("llama", [long[i : i + 4] for i in range(0, len(long), 4)])
+    assert len(arguments) > 100_000 and time.monotonic() - start < 20
 
 
 def test_text_is_held_back_only_while_it_may_begin_a_call() -> None:
-    """And arguments are passed on as they come."""
-    reader = ToolCallParser("hermes", NAMES)
+    """Arguments are returned as they arrive."""
+    parser = ToolCallParser("hermes", NAMES)
     for new, sent in (
         ("Hi", "Hi"),
         (" the", " the"),
@@ -260,47 +262,51 @@ def test_text_is_held_back_only_while_it_may_begin_a_call() -> None:
         ('{"x": [7], ', ""),
         ('"name": "got"', ' <tool_call>{"x": [7], "name": "got"'),
     ):
-        assert reader.push(new) == (sent, [])
-    said = [
-        reader.push(part)[1] for part in ('<tool_call>{"name": "get", "arguments": ', '{"a', '": 1', "}}</tool_call>")
-    ]
-    assert [[call["function"]["arguments"] for call in calls] for calls in said] == [[], ['{"a'], ['": 1'], ["}"]]
+        assert parser.push(new) == (sent, [])
+    parts = ('<tool_call>{"name": "get", "arguments": ', '{"a', '": 1', "}}</tool_call>")
+    deltas = [parser.push(part)[1] for part in parts]
+    assert [[call["function"]["arguments"] for call in calls] for calls in deltas] == [[], ['{"a'], ['": 1'], ["}"]]
 
 
-def test_calls_beyond_the_most_are_dropped() -> None:
+def test_calls_beyond_max_calls_are_dropped() -> None:
     two = '<tool_call>{"name": "get", "arguments": {"a": 1}}</tool_call>' * 2
-    assert read("hermes", list(two), most=1) == ("", [("get", '{"a": 1}')])
+    assert parse("hermes", list(two), max_calls=1) == ("", [("get", '{"a": 1}')])
 
 
 # --- grammars ---------------------------------------------------------------------------------------------------------
 
 
-def coder(*added: str) -> PreTrainedTokenizerFast:
-    """Bytes, with special tokens beside them."""
+def make_tokenizer(*special_tokens: str) -> PreTrainedTokenizerFast:
+    """Returns a byte-level tokenizer with special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | {"</s>": 256}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    found = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
-    found.add_special_tokens({"additional_special_tokens": list(added)})
-    return found
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | {"</s>": 256}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens)})
+    return tokenizer
 
 
-CODERS = {
-    "plain": coder(),
-    "llama": coder(tool_calls.PYTHON_TAG),
-    "mistral": coder(tool_calls.TOOL_CALLS),
-    "mistral 11": coder(tool_calls.TOOL_CALLS, tool_calls.ARGS, tool_calls.CALL_ID),
-    "hermes": coder(tool_calls.TOOL_CALL_OPEN, tool_calls.TOOL_CALL_CLOSE),
+TOKENIZERS = {
+    "plain": make_tokenizer(),
+    "llama": make_tokenizer(tool_calls.PYTHON_TAG),
+    "mistral": make_tokenizer(tool_calls.TOOL_CALLS),
+    "mistral 11": make_tokenizer(tool_calls.TOOL_CALLS, tool_calls.ARGS, tool_calls.CALL_ID),
+    "hermes": make_tokenizer(tool_calls.TOOL_CALL_OPEN, tool_calls.TOOL_CALL_CLOSE),
 }
-SETUPS = [("llama", "plain"), ("mistral", "plain"), ("hermes", "plain"), *((n.split()[0], n) for n in list(CODERS)[1:])]
+SETUPS = [
+    ("llama", "plain"),
+    ("mistral", "plain"),
+    ("hermes", "plain"),
+    *((n.split()[0], n) for n in list(TOKENIZERS)[1:]),
+]
 
 
 @pytest.fixture(scope="module")
-def guides() -> dict[str, Any]:
+def backends() -> dict[str, Any]:
     pytest.importorskip("llguidance")
     from fastgen.structured_output.backend import GrammarBackend
 
-    return {name: GrammarBackend(c, len(c), frozenset([256])) for name, c in CODERS.items()}
+    return {name: GrammarBackend(c, len(c), frozenset([256])) for name, c in TOKENIZERS.items()}
 
 
 def strict(*names: str) -> list[Tool]:
@@ -310,27 +316,27 @@ def strict(*names: str) -> list[Tool]:
     ]
 
 
-@pytest.mark.parametrize("form, name", SETUPS)
-@pytest.mark.parametrize("many", [True, False])
-def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: bool, guides: dict[str, Any]) -> None:
-    """Tokens drawn at random from what it allows: arguments that follow the schema, and no other text."""
-    dice, vocabulary = random.Random(0), CODERS[name]
+@pytest.mark.parametrize("call_format, name", SETUPS)
+@pytest.mark.parametrize("parallel_calls", [True, False])
+def test_grammars_allow_only_calls(call_format: Any, name: str, parallel_calls: bool, backends: dict[str, Any]) -> None:
+    """Random allowed tokens are parsed as calls whose arguments follow the schema, and no other text."""
+    rng, vocabulary = random.Random(0), TOKENIZERS[name]
     markers = tool_calls.find_marker_token_ids(vocabulary)
-    grammar = tool_calls.build_grammar(form, TOOLS, "required", markers, parallel_calls=many)
+    grammar = tool_calls.build_grammar(call_format, TOOLS, "required", markers, parallel_calls=parallel_calls)
     counts = set()
     for _ in range(4):
-        guide, tokens = guides[name].make_matchers(grammar)[0], list[int]()
-        while not guide.matcher.is_stopped():
-            bits = guides[name].compute_token_masks([(0, guide)], 1)[0]
-            tokens.append(dice.choice([t for t in range(len(vocabulary)) if bits[t // 32] >> t % 32 & 1]))
-            guide.accept_token(tokens[-1])
+        matcher, tokens = backends[name].make_matchers(grammar)[0], list[int]()
+        while not matcher.matcher.is_stopped():
+            bits = backends[name].compute_token_masks([(0, matcher)], 1)[0]
+            tokens.append(rng.choice([t for t in range(len(vocabulary)) if bits[t // 32] >> t % 32 & 1]))
+            matcher.accept_token(tokens[-1])
         shown = {id: text for text, id in markers.items()}
         decoder = Detokenizer(vocabulary, [], visible_special_tokens=shown)
         text = "".join(decoder.push(t)[0] for t in tokens) + decoder.flush()
         assert text == decode_at_once(
             Detokenizer(vocabulary, [], visible_special_tokens=shown, stream_text=False), tokens
         )
-        content, calls = read(form, [text])
+        content, calls = parse(call_format, [text])
         assert content == "" and calls, text
         counts.add(len(calls))
         for function, arguments in calls:
@@ -340,13 +346,13 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Any, name: str, many: 
                 assert value["days"] in range(1, 10)
             else:
                 assert value == {}
-    assert counts == {1} if not many or form == "llama" else max(counts) > 1
+    assert counts == {1} if not parallel_calls or call_format == "llama" else max(counts) > 1
 
 
-def allows(guides: Any, vocabulary: Any, grammar: str, text: str) -> bool:
-    guide = guides.make_matchers(grammar)[0]
+def allows(backends: Any, vocabulary: Any, grammar: str, text: str) -> bool:
+    matcher = backends.make_matchers(grammar)[0]
     tokens = vocabulary(text, add_special_tokens=False).input_ids
-    return guide.matcher.validate_tokens(tokens) == len(tokens)
+    return matcher.matcher.validate_tokens(tokens) == len(tokens)
 
 
 GOOD = {
@@ -357,14 +363,16 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("form, name", SETUPS)
-def test_strict_functions_are_enforced_also_where_text_may_come(form: Any, name: str, guides: dict[str, Any]) -> None:
-    """Any text, and calls that follow; arguments of the others are any object."""
+@pytest.mark.parametrize("call_format, name", SETUPS)
+def test_strict_functions_are_enforced_also_where_text_may_come(
+    call_format: Any, name: str, backends: dict[str, Any]
+) -> None:
+    """Under `auto`, text is free, and calls follow the format; arguments of other functions are any object."""
     grammar = tool_calls.build_grammar(
-        form, strict("get"), "auto", tool_calls.find_marker_token_ids(CODERS[name]), parallel_calls=True
+        call_format, strict("get"), "auto", tool_calls.find_marker_token_ids(TOKENIZERS[name]), parallel_calls=True
     )
-    check, good = partial(allows, guides[name], CODERS[name], grammar), GOOD.get(name, GOOD[form])
-    before = "" if form == "llama" else "Well, 1 < 2 [or so].\n"
+    check, good = partial(allows, backends[name], TOKENIZERS[name], grammar), GOOD.get(name, GOOD[call_format])
+    before = "" if call_format == "llama" else "Well, 1 < 2 [or so].\n"
     assert check("Just\n\n text <, [TOOL.") and check(before + good)
     assert not check(before + good.replace("Paris", "Rome")) and not check(before + good.replace("get", "got"))
     assert check(before + good.replace("get", "get_time")) and check(
@@ -388,16 +396,16 @@ TEMPLATES: dict[str, str] = {
     + BODY % "arguments"
     + "\n</tool_call>{% endfor %}{% if m.role == 'tool' %}({{ m.name }}){% endif %}\n{% endfor %}",
 }
-TOLD = "{% for t in tools or () %}{{ t | tojson }}\n{% endfor %}"
-TEMPLATES = {form: TOLD + text for form, text in TEMPLATES.items()}
+RENDER_TOOLS = "{% for t in tools or () %}{{ t | tojson }}\n{% endfor %}"
+TEMPLATES = {call_format: RENDER_TOOLS + text for call_format, text in TEMPLATES.items()}
 
 
-@pytest.mark.parametrize("form", tool_calls.TOOL_CALL_FORMATS)
-def test_a_call_goes_to_the_model_and_comes_back(form: tool_calls.ToolCallFormat) -> None:
-    """What the template makes of a call is read as that call; its result is told with the same id."""
-    vocabulary = coder()
-    vocabulary.chat_template = TEMPLATES[form]
-    assert tool_calls.detect_format(vocabulary) == form
+@pytest.mark.parametrize("call_format", tool_calls.TOOL_CALL_FORMATS)
+def test_a_call_goes_to_the_model_and_comes_back(call_format: tool_calls.ToolCallFormat) -> None:
+    """A call rendered by a template is parsed as the same call, and its result has the same id."""
+    vocabulary = make_tokenizer()
+    vocabulary.chat_template = TEMPLATES[call_format]
+    assert tool_calls.detect_format(vocabulary) == call_format
     asked: dict[str, Any] = {
         "id": "call_0123456789abcdef",
         "type": "function",
@@ -408,17 +416,20 @@ def test_a_call_goes_to_the_model_and_comes_back(form: tool_calls.ToolCallFormat
         ChatMessage.model_validate({"role": "assistant", "content": None, "tool_calls": [asked]}),
         ChatMessage.model_validate({"role": "tool", "tool_call_id": asked["id"], "content": "Sunny."}),
     ]
-    said = tool_calls.adapt_calls_to_template(to_template_dicts(messages), form)
-    lines = tokenizer.render(vocabulary, said, [tool.to_template_dict() for tool in TOOLS]).split("\n")
-    assert json.loads(lines[0]) == GIVEN[0] and json.loads(lines[1])["function"]["parameters"]["type"] == "object"
+    rendered_messages = tool_calls.adapt_calls_to_template(to_template_dicts(messages), call_format)
+    lines = tokenizer.render(vocabulary, rendered_messages, [tool.to_template_dict() for tool in TOOLS]).split("\n")
+    assert json.loads(lines[0]) == TOOL_DICTS[0] and json.loads(lines[1])["function"]["parameters"]["type"] == "object"
     text = "\n".join(lines).partition("assistant:")[2].partition("tool:")[0]
-    content, [(name, arguments)] = read(form, [text])
+    content, [(name, arguments)] = parse(call_format, [text])
     assert (content.strip(), name, json.loads(arguments)) == ("", "get", json.loads(HARD))
-    assert said[2]["name"] == "get" and said[2]["tool_call_id"] == said[1]["tool_calls"][0]["id"]
+    assert (
+        rendered_messages[2]["name"] == "get"
+        and rendered_messages[2]["tool_call_id"] == rendered_messages[1]["tool_calls"][0]["id"]
+    )
 
 
-# Idioms of templates that have been published: what they do with an answer's content and its calls.
-IDIOMS = {
+# Idioms of published templates for rendering an answer's content and calls.
+TEMPLATE_IDIOMS = {
     "QwQ": "{% set content = m.content.split('</think>')[-1].lstrip() %}{{ content if m.content }}"
     "{% for c in m.tool_calls %}<tool_call>" + BODY % "arguments" + "</tool_call>{% endfor %}",
     "Qwen3": "{% if m.content is string %}{% set content = m.content %}{% endif %}"
@@ -444,19 +455,19 @@ SECOND_TURN = [
 
 
 def second_turn(template: str, **more: Any) -> str:
-    """The prompt of a conversation in which a tool was called: what the server's clients send back."""
-    vocabulary = coder()
+    """Returns the prompt for a conversation with a tool call and its result, as clients send it back."""
+    vocabulary = make_tokenizer()
     vocabulary.chat_template = template
-    service = worker(vocabulary)
-    service.tool_call_format = tool_calls.detect_format(vocabulary)
+    app_state = make_app_state(vocabulary)
+    app_state.tool_call_format = tool_calls.detect_format(vocabulary)
     messages = [ChatMessage.model_validate(message) for message in SECOND_TURN]
-    return vocabulary.decode(asyncio.run(service.encode_chat(messages, TOOLS, calls_enforced=True)))
+    return vocabulary.decode(asyncio.run(app_state.encode_chat(messages, TOOLS, calls_enforced=True)))
 
 
-@pytest.mark.parametrize("name", IDIOMS)
+@pytest.mark.parametrize("name", TEMPLATE_IDIOMS)
 def test_second_turns_of_templates_of_all_kinds(name: str) -> None:
-    """An answer without content has it empty, and arguments are objects or text, as the template takes them."""
-    text = second_turn("{% for m in messages %}" + IDIOMS[name] + "|{% endfor %}")
+    """Missing content is rendered as an empty text; arguments are objects or text, as the template expects."""
+    text = second_turn("{% for m in messages %}" + TEMPLATE_IDIOMS[name] + "|{% endfor %}")
     lines = text.split("|")
     assert lines[0].endswith("How is it?") and lines[2].endswith("Sunny.")
     assert (
@@ -474,9 +485,9 @@ def test_second_turns_of_templates_of_all_kinds(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES_OF_TEMPLATES)
 def test_second_turns_of_published_templates(name: str) -> None:
-    """As TRL brings them. R1's leaves out calls beside content that is empty; the others tell of them."""
+    """The templates in TRL render calls, except R1's, which omits calls if the content is empty."""
     if not (path := PUBLISHED / f"{name}.jinja").is_file():
-        pytest.skip("TRL does not bring it")
+        pytest.skip("TRL does not have it")
     text = second_turn(path.read_text(encoding="utf-8"))
     assert "Sunny." in text and (
         '"city": "Paris"' in text or "<arg_value>Paris" in text or name == "deepseek_r1_distill"
@@ -484,10 +495,10 @@ def test_second_turns_of_published_templates(name: str) -> None:
     assert "{'city'" not in text and '\\"city' not in text
 
 
-@pytest.mark.parametrize("name", CODERS)
-def test_families_by_their_tokens(name: str) -> None:
-    """Where the template says nothing."""
-    assert tool_calls.detect_format(CODERS[name]) == (None if name == "plain" else name.split()[0])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_format_by_special_tokens(name: str) -> None:
+    """Special tokens determine the format if there is no template."""
+    assert tool_calls.detect_format(TOKENIZERS[name]) == (None if name == "plain" else name.split()[0])
     assert tool_calls.detect_format(None) is None and tool_calls.find_marker_token_ids(None) == {}
 
 
@@ -502,67 +513,67 @@ SCRIPT += '<tool_call>{"name": "get_time"}</tool_call>'
 )
 @pytest.mark.parametrize("length", [len(SCRIPT), 70, 12, 5])
 def test_chunks_add_up_to_the_whole_answer(reason: str, named: bool, wanted: str, length: int) -> None:
-    """For each of several choices; every token's logprob is told once."""
+    """Chunks of several choices add up to their final choices, with each token's logprob once."""
     vocabulary = TokenDecoder(BYTE_LEVEL)
     tokens = BYTE_LEVEL(SCRIPT[:length], add_special_tokens=False).input_ids
     params = SamplingParams(n=2, logprobs=0, max_tokens=500)
-    form = ChatResponseBuilder(vocabulary, partial(ToolCallParser, "hermes", NAMES), is_function_named=named)
+    builder = ChatResponseBuilder(vocabulary, partial(ToolCallParser, "hermes", NAMES), is_function_named=named)
     choices = [Choice(i, vocabulary, [], params, stream_text=True, visible_special_tokens={}) for i in range(2)]
     for i, token in enumerate(tokens):
         for choice in choices:
             end = reason if i == len(tokens) - 1 else None
-            part = form.build_chunk(choice, choice.push(TokenDelta(choice.index, [token], [-1.0], None, end)))
-            found = choice.__dict__.setdefault("found", {"content": "", "calls": [], "logprobs": 0})
+            part = builder.build_chunk(choice, choice.push(TokenDelta(choice.index, [token], [-1.0], None, end)))
+            assembled = choice.__dict__.setdefault("assembled", {"content": "", "calls": [], "logprobs": 0})
             assert part is not None
-            found["logprobs"] += len(part["logprobs"]["content"])
-            found["content"] += part["delta"].get("content") or ""
+            assembled["logprobs"] += len(part["logprobs"]["content"])
+            assembled["content"] += part["delta"].get("content") or ""
             for call in part["delta"].get("tool_calls", ()):
-                if call["index"] == len(found["calls"]):
-                    found["calls"].append(call["function"])
+                if call["index"] == len(assembled["calls"]):
+                    assembled["calls"].append(call["function"])
                 else:
-                    found["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
-            found["reason"] = part["finish_reason"]
+                    assembled["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
+            assembled["reason"] = part["finish_reason"]
     for choice in choices:
-        full, found = form.build_choice(choice, None), choice.__dict__["found"]
+        full, assembled = builder.build_choice(choice, None), choice.__dict__["assembled"]
         calls = [call["function"] for call in full["message"].get("tool_calls", ())]
-        assert calls == found["calls"] and len(calls) == {12: 0, 5: 0, 70: 1}.get(length, 2)
-        assert (full["message"]["content"] or "") == found["content"]
-        assert full["finish_reason"] == found["reason"] == (wanted if calls else reason)
-        assert found["logprobs"] == len(full["logprobs"]["content"]) == len(tokens)
+        assert calls == assembled["calls"] and len(calls) == {12: 0, 5: 0, 70: 1}.get(length, 2)
+        assert (full["message"]["content"] or "") == assembled["content"]
+        assert full["finish_reason"] == assembled["reason"] == (wanted if calls else reason)
+        assert assembled["logprobs"] == len(full["logprobs"]["content"]) == len(tokens)
 
 
-DRAFT = '<tool_call>{"name": "get", "arguments": {}}</tool_call>'
+DRAFTED_CALL = '<tool_call>{"name": "get", "arguments": {}}</tool_call>'
 CALL = '<tool_call>{"name": "get_time"}</tool_call>'
-# the prompt's end, text, and of it: reasoning, content, names called
-REASONED: list[tuple[str, str, str, str, list[str]]] = [
-    ("", f"<think>\nFirst {DRAFT}?\n</think>\n\n{CALL}", f"First {DRAFT}?", "", ["get_time"]),
-    ("", f"\n<think>{DRAFT}</think>No.", DRAFT, "No.", []),
-    ("", f"<think>{DRAFT}", DRAFT, "", []),
+# end of the prompt, generated text, and its reasoning, content and called functions
+REASONING_CASES: list[tuple[str, str, str, str, list[str]]] = [
+    ("", f"<think>\nFirst {DRAFTED_CALL}?\n</think>\n\n{CALL}", f"First {DRAFTED_CALL}?", "", ["get_time"]),
+    ("", f"\n<think>{DRAFTED_CALL}</think>No.", DRAFTED_CALL, "No.", []),
+    ("", f"<think>{DRAFTED_CALL}", DRAFTED_CALL, "", []),
     ("", "<think>\n\n</think>\n\nHi </think> there", "", "Hi </think> there", []),
     ("", f"<think>a < b </thin </think> Well.\n{CALL}", "a < b </thin", "Well.", ["get_time"]),
     ("", "<think>Hm. \n", "Hm.", "", []),
     ("", "<thin", "", "<thin", []),
     ("", " so <think>x</think>", "", " so <think>x</think>", []),
-    ("", f"See <think>{DRAFT}</think> {CALL}", "", f"See <think>{DRAFT}</think>", ["get_time"]),
-    ("assistant<think>\n", f"Hm {DRAFT}</think>{CALL}", f"Hm {DRAFT}", "", ["get_time"]),
-    ("assistant<think>\n", f"{DRAFT} and on", f"{DRAFT} and on", "", []),
+    ("", f"See <think>{DRAFTED_CALL}</think> {CALL}", "", f"See <think>{DRAFTED_CALL}</think>", ["get_time"]),
+    ("assistant<think>\n", f"Hm {DRAFTED_CALL}</think>{CALL}", f"Hm {DRAFTED_CALL}", "", ["get_time"]),
+    ("assistant<think>\n", f"{DRAFTED_CALL} and on", f"{DRAFTED_CALL} and on", "", []),
     ("<think>", "<think>\nHm\n</think>\nYes", "Hm", "Yes", []),
     ("<think>x</think>", "Yes", "", "Yes", []),
-    ("", f"[THINK]Hm {DRAFT}[/THINK]{CALL}", f"Hm {DRAFT}", "", ["get_time"]),
+    ("", f"[THINK]Hm {DRAFTED_CALL}[/THINK]{CALL}", f"Hm {DRAFTED_CALL}", "", ["get_time"]),
     ("[THINK]", "a</think>b[/THINK]c", "a</think>b", "c", []),
 ]
 
 
-@pytest.mark.parametrize("prompt, text, thought, content, names", REASONED, ids=lambda x: str(x)[:30])
-def test_reasoning_is_taken_out_before_calls_are_read(
+@pytest.mark.parametrize("prompt, text, thought, content, names", REASONING_CASES, ids=lambda x: str(x)[:30])
+def test_reasoning_is_separated_before_calls_are_parsed(
     prompt: str, text: str, thought: str, content: str, names: list[str]
 ) -> None:
-    """Whole, and streamed wherever the text is cut; a call that is drafted there is none."""
+    """The result is the same for any split. A call in the reasoning does not count."""
     vocabulary = TokenDecoder(BYTE_LEVEL)
-    for tooled in (True, False):
-        form = ChatResponseBuilder(vocabulary, partial(ToolCallParser, "hermes", NAMES) if tooled else None)
+    for has_tools in (True, False):
+        builder = ChatResponseBuilder(vocabulary, partial(ToolCallParser, "hermes", NAMES) if has_tools else None)
         for cuts in ([], range(1, len(text)), *([i] for i in range(1, len(text)))):
-            form.parsers.clear()
+            builder.parsers.clear()
             tokens = BYTE_LEVEL(prompt, add_special_tokens=False).input_ids
             choice = Choice(0, vocabulary, tokens, SamplingParams(), stream_text=True, visible_special_tokens={})
             ends, parts = [0, *cuts, len(text)], list[dict[str, Any]]()
@@ -572,10 +583,10 @@ def test_reasoning_is_taken_out_before_calls_are_read(
                     choice.accumulated.text + new.text,
                     new.finish_reason,
                 )
-                if part := form.build_chunk(choice, new):
+                if part := builder.build_chunk(choice, new):
                     parts.append(part)
             deltas = [part["delta"] for part in parts]
-            full = form.build_choice(choice, None)
+            full = builder.build_choice(choice, None)
             message = full["message"]
             assert (
                 "".join(d.get("reasoning_content", "") for d in deltas)
@@ -588,37 +599,37 @@ def test_reasoning_is_taken_out_before_calls_are_read(
                 c["function"]["name"] for c in message.get("tool_calls", ())
             ]
             assert full["finish_reason"] == parts[-1]["finish_reason"] == ("tool_calls" if called else "stop")
-            if tooled:
+            if has_tools:
                 assert (whole, called) == (content, names)
             assert message["content"] is not None or thought or called
 
 
-def test_an_answer_that_follows_a_grammar_is_no_reasoning() -> None:
-    """Even after a prompt that opens it; a turn in which calls are free may begin with some."""
+def test_an_answer_that_follows_a_grammar_has_no_reasoning() -> None:
+    """This holds even after a prompt that opens reasoning. With `auto`, an answer may begin with reasoning."""
     vocabulary = TokenDecoder(BYTE_LEVEL)
     prompt = BYTE_LEVEL("<think>\n", add_special_tokens=False).input_ids
-    made = Choice(0, vocabulary, prompt, SamplingParams(), stream_text=True, visible_special_tokens={})
-    made.accumulated.text = '{"a": 1}'
+    choice = Choice(0, vocabulary, prompt, SamplingParams(), stream_text=True, visible_special_tokens={})
+    choice.accumulated.text = '{"a": 1}'
     assert (
-        ChatResponseBuilder(vocabulary, may_reason=False).build_choice(made, None)["message"]["content"] == '{"a": 1}'
+        ChatResponseBuilder(vocabulary, may_reason=False).build_choice(choice, None)["message"]["content"] == '{"a": 1}'
     )
-    service = worker(coder())
-    service.tool_call_format = "hermes"
+    app_state = make_app_state(make_tokenizer())
+    app_state.tool_call_format = "hermes"
     for choice, reasons in (("auto", True), ("required", False)):
-        body = asks(tools=strictly(), tool_choice=choice)
+        body = make_request(tools=strict_tools(), tool_choice=choice)
         assert (
-            endpoints._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=True).may_reason
+            endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=True).may_reason
             == reasons
         )
 
 
-def strictly() -> list[dict[str, Any]]:
-    return [GIVEN[0] | {"function": GIVEN[0]["function"] | {"strict": True}}]
+def strict_tools() -> list[dict[str, Any]]:
+    return [TOOL_DICTS[0] | {"function": TOOL_DICTS[0]["function"] | {"strict": True}}]
 
 
-def test_markers_that_are_special_tokens_are_seen() -> None:
-    """Other special tokens are not; nothing changes without calls."""
-    vocabulary = CODERS["mistral"]
+def test_markers_that_are_special_tokens_are_visible() -> None:
+    """Other special tokens are not, and without calls, no special token is visible."""
+    vocabulary = TOKENIZERS["mistral"]
     id = tool_calls.find_marker_token_ids(vocabulary)[tool_calls.TOOL_CALLS]
     tokens = vocabulary('é[TOOL_CALLS] [{"name"').input_ids + [256]
     assert decode_at_once(Detokenizer(vocabulary, [], stream_text=False), tokens) == 'é [{"name"'
@@ -632,79 +643,67 @@ def test_markers_that_are_special_tokens_are_seen() -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def worker(vocabulary: PreTrainedTokenizerFast | None) -> AppState:
-    """What the endpoints use, without an engine. The form of its model's calls is not known."""
-    made = AppState.__new__(AppState)
-    made.tokenizer, made.token_decoder, made.tool_call_format, made.marker_token_ids = (
-        vocabulary,
-        TokenDecoder(vocabulary),
-        None,
-        {},
-    )
-    made.template_supports_tools, made.tokenizer_thread, made.wants_text_arguments, made.max_prompt_chars = (
-        False,
-        TokenizerThread("texts"),
-        {},
-        10**6,
-    )
-    made.special_tokens_in_content = "text"
-    return made
+def make_app_state(vocabulary: PreTrainedTokenizerFast | None) -> AppState:
+    """Returns the application state without an engine, for a model with an unknown format of calls."""
+    app_state = AppState.__new__(AppState)
+    app_state.tokenizer, app_state.token_decoder = vocabulary, TokenDecoder(vocabulary)
+    app_state.tool_call_format, app_state.marker_token_ids = None, {}
+    app_state.template_supports_tools, app_state.wants_text_arguments = False, {}
+    app_state.tokenizer_thread, app_state.max_prompt_chars = TokenizerThread("texts"), 10**6
+    app_state.special_tokens_in_content = "text"
+    return app_state
 
 
 @pytest.mark.parametrize("part", ["tools", "calls", "messages"])
-def test_what_a_template_writes_is_bounded(part: str) -> None:
-    """Functions and calls count as texts do: a lot of them is for the thread of long texts, and more is refused."""
-    coder = copy.deepcopy(CODERS["hermes"])
+def test_rendered_text_is_limited(part: str) -> None:
+    """Functions and calls count as text: long ones go to the thread for long texts, longer ones are rejected."""
+    coder = copy.deepcopy(TOKENIZERS["hermes"])
     coder.chat_template = "{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.tool_calls }}{% endfor %}"
-    service = worker(coder)
-    service.long_text_thread, service.long_text_tokenizer, service.num_long_texts, service.context_length = (
-        TokenizerThread("long"),
-        None,
-        0,
-        2048,
-    )
+    app_state = make_app_state(coder)
+    app_state.long_text_thread, app_state.long_text_tokenizer = TokenizerThread("long"), None
+    app_state.num_long_texts, app_state.context_length = 0, 2048
     call = {"id": "a", "type": "function", "function": {"name": "get", "arguments": json.dumps({"x": "y" * 100_000})}}
     body = {
-        "tools": asks(tools=[{"type": "function", "function": {"name": "get", "description": "y" * 100_000}}]),
-        "calls": asks(messages=[{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "x"}]),
-        "messages": asks(messages=[{"role": "user", "content": ""}] * 8192),
+        "tools": make_request(tools=[{"type": "function", "function": {"name": "get", "description": "y" * 100_000}}]),
+        "calls": make_request(messages=[{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "x"}]),
+        "messages": make_request(messages=[{"role": "user", "content": ""}] * 8192),
     }[part]
-    with pytest.raises(APIError, match="without a tokenizer"):  # as the thread of long texts has none here
-        asyncio.run(service.encode_chat(body.messages, body.tools))
-    service.long_text_tokenizer, service.max_prompt_chars = service.tokenizer, 99_999
+    with pytest.raises(APIError, match="without a tokenizer"):  # the thread for long texts has none here
+        asyncio.run(app_state.encode_chat(body.messages, body.tools))
+    app_state.long_text_tokenizer, app_state.max_prompt_chars = app_state.tokenizer, 99_999
     with pytest.raises(APIError, match=r"messages: \d{6} characters are more than the 99999 ") as e:
-        asyncio.run(service.encode_chat(body.messages, body.tools))
+        asyncio.run(app_state.encode_chat(body.messages, body.tools))
     assert (e.value.status, e.value.param, e.value.code) == (400, "messages", "context_length_exceeded")
 
 
-def asks(**given: Any) -> ChatRequest:
+def make_request(**given: Any) -> ChatRequest:
     return ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]} | given)
 
 
-def test_what_does_not_go_together() -> None:
-    """By the name of the field."""
-    service, form = worker(None), {"type": "json_object"}
+def test_conflicting_fields() -> None:
+    """Errors name the field."""
+    app_state, response_format = make_app_state(None), {"type": "json_object"}
     for body, param in (
-        (asks(tool_choice="auto"), "tool_choice"),
-        (asks(parallel_tool_calls=True), "parallel_tool_calls"),
-        (asks(tools=GIVEN, tool_choice={"type": "function", "function": {"name": "got"}}), "tool_choice"),
-        (asks(tools=GIVEN), "tools"),  # with a family that is not known
-        (asks(tools=GIVEN, tool_choice="required", response_format=form), "response_format"),
+        (make_request(tool_choice="auto"), "tool_choice"),
+        (make_request(parallel_tool_calls=True), "parallel_tool_calls"),
+        (make_request(tools=TOOL_DICTS, tool_choice={"type": "function", "function": {"name": "got"}}), "tool_choice"),
+        (make_request(tools=TOOL_DICTS), "tools"),  # the format is unknown
+        (make_request(tools=TOOL_DICTS, tool_choice="required", response_format=response_format), "response_format"),
     ):
         with pytest.raises(APIError) as e:
-            endpoints._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=True)
+            endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=True)
         assert e.value.param == param and param in e.value.message
     assert (
-        asks(tools=GIVEN).tool_choice_mode == "auto"
-        and asks(tool_choice="none").tool_choice_mode == "none"
-        and asks().tool_choice_mode == "none"
+        make_request(tools=TOOL_DICTS).tool_choice_mode == "auto"
+        and make_request(tool_choice="none").tool_choice_mode == "none"
+        and make_request().tool_choice_mode == "none"
     )
 
 
 def test_functions_are_checked() -> None:
     call = {"id": "a", "type": "function", "function": {"name": "get", "arguments": "{}"}}
     for wrong in (
-        {"tools": [GIVEN[0], GIVEN[0]]},
+        {"tools": [TOOL_DICTS[0], TOOL_DICTS[0]]},
         {"tools": [{"type": "function", "function": {"name": "two words"}}]},
         {"tools": [{"type": "function", "function": {"name": "x" * 65}}]},
         {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "array"}}}]},
@@ -715,15 +714,15 @@ def test_functions_are_checked() -> None:
         {"messages": [{"role": "assistant", "tool_calls": [call | {"function": {"name": "get", "arguments": "{"}}]}]},
     ):
         with pytest.raises(ValidationError):
-            asks(**wrong)
+            make_request(**wrong)
     with pytest.raises(APIError, match="tool_call_id: no call before it"):
         to_template_dicts([ChatMessage.model_validate({"role": "tool", "content": "x", "tool_call_id": "b"})])
 
 
-def test_templates_that_cannot_have_it() -> None:
-    """A template that ignores tools, and one that fails on what calls are made of."""
-    vocabulary = coder()
-    service = worker(vocabulary)
+def test_templates_without_tools() -> None:
+    """Templates that ignore tools, or fail on them, are errors that name the field."""
+    vocabulary = make_tokenizer()
+    app_state = make_app_state(vocabulary)
     user = ChatMessage.model_validate({"role": "user", "content": "x"})
     for template, param in (
         ("{{ messages[0].content }}", "tools"),
@@ -732,34 +731,32 @@ def test_templates_that_cannot_have_it() -> None:
     ):
         vocabulary.chat_template = template
         with pytest.raises(APIError) as e:
-            asyncio.run(service.encode_chat([user], TOOLS))
+            asyncio.run(app_state.encode_chat([user], TOOLS))
         assert e.value.status == 400 and e.value.param == param, e.value.message
-    vocabulary.chat_template = "{{ messages[0].content }}"  # grammars need no template's help
-    assert asyncio.run(service.encode_chat([user], TOOLS, calls_enforced=True)) == vocabulary("x").input_ids
+    vocabulary.chat_template = "{{ messages[0].content }}"  # enforced calls do not need the template
+    assert asyncio.run(app_state.encode_chat([user], TOOLS, calls_enforced=True)) == vocabulary("x").input_ids
 
 
-def test_special_tokens_of_calls_reach_their_reader() -> None:
-    """From the tokenizer's markers to the answer, as a server has it."""
-    vocabulary = CODERS["mistral 11"]
-    service = worker(vocabulary)
-    service.tool_call_format, service.marker_token_ids = (
-        tool_calls.detect_format(vocabulary),
-        tool_calls.find_marker_token_ids(vocabulary),
-    )
-    body = asks(tools=GIVEN, parallel_tool_calls=False)
-    form = endpoints._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=False)
+def test_special_tokens_of_calls_reach_the_parser() -> None:
+    """The tokenizer's markers are visible in the decoded text, as in a server."""
+    vocabulary = TOKENIZERS["mistral 11"]
+    app_state = make_app_state(vocabulary)
+    app_state.tool_call_format = tool_calls.detect_format(vocabulary)
+    app_state.marker_token_ids = tool_calls.find_marker_token_ids(vocabulary)
+    body = make_request(tools=TOOL_DICTS, parallel_tool_calls=False)
+    builder = endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=False)
     assert body.to_sampling_params().grammar is None
     client, metrics = MagicMock(spec=EngineClient), MagicMock(spec=Metrics)
     [choice] = CompletionResponse(
-        client, metrics, form, "", "", [[1]], body.to_sampling_params(), {}, stream=False
+        client, metrics, builder, "", "", [[1]], body.to_sampling_params(), {}, stream=False
     ).choices
     text = 'Hm.[TOOL_CALLS]get[ARGS]{"a": 1}[TOOL_CALLS]get_time[ARGS]{}'
     choice.push(TokenDelta(0, [*vocabulary(text).input_ids, 256], None, None, "stop"))
-    message = form.build_choice(choice, None)["message"]
+    message = builder.build_choice(choice, None)["message"]
     [call] = message["tool_calls"]
     assert message["content"] == "Hm." and call["function"] == {"name": "get", "arguments": '{"a": 1}'}
-    body = asks(tools=strictly())
-    endpoints._make_tool_call_builder(service, body, body.tool_choice_mode, parallel_calls=True)
+    body = make_request(tools=strict_tools())
+    endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=True)
     assert (body.to_sampling_params().grammar or "").startswith("lark:") and body.client_field_names()[
         "lark"
     ] == "tools"

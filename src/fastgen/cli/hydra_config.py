@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from fastgen.cli.prompt_files import FORMATS
-from fastgen.config import EngineConfig, GrpoConfig, LoadConfig, SamplingParams, unknown_name_message
+from fastgen.config import EngineConfig, GrpoConfig, LoadConfig, SamplingParams, check_choice, unknown_name_message
 
 TASKS = ("generate", "stream", "profile", "grpo")
 
@@ -35,10 +35,9 @@ class Task:
     trace: str | None = None  # .json or .json.gz file; None: a new file in the working directory
 
     def __post_init__(self) -> None:
-        if self.name not in TASKS:
-            raise ValueError(unknown_name_message("task.name", self.name, list(TASKS)))
-        if self.format is not None and self.format not in FORMATS:
-            raise ValueError(unknown_name_message("task.format", self.format, list(FORMATS)))
+        check_choice("task.name", self.name, TASKS)
+        if self.format is not None:
+            check_choice("task.format", self.format, FORMATS)
         if self.steps < 1:
             raise ValueError(f"task.steps must be at least 1, got {self.steps}")
 

@@ -10,6 +10,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -163,10 +164,6 @@ def _read_csv(content: bytes, file: str, delimiter: str = ",") -> Iterator[tuple
         raise ValueError(f"{file}, line {reader.line_num}: {e}") from e
 
 
-def _read_tsv(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
-    return _read_csv(content, file, "\t")
-
-
 def _read_parquet(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
@@ -198,6 +195,6 @@ READERS: dict[str, Callable[[bytes, str], Iterator[tuple[str, Any]]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
-    "tsv": _read_tsv,
+    "tsv": partial(_read_csv, delimiter="\t"),
     "parquet": _read_parquet,
 }

@@ -200,14 +200,15 @@ class _CallObjectParser:
                 if self.name not in self.function_names:
                     raise _NotACall
             elif is_arguments and not self.has_arguments:  # not an object, whose text _parse_value has taken already
-                self._emit_arguments("{}" if value == "null" else self._decode_object(value))
+                self._new_arguments.append("{}" if value == "null" else self._decode_object(value))
+                self.has_arguments = True
             self._update_is_call()
             yield from self._match(SEPARATOR)
         if self.name is None:
             raise _NotACall
         if not self.has_arguments:
-            self._emit_arguments("{}")
-            self._update_is_call()
+            self._new_arguments.append("{}")
+            self.has_arguments = self.is_call = True
 
     def _parse_value(self, is_arguments: bool) -> Generator[None, None, str]:
         """Parses a value. Returns its text, or an empty string for an array or object."""
@@ -239,10 +240,6 @@ class _CallObjectParser:
         self.is_call = self.name is not None and self.has_arguments
         if self.is_call:
             self._parsed.clear()  # can no longer turn out to be text
-
-    def _emit_arguments(self, arguments: str) -> None:
-        self._new_arguments.append(arguments)
-        self.has_arguments = True
 
     def _match(self, pattern: Any) -> Generator[None, None, Any]:
         """Consumes what the pattern matches at the start of the buffer. Returns the match."""
@@ -458,16 +455,15 @@ def build_grammar(
             options.append(f"{head} %json {schema} {json.dumps(suffix)}")
         return "call: " + "\n    | ".join(options)
 
-    lines = ["TEXT: /(.|\\n)*/"] if auto else []
+    lines, repeat = ["TEXT: /(.|\\n)*/"] if auto else [], ""
     if call_format == "hermes":
         call, opening = call_rule('{"name": "', '", "arguments": ', "}"), mark(TOOL_CALL_OPEN)
-        body = f'"\\n" call "\\n" {mark(TOOL_CALL_CLOSE)}'
-        repeat = ' ("\\n" one)*' if parallel_calls else ""
+        body, repeat = f'"\\n" call "\\n" {mark(TOOL_CALL_CLOSE)}', ' ("\\n" one)*'
     elif call_format == "mistral" and ARGS in marker_token_ids:
-        call, opening, body, repeat = call_rule("", "", ""), mark(TOOL_CALLS), "call", " one*" if parallel_calls else ""
+        call, opening, body, repeat = call_rule("", "", ""), mark(TOOL_CALLS), "call", " one*"
     elif call_format == "mistral":
         call, opening = call_rule('{"name": "', '", "arguments": ', "}"), mark(TOOL_CALLS)
-        body, repeat = '" "? "[" call (", " call)* "]"' if parallel_calls else '" "? "[" call "]"', ""
+        body = '" "? "[" call (", " call)* "]"' if parallel_calls else '" "? "[" call "]"'
     else:
         call = call_rule('{"name": "', '", "parameters": ', "}")
         if not auto:
@@ -475,7 +471,7 @@ def build_grammar(
         tagged = f" | {mark(PYTHON_TAG)} call" if PYTHON_TAG in marker_token_ids else ""
         return f"lark:start: TEXT | call{tagged}\nTEXT: /(\\s*[^\\s{{](.|\\n)*)?/\n{call}"
     if not auto:
-        lines += [f"start: one{repeat}", f"one: {opening} {body}"]
+        lines += [f"start: one{repeat if parallel_calls else ''}", f"one: {opening} {body}"]
     elif opening.startswith("<["):  # a special token, which TEXT cannot contain
         lines += ["start: one* TEXT", f"one: TEXT {opening} {body}"]
     else:
