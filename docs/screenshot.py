@@ -16,11 +16,11 @@ from rich.text import Text
 COLUMNS, ROWS = 100, 60
 PROMPTS = ["What is the capital of France?", "And of Germany?", "Write two sentences about the sea.",
            "/r 2", "And of Japan?", "/p"]  # fmt: skip
-NAMES = {"brown": "yellow", "brightblack": "bright_black", "default": None}  # pyte's colours as rich calls them
+NAMES = {"brown": "yellow", "brightblack": "bright_black", "default": None}  # pyte's color names -> rich's
 
 
 def session() -> pyte.Screen:
-    """The screen after PROMPTS, each sent when the line for it is there."""
+    """Returns the screen after PROMPTS, each sent when fgchat shows its prompt."""
     screen = pyte.Screen(COLUMNS, ROWS)
     stream = pyte.Stream(screen)
 
@@ -34,7 +34,7 @@ def session() -> pyte.Screen:
         dimensions=(ROWS, COLUMNS), encoding="utf-8", timeout=300, echo=False,
     )  # fmt: skip
     child.logfile_read = Log()
-    turn = r"\d+>[^\n]*\x1b\[\?25h"  # the number, and then the cursor
+    turn = r"\d+>[^\n]*\x1b\[\?25h"  # the turn's number, then the cursor
     child.expect(turn)
     for prompt in PROMPTS:
         child.send(prompt)
@@ -48,7 +48,7 @@ def session() -> pyte.Screen:
 
 
 def line(row: dict[int, Char]) -> Text:
-    """A row of the screen with its colours."""
+    """Returns a row of the screen with its colors."""
     text = Text()
     for (color, bold), cells in groupby((row[i] for i in range(COLUMNS)), lambda c: (c.fg, c.bold)):
         for part in re.findall(r" +|\S+(?: \S+)*", "".join(c.data for c in cells)):  # some drop leading spaces

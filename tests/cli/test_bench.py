@@ -331,7 +331,7 @@ def test_clocks(nvidia_smi_output: str, expected: dict, monkeypatch: pytest.Monk
         (["--workload", "2x6x4", "--out", "nowhere/rows.json"], 2, "folder nowhere does not exist"),
         (["--workload", "2x6x4", "--out", "tiny.json"], 2, "does not hold fgbench's rows"),
         (["--workload", "2x60x5"], 1, "longer than the context of 64"),
-        ([], 2, "give a model and what to run"),
+        ([], 2, "expected a model and a workload"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )

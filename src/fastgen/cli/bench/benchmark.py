@@ -215,7 +215,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--weights", action="store_true", help="load the model's weights (default: random weights)")
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each workload, for the median (3)")
-    p.add_argument("--warm-up", type=float, metavar="SECONDS", help="of the first workload (one run, at most 30 s)")
+    p.add_argument("--warm-up", type=float, metavar="SECONDS", help="duration of the warm-up (one run, at most 30 s)")
     p.add_argument("--temperature", type=float, default=0.7, metavar="T", help="sampling temperature (0.7)")
     p.add_argument("--latency", action="store_true", help="run each workload once more for percentiles of the latency")
     p.add_argument("--start-up", action="store_true", help="add a row with the time from process start to first token")
@@ -308,7 +308,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
         if bool(workloads or args.start_up) != bool(args.model) or not (args.model or args.out or args.peer):
-            raise ValueError("give a model and what to run: fgbench MODEL --workload 512x1024x128; see fgbench --help")
+            raise ValueError(
+                "expected a model and a workload: fgbench MODEL --workload 512x1024x128; see fgbench --help"
+            )
         for name, path in (("--out", args.out), ("--plot", args.plot)):
             if path:
                 check_output(name, path, [args.peer_log])
