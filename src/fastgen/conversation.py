@@ -92,8 +92,6 @@ class Conversation:
         # The KV of the last sampled token is never cached.
         return min(self.engine.model_config.context_length, self.engine.cache_capacity + 1)
 
-    # --- a turn -----------------------------------------------------------------------------------------------------
-
     def ask(self, message: str) -> Generator[str, None, None]:
         """Yields the answer's text as it is generated: one piece per step, empty if the step completed no text.
 
@@ -164,8 +162,6 @@ class Conversation:
     def _decode(self, token_ids: list[int]) -> str:
         assert (coder := self.engine.tokenizer) is not None
         return str(coder.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    # --- settings and history ---------------------------------------------------------------------------------------
 
     def update_sampling(self, **settings: Any) -> None:
         """Changes sampling settings. Raises ValueError for unknown, unsupported and invalid ones."""

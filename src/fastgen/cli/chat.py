@@ -279,9 +279,6 @@ def _open_history() -> History:
     return FileHistory(file)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def _make_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("fgchat", description=__doc__, epilog=EPILOG, formatter_class=formatter)

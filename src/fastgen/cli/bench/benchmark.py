@@ -49,9 +49,6 @@ examples:
 """
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
 class StartedEngine(NamedTuple):
     """An engine that has generated its first token, the model's name in result rows, and the start-up times."""
 
@@ -197,9 +194,6 @@ def _common_fields(started: StartedEngine, workload: str) -> Row:
         "start_up": started.start_up_seconds, "threads": torch.get_num_threads(),
         "peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9,
     }  # fmt: skip
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def _make_parser() -> argparse.ArgumentParser:
