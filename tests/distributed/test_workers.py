@@ -230,7 +230,7 @@ def broken(shard: Any, device: str, **_: Any) -> Any:
     """Loads parameters on rank 0 only."""
     if shard.rank:
         raise OSError("no such disk")
-    return SPEC, weights(place=shard), None
+    return SPEC, weights(tp_shard=shard), None
 
 
 def test_a_rank_cannot_load() -> None:
