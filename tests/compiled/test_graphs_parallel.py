@@ -1,5 +1,5 @@
-"""A model over two GPUs, captured: the tokens of one GPU, sums read from the other's memory or made by NCCL, and what
-happens when a rank ends."""
+"""Captured steps of tensor parallelism over two GPUs: the tokens of one GPU, with all-reduces in peer memory or by NCCL,
+and what happens when a rank exits."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_graphs import CONFIG, SETTINGS, SPEC, load, rounding
-from test_workers import failed, killed, nobody_left  # noqa: F401, a fixture
+from test_workers import check_error, check_kill, no_leftover_ranks  # noqa: F401, the last is a fixture
 
 import fastgen
 from fastgen import SamplingParams
@@ -29,23 +29,23 @@ def engine(size: int = 2, **settings: Any) -> fastgen.Engine:
 
 
 @pytest.fixture(scope="module")
-def wanted() -> list[fastgen.Output]:
-    """What one GPU gives."""
+def expected() -> list[fastgen.Output]:
+    """Returns the outputs of one GPU."""
     with engine(1) as e:
         return e.generate(*load(0, 150), progress=False)
 
 
-@pytest.mark.parametrize("peers", [True, False])
-def test_same_as_one(peers: bool, wanted: list[fastgen.Output]) -> None:
-    """fp32: tokens are equal and logprobs nearly; nothing is compiled or captured after the start."""
-    with engine(peer_memory=peers) as e:
-        assert (e._runner.peer_buffers is not None) is peers
+@pytest.mark.parametrize("peer_memory", [True, False])
+def test_same_as_one(peer_memory: bool, expected: list[fastgen.Output]) -> None:
+    """In fp32, tokens are equal and logprobs nearly; nothing is compiled or captured after start-up."""
+    with engine(peer_memory=peer_memory) as e:
+        assert (e._runner.peer_buffers is not None) is peer_memory
         compiled, captured = num_compiled_graphs(), e._runner.graphs.num_captures
         for _ in range(2):
-            got = e.generate(*load(0, 150), progress=False)
+            outputs = e.generate(*load(0, 150), progress=False)
         assert (num_compiled_graphs(), e._runner.graphs.num_captures) == (compiled, captured)
         assert captured > 20
-    for a, b in zip(got, wanted, strict=True):
+    for a, b in zip(outputs, expected, strict=True):
         assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
         for x, y in zip(a.completions, b.completions, strict=True):
             assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-4))
@@ -53,10 +53,10 @@ def test_same_as_one(peers: bool, wanted: list[fastgen.Output]) -> None:
 
 @pytest.mark.parametrize("name", ["mid-size", "smollm2", "llama-1b"])
 def test_bf16_differs_by_rounding_only(name: str) -> None:
-    """Two GPUs against one, with the sums of parts rounded to bf16."""
+    """In bf16, two GPUs differ from one by the rounding of partial sums only."""
     configs: dict[str, Any] = {
         "mid-size": CONFIG,
-        # Nine heads and three do not divide.
+        # The model's 9 query heads and 3 KV heads do not divide by 2.
         "smollm2": json.loads((CONFIGS / "smollm2-135m-instruct.json").read_text())
         | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
         "llama-1b": json.loads((CONFIGS / "llama-3.2-1b-instruct.json").read_text()),
@@ -66,7 +66,7 @@ def test_bf16_differs_by_rounding_only(name: str) -> None:
 
 
 def test_many_mixed_steps() -> None:
-    """Random arrivals, lengths and aborts: the ranks stay in step, and every token is one GPU's."""
+    """With random arrivals, lengths and aborts, ranks stay consistent, and every token equals one GPU's."""
     r = random.Random(1)
     with engine(cache_tokens=16384) as e:
         started, done = dict[int, tuple[list[int], SamplingParams]](), list[fastgen.Output]()
@@ -90,12 +90,12 @@ def test_many_mixed_steps() -> None:
             assert x.token_ids == y.token_ids[:n] and (n == len(y.token_ids) or x.finish_reason == "abort")
 
 
-@pytest.mark.parametrize("peers", [True, False])
-def test_a_rank_is_killed(peers: bool) -> None:
-    """While kernels wait for it: the device works afterwards."""
-    killed(engine(peer_memory=peers), which=1, after=2.0)
+@pytest.mark.parametrize("peer_memory", [True, False])
+def test_a_rank_is_killed(peer_memory: bool) -> None:
+    """The device works after a rank was killed while kernels wait for that rank."""
+    check_kill(engine(peer_memory=peer_memory), rank=1, after=2.0)
     assert float((torch.ones(1000, device="cuda") * 2).sum()) == 2000
 
 
 def test_a_rank_raises() -> None:
-    failed(engine())
+    check_error(engine())

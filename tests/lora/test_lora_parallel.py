@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_lora import ADAPTERS, CONFIGS, PARAMS, SPEC, SPECS, adapter, load, run, same
 from test_tensor_parallel import Rank, ThreadBuffers, spread, together
-from test_workers import nobody_left  # noqa: F401, used by every test here
+from test_workers import no_leftover_ranks  # noqa: F401, an autouse fixture
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 

@@ -1,8 +1,8 @@
 """Peer memory: all-reduces between the GPUs of one host by kernels that read or write each other's memory.
 
 Small all-reduces read peers' memory directly (one-shot). Large ones between exactly two ranks are pushed to the other
-rank, in chunks, while the matmul computes the next chunk. Either way one kernel then adds the partial sums, the residual
-stream and the norm. Everything larger is NCCL's.
+rank, in chunks, while the matmul computes the next chunk. Either way one kernel then adds partial sums and residual
+stream, and applies the norm. All other all-reduces are NCCL's.
 """
 
 import os

@@ -131,7 +131,7 @@ def shard_ops(
     """Wraps `ops` for a forward on one rank's parameters.
 
     `model_config` is the full model's; the forward itself gets the rank's, `shard_config(model_config, size)`. Between
-    the ops, `y` is a `PartialSum`: row-parallel ops and the embedding return it, and the op that reads it all-reduces it.
+    ops, `y` is a `PartialSum`: row-parallel ops and the embedding return one, and the op that reads it all-reduces it.
     """
     first, count = vocab_shard(model_config.vocab_size, tp_group.shard)
     rows = vocab_shard(model_config.vocab_size, TPShard(0, tp_group.shard.size))[1]  # of every rank, padding included

@@ -1,12 +1,12 @@
 """One-shot all-reduce over the ranks of a host, fused with the residual addition and the RMS norm that follow it.
 
-This rank can read every rank's partial sum: in that rank's memory, or in its own if that rank has pushed it there. A
-program signals the same program of all other ranks that this rank's partial sum is written, waits for their signals, and
-adds the rows of all ranks in rank order, so that all ranks get the same bits.
+This rank can read every rank's partial sum: in that rank's memory, or in its own if that rank has pushed it there.
+A program signals the same program of all other ranks that this rank's partial sum is written, waits for their signals,
+and adds the rows of all ranks in rank order, so that all ranks get the same bits.
 
-A signal increments a counter. Every program has a counter per rank, its own included, and waits until the others are as
-high as its own: nothing is reset, and a captured kernel can be replayed. A partial sum may be overwritten after the next
-all-reduce, because a rank signals there only after it has read this one.
+A signal increments a counter. Every program has a counter per rank, its own included, and waits until the others are
+as high as its own: nothing is reset, and a captured kernel can be replayed. A partial sum may be overwritten after the
+next all-reduce, because a rank signals there only after it has read this one.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -77,9 +77,9 @@ def all_reduce_add_norm(
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:  # fmt: skip
     """Returns x plus the sum of all ranks' partial sums, and its RMS norm. All ranks must call it with as many rows.
 
-    `partial_ptrs` are the addresses of the ranks' partial sums [T, D], of x's dtype, aligned to 16 bytes; this rank's own
-    is `own_partial`. `flag_ptrs` are those of the ranks' `MAX_PROGRAMS` * ranks + 1 counters, int32, 0 before the first
-    call. Once a rank's last counter is 1, that rank never waits again.
+    `partial_ptrs` are the addresses of the ranks' partial sums [T, D], of x's dtype, aligned to 16 bytes; this rank's
+    own is `own_partial`. `flag_ptrs` are those of the ranks' `MAX_PROGRAMS` * ranks + 1 counters, int32, 0 before the
+    first call. Once a rank's last counter is 1, that rank never waits again.
     """
     rows, width = x.shape
     residual, out = torch.empty_like(x), torch.empty_like(x)

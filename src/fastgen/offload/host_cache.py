@@ -1,13 +1,12 @@
-"""Pages on their way: copied within the device, to the host's memory, and back, behind and ahead of the steps.
+"""HostOffload: copies KV cache pages between the device and pinned host memory, concurrently with the steps.
 
-Layers travel in groups: keys and values of a group lie together in a page of the host, so that a page, or several
-side by side, is one copy, and few calls set a step's moves going. On the way they pass through staging buffers of the
-device:
+Keys and values of a chunk of layers lie side by side in a host page, so that a page, or several consecutive ones, is one
+copy. Copies go through staging buffers on the device:
 
-    out   gather pages of a group -> staging ring -> host     the ring's part is free when the copy is done
-    back  host -> staging -> scatter to the group's pages     a group at a time, an event after each
+    to host      gather kernel -> staging ring -> host     the ring's slots are free when the copy is done
+    to device    host -> staging -> scatter kernel         one layer chunk at a time, an event after each
 
-What a step itself reads is waited for group by group; what the next step reads comes while this one computes.
+A step waits for the pages that it reads layer chunk by layer chunk; prefetched pages arrive while it computes.
 """
 
 import mmap
@@ -18,303 +17,278 @@ from itertools import count, groupby
 from typing import Any
 
 import torch
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.prefix_cache import PageCopies
 from fastgen.core.types import KVCache
 
-STAGING_BYTES = 2**28  # bytes of the ring and of the buffer for what comes back, each
-MAX_LAYERS_PER_CHUNK = 8  # of a group, at most
-HOST_ALIGNMENT = 2**21  # of host memory, bytes: huge pages are registered faster
+STAGING_BYTES = 2**28  # of each of the two staging buffers
+MAX_LAYERS_PER_CHUNK = 8
+HOST_ALIGNMENT = 2**21  # bytes of a huge page, which the driver registers faster
 
 
 def page_bytes(model_config: ModelConfig, page_size: int, itemsize: int) -> int:
-    """Of a page in all layers, keys and values; `width` bytes an element."""
+    """Returns the bytes of a page's keys and values in all layers, with elements of `itemsize` bytes."""
     return 2 * model_config.num_layers * page_size * model_config.num_kv_heads * model_config.head_dim * itemsize
 
 
 def consecutive_runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(position, number, length) of each row of numbers that rise by one."""
-    steps = count()
-    for _, row in groupby(enumerate(numbers), key=lambda pair: pair[1] - next(steps)):
-        (at, first), *more = row
-        yield at, first, 1 + len(more)
+    """Yields (index, first number, length) of each run of numbers that increase by one."""
+    i = count()
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - next(i)):
+        (index, first), *others = run
+        yield index, first, 1 + len(others)
 
 
-def alloc_pinned(num_bytes: int) -> tuple[Tensor, mmap.mmap]:
-    """`size` bytes that the GPU copies to and from directly, made by all cores, and what keeps them."""
-    memory = mmap.mmap(-1, -(-num_bytes // HOST_ALIGNMENT) * HOST_ALIGNMENT)
+def alloc_pinned(num_bytes: int) -> tuple[UInt8[Tensor, " bytes"], mmap.mmap]:
+    """Allocates pinned host memory with all cores; returns it with the mapping that keeps it alive.
+
+    MemoryError if the driver refuses to pin it.
+    """
+    mapping = mmap.mmap(-1, -(-num_bytes // HOST_ALIGNMENT) * HOST_ALIGNMENT)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    part = max(HOST_ALIGNMENT, len(whole) // 64 // HOST_ALIGNMENT * HOST_ALIGNMENT)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    chunk_size = max(HOST_ALIGNMENT, len(memory) // 64 // HOST_ALIGNMENT * HOST_ALIGNMENT)
 
-    def touch(x: Tensor) -> None:  # the first write to memory is what takes time
-        x[:: mmap.PAGESIZE] = 0
+    def fault_in(chunk: Tensor) -> None:  # the first write to memory is what takes time
+        chunk[:: mmap.PAGESIZE] = 0
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(touch, whole.split(part)))
+        list(pool.map(fault_in, memory.split(chunk_size)))
     if torch.cuda.is_available():
         driver: Any = torch.cuda.cudart()
-        status = driver.cudaHostRegister(whole.data_ptr(), len(whole), 0)
+        status = driver.cudaHostRegister(memory.data_ptr(), len(memory), 0)
         if int(status):
-            raise MemoryError(f"the GPU's driver refused {len(whole) / 1e9:.1f} GB of pinned memory: {status}")
-    return whole[:num_bytes], memory
+            raise MemoryError(f"the GPU's driver refused {len(memory) / 1e9:.1f} GB of pinned memory: {status}")
+    return memory[:num_bytes], mapping
 
 
 class HostOffload:
-    """Carries out the moves of each step for one engine."""
+    """Copies the pages of one engine's KV cache: within the device, to host pages and back."""
 
     def __init__(
         self, model_config: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device, num_host_pages: int
     ) -> None:
-        self.model_config, self.page_size, self.device, self.num_host_pages = (
-            model_config,
-            page_size,
-            device,
-            num_host_pages,
-        )
-        self.cuda = device.type == "cuda"
-        self.elements_per_page = page_size * model_config.num_kv_heads * model_config.head_dim  # of a page in one leaf
-        self.layers_per_chunk = max(
-            n for n in range(1, MAX_LAYERS_PER_CHUNK + 1) if model_config.num_layers % n == 0
-        )  # layers of a group
-        self.num_layer_chunks = model_config.num_layers // self.layers_per_chunk
-        self.alloc_seconds = 0.0  # that it took to make the host's pages
-        self.host_buffers: tuple[Tensor, ...] = ()  # [pages, leaves, elements] of each group; leaves as in `attach`
-        self._host_memory: mmap.mmap | None = None
+        self.model_config, self.page_size, self.num_host_pages = model_config, page_size, num_host_pages
+        self.device, self.cuda, num_layers = device, device.type == "cuda", model_config.num_layers
+        self.elements_per_page = page_size * model_config.num_kv_heads * model_config.head_dim  # of one tensor
+        self.layers_per_chunk = max(n for n in range(1, MAX_LAYERS_PER_CHUNK + 1) if num_layers % n == 0)
+        self.num_layer_chunks, self.tensors_per_chunk = num_layers // self.layers_per_chunk, 2 * self.layers_per_chunk
+        self.alloc_seconds = 0.0
+        # Of each layer chunk [pages, tensors, elements]; tensors are k, v of the first layer, k, v of the second, ….
+        self.host_buffers: tuple[Float[Tensor, "pages tensors elements"], ...] = ()
+        self._host_mapping: mmap.mmap | None = None
         if num_host_pages:
             start = time.perf_counter()
             size = (num_host_pages + 1) * page_bytes(model_config, page_size, dtype.itemsize)
-            whole, self._host_memory = alloc_pinned(size)
-            self.host_buffers = tuple(
-                whole.view(dtype).view(
-                    self.num_layer_chunks, num_host_pages + 1, 2 * self.layers_per_chunk, self.elements_per_page
-                )
-            )
+            memory, self._host_mapping = alloc_pinned(size)
+            shape = self.num_layer_chunks, num_host_pages + 1, self.tensors_per_chunk, self.elements_per_page
+            self.host_buffers = tuple(memory.view(dtype).view(shape))
             self.alloc_seconds = time.perf_counter() - start
         if self.cuda:
-            leaves = 2 * self.layers_per_chunk
-            self.num_staging_pages = max(
-                1, STAGING_BYTES // (leaves * self.elements_per_page * dtype.itemsize)
-            )  # pages of a group in a buffer
-            shape = (self.num_staging_pages if num_host_pages else 0, leaves, self.elements_per_page)
+            page_of_chunk = self.tensors_per_chunk * self.elements_per_page * dtype.itemsize  # bytes
+            self.num_staging_pages = max(1, STAGING_BYTES // page_of_chunk)
+            shape = self.num_staging_pages if num_host_pages else 0, self.tensors_per_chunk, self.elements_per_page
             self._ring_buffer, self._fetch_buffer = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-            self._ring_position = 0  # where the ring goes on
-            self._ring_in_use: list[tuple[int, int, Any]] = []  # its parts that are still read
+            self._ring_position = 0  # slot after the last reserved one
+            self._ring_in_use: list[tuple[int, int, torch.cuda.Event]] = []  # (first slot, end, event after the copy)
             self._gather_stream, self._to_host_stream, self._to_device_stream = (
                 torch.cuda.Stream(device) for _ in range(3)
             )
-            self._prefetch_event: torch.cuda.Event | None = None  # what the next step has to wait for
-            self._host_page_events: dict[int, Any] = {}  # pages of the host that were written or read last by this
+            self._prefetch_event: torch.cuda.Event | None = None  # the next step waits for it
+            self._host_page_events: dict[int, torch.cuda.Event] = {}  # after the last copy to or from a host page
 
     def attach_cache(self, cache: KVCache) -> None:
-        """Say where the cache is."""
+        """Sets the cache whose pages are copied. ValueError if a page is not a multiple of 8 bytes."""
         self.kv_tensors = tuple(zip(cache.k, cache.v, strict=True))
-        flat = [leaf for pair in self.kv_tensors for leaf in pair]
-        n = 2 * self.layers_per_chunk
-        self._chunk_tensors = [flat[i : i + n] for i in range(0, len(flat), n)]  # leaves of each group
+        tensors, n = [x for pair in self.kv_tensors for x in pair], self.tensors_per_chunk
+        self._chunk_tensors = [tensors[i : i + n] for i in range(0, len(tensors), n)]
         if self.cuda:
-            self._words_per_page = self.elements_per_page * cache.k[0].itemsize // 8
-            self._words_per_slot = n * self._words_per_page  # words of a slot of the buffers
-            if self.elements_per_page * cache.k[0].itemsize % 8:
+            tensor_page = self.elements_per_page * cache.k[0].itemsize  # bytes
+            if tensor_page % 8:
                 raise ValueError("a page must be a multiple of 8 bytes: raise kv_cache.page_size")
-            self._tensor_ptrs = torch.tensor([x.data_ptr() for x in flat], dtype=torch.int64, device=self.device)
-            self._staging_ptrs = {
-                name: torch.tensor([x.data_ptr() + 8 * self._words_per_page * i for i in range(n)], device=self.device)
-                for name, x in (("ring", self._ring_buffer), ("inbox", self._fetch_buffer))
-            }
+            self._words_per_page, self._words_per_slot = tensor_page // 8, n * tensor_page // 8
+            self._tensor_ptrs = self._ptr_tensor([x.data_ptr() for x in tensors])
+            self._ring_ptrs, self._fetch_ptrs = (
+                self._ptr_tensor([x.data_ptr() + tensor_page * i for i in range(n)])
+                for x in (self._ring_buffer, self._fetch_buffer)
+            )
+
+    def _ptr_tensor(self, ptrs: list[int]) -> Int[Tensor, " tensors"]:
+        return torch.tensor(ptrs, dtype=torch.int64, device=self.device)
 
     @property
     def staging_bytes(self) -> int:
-        """Of the device's memory."""
+        """Bytes of device memory in the staging buffers."""
         return self._ring_buffer.nbytes + self._fetch_buffer.nbytes if self.cuda else 0
 
-    # --- moves ------------------------------------------------------------------------------------------------------
+    # --- copies of a step -------------------------------------------------------------------------------------------
 
     def start_copies(self, copies: PageCopies) -> list[torch.cuda.Event]:
-        """Set the moves of a step going. Each group of layers must wait for its event, if there are any.
+        """Starts a step's copies. Returns an event per layer chunk that its layers must wait for, or an empty list.
 
-        Copies within the device are made on the current stream, which waits itself for what needs no layer's patience.
+        Copies within the device run on the current stream. The current stream itself waits where waiting once, for all
+        layers, costs little.
         """
         if not self.cuda:
             self._copy_synchronously(copies)
             return []
-        compute = torch.cuda.current_stream(self.device)
+        compute_stream = torch.cuda.current_stream(self.device)
         self._wait_for_prefetch()
-        gathered = self._copy_to_host(copies.to_host, compute) if copies.to_host else []
+        gathered = self._copy_to_host(copies.to_host, compute_stream) if copies.to_host else []
         if copies.on_device:
             if gathered:
-                compute.wait_event(gathered[-1])  # they are in order
-            self._launch_copy(
-                self._tensor_ptrs,
-                self._tensor_ptrs,
-                list(zip(*copies.on_device, strict=True)),
-                self._words_per_page,
-                self._words_per_page,
-            )
-        arrived = self._copy_to_device(copies.to_device, compute, gathered) if copies.to_device else []
+                compute_stream.wait_event(gathered[-1])  # the last chunk is gathered last
+            pairs = self._page_index_tensor(list(zip(*copies.on_device, strict=True)))
+            self._launch_copy(self._tensor_ptrs, self._tensor_ptrs, pairs, self._words_per_page, self._words_per_page)
+        arrived = self._copy_to_device(copies.to_device, compute_stream, gathered) if copies.to_device else []
         if arrived and not copies.prefetch:
             return arrived
         if arrived:
             self._prefetch_event = arrived[-1]
-        if (
-            gathered and len(copies.to_host) * self.num_layer_chunks <= self.num_staging_pages
-        ):  # the ring takes all at once
-            compute.wait_event(gathered[-1])
+        if gathered and len(copies.to_host) * self.num_layer_chunks <= self.num_staging_pages:  # all fit the ring
+            compute_stream.wait_event(gathered[-1])
             return []
         return gathered
 
     def _wait_for_prefetch(self) -> None:
-        """The current stream waits for what the step before did not."""
+        """Lets the current stream wait for the pages that were prefetched during the previous step."""
         if self.cuda and self._prefetch_event is not None:
             torch.cuda.current_stream(self.device).wait_event(self._prefetch_event)
             self._prefetch_event = None
 
     def _copy_synchronously(self, copies: PageCopies) -> None:
-        for group, leaves in enumerate(self._chunk_tensors):
-            for i, leaf in enumerate(leaves):
-                paged = leaf.view(-1, self.elements_per_page)
+        for chunk, tensors in enumerate(self._chunk_tensors):
+            for i, tensor in enumerate(tensors):
+                pages = tensor.view(-1, self.elements_per_page)
                 if copies.to_host:
                     source, target = map(list, zip(*copies.to_host, strict=True))
-                    self.host_buffers[group][target, i] = paged[source]
+                    self.host_buffers[chunk][target, i] = pages[source]
                 if copies.on_device:
                     source, target = map(list, zip(*copies.on_device, strict=True))
-                    paged[target] = paged[source]
+                    pages[target] = pages[source]
                 if copies.to_device:
                     source, target = map(list, zip(*copies.to_device, strict=True))
-                    paged[target] = self.host_buffers[group][source, i]
+                    pages[target] = self.host_buffers[chunk][source, i]
 
-    def _page_index_tensor(self, pairs: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(pairs, dtype=torch.int64, device="cpu").pin_memory().to(self.device, non_blocking=True)
+    def _page_index_tensor(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "2 pairs"]:
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory().to(self.device, non_blocking=True)
 
-    def _launch_copy(
-        self, source: Tensor, target: Tensor, pairs: Sequence[Sequence[int]] | Tensor, *strides: int
-    ) -> None:
+    def _launch_copy(self, source_ptrs: Tensor, target_ptrs: Tensor, page_pairs: Tensor, *strides: int) -> None:
         from fastgen.kernels.page_copy import (
-            copy_pages,  # Triton comes with the GPU builds of torch, and not with others
-        )
+            copy_pages,
+        )  # Triton comes with the GPU builds of torch, and not with others
 
-        index = pairs if isinstance(pairs, Tensor) else self._page_index_tensor(pairs)
-        copy_pages(source, target, index, self._words_per_page, *strides)
+        copy_pages(source_ptrs, target_ptrs, page_pairs, self._words_per_page, *strides)
 
-    def _chunk_ptrs(self, layer_chunk: int) -> Tensor:
-        """Addresses of a group's leaves."""
-        n = 2 * self.layers_per_chunk
+    def _chunk_ptrs(self, layer_chunk: int) -> Int[Tensor, " tensors"]:
+        """Returns the device addresses of a layer chunk's tensors."""
+        n = self.tensors_per_chunk
         return self._tensor_ptrs[layer_chunk * n : layer_chunk * n + n]
 
     def _wait_for_host_pages(self, stream: torch.cuda.Stream, host_pages: Sequence[int]) -> None:
-        """Let a stream wait for whatever else reads or writes these pages of the host."""
+        """Lets a stream wait for earlier copies to and from these host pages."""
         for event in {self._host_page_events[h] for h in host_pages if h in self._host_page_events}:
             stream.wait_event(event)
 
     def _reserve_ring_slots(self, num_pages: int) -> int:
-        """A part of the ring; the gathering stream waits until it has been read."""
+        """Returns the first of consecutive ring slots; the gather stream waits until their last copy is done."""
         if self._ring_position + num_pages > self.num_staging_pages:
             self._ring_position = 0
         first, self._ring_position = self._ring_position, self._ring_position + num_pages
-        still = []
-        for begin, end, event in self._ring_in_use:
-            if begin < self._ring_position and first < end:
+        in_use = []
+        for start, end, event in self._ring_in_use:
+            if start < self._ring_position and first < end:
                 self._gather_stream.wait_event(event)
             elif not event.query():
-                still.append((begin, end, event))
-        self._ring_in_use = still
+                in_use.append((start, end, event))
+        self._ring_in_use = in_use
         return first
 
     def _copy_to_host(
         self, to_host: Sequence[tuple[int, int]], compute_stream: torch.cuda.Stream
     ) -> list[torch.cuda.Event]:
+        """Starts copies of (page, host page) pairs; returns an event per layer chunk after which its pages may change."""
         to_host = sorted(to_host, key=lambda pair: pair[1])
-        hosts = [host for _, host in to_host]
+        host_pages, gathered_events = [host for _, host in to_host], []
         self._gather_stream.wait_stream(compute_stream)
-        self._wait_for_host_pages(self._to_host_stream, hosts)
-        events = []
+        self._wait_for_host_pages(self._to_host_stream, host_pages)
         with torch.cuda.stream(self._gather_stream):
             pages = self._page_index_tensor(([page for page, _ in to_host], list(range(len(to_host)))))
-        for group in range(self.num_layer_chunks):
+        for chunk in range(self.num_layer_chunks):
+            source_ptrs = self._chunk_ptrs(chunk)
             for first in range(0, len(to_host), self.num_staging_pages):
-                part = hosts[first : first + self.num_staging_pages]
-                at = self._reserve_ring_slots(len(part))
+                hosts = host_pages[first : first + self.num_staging_pages]
+                slot, n = self._reserve_ring_slots(len(hosts)), len(hosts)
                 with torch.cuda.stream(self._gather_stream):
-                    index = torch.stack((pages[0, first : first + len(part)], pages[1, : len(part)] + at))
-                    self._launch_copy(
-                        self._chunk_ptrs(group),
-                        self._staging_ptrs["ring"],
-                        index,
-                        self._words_per_page,
-                        self._words_per_slot,
-                    )
+                    pairs = torch.stack((pages[0, first : first + n], pages[1, :n] + slot))
+                    self._launch_copy(source_ptrs, self._ring_ptrs, pairs, self._words_per_page, self._words_per_slot)
                     gathered = self._gather_stream.record_event()
                 self._to_host_stream.wait_event(gathered)
                 with torch.cuda.stream(self._to_host_stream):
-                    for i, host, n in consecutive_runs(part):
-                        self.host_buffers[group][host : host + n].copy_(
-                            self._ring_buffer[at + i : at + i + n], non_blocking=True
-                        )
-                    self._ring_in_use.append((at, at + len(part), self._to_host_stream.record_event()))
-            events.append(gathered)
-        done = self._to_host_stream.record_event()
-        self._host_page_events |= dict.fromkeys(hosts, done)
-        return events
+                    for i, host, length in consecutive_runs(hosts):
+                        source = self._ring_buffer[slot + i : slot + i + length]
+                        self.host_buffers[chunk][host : host + length].copy_(source, non_blocking=True)
+                    self._ring_in_use.append((slot, slot + n, self._to_host_stream.record_event()))
+            gathered_events.append(gathered)
+        self._host_page_events |= dict.fromkeys(host_pages, self._to_host_stream.record_event())
+        return gathered_events
 
     def _copy_to_device(
-        self,
-        to_device: Sequence[tuple[int, int]],
-        compute_stream: torch.cuda.Stream,
-        gather_events: list[torch.cuda.Event],
-    ) -> list[torch.cuda.Event]:
+        self, to_device: Sequence[tuple[int, int]], compute_stream: torch.cuda.Stream,
+        gathered_events: list[torch.cuda.Event],
+    ) -> list[torch.cuda.Event]:  # fmt: skip
+        """Starts copies of (host page, page) pairs; returns an event per layer chunk after which its pages are valid."""
         to_device = sorted(to_device)
-        hosts = [host for host, _ in to_device]
-        self._to_device_stream.wait_stream(compute_stream)  # the pages may have been somebody else's until now
-        self._wait_for_host_pages(self._to_device_stream, hosts)
-        events = []
+        host_pages, arrived_events = [host for host, _ in to_device], []
+        self._to_device_stream.wait_stream(compute_stream)  # until now, other sequences may have used the pages
+        self._wait_for_host_pages(self._to_device_stream, host_pages)
         with torch.cuda.stream(self._to_device_stream):
             pages = self._page_index_tensor((list(range(len(to_device))), [page for _, page in to_device]))
-            for group in range(self.num_layer_chunks):
-                if gather_events:
-                    self._to_device_stream.wait_event(gather_events[group])
+            for chunk in range(self.num_layer_chunks):
+                if gathered_events:
+                    self._to_device_stream.wait_event(gathered_events[chunk])
                 for first in range(0, len(to_device), self.num_staging_pages):
-                    part = hosts[first : first + self.num_staging_pages]
-                    for i, host, n in consecutive_runs(part):
-                        self._fetch_buffer[i : i + n].copy_(
-                            self.host_buffers[group][host : host + n], non_blocking=True
-                        )
-                    index = torch.stack((pages[0, : len(part)], pages[1, first : first + len(part)]))
+                    hosts = host_pages[first : first + self.num_staging_pages]
+                    for i, host, length in consecutive_runs(hosts):
+                        source = self.host_buffers[chunk][host : host + length]
+                        self._fetch_buffer[i : i + length].copy_(source, non_blocking=True)
+                    pairs = torch.stack((pages[0, : len(hosts)], pages[1, first : first + len(hosts)]))
                     self._launch_copy(
-                        self._staging_ptrs["inbox"],
-                        self._chunk_ptrs(group),
-                        index,
-                        self._words_per_slot,
-                        self._words_per_page,
+                        self._fetch_ptrs, self._chunk_ptrs(chunk), pairs, self._words_per_slot, self._words_per_page
                     )
-                events.append(self._to_device_stream.record_event())
-        self._host_page_events |= dict.fromkeys(hosts, events[-1])
-        return events
+                arrived_events.append(self._to_device_stream.record_event())
+        self._host_page_events |= dict.fromkeys(host_pages, arrived_events[-1])
+        return arrived_events
 
-    # --- values -----------------------------------------------------------------------------------------------------
+    # --- snapshots --------------------------------------------------------------------------------------------------
 
-    def read_pages(self, pages: Sequence[int], num_tokens: int) -> Tensor:
-        """Keys and values of the first `tokens` tokens in `pages`, on the host: [layers, 2, tokens, kv heads, head]."""
+    def read_pages(self, pages: Sequence[int], num_tokens: int) -> Float[Tensor, "L 2 T K H"]:
+        """Returns keys and values of the first `num_tokens` tokens in these pages, in host memory."""
         self._wait_for_prefetch()
-        index = torch.tensor(pages, device=self.device)
+        index, heads = torch.tensor(pages, device=self.device), self.model_config.num_kv_heads
         layers = [torch.stack([x.view(-1, self.elements_per_page)[index] for x in pair]) for pair in self.kv_tensors]
-        return torch.stack(layers).view(len(layers), 2, -1, *self.kv_tensors[0][0].shape[1:])[:, :, :num_tokens].cpu()
+        tokens = rearrange(torch.stack(layers), "l kv p (t k h) -> l kv (p t) k h", t=self.page_size, k=heads)
+        return tokens[:, :, :num_tokens].cpu()
 
-    def write_pages(self, pages: Sequence[int], values: Tensor) -> None:
-        """The reverse of `read`, for whole pages; nothing is written where a page is 0."""
-        pages_ = torch.tensor(pages, device="cpu")
-        wanted = pages_.nonzero()[:, 0]
-        for pair, layer in zip(self.kv_tensors, values, strict=True):
-            for leaf, x in zip(pair, layer, strict=True):
-                paged = x.reshape(len(pages), self.elements_per_page)[wanted]
-                leaf.view(-1, self.elements_per_page).index_copy_(0, pages_[wanted].to(self.device), paged.to(leaf))
+    def write_pages(self, pages: Sequence[int], keys_values: Float[Tensor, "L 2 T K H"]) -> None:
+        """Writes the tokens of whole pages, as `read_pages` returns them; page 0 is skipped."""
+        page_ids = torch.tensor(pages, device="cpu")
+        used = page_ids.nonzero()[:, 0]
+        target = page_ids[used].to(self.device)
+        paged = rearrange(keys_values, "l kv (p t) k h -> l kv p (t k h)", t=self.page_size)
+        for pair, layer in zip(self.kv_tensors, paged, strict=True):
+            for tensor, values in zip(pair, layer, strict=True):
+                tensor.view(-1, self.elements_per_page).index_copy_(0, target, values[used].to(tensor))
 
     def close(self) -> None:
-        """Let go of the host's pages."""
-        if self._host_memory is not None and self.cuda:
+        """Releases the host pages."""
+        if self._host_mapping is not None and self.cuda:
             torch.cuda.synchronize(self.device)
             driver: Any = torch.cuda.cudart()
             driver.cudaHostUnregister(self.host_buffers[0].data_ptr())
-        self.host_buffers, self._host_memory = (), None
+        self.host_buffers, self._host_mapping = (), None
