@@ -1,4 +1,4 @@
-"""The attention backends against a plain formula in float64, over ragged batches of every kind."""
+"""The attention backends against the formula in float64, over ragged batches of every kind."""
 
 import random
 from functools import partial
@@ -17,7 +17,7 @@ from fastgen.core.types import SharedPrefix
 from fastgen.kernels import attention, batch_invariant
 from fastgen.kernels.select import ATTENTION_BACKENDS, select_attention_backend
 
-GARBAGE = 1e3  # in every slot that no query may see: one that leaks in shows
+GARBAGE = 1e3  # in every slot that no query may see: a result that uses one is far off
 KINDS = {  # (cached, new) tokens of a sequence
     "prefill": lambda r: (0, r.randint(2, 40)),
     "continuation": lambda r: (r.randint(1, 40), r.randint(2, 20)),
@@ -29,21 +29,21 @@ Case = tuple[Batch, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
 def make(seed: int, kind: str, spec: ModelConfig, page: int, device: str, *, sequences: int = 5, pad: int = 0) -> Case:
-    """A random batch, its queries, the cache, and each sequence's own keys and values in order."""
+    """Returns a random batch, its queries, the two caches, and each sequence's keys and values in order."""
     r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
-    kinds = [KINDS[kind]] * sequences if kind != "mixed" else r.choices(list(KINDS.values()), k=sequences)
-    shapes = [draw(r) for draw in kinds]
+    num_tokens = [KINDS[kind]] * sequences if kind != "mixed" else r.choices(list(KINDS.values()), k=sequences)
+    shapes = [f(r) for f in num_tokens]
     needed = [-(-(cached + new) // page) for cached, new in shapes]
     ids = list(range(1, sum(needed) + 3))
     r.shuffle(ids)
     plan, own = [], []
     k, v = (torch.full(((len(ids) + 1) * page, spec.num_kv_heads, spec.head_dim), GARBAGE) for _ in "kv")
     for i, ((cached, new), n) in enumerate(zip(shapes, needed, strict=True)):
-        held, ids = ids[:n], ids[n:]
-        plan.append(Span(i, cached, cached + new, True, tuple(held)))
+        pages, ids = ids[:n], ids[n:]
+        plan.append(Span(i, cached, cached + new, True, tuple(pages)))
         keys, values = (torch.randn(cached + new, spec.num_kv_heads, spec.head_dim, generator=normal) for _ in "kv")
         for position in range(cached + new):
-            slot = held[position // page] * page + position % page
+            slot = pages[position // page] * page + position % page
             k[slot], v[slot] = keys[position], values[position]
         own.append((keys, values))
     tokens = {span.id: [0] * span.stop for span in plan}
@@ -56,30 +56,30 @@ def make(seed: int, kind: str, spec: ModelConfig, page: int, device: str, *, seq
 def make_shared(
     seed: int, spec: ModelConfig, page: int, device: str, width: int
 ) -> tuple[Batch, Tensor, Tensor, Tensor]:
-    """A random batch of sequences in groups whose first pages are the same, among others that are in none; a group
-    for every `width` sequences of a prefix, and some unused. Queries and the cache.
+    """Returns a random batch with groups of up to `width` sequences that share a prefix, sequences in no group, and unused
+    groups; its queries and the two caches.
     """
     r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
-    fresh = iter(r.sample(range(1, 4000), 3999))
+    unused_pages = iter(r.sample(range(1, 4000), 3999))
     rows: list[tuple[int, list[int], int, int]] = []  # group, its pages, own tokens, those of them that are new
     groups = 0
     for _ in range(r.randint(1, 2)):
-        common = [next(fresh) for _ in range(r.randint(1, max(1, r.choice([20, 130, 200]) // page)))]
-        for most in (width, r.randint(1, width)):
-            rows += [(groups, common, r.choice([1, page, r.randint(1, 90)]), 1) for _ in range(min(most, 3))]
+        common = [next(unused_pages) for _ in range(r.randint(1, max(1, r.choice([20, 130, 200]) // page)))]
+        for size in (width, r.randint(1, width)):
+            rows += [(groups, common, r.choice([1, page, r.randint(1, 90)]), 1) for _ in range(min(size, 3))]
             groups += 1
     rows += [(-1, [], new + r.randint(0, 70), new) for new in (1, 1, r.randint(2, 9))]
     r.shuffle(rows)
-    share = SharedPrefix(torch.full((groups + 2, width), -1), torch.zeros(groups + 2), torch.zeros(len(rows)))
+    shared = SharedPrefix(torch.full((groups + 2, width), -1), torch.zeros(groups + 2), torch.zeros(len(rows)))
     plan, used = [], []
     for i, (group, common, own, new) in enumerate(rows):
-        held = common + [next(fresh) for _ in range(-(-own // page))]
+        pages = common + [next(unused_pages) for _ in range(-(-own // page))]
         skip, total = len(common) * page, len(common) * page + own
-        plan.append(Span(i, total - new, total, True, tuple(held)))
-        used += [held[n // page] * page + n % page for n in range(total)]
+        plan.append(Span(i, total - new, total, True, tuple(pages)))
+        used += [pages[n // page] * page + n % page for n in range(total)]
         if group >= 0:
-            share.num_shared_tokens[group] = share.num_skipped_tokens[i] = skip
-            share.group_rows[group, int((share.group_rows[group] >= 0).sum())] = i
+            shared.num_shared_tokens[group] = shared.num_skipped_tokens[i] = skip
+            shared.group_rows[group, int((shared.group_rows[group] >= 0).sum())] = i
     k, v = (torch.full((4000 * page, spec.num_kv_heads, spec.head_dim), GARBAGE) for _ in "kv")
     for x in (k, v):
         x[used] = torch.randn(len(used), spec.num_kv_heads, spec.head_dim, generator=normal)
@@ -87,14 +87,14 @@ def make_shared(
     batch = fastgen.build_batch(
         tuple(plan), {span.id: [0] * span.stop for span in plan}, page, device, pad_to=sum(x[3] for x in rows) + pad
     )
-    skip = torch.cat((share.num_skipped_tokens, torch.zeros(pad)))
-    share = SharedPrefix(*(x.to(device=device, dtype=torch.int32) for x in share._replace(num_skipped_tokens=skip)))
+    skip = torch.cat((shared.num_skipped_tokens, torch.zeros(pad)))
+    shared = SharedPrefix(*(x.to(device=device, dtype=torch.int32) for x in shared._replace(num_skipped_tokens=skip)))
     q = torch.randn(len(batch.token_ids), spec.num_q_heads, spec.head_dim, generator=normal)
-    return batch._replace(shared_prefix=share), q.to(device), k.to(device), v.to(device)
+    return batch._replace(shared_prefix=shared), q.to(device), k.to(device), v.to(device)
 
 
 def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: int | None) -> Tensor:
-    """softmax(q k / sqrt(H)) v in float64, a token and a head at a time."""
+    """Returns softmax(q k / sqrt(H)) v in float64, computed token by token."""
     rows = []
     for r, (keys, values) in enumerate(own):
         for t in range(int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1])):
@@ -108,7 +108,7 @@ def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: i
 
 
 def shape(q_heads: int, kv_heads: int, head: int) -> ModelConfig:
-    """A spec of which attention reads the heads only."""
+    """Returns a config of which attention reads the heads only."""
     sizes = {
         "architecture": "LlamaForCausalLM",
         "hidden_size": 8,
@@ -120,9 +120,9 @@ def shape(q_heads: int, kv_heads: int, head: int) -> ModelConfig:
     return ModelConfig(**sizes, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head, sliding_windows=(None,))
 
 
-def some(turn: int) -> tuple[int | None, ...]:
-    """Two of the windows: interpreted, a kernel takes a while. Each is in two of five cases."""
-    return WINDOWS[turn % len(WINDOWS)], WINDOWS[(turn + 2) % len(WINDOWS)]
+def two_windows(seed: int) -> tuple[int | None, ...]:
+    """Returns two of the windows, each in two of five cases: interpreted kernels are slow."""
+    return WINDOWS[seed % len(WINDOWS)], WINDOWS[(seed + 2) % len(WINDOWS)]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])
@@ -130,65 +130,66 @@ def some(turn: int) -> tuple[int | None, ...]:
 @pytest.mark.parametrize(("ratio", "head"), [(1, 64), (3, 16), (4, 128), (5, 96), (7, 16), (8, 64)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_the_formula(backend: str, ratio: int, head: int, page: int, kind: str, device: str) -> None:
-    """Every kind of step, with and without windows, whatever heads, pages and order of pages."""
+    """Every kind of step agrees with the formula, for all windows, heads, page sizes and orders of pages."""
     spec = shape(2 * ratio, 2, head)
     batch, q, k, v, own = make(ratio * page + head, kind, spec, page, device)
     attend = BACKENDS[backend](batch, spec)
-    for window in some(ratio + page + len(kind)) if backend == "triton" and device == "cpu" else WINDOWS:
+    for window in two_windows(ratio + page + len(kind)) if backend == "triton" and device == "cpu" else WINDOWS:
         ours = attend(q, k, v, window)
         torch.testing.assert_close(ours.double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_backends_agree(seed: int, device: str) -> None:
-    """Ragged mixed batches with padding: all give what the reference gives, padding included."""
+    """All backends agree with the reference on ragged mixed batches, padding included."""
     r = random.Random(seed)
     page = r.choice([1, 2, 16, 128])
     spec = shape(*r.choice([(3, 3), (6, 2), (4, 1), (10, 2), (7, 1), (8, 1)]), r.choice([16, 64, 96, 128]))
     batch, q, k, v, _ = make(seed, "mixed", spec, page, device, sequences=r.randint(1, 20), pad=r.choice([0, 1, 9]))
     reference, *others = (BACKENDS[name](batch, spec) for name in ATTENTION_BACKENDS)
-    for window in some(seed) if device == "cpu" else WINDOWS:
+    for window in two_windows(seed) if device == "cpu" else WINDOWS:
         for other in others:
             torch.testing.assert_close(other(q, k, v, window), reference(q, k, v, window), atol=1e-5, rtol=0)
 
 
-FIXED = {"triton": partial(attention.paged_attention, batch_invariant=True), "tiles": batch_invariant.attention}
+BATCH_INVARIANT = {
+    "triton": partial(attention.paged_attention, batch_invariant=True),
+    "tiles": batch_invariant.attention,
+}
 
 
-@pytest.mark.parametrize("backend", FIXED)
+@pytest.mark.parametrize("backend", BATCH_INVARIANT)
 @pytest.mark.parametrize("seed", range(6))
-def test_fixed_order(seed: int, backend: str, device: str) -> None:
-    """A token's attention is right, and the same bits alone as among others, as one token of a step as among many."""
+def test_batch_invariance(seed: int, backend: str, device: str) -> None:
+    """A token's attention has the same bits alone and among other sequences, in a decode step and in a prefill."""
     r = random.Random(seed)
     page = (1, 16, 64)[seed % 3]
     spec = shape(*((3, 3), (6, 2), (5, 1), (8, 1))[seed % 4], (16, 64, 128)[seed % 3])
     batch, q, k, v, own = make(seed, "mixed", spec, page, device, sequences=r.randint(3, 9), pad=r.choice([0, 3]))
     start = batch.query_start_loc.tolist()
     for window in (None, WINDOWS[seed % 5], 20):
-        attend = FIXED[backend](batch, spec)
+        attend = BATCH_INVARIANT[backend](batch, spec)
         ours = attend(q, k, v, window)
-        wanted = formula(batch, q, own, window)
-        torch.testing.assert_close(ours[: len(wanted)].double(), wanted, atol=1e-5, rtol=0)
+        expected = formula(batch, q, own, window)
+        torch.testing.assert_close(ours[: len(expected)].double(), expected, atol=1e-5, rtol=0)
         for i in r.sample(range(len(own)), 2):
             for first in {start[i], start[i + 1] - 1, r.randrange(start[i], start[i + 1])}:
-                last = slice(first, start[i + 1])  # the sequence alone, and no more of it than its end
+                last = slice(first, start[i + 1])  # the sequence alone, and only its last tokens
                 one = Batch(
                     token_ids=batch.token_ids[last], positions=batch.positions[last], slot_mapping=batch.slot_mapping[last],
                     query_start_loc=batch.query_start_loc.new_tensor([0, start[i + 1] - first]), seq_lens=batch.seq_lens[i : i + 1],
                     req_idx=batch.req_idx[i : i + 1], page_table=batch.page_table, logits_indices=batch.logits_indices[:1], page_size=page,
                 )  # fmt: skip
-                alone = FIXED[backend](one, spec)(q[last], k, v, window)
-                bits = backend == "tiles" or device == "cuda"  # Triton's interpreter multiplies by NumPy, in any order
-                torch.testing.assert_close(alone, ours[last], atol=0 if bits else 1e-5, rtol=0)
+                alone = BATCH_INVARIANT[backend](one, spec)(q[last], k, v, window)
+                bitwise = backend == "tiles" or device == "cuda"  # NumPy, in Triton's interpreter, sums in any order
+                torch.testing.assert_close(alone, ours[last], atol=0 if bitwise else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_shared_keys_are_read_once(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of sequences that share pages: every backend gives what it gives without them."""
+def test_shared_prefix(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every backend computes the same with groups that share a prefix as without."""
     r = random.Random(seed)
-    monkeypatch.setitem(
-        attention.SHARED_PREFIX_TILE, "MIN_TILES", r.choice([1, 8])
-    )  # one: several programs for few keys
+    monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "MIN_TILES", r.choice([1, 8]))  # 1: several splits of few keys
     ratio, kv_heads, head = ((1, 2, 64), (4, 1, 128), (5, 1, 96), (7, 2, 16), (8, 1, 64), (3, 1, 64))[seed % 6]
     page, spec = (1, 16, 64, 128)[seed % 4], shape(ratio * kv_heads, kv_heads, head)
     batch, q, k, v = make_shared(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
@@ -199,36 +200,38 @@ def test_shared_keys_are_read_once(seed: int, device: str, monkeypatch: pytest.M
             torch.testing.assert_close(backend(batch, spec)(q, k, v, window), exact, atol=1e-5, rtol=0)
 
 
-def test_what_no_group_covers_is_not_read(device: str) -> None:
-    """Sequences in no group never read what a group has left, whatever the memory held."""
+def test_unused_groups_are_not_read(device: str) -> None:
+    """Sequences in no group never read results of groups, whatever that memory holds."""
     spec = shape(4, 2, 16)
     batch, q, k, v, _ = make(5, "decode", spec, 16, device)
     zero = torch.zeros(len(batch.seq_lens), dtype=torch.int32, device=device)
-    share = SharedPrefix(torch.full((3, 16), -1, dtype=torch.int32, device=device), zero[:3], zero)
+    shared = SharedPrefix(torch.full((3, 16), -1, dtype=torch.int32, device=device), zero[:3], zero)
     with pytest.MonkeyPatch.context() as patch:
         poison_new_memory(patch)
         patch.setattr(
             attention, "NARROW_HEAD_DECODE_TILE", attention.SUFFIX_DECODE_TILE
-        )  # tiles as of members of groups
-        ours, alone = (BACKENDS["triton"](b, spec)(q, k, v, None) for b in (batch._replace(shared_prefix=share), batch))
+        )  # the tile of sequences in groups
+        ours, alone = (
+            BACKENDS["triton"](b, spec)(q, k, v, None) for b in (batch._replace(shared_prefix=shared), batch)
+        )
     assert torch.equal(ours, alone)
 
 
-ALL = {**BACKENDS, **FIXED}
+ALL = {**BACKENDS, **BATCH_INVARIANT}
 POISON = (float("nan"), float("inf"), float("-inf"))
-# Padding reads the scratch page, which is poisoned as well; Triton's interpreter multiplies by NumPy, which warns.
+# Padding reads the scratch page, which is poisoned too; NumPy, in Triton's interpreter, warns.
 ignore_padding = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
 def poisoned(x: Tensor) -> Tensor:
-    """A copy of a cache with NaN and infinities in every slot that no sequence owns: scratch, free pages, and the rest
-    of last pages."""
+    """Returns a copy of a cache with NaN and infinities in every slot that no sequence owns: scratch, free pages, and the
+    ends of last pages."""
     values = x.new_tensor(POISON).repeat(-(-len(x) // 3))[: len(x), None, None]
     return torch.where((x == GARBAGE).all(-1, keepdim=True).all(-2, keepdim=True), values, x)
 
 
 def poison_new_memory(patch: pytest.MonkeyPatch) -> None:
-    """Lets what is allocated without a value, as partial results are, hold NaN."""
+    """Fills memory that is allocated without values, such as splits' results, with NaN."""
     empty = torch.Tensor.new_empty
 
     def new_empty(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -241,17 +244,15 @@ def poison_new_memory(patch: pytest.MonkeyPatch) -> None:
 @ignore_padding
 @pytest.mark.parametrize("kind", [*KINDS, "mixed", "shared", "long"])
 @pytest.mark.parametrize("backend", ALL)
-def test_memory_of_nobody_never_takes_part(
-    backend: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NaN and infinities in every slot that no sequence owns, padding's among them, change no bit of any sequence's
-    result: they are selected away, and not multiplied by 0."""
+def test_unowned_memory_is_not_used(backend: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN and infinities in every slot that no sequence owns, padding's included, change no bit of any sequence's result:
+    they are masked by selection, not multiplied by 0."""
     page, pad, spec = (16, 64)[len(kind) % 2], 2, shape(4, 2, 16)
     if kind == "shared":
-        monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "MIN_TILES", 1)  # several programs for few keys
+        monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "MIN_TILES", 1)  # several splits of few keys
         batch, q, k, v = make_shared(4, spec, page, device, 2)
         pad = int((batch.req_idx == 0).sum())
-    elif kind == "long":  # several programs for a sequence's keys
+    elif kind == "long":  # several splits of a sequence's keys
         monkeypatch.setitem(KINDS, "long", lambda r: (r.randint(258, 300), 1))
         batch, q, k, v, _ = make(0, kind, spec, page, device, sequences=2, pad=pad)
     else:
@@ -267,8 +268,10 @@ def test_memory_of_nobody_never_takes_part(
 
 @ignore_padding
 @pytest.mark.parametrize("window", [None, 5])
-def test_memory_of_nobody_where_decode_stores(window: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same where attention rotates and stores what is new: a sequence's only key, few keys, and many."""
+def test_unowned_memory_is_not_used_by_fused_rope(
+    window: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for attention that applies RoPE and writes the cache: one key, few keys, and many."""
     page, spec, lengths, pad = 16, shape(2, 1, 16), [1, 65, 300], 1
     needed = [-(-n // page) for n in lengths]
     first = [1 + sum(needed[:i]) for i in range(len(needed))]
@@ -285,8 +288,8 @@ def test_memory_of_nobody_where_decode_stores(window: int | None, device: str, m
     out = attend(attention.UnrotatedQKV(qkv, *turn, batch.slot_mapping), *clean, window)[: len(plan)]
     with monkeypatch.context() as patch:
         poison_new_memory(patch)
-        found = attend(attention.UnrotatedQKV(qkv, *turn, batch.slot_mapping), *ours, window)[: len(plan)]
-    assert torch.isfinite(found).all() and torch.equal(found, out)
+        ours_out = attend(attention.UnrotatedQKV(qkv, *turn, batch.slot_mapping), *ours, window)[: len(plan)]
+    assert torch.isfinite(ours_out).all() and torch.equal(ours_out, out)
     mine = [*used, *batch.slot_mapping[: len(plan)].tolist()]
     assert all(torch.equal(x[mine], y[mine]) for x, y in zip(clean, ours, strict=True))
 
@@ -294,7 +297,7 @@ def test_memory_of_nobody_where_decode_stores(window: int | None, device: str, m
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16(backend: str, kind: str, device: str) -> None:
-    """Of bf16 inputs: the reference rounds its result only; a fused kernel may round its weights before.
+    """In bf16 the reference rounds its result only; a fused kernel may also round the softmax weights.
 
     Triton's interpreter computes with numpy, which has no bf16: there it is float16, within the same bound.
     """
@@ -317,7 +320,7 @@ def test_bf16(backend: str, kind: str, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reads_only(backend: str, device: str) -> None:
-    """Queries and cache are the same after as before."""
+    """Attention changes neither queries nor caches."""
     spec = shape(4, 2, 16)
     batch, *arrays, _ = make(1, "mixed", spec, 4, device)
     before = [x.clone() for x in arrays]
@@ -325,8 +328,8 @@ def test_reads_only(backend: str, device: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(arrays, before, strict=True))
 
 
-def test_live() -> None:
-    """A window of w is the query itself and the w - 1 keys before it."""
+def test_causal_mask() -> None:
+    """A window of w covers the query itself and the w - 1 keys before it."""
     query, key = torch.arange(6)[:, None], torch.arange(6)
     for window in (None, 1, 3, 6, 7):
         for i, row in enumerate(causal_mask(query, key, window).tolist()):
@@ -335,9 +338,9 @@ def test_live() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_decode_rotates_and_stores(seed: int, device: str) -> None:
-    """What is new, rotated and stored by attention itself: outputs and caches as of two functions, over few keys and
-    over many, which several programs share, call after call."""
+def test_fused_rope(seed: int, device: str) -> None:
+    """Attention that applies RoPE and writes the cache agrees with two separate functions, for few keys and for several
+    splits of many, call after call."""
     dtype = (torch.float32, torch.float16)[seed // 4]
     r, kv_heads = random.Random(seed), (1, 2)[seed % 2]
     ratio, head = ((1, 64), (4, 128), (5, 96), (7, 16))[seed % 4]
@@ -353,7 +356,7 @@ def test_decode_rotates_and_stores(seed: int, device: str) -> None:
     k, v = (torch.randn((sum(needed) + 3) * page, kv_heads, head).to(dtype) for _ in "kv")
     for window in (None, r.choice([1, 5, 100, 1000])):
         attend = attention.paged_attention(batch, spec)
-        for _ in range(2):  # the second time from what the first has left
+        for _ in range(2):  # the second call uses what the first has left
             qkv = torch.randn(pad, (ratio + 2) * kv_heads, head).to(dtype)
             k[batch.slot_mapping], v[batch.slot_mapping] = GARBAGE, GARBAGE
             ours, plain = (k.clone(), v.clone()), (k.clone(), v.clone())

@@ -1,4 +1,4 @@
-"""The fused kernels against the plain functions they replace."""
+"""The fused kernels against the torch functions that they replace."""
 
 from collections.abc import Callable
 
@@ -22,22 +22,22 @@ SHAPES = [(2, 33, 100), (3, 20, 576), (16, 40, 300), (9, 16, 1), (2, 1, 512)]  #
 
 
 @pytest.fixture(autouse=True)
-def fixed() -> None:
+def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
 def weights(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix, its bias, a norm."""
+    """Returns a matrix [n, k], its bias, and a norm's weight [k]."""
     return (torch.randn(n, k) * k**-0.5).to(dtype), torch.randn(n).to(dtype), (1 + torch.randn(k) / 4).to(dtype)
 
 
 def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """No further from the exact values than the plain computation, but for half a unit in the last place."""
+    """Asserts that `ours` is no further from the exact values than torch, but for half a unit in the last place."""
     assert ours.dtype == plain.dtype and ours.shape == plain.shape
     unit = torch.finfo(ours.dtype).eps
     allowed = 1 if unit > 1e-5 else 16  # in fp32 sums round too: by the root of some hundred terms
     ours, plain, exact = ours.double(), plain.double(), exact.double()
-    size = exact.abs().clamp(min=exact.square().mean().sqrt().item())  # of a typical entry at least
+    size = exact.abs().clamp(min=exact.square().mean().sqrt().item())  # at least that of a typical entry
     error = (ours - exact).abs() / size
     assert error.max() <= 1.5 * ((plain - exact).abs() / size).max() + allowed * unit
 
@@ -45,7 +45,7 @@ def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("rows", "n", "k"), SHAPES)
 def test_linear(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
-    """With and without bias, whatever the shape."""
+    """linear agrees with torch for every shape, with and without bias."""
     x, (w, bias, _) = torch.randn(rows, k).to(dtype), weights(n, k, dtype)
     for b in (None, bias):
         exact = F.linear(x.double(), w.double(), None if b is None else b.double())
@@ -54,8 +54,8 @@ def test_linear(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("rows", "n", "k"), SHAPES)
-def test_project(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
-    """Residual sum, norm and product; and with SwiGLU, whose gate and up are halves of the rows."""
+def test_add_norm_qkv_and_gate_up(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """The residual sum is exact; matmul of its norm, and SwiGLU of that, agree with torch; inputs are unchanged."""
     x, y = (3 * torch.randn(rows, k).to(dtype) for _ in range(2))
     w, bias, norm = weights(2 * n, k, dtype)
     before = x.clone()
@@ -73,33 +73,39 @@ def test_project(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype, device: str) -> None:
-    """A row is bitwise the same alone, among others and in any place."""
+    """A row has the same bits alone, among other rows, and at any index."""
     picks = [[3], [7, 0], list(range(7, -1, -1))]
-    shapes = [(64, 520), (1024, 896), (6144, 2048), (512, 9000), (70000, 512)]  # every class of `tile`
+    shapes = [
+        (64, 520),
+        (1024, 896),
+        (6144, 2048),
+        (512, 9000),
+        (70000, 512),
+    ]  # one for every tile of `select_linear_tile`
     if device == "cpu":
         shapes = [(24, 300)]
     for n, k in shapes:
         x, y = (torch.randn(8, k).to(dtype) for _ in range(2))
         w, bias, norm = weights(2 * n, k, dtype)
 
-        def all_of(pick: list[int] | slice) -> list[Tensor]:
+        def run(pick: list[int] | slice) -> list[Tensor]:
             a, b = x[pick], y[pick]  # noqa: B023
             return [small_batch.linear(a, w, bias), *small_batch.add_norm_qkv(a, b, norm, EPS, w, bias),  # noqa: B023
                     *small_batch.add_norm_gate_up(a, b, norm, EPS, w)]  # fmt: skip  # noqa: B023
 
-        whole = all_of(slice(None))
+        full = run(slice(None))
         for pick in picks:
-            assert all(torch.equal(part, full[pick]) for part, full in zip(all_of(pick), whole, strict=True))
+            assert all(torch.equal(x, y[pick]) for x, y in zip(run(pick), full, strict=True))
 
 
 def test_dependent_launch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Kernels that start before the one they read from has ended give the same."""
+    """With programmatic dependent launch, chained kernels compute the same bits."""
     if device == "cpu" or torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a Hopper GPU")
     x, (w, bias, norm) = torch.randn(2, 2048).to(HALF), weights(4096, 2048, HALF)
     results = []
-    for on in (False, True):
-        monkeypatch.setattr(pdl, "USE_PDL", on)
+    for use_pdl in (False, True):
+        monkeypatch.setattr(pdl, "USE_PDL", use_pdl)
         h, y = x, x
         for _ in range(50):
             h, gated = small_batch.add_norm_gate_up(h, y, norm, EPS, w)
@@ -110,7 +116,7 @@ def test_dependent_launch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 
 
 def test_too_many_rows() -> None:
-    """More rows than a tile has are refused, as are weights that do not lie in order."""
+    """linear refuses more rows than a tile has, and weights that are not contiguous."""
     w = torch.zeros(4, 8)
     with pytest.raises(ValueError, match="rows"):
         small_batch.linear(torch.zeros(17, 8), w, None)
@@ -120,13 +126,13 @@ def test_too_many_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("q_heads", "kv", "head"), [(2, 2, 64), (10, 2, 96), (14, 2, 128), (7, 1, 16), (20, 4, 128)])
-def test_store(q_heads: int, kv: int, head: int, dtype: torch.dtype) -> None:
-    """Bitwise what rotation and two indexed writes do; slots in any order, others untouched."""
-    for tokens, kind in ((2, torch.int32), (37, torch.int64)):
+def test_rope_and_cache_kv(q_heads: int, kv: int, head: int, dtype: torch.dtype) -> None:
+    """The kernel has the bits of RoPE and two indexed writes, for slots in any order; other slots keep theirs."""
+    for tokens, slot_dtype in ((2, torch.int32), (37, torch.int64)):
         qkv = torch.randn(tokens, q_heads + 2 * kv, head).to(dtype)
         angle = 100 * torch.rand(tokens, 1, head // 2)
         cos, sin = angle.cos(), angle.sin()
-        slot = torch.randperm(90)[:tokens].to(kind)
+        slot = torch.randperm(90)[:tokens].to(slot_dtype)
         caches = [torch.randn(90, kv, head).to(dtype) for _ in "kv"]
         expected = [cache.clone() for cache in caches]
         q, k, v = qkv.split((q_heads, kv, kv), 1)
@@ -138,13 +144,13 @@ def test_store(q_heads: int, kv: int, head: int, dtype: torch.dtype) -> None:
 
 
 def compare(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A draw beside the plain one; they are the same. Seeds and positions of every size."""
+    """Asserts that the kernel samples the tokens of `sampling.sample`, with seeds and positions of every size."""
     rows = len(logits)
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator(logits.device).manual_seed(seed))
     position = torch.arange(rows) * 12345
-    last, seat = torch.full((rows + 9,), -1, dtype=torch.int32), torch.randperm(rows + 8)[:rows].int() + 1
-    token, logprob = sample_kernels.sample_tokens(logits, temperature, seeds, position, processed, last, seat)
-    assert torch.equal(last[seat], token) and (last == -1).sum() == 9
+    last, req_idx = torch.full((rows + 9,), -1, dtype=torch.int32), torch.randperm(rows + 8)[:rows].int() + 1
+    token, logprob = sample_kernels.sample_tokens(logits, temperature, seeds, position, processed, last, req_idx)
+    assert torch.equal(last[req_idx], token) and (last == -1).sum() == 9
     plain = sample(
         logits.float(), SamplingTensors(temperature, seeds, position, processed, None, None), num_top_logprobs=0
     )
@@ -156,8 +162,8 @@ def compare(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (5, 2001), (20, 30), (3, 1024), (2, 20000)])
-def test_draw(rows: int, vocab: int, dtype: torch.dtype) -> None:
-    """The very token that plain sampling draws, at every temperature, and its probability."""
+def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    """The kernel samples the tokens of `sampling.sample`, and their logprobs, at every temperature."""
     logits = (4 * torch.randn(rows, vocab)).to(dtype)
     logits[:, ::3] = float("-inf")
     logits[:, -1] = 1.0
@@ -167,37 +173,37 @@ def test_draw(rows: int, vocab: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cold", [1e-45, 9.9e-6])
-def test_draw_near_temperature_0(cold: float) -> None:
-    """As temperature 0, logprob included, however large the logits are; from 1e-5 on it draws."""
+def test_sample_near_temperature_0(cold: float) -> None:
+    """Below 1e-5 a temperature is 0, logprob included, however large the logits are; from 1e-5 on, tokens vary."""
     logits = torch.tensor([1.0, 1e30, 1.0])[:, None] * torch.randn(3, 1100)
     processed = torch.tensor([True, True, False])
     token, logprob = compare(logits, torch.full((3,), cold), processed)
     greedy = compare(logits, torch.zeros(3), processed)
     assert torch.equal(token, greedy[0]) and torch.equal(logprob, greedy[1]) and torch.isfinite(logprob).all()
-    drawn, _ = compare(torch.zeros(16, 9), torch.tensor([cold, 1e-5]).repeat(8), torch.zeros(16, dtype=torch.bool))
-    assert not drawn[::2].any() and drawn[1::2].unique().numel() > 2
+    sampled, _ = compare(torch.zeros(16, 9), torch.tensor([cold, 1e-5]).repeat(8), torch.zeros(16, dtype=torch.bool))
+    assert not sampled[::2].any() and sampled[1::2].unique().numel() > 2
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of Triton's interpreter, which computes by NumPy
 @pytest.mark.parametrize(("value", "count"), [(float("nan"), 1), (float("inf"), 1100)])
-def test_draw_of_logits_that_are_no_numbers(value: float, count: int) -> None:
-    """A logprob of NaN, whether one logit is none or all are; a token of the vocabulary; other rows are as ever."""
+def test_sample_nonfinite_logits(value: float, count: int) -> None:
+    """A row with one or only non-finite logits has logprob NaN and a valid token; other rows are unaffected."""
     logits, rows = torch.randn(5, 1100), torch.tensor([0, 2, 4])
-    spoilt = logits.clone()
-    spoilt[1::2, -count:] = value
+    corrupted = logits.clone()
+    corrupted[1::2, -count:] = value
     args = (torch.tensor([0.0, 0.0, 1.0, 1.0, 0.5]), torch.arange(5), torch.arange(5), torch.arange(5) % 2 == 1)
-    last, seat = torch.zeros(6, dtype=torch.int32), torch.arange(1, 6)
-    token, logprob = sample_kernels.sample_tokens(spoilt, *args, last, seat, batch_invariant=count == 1)
-    wanted = sample_kernels.sample_tokens(logits, *args, last.clone(), seat, batch_invariant=count == 1)
+    last, req_idx = torch.zeros(6, dtype=torch.int32), torch.arange(1, 6)
+    token, logprob = sample_kernels.sample_tokens(corrupted, *args, last, req_idx, batch_invariant=count == 1)
+    expected = sample_kernels.sample_tokens(logits, *args, last.clone(), req_idx, batch_invariant=count == 1)
     assert logprob.isnan().tolist() == [False, True, False, True, False]
     assert ((token >= 0) & (token < 1100)).all() and torch.equal(last[1:], token)
-    assert torch.equal(token[rows], wanted[0][rows]) and torch.equal(logprob[rows], wanted[1][rows])
-    value_of = sample_kernels.logprobs(spoilt, token, 2)[0]
-    assert value_of.isnan().tolist() == [False, True, False, True, False]
+    assert torch.equal(token[rows], expected[0][rows]) and torch.equal(logprob[rows], expected[1][rows])
+    logprob = sample_kernels.logprobs(corrupted, token, 2)[0]
+    assert logprob.isnan().tolist() == [False, True, False, True, False]
 
 
-def test_draw_ties() -> None:
-    """Of equal logits greedy takes the first, wherever its share of the vocabulary ends."""
+def test_sample_ties() -> None:
+    """Greedy sampling takes the first of equal logits, wherever the splits of the vocabulary end."""
     logits = torch.zeros(3, 5000)
     logits[0, [1500, 4999, 2600]] = logits[1, [4100, 4101]] = 2.0
     token, _ = compare(logits, torch.zeros(3), torch.ones(3, dtype=torch.bool))
@@ -205,43 +211,43 @@ def test_draw_ties() -> None:
 
 
 @pytest.mark.parametrize(("rows", "vocab", "ranks"), [(5, 2001, 2), (3, 9, 4), (2, 7001, 8), (12, 1300, 4)])
-def test_draw_over_ranks(rows: int, vocab: int, ranks: int) -> None:
-    """Each rank draws of its part, padded; what they have found gives all of them the token of the whole."""
+def test_sample_over_ranks(rows: int, vocab: int, ranks: int) -> None:
+    """Ranks with padded vocabulary shards all sample the token that one rank samples from the full logits."""
     logits = 4 * torch.randn(rows, vocab)
     logits[:, ::3] = float("-inf")
     logits[0] = logits[0].round()  # ties
-    most = -(-vocab // ranks)
-    padded = torch.zeros(rows, most * ranks)
+    width = -(-vocab // ranks)
+    padded = torch.zeros(rows, width * ranks)
     padded[:, :vocab] = logits
     temperature = torch.tensor([0.0, 1.0, 0.3, 1.7])[torch.arange(rows) % 4]
     seed, position, processed = torch.arange(rows) * 7, torch.arange(rows) + 5, torch.arange(rows) % 3 == 1
     args = temperature, seed, position, processed
     want = sample(logits, SamplingTensors(*args, None, None), num_top_logprobs=0)
-    found: list[Tensor] = []
+    stats: list[Tensor] = []
 
-    def draw(rank: int, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        first = min(rank * most, vocab)
-        last, seat = torch.zeros(rows + 1, dtype=torch.int32), torch.arange(1, rows + 1)
-        mine, part = padded[:, rank * most :][:, :most], (first, min(most, vocab - first))
+    def sample_shard(rank: int, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        first = min(rank * width, vocab)
+        last, req_idx = torch.zeros(rows + 1, dtype=torch.int32), torch.arange(1, rows + 1)
+        logits, shard = padded[:, rank * width :][:, :width], (first, min(width, vocab - first))
         token, logprob = sample_kernels.sample_tokens(
-            mine, *args, last, seat, vocab_size=vocab, vocab_shard=part, all_gather=gather
+            logits, *args, last, req_idx, vocab_size=vocab, vocab_shard=shard, all_gather=gather
         )
         return token, logprob, last[1:]
 
-    def keep(x: Tensor) -> Tensor:
-        found.append(x.clone())
+    def record(x: Tensor) -> Tensor:
+        stats.append(x.clone())
         return torch.ones_like(x)[None]
 
     for rank in range(ranks):
-        draw(rank, keep)
+        sample_shard(rank, record)
     for rank in range(ranks):
-        token, logprob, last = draw(rank, lambda _: torch.stack(found))
+        token, logprob, last = sample_shard(rank, lambda _: torch.stack(stats))
         assert torch.equal(token, want.token_ids.int()) and torch.equal(last, token)
         torch.testing.assert_close(logprob, want.logprobs, atol=1e-5, rtol=1e-5)
 
 
-def test_draw_rows_do_not_depend_on_the_batch() -> None:
-    """The same token among others as alone; the same probability but for rounding."""
+def test_sample_rows_do_not_depend_on_the_batch() -> None:
+    """A row's token is the same alone and among other rows, and its logprob but for rounding."""
     logits, flags = torch.randn(24, 1100), torch.zeros(24, dtype=torch.bool)
     seed, temperature, position = torch.arange(24), torch.full((24,), 0.8), torch.arange(24)
     args, last = (logits, temperature, seed, position, flags), torch.zeros(24, dtype=torch.int32)
@@ -254,30 +260,33 @@ def test_draw_rows_do_not_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_logprobs_of_given_tokens(dtype: torch.dtype) -> None:
-    """Those of the drawn tokens are the draw's own, bit for bit, in any number of rows; all are plain ones."""
+    """Logprobs of sampled tokens have the sampler's bits in any number of rows; all agree with torch."""
     logits = (3 * torch.randn(9, 5003)).to(dtype)
     args = (logits, torch.full((9,), 0.9), torch.arange(9), torch.arange(9), torch.zeros(9, dtype=torch.int32))
-    last, seat = torch.zeros(9, dtype=torch.int32), torch.arange(9)
-    token, logprob = sample_kernels.sample_tokens(*args, last, seat, batch_invariant=True)
-    value, best, top = sample_kernels.logprobs(logits, token, 3)
-    assert torch.equal(value, logprob)
-    for plain, ours in zip(sampling.gather_logprobs(logits.float(), token.long(), 3), (value, best, top), strict=True):
+    last, req_idx = torch.zeros(9, dtype=torch.int32), torch.arange(9)
+    token, logprob = sample_kernels.sample_tokens(*args, last, req_idx, batch_invariant=True)
+    target, top_token, top = sample_kernels.logprobs(logits, token, 3)
+    assert torch.equal(target, logprob)
+    for plain, ours in zip(
+        sampling.gather_logprobs(logits.float(), token.long(), 3), (target, top_token, top), strict=True
+    ):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
-    some, few, _ = sample_kernels.logprobs(logits[4:6].float(), token[4:6], 1)
-    assert torch.equal(some, value[4:6])
-    assert torch.equal(few, best[4:6, :1])
+    two, two_top, _ = sample_kernels.logprobs(logits[4:6].float(), token[4:6], 1)
+    assert torch.equal(two, target[4:6])
+    assert torch.equal(two_top, top_token[4:6, :1])
     assert not len(sample_kernels.logprobs(logits[:0], token[:0], 2)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_norm_of_heads(dtype: torch.dtype) -> None:
+    """The norm of heads that are not contiguous agrees with torch."""
     x, weight = torch.randn(13, 2, 96).to(dtype)[:, 1], torch.rand(96).to(dtype)  # not contiguous
     torch.testing.assert_close(small_batch.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 0), (5, 5), (2048, 1), (3, 2049), (5000, 4100)])
-def test_copy(n: int, m: int) -> None:
-    """One part or two of any length, one after the other; what lies behind them stays."""
+def test_copy_concatenated(n: int, m: int) -> None:
+    """One tensor, or two of any lengths, are written one after the other; the end of the target keeps its values."""
     first, second, target = torch.arange(n).int(), -torch.arange(m).int(), torch.full((n + m + 3,), 7).int()
     page_copy.copy_concatenated(target, first, second if m else None)
     assert torch.equal(target, torch.cat((first, second, torch.full((3,), 7).int())))
