@@ -1,4 +1,4 @@
-"""A model over several ranks: the same logits, tokens and plans as on one. Ranks are threads that meet at a barrier."""
+"""Tensor parallelism: the same logits, tokens and plans as on one rank. Ranks are threads that meet at a barrier."""
 
 import random
 import threading
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from ranks import PROGRAMS, SETTINGS, SPEC, load, reading
+from ranks import MAX_PROGRAMS, SETTINGS, SPEC, load, run_all_reduce_kernel
 from ranks import weights as weights_of
 from test_transformer import CASES, PAGE, build, empty, prompt
 from torch import Tensor
@@ -34,25 +34,25 @@ from fastgen.distributed.tensor_parallel import TPProcessGroup, raise_if_inconsi
 
 
 class Meeting:
-    """What the threads share."""
+    """Barrier and exchanged values of the threads."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.barrier, self.shown = size, threading.Barrier(size, timeout=120), [None] * size
+        self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=120), [None] * size
 
 
 class Rank:
-    """A group whose ranks are threads."""
+    """A TPGroup whose ranks are threads."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.meeting, self.shard, self.steps = meeting, TPShard(rank, meeting.size), 0
 
     def _all(self, x: Any) -> list[Any]:
         m = self.meeting
-        m.shown[self.shard.rank] = x
+        m.values[self.shard.rank] = x
         m.barrier.wait()
-        found = [*m.shown]
+        values = [*m.values]
         m.barrier.wait()
-        return found
+        return values
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x.copy_(torch.stack(self._all(x.clone())).sum(0))
@@ -100,7 +100,7 @@ class ThreadBuffers(peer_memory.PeerBuffers):
 
 
 def together(size: int, run: Callable[[Rank], Any]) -> list[Any]:
-    """What each rank's thread returns; one that raises lets the others go."""
+    """Returns the results of all ranks' threads; an error of one thread ends the others' waiting."""
     meeting = Meeting(size)
 
     def guarded(rank: int) -> Any:
@@ -119,11 +119,11 @@ def together(size: int, run: Callable[[Rank], Any]) -> list[Any]:
         return [f.result() for f in futures]
 
 
-def spread(params: fastgen.Params, spec: ModelConfig, place: TPShard) -> fastgen.Params:
-    """A rank's share of parameters."""
-    mine = fastgen.init(spec, dtype=torch.float32, tp_shard=place)
-    update(mine, spec, named_weights(params, spec), tp_shard=place)
-    return mine
+def shard_params(params: fastgen.Params, spec: ModelConfig, tp_shard: TPShard) -> fastgen.Params:
+    """Returns a rank's shard of parameters."""
+    local = fastgen.init(spec, dtype=torch.float32, tp_shard=tp_shard)
+    update(local, spec, named_weights(params, spec), tp_shard=tp_shard)
+    return local
 
 
 DIVISIBLE = [(name, n) for name, (_, q, kv, *_) in CASES.items() for n in (2, 4)
@@ -132,7 +132,7 @@ DIVISIBLE = [(name, n) for name, (_, q, kv, *_) in CASES.items() for n in (2, 4)
 
 @pytest.mark.parametrize(("name", "size"), DIVISIBLE)
 def test_logits(name: str, size: int) -> None:
-    """Of a prompt, on every rank: all families, tied or not, key heads fewer than ranks, a vocabulary that is odd."""
+    """Every rank has one rank's logits: all families, tied or not, fewer KV heads than ranks, an odd vocabulary."""
     _, spec, params = build(name)
     tokens = {0: prompt(30, 1), 1: prompt(9, 2)}
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
@@ -141,24 +141,25 @@ def test_logits(name: str, size: int) -> None:
 
     def run(rank: Rank) -> Tensor:
         local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
-        return fastgen.forward(spread(params, spec, rank.shard), empty(local, 23), batch, local, reference, ops)
+        return fastgen.forward(shard_params(params, spec, rank.shard), empty(local, 23), batch, local, reference, ops)
 
     for got in together(size, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("few", "many", "sums"), [(4, 0, [2, 0]), (64, 0, [5, 0]), (0, 64, [0, 4]), (4, 64, [2, 2]), (0, 38, [0, 2])]
+    ("read_rows", "push_rows", "num_sums"),
+    [(4, 0, [2, 0]), (64, 0, [5, 0]), (0, 64, [0, 4]), (4, 64, [2, 2]), (0, 38, [0, 2])],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_sums_by_whoever_reads_them(
-    few: int, many: int, sums: list[int], bias: bool, monkeypatch: pytest.MonkeyPatch
+def test_peer_memory(
+    read_rows: int, push_rows: int, num_sums: list[int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In memory that all ranks read or that is pushed to them, where there is room; a bias is added once."""
+    """Partial sums that fit are read or pushed, others all-reduced by the group; a bias is added once."""
     monkeypatch.setattr(peer_memory, "PUSH_CHUNK_ROWS", 16)
     spec = replace(SPEC, num_layers=2, sliding_windows=SPEC.sliding_windows * 2)
     params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
-    whole = params
+    full = params
     if bias:
         layers = tuple(x._replace(out_bias=torch.randn(32)) for x in params.layers)
         params = params._replace(layers=layers)
@@ -169,42 +170,41 @@ def test_sums_by_whoever_reads_them(
     want = ops.final_norm(*want, params.final_norm, spec.rms_norm_eps)
 
     def run(rank: Rank) -> tuple[Tensor, list[int]]:
-        local, buffers = shard_config(spec, 2), ThreadBuffers(rank, spec.hidden_size, few, many)
-        mine = fastgen.init(spec, dtype=torch.float32, tp_shard=rank.shard)
-        update(mine, spec, named_weights(whole, spec), tp_shard=rank.shard)
+        local, buffers = shard_config(spec, 2), ThreadBuffers(rank, spec.hidden_size, read_rows, push_rows)
+        mine = shard_params(full, spec, rank.shard)
         mine = mine._replace(layers=tuple(
             a._replace(out_bias=b.out_bias) for a, b in zip(mine.layers, params.layers, strict=True)
         ))  # fmt: skip
-        over = shard_ops(ops, rank, spec, buffers)
-        x, y = run_layers(mine, empty(local, 23), batch, local, over, last_token_only=True)
-        return over.final_norm(x, y, params.final_norm, spec.rms_norm_eps), [buffers.num_read, buffers.num_pushed]
+        local_ops = shard_ops(ops, rank, spec, buffers)
+        x, y = run_layers(mine, empty(local, 23), batch, local, local_ops, last_token_only=True)
+        return local_ops.final_norm(x, y, params.final_norm, spec.rms_norm_eps), [buffers.num_read, buffers.num_pushed]
 
     for got, done in together(2, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
-        assert done == sums
+        assert done == num_sums
 
 
-def test_sums_of_processes(tmp_path: Path) -> None:
-    """Every rank has the same bits; of more rows than programs, too."""
+def test_all_reduce_kernel_over_processes(tmp_path: Path) -> None:
+    """All ranks get the same bits, also with more rows than programs."""
     pytest.importorskip("triton")
     size, file = 3, str(tmp_path / "group")
-    parts = [torch.zeros(2, 7, 40).share_memory_() for _ in range(size)]
-    flags = [torch.zeros(PROGRAMS * size + 1, dtype=torch.int32).share_memory_() for _ in range(size)]
-    mp.spawn(reading, (size, file, parts, flags), nprocs=size)  # type: ignore[attr-defined]
-    found = [torch.load(f"{file}.{rank}") for rank in range(size)]
+    partials = [torch.zeros(2, 7, 40).share_memory_() for _ in range(size)]
+    flags = [torch.zeros(MAX_PROGRAMS * size + 1, dtype=torch.int32).share_memory_() for _ in range(size)]
+    mp.spawn(run_all_reduce_kernel, (size, file, partials, flags), nprocs=size)  # type: ignore[attr-defined]
+    results = [torch.load(f"{file}.{rank}") for rank in range(size)]
     norm = torch.randn(1, 40, generator=torch.Generator().manual_seed(99))[0]
     for step, rows in enumerate((3, 7, 1, 5, 3)):
-        for a, b in zip(found[0][step], found[1][step], strict=True):
+        for a, b in zip(results[0][step], results[1][step], strict=True):
             assert torch.equal(a, b)
         seeds = [step, *(10 * step + r for r in range(size))]
         x = sum(torch.randn(rows, 40, generator=torch.Generator().manual_seed(s)) for s in seeds)
-        torch.testing.assert_close(found[2][step][0], x, atol=1e-5, rtol=0)
-        torch.testing.assert_close(found[2][step][1], rms_norm(x, norm, 1e-5), atol=1e-5, rtol=0)
+        torch.testing.assert_close(results[2][step][0], x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(results[2][step][1], rms_norm(x, norm, 1e-5), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_many_heads(size: int) -> None:
-    """The heads of a 70B model, 64 and 8, each four wide: a rank has 16 and 2, or 8 and 1."""
+    """A 70B model's 64 query heads and 8 KV heads: a rank has 16 and 2, or 8 and 1."""
     spec = fastgen.from_hf_config({
         "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 4, "vocab_size": 131,
@@ -218,7 +218,7 @@ def test_many_heads(size: int) -> None:
     def run(rank: Rank) -> Tensor:
         local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
         assert (local.num_q_heads, local.num_kv_heads) == (64 // size, 8 // size)
-        return fastgen.forward(spread(params, spec, rank.shard), empty(local, 23), batch, local, reference, ops)
+        return fastgen.forward(shard_params(params, spec, rank.shard), empty(local, 23), batch, local, reference, ops)
 
     for got in together(size, run):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -226,7 +226,7 @@ def test_many_heads(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_outputs(size: int) -> None:
-    """The whole engine, with prefixes shared, pages on the host and preemption: what one rank alone gives."""
+    """Engines with shared prefixes, host pages and preemption generate what one rank generates."""
     with fastgen.Engine(weights_of(), SPEC, **SETTINGS) as engine:
         want = 2 * engine.generate(*load(1, 12), progress=False)
 
@@ -252,18 +252,18 @@ def test_outputs(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 @pytest.mark.parametrize("vocab", [5, 131, 128])
 def test_samples(vocab: int, size: int) -> None:
-    """Of parts of the vocabulary, padded: the very tokens of the whole; some ranks may have none."""
-    rows, most = 40, -(-vocab // size)
+    """Padded vocabulary shards, some of them empty, sample the tokens of the full vocabulary."""
+    rows, width = 40, -(-vocab // size)
     generator = torch.Generator().manual_seed(vocab * size)
     logits = 3 * torch.randn(rows, vocab, generator=generator)
     logits[::4] = logits[::4].round()  # ties
     logits[1::5, ::2] = float("-inf")
-    heat = torch.tensor([0.0, 1.0, 0.3, 1.7])[torch.arange(rows) % 4]
+    temperature = torch.tensor([0.0, 1.0, 0.3, 1.7])[torch.arange(rows) % 4]
     seed = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
-    padded = torch.zeros(rows, most * size)
+    padded = torch.zeros(rows, width * size)
     padded[:, :vocab] = logits
     for seeds, top in ((seed, None), (seed, 0), (seed, 3), (None, 0), (None, vocab)):
-        s = SamplingTensors(heat, seeds, torch.arange(rows), torch.arange(rows) % 3 == 1, None, None)
+        s = SamplingTensors(temperature, seeds, torch.arange(rows), torch.arange(rows) % 3 == 1, None, None)
         want = sampling.sample(logits, s, top)
         words = -(-vocab // 32)
         special = s._replace(token_mask=torch.full((rows, words), 5))  # tokens 0 and 2
@@ -271,7 +271,7 @@ def test_samples(vocab: int, size: int) -> None:
         def run(
             rank: Rank, s: SamplingTensors = s, special: SamplingTensors = special, top: int | None = top
         ) -> list[Any]:
-            mine = padded[:, rank.shard.rank * most :][:, :most]
+            mine = padded[:, rank.shard.rank * width :][:, :width]
             return [tensor_parallel.sample_from_shards(mine, x, top, rank, vocab) for x in (s, special)]
 
         for got, other in together(size, run):
@@ -283,26 +283,26 @@ def test_samples(vocab: int, size: int) -> None:
             assert torch.equal(other.token_ids, sampling.sample(logits, special, top).token_ids)
 
 
-def test_little_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the vocabulary, nothing that grows with it, unless a request wants it."""
-    moved = list[int]()
+def test_only_statistics_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks exchange nothing that grows with the vocabulary, unless a request needs all logits."""
+    widths = list[int]()
 
-    def run(rank: Rank, **kind: Any) -> None:
+    def run(rank: Rank, **params: Any) -> None:
         gather = rank.all_gather
-        monkeypatch.setattr(rank, "all_gather", lambda x: (moved.append(x.shape[-1]), gather(x))[1])
+        monkeypatch.setattr(rank, "all_gather", lambda x: (widths.append(x.shape[-1]), gather(x))[1])
         with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
-            engine.generate([[1, 2], [3]], SamplingParams(max_tokens=4, **kind), progress=False)
+            engine.generate([[1, 2], [3]], SamplingParams(max_tokens=4, **params), progress=False)
 
     together(2, run)
-    assert set(moved) == {5}
+    assert set(widths) == {5}
     together(2, partial(run, logprobs=3))
-    assert set(moved) == {5, 11}
+    assert set(widths) == {5, 11}
     together(2, partial(run, top_k=3))
-    assert set(moved) == {5, 11, 66}
+    assert set(widths) == {5, 11, 66}
 
 
-def test_memory_is_taken_again_by_all_or_none() -> None:
-    """One rank's device is full: all of them say so, and have nothing; later they have."""
+def test_wake_up_succeeds_on_all_ranks_or_none() -> None:
+    """If one rank's device is full, all ranks raise and stay asleep; later all wake up."""
 
     def run(rank: Rank) -> list[Any]:
         with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
@@ -326,7 +326,7 @@ def test_memory_is_taken_again_by_all_or_none() -> None:
 
 
 def test_scores() -> None:
-    """Of given tokens, as on one rank; gradients would be of a part, and are refused."""
+    """Scores equal one rank's; gradients, which would be of one shard, are refused."""
     sequences, first = load(4, 5)[0], [1, 3, 2, 1, 5]
     want = fastgen.score(weights_of(), SPEC, sequences, first=first, temperature=0.7, token_budget=50)
 
@@ -345,7 +345,7 @@ def test_scores() -> None:
 
 
 def test_a_thousand_steps() -> None:
-    """Random arrivals and aborts. All ranks plan the same and draw the same, which `agree` looks at in each step."""
+    """With random arrivals and aborts, all ranks plan and sample the same, which each step checks."""
 
     def run(rank: Rank) -> tuple[list[Any], Any]:
         r, seen = random.Random(3), list[Any]()
@@ -367,8 +367,8 @@ def test_a_thousand_steps() -> None:
     assert one == other and len(one[0]) > 1000
 
 
-def test_ranks_that_part() -> None:
-    """A rank that is asked for something else is named, by all."""
+def test_diverged_ranks() -> None:
+    """All ranks name the rank that got another request."""
 
     def run(rank: Rank) -> None:
         with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
@@ -391,15 +391,16 @@ def test_ranks_that_part() -> None:
     ],
 )
 def test_sizes_that_do_not_divide(size: int, message: str) -> None:
+    """Heads and widths that a number of ranks does not divide are refused, with the possible numbers."""
     with pytest.raises(ValueError, match=message):
         fastgen.init(SPEC, tp_shard=TPShard(0, size))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank reads its own rows and columns, and no tensor whole; together they are the checkpoint."""
-    whole = weights_of()
-    fastgen.save(tmp_path, SPEC, whole)
+def test_checkpoint_shards(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank reads its own rows and columns, and no full tensor; together they are the checkpoint."""
+    full = weights_of()
+    fastgen.save(tmp_path, SPEC, full)
     if size > 1:
         opened = files.safe_open
 
@@ -423,16 +424,17 @@ def test_shares_of_a_checkpoint(size: int, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(files, "safe_open", Sliced)
     loaded = [fastgen.load(tmp_path, device="cpu", progress=False, tp_shard=TPShard(r, size))[1] for r in range(size)]
     for r, params in enumerate(loaded):
-        for a, b in zip(tree_leaves(params), tree_leaves(spread(whole, SPEC, TPShard(r, size))), strict=True):
+        for a, b in zip(tree_leaves(params), tree_leaves(shard_params(full, SPEC, TPShard(r, size))), strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
     rows = torch.cat([p.embed for p in loaded])
-    assert torch.equal(rows[:131], whole.embed) and not rows[131:].any() and len(rows) == size * -(-131 // size)
+    assert torch.equal(rows[:131], full.embed) and not rows[131:].any() and len(rows) == size * -(-131 // size)
     assert sum(p.layers[0].down.shape[1] for p in loaded) == 48
     if size > 1:
         with pytest.raises(ValueError, match="another model's, or one rank's"):
             fastgen.save(tmp_path / "no", SPEC, loaded[0])
 
 
-def test_no_group() -> None:
+def test_no_process_group() -> None:
+    """TPProcessGroup needs an initialized process group."""
     with pytest.raises(ValueError, match="init_process_group"):
         TPProcessGroup()

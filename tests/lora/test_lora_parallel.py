@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from test_lora import ADAPTERS, CONFIGS, PARAMS, SPEC, SPECS, adapter, load, run, same
-from test_tensor_parallel import Rank, ThreadBuffers, spread, together
+from test_tensor_parallel import Rank, ThreadBuffers, shard_params, together
 from test_workers import no_leftover_ranks  # noqa: F401, an autouse fixture
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -69,7 +69,7 @@ def test_forward(name: str, size: int) -> None:
         local, mine = shard_config(spec, size), lora.stack(adapters, spec, rank.shard)
         over = shard_ops(ops, rank, spec)
         return final(
-            spread(params, spec, rank.shard), local, over, mine, max(1, spec.num_kv_heads // size), spec.head_dim
+            shard_params(params, spec, rank.shard), local, over, mine, max(1, spec.num_kv_heads // size), spec.head_dim
         )
 
     for got in together(size, one):
@@ -88,7 +88,7 @@ def test_changes_are_summed_with_what_they_change(
     def one(rank: Rank) -> tuple[Tensor, list[int]]:
         local, read = shard_config(SPEC, 2), ThreadBuffers(rank, SPEC.hidden_size, few, many)
         over, mine = shard_ops(ops, rank, SPEC, read), lora.stack(adapters, SPEC, rank.shard)
-        found = final(spread(PARAMS, SPEC, rank.shard), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
+        found = final(shard_params(PARAMS, SPEC, rank.shard), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
         return found, [read.num_read, read.num_pushed]
 
     for got, done in together(2, one):
@@ -135,7 +135,7 @@ def calls(e: fastgen.Engine) -> list[Output]:
 
 
 def weights(group: TPGroup) -> fastgen.Params:
-    return spread(PARAMS, SPEC, group.shard)
+    return shard_params(PARAMS, SPEC, group.shard)
 
 
 @pytest.fixture(scope="module")
