@@ -1,4 +1,4 @@
-"""What adapters cost: output tokens/s without room for them, with room, and with requests that use one or all.
+"""Cost of LoRA adapters: output tokens/s without slots for adapters, with slots, and with requests that use them.
 
 python benchmarks/adapters_gpu.py benchmarks/configs/llama-3.2-1b-instruct.json --out adapters.json
 """
@@ -16,13 +16,13 @@ import fastgen
 from fastgen import SamplingParams, lora
 
 HERE = Path(__file__).parent
-WAYS: dict[str, tuple[int, int]] = {  # adapters there is room for, and how many are used, in turns
+WAYS: dict[str, tuple[int, int]] = {  # adapter slots, and adapters that requests use in turn
     "no room": (0, 0), "room for 8, none used": (8, 0), "one used": (8, 1), "8 used": (8, 8),
 }  # fmt: skip
 
 
-def drawn(spec: fastgen.ModelConfig, rank: int, seed: int) -> fastgen.Adapter:
-    """An adapter of all matrices that changes something."""
+def random_adapter(spec: fastgen.ModelConfig, rank: int, seed: int) -> fastgen.Adapter:
+    """Returns an adapter of all matrices with random weights."""
     dice = torch.Generator().manual_seed(seed)
     adapter = lora.init(spec, rank, 2 * rank, seed=seed, device="cpu")
     for x in lora.parameters(adapter):
@@ -31,7 +31,7 @@ def drawn(spec: fastgen.ModelConfig, rank: int, seed: int) -> fastgen.Adapter:
 
 
 def rate(engine: fastgen.Engine, used: int, requests: int, prompt: int, output: int) -> float:
-    """Output tokens/s of one run."""
+    """Returns output tokens/s of one run."""
     prompts = torch.randint(engine.model_config.vocab_size, (requests, prompt)).tolist()
     names = [f"{i % used}" if used else None for i in range(requests)]
     sampling = [SamplingParams(max_tokens=output, ignore_eos=True, adapter=name) for name in names]
@@ -42,7 +42,7 @@ def rate(engine: fastgen.Engine, used: int, requests: int, prompt: int, output: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a model's config.json; its weights are drawn")
+    parser.add_argument("config", type=Path, help="a model's config.json; weights are random")
     parser.add_argument("--workloads", nargs="+", default=["512x1024x128", "1x128x256"], metavar="NxPROMPTxOUTPUT")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
@@ -51,11 +51,11 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "model": args.config.stem,
                              "rank": args.rank, "output_tok_s": {}}  # fmt: skip
-    for way, (room, used) in WAYS.items():
-        settings = {"max_adapters": room, "max_rank": args.rank, "gpu_memory_utilization": 0.6}
+    for way, (num_slots, used) in WAYS.items():
+        settings = {"max_adapters": num_slots, "max_rank": args.rank, "gpu_memory_utilization": 0.6}
         with fastgen.Engine.from_pretrained(args.config, random_weights=True, progress=False, **settings) as engine:
-            for i in range(room):
-                engine.add_adapter(f"{i}", drawn(engine.model_config, args.rank, i))
+            for i in range(num_slots):
+                engine.add_adapter(f"{i}", random_adapter(engine.model_config, args.rank, i))
             for workload in args.workloads:
                 shape = tuple(map(int, workload.split("x")))
                 rate(engine, used, *shape)

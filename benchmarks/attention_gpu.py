@@ -1,11 +1,11 @@
-"""Attention over pages on one GPU, Llama 8B's heads in bf16: Triton against torch's kernels and the memory's rate.
+"""Paged attention on one GPU, Llama 8B's heads in bf16: Triton against torch's kernels and the memory bandwidth.
 
     python benchmarks/attention_gpu.py             # writes benchmarks/results/attention_gpu.json
     python benchmarks/attention_gpu.py --variants  # and every tile of VARIANTS
 
-Decode: bytes of keys and values read a second, beside a plain copy's; of sequences that share their first keys, the
-time with and without their groups. Prefill: FLOP/s of the causal half, beside cuDNN's on contiguous keys. Pages are in
-random order. Each is checked against the reference on a ragged batch, then timed as a graph: medians, after a warm-up.
+Decode: bytes of keys and values read per second, compared with a plain copy's; for sequences with a shared prefix, the
+time with and without groups. Prefill: FLOP/s of the causal half, compared with cuDNN's on contiguous keys. Pages are in
+random order. Variants are checked against the reference on a ragged batch, then timed as a graph: medians, after warm-up.
 """
 
 import argparse
@@ -41,7 +41,7 @@ PREFILL = {  # (all tokens, new tokens)
 }
 RAGGED = [(300, 300), (129, 129), (500, 100), (640, 128), (700, 60), (513, 2), (200, 1), (1, 1)]
 OWN = (attention.PREFILL_TILE, attention.LONG_PREFILL_TILE)  # the backend's tiles
-Variant = tuple[int, dict[str, int] | None, bool]  # page size, tile or the backend's own choice, copy engine
+Variant = tuple[int, dict[str, int] | None, bool]  # page size, tile (None: the backend's choice), TMA
 VARIANTS: list[Variant] = [
     (16, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2}, False),
     (16, {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}, False),
@@ -58,7 +58,7 @@ Case = tuple[fastgen.Batch, Tensor, Tensor, Tensor]
 
 
 def case(shapes: list[tuple[int, int]], page: int, *, groups: int = 0, shared: int = 0) -> Case:
-    """A batch of sequences of (all, new) tokens, in `groups` whose first `shared` are the same; queries and cache."""
+    """Returns a batch of sequences of (all, new) tokens in `groups` with a prefix of `shared` tokens; queries, caches."""
     needed = [-(-(n - shared) // page) for n, _ in shapes]
     ids = list(range(1, sum(needed) + groups * (shared // page) + 1))
     random.Random(0).shuffle(ids)
@@ -74,18 +74,18 @@ def case(shapes: list[tuple[int, int]], page: int, *, groups: int = 0, shared: i
     if groups:
         member = torch.arange(len(shapes), device="cuda", dtype=torch.int32).view(groups, -1)
         keys, skip = (torch.full((n,), shared, device="cuda", dtype=torch.int32) for n in (groups, len(shapes)))
-        batch = batch._replace(share=SharedPrefix(member, keys, skip))
+        batch = batch._replace(shared_prefix=SharedPrefix(member, keys, skip))
     return batch, torch.randn(len(batch.token_ids), SPEC.num_q_heads, SPEC.head_dim, **kind), k, v
 
 
 def use(tile: dict[str, int] | None, tma: bool) -> None:
-    """What the backend prefills with from here on."""
+    """Sets the tile that the backend prefills with."""
     attention.PREFILL_TILE, attention.LONG_PREFILL_TILE = (tile, tile) if tile else OWN
     attention.USE_TMA = tma
 
 
 def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
-    """Whether a variant gives what the reference gives, of a ragged batch; run in a process of its own, it compiles."""
+    """Returns what is wrong with a variant's attention of a ragged batch, or "". Runs, and compiles, in its own process."""
     use(tile, tma)
     torch.manual_seed(0)
     batch, q, k, v = case(RAGGED, page)
@@ -101,7 +101,7 @@ def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
 
 
 def seconds(f: Callable[[], object]) -> float:
-    """Of one call among many, replayed as a graph."""
+    """Returns the time of one call, replayed as a graph."""
     f()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -110,7 +110,7 @@ def seconds(f: Callable[[], object]) -> float:
 
 
 def host_seconds(f: Callable[[], object]) -> float:
-    """That a call takes to launch."""
+    """Returns the host's time to launch a call."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(50):
@@ -125,7 +125,7 @@ def flops(shapes: list[tuple[int, int]]) -> float:
 
 
 def peers(shapes: list[tuple[int, int]]) -> dict[str, float]:
-    """FLOP/s of torch's kernels, where all tokens are new."""
+    """Returns the FLOP/s of torch's kernels, if all tokens are new."""
     n, count = shapes[0][0], len(shapes)
     x, y = (torch.randn(count, h, n, SPEC.head_dim, device="cuda", dtype=torch.bfloat16)
             for h in (SPEC.num_q_heads, SPEC.num_kv_heads))  # fmt: skip
@@ -140,7 +140,7 @@ def peers(shapes: list[tuple[int, int]]) -> dict[str, float]:
 
 
 def prefill(variants: list[Variant]) -> list[dict[str, Any]]:
-    """A row for each variant that is right, with its rate at each shape."""
+    """Returns a row for each variant, with its FLOP/s at each shape if it is correct."""
     with ProcessPoolExecutor(len(variants), multiprocessing.get_context("spawn")) as pool:
         wrong = list(pool.map(check, *zip(*variants, strict=True)))
     rows: list[dict[str, Any]] = [
@@ -173,12 +173,13 @@ def decode(page: int, copy: float) -> list[dict[str, Any]]:
 
 
 def shared(page: int) -> list[dict[str, Any]]:
-    """Decoding sequences of 1024 shared keys and 128 of their own, with and without their groups."""
+    """Times decoding sequences with 1024 shared keys and 128 of their own, with and without groups."""
     rows = []
     for groups, each in ((32, 16), (8, 16), (4, 8)):
         batch, q, k, v = case([(1152, 1)] * (groups * each), page, groups=groups, shared=1024)
         together, alone = (
-            attention.paged_attention(batch._replace(share=share), SPEC) for share in (batch.shared_prefix, None)
+            attention.paged_attention(batch._replace(shared_prefix=shared), SPEC)
+            for shared in (batch.shared_prefix, None)
         )
         x, y = (attend(q, k, v, None).float() for attend in (together, alone))
         error = float((x - y).norm() / y.norm())

@@ -1,4 +1,4 @@
-"""Sampler against scorer, in the default and in the deterministic mode, and what that mode and logprobs cost.
+"""Sampler's against scorer's logprobs, by default and batch-invariant, and the cost of that mode and of logprobs.
 
 python benchmarks/deterministic_gpu.py llama-3.2-1b-instruct --out deterministic.json
 """
@@ -23,15 +23,24 @@ def requests(n: int, vocab: int, dice: random.Random) -> tuple[list[list[int]], 
     common = [dice.randrange(vocab) for _ in range(300)]
     prompts = [common[: dice.choice((0, 0, 130, 300))] + [dice.randrange(vocab) for _ in range(dice.randint(1, 700))]
                for _ in range(n)]  # fmt: skip
-    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.9}, {"top_k": 20}, {}, {}]
+    choices: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"top_k": 20},
+        {},
+        {},
+    ]
     return prompts, [
-        SamplingParams(seed=i, logprobs=0, max_tokens=dice.randint(1, 120), ignore_eos=True, **kinds[i % len(kinds)])
+        SamplingParams(
+            seed=i, logprobs=0, max_tokens=dice.randint(1, 120), ignore_eos=True, **choices[i % len(choices)]
+        )
         for i in range(n)
     ]
 
 
 def rate(engine: fastgen.Engine, logprobs: int | None, shape: tuple[int, int, int]) -> float:
-    """Output tokens/s."""
+    """Returns output tokens/s."""
     n, prompt, output = shape
     prompts = torch.randint(100, engine.model_config.vocab_size, (n, prompt)).tolist()
     sampling = SamplingParams(max_tokens=output, ignore_eos=True, logprobs=logprobs)
@@ -51,35 +60,34 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     config = HERE / "configs" / f"{args.model}.json"
-    row = found.setdefault(args.model, {})  # the other mode's stay
+    row = found.setdefault(args.model, {})  # keeps the other mode's results
     row["device"] = torch.cuda.get_device_name()
     for mode in args.modes:
         engine = fastgen.Engine.from_pretrained(
             config,
             random_weights=True,
             dtype="bfloat16",
-            deterministic=mode == "deterministic",
+            batch_invariant=mode == "deterministic",
             gpu_memory_utilization=0.6,
         )
         one = row[mode] = {}
         prompts, sampling = requests(args.requests, engine.model_config.vocab_size, random.Random(0))
         outputs = engine.generate(prompts, sampling, progress=False)
-        again = engine.generate(prompts[::-1], sampling[::-1], progress=False)[
-            ::-1
-        ]  # in other company, and with what is cached now
+        # In other batches, and with prefix cache hits.
+        again = engine.generate(prompts[::-1], sampling[::-1], progress=False)[::-1]
         pairs = zip(outputs, again, strict=True)
         one["other tokens or logprobs in other company"] = sum(
             (a.completions[0].token_ids, a.completions[0].logprobs)
             != (b.completions[0].token_ids, b.completions[0].logprobs) for a, b in pairs
         )  # fmt: skip
         one["sampler and scorer"] = fastgen.compare_logprobs(
-            outputs, engine.params, engine.model_config, deterministic=mode == "deterministic"
+            outputs, engine.params, engine.model_config, batch_invariant=mode == "deterministic"
         )._asdict()
         print(mode, one, flush=True)
         if not args.no_rates:
             for name, shape in (("512x1024x128", (512, 1024, 128)), ("1x128x256", (1, 128, 256))):
                 rate(engine, None, shape)
-                turns = [(k, rate(engine, k, shape)) for _ in range(args.repeats) for k in (None, 0)]  # in turns
+                turns = [(k, rate(engine, k, shape)) for _ in range(args.repeats) for k in (None, 0)]  # alternately
                 runs = {f"logprobs={k}": [x for other, x in turns if other == k] for k in (None, 0)}
                 one[name] = {k: {"median": statistics.median(v), "runs": v} for k, v in runs.items()}
                 print(mode, name, {k: round(statistics.median(v), 1) for k, v in runs.items()}, flush=True)

@@ -25,7 +25,7 @@ def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
 
 
 def speed(name: str, requests: int, prompt_len: int, output_len: int, attention: str = "triton") -> dict:
-    """Rates of a random model in bf16; steps are timed between device synchronisations."""
+    """Measures a model with random weights in bf16; steps are timed between device synchronizations."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     engine = fastgen.Engine.from_pretrained(
@@ -65,7 +65,7 @@ def speed(name: str, requests: int, prompt_len: int, output_len: int, attention:
 
 
 def precision(name: str) -> dict:
-    """bf16 against fp32 on the same random weights: logits of fresh prompts, and greedy tokens alone or batched."""
+    """Compares bf16 with fp32 on the same weights: logits of prompts, and greedy tokens alone and batched."""
     spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{name}.json").read_text()))
     params = fastgen.init(spec, device="cuda", dtype=torch.bfloat16)
     wide = fastgen.init(spec, device="cuda", dtype=torch.float32)

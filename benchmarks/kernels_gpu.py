@@ -1,9 +1,9 @@
-"""The fused kernels on one GPU in bf16: linear layers of few rows in several tiles beside cuBLAS, store and draw.
+"""Kernels on one GPU in bf16: small-batch linear layers in several tiles against cuBLAS, RoPE + cache write, sampling.
 
     python benchmarks/kernels_gpu.py               # writes $OUT or benchmarks/results, kernels_gpu.json
 
-Every time is of a CUDA graph of many calls, whose weights rotate over copies that L2 cannot hold; a median of replays.
-GB/s count the weights (linear layers), what is read and written (store) or the logits (draw).
+Times are medians of replays of a CUDA graph of many calls, whose weights rotate over more copies than fit into L2.
+GB/s count the weights (linear layers), bytes read and written (store) or the logits (draw).
 """
 
 import argparse
@@ -41,7 +41,7 @@ NAMES: tuple[str, ...] = ("N", "K", "num_warps", "num_stages")
 
 
 def seconds(f: Callable[[int], object], calls: int = 20, replays: int = 7) -> float:
-    """Of one f(i) in a graph of f(0), f(1), ..."""
+    """Returns the time of one f(i) in a graph of f(0), f(1), ..."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -64,18 +64,18 @@ def seconds(f: Callable[[int], object], calls: int = 20, replays: int = 7) -> fl
 
 
 def off(ours: Tensor, exact: Tensor) -> float:
-    """The largest error, relative to the largest entry."""
+    """Returns the largest error, relative to the largest entry."""
     return float((ours.float() - exact).abs().max() / exact.abs().max())
 
 
 def matrices(n: int, k: int) -> Tensor:
-    """Enough copies of a weight that they do not fit into L2, in one tensor."""
+    """Returns more copies of a weight, in one tensor, than fit into L2."""
     copies = max(2, -(-(256 << 20) // (2 * n * k)))
     return torch.empty(copies, n, k, **KIND).normal_(std=k**-0.5)
 
 
 def sweep(w: Tensor, rows: int) -> dict:
-    """One shape of weights: the time of every tile, of the default one and of torch."""
+    """Times one shape of weights with every tile, the default one, and torch."""
     copies, n, k = w.shape
     x = torch.randn(rows, k, **KIND)
     rule = small_batch.select_linear_tile

@@ -1,9 +1,9 @@
-"""Can a decode step hide its attention, bound by memory, behind its matrix products, bound by arithmetic?
+"""Can a decode step hide its attention, bound by memory, behind its matmuls, bound by arithmetic?
 
     python benchmarks/lanes_gpu.py --out lanes.json
 
-Two halves of a batch take turns: one half's matrices run on some of the processors while the other half's attention
-runs on the rest. Also: how fast large products are when they leave processors free, under sustained load.
+Two halves of a batch alternate: one half's matmuls run on some multiprocessors while the other half's attention runs
+on the others. Also: how fast large matmuls are when they leave multiprocessors free, under sustained load.
 """
 
 import argparse
@@ -31,18 +31,18 @@ PAGE = 16
 
 
 def carve(processors: int) -> None:
-    """Matrix products leave so many processors to others."""
+    """Makes matmuls leave this many multiprocessors free."""
     torch._C._set_sm_carveout_experimental(processors or None)
 
 
 def batch(rows: int, context: int, first: int, table: Tensor) -> Batch:
-    """`rows` sequences at `context` tokens, from seat `first` on."""
+    """Returns a batch of `rows` sequences at `context` tokens, from `req_idx` `first` on."""
     n = torch.arange(rows, dtype=torch.int32, device="cuda")
-    seat = n + first
+    req_idx = n + first
     position = torch.full_like(n, context - 1)
-    slot = table[seat, (context - 1) // PAGE] * PAGE + (context - 1) % PAGE
+    slot = table[req_idx, (context - 1) // PAGE] * PAGE + (context - 1) % PAGE
     start = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
-    return Batch(n + 5, position, slot, start, position + 1, seat, table, n, PAGE)
+    return Batch(n + 5, position, slot, start, position + 1, req_idx, table, n, PAGE)
 
 
 def one(params: Params, cache: KVCache, b: Batch, spec: fastgen.ModelConfig, ops: Any) -> Tensor:
@@ -53,7 +53,7 @@ def one(params: Params, cache: KVCache, b: Batch, spec: fastgen.ModelConfig, ops
 def lanes(
     params: Params, cache: KVCache, halves: list[Batch], spec: fastgen.ModelConfig, ops: Any, side: Any
 ) -> list[Tensor]:
-    """Both halves at once: products on the current stream, attention on `side`."""
+    """Runs both halves at once: matmuls on the current stream, attention on `side`."""
     main = torch.cuda.current_stream()
     x, y, turn, attend, q, o, ready = [[None] * 2 for _ in range(7)]
     for i, b in enumerate(halves):

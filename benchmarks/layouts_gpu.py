@@ -1,12 +1,12 @@
-"""A model over the GPUs of a host in several layouts: rates, one stream, and what the all-reduces take of a step.
+"""A model over the GPUs of a host in several layouts: throughput, a single request, and the cost of all-reduces.
 
     python benchmarks/layouts_gpu.py --layouts 1x8 2x4 4x2 --out layouts.json
 
-A layout is REPLICASxTENSOR_PARALLEL. Rates are fgbench's, each in a process of its own; a profile of one engine of
-several ranks gives the share of its kernels' time in all-reduces, waiting for other ranks included; and all-reduces of
-each size are timed alone: by NCCL, one-shot and two-shot by torch's symmetric memory (never by NVLink multicast), and
-with the residual sum and norm that follow: by NCCL and a kernel, and by the one kernel that the engine has for both, of
-parts that are read from the other ranks or that they have pushed (here with no product beside them).
+A layout is REPLICASxTENSOR_PARALLEL. Throughput is fgbench's, each in its own process. A profile of one engine of
+several ranks shows the fraction of kernel time in all-reduces, waiting for other ranks included. All-reduces of each size
+are timed alone: by NCCL, and one-shot and two-shot by torch's symmetric memory (never by NVLink multicast); and with the
+residual addition and norm that follow: by NCCL and a kernel, and by the engine's fused kernel, of partial sums that are
+read from the other ranks or pushed by them (here without a concurrent matmul).
 """
 
 import argparse
@@ -39,17 +39,17 @@ CALLS = 20  # in a captured graph
 SETTINGS = ("schedule.max_num_seqs=512", "schedule.token_budget=16384")
 
 
-def share(trace: Path) -> float | None:
-    """Of the kernels' time, what collectives take."""
+def collective_fraction(trace: Path) -> float | None:
+    """Returns the fraction of kernel time that collectives take."""
     with gzip.open(trace, "rt") as f:
         kernels = [e for e in json.load(f)["traceEvents"] if e.get("cat") == "kernel"]
-    names = ("nccl", "_sum_norm")  # the latter with residual sum and norm
+    names = ("nccl", "_all_reduce_add_norm")  # the latter with residual addition and norm
     taken = sum(e["dur"] for e in kernels if any(name in e["name"] for name in names))
     return taken / sum(e["dur"] for e in kernels) if kernels else None
 
 
 def profiled(engine: Any) -> dict[str, float | None]:
-    """Shares of steps that prefill, of steps of 512 that decode, and of one stream's."""
+    """Returns the fractions for prefill steps, decode steps of 512 sequences, and a single request's steps."""
     found: dict[str, float | None] = {}
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,21 +58,21 @@ def profiled(engine: Any) -> dict[str, float | None]:
             ("decode", 512, 8, 6),
             ("one stream", 1, 128, 6),
         ):
-            for prompt in torch.randint(engine.spec.vocab, (requests, length)).tolist():
+            for prompt in torch.randint(engine.model_config.vocab_size, (requests, length)).tolist():
                 engine.add(prompt, sampling)
             for _ in range(skip):
                 engine.step()
             trace = Path(folder) / f"{name}.json.gz"
             with engine.profile(steps=3, path=trace, skip=1) as profile:
-                while engine.unfinished:
+                while engine.has_unfinished_requests:
                     engine.step()
             print(name, profile.summary, sep="\n", flush=True)
-            found[name] = share(trace)
+            found[name] = collective_fraction(trace)
     return found
 
 
 def layout(args: argparse.Namespace) -> dict[str, Any]:
-    """Rows as fgbench's of one layout, and a profile of an engine of its ranks."""
+    """Returns fgbench's rows of one layout, and a profile of an engine of its ranks."""
     replicas, size = map(int, args.layouts[0].split("x"))
     where = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
     config = compose(model_override(str(args.config)), "sampling.temperature=0.7", *args.settings, *where)
@@ -93,7 +93,7 @@ def layout(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of a call, captured as a step's are on a GPU."""
+    """Returns the time of a call, captured as a step's are on a GPU."""
     call()
     if device.type != "cuda":
         began = time.perf_counter()
@@ -116,7 +116,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
-    """All-reduces by symmetric memory, where this machine has it."""
+    """Returns all-reduces by torch's symmetric memory; raises where this machine has none."""
     import torch.distributed._symmetric_memory as symmetric
 
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]
@@ -130,15 +130,15 @@ def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def normed(group: tensor_parallel.TPProcessGroup, read: PeerBuffers, pushed: PeerBuffers, x: Tensor) -> dict[str, Any]:
-    """A sum over the ranks of rows x, added to others, and the norm of that."""
+    """Returns ways to all-reduce rows x, add them to others, and normalize."""
     from fastgen.kernels import small_batch
 
     other, norm = torch.zeros_like(x), torch.ones(WIDTH, dtype=x.dtype, device=x.device)
 
     def one(peers: PeerBuffers) -> Any:
-        part = peers.write_partial(peers.ATTENTION, len(x), lambda rows, out: None)
-        assert part is not None
-        return peers.all_reduce_add_norm(other, part, norm, 1e-5)
+        partial = peers.write_partial(peers.ATTENTION, len(x), lambda rows, out: None)
+        assert partial is not None
+        return peers.all_reduce_add_norm(other, partial, norm, 1e-5)
 
     ways: dict[str, Callable[[], Any]] = {
         "nccl, norm": lambda: small_batch.add_norm(other, group.all_reduce(x), norm, 1e-5),
@@ -149,7 +149,7 @@ def normed(group: tensor_parallel.TPProcessGroup, read: PeerBuffers, pushed: Pee
 
 
 def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
-    """One of the processes that time all-reduces alone."""
+    """Times all-reduces alone, as one rank's process."""
     device = torch.device(kind, index if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -172,7 +172,7 @@ def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
             except Exception as e:
                 row["symmetric memory"] = str(e).splitlines()[0]
         for name, call in ways.items():
-            if name != "one-shot" or n <= 2**25:  # it reads all of everybody's
+            if name != "one-shot" or n <= 2**25:  # it reads all ranks' data
                 taken = seconds(call, device)
                 row[name] = {"us": 1e6 * taken, "bus_gb_s": 2 * (size - 1) / size * n / taken / 1e9}
         rows.append(row)
@@ -182,7 +182,7 @@ def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
 
 
 def all_reduces(size: int, kind: str) -> list[dict[str, Any]]:
-    """Microseconds and bus bandwidth by message size."""
+    """Returns microseconds and bus bandwidth by message size."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/rows.json"
         mp.spawn(rank, (size, f"{folder}/group", kind, out), nprocs=size)  # type: ignore[attr-defined]
@@ -211,7 +211,7 @@ def main() -> None:
         found["all_reduce"] += all_reduces(size, kind)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     for name in args.layouts if args.workloads else ():
-        with tempfile.TemporaryDirectory() as folder:  # a process for each, which gives its memory back
+        with tempfile.TemporaryDirectory() as folder:  # in its own process, whose end frees the memory
             out = Path(folder) / "one.json"
             given = ["--config", args.config, "--layouts", name, "--repeats", args.repeats, "--one", "--out", out]
             given += ["--workloads", *args.workloads, "--settings", *args.settings]

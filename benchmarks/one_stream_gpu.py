@@ -1,5 +1,5 @@
-"""What the habits of few-row kernels bring to one stream's step: cuBLAS, own kernels, dependent launches, attention
-that rotates and stores what is new.
+"""A single request's step with and without small-batch kernels, programmatic dependent launch, and attention that
+applies RoPE and writes the cache.
 
     python benchmarks/one_stream_gpu.py mistral-7b-instruct-v0.3 --out one_stream.json
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def step_us(engine: fastgen.Engine, rows: int) -> float:
-    """Microseconds of a captured step of `rows` sequences at one token of context."""
+    """Returns the microseconds of a captured step of `rows` sequences at one token of context."""
     shape = StepShape(rows, rows, True)
     stepper = engine._runner
     stepper.graphs.captured.pop(shape, None)

@@ -1,16 +1,16 @@
-"""What the hierarchy of pages brings and costs: samples of a prompt, conversations, and prompts that share nothing.
+"""Benefit and cost of the prefix cache and host pages: samples of a prompt, conversations, distinct prompts.
 
     python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --out reuse.json --trace chat.json.gz
     python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --out reuse.json --peer-log vllm.txt --peer-version 0.23.0
     python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --trace chat.json.gz --plot paging.svg    # measures nothing
 
-Samples: 32 prompts of 1,024 tokens, 16 samples of 256 tokens each, with and without attention that reads shared pages
-once for a group. Cost: 256 distinct prompts of 1,024 tokens, 128 tokens each, with and without the tree of prefixes in
-turns, since a card that works gets slower than the tree could make it.
-Conversations: 64 of 8 turns, each with a system prompt of its own of 1,024 tokens; a turn adds 256 tokens and is
-answered with 32. All conversations take turns, so that when one comes again the others have used the cache, which
-holds a quarter of what they need in the end. Random weights. The second form adds the rows of another engine that ran
-on the same machine, the third draws a trace.
+Samples: 32 prompts of 1,024 tokens, 16 samples of 256 tokens each, with and without shared-prefix attention. Cost: 256
+distinct prompts of 1,024 tokens, 128 tokens each, with and without the prefix cache, alternately, since a warm GPU slows
+down more than the prefix cache could cost.
+Conversations: 64 of 8 turns, each with its own system prompt of 1,024 tokens; a turn adds 256 tokens and is answered
+with 32. The conversations take turns, so that before a conversation's next turn the others have used the cache, which
+fits a quarter of all their tokens. Random weights. The second form adds the rows of another engine that ran on the same
+machine, the third plots a trace.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import torch
 import fastgen
 from fastgen.cli.bench.results import parse_peer_log
 from fastgen.core.prefix_cache import PageCopies
+from fastgen.offload.host_cache import page_bytes
 
 HERE = Path(__file__).parent
 MODES: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def copy_rates(size: int = 2**30) -> dict[str, float]:
-    """GB/s of plain copies between pinned memory and the device."""
+    """Returns the GB/s of plain copies between pinned memory and the device."""
     host, device = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8, device=0)
     rates = {}
     for name, to, source in (("host to device", device, host), ("device to host", host, device)):
@@ -54,34 +55,25 @@ def copy_rates(size: int = 2**30) -> dict[str, float]:
 
 
 def page_in_rate(engine: fastgen.Engine) -> float:
-    """GB/s of the mover alone, bringing back pages that it took away."""
-    mover, page = engine._host_offload, engine.state.page_size
-    n = min(mover.num_host_pages, engine.cache_capacity // page, 256)
+    """Returns the GB/s of HostOffload alone, copying pages back to the device."""
+    offload, page = engine._host_offload, engine.state.page_size
+    n = min(offload.num_host_pages, engine.cache_capacity // page, 256)
     pairs = tuple((i + 1, i + 1) for i in range(n))
-    mover.start_copies(PageCopies(to_host=pairs))
+    offload.start_copies(PageCopies(to_host=pairs))
     torch.cuda.synchronize()
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        mover.start_copies(PageCopies(to_device=pairs))
+        offload.start_copies(PageCopies(to_device=pairs))
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    size = (
-        n
-        * page
-        * engine.model_config.num_layers
-        * 2
-        * engine.model_config.num_kv_heads
-        * engine.model_config.head_dim
-        * engine.dtype.itemsize
-    )
-    return size / statistics.median(times) / 1e9
+    return n * page_bytes(engine.model_config, page, engine.dtype.itemsize) / statistics.median(times) / 1e9
 
 
 def replay(
     engine: fastgen.Engine, args: argparse.Namespace, watch: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """All turns of all conversations; at most `args.together` at once. `watch` is called before each step."""
+    """Runs all turns of all conversations, at most `args.together` at once. `watch` is called before each step."""
     generator = torch.Generator().manual_seed(0)
 
     def words(n: int) -> list[int]:
@@ -175,7 +167,7 @@ def trace(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats: int) -> list[float]:
-    """Output tokens/s of each repeat, with new random prompts of 1,024 tokens."""
+    """Returns output tokens/s of each repeat, with new random prompts of 1,024 tokens."""
     rates = []
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=output, n=samples, ignore_eos=True)
     for _ in range(repeats):
@@ -188,18 +180,18 @@ def run(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats
 
 
 def share(engine: fastgen.Engine) -> dict[str, Any]:
-    """Rates of samples, and of distinct prompts."""
+    """Measures several samples per prompt, and distinct prompts."""
     settings, found = engine.config, {}
     run(engine, 32, 256, 16, 1)  # warm
     for name, on in (("shared attention", True), ("each by itself", False)):
-        engine.config = replace(settings, pages=replace(settings.kv_cache, shared_prefix_attention=on))
+        engine.config = replace(settings, kv_cache=replace(settings.kv_cache, shared_prefix_attention=on))
         found[name] = run(engine, 32, 256, 16, 4 if on else 2)
         print("32 x 1024, 16 samples -> 256,", name, found[name], flush=True)
     engine.config = settings
     tree, rates = engine.state.prefix_cache, {"without": [], "with": []}
     for name in ("without", "with", "with", "without") * 2:
         engine.state = engine.state._replace(
-            tree=type(tree)(tree.page_size, tree.num_device_pages, enable_prefix_caching=name == "with")
+            prefix_cache=type(tree)(tree.page_size, tree.num_device_pages, enable_prefix_caching=name == "with")
         )
         rates[name] += run(engine, 256, 128, 1, 1)
     print("256 x 1024 -> 128, without and with the tree of prefixes", rates, flush=True)
@@ -207,7 +199,7 @@ def share(engine: fastgen.Engine) -> dict[str, Any]:
 
 
 def converse(params: fastgen.Params, spec: fastgen.ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """The replay in each mode."""
+    """Runs the conversations in each mode."""
     tokens = args.conversations * (args.system + args.turns * (args.turn + args.answer)) // 4
     per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
     found: dict[str, Any] = {"copies": copy_rates(), "cache_tokens": tokens}

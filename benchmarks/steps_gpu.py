@@ -1,4 +1,4 @@
-"""Times of single steps on one GPU, and where their kernels' time goes.
+"""Times of single steps on one GPU, and of their kernels.
 
     python benchmarks/steps_gpu.py mistral-7b-instruct-v0.3 --out steps.json
 
@@ -26,7 +26,7 @@ def prompts(count: int, length: int, vocab: int, seed: int = 0) -> list[list[int
 
 
 def kernels(engine: fastgen.Engine, steps: int) -> list[tuple[str, int, float]]:
-    """(name, calls a step, microseconds a step) of the kernels that take longest."""
+    """Returns (name, calls per step, microseconds per step) of the kernels that take longest."""
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as p:
         for _ in range(steps):
             engine.step()
@@ -36,7 +36,7 @@ def kernels(engine: fastgen.Engine, steps: int) -> list[tuple[str, int, float]]:
 
 
 def decode(engine: fastgen.Engine, count: int, context: int, steps: int = 24, *, table: bool = False) -> dict:
-    """Steps in which `count` sequences decode at `context` tokens."""
+    """Times steps in which `count` sequences decode at `context` tokens."""
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=steps + 80, ignore_eos=True)
     ids = [engine.add(p, sampling) for p in prompts(count, context, engine.model_config.vocab_size)]
     while any(s.num_tokens - s.num_computed_tokens > 1 for s in engine.state.running) or engine.state.waiting:
@@ -75,7 +75,7 @@ def decode(engine: fastgen.Engine, count: int, context: int, steps: int = 24, *,
 
 
 def prefill(engine: fastgen.Engine, count: int, length: int, *, table: bool = False) -> dict:
-    """All of `count` prompts, one token drawn for each."""
+    """Times `count` prompts with one sampled token each."""
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=1)
     seconds, found = [], []
     for repeat in range(3):

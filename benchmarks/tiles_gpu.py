@@ -1,9 +1,9 @@
-"""Products of one row with the matrices of the supported models, in every tile: which are the fastest?
+"""Matmuls of one row by the matrices of the supported models, in every tile: which are the fastest?
 
     python benchmarks/tiles_gpu.py --out tiles.json
 
-Microseconds of each, in a chain of dependent launches over distinct weights, as a captured step has them. What
-`skinny.tile` says was read from this.
+Microseconds of each, in a chain of dependent launches over distinct weights, as in a captured step. The table in
+`small_batch.select_linear_tile` comes from these results.
 """
 
 import argparse
@@ -24,15 +24,15 @@ MODELS = {  # and over how many GPUs
     "llama-3.2-1b-instruct": 1, "qwen2.5-7b-instruct": 1, "llama-3.1-8b-instruct": 1, "ministral-8b-instruct-2410": 1,
     "mistral-7b-instruct-v0.3": 2, "qwen2.5-14b-instruct": 1, "deepseek-r1-distill-llama-70b": 2,
 }  # fmt: skip
-WARPS = {  # of each N and K
+WARPS = {  # to try for each N and K
     (16, 128): (1,), (16, 256): (1, 2), (16, 512): (1, 2, 4), (32, 128): (1, 2), (32, 256): (1, 2, 4),
     (32, 512): (2, 4, 8), (64, 128): (2, 4), (64, 256): (4, 8), (128, 128): (4, 8),
 }  # fmt: skip
-SHARED = 200 * 1024  # bytes that a program may have
+SHARED = 200 * 1024  # bytes of shared memory that a program may use
 
 
 def shapes() -> dict[tuple[int, int], list[str]]:
-    """Of matrices [width, depth], and whose they are."""
+    """Returns the matrices' shapes [out_features, in_features], and which matrices have them."""
     found = dict[tuple[int, int], list[str]]()
     for name, most in MODELS.items():
         spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{name}.json").read_text()))
@@ -47,7 +47,7 @@ def shapes() -> dict[tuple[int, int], list[str]]:
 
 
 def microseconds(weights: list[Tensor]) -> float:
-    """Of a product with each."""
+    """Returns the time of a matmul by each of the weights."""
     x = torch.randn(1, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
     small_batch.linear(x, weights[0])
     torch.cuda.synchronize()
