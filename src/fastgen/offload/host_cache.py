@@ -95,12 +95,12 @@ class HostOffload:
             shape = self.num_staging_pages if num_host_pages else 0, self.tensors_per_chunk, self.elements_per_page
             self._ring_buffer, self._fetch_buffer = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
             self._ring_position = 0  # slot after the last reserved one
-            self._ring_in_use: list[tuple[int, int, torch.cuda.Event]] = []  # (first slot, end, event after the copy)
+            self._ring_in_use: list[tuple[int, int, Any]] = []  # (first slot, end, event after the copy)
             self._gather_stream, self._to_host_stream, self._to_device_stream = (
                 torch.cuda.Stream(device) for _ in range(3)
             )
             self._prefetch_event: torch.cuda.Event | None = None  # the next step waits for it
-            self._host_page_events: dict[int, torch.cuda.Event] = {}  # after the last copy to or from a host page
+            self._host_page_events: dict[int, Any] = {}  # after the last copy to or from a host page
 
     def attach_cache(self, cache: KVCache) -> None:
         """Sets the cache whose pages are copied. ValueError if a page is not a multiple of 8 bytes."""
