@@ -103,11 +103,6 @@ class _Server(uvicorn.Server):
         self.listener.close()
         await super().shutdown()
 
-    @property
-    def connections(self) -> list["_Connection"]:
-        """The open connections."""
-        return [*self.server_state.connections]  # type: ignore[list-item]
-
     def capture_signals(self) -> Any:
         """Does nothing: uvicorn would stop listening at the first signal."""
         return nullcontext()
@@ -193,7 +188,8 @@ async def _serve(options: ServerOptions, name: str, listener: socket.socket, con
             await asyncio.sleep(0.02)
         state.engine_client.fail_all(APIError(503, "the server is shutting down", code="shutting_down"))
         end = loop.time() + FLUSH_TIMEOUT_SECONDS
-        while (busy := [c for c in server.connections if c.is_busy]) and loop.time() < end:
+        connections: Any = server.server_state.connections
+        while (busy := [c for c in connections if c.is_busy]) and loop.time() < end:
             for connection in busy:
                 connection.finish_response()
             await asyncio.sleep(0.02)

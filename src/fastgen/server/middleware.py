@@ -8,7 +8,8 @@ import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Collection
-from ipaddress import ip_address
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -132,8 +133,7 @@ class Middleware:
 def _check_num_values(body: bytes) -> bytes:
     """Returns the body. Raises APIError if it has so many values that parsing it would delay other clients."""
     if 4 * len(body) > MAX_JSON_VALUES:
-        num_values = body.count(b",") + 4 * sum(map(body.count, (b"[", b"{", b":")))
-        if num_values > MAX_JSON_VALUES:
+        if body.count(b",") + 4 * sum(map(body.count, (b"[", b"{", b":"))) > MAX_JSON_VALUES:
             limit = f"{MAX_JSON_VALUES} commas, between values or in strings; [, {{ and : count as 4"
             raise APIError(413, f"the body has more than {limit}")
     return body
@@ -148,7 +148,7 @@ def _check_host_and_origin(headers: dict[bytes, bytes], allowed_hosts: Collectio
     """
     host, origin = (headers.get(name, b"").decode("latin-1").strip().lower() for name in (b"host", b"origin"))
     name = _parse_host_name(f"//{host}")
-    if host and not (_is_allowed_host(name, allowed_hosts) or _is_ip_address(name)):
+    if host and not (_is_allowed_host(name, allowed_hosts) or _parse_ip_address(name)):
         raise APIError(403, f"this server is not called {name!r}: start it with --allowed-host NAME")
     is_same_host = bool(host) and origin.partition("://")[2] == host
     if origin and not (is_same_host or _is_allowed_host(_parse_host_name(origin), allowed_hosts)):
@@ -156,23 +156,19 @@ def _check_host_and_origin(headers: dict[bytes, bytes], allowed_hosts: Collectio
 
 
 def _parse_host_name(url: str) -> str:
-    try:
+    with suppress(ValueError):
         return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+    return ""
+
+
+def _parse_ip_address(name: str) -> IPv4Address | IPv6Address | None:
+    with suppress(ValueError):
+        return ip_address(name)
 
 
 def _is_allowed_host(name: str, allowed_hosts: Collection[str]) -> bool:
-    is_loopback = _is_ip_address(name) and ip_address(name).is_loopback
-    return name in allowed_hosts or name.endswith(".localhost") or is_loopback
-
-
-def _is_ip_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
+    address = _parse_ip_address(name)
+    return name in allowed_hosts or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
 def _replay_body(body: bytes, receive: Receive) -> Receive:
@@ -204,12 +200,8 @@ async def _on_api_error(request: Request, e: Exception) -> Response:
 async def _on_http_exception(request: Request, e: Exception) -> Response:
     """Responds to an unknown path or method, or to a body that is not JSON."""
     assert isinstance(e, HTTPException)
-    endpoint = f"{request.method} {request.url.path}"
-    messages = {
-        404: f"there is no {endpoint}",
-        405: f"{endpoint}: another method is needed",
-        400: "the body is not valid JSON",
-    }
+    path = f"{request.method} {request.url.path}"
+    messages = {404: f"there is no {path}", 405: f"{path} is not allowed", 400: "the body is not valid JSON"}
     response = error_response(APIError(e.status_code, messages.get(e.status_code, str(e.detail))))
     response.headers.update(e.headers or {})
     return response
