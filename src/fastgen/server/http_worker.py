@@ -119,7 +119,7 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
     ignore_backpressure = False  # whether a response is sent without waiting for a client that does not read
 
     def pause_writing(self) -> None:
-        """Pauses the response, unless backpressure is ignored."""
+        """Pauses the response until the client reads, unless backpressure is ignored."""
         if not self.ignore_backpressure:
             super().pause_writing()
 
@@ -135,14 +135,14 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         return is_answering or self.transport.get_write_buffer_size() > 0
 
     def connection_made(self, transport: Any) -> None:
-        """Begins the time for the first request's head."""
+        """Starts the timer for the first request's head."""
         with suppress(AttributeError):  # the loop is not asyncio's own
             transport.max_size = MAX_READ_BYTES
         super().connection_made(transport)
         self._update_idle_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Ends the time for a request's head once it is complete."""
+        """Stops the timer once a request's head is complete."""
         super().data_received(data)
         self._update_idle_timer()
 

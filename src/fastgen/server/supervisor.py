@@ -96,7 +96,7 @@ class Supervisor:
                 while len(self.workers) < self.num_workers:
                     self._start_worker()
             except (OSError, EOFError) as e:  # the fork server may have died; it is started again with the next worker
-                print_message(f"no worker could be started, which is tried again: {e}")
+                print_message(f"no worker could be started, trying again: {e}")
             is_incomplete = len(self.workers) < self.num_workers
             children = (engine, *self.workers)
             starting = [child for child in children if not child.is_ready]
