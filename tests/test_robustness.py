@@ -1,4 +1,4 @@
-"""What a server must not end or stall by, shown without one."""
+"""What must not end or stall a server, tested without one."""
 
 import asyncio
 import contextlib
@@ -46,26 +46,26 @@ from fastgen.server.tokenizer_thread import TokenizerThread
 
 
 def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One try a pause and one line for all of them; once there are files again, connections are taken."""
+    """The worker tries once per pause and warns once; once there are files again, it accepts connections."""
     monkeypatch.setattr(http_worker, "ACCEPT_PAUSE_SECONDS", 0.01)
-    tries = 0
-    full = True
+    num_tries = 0
+    is_full = True
 
     class Listener(socket.socket):
         def accept(self) -> tuple[socket.socket, object]:
-            nonlocal tries
-            tries += 1
-            if full:
+            nonlocal num_tries
+            num_tries += 1
+            if is_full:
                 raise OSError(errno.EMFILE, "Too many open files")
             return super().accept()
 
     async def run() -> None:
-        nonlocal full
-        taken = asyncio.Event()
+        nonlocal is_full
+        accepted = asyncio.Event()
 
         class Protocol(asyncio.Protocol):
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                taken.set()
+                accepted.set()
                 transport.close()
 
         with Listener() as listener:
@@ -75,14 +75,14 @@ def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monke
             acceptor = http_worker.Acceptor(listener, Protocol)
             acceptor.start()
             clients = [socket.create_connection(listener.getsockname()) for _ in range(8)]
-            while tries < 5:
+            while num_tries < 5:
                 await asyncio.sleep(0.001)
-            began, before = time.monotonic(), tries
+            began, num_before = time.monotonic(), num_tries
             await asyncio.sleep(0.05)
-            assert tries - before <= (time.monotonic() - began) / http_worker.ACCEPT_PAUSE_SECONDS + 1
-            assert not taken.is_set()
-            full = False
-            await asyncio.wait_for(taken.wait(), 5)
+            assert num_tries - num_before <= (time.monotonic() - began) / http_worker.ACCEPT_PAUSE_SECONDS + 1
+            assert not accepted.is_set()
+            is_full = False
+            await asyncio.wait_for(accepted.wait(), 5)
             acceptor.stop()
             for client in clients:
                 client.close()
@@ -102,27 +102,27 @@ print("served", flush=True)
 """
 
 
-@pytest.mark.parametrize("reader", ["nobody reads", "gone", "reads", "closed"])
-def test_a_log_that_nobody_reads(reader: str) -> None:
-    """Standard error is a pipe that is full, or broken, or no file at all: the process goes on and ends well."""
+@pytest.mark.parametrize("reader", ["not reading", "gone", "reading", "closed"])
+def test_standard_error_without_a_reader(reader: str) -> None:
+    """The process continues and ends well if standard error is a full pipe, a broken pipe, or closed."""
     source, sink = os.pipe()
     if reader == "gone":
         os.close(source)
     closing = {"preexec_fn": lambda: os.close(2)} if reader == "closed" else {"stderr": sink}
     process = subprocess.Popen([sys.executable, "-c", CHATTY], stdout=subprocess.PIPE, **closing)  # type: ignore[call-overload]
     os.close(sink)
-    said = b""
-    while reader == "reads" and (data := os.read(source, 2**16)):
-        said += data
+    output = b""
+    while reader == "reading" and (data := os.read(source, 2**16)):
+        output += data
     out, _ = process.communicate(timeout=60)
     assert out == b"served\n" and process.returncode == 0
-    if reader == "reads":
-        assert said.endswith(b"the last line\n") and said.startswith(b"line 0 of")
+    if reader == "reading":
+        assert output.endswith(b"the last line\n") and output.startswith(b"line 0 of")
     if reader != "gone":
         os.close(source)
 
 
-def test_lines_that_find_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_lines_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     source, sink = os.pipe()
     before = os.dup(2)
     monkeypatch.setattr(log, "_num_dropped_lines", 0)
@@ -130,23 +130,21 @@ def test_lines_that_find_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) ->
         os.dup2(sink, 2)
         for i in range(200):
             log.log_line(f"{i} " + "x" * 1000)
-        found = os.read(source, 2**20).decode()
+        output = os.read(source, 2**20).decode()
         log.log_line("again")
-        found += os.read(source, 2**20).decode()
+        output += os.read(source, 2**20).decode()
     finally:
         os.dup2(before, 2)
         for file in (source, sink, before):
             os.close(file)
-    lines = found.splitlines()
-    assert (
-        lines[-1] == "again"
-        and lines[-2] == f"fgserve: {200 - (len(lines) - 2)} lines were dropped, since nothing read them"
-    )
-    assert [int(line.split()[0]) for line in lines[:-2]] == [*range(len(lines) - 2)] and len(lines) > 50
+    lines = output.splitlines()
+    *written, dropped, last = lines
+    assert last == "again" and dropped == f"fgserve: {200 - len(written)} lines were dropped, since nothing read them"
+    assert [int(line.split()[0]) for line in written] == [*range(len(written))] and len(written) > 48
 
 
 def test_folders_of_killed_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are removed at the next start; those of servers that run, and what is no server's, stay."""
+    """They are removed at the next start; the folders of running servers, and other folders, stay."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(multiprocessing.current_process(), "_config", {})
     for name in ("killed", "runs"):
@@ -157,8 +155,8 @@ def test_folders_of_killed_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with open(tmp_path / "fgserve-runs" / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with supervisor.temporary_folder() as folder:
-            left = {p.name for p in tmp_path.iterdir()}
-            assert left == {"fgserve-runs", "fgserve-starts", Path(folder).name}
+            names = {p.name for p in tmp_path.iterdir()}
+            assert names == {"fgserve-runs", "fgserve-starts", Path(folder).name}
             assert Path(folder).stat().st_mode & 0o777 == 0o700
             with supervisor.temporary_folder() as other:  # a second server's
                 assert Path(folder).exists() and other != folder
@@ -166,7 +164,7 @@ def test_folders_of_killed_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_stopped_descendants() -> None:
-    """Children and their children; none once they go on."""
+    """Stopped children and grandchildren are listed until they continue."""
     sleeper = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     with subprocess.Popen([sys.executable, "-c", sleeper], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout
@@ -186,8 +184,8 @@ def test_stopped_descendants() -> None:
                 child.kill()
 
 
-def test_counts_are_added_up() -> None:
-    """Of two workers, one of which is gone; as Prometheus reads them."""
+def test_metrics_are_added_up() -> None:
+    """The counts of two workers, one of which has ended, are added up in Prometheus's format."""
     total = engine_process.EngineServer(MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), MagicMock())
 
     async def work(*gaps: float) -> None:

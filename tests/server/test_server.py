@@ -32,12 +32,11 @@ from test_tokenizer import BYTE_LEVEL, TEMPLATE
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.cli import serve
-from fastgen.server import app_state, http_worker
+from fastgen.server import app_state, http_worker, middleware
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.engine_process import EngineServer
 from fastgen.server.errors import APIError, bad_request
 from fastgen.server.messages import EngineInfo, Reply, Sender, TokenDelta, pack_message
-from fastgen.server.middleware import Middleware
 from fastgen.server.sse import dump_json
 from fastgen.structured_output.trial_process import GrammarCancelled
 
@@ -705,45 +704,47 @@ SENDERS: list[tuple[dict[str, str], bool]] = [
 ]
 
 
-def admit(headers: dict[str, str], method: str = "POST", **options: Any) -> None:
-    """A request's head, as the gate sees it."""
+def check_head(headers: dict[str, str], method: str = "POST", **options: Any) -> None:
+    """Passes a request's head to the middleware's checks."""
     state = app_state.AppState.__new__(app_state.AppState)
     state.is_draining, state.options = False, app_state.ServerOptions(engine_address="", model_names=("x",), **options)
     raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
-    Middleware(MagicMock(), MagicMock())._check_request(state, {"method": method, "path": "/v1/chat/completions"}, raw)
+    middleware.Middleware(MagicMock(), MagicMock())._check_request(
+        state, {"method": method, "path": "/v1/chat/completions"}, raw
+    )
 
 
-@pytest.mark.parametrize("headers, may", SENDERS, ids=str)
-def test_pages_of_other_sites_are_refused(headers: dict[str, str], may: bool) -> None:
-    """By the host that they call the server, or the origin that they come from; where either is checked at all."""
+@pytest.mark.parametrize("headers, is_allowed", SENDERS, ids=str)
+def test_pages_of_other_sites_are_refused(headers: dict[str, str], is_allowed: bool) -> None:
+    """Requests are refused by their Host or Origin, if the server checks names."""
     headers |= {"content-type": "application/json"}
-    admit(headers)
+    check_head(headers)
     for method in ("GET", "POST"):
-        if may:
-            admit(headers, method, allowed_hosts=LOCAL)
+        if is_allowed:
+            check_head(headers, method, allowed_hosts=LOCAL)
         else:
             with pytest.raises(APIError, match="--allowed-host") as e:
-                admit(headers, method, allowed_hosts=LOCAL)
+                check_head(headers, method, allowed_hosts=LOCAL)
             assert e.value.status == 403
 
 
-def test_bodies_must_be_said_to_be_json(server: Server) -> None:
-    """Whatever the installed FastAPI takes: a page may send anything else unasked."""
+def test_bodies_must_be_declared_as_json(server: Server) -> None:
+    """A page of any site may send other content types without asking, so they are refused."""
     for good in ("application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"):
-        admit({"content-type": good})
+        check_head({"content-type": good})
     for bad in ("", "text/plain", "application/x-www-form-urlencoded", "application/jsonx", "text/json+x", "x/json"):
         with pytest.raises(APIError, match="application/json") as e:
-            admit({"content-type": bad})
+            check_head({"content-type": bad})
         assert e.value.status == 400
     data = b'{"messages": [{"role": "user", "content": "x"}]}'
     assert server.http.post("/v1/chat/completions", content=data).status_code == 400
     assert server.http.get("/health", headers={"host": "evil.example"}).status_code == 403
 
 
-def test_keys_are_compared_whole() -> None:
-    """The empty one is none, even if the server were started with it."""
-    given = {"content-type": "application/json"}
-    for keys, sent, may in (
+def test_api_keys() -> None:
+    """Keys match as a whole; an empty key never does."""
+    headers = {"content-type": "application/json"}
+    for keys, authorization, is_allowed in (
         (("a b", "c"), "Bearer c", True),
         (("a b", "c"), "bearer  a b", True),
         (("",), "Bearer", False),
@@ -752,19 +753,19 @@ def test_keys_are_compared_whole() -> None:
         (("c",), "Basic c", False),
         (("c",), "Bearer C", False),
     ):
-        if may:
-            admit(given | {"authorization": sent}, api_keys=keys)
+        if is_allowed:
+            check_head(headers | {"authorization": authorization}, api_keys=keys)
         else:
             with pytest.raises(APIError) as e:
-                admit(given | {"authorization": sent}, api_keys=keys)
+                check_head(headers | {"authorization": authorization}, api_keys=keys)
             assert e.value.status == 401
 
 
 @pytest.mark.parametrize("key", ["", " ", "a ", "\ta", "é", "a\nb", "\x7f"])
-def test_keys_that_nobody_could_send(
+def test_keys_that_no_header_can_hold(
     key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused at the start, wherever they come from, and not printed."""
+    """Wrong keys are refused at the start, from the command or the environment, and not printed."""
     for words, environment in (
         ([f"--api-key={key}"], None),
         (["--api-key", "good", "--api-key", key], None),
@@ -778,8 +779,8 @@ def test_keys_that_nobody_could_send(
     assert serve.collect_api_keys(["a=b", "c d"], "e") == ("a=b", "c d", "e") and serve.collect_api_keys([], None) == ()
 
 
-def test_names_by_which_a_server_is_addressed() -> None:
-    """Checked where it listens to this machine alone, or where some are given."""
+def test_allowed_hosts() -> None:
+    """Names are checked if the server listens to this machine alone, or if names are given."""
     hosts = serve.list_allowed_hosts
     assert hosts("127.0.0.1", "127.0.0.1", []) == ("localhost", "127.0.0.1")
     assert hosts("Box", "::1", ["Box.lan"]) == ("localhost", "box", "box.lan")
@@ -930,18 +931,16 @@ def test_whatever_the_schema_allows(server: Server) -> None:
     quiet(server)
 
 
-def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is waited for, and not for ever."""
-    from fastgen.server import middleware as around
-
-    monkeypatch.setattr(around, "BODY_TIMEOUT_SECONDS", 0.05)
-    gate = around.Middleware(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
+def test_incomplete_bodies_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The middleware does not wait forever for a body."""
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_SECONDS", 0.05)
+    app = middleware.Middleware(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
 
     async def never() -> Any:
         await asyncio.sleep(60)
 
     with pytest.raises(APIError) as e:
-        asyncio.run(gate._read_body({}, never, 100))
+        asyncio.run(app._read_body({}, never, 100))
     assert e.value.status == 408
 
 
@@ -1059,7 +1058,7 @@ def test_a_hundred_streams_of_which_many_break_off(server: Server, library: fast
 
 
 def test_metrics(server: Server, client: openai.OpenAI) -> None:
-    """Counters of all workers together grow by what was asked, under vLLM's names."""
+    """The counters of all workers together grow by the requests' tokens, under vLLM's names."""
 
     def read() -> dict[str, float]:
         lines = server.http.get("/metrics").text.splitlines()
@@ -1093,12 +1092,13 @@ def test_metrics(server: Server, client: openai.OpenAI) -> None:
 # --- processes that die, and the end ----------------------------------------------------------------------------------
 
 
-def worker_of(server: Server, stream: httpx.Response) -> str:
-    """The worker at the other end of a connection: who holds the socket of these two ports."""
+def find_worker(server: Server, stream: httpx.Response) -> str:
+    """Returns the name of the worker at the other end of a connection, by the socket of the two ports."""
     port = stream.extensions["network_stream"].get_extra_info("client_addr")[1]
-    there = httpx.URL(server.url).port
+    server_port = httpx.URL(server.url).port
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    inode = next(r[9] for r in rows if int(r[1].split(":")[1], 16) == there and int(r[2].split(":")[1], 16) == port)
+    ports = [tuple(int(address.split(":")[1], 16) for address in row[1:3]) for row in rows]
+    inode = rows[ports.index((server_port, port))][9]
     for name, pid in server.children().items():
         try:
             links = [os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir()]
@@ -1106,40 +1106,41 @@ def worker_of(server: Server, stream: httpx.Response) -> str:
             continue
         if f"socket:[{inode}]" in links:
             return name
-    raise AssertionError("nobody's")
+    raise AssertionError("no worker has the connection")
 
 
-def test_a_worker_that_is_killed(server: Server, library: fastgen.Engine) -> None:
-    """Its streams break and its requests end; those of the other go on, and a new worker takes its place."""
-    given = {"temperature": 0, "max_tokens": 250, "ignore_eos": True}
-    wanted = texts(ask(library, "Hello", **given))[0]
+def test_a_worker_is_killed(server: Server, library: fastgen.Engine) -> None:
+    """Its streams break and its requests end; the other worker's continue, and a new worker is started."""
+    sampling = {"temperature": 0, "max_tokens": 250, "ignore_eos": True}
+    expected = texts(ask(library, "Hello", **sampling))[0]
     streams: list[tuple[str, httpx.Response, Iterator[dict[str, Any]]]] = []
     with httpx.Client(base_url=server.url, headers=server.headers, timeout=60) as http:
-        while len({who for who, *_ in streams}) < 2 or len(streams) < 6:
-            request = http.build_request("POST", "/completions", json={"prompt": "Hello", "stream": True} | given)
+        while len({worker for worker, *_ in streams}) < 2 or len(streams) < 6:
+            request = http.build_request("POST", "/completions", json={"prompt": "Hello", "stream": True} | sampling)
             response = http.send(request, stream=True)
-            streams.append((worker_of(server, response), response, events(response)))
+            streams.append((find_worker(server, response), response, events(response)))
             assert len(streams) < 24
         victim = streams[0][0]
         os.kill(server.children()[victim], signal.SIGKILL)
-        for who, response, chunks in streams:
-            if who == victim:
+        for worker, response, chunks in streams:
+            if worker == victim:
                 with pytest.raises(httpx.RemoteProtocolError):
                     list(chunks)
             else:
-                assert "".join(c["choices"][0]["text"] for c in chunks) == wanted
+                assert "".join(c["choices"][0]["text"] for c in chunks) == expected
             response.close()
     quiet(server)
-    server.until(lambda: len(server.children()) == 4)  # the engine, two workers and the dead one
-    short, wanted = given | {"max_tokens": 9}, texts(ask(library, "Hello", **given | {"max_tokens": 9}))[0]
+    server.until(lambda: len(server.children()) == 4)  # the engine, two workers and the killed one
+    sampling["max_tokens"] = 9
+    expected = texts(ask(library, "Hello", **sampling))[0]
     for _ in range(8):
-        reply = httpx.post(f"{server.url}/completions", json={"prompt": "Hello"} | short, headers=server.headers)
-        if reply.status_code != 503:  # the new one may not have its tokenizer yet
-            assert reply.json()["choices"][0]["text"] == wanted
+        reply = httpx.post(f"{server.url}/completions", json={"prompt": "Hello"} | sampling, headers=server.headers)
+        if reply.status_code != 503:  # the new worker may not have loaded its tokenizer yet
+            assert reply.json()["choices"][0]["text"] == expected
 
 
 def test_health_of_a_stopped_engine(bare: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 within the deadline while it is stopped, 200 when it goes on."""
+    """/health is 503 within its deadline while the engine is stopped, and 200 once the engine continues."""
     engine = bare.children()["engine"]
     os.kill(engine, signal.SIGSTOP)
     try:
@@ -1150,8 +1151,8 @@ def test_health_of_a_stopped_engine(bare: Server, monkeypatch: pytest.MonkeyPatc
     bare.until(lambda: bare.http.get("/health").status_code == 200, 10)
 
 
-def test_what_starts_workers_is_killed(bare: Server) -> None:
-    """Nobody notices; and when a worker dies after it, another comes all the same."""
+def test_the_fork_server_is_killed(bare: Server) -> None:
+    """Workers live on without the process that started them, and are still replaced."""
     worker = bare.children()["worker-0"]
     parent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     assert parent != bare.process.pid
@@ -1161,12 +1162,12 @@ def test_what_starts_workers_is_killed(bare: Server) -> None:
     os.kill(worker, signal.SIGKILL)
     bare.until(lambda: "worker-1" in bare.children(), 30)
 
-    def answers() -> bool:
+    def is_healthy() -> bool:
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{bare.url}/health").status_code == 200
         return False
 
-    bare.until(answers, 30)
+    bare.until(is_healthy, 30)
 
 
 def test_a_model_without_a_tokenizer(bare: Server) -> None:
@@ -1187,34 +1188,34 @@ def test_a_model_without_a_tokenizer(bare: Server) -> None:
 
 
 def test_the_engine_is_killed(bare: Server) -> None:
-    """Streams end with an error, others get one, and the server ends, non-zero."""
+    """Streams end with an error, other requests get one, and the server ends with status 1."""
     body = {"prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": True}
     with bare.http.stream("POST", "/completions", json=body | {"stream": True, "logprobs": 0}) as stream:
         chunks = events(stream)
         next(chunks)
         with ThreadPoolExecutor() as pool:
-            whole = pool.submit(lambda: httpx.post(f"{bare.url}/completions", json=body | {"n": 4}, timeout=60))
+            reply = pool.submit(lambda: httpx.post(f"{bare.url}/completions", json=body | {"n": 4}, timeout=60))
             bare.until(lambda: bare.status()["running"] == 5)
             os.kill(bare.children()["engine"], signal.SIGKILL)
             assert [*chunks][-1]["error"]["code"] == "engine_error"
-        assert whole.result().status_code == 500 and whole.result().json()["error"]["code"] == "engine_error"
+        assert reply.result().status_code == 500 and reply.result().json()["error"]["code"] == "engine_error"
     assert bare.stop(terminate=False) == 1
     assert any("the engine died" in line for line in bare.lines)
     for pid in bare.children().values():
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_the_end(server: Server, library: fastgen.Engine) -> None:
-    """SIGTERM: nothing new is taken, what ends within the grace time is finished, the rest is told, and all is well."""
-    given = {"temperature": 0, "max_tokens": 100, "ignore_eos": True}
-    wanted = texts(ask(library, "Hello", **given))[0]
+def test_shutdown(server: Server, library: fastgen.Engine) -> None:
+    """After SIGTERM, new requests are refused, running ones finish or get an error after the grace period."""
+    sampling = {"temperature": 0, "max_tokens": 100, "ignore_eos": True}
+    expected = texts(ask(library, "Hello", **sampling))[0]
     long = {"prompt": "Hello", "n": 128, "max_tokens": 500, "ignore_eos": True, "stream": True}
     with (
-        server.http.stream("POST", "/completions", json={"prompt": "Hello", "stream": True} | given) as stream,
+        server.http.stream("POST", "/completions", json={"prompt": "Hello", "stream": True} | sampling) as stream,
         httpx.stream("POST", f"{server.url}/completions", json=long, headers=server.headers) as too_long,
     ):
         chunks, others = events(stream), events(too_long)
-        found = next(chunks)["choices"][0]["text"]
+        text = next(chunks)["choices"][0]["text"]
         next(others)
         server.process.send_signal(signal.SIGTERM)
         server.line("shutting down")
@@ -1222,7 +1223,7 @@ def test_the_end(server: Server, library: fastgen.Engine) -> None:
         reply = server.http.post("/completions", json={"prompt": "Hello"})
         assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
         assert reply.json()["error"]["message"] == "the server is shutting down"
-        assert found + "".join(c["choices"][0]["text"] for c in chunks) == wanted
+        assert text + "".join(c["choices"][0]["text"] for c in chunks) == expected
         assert [*others][-1]["error"]["code"] == "shutting_down"
     assert server.stop(terminate=False) == 0
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines[-60:])
@@ -1372,7 +1373,7 @@ def test_a_step_that_fails_and_a_worker_that_died(library: fastgen.Engine, monke
 
 
 def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a traceback, instead of answering 503 for good. Here the engine sends no information about its model."""
+    """A worker that cannot load ends with a traceback, instead of answering 503 forever."""
 
     class Client:
         is_engine_dead = False
@@ -1399,7 +1400,7 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["model=debug", "prompt=x"], "requests bring this themselves"),
         (["model=debug", "temperature=0"], "temperature=0: requests bring this themselves"),
@@ -1410,14 +1411,14 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
         (["--allowed-host", "http://x/"], "without port or path"),
     ],
 )
-def test_commands_that_are_wrong(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line that says what, before anything starts."""
+def test_wrong_commands(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong command prints one line before anything starts."""
     try:
         code = serve.main(words)
     except SystemExit as e:
         code = e.code
     err = capsys.readouterr().err
-    assert code == 2 and said in err and "Traceback" not in err
+    assert code == 2 and message in err and "Traceback" not in err
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1426,14 +1427,14 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert re.fullmatch(r"fgserve needs zmq: pip install fastgen\[serve\]\n", capsys.readouterr().err)
 
 
-def test_a_model_by_any_name(tiny: Path) -> None:
-    """A path, a name of conf/model, or none; the name is the last part of a path."""
+def test_model_names(tiny: Path) -> None:
+    """MODEL is a path, whose last part is the name, a name of conf/model, or missing."""
     for words, name, path in (
         ([str(tiny)], "tiny", str(tiny)),
         (["debug"], "debug", None),
         ([], "smollm2-135m-instruct", None),
     ):
-        config, found = serve.configure(serve._make_parser().parse_args(words))
-        assert found == name and (path is None or config.model.path == path)
+        config, actual = serve.configure(serve._make_parser().parse_args(words))
+        assert actual == name and (path is None or config.model.path == path)
     config, _ = serve.configure(serve._make_parser().parse_args(["debug", "--tensor-parallel", "1"]))
     assert config.model.random_weights and config.parallel.tensor_parallel == 1
