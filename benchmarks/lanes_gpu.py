@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen.checkpoint import weights
+from fastgen.checkpoint import files
 from fastgen.compiled.compiled_ops import CompiledOps
 from fastgen.core import transformer
 from fastgen.core.transformer import TORCH_OPS
@@ -123,7 +123,7 @@ def main() -> None:
         print(row, flush=True)
 
     torch.backends.cuda.preferred_blas_library("cublaslt")
-    spec = fastgen.from_hf_config(weights.read_hf_config(HERE / "configs" / f"{args.model}.json"))
+    spec = fastgen.from_hf_config(files.read_hf_config(HERE / "configs" / f"{args.model}.json"))
     params = fastgen.init(spec, device="cuda", dtype=torch.bfloat16)
     wide = -(-args.context // PAGE)
     most = max(args.rows)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.checkpoint import weights
+from fastgen.checkpoint import files, weights
 
 HERE = Path(__file__).parent
 
@@ -36,7 +36,7 @@ def seconds(f: Callable[[], Any], repeats: int = 5) -> float:
 
 def trainer(config: Path, seed: int, device: str, pipe: Any) -> None:
     """Another process with parameters of its own, until it is told to end."""
-    spec = fastgen.from_hf_config(weights.read_hf_config(config))
+    spec = fastgen.from_hf_config(files.read_hf_config(config))
     params = fastgen.init(spec, seed, device=device, dtype=torch.bfloat16)
     torch.cuda.synchronize(device)
     pipe.send(fastgen.cuda_ipc_handles(weights.named_weights(params, spec)))

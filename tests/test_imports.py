@@ -12,15 +12,15 @@ import fastgen
 ROOT = Path(fastgen.__file__).parent
 LAYERS = [  # each may import from its own line and those above
     ["config", "core.types", "core.page_pool", "core.prefix_cache", "core.model_config", "core.chat_template"]
-    + ["core.model_families", "core.control_tokens", "checkpoint.files", "thread_safety", "training.sleep"],
+    + ["core.model_families", "core.control_tokens", "thread_safety", "training.sleep"],
     ["distributed.processes", "distributed.router"],
-    ["checkpoint.gguf", "profiling.roofline", "core.layers", "core.attention", "core.scheduler", "core.sampling"]
+    ["checkpoint.files", "checkpoint.gguf", "checkpoint.hub"]
+    + ["profiling.roofline", "core.layers", "core.attention", "core.scheduler", "core.sampling"]
     + ["core.scheduling_policy", "core.kv_cache"]
     + ["kernels.attention", "kernels.sample", "kernels.pdl", "kernels.small_batch", "kernels.rope_cache"]
     + ["kernels.page_copy", "kernels.lora", "kernels.all_reduce_norm"],
     ["core.transformer", "checkpoint.weights", "core.tokenizer", "core.detokenizer", "checkpoint.tokenizer"],
     [
-        "checkpoint.hub",
         "kernels.batch_invariant",
         "structured_output.trial",
         "structured_output.trial_process",
@@ -39,7 +39,7 @@ LAYERS = [  # each may import from its own line and those above
         "training.differentiable_ops",
     ]
     + ["training.logprobs"],
-    ["lora.adapter", "lora.__init__"],
+    ["lora.adapter", "lora.peft_files", "lora.manager", "lora.__init__"],
     ["distributed.rendezvous", "distributed.workers", "compiled.runner", "compiled.warm_up"],
     ["core.engine_core", "event_stream"],
     ["engine"],

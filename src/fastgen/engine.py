@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastgen import lora
-from fastgen.checkpoint import hub, tokenizer, weights
+from fastgen.checkpoint import files, hub, tokenizer, weights
 from fastgen.config import EngineConfig, SamplingParams, check_choice, check_int
 from fastgen.core import scheduler
 from fastgen.core.engine_core import INT64_RANGE, EngineCore, get_tp_size
@@ -54,7 +54,7 @@ def _load_model(
             path, device=device, dtype=dtype, progress=progress, tp_shard=shard, allocate=allocate
         )
     else:
-        spec = weights.read_model_config(path)
+        spec = files.read_model_config(path)
         kind = dtype or getattr(torch, spec.dtype)
         room = None if allocate is None else allocate(weights.param_bytes(spec, kind, shard))
         params = weights.init(spec, seed, device=device, dtype=dtype, tp_shard=shard, memory=room)
@@ -67,7 +67,7 @@ def resolve_model(model: str | Path | None, dtype: str, device: str) -> tuple[Pa
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return hub.default_model_path() if model is None else weights.resolve(model), device
+    return hub.default_model_path() if model is None else hub.resolve(model), device
 
 
 def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -122,7 +122,7 @@ class Engine(EngineCore, GenerateMethods):
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
         load = partial(_load_model, path, kind, random_seed if random_weights else None)
         if size > 1:
-            shard_config(weights.read_model_config(path), size)
+            shard_config(files.read_model_config(path), size)
             group = workers.create_tp_group(size, device.partition(":")[0], load, settings, cls)
             device = workers.rank_device(device, group.shard.rank) if device == "cuda" else device
         else:

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import ModelConfig, Params
-from fastgen.checkpoint.weights import WeightSpec, named_weights, resolve, update, weight_specs
+from fastgen.checkpoint.hub import resolve
+from fastgen.checkpoint.weights import WeightSpec, named_weights, update, weight_specs
 from fastgen.core.model_config import TPShard
 
 SIZES = {

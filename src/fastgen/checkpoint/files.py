@@ -1,4 +1,4 @@
-"""Reads the files of a checkpoint: JSON, safetensors and their index. A damaged one is a ValueError that names it."""
+"""Reads the files of a checkpoint: JSON, config, safetensors and their index. Errors name the damaged file."""
 
 import json
 import os
@@ -11,35 +11,76 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-MAX_JSON_BYTES = 2**28  # more than any tokenizer.json has
-FLOAT_DTYPES = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-)  # dtypes of weights; whole numbers and float8 would be read without their scales
+from fastgen.core.model_config import ModelConfig
+from fastgen.core.model_families import from_hf_config, parse_eos_token_ids
+
+MAX_JSON_BYTES = 2**28  # larger than any tokenizer.json
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # integers and float8 would be read without their scales
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 UNSUPPORTED_FORMATS = ("pytorch_model*.bin*", "*.pth", "*.pt", "tf_model.h5", "flax_model.msgpack", "*.gguf")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds. ValueError, with the file, if it holds anything else."""
+    """Returns the object in a JSON file. Raises ValueError, naming the file, if it is anything else."""
     try:
         if (size := file.stat().st_size) > MAX_JSON_BYTES:
             raise ValueError(f"{size} bytes, more than {MAX_JSON_BYTES}")
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"{file}: cannot be read: {e.strerror or e}") from e
-    except (ValueError, RecursionError) as e:  # no UTF-8, no JSON, numbers of thousands of digits; nested too deep
+    # Not UTF-8, not JSON, integers of thousands of digits; nested too deep.
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: damaged, not JSON: {e}; download it again") from e
     if not isinstance(value, dict):
         raise ValueError(f"{file}: damaged, a JSON {type(value).__name__} where an object is expected")
     return value
 
 
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """Returns the Hugging Face config of a resolved model, with the end tokens of generation_config.json added.
+
+    Raises ValueError, naming the file, for one that is missing or damaged.
+    """
+    if path.suffix == ".gguf":
+        from fastgen.checkpoint import gguf  # the reader takes a while to import
+
+        return gguf.read(path)[0]
+    file = _config_file(path)
+    if not file.is_file():
+        is_adapter = (file.parent / "adapter_config.json").is_file()
+        advice = "; this is an adapter: name its base model, and the adapter in `adapters`" if is_adapter else ""
+        raise ValueError(f"{file.parent}: no config.json{advice}")
+    config = read_json(file)
+    generation = file.parent / "generation_config.json"
+    if generation.is_file():
+        eos = parse_eos_token_ids(config.get("eos_token_id"), str(file))
+        eos += parse_eos_token_ids(read_json(generation).get("eos_token_id"), str(generation))
+        config["eos_token_id"] = list(dict.fromkeys(eos))
+    return config
+
+
+def read_model_config(path: Path, hf_config: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Returns the `ModelConfig` of a resolved model, from `hf_config` if that was read already.
+
+    Raises ValueError, naming the file, for a config that is missing, damaged or not supported.
+    """
+    hf_config = read_hf_config(path) if hf_config is None else hf_config
+    try:
+        return from_hf_config(hf_config)
+    except ValueError as e:
+        file = path if path.suffix == ".gguf" else _config_file(path)
+        raise ValueError(str(e).replace("config.json", str(file), 1)) from e
+
+
+def _config_file(path: Path) -> Path:
+    if path.suffix == ".json" and not path.name.endswith(".index.json"):
+        return path
+    return (path if path.is_dir() else path.parent) / "config.json"
+
+
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file, mapped. ValueError, with the file, if it or one of the tensors read is damaged."""
+    """Maps a safetensors file. Raises ValueError, naming the file, if it or a tensor read from it is damaged."""
     try:
         with safe_open(file, "pt") as f:
             yield f
@@ -50,16 +91,14 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a safetensors file. ValueError where one is not of floating point."""
+    """Returns the shapes of the tensors in a safetensors file. Raises ValueError for dtypes that are not float."""
     shapes = {}
     with open_safetensors(file) as f:
         for name in f.keys():
             tensor = f.get_slice(name)
-            if tensor.get_dtype() not in FLOAT_DTYPES:
-                kind = tensor.get_dtype()
-                raise ValueError(
-                    f"{file}: {name} has dtype {kind}: read are {', '.join(FLOAT_DTYPES)}, no quantized models"
-                )
+            if (dtype := tensor.get_dtype()) not in FLOAT_DTYPES:
+                supported = f"read are {', '.join(FLOAT_DTYPES)}, no quantized models"
+                raise ValueError(f"{file}: {name} has dtype {dtype}: {supported}")
             shapes[name] = tuple(tensor.get_shape())
     return shapes
 
@@ -77,8 +116,10 @@ class Checkpoint:
         return sum(file.stat().st_size for file in set(self.files.values()))
 
     def iter_tensors(self, *, as_slices: bool = False) -> Iterator[tuple[str, Any]]:
-        """Yield (name, tensor) of all, or, `sliced`, slices of which only what is indexed is read; one file is mapped
-        at a time."""
+        """Yields (name, tensor) of every tensor, mapping one file at a time.
+
+        With `as_slices` the tensors are safetensors slices, of which indexing reads only what it selects.
+        """
         for file in sorted(set(self.files.values())):
             with open_safetensors(file) as f:
                 for name in f.keys():
@@ -87,37 +128,37 @@ class Checkpoint:
 
     @contextmanager
     def open_slice(self, name: str) -> Iterator[Any]:
-        """Open the slice of one tensor."""
+        """Opens the slice of one tensor."""
         with open_safetensors(self.files[name]) as f:
             yield f.get_slice(name)
 
 
 def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """Find the files that transformers would load, and read their headers.
+    """Finds the files that transformers would load, and reads their headers.
 
-    `path` is a folder, its config.json, an index or a `.safetensors` file. Of a folder these are, in this order: the
-    file that config.json names as `transformers_weights`; model.safetensors; the shards of its index. A folder that
-    has neither, which transformers refuses, may have files under other names, as long as no two hold one tensor.
-    ValueError for a folder without any, and for damaged files.
+    `path` is a folder, its config.json, an index or a `.safetensors` file. In a folder these are, in this order: the
+    file that config.json names as `transformers_weights`; model.safetensors; the shards of its index. A folder with
+    none of them, which transformers rejects, may have files under other names, as long as no two hold the same tensor.
+    Raises ValueError for a folder without any, and for damaged files.
     """
     files, unique = _find_weight_files(path, config)
     shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for file in files:
-        found = read_shapes(file)
-        if unique and (twice := found.keys() & shapes.keys()):
-            name = min(twice)
+        new = read_shapes(file)
+        if unique and (duplicates := new.keys() & shapes.keys()):
+            name = min(duplicates)
             raise ValueError(
-                f"{file.parent}: {places[name].name} and {file.name} both hold {name}, and there is no {INDEX_FILE} to say "
-                "which is the checkpoint: remove one, or name the file"
+                f"{file.parent}: {file_of[name].name} and {file.name} both hold {name}, and there is no {INDEX_FILE} "
+                "to say which is the checkpoint: remove one, or name the file"
             )
-        shapes |= found
-        places |= dict.fromkeys(found, file)
-    return Checkpoint(shapes, places)
+        shapes |= new
+        file_of |= dict.fromkeys(new, file)
+    return Checkpoint(shapes, file_of)
 
 
 def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], bool]:
-    """The files of a checkpoint, of which later ones win, and whether each tensor must be in one of them only."""
+    """Returns the files of a checkpoint, of which later ones win, and whether no two may hold the same tensor."""
     if path.name.endswith(".index.json"):
         return _read_shard_index(path), False
     if path.is_file() and path.suffix != ".json":
@@ -126,11 +167,12 @@ def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path
         return [path], False
     folder = path if path.is_dir() else path.parent
     if (explicit := config.get("transformers_weights")) is not None:
+        problem = f"{folder}: config.json names {explicit!r} as transformers_weights"
         if not isinstance(explicit, str) or not explicit.endswith((".safetensors", ".safetensors.index.json")):
-            raise ValueError(f"{folder}: config.json names {explicit!r} as transformers_weights: no safetensors file")
+            raise ValueError(f"{problem}: no safetensors file")
         file = folder / explicit
         if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
-            raise ValueError(f"{folder}: config.json names {explicit!r} as transformers_weights, outside of its folder")
+            raise ValueError(f"{problem}, outside of its folder")
         return (_read_shard_index(file) if explicit.endswith(".json") else [file]), False
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE], False
@@ -138,15 +180,13 @@ def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path
         return _read_shard_index(folder / INDEX_FILE), False
     if files := sorted(folder.glob("*.safetensors")):
         return files, True
-    others = sorted(file.name for pattern in UNSUPPORTED_FORMATS for file in folder.glob(pattern))
-    advice = (
-        f"; {', '.join(others[:4])} is not read: save the model with transformers' save_pretrained" if others else ""
-    )
+    names = sorted(file.name for pattern in UNSUPPORTED_FORMATS for file in folder.glob(pattern))
+    advice = f"; {', '.join(names[:4])} is not read: save the model with transformers' save_pretrained" if names else ""
     raise ValueError(f"{folder}: no .safetensors file{advice}")
 
 
 def _read_shard_index(index: Path) -> list[Path]:
-    """The files that an index names."""
+    """Returns the files that an index names."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index}: damaged, no weight_map from names of tensors to names of files")

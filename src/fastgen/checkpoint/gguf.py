@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from gguf import GGUFReader, GGUFValueType, ReaderTensor, TokenType
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -166,7 +167,7 @@ class GGUFTensors:
             x = torch.from_numpy(array).view(stored or torch.float32)  # bfloat16 comes as bytes
             if config["model_type"] == "llama" and (n := heads.get(name.split(".")[-2])):
                 # llama.cpp rotates rows (2i, 2i + 1) of a head, Hugging Face rows (i, i + head_dim / 2)
-                x = x.unflatten(0, (n, -1, 2)).transpose(1, 2).flatten(0, 2)
+                x = rearrange(x, "(heads pair two) ... -> (heads two pair) ...", heads=n, two=2)
             yield name, x
 
 

@@ -1,4 +1,4 @@
-"""Each weight is declared once, in `declare`; init, load, update and save are walks over that tree."""
+"""Declares each weight once, in `weight_specs`; init, load, update and save are walks over that tree."""
 
 import json
 import re
@@ -9,28 +9,28 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub  # what it has is imported where it is used
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm.auto import tqdm
 
-from fastgen.checkpoint.files import Checkpoint, open_checkpoint, read_json
+from fastgen.checkpoint.files import Checkpoint, open_checkpoint, read_hf_config, read_model_config
+from fastgen.checkpoint.hub import resolve
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
-from fastgen.core.model_families import from_hf_config, parse_eos_token_ids, to_hf_config
+from fastgen.core.model_families import to_hf_config
 from fastgen.core.types import Layer, Params
 from fastgen.training.sleep import ReleasableMemory
 
-IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old checkpoints carry
+IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")  # buffers of old checkpoints
 EMBED_NAME, LM_HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where the head is tied
 FINAL_NORM_NAME = "model.norm.weight"
 FINITE_HINT = "check_finite=False takes them as they are"
-COMPARE_CHUNK_ROWS = 8192  # of two tensors that are compared at a time
+COMPARE_CHUNK_ROWS = 8192  # rows of two tensors that are compared at once
 
 
 class DimShard(NamedTuple):
-    """What a rank has of a dimension: [first, first + count) of `whole`."""
+    """A rank's shard of a dimension: `size` entries from `start` on, of `full_size`."""
 
     full_size: int
     start: int
@@ -42,293 +42,264 @@ class DimShard(NamedTuple):
 
 
 class CheckpointTensor(NamedTuple):
-    """Rows of a leaf that come from one tensor of the checkpoint: a cut of each of its dimensions."""
+    """Rows of a weight that come from one tensor of the checkpoint, with the rank's shard of each dimension."""
 
     name: str
     dim_shards: tuple[DimShard, ...]
 
     @property
     def full_shape(self) -> tuple[int, ...]:
-        """In the checkpoint."""
-        return tuple(cut.full_size for cut in self.dim_shards)
+        """Shape in the checkpoint."""
+        return tuple(dim.full_size for dim in self.dim_shards)
 
     def extract_shard(self, tensor: Any) -> Tensor:
-        """The cut of a tensor, or of a file's slice, of which no more is read."""
-        return tensor[tuple(cut.slice for cut in self.dim_shards)]
+        """Returns the rank's shard of a tensor, or of a safetensors slice, of which only the shard is read."""
+        return tensor[tuple(dim.slice for dim in self.dim_shards)]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """A weight: `parts` are packed along the first dimension, in order; rows beyond them are padding."""
+    """Declaration of a weight: `checkpoint_tensors` packed along the first dimension; rows after them are padding."""
 
     checkpoint_tensors: tuple[CheckpointTensor, ...]
     shape: tuple[int, ...]
-    fill_value: float | None = None  # constant initial value; None draws from a normal
+    fill_value: float | None = None  # initial value; None: normally distributed
 
 
+# Weights that multiply the same activations are packed into one matrix: q, k and v into `qkv`, gate and up into
+# `gate_up`. One large matmul reads the activations once and is faster than several small ones, most of all for the few
+# rows of a decode step. Checkpoints, weight updates and adapters know the parts by their own names, which
+# `checkpoint_tensors` maps to views of the packed tensor: nothing is packed or unpacked after loading.
+#
+# Tensor parallelism shards the parts, not the packed matrix (Megatron-LM, arXiv 1909.08053): a rank has its heads of
+# q, k and v, or its slice of the width of gate and up, packed in the same order. The forward of a rank is that of a
+# smaller model (`shard_config`). `out` and `down` are sharded by columns to match, and the embedding and the head by
+# rows of the vocabulary, padded so that all ranks have equally many.
 def weight_specs(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> Params:
-    """The tree of all weights of a model, or of a rank's, with a Leaf in the place of every tensor."""
+    """Returns the tree of a model's weights, or of a rank's shards, with a `WeightSpec` in place of every tensor.
+
+    Raises ValueError for a tensor-parallel size that does not divide the model.
+    """
     rank, size = tp_shard
-    shard_config(model_config, size)  # a size that does not divide the model is a ValueError
+    config, head_dim, local = model_config, model_config.head_dim, shard_config(model_config, size)
+    rows_per_rank = vocab_shard(config.vocab_size, TPShard(0, size))[1]
+    vocab = DimShard(config.vocab_size, *vocab_shard(config.vocab_size, tp_shard))
+    width = DimShard(config.intermediate_size, rank * local.intermediate_size, local.intermediate_size)
+    hidden, head = (DimShard(n, 0, n) for n in (config.hidden_size, head_dim))
+    # With fewer key heads than ranks, a rank has the key head that its queries belong to.
+    q, kv = (DimShard(n * head_dim, rank * n // size * head_dim, n_local * head_dim)
+             for n, n_local in ((config.num_q_heads, local.num_q_heads), (config.num_kv_heads, local.num_kv_heads))
+    )  # fmt: skip
 
-    def all_of(n: int) -> DimShard:
-        return DimShard(n, 0, n)
-
-    def heads(n: int) -> DimShard:
-        """A rank's share, or, where there are fewer heads than ranks, the one that its queries belong to."""
-        return DimShard(
-            n * model_config.head_dim,
-            rank * n // size * model_config.head_dim,
-            max(1, n // size) * model_config.head_dim,
-        )
-
-    q, kv, dim = heads(model_config.num_q_heads), heads(model_config.num_kv_heads), all_of(model_config.hidden_size)
-    ffn = DimShard(
-        model_config.intermediate_size,
-        rank * (model_config.intermediate_size // size),
-        model_config.intermediate_size // size,
-    )
-    vocab = DimShard(model_config.vocab_size, *vocab_shard(model_config.vocab_size, tp_shard))
-    padded = vocab_shard(model_config.vocab_size, TPShard(0, size))[1]
-
-    def leaf(
-        rows: dict[str, DimShard],
-        columns: DimShard | None = None,
-        *,
-        padded: int | None = None,
-        fill: float | None = None,
+    def spec(
+        rows: dict[str, DimShard], columns: DimShard | None = None, *, num_rows: int = 0, fill: float | None = None
     ) -> Any:
-        rest = () if columns is None else (columns,)
-        count = padded or sum(cut.size for cut in rows.values())
-        parts = tuple(CheckpointTensor(name, (cut, *rest)) for name, cut in rows.items())
-        return WeightSpec(parts, (count, *(cut.size for cut in rest)), fill)
+        dims = () if columns is None else (columns,)
+        tensors = tuple(CheckpointTensor(name, (dim, *dims)) for name, dim in rows.items())
+        shape = num_rows or sum(dim.size for dim in rows.values()), *(dim.size for dim in dims)
+        return WeightSpec(tensors, shape, fill)
 
     def layer(i: int) -> Layer:
-        def at(name: str) -> str:
-            return f"model.layers.{i}.{name}"
-
-        heads = {"q": q, "k": kv, "v": kv}
-        weight = {at(f"self_attn.{n}_proj.weight"): rows for n, rows in heads.items()}
-        bias = {at(f"self_attn.{n}_proj.bias"): rows for n, rows in heads.items()}
-        gate_up = {at(f"mlp.{n}_proj.weight"): ffn for n in ("gate", "up")}
-        norm = all_of(model_config.head_dim)
+        prefix = f"model.layers.{i}"
+        attention, heads = f"{prefix}.self_attn", {"q": q, "k": kv, "v": kv}
+        weights = {f"{attention}.{n}_proj.weight": rows for n, rows in heads.items()}
+        biases = {f"{attention}.{n}_proj.bias": rows for n, rows in heads.items()}
         return Layer(
-            attn_norm=leaf({at("input_layernorm.weight"): dim}, fill=1.0),
-            qkv=leaf(weight, dim),
-            qkv_bias=leaf(bias, fill=0.0) if model_config.qkv_bias else None,
-            q_norm=leaf({at("self_attn.q_norm.weight"): norm}, fill=1.0) if model_config.qk_norm else None,
-            k_norm=leaf({at("self_attn.k_norm.weight"): norm}, fill=1.0) if model_config.qk_norm else None,
-            out=leaf({at("self_attn.o_proj.weight"): dim}, q),
-            out_bias=leaf({at("self_attn.o_proj.bias"): dim}, fill=0.0) if model_config.out_bias else None,
-            ffn_norm=leaf({at("post_attention_layernorm.weight"): dim}, fill=1.0),
-            gate_up=leaf(gate_up, dim),
-            down=leaf({at("mlp.down_proj.weight"): dim}, ffn),
+            attn_norm=spec({f"{prefix}.input_layernorm.weight": hidden}, fill=1.0),
+            qkv=spec(weights, hidden),
+            qkv_bias=spec(biases, fill=0.0) if config.qkv_bias else None,
+            q_norm=spec({f"{attention}.q_norm.weight": head}, fill=1.0) if config.qk_norm else None,
+            k_norm=spec({f"{attention}.k_norm.weight": head}, fill=1.0) if config.qk_norm else None,
+            out=spec({f"{attention}.o_proj.weight": hidden}, q),
+            out_bias=spec({f"{attention}.o_proj.bias": hidden}, fill=0.0) if config.out_bias else None,
+            ffn_norm=spec({f"{prefix}.post_attention_layernorm.weight": hidden}, fill=1.0),
+            gate_up=spec({f"{prefix}.mlp.{n}_proj.weight": width for n in ("gate", "up")}, hidden),
+            down=spec({f"{prefix}.mlp.down_proj.weight": hidden}, width),
         )
 
+    tied = config.tie_word_embeddings
     return Params(
-        embed=leaf({EMBED_NAME: vocab}, dim, padded=padded),
-        layers=tuple(layer(i) for i in range(model_config.num_layers)),
-        final_norm=leaf({"model.norm.weight": dim}, fill=1.0),
-        lm_head=None if model_config.tie_word_embeddings else leaf({LM_HEAD_NAME: vocab}, dim, padded=padded),
+        embed=spec({EMBED_NAME: vocab}, hidden, num_rows=rows_per_rank),
+        layers=tuple(layer(i) for i in range(config.num_layers)),
+        final_norm=spec({FINAL_NORM_NAME: hidden}, fill=1.0),
+        lm_head=None if tied else spec({LM_HEAD_NAME: vocab}, hidden, num_rows=rows_per_rank),
     )
+
+
+def _leaf_specs(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> list[WeightSpec | None]:
+    return tree_leaves(weight_specs(model_config, tp_shard))
 
 
 def init(
-    model_config: ModelConfig,
-    seed: int = 0,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    tp_shard: TPShard = UNSHARDED,
-    memory: ReleasableMemory | None = None,
-) -> Params:
-    """Random parameters, normal with deviation 0.02, made on `device` directly (None: torch's default device).
+    model_config: ModelConfig, seed: int = 0, *, device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None, tp_shard: TPShard = UNSHARDED, memory: ReleasableMemory | None = None,
+) -> Params:  # fmt: skip
+    """Returns random parameters, normal with standard deviation 0.02, made on `device` (None: torch's default device).
 
-    The same for the same seed and kind of device; a rank's at `place` are its share of them. With a `region`, of
-    `size` bytes at least, they lie in its memory.
+    The values depend on the seed and the type of device; `tp_shard` returns a rank's shards of the same values. With
+    `memory`, of `param_bytes` at least, the parameters lie there.
     """
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
-    kind = dtype or getattr(torch, model_config.dtype)
+    param_dtype = dtype or getattr(torch, model_config.dtype)
 
-    def make(leaf: WeightSpec) -> Tensor:
-        room = memory if tp_shard == UNSHARDED else None
-        weight = torch.empty(leaf.shape, device=device, dtype=kind) if room is None else room.allocate(leaf.shape, kind)
-        return (
-            weight.normal_(0, 0.02, generator=generator) if leaf.fill_value is None else weight.fill_(leaf.fill_value)
-        )
+    def init_weight(full_spec: WeightSpec, shard_spec: WeightSpec) -> Tensor:
+        """Generates the full weight on every rank, so that the values are those of one device."""
+        if memory is None or tp_shard != UNSHARDED:
+            weight = torch.empty(full_spec.shape, device=device, dtype=param_dtype)
+        else:
+            weight = memory.allocate(full_spec.shape, param_dtype)
+        if full_spec.fill_value is None:
+            weight.normal_(0, 0.02, generator=generator)
+        else:
+            weight.fill_(full_spec.fill_value)
+        return weight if tp_shard == UNSHARDED else _copy_shard(full_spec, shard_spec, weight, memory)
 
-    whole, tree = tree_flatten(weight_specs(model_config))
-    made = []
-    for leaf, mine in zip(whole, tree_leaves(weight_specs(model_config, tp_shard)), strict=True):
-        if leaf is None:
-            made.append(None)
-            continue
-        weight = make(leaf)  # all of it is drawn, so that it is the same numbers
-        made.append(weight if tp_shard == UNSHARDED else _copy_shard(leaf, mine, weight, memory))
-    return tree_unflatten(made, tree)
+    shard_specs, tree = tree_flatten(weight_specs(model_config, tp_shard))
+    specs = zip(_leaf_specs(model_config), shard_specs, strict=True)
+    return tree_unflatten([full and init_weight(full, shard) for full, shard in specs], tree)
 
 
 def param_bytes(model_config: ModelConfig, dtype: torch.dtype, tp_shard: TPShard = UNSHARDED) -> int:
-    """Bytes of a region that holds a model's parameters, or a rank's."""
-    return ReleasableMemory.bytes_needed(
-        [leaf.shape for leaf in tree_leaves(weight_specs(model_config, tp_shard)) if leaf is not None], dtype
-    )
+    """Returns the bytes of memory that hold a model's parameters, or a rank's shards."""
+    specs = _leaf_specs(model_config, tp_shard)
+    return ReleasableMemory.bytes_needed([spec.shape for spec in specs if spec is not None], dtype)
 
 
 @torch.no_grad()
 def shard_params(params: Params, model_config: ModelConfig, tp_shard: TPShard) -> Params:
-    """A rank's copy of its share of parameters."""
-    leaves = zip(
-        tree_leaves(weight_specs(model_config)),
-        tree_leaves(weight_specs(model_config, tp_shard)),
-        tree_leaves(params),
-        strict=True,
-    )
-    made = [None if leaf is None else _copy_shard(leaf, mine, weight) for leaf, mine, weight in leaves]
-    return tree_unflatten(made, tree_flatten(params)[1])
+    """Returns a copy of a rank's shards of parameters."""
+    specs = zip(_leaf_specs(model_config), _leaf_specs(model_config, tp_shard), tree_leaves(params), strict=True)
+    leaves = [full and _copy_shard(full, shard, weight) for full, shard, weight in specs]
+    return tree_unflatten(leaves, tree_flatten(params)[1])
 
 
-def _copy_shard(
-    full_spec: WeightSpec, shard_spec: WeightSpec, weight: Tensor, memory: ReleasableMemory | None = None
-) -> Tensor:
-    cut = weight.new_zeros(shard_spec.shape) if memory is None else memory.allocate(shard_spec.shape, weight.dtype)
-    for (_, source), (part, target) in zip(
-        _weight_views(full_spec, weight), _weight_views(shard_spec, cut), strict=True
-    ):
-        target.copy_(part.extract_shard(source))
-    return cut
+def _copy_shard(full_spec: Any, shard_spec: Any, weight: Tensor, memory: ReleasableMemory | None = None) -> Tensor:
+    shape = shard_spec.shape
+    shard = weight.new_zeros(shape) if memory is None else memory.allocate(shape, weight.dtype)
+    views = zip(_weight_views(full_spec, weight), _weight_views(shard_spec, shard), strict=True)
+    for (_, source), (tensor, target) in views:
+        target.copy_(tensor.extract_shard(source))
+    return shard
 
 
-def _weight_views(weight_spec: WeightSpec, tensor: Tensor) -> Iterator[tuple[CheckpointTensor, Tensor]]:
-    """The parts of a leaf, as views of its tensor."""
-    if tuple(tensor.shape) != weight_spec.shape:
-        problem = f"a parameter of shape {tuple(tensor.shape)} where {weight_spec.shape} is declared, for {weight_spec.checkpoint_tensors[0].name}"
-        raise ValueError(f"{problem}: are these another model's, or one rank's?")
+def _weight_views(weight_spec: WeightSpec, weight: Tensor) -> Iterator[tuple[CheckpointTensor, Tensor]]:
+    """Yields the checkpoint tensors of a weight, each with its view of the weight."""
+    if (shape := tuple(weight.shape)) != weight_spec.shape:
+        problem = f"a parameter of shape {shape} where {weight_spec.shape} is declared"
+        name = weight_spec.checkpoint_tensors[0].name
+        raise ValueError(f"{problem}, for {name}: are these another model's, or one rank's?")
     start = 0
-    for part in weight_spec.checkpoint_tensors:
-        yield part, tensor[start : start + part.dim_shards[0].size]
-        start += part.dim_shards[0].size
+    for tensor in weight_spec.checkpoint_tensors:
+        size = tensor.dim_shards[0].size
+        yield tensor, weight[start : start + size]
+        start += size
 
 
 def _param_views(
-    params: Params, model_config: ModelConfig, tp_shard: TPShard
+    params: Params, model_config: ModelConfig, tp_shard: TPShard = UNSHARDED
 ) -> Iterator[tuple[CheckpointTensor, Tensor]]:
-    declared, tensors = tree_leaves(weight_specs(model_config, tp_shard)), tree_leaves(params)
-    if len(declared) != len(tensors) or any(a and b is None for a, b in zip(declared, tensors, strict=True)):
-        raise ValueError(
-            f"parameters are missing or too many of {model_config.architecture}: are these another model's?"
-        )
-    for leaf, tensor in zip(declared, tensors, strict=True):
-        if leaf is not None and not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"a parameter is {type(tensor).__name__} instead of a tensor, for {leaf.checkpoint_tensors[0].name}"
-            )
-        if leaf is not None:
-            yield from _weight_views(leaf, tensor)
+    """Yields all checkpoint tensors of a model, each with its view of `params`. Raises ValueError for another tree."""
+    specs, weights = _leaf_specs(model_config, tp_shard), tree_leaves(params)
+    if len(specs) != len(weights) or any(a and b is None for a, b in zip(specs, weights, strict=True)):
+        problem = f"parameters are missing or too many of {model_config.architecture}"
+        raise ValueError(f"{problem}: are these another model's?")
+    for spec, weight in zip(specs, weights, strict=True):
+        if spec is None:
+            continue
+        if not isinstance(weight, Tensor):
+            name = spec.checkpoint_tensors[0].name
+            raise ValueError(f"a parameter is {type(weight).__name__} instead of a tensor, for {name}")
+        yield from _weight_views(spec, weight)
 
 
 def named_weights(params: Params, model_config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, tensor) of every weight; packed leaves are given as views of their parts."""
-    for part, tensor in _param_views(params, model_config, UNSHARDED):
-        yield part.name, tensor
+    """Yields (checkpoint name, tensor) of every weight; those of a packed weight are views of it."""
+    for tensor, view in _param_views(params, model_config):
+        yield tensor.name, view
 
 
 @torch.no_grad()
 def update(
-    params: Params,
-    model_config: ModelConfig,
-    tensors: Iterable[tuple[str, Any]],
-    *,
-    source: str = "update",
-    tp_shard: TPShard = UNSHARDED,
-    partial: bool = False,
-    check_finite: bool = True,
-) -> None:
-    """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each leaf's dtype; every weight once.
+    params: Params, model_config: ModelConfig, tensors: Iterable[tuple[str, Any]], *, source: str = "update",
+    tp_shard: TPShard = UNSHARDED, partial: bool = False, check_finite: bool = True,
+) -> None:  # fmt: skip
+    """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each weight's dtype.
 
-    `partial`: those that are not given stay as they are. `check_finite`: a tensor that `raise_if_not_finite` refuses is not written,
-    nor are those after it.
+    Tensors are unsharded, or safetensors slices; a rank's `params` take their shards of them. Where the head is tied,
+    either of its two names will do; if both are in the pairs, they must be equal. Every weight must be in the pairs
+    once; with `partial`, missing ones keep their values. With `check_finite`, a tensor with values that are NaN or
+    infinite in the weight's dtype raises, and neither that tensor nor later ones are written.
 
-    The tensors are whole ones, or slices of a safetensors file; a rank's parameters at `place` take their cuts. Where
-    the head is tied, either of its two names will do, and if both are given they must be equal.
-    Raises ValueError naming the tensors that are mis-shaped, unexpected or missing, and a head that is another.
+    Raises ValueError, starting with `source`, for tensors that are mis-shaped, unexpected, missing or twice in the
+    pairs, and for two heads that differ.
     """
-    targets = {part.name: (part, view) for part, view in _param_views(params, model_config, tp_shard)}
-    left, total, unexpected, given = set(targets), len(targets), [], set[str]()
+    targets = {tensor.name: (tensor, view) for tensor, view in _param_views(params, model_config, tp_shard)}
+    missing, total, unexpected, seen = set(targets), len(targets), [], set[str]()
     if model_config.tie_word_embeddings:
         targets[LM_HEAD_NAME] = targets[EMBED_NAME]
-    tied = ""  # the one of the two names that came first
+    head_name = ""  # the first of the two names of a tied head
     for name, tensor in tensors:
         if name not in targets:
             if not IGNORED_TENSORS.search(name):
                 unexpected.append(name)
             continue
-        if name in given:
+        if name in seen:
             raise ValueError(f"{source}: {name} is given twice")
-        given.add(name)
-        part, view = targets[name]
-        if (shape := _checked_shape(source, name, tensor)) != part.full_shape:
-            raise ValueError(f"{source}: {name} has shape {shape}, the config says {part.full_shape}")
-        if model_config.tie_word_embeddings and part.name == EMBED_NAME and tied not in ("", name):
-            if not _equal(view, part.extract_shard(tensor), view.dtype):
+        seen.add(name)
+        target, view = targets[name]
+        if (shape := _checked_shape(source, name, tensor)) != target.full_shape:
+            raise ValueError(f"{source}: {name} has shape {shape}, the config says {target.full_shape}")
+        if model_config.tie_word_embeddings and target.name == EMBED_NAME and head_name not in ("", name):
+            if not _equal(view, target.extract_shard(tensor), view.dtype):
                 raise ValueError(_untied_message(source))
             continue
         if check_finite:
-            whole = tensor if isinstance(tensor, Tensor) else part.extract_shard(tensor)
-            count = total - len(left)
-            done = f"the {count} tensors before it are written" if count else "nothing is written"
-            raise_if_not_finite([(name, whole, view.dtype)], source, f"{done}. {FINITE_HINT}")
-        view.copy_(part.extract_shard(tensor))
-        left.discard(part.name)
-        tied = name if part.name == EMBED_NAME else tied
-    _raise_on_mismatch(source, model_config, set() if partial else left, unexpected)
+            values = tensor if isinstance(tensor, Tensor) else target.extract_shard(tensor)
+            written = total - len(missing)
+            state = f"the {written} tensors before it are written" if written else "nothing is written"
+            raise_if_not_finite([(name, values, view.dtype)], source, f"{state}. {FINITE_HINT}")
+        view.copy_(target.extract_shard(tensor))
+        missing.discard(target.name)
+        head_name = name if target.name == EMBED_NAME else head_name
+    _raise_on_mismatch(source, model_config, set() if partial else missing, unexpected)
 
 
 def _raise_on_mismatch(
     source: str, model_config: ModelConfig, missing: Iterable[str], unexpected: Iterable[str]
 ) -> None:
-    """Raises ValueError if there are any names, with the first eight of each kind."""
-    names, unexpected = [*missing], [*unexpected]
-    found = [f"{what}: {', '.join(sorted(some)[:8])}" + (f" and {len(some) - 8} more" if len(some) > 8 else "")
-             for what, some in (("missing", names), ("unexpected", unexpected)) if some]  # fmt: skip
-    prefix = (
-        next((n.removesuffix(FINAL_NORM_NAME) for n in unexpected if n.endswith("." + FINAL_NORM_NAME)), None)
-        if FINAL_NORM_NAME in names
-        else None
-    )
-    if prefix:
-        found.append(f"leave {prefix!r} out of the names")
+    """Raises ValueError, with the first eight of each, if there are missing or unexpected names."""
+    missing, unexpected, problems = sorted(missing), [*unexpected], []
+    for label, names in (("missing", missing), ("unexpected", sorted(unexpected))):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            problems.append(f"{label}: {', '.join(names[:8])}{more}")
+    prefixes = [n.removesuffix(FINAL_NORM_NAME) for n in unexpected if n.endswith("." + FINAL_NORM_NAME)]
+    if FINAL_NORM_NAME in missing and prefixes:
+        problems.append(f"leave {prefixes[0]!r} out of the names")
     elif any(".lora_" in n for n in unexpected):
-        found.append("merge the adapter into the matrices, or give it to Engine.add_adapter")
-    if found:
-        raise ValueError(f"{source}: tensors do not match {model_config.architecture}; {'; '.join(found)}")
+        problems.append("merge the adapter into the matrices, or pass it to Engine.add_adapter")
+    if problems:
+        raise ValueError(f"{source}: tensors do not match {model_config.architecture}; {'; '.join(problems)}")
 
 
 def check_tensors(
-    named_tensors: Sequence[tuple[str, Any]],
-    model_config: ModelConfig,
-    dtype: torch.dtype,
-    *,
-    source: str = "update",
+    named_tensors: Sequence[tuple[str, Any]], model_config: ModelConfig, dtype: torch.dtype, *, source: str = "update",
     partial: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Raises the ValueError that `update` would raise with parameters of `dtype`, before anything is written."""
     tensors = dict(named_tensors)
     if len(tensors) < len(named_tensors):
         raise ValueError(f"{source}: {Counter(name for name, _ in named_tensors).most_common(1)[0][0]} is given twice")
     shapes = {name: _checked_shape(source, name, tensor) for name, tensor in named_tensors}
     _check_shapes(shapes, model_config, source, partial=partial)
-    if (
-        model_config.tie_word_embeddings
-        and {EMBED_NAME, LM_HEAD_NAME} <= shapes.keys()
-        and not _equal(tensors[EMBED_NAME], tensors[LM_HEAD_NAME], dtype)
-    ):
+    two_heads = model_config.tie_word_embeddings and {EMBED_NAME, LM_HEAD_NAME} <= shapes.keys()
+    if two_heads and not _equal(tensors[EMBED_NAME], tensors[LM_HEAD_NAME], dtype):
         raise ValueError(_untied_message(source))
 
 
 def _checked_shape(source: str, name: str, tensor: Any) -> tuple[int, ...]:
-    """Returns a tensor's shape. ValueError for what holds no weights: whole numbers would lack their scales."""
-    if hasattr(tensor, "get_shape"):  # a slice of a file
+    """Returns a tensor's shape. Raises ValueError if it is no tensor of floats; integers would lack their scales."""
+    if hasattr(tensor, "get_shape"):  # a safetensors slice
         return tuple(tensor.get_shape())
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, not a tensor")
@@ -340,90 +311,79 @@ def _checked_shape(source: str, name: str, tensor: Any) -> tuple[int, ...]:
 
 
 def _untied_message(source: str) -> str:
-    return (
-        f"{source}: {EMBED_NAME} and {LM_HEAD_NAME} differ, but this model's head is tied to its embedding: load the model with "
-        "tie_word_embeddings false, or from a checkpoint in which they differ"
-    )
+    problem = f"{EMBED_NAME} and {LM_HEAD_NAME} differ, but this model's head is tied to its embedding"
+    advice = "load the model with tie_word_embeddings false, or from a checkpoint in which they differ"
+    return f"{source}: {problem}: {advice}"
 
 
 def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]], model_config: ModelConfig, source: str, *, partial: bool = False
 ) -> None:
-    """Raises ValueError, as `update` would, where a checkpoint's tensors are not those of `spec`."""
-    wanted = {
-        part.name: part.full_shape
-        for leaf in tree_leaves(weight_specs(model_config))
-        if leaf is not None
-        for part in leaf.checkpoint_tensors
-    }
-    missing = set() if partial else wanted.keys() - shapes.keys()
+    """Raises ValueError, as `update` would, if these are not the names and shapes of the model's tensors."""
+    specs = [spec for spec in _leaf_specs(model_config) if spec is not None]
+    expected = {tensor.name: tensor.full_shape for spec in specs for tensor in spec.checkpoint_tensors}
+    missing = set() if partial else expected.keys() - shapes.keys()
     if model_config.tie_word_embeddings:
-        wanted[LM_HEAD_NAME] = wanted[EMBED_NAME]
+        expected[LM_HEAD_NAME] = expected[EMBED_NAME]
         missing -= {EMBED_NAME} if LM_HEAD_NAME in shapes else set()
     for name, shape in shapes.items():
-        if name in wanted and shape != wanted[name]:
-            raise ValueError(f"{source}: {name} has shape {shape}, the config says {wanted[name]}")
-    _raise_on_mismatch(
-        source,
-        model_config,
-        missing,
-        [name for name in shapes if name not in wanted and not IGNORED_TENSORS.search(name)],
-    )
+        if name in expected and shape != expected[name]:
+            raise ValueError(f"{source}: {name} has shape {shape}, the config says {expected[name]}")
+    unexpected = [name for name in shapes if name not in expected and not IGNORED_TENSORS.search(name)]
+    _raise_on_mismatch(source, model_config, missing, unexpected)
 
 
 def _equal(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
-    """Whether two matrices, or slices of files, are equal in a dtype, by default the wider one of both."""
-    rows, count = (x.shape[0] if isinstance(x, Tensor) else x.get_shape()[0] for x in (a, b))
+    """Returns whether two matrices, or safetensors slices, are equal in `dtype`; None is the wider one of theirs."""
+    rows, num_rows = (x.shape[0] if isinstance(x, Tensor) else x.get_shape()[0] for x in (a, b))
     for i in range(0, rows, COMPARE_CHUNK_ROWS):
         x, y = a[i : i + COMPARE_CHUNK_ROWS], b[i : i + COMPARE_CHUNK_ROWS]
-        kind = dtype or torch.promote_types(x.dtype, y.dtype)
-        x, y = x.to(kind), y.to(x.device, kind)
+        common = dtype or torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(common), y.to(x.device, common)
         if not torch.equal(x, y) and not (x.shape == y.shape and torch.allclose(x, y, 0, 0, equal_nan=True)):
             return False
-    return rows == count
+    return rows == num_rows
 
 
 @torch.no_grad()
 def raise_if_not_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str, advice: str) -> None:
-    """Raises ValueError, naming the first eight of the (name, tensor, dtype), where values are NaN or infinite, or
-    would be in that dtype.
+    """Raises ValueError, naming the first eight, if values of (name, tensor, dtype) are NaN or infinite in that dtype.
 
-    One reduction a tensor, and one wait for each kind of them. `advice` ends the message.
+    Costs one reduction a tensor, and one synchronization for each device and dtype. `advice` ends the message.
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.dtype, Tensor]]] = defaultdict(list)
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.dtype, Tensor]]] = defaultdict(list)
     for name, x, dtype in tensors:
         if x.is_floating_point() and x.numel():
             x = x.float() if x.itemsize == 1 else x  # float8 has no minimum
-            kinds[x.device, x.dtype].append((name, dtype, torch.stack(torch.aminmax(x))))
-    wrong = list[str]()
-    for some in kinds.values():
-        ends = torch.stack([both for _, _, both in some]).tolist()
-        for (name, dtype, _), (low, high) in zip(some, ends, strict=True):
+            groups[x.device, x.dtype].append((name, dtype, torch.stack(torch.aminmax(x))))
+    bad = list[str]()
+    for group in groups.values():
+        ranges = torch.stack([min_max for _, _, min_max in group]).tolist()
+        for (name, dtype, _), (low, high) in zip(group, ranges, strict=True):
             if not (-torch.finfo(dtype).max <= low and high <= torch.finfo(dtype).max):
-                wrong.append(f"{name} ({dtype})".replace("torch.", ""))
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        problem = f"{source}: NaN or infinite values, or ones beyond the dtype, in {', '.join(wrong[:8])}{more}"
+                bad.append(f"{name} ({dtype})".replace("torch.", ""))
+    if bad:
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        problem = f"{source}: NaN or infinite values, or ones beyond the dtype, in {', '.join(bad[:8])}{more}"
         raise ValueError(f"{problem}; {advice}")
 
 
 def check_finite_update(
     params: Params, model_config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tp_shard: TPShard, source: str
 ) -> None:
-    """Raises ValueError as `raise_if_not_finite`, of those of (checkpoint name, tensor) that `update` would write."""
-    dtypes = {part.name: view.dtype for part, view in _param_views(params, model_config, tp_shard)}
+    """Raises ValueError, as `raise_if_not_finite`, for tensors by checkpoint name that `update` would write."""
+    dtypes = {tensor.name: view.dtype for tensor, view in _param_views(params, model_config, tp_shard)}
     if model_config.tie_word_embeddings:
         dtypes[LM_HEAD_NAME] = dtypes[EMBED_NAME]
     for name, tensor in tensors:
         _checked_shape(source, name, tensor)
-    raise_if_not_finite(
-        [(n, t, dtypes[n]) for n, t in tensors if n in dtypes], source, f"nothing is written. {FINITE_HINT}"
-    )
+    known = [(n, t, dtypes[n]) for n, t in tensors if n in dtypes]
+    raise_if_not_finite(known, source, f"nothing is written. {FINITE_HINT}")
 
 
 @torch.no_grad()
 def copy_params(params: Params, source: Params) -> None:
-    """Writes `params` in place from a tree of the same shapes, of any dtype and device. ValueError if it is another."""
+    """Writes `params` in place from a tree of the same shapes and any dtype and device, else raises ValueError."""
     pairs = list(zip(tree_leaves(params), tree_leaves(source), strict=False))
     if tree_flatten(params)[1] != tree_flatten(source)[1] or any(
         (a is None) != (b is None) or (a is not None and a.shape != b.shape) for a, b in pairs
@@ -434,86 +394,23 @@ def copy_params(params: Params, source: Params) -> None:
             a.copy_(b, non_blocking=True)
 
 
-def resolve(model: str | Path) -> Path:
-    """The local directory or file of a model given by path or by hub id.
-
-    A hub id is taken from the hub cache where it is complete, else downloaded. ValueError if there is no such model.
-    """
-    if not isinstance(model, str | Path):
-        raise ValueError(f"a model is a path or a hub id, got {model!r:.100}")
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
-        raise ValueError(f"model {str(model)!r} is neither a local directory or file nor a hub id (owner/name)")
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    others = ["consolidated*", "*/*"]  # the same weights again, in the publisher's own format
-    try:
-        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=others))
-    except OSError as e:  # those of the hub are, too
-        raise ValueError(f"model {str(model)!r}: not a local path, not in the hub cache, and the hub said: {e}") from e
-
-
-def _is_config_file(path: Path) -> bool:
-    return path.suffix == ".json" and not path.name.endswith(".index.json")
-
-
-def read_hf_config(path: Path) -> dict:
-    """The Hugging Face config of a resolved model; generation_config.json's end tokens are joined in.
-
-    ValueError, with the file, for one that is missing or damaged.
-    """
-    if path.suffix == ".gguf":
-        from fastgen.checkpoint import gguf  # whose reader takes a while to import
-
-        return gguf.read(path)[0]
-    folder = path if path.is_dir() else path.parent
-    file = path if _is_config_file(path) else folder / "config.json"
-    if not file.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        advice = "; this is an adapter: name its base model, and the adapter in `adapters`" if adapter else ""
-        raise ValueError(f"{folder}: no config.json{advice}")
-    config = read_json(file)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        both = [
-            parse_eos_token_ids(x.get("eos_token_id"), str(f))
-            for x, f in ((config, file), (read_json(generation), generation))
-        ]
-        config["eos_token_id"] = list(dict.fromkeys(both[0] + both[1]))
-    return config
-
-
-def read_model_config(path: Path) -> ModelConfig:
-    """The spec of a resolved model, as its config has it. ValueError, with the file, for what is not supported."""
-    return _parse_hf_config(path, read_hf_config(path))
-
-
-def _parse_hf_config(path: Path, config: dict) -> ModelConfig:
-    try:
-        return from_hf_config(config)
-    except ValueError as e:
-        folder = path if path.is_dir() else path.parent
-        file = path if path.suffix == ".gguf" or _is_config_file(path) else folder / "config.json"
-        raise ValueError(str(e).replace("config.json", str(file), 1)) from e
-
-
 def _untie_if_heads_differ(model_config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """`spec` with a head of its own where the config says tied and the file has another, as transformers reads it."""
-    if model_config.tie_word_embeddings and {EMBED_NAME, LM_HEAD_NAME} <= checkpoint.shapes.keys():
+    """Returns the config with an untied head if the checkpoint has a head that differs from the embedding.
+
+    transformers loads such a checkpoint the same way.
+    """
+    shapes = checkpoint.shapes
+    if model_config.tie_word_embeddings and {EMBED_NAME, LM_HEAD_NAME} <= shapes.keys():
         with checkpoint.open_slice(EMBED_NAME) as embed, checkpoint.open_slice(LM_HEAD_NAME) as head:
-            return (
-                model_config
-                if checkpoint.shapes[EMBED_NAME] == checkpoint.shapes[LM_HEAD_NAME] and _equal(embed, head)
-                else replace(model_config, tie_word_embeddings=False)
-            )
+            if shapes[EMBED_NAME] != shapes[LM_HEAD_NAME] or not _equal(embed, head):
+                return replace(model_config, tie_word_embeddings=False)
     return model_config
 
 
 def _with_progress(
     pairs: Iterable[tuple[str, Any]], shapes: Mapping[str, tuple[int, ...]], num_bytes: int, bar: tqdm
 ) -> Iterator[tuple[str, Any]]:
-    """The pairs, while a bar shows how many of `size` bytes have been taken."""
+    """Yields the pairs, while a bar shows the share of `num_bytes` that has been read."""
     total, done = sum(map(prod, shapes.values())) or 1, 0
     bar.reset(total=num_bytes)
     for name, tensor in pairs:
@@ -523,66 +420,58 @@ def _with_progress(
 
 
 def load(
-    model: str | Path,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    progress: bool = True,
-    tp_shard: TPShard = UNSHARDED,
-    allocate: Callable[[int], ReleasableMemory] | None = None,
+    model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    progress: bool = True, tp_shard: TPShard = UNSHARDED, allocate: Callable[[int], ReleasableMemory] | None = None,
     check_finite: bool = True,
-) -> tuple[ModelConfig, Params]:
-    """Spec and parameters of a checkpoint: a Hugging Face directory, hub id, `.safetensors` or `.gguf` file.
+) -> tuple[ModelConfig, Params]:  # fmt: skip
+    """Returns config and parameters of a checkpoint: a Hugging Face folder, hub id, `.safetensors` or `.gguf` file.
 
-    `device` None is torch's default device, `dtype` None the checkpoint's own. Host memory beyond the parameters
-    stays about one tensor plus the mapped file. ValueError names what is damaged, missing, unexpected or mis-shaped,
-    before memory is taken. Of several candidates in a folder the files are those that transformers takes; and where the
-    config ties the head to the embedding, but the file has another head, the spec is not tied. The spec
-    is the whole model's; parameters are a rank's at `place`, of which alone the files are read. `region` makes the
-    memory that they lie in, of so many bytes. `check_finite`: ValueError for values that are NaN or infinite, or too large
-    for the dtype.
+    `device` None is torch's default device, `dtype` None the checkpoint's own. Needs host memory for about one tensor
+    beyond the parameters and the mapped file. Of several weight files in a folder, those that transformers would take
+    are read. Where the config ties the head to the embedding but the checkpoint has another head, the returned config
+    is untied. The config is the unsharded model's; parameters are the rank's shards, and only those are read.
+    `allocate` returns memory of that many bytes for the parameters.
+
+    Raises ValueError for damaged, missing, unexpected or mis-shaped tensors, before memory is allocated; with
+    `check_finite`, also for values that are NaN or infinite, or too large for the dtype.
     """
     path = resolve(model)
-    with tqdm(
-        desc=f"loading {path.stem}", unit="B", unit_scale=True, disable=None if progress else True, leave=False
-    ) as bar:
+    bar = tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, leave=False, disable=None if progress else True)
+    with bar:
         tensors: Iterable[tuple[str, Any]]
         if path.suffix == ".gguf":
-            from fastgen.checkpoint import gguf  # whose reader takes a while to import
+            from fastgen.checkpoint import gguf  # the reader takes a while to import
 
-            config, tensors = gguf.read(path)
-            spec, shapes, bytes = _parse_hf_config(path, config), tensors.shapes, path.stat().st_size
+            hf_config, tensors = gguf.read(path)
+            model_config, shapes, num_bytes = read_model_config(path, hf_config), tensors.shapes, path.stat().st_size
         else:
-            config = read_hf_config(path)
-            checkpoint = open_checkpoint(path, config)
-            spec = _untie_if_heads_differ(_parse_hf_config(path, config), checkpoint)
-            tensors, shapes, bytes = (
-                checkpoint.iter_tensors(as_slices=tp_shard != UNSHARDED),
-                checkpoint.shapes,
-                checkpoint.num_bytes,
-            )
-        _check_shapes(shapes, spec, str(path))
-        kind = dtype or getattr(torch, spec.dtype)
-        room = None if allocate is None else allocate(param_bytes(spec, kind, tp_shard))
+            hf_config = read_hf_config(path)
+            checkpoint = open_checkpoint(path, hf_config)
+            model_config = _untie_if_heads_differ(read_model_config(path, hf_config), checkpoint)
+            tensors = checkpoint.iter_tensors(as_slices=tp_shard != UNSHARDED)
+            shapes, num_bytes = checkpoint.shapes, checkpoint.num_bytes
+        _check_shapes(shapes, model_config, str(path))
+        param_dtype = dtype or getattr(torch, model_config.dtype)
+        memory = None if allocate is None else allocate(param_bytes(model_config, param_dtype, tp_shard))
 
-        def make(leaf: WeightSpec) -> Tensor:
-            return (
-                torch.zeros(leaf.shape, device=device, dtype=kind) if room is None else room.allocate(leaf.shape, kind)
-            )
+        def empty(spec: WeightSpec) -> Tensor:
+            if memory is None:
+                return torch.zeros(spec.shape, device=device, dtype=param_dtype)
+            return memory.allocate(spec.shape, param_dtype)
 
-        params = tree_map_only(WeightSpec, make, weight_specs(spec, tp_shard))
-        shown = _with_progress(tensors, shapes, bytes // tp_shard.size, bar)
-        update(params, spec, shown, source=str(path), tp_shard=tp_shard, check_finite=False)
-        if check_finite:  # where they are now: a reduction is fastest there
-            found = ((part.name, view, view.dtype) for part, view in _param_views(params, spec, tp_shard))
-            raise_if_not_finite(found, str(path), f"is the file damaged, or the dtype too narrow? {FINITE_HINT}")
-    return spec, params
+        params = tree_map_only(WeightSpec, empty, weight_specs(model_config, tp_shard))
+        pairs = _with_progress(tensors, shapes, num_bytes // tp_shard.size, bar)
+        update(params, model_config, pairs, source=str(path), tp_shard=tp_shard, check_finite=False)
+        if check_finite:  # on the device, where a reduction is fastest
+            views = ((tensor.name, view, view.dtype) for tensor, view in _param_views(params, model_config, tp_shard))
+            raise_if_not_finite(views, str(path), f"is the file damaged, or the dtype too narrow? {FINITE_HINT}")
+    return model_config, params
 
 
 def save(folder: str | Path, model_config: ModelConfig, params: Params, *, shard_bytes: int = 5 * 10**9) -> None:
-    """Writes config.json and sharded safetensors in the Hugging Face layout; the tokenizer is the caller's to save.
+    """Writes config.json and sharded safetensors in the Hugging Face layout, replacing an older checkpoint in `folder`.
 
-    An older checkpoint in `folder` is replaced.
+    The tokenizer is not written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastgen
 from fastgen import Engine, SamplingParams
-from fastgen.checkpoint import hub, tokenizer, weights
+from fastgen.checkpoint import hub, tokenizer
 from fastgen.cli.hydra_config import RunConfig, compose, explain_error, model_override
 from fastgen.cli.run import build_engine
 from fastgen.config import unknown_name_message
@@ -315,7 +315,7 @@ def _start_engine(config: RunConfig) -> Engine:
     m = config.model
     if config.parallel.replicas > 1:
         raise ValueError("a chat runs one request at a time: parallel.replicas must be 1; use tensor_parallel instead")
-    path = hub.default_model_path() if m.path is None else weights.resolve(m.path)
+    path = hub.default_model_path() if m.path is None else hub.resolve(m.path)
     check_can_chat(tokenizer.load(path), str(m.path or hub.REPO_ID), config.sampling)
     return build_engine(config, progress=sys.stderr.isatty())
 

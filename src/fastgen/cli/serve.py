@@ -15,7 +15,7 @@ from typing import Any
 
 import fastgen
 from fastgen import Engine, Replicas, lora
-from fastgen.checkpoint import hub, weights
+from fastgen.checkpoint import hub
 from fastgen.cli import run
 from fastgen.cli.hydra_config import RunConfig, compose, expand_key, model_override
 from fastgen.server.log import nonblocking_stderr, print_message
@@ -136,7 +136,7 @@ def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
     if Path(args.model).expanduser().exists():
         return config, Path(args.model).expanduser().resolve().name
     if args.model.count("/") != 1:  # not a hub id either: raises before anything starts
-        weights.resolve(args.model)
+        hub.resolve(args.model)
     return config, args.model
 
 
@@ -154,7 +154,7 @@ def parse_adapters(arguments: Sequence[str]) -> dict[str, str]:
 def load_engine(config: RunConfig) -> tuple[Engine | Replicas, str]:
     """Returns a configuration's engine or replicas, without a tokenizer, and the path of the model."""
     m = config.model
-    path = hub.default_model_path() if m.path is None else weights.resolve(m.path)
+    path = hub.default_model_path() if m.path is None else hub.resolve(m.path)
     engine = run.build_engines(replace(config, model=replace(m, path=str(path))))
     engine.tokenizer = None  # the engine knows the end-of-text tokens by now; HTTP workers turn tokens into text
     return engine, str(path)

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastgen import lora
-from fastgen.checkpoint import weights
+from fastgen.checkpoint import files
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
 from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core import tokenizer as tokens
@@ -165,7 +165,7 @@ class Replicas(GenerateMethods):
             names = " and ".join(variables)
             raise ValueError(f"replicas are started by one process, but {names} says that torchrun started this one")
         tp_size = config.parallel.tensor_parallel
-        shard_config(weights.read_model_config(path), tp_size)
+        shard_config(files.read_model_config(path), tp_size)
         if device == "cuda" and (num_gpus := torch.cuda.device_count()) < replicas * tp_size:
             layout = f"parallel.replicas={replicas} of parallel.tensor_parallel={tp_size}"
             raise ValueError(f"{layout} need {replicas * tp_size} GPUs, and this machine shows {num_gpus}")

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import Engine, EngineConfig, Replicas, SamplingParams, lora
-from fastgen.checkpoint import hub, weights
+from fastgen.checkpoint import files, hub, weights
 from fastgen.cli.bench import hardware
 from fastgen.cli.bench.results import Row, format_table, merge_rows, parse_peer_log, plot_rows, read_rows
 from fastgen.cli.bench.workload import Workload
@@ -75,8 +75,8 @@ def start_engine(config: RunConfig, load_weights: bool, workloads: list[Workload
     model_name = path.parent.name if path.name == "config.json" else path.name
     if not path.exists():  # a hub id; random weights need the repository's config.json only
         needs_files = load_weights or str(m.path).count("/") != 1
-        path = weights.resolve(str(m.path)) if needs_files else Path(hf_hub_download(str(m.path), "config.json"))
-    model_config = weights.read_model_config(path)
+        path = hub.resolve(str(m.path)) if needs_files else Path(hf_hub_download(str(m.path), "config.json"))
+    model_config = files.read_model_config(path)
     context = model_config.context_length
     for w in workloads:
         if w.prompt_len + w.output_len > context:
