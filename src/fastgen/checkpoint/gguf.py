@@ -18,9 +18,9 @@ from tokenizers import Tokenizer as Backend
 from fastgen.core.types import Tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-UNQUANTIZED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the rest is quantized
+UNQUANTIZED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # other types are quantized
 GLOBAL_TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-MAX_ARRAY_VALUES, MAX_ENTRIES = 2**24, 2**20  # of an array in the metadata, and of these and tensors in a file
+MAX_ARRAY_VALUES, MAX_ENTRIES = 2**24, 2**20  # values of a metadata array; metadata entries, or tensors, of a file
 LAYER_TENSOR_NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -32,7 +32,7 @@ TOKENIZER_ADVICE = "put the model's tokenizer.json and config.json into a folder
 
 
 class _CheckedReader(GGUFReader):
-    """The library's reader, which believes every number in a file: here each is checked against the file's size."""
+    """The gguf library's reader, with every offset and count checked against the size of the file."""
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> np.ndarray:
         self.data = np.asarray(self.data)  # slicing a memmap, once per token, is three times as slow
@@ -66,9 +66,9 @@ class _CheckedReader(GGUFReader):
 
 
 def _open(path: str | Path) -> tuple[GGUFReader, dict]:
-    """The mapped file, and its metadata without arrays and with `{arch}.` cut from the keys."""
+    """Maps the file. Returns its reader, and its metadata without arrays and without the prefix `{arch}.` of keys."""
     try:
-        with np.errstate(over="ignore"):  # of products of dimensions that are no tensor's
+        with np.errstate(over="ignore"):  # sizes computed from damaged dimensions may overflow
             reader = _CheckedReader(path)
         meta = {k: f.contents() for k, f in reader.fields.items() if f.types[:1] != [GGUFValueType.ARRAY]}
     except (OSError, ValueError, IndexError, KeyError, RecursionError) as e:  # no file, bad magic, a file cut short
@@ -81,27 +81,30 @@ def _open(path: str | Path) -> tuple[GGUFReader, dict]:
 
 
 def _parse_rope_scaling(meta: dict, freq_factors: np.ndarray | None, theta: float) -> dict | None:
-    """`rope_scaling`; `freqs` [head_dim / 2] is Llama 3's. ValueError for what a config cannot express."""
+    """Returns the config's `rope_scaling`; `freq_factors` [head_dim / 2] are Llama 3's.
+
+    Raises ValueError for scaling that a config cannot express.
+    """
     keys = {k[13:]: v for k, v in meta.items() if k.startswith("rope.scaling.") and k[13:] != "finetuned"}
-    kind, factor = keys.pop("type", "linear"), keys.pop("factor", meta.get("rope.scale_linear", 0)) or 1.0
+    rope_type, factor = keys.pop("type", "linear"), keys.pop("factor", meta.get("rope.scale_linear", 0)) or 1.0
     yarn = {k: keys.pop(f"yarn_{k}", v) for k, v in (("beta_fast", 32.0), ("beta_slow", 1.0))}
     yarn["original_max_position_embeddings"] = keys.pop("original_context_length", meta["context_length"])
-    if kind not in ("none", "linear", "yarn") or any(v != 1 for v in keys.values()):  # left: multipliers
-        raise ValueError(f"rope scaling {kind} {keys} is not supported; use linear, yarn or llama3")
-    if freq_factors is not None:  # the file lacks the numbers behind them; all of Llama 3 shares these three
+    if rope_type not in ("none", "linear", "yarn") or any(v != 1 for v in keys.values()):  # keys now: multipliers
+        raise ValueError(f"rope scaling {rope_type} {keys} is not supported; use linear, yarn or llama3")
+    if freq_factors is not None:  # GGUF stores them alone; the parameters are those of every Llama 3 model
         factor, low, high, context = float(freq_factors.max()), 1.0, 4.0, 8192
-        turns = context * theta ** (-np.arange(len(freq_factors)) / len(freq_factors)) / (2 * np.pi)
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        rotations = context * theta ** (-np.arange(len(freq_factors)) / len(freq_factors)) / (2 * np.pi)
+        smooth = np.clip((rotations - low) / (high - low), 0, 1)
         if not np.allclose(freq_factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
             raise ValueError("rope_freqs.weight is not Llama 3's; use the Hugging Face checkpoint instead")
         return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
                 "original_max_position_embeddings": context}  # fmt: skip
-    scaling = {"rope_type": kind, "factor": factor} | (yarn if kind == "yarn" else {})
-    return None if kind == "none" or factor == 1 else scaling
+    scaling = {"rope_type": rope_type, "factor": factor} | (yarn if rope_type == "yarn" else {})
+    return None if rope_type == "none" or factor == 1 else scaling
 
 
 def _read_positive(meta: dict, key: str, default: float | None = None) -> Any:
-    """A number of the metadata. KeyError where it is absent and has no default, ValueError where it is none."""
+    """Returns a number of the metadata. Raises KeyError if it is absent without default, ValueError if not positive."""
     value = meta[key] if default is None else meta.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{key} is {value!r}, not a number above 0")
@@ -137,10 +140,12 @@ def _build_hf_config(reader: GGUFReader, meta: dict) -> dict:
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file by their Hugging Face names; each is converted when the iterator comes to it."""
+    """The tensors of a GGUF file by their Hugging Face names, converted one at a time while iterating.
+
+    Raises ValueError, naming the tensor, if one is not part of the model.
+    """
 
     def __init__(self, path: str | Path, reader: GGUFReader, config: dict) -> None:
-        """Raises ValueError, with the tensor's name, for what is not part of such a model."""
         self.path, self.config = path, config
         names = {}
         for t in (t for t in reader.tensors if t.name != "rope_freqs.weight"):
@@ -154,28 +159,28 @@ class GGUFTensors:
         self.shapes = {name: _torch_shape(t) for name, t in names.items()}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor), one in memory at a time."""
+        """Yields (name, tensor), one in memory at a time."""
         config = self.config
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
         for name, t in self.tensors.items():
             stored = UNQUANTIZED_DTYPES.get(t.tensor_type.name)
             try:
-                with np.errstate(all="ignore"):  # who loads refuses values that are not finite, by name
+                with np.errstate(all="ignore"):  # `weights.load` reports values that are not finite
                     array = np.array(t.data) if stored else dequantize(t.data, t.tensor_type)
             except NotImplementedError as e:
                 raise ValueError(f"{self.path}: {t.name} is {t.tensor_type.name}, which is not supported: {e}") from e
             x = torch.from_numpy(array).view(stored or torch.float32)  # bfloat16 comes as bytes
             if config["model_type"] == "llama" and (n := heads.get(name.split(".")[-2])):
-                # llama.cpp rotates rows (2i, 2i + 1) of a head, Hugging Face rows (i, i + head_dim / 2)
+                # llama.cpp rotates rows (2i, 2i + 1) of a head, Hugging Face rows (i, i + head_dim / 2).
                 x = rearrange(x, "(heads pair two) ... -> (heads two pair) ...", heads=n, two=2)
             yield name, x
 
 
 def read(path: str | Path) -> tuple[dict, GGUFTensors]:
-    """Config, with Hugging Face's keys, and tensors of a GGUF file of llama (Mistral too), qwen2 or qwen3.
+    """Returns the config, with Hugging Face's keys, and tensors of a GGUF file of llama (or Mistral), qwen2 or qwen3.
 
-    Tensors are float32 if they are quantized, else float32, float16 or bfloat16 as stored. ValueError for a file that
-    is missing, damaged or not supported.
+    Quantized tensors become float32; others are float32, float16 or bfloat16 as stored. Raises ValueError for a file
+    that is missing, damaged or not supported.
     """
     reader, meta = _open(path)
     try:
@@ -187,12 +192,12 @@ def read(path: str | Path) -> tuple[dict, GGUFTensors]:
 
 @dataclass(frozen=True, slots=True)
 class _PreTokenizerRules:
-    """How a kind of byte-level BPE cuts a text into words before it merges within them."""
+    """How byte-level BPE splits a text into words, within which it merges."""
 
-    splits: tuple[str, ...]  # regular expressions, each applied to the pieces that the one before left
-    ignore_merges: bool = False  # a word that is a token is that token, whatever the merges make of it
-    add_bos: bool = False  # where the file does not say it
-    nfc: bool = False  # Unicode's composed form: Qwen's own tokenizers have it, llama.cpp does not
+    splits: tuple[str, ...]  # regular expressions, each applied to the pieces of the one before
+    ignore_merges: bool = False  # a word that is in the vocabulary is that token, without merging
+    add_bos: bool = False  # the default where the file has no add_bos_token
+    nfc: bool = False  # normalize to Unicode's composed form, as Qwen's own tokenizers do and llama.cpp does not
 
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -200,7 +205,7 @@ _WHITESPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _GPT4 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _WHITESPACE
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASE_AWARE = (  # words part where a small letter is followed by a large one
+_CASE_AWARE = (  # splits words where an uppercase letter follows a lowercase one
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|\p{{N}}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _WHITESPACE
 )
@@ -217,53 +222,37 @@ _DEEPSEEK3 = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|" + _WHITESPACE,
 )
 
-# By the names of `tokenizer.ggml.pre`, as llama.cpp's llama-vocab.cpp has them. Where llama.cpp writes an expression in
-# another way, because its engine lacks something, this is the one of the models' own tokenizer.json.
-PRE_TOKENIZERS: dict[str, _PreTokenizerRules] = {
-    name: pre
-    for names, pre in {
-        "default": _PreTokenizerRules((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2": _PreTokenizerRules(
-            (_GPT4 % "{1,3}",), ignore_merges=True, add_bos=True
-        ),
-        "dbrx smaug-bpe": _PreTokenizerRules((_GPT4 % "{1,3}",)),
-        "qwen2": _PreTokenizerRules((_GPT4 % "",), nfc=True),
-        "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan": _PreTokenizerRules((_GPT4 % "",)),
-        "qwen35": _PreTokenizerRules(
-            ((_GPT4 % "").replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),)
-        ),
-        "tekken": _PreTokenizerRules((_CASE_AWARE % ("", "", ""),), ignore_merges=True, add_bos=True),
-        "gpt-4o llama4 kanana2": _PreTokenizerRules(
-            (_CASE_AWARE % (_CONTRACTIONS + "?", _CONTRACTIONS + "?", "{1,3}"),)
-        ),
-        "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo jais trillion granite-docling": _PreTokenizerRules(
-            (_GPT2,)
-        ),
-        "smollm starcoder refact command-r codeshell exaone minerva-7b": _PreTokenizerRules((r"\p{N}", _GPT2)),
-        "falcon": _PreTokenizerRules((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-        "deepseek-llm": _PreTokenizerRules(
-            (
-                "[\r\n]",
-                rf"\s?[{_CASED_LETTERS}]+",
-                "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-                r"\s+$",
-                _IDEOGRAPHS,
-                r"\p{N}+",
-            )
-        ),
-        "deepseek-coder": _PreTokenizerRules(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, r"\p{N}")),
-        "deepseek-v3": _PreTokenizerRules(_DEEPSEEK3),
-    }.items()
-    for name in names.split()
-}
+# By `tokenizer.ggml.pre`, with the names of llama.cpp's llama-vocab.cpp. Where llama.cpp rewrites an expression for its
+# own engine, this is the original of the model's tokenizer.json.
+_RULES = {
+    "default": _PreTokenizerRules((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2":
+        _PreTokenizerRules((_GPT4 % "{1,3}",), ignore_merges=True, add_bos=True),
+    "dbrx smaug-bpe": _PreTokenizerRules((_GPT4 % "{1,3}",)),
+    "qwen2": _PreTokenizerRules((_GPT4 % "",), nfc=True),
+    "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan": _PreTokenizerRules((_GPT4 % "",)),
+    "qwen35": _PreTokenizerRules(
+        ((_GPT4 % "").replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),)),
+    "tekken": _PreTokenizerRules((_CASE_AWARE % ("", "", ""),), ignore_merges=True, add_bos=True),
+    "gpt-4o llama4 kanana2": _PreTokenizerRules((_CASE_AWARE % (_CONTRACTIONS + "?", _CONTRACTIONS + "?", "{1,3}"),)),
+    "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo jais trillion granite-docling": _PreTokenizerRules((_GPT2,)),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b": _PreTokenizerRules((r"\p{N}", _GPT2)),
+    "falcon": _PreTokenizerRules((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "deepseek-llm": _PreTokenizerRules((
+        "[\r\n]", rf"\s?[{_CASED_LETTERS}]+", "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$", _IDEOGRAPHS, r"\p{N}+")),
+    "deepseek-coder": _PreTokenizerRules(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, r"\p{N}")),
+    "deepseek-v3": _PreTokenizerRules(_DEEPSEEK3),
+}  # fmt: skip
+PRE_TOKENIZERS = {name: rules for names, rules in _RULES.items() for name in names.split()}
 
-# Tokens that end an answer, whatever else the file says of them: llama.cpp's list.
+# Tokens that end an answer whatever their type in the file: llama.cpp's list.
 EOG_TOKENS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
     "<eos>", "<｜end▁of▁sentence｜>", "[e~[",
 )  # fmt: skip
-# And those by which a code model leaves the file it writes: metadata's name, and spellings for where that is absent.
+# Tokens by which a code model ends a file: the metadata's name, and spellings for files without that metadata.
 FIM_EOG_TOKENS = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -272,9 +261,9 @@ FIM_EOG_TOKENS = {
 
 
 class _Vocabulary:
-    """The tokens of a GGUF file, by llama.cpp's rules: what each is, and which are special.
+    """The tokens of a GGUF file, classified by llama.cpp's rules.
 
-    `bos` and `eos` are ids or None; `ends` are the tokens that end an answer, `eos` first.
+    `bos_id`, `eos_id`, `unk_id` and `pad_id` may be None. `eog_ids` are the tokens that end an answer, `eos_id` first.
     """
 
     def __init__(self, reader: GGUFReader, meta: dict) -> None:
@@ -286,13 +275,13 @@ class _Vocabulary:
         self.token_to_id = {token: i for i, token in enumerate(self.tokens)}
         self.scores, self.merges = array("scores"), array("merges")
         types = array("token_type") or [TokenType.NORMAL] * len(self.tokens)
-        spm = meta.get("tokenizer.ggml.model") == "llama"
-        texts = {type(x) for x in (*self.tokens, *self.merges)} <= {str}
-        if not texts or len(self.token_to_id) < len(self.tokens) or len(types) < len(self.tokens):
+        is_spm = meta.get("tokenizer.ggml.model") == "llama"
+        are_texts = {type(x) for x in (*self.tokens, *self.merges)} <= {str}
+        if not are_texts or len(self.token_to_id) < len(self.tokens) or len(types) < len(self.tokens):
             raise ValueError("its tokens are not distinct texts, each with a type")
-        if spm and len(self.scores) < len(self.tokens):
+        if is_spm and len(self.scores) < len(self.tokens):
             raise ValueError("its tokens need a score each")
-        defaults = {"bos": 1, "eos": 2, "unknown": 0} if spm else {}  # where the file names none
+        defaults = {"bos": 1, "eos": 2, "unknown": 0} if is_spm else {}  # for metadata that is absent
 
         def special(name: str) -> int | None:
             id = meta.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
@@ -301,107 +290,106 @@ class _Vocabulary:
             return id if id is not None and (0 <= id < len(self.tokens) or not self.tokens) else None
 
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = map(special, ("bos", "eos", "unknown", "padding"))
-        known = [self.token_to_id[name] for name in EOG_TOKENS if name in self.token_to_id]
-        # A text such as </s> that a byte-level vocabulary has as any other is no end (llama.cpp takes it for one).
-        ends = [i for i in known if self.tokens[i] != "</s>" or types[i] == TokenType.CONTROL]
+        eog = [self.token_to_id[name] for name in EOG_TOKENS if name in self.token_to_id]
+        # In a byte-level vocabulary </s> may be ordinary text; llama.cpp takes it for an end even so.
+        eog = [i for i in eog if self.tokens[i] != "</s>" or types[i] == TokenType.CONTROL]
         for name, spellings in FIM_EOG_TOKENS.items():
-            found = special(name)
-            ends += [
-                i for i in ([self.token_to_id.get(x) for x in spellings] if found is None else [found]) if i is not None
-            ][:1]
-        if (
-            "<|end|>" in self.token_to_id and {"<|return|>", "<|call|>"} <= self.token_to_id.keys()
-        ):  # there it ends a message only
-            ends.remove(self.token_to_id["<|end|>"])
+            by_name = special(name)
+            candidates = [self.token_to_id.get(x) for x in spellings] if by_name is None else [by_name]
+            eog += [i for i in candidates if i is not None][:1]
+        # Where <|return|> and <|call|> end an answer, <|end|> ends a message only.
+        if "<|end|>" in self.token_to_id and {"<|return|>", "<|call|>"} <= self.token_to_id.keys():
+            eog.remove(self.token_to_id["<|end|>"])
         named = [i for i in map(special, ("eos", "eot", "eom")) if i is not None]
-        self.eog_ids = [*dict.fromkeys((*named, *sorted(ends)))]
+        self.eog_ids = [*dict.fromkeys((*named, *sorted(eog)))]
         control = {i for i, t in enumerate(types) if t in (TokenType.CONTROL, TokenType.UNKNOWN)}
-        self.special_ids = sorted(control | set(ends))
-        self.added_ids = [i for i, t in enumerate(types) if t == TokenType.USER_DEFINED and i not in ends]
+        self.special_ids = sorted(control | set(eog))
+        self.added_ids = [i for i, t in enumerate(types) if t == TokenType.USER_DEFINED and i not in eog]
 
 
 def _build_byte_level_bpe(vocabulary: _Vocabulary, rules: _PreTokenizerRules) -> Backend:
-    """GPT-2's kind of BPE: each token is bytes, written as letters."""
+    """Returns GPT-2's kind of BPE: each token is bytes, spelled as letters."""
     v, merges = vocabulary, list[tuple[str, str]]()
     for merge in v.merges:
-        cut = merge.find(" ", 1)
-        left, right = merge[:cut], merge[cut + 1 :]
+        space = merge.find(" ", 1)
+        left, right = merge[:space], merge[space + 1 :]
         if left in v.token_to_id and right in v.token_to_id and left + right in v.token_to_id:
             merges.append((left, right))
     backend = Backend(models.BPE(v.token_to_id, merges, ignore_merges=rules.ignore_merges))
     if rules.nfc:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in rules.splits]
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, spell])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def _build_sentencepiece_bpe(vocabulary: _Vocabulary, *, add_space_prefix: bool) -> Backend:
-    """SentencePiece's BPE: two neighbors become the token of the highest score; what is no token becomes bytes.
+    """Returns SentencePiece's BPE: it merges the neighbors whose token has the highest score, and falls back to bytes.
 
-    `prefix`: a blank precedes a text, and what follows a special token.
+    With `add_space_prefix` a space is put before each text, and before text that follows a special token.
     """
     v, special = vocabulary, {*vocabulary.special_ids, *vocabulary.added_ids}
     pieces = {token: v.scores[i] for i, token in enumerate(v.tokens) if i not in special and token not in BYTE_TOKENS}
-    found = list[tuple[float, int, str, str]]()
+    ranked = list[tuple[float, int, str, str]]()
     for piece, score in pieces.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+        for i in range(1, len(piece)):
+            left, right = piece[:i], piece[i:]
             if left in pieces and right in pieces:
-                found.append((-score, -cut, left, right))
-    merges = [(left, right) for *_, left, right in sorted(found)]
+                ranked.append((-score, -i, left, right))
+    merges = [(left, right) for *_, left, right in sorted(ranked)]
     unk = None if v.unk_id is None else v.tokens[v.unk_id]
     backend = Backend(models.BPE(v.token_to_id, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    blanks = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks] if add_space_prefix else [blanks])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if add_space_prefix else parts)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if add_space_prefix else [spaces])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add_space_prefix else steps)
     return backend
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """Build the tokenizer of a GGUF file, with its chat template. It gives llama.cpp's tokens, with `parse_special`.
+    """Returns the tokenizer of a GGUF file, with its chat template; its tokens are llama.cpp's with `parse_special`.
 
-    Raises ValueError where the file has none, or one of a kind that is not known here, or one that is damaged.
+    Raises ValueError if the file has no tokenizer, or one that is damaged or of a type that is not supported.
     """
     reader, meta = _open(path)
     try:
         return _build_tokenizer(reader, meta)
-    except Exception as e:  # of the tokenizers library, which raises nothing more precise
+    except Exception as e:  # the tokenizers library raises nothing more precise
         raise ValueError(f"{path}: {e}") from e
 
 
 def _build_tokenizer(reader: GGUFReader, meta: dict) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
-    v, kind = _Vocabulary(reader, meta), meta.get("tokenizer.ggml.model")
-    if kind is None or not v.tokens:
+    v, model = _Vocabulary(reader, meta), meta.get("tokenizer.ggml.model")
+    if model is None or not v.tokens:
         raise ValueError(f"no tokenizer in this file; {TOKENIZER_ADVICE}")
-    add_bos = kind == "llama"
-    if kind == "gpt2":
+    add_bos = model == "llama"
+    if model == "gpt2":
         name = meta.get("tokenizer.ggml.pre")
-        if name is None:  # of 2023; models newer than that were converted wrongly
-            warnings.warn("tokenizer.ggml.pre is missing, as in old GGUF files: texts may be cut wrongly", stacklevel=3)
-        if (pre := PRE_TOKENIZERS.get(name or "default")) is None:
+        if name is None:  # as in files of 2023
+            warnings.warn(
+                "tokenizer.ggml.pre is missing, as in old GGUF files: texts may be split wrongly", stacklevel=3
+            )
+        if (rules := PRE_TOKENIZERS.get(name or "default")) is None:
             raise ValueError(f"tokenizer.ggml.pre is {name!r}, which is not supported; {TOKENIZER_ADVICE}")
-        backend, add_bos = _build_byte_level_bpe(v, pre), pre.add_bos
-    elif kind == "llama":
+        backend, add_bos = _build_byte_level_bpe(v, rules), rules.add_bos
+    elif model == "llama":
         backend = _build_sentencepiece_bpe(v, add_space_prefix=meta.get("tokenizer.ggml.add_space_prefix", True))
     else:
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; only gpt2 and llama are supported; {TOKENIZER_ADVICE}")
+        raise ValueError(f"tokenizer.ggml.model is {model!r}; only gpt2 and llama are supported; {TOKENIZER_ADVICE}")
     backend.add_special_tokens([AddedToken(v.tokens[i], normalized=False, special=True) for i in v.special_ids])
     backend.add_tokens([AddedToken(v.tokens[i], normalized=False, special=False) for i in v.added_ids])
     add_bos = meta.get("tokenizer.ggml.add_bos_token", add_bos) and v.bos_id is not None
     add_eos = meta.get("tokenizer.ggml.add_eos_token", False) and v.eos_id is not None
-    around = [(v.tokens[i], i) for i, there in ((v.bos_id, add_bos), (v.eos_id, add_eos)) if there and i is not None]
-    if around:
+    added = [(v.tokens[i], i) for i, adds in ((v.bos_id, add_bos), (v.eos_id, add_eos)) if adds and i is not None]
+    if added:
         single = [*([v.tokens[v.bos_id or 0]] * add_bos), "$A", *([v.tokens[v.eos_id or 0]] * add_eos)]
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
-    names = {"bos": v.bos_id, "eos": v.eos_id, "unk": v.unk_id, "pad": v.pad_id}
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{f"{name}_token": v.tokens[i] for name, i in names.items() if i is not None}
-    )
-    made.chat_template = meta.get("tokenizer.chat_template")
-    return made
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=added)
+    ids = {"bos_token": v.bos_id, "eos_token": v.eos_id, "unk_token": v.unk_id, "pad_token": v.pad_id}
+    special = {name: v.tokens[i] for name, i in ids.items() if i is not None}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = meta.get("tokenizer.chat_template")
+    return tokenizer

@@ -1,7 +1,7 @@
-"""The one forward of all families: a function of parameters, cache, batch and spec.
+"""The one forward of all families: a function of parameters, cache, batch and `ModelConfig`.
 
-A block is five functions on rows of activations, and attention between them. `x` is the residual stream and `y` what
-the last sublayer adds to it: the sum is left to whoever reads it, so that it costs no pass of its own.
+A decoder layer is five ops on rows of activations, with attention between them. x is the residual stream, and y the
+output of the last sublayer: the op that reads y adds it to x, so that the sum costs no pass of its own.
 """
 
 from collections.abc import Callable
@@ -24,27 +24,23 @@ from fastgen.thread_safety import no_autocast
 HiddenStates = Float[Tensor, "T D"]
 SublayerOutput = HiddenStates | PartialSum  # partial on one of several tensor-parallel ranks
 RopeCosSin = Float[Tensor, "T 1 half"]
-# add_lora(y, x, rows) -> y plus the low-rank terms of x, where both hold these rows of the batch
+# add_lora(y, x, rows) returns y plus the low-rank terms of x, where both hold these rows of the batch.
 AddLora = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 def embed(
     weight: Float[Tensor, "V D"], token: Int[Tensor, " T"], position: Int[Tensor, " T"], model_config: ModelConfig
 ) -> tuple[HiddenStates, HiddenStates, RopeCosSin, RopeCosSin]:
-    """x and y of the first block; cosines and sines of the positions."""
+    """Returns x and y of the first layer, and cosines and sines of the positions."""
     x = F.embedding(token, weight)
     return x, torch.zeros_like(x), *rope_cos_sin(position, model_config)
 
 
 def add_norm_qkv(
-    x: HiddenStates,
-    y: HiddenStates,
-    norm: Float[Tensor, " D"],
-    eps: float,
-    w: Float[Tensor, "N D"],
+    x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float, w: Float[Tensor, "N D"],
     bias: Float[Tensor, " N"] | None,
-) -> tuple[HiddenStates, Float[Tensor, "T N"]]:
-    """x + y, and a linear layer of its norm."""
+) -> tuple[HiddenStates, Float[Tensor, "T N"]]:  # fmt: skip
+    """Returns x + y, and queries, keys and values of its norm."""
     x = x + y
     return x, F.linear(rms_norm(x, norm, eps), w, bias)
 
@@ -52,7 +48,7 @@ def add_norm_qkv(
 def add_norm_gate_up(
     x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"]
 ) -> tuple[HiddenStates, Float[Tensor, "T F"]]:
-    """x + y, and the gated activation of its norm."""
+    """Returns x + y, and the gated activation of its norm."""
     x = x + y
     return x, swiglu(F.linear(rms_norm(x, norm, eps), gate_up))
 
@@ -60,7 +56,7 @@ def add_norm_gate_up(
 def add_norm(
     x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float
 ) -> tuple[HiddenStates, HiddenStates]:
-    """x + y, and its norm."""
+    """Returns x + y, and its norm."""
     x = x + y
     return x, rms_norm(x, norm, eps)
 
@@ -68,40 +64,37 @@ def add_norm(
 def apply_qk_norm(
     qkv: Float[Tensor, "T Q2K H"], q_norm: Float[Tensor, " H"], k_norm: Float[Tensor, " H"], model_config: ModelConfig
 ) -> Float[Tensor, "T Q2K H"]:
-    """Norms of every query and key head; values as they are."""
-    q, k, v = qkv.split((model_config.num_q_heads, model_config.num_kv_heads, model_config.num_kv_heads), 1)
-    return torch.cat(
-        (rms_norm(q, q_norm, model_config.rms_norm_eps), rms_norm(k, k_norm, model_config.rms_norm_eps), v), 1
-    )
+    """Normalizes every query and key head; values stay as they are."""
+    kv_heads, eps = model_config.num_kv_heads, model_config.rms_norm_eps
+    q, k, v = qkv.split((model_config.num_q_heads, kv_heads, kv_heads), 1)
+    return torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v), 1)
 
 
 def final_norm(x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float) -> HiddenStates:
-    """The normed last hidden state."""
+    """Returns the normed hidden states after the last layer."""
     return rms_norm(x + y, norm, eps)
 
 
 def lm_head(h: Float[Tensor, "N D"], w: Float[Tensor, "V D"], out: Tensor | None = None) -> Float[Tensor, "N V"]:
-    """Logits, in the first rows of `out` where it is given."""
+    """Returns logits, written to the first rows of `out` unless that is None."""
     return F.linear(h, w) if out is None else torch.mm(h, w.T, out=out[: len(h)])
 
 
 def row_parallel(
-    linear: Callable[..., Tensor],
-    x: Float[Tensor, "T N"],
-    w: Float[Tensor, "D N"],
-    bias: Float[Tensor, " D"] | None = None,
-    add_lora: AddLora | None = None,
-) -> Float[Tensor, "T D"]:
-    """A linear layer whose depth ranks may share, each of which then has a part of the sum; here, all of it.
+    linear: Callable[..., Tensor], x: Float[Tensor, "T N"], w: Float[Tensor, "D N"],
+    bias: Float[Tensor, " D"] | None = None, add_lora: AddLora | None = None,
+) -> Float[Tensor, "T D"]:  # fmt: skip
+    """Returns a row-parallel linear layer.
 
-    `change(y, x, rows)` makes of some rows of it what adapters add to them.
+    Under tensor parallelism each rank has a slice of the input dimension and returns a partial sum, low-rank terms
+    included; this default returns the full result.
     """
     y = linear(x, w, bias)
     return y if add_lora is None else add_lora(y, x, slice(None))
 
 
 class ModelOps(NamedTuple):
-    """What a forward is made of. Each may be replaced by a faster function of the same signature."""
+    """The ops of a forward. Each may be replaced by a faster function of the same signature."""
 
     attention: AttentionBackend = sdpa
     embed: Callable[..., tuple[Any, ...]] = embed
@@ -112,7 +105,7 @@ class ModelOps(NamedTuple):
     linear: Callable[..., Tensor] = F.linear
     out_proj: Callable[..., Any] = row_parallel  # -> SublayerOutput
     down_proj: Callable[..., Any] = row_parallel
-    # The parts of `add_norm_qkv` and `add_norm_gate_up`, where adapters add to what lies between (see `lora_ops`):
+    # The parts of `add_norm_qkv` and `add_norm_gate_up`: with adapters, `lora_ops` adds to the matmuls between them.
     add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
     swiglu: Callable[..., Tensor] = swiglu
     apply_lora: Callable[..., Tensor] = layers.apply_lora
@@ -125,13 +118,9 @@ TORCH_OPS = ModelOps()
 
 
 def lora_ops(
-    ops: ModelOps,
-    adapters: StackedAdapters,
-    layer_idx: int,
-    model_config: ModelConfig,
-    adapter_idx: Int[Tensor, " T"] | None,
-    output_adapter_idx: Int[Tensor, " out"] | None,
-) -> ModelOps:
+    ops: ModelOps, adapters: StackedAdapters, layer_idx: int, model_config: ModelConfig,
+    adapter_idx: Int[Tensor, " T"] | None, output_adapter_idx: Int[Tensor, " out"] | None,
+) -> ModelOps:  # fmt: skip
     """Returns `ops` whose projections in one layer add the low-rank terms of each token's adapter.
 
     `adapter_idx` holds the adapter of every row before attention, `output_adapter_idx` of every row after it. Raises
@@ -150,9 +139,7 @@ def lora_ops(
     add_gate_up = low_rank_term(layer.gate_up, (model_config.intermediate_size,) * 2, output_adapter_idx)
     add_down = low_rank_term(layer.down, (model_config.hidden_size,), output_adapter_idx)
 
-    def add_norm_qkv(
-        x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def add_norm_qkv(x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Any) -> tuple[Tensor, Tensor]:
         x, h = ops.add_norm(x, y, norm, eps)
         return x, add_qkv(ops.linear(h, w, bias), h, slice(None))
 
@@ -160,49 +147,34 @@ def lora_ops(
         x, h = ops.add_norm(x, y, norm, eps)
         return x, ops.swiglu(add_gate_up(ops.linear(h, gate_up, None), h, slice(None)))
 
+    out_proj, down_proj = partial(ops.out_proj, add_lora=add_out), partial(ops.down_proj, add_lora=add_down)
     return ops._replace(
-        add_norm_qkv=add_norm_qkv,
-        add_norm_gate_up=add_norm_gate_up,
-        out_proj=partial(ops.out_proj, add_lora=add_out),
-        down_proj=partial(ops.down_proj, add_lora=add_down),
+        add_norm_qkv=add_norm_qkv, add_norm_gate_up=add_norm_gate_up, out_proj=out_proj, down_proj=down_proj
     )
 
 
 def last_token_batch(batch: Batch) -> Batch:
-    """The batch of the tokens `output` alone, one of each sequence."""
+    """Returns the batch of the tokens `logits_indices` alone, one of each sequence."""
     rows = batch.logits_indices
-    start = torch.arange(len(rows) + 1, dtype=batch.query_start_loc.dtype, device=rows.device)
-    length = batch.seq_lens.clamp_min(1)  # padding may have none, but attention to nothing is no number
-    adapter = None if batch.adapter_idx is None else batch.adapter_idx[rows]
-    token, position, slot = (x[rows] for x in (batch.token_ids, batch.positions, batch.slot_mapping))
     return batch._replace(
-        token_ids=token,
-        positions=position,
-        slot_mapping=slot,
-        query_start_loc=start,
-        seq_lens=length,
-        adapter_idx=adapter,
+        token_ids=batch.token_ids[rows],
+        positions=batch.positions[rows],
+        slot_mapping=batch.slot_mapping[rows],
+        query_start_loc=torch.arange(len(rows) + 1, dtype=batch.query_start_loc.dtype, device=rows.device),
+        seq_lens=batch.seq_lens.clamp_min(1),  # a padding sequence may have length 0; softmax over no keys is NaN
+        adapter_idx=None if batch.adapter_idx is None else batch.adapter_idx[rows],
     )
 
 
 def decoder_layer(
-    x: HiddenStates,
-    y: SublayerOutput,
-    layer: Layer,
-    k_cache: Float[Tensor, "S K H"],
-    v_cache: Float[Tensor, "S K H"],
-    window: int | None,
-    cos_sin: tuple[RopeCosSin, RopeCosSin],
-    slot: Int[Tensor, " T"],
-    attend: AttentionFn,
-    model_config: ModelConfig,
-    ops: ModelOps = TORCH_OPS,
-    logits_indices: Int[Tensor, " N"] | None = None,
-) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"] | PartialSum]:
-    """x and y after a block. Writes k and v at `slot`; pure otherwise.
+    x: HiddenStates, y: SublayerOutput, layer: Layer, k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"],
+    window: int | None, cos_sin: tuple[RopeCosSin, RopeCosSin], slot: Int[Tensor, " T"], attend: AttentionFn,
+    model_config: ModelConfig, ops: ModelOps = TORCH_OPS, logits_indices: Int[Tensor, " N"] | None = None,
+) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"] | PartialSum]:  # fmt: skip
+    """Returns x and y after a decoder layer. Writes keys and values to the caches at `slot`; pure otherwise.
 
-    `output`: of these tokens only, which `attend` is then made for. Of the others no more than keys and values is
-    computed.
+    With `logits_indices` only these tokens are computed beyond keys and values, and `attend` must be made for their
+    batch (`last_token_batch`).
     """
     x, qkv = ops.add_norm_qkv(x, y, layer.attn_norm, model_config.rms_norm_eps, layer.qkv, layer.qkv_bias)
     qkv = qkv.unflatten(-1, (-1, model_config.head_dim))
@@ -217,80 +189,58 @@ def decoder_layer(
 
 
 def run_layers(
-    params: Params,
-    cache: KVCache,
-    batch: Batch,
-    model_config: ModelConfig,
-    ops: ModelOps = TORCH_OPS,
-    adapters: StackedAdapters | None = None,
-    *,
-    last_token_only: bool = False,
+    params: Params, cache: KVCache, batch: Batch, model_config: ModelConfig, ops: ModelOps = TORCH_OPS,
+    adapters: StackedAdapters | None = None, *, last_token_only: bool = False,
     layer_fn: Callable[..., tuple[Any, Any]] = decoder_layer,
-) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"] | PartialSum]:
+) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"] | PartialSum]:  # fmt: skip
     """Returns x and y after the last layer. Writes `cache` at `batch.slot_mapping`; pure otherwise.
 
-    With `last_token_only` the results are those of the sequences' last tokens, `batch.logits_indices`. `layer_fn` replaces
-    `decoder_layer`, for example by one that recomputes activations in the backward pass.
+    With `last_token_only` the results are those of the sequences' last tokens, `batch.logits_indices`. `layer_fn`
+    replaces `decoder_layer`, for example by one that recomputes activations in the backward pass.
     """
-    x, y, *turn = ops.embed(params.embed, batch.token_ids, batch.positions, model_config)
-    attend, output = ops.attention(batch, model_config), None
-    for i, (layer, k, v, window) in enumerate(
-        zip(params.layers, cache.k, cache.v, model_config.sliding_windows, strict=True)
-    ):
-        after = batch
+    x, y, cos, sin = ops.embed(params.embed, batch.token_ids, batch.positions, model_config)
+    attend, logits_indices, output_batch, layer_ops = ops.attention(batch, model_config), None, batch, ops
+    windows, slot = model_config.sliding_windows, batch.slot_mapping
+    for i, (layer, k, v, window) in enumerate(zip(params.layers, cache.k, cache.v, windows, strict=True)):
         if last_token_only and i == model_config.num_layers - 1:
-            after, output = last_token_batch(batch), batch.logits_indices
-            attend = ops.attention(after, model_config)
-        layer_ops = ops
+            output_batch, logits_indices = last_token_batch(batch), batch.logits_indices
+            attend = ops.attention(output_batch, model_config)
         if adapters is not None:
-            layer_ops = lora_ops(ops, adapters, i, model_config, batch.adapter_idx, after.adapter_idx)
-        x, y = layer_fn(
-            x, y, layer, k, v, window, (turn[0], turn[1]), batch.slot_mapping, attend, model_config, layer_ops, output
-        )
+            layer_ops = lora_ops(ops, adapters, i, model_config, batch.adapter_idx, output_batch.adapter_idx)
+        x, y = layer_fn(x, y, layer, k, v, window, (cos, sin), slot, attend, model_config, layer_ops, logits_indices)
     return x, y
 
 
 @no_autocast
 def hidden_states(
-    params: Params,
-    cache: KVCache,
-    batch: Batch,
-    model_config: ModelConfig,
-    attention: AttentionBackend = sdpa,
-    ops: ModelOps = TORCH_OPS,
-    adapters: StackedAdapters | None = None,
-) -> Float[Tensor, "T D"]:
-    """Normed last hidden state of every token. Writes `cache` at `batch.slot`; pure otherwise."""
+    params: Params, cache: KVCache, batch: Batch, model_config: ModelConfig, attention: AttentionBackend = sdpa,
+    ops: ModelOps = TORCH_OPS, adapters: StackedAdapters | None = None,
+) -> Float[Tensor, "T D"]:  # fmt: skip
+    """Returns the normed last hidden state of every token. Writes `cache` at `batch.slot_mapping`; pure otherwise."""
     x, y = run_layers(params, cache, batch, model_config, ops._replace(attention=attention), adapters)
     return ops.final_norm(x, y, params.final_norm, model_config.rms_norm_eps)
 
 
 def lm_head_weight(params: Params) -> Float[Tensor, "V D"]:
-    """The weights that turn hidden states into logits."""
+    """Returns the weight that maps hidden states to logits."""
     return params.embed if params.lm_head is None else params.lm_head
 
 
 @no_autocast
 def compute_logits(params: Params, x: Float[Tensor, "N D"], ops: ModelOps = TORCH_OPS) -> Float[Tensor, "N V"]:
-    """fp32 logits of hidden states."""
+    """Returns fp32 logits of hidden states."""
     return ops.lm_head(x, lm_head_weight(params)).float()
 
 
 def forward(
-    params: Params,
-    cache: KVCache,
-    batch: Batch,
-    model_config: ModelConfig,
-    attention: AttentionBackend = sdpa,
-    ops: ModelOps = TORCH_OPS,
-    adapters: StackedAdapters | None = None,
-) -> Float[Tensor, "N V"]:
-    """fp32 next-token logits at `batch.output`. Writes `cache` at `batch.slot`; pure otherwise.
+    params: Params, cache: KVCache, batch: Batch, model_config: ModelConfig, attention: AttentionBackend = sdpa,
+    ops: ModelOps = TORCH_OPS, adapters: StackedAdapters | None = None,
+) -> Float[Tensor, "N V"]:  # fmt: skip
+    """Returns fp32 next-token logits at `batch.logits_indices`. Writes `cache` at `batch.slot_mapping`; pure otherwise.
 
-    The written leaves are the donated buffers: returning a new cache would copy all of it at every step. On one of
-    several ranks, `ops` are `parallel.sharded` ones, `params` and `cache` are the rank's, and so is `spec` (`split`).
-    `adapters` change the matrices of each token by its own, `batch.adapter`.
+    The cache is written in place, since returning a new one would copy it at every step. `adapters` add to the
+    projections of each token by the index `batch.adapter_idx`. On one of several ranks, `ops` are those of
+    `tensor_parallel.shard_ops`, and `params`, `cache` and `model_config` (`shard_config`) are the rank's.
     """
-    return compute_logits(
-        params, hidden_states(params, cache, batch, model_config, attention, ops, adapters)[batch.logits_indices], ops
-    )
+    h = hidden_states(params, cache, batch, model_config, attention, ops, adapters)
+    return compute_logits(params, h[batch.logits_indices], ops)
