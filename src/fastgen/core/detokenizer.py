@@ -1,4 +1,4 @@
-"""Incremental text of generated tokens, cut at stop strings. The library and the server apply the rules of this module."""
+"""Incremental text of generated tokens, cut at stop strings, for the library and the server alike."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -11,7 +11,7 @@ from fastgen.core.types import Tokenizer
 
 NUM_REDECODED_TOKENS = 6  # minimum number of earlier tokens decoded again with each new token
 REPLACEMENT_CHARACTER = "\ufffd"  # stands for bytes that are not UTF-8
-MAX_PENDING_TOKENS = 8  # tokens whose text is held back at most: more than any character has
+MAX_PENDING_TOKENS = 8  # maximum number of tokens whose text is held back: more than any character has
 
 
 class TokenizerInfo:

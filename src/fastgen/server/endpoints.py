@@ -67,11 +67,7 @@ async def chat_completions(body: bodies.ChatRequest, request: Request, state: St
 
 def _response_options(body: bodies.CompletionRequestBase) -> dict[str, bool]:
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return {
-        "stream": body.stream,
-        "include_usage": include_usage,
-        "return_weight_versions": body.return_weight_versions,
-    }
+    return dict(stream=body.stream, include_usage=include_usage, return_weight_versions=body.return_weight_versions)
 
 
 def _make_tool_call_builder(

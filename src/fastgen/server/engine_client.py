@@ -55,27 +55,21 @@ class EngineClient:
             elif not self.engine_info.done():
                 self.engine_info.set_result(message)
 
-    def _send(
-        self,
-        message_id: str,
-        method: Callable[Concatenate[EngineServer, Sender, P], object],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> None:
+    def _send(self, message_id: str, method: Callable[..., object], *args: object) -> None:
         # Sent at once: the socket's queue is unbounded.
         self.socket.send_multipart([message_id.encode(), pack_message((method.__name__, args))])
 
     async def call_engine(
         self, method: Callable[Concatenate[EngineServer, Sender, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Calls a method of the `EngineServer`; returns its result or raises APIError."""
+        """Calls a method of the `EngineServer` with positional arguments; returns its result or raises APIError."""
         if self.is_engine_dead:
             raise APIError(503, "the engine has stopped")
         if self._failure:
             raise self._failure
         message_id = next(self._message_ids)
         self._pending_replies[message_id] = future = asyncio.get_running_loop().create_future()
-        self._send(message_id, method, *args, **kwargs)
+        self._send(message_id, method, *args)
         try:
             return await future
         finally:
@@ -123,7 +117,7 @@ class EngineClient:
         return deltas
 
     def abort_choice(self, request_id: str, choice_index: int) -> None:
-        """Ends one choice of a request, whose text a stop string has cut."""
+        """Ends one choice of a request after a stop string."""
         self._send("", EngineServer.abort, request_id, choice_index)
 
     def close_request(self, request_id: str) -> None:

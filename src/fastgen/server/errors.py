@@ -1,6 +1,7 @@
 """Errors in OpenAI's form, and the translation of the library's error messages into a client's field names."""
 
 import re
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from fastgen.config import SamplingParams
@@ -10,20 +11,16 @@ FIRST_WORD = re.compile(r"\w*")
 CONTEXT_OVERFLOW_MESSAGE = re.compile(r"\d+ prompt tokens and max_tokens=")  # start of the message of `max_length`
 
 
+@dataclass(eq=False)
 class APIError(Exception):
-    """An error that answers a request in OpenAI's form. `param` is the field that is wrong. It can be pickled."""
+    """An error that answers a request in OpenAI's form. `param` names the invalid field."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(status, message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+    status: int
+    message: str
+    _: KW_ONLY
+    param: str | None = None
+    code: str | None = None
+    retry_after: int | None = None  # seconds
 
     def __str__(self) -> str:
         return self.message

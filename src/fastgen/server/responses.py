@@ -13,6 +13,7 @@ from fastgen.server.reasoning import ReasoningParser, find_open_tag
 from fastgen.server.tool_calls import ToolCallParser
 
 Json = dict[str, Any]
+Parsers = tuple[ReasoningParser | None, ToolCallParser | None]
 MIN_LOGPROB = -9999.0  # JSON has no -inf
 MAX_TAG_TOKENS = 16  # tokens at the end of a prompt that are searched for a reasoning tag and line breaks
 
@@ -194,25 +195,19 @@ class ChatResponseBuilder(ResponseBuilder):
         super().__init__(token_decoder)
         self.make_tool_call_parser, self.visible_special_tokens = make_tool_call_parser, visible_special_tokens or {}
         self.is_function_named, self.may_reason = is_function_named, may_reason
-        self.parsers: dict[int, tuple[ReasoningParser | None, ToolCallParser | None]] = {}  # of streamed choices
+        self.parsers: dict[int, Parsers] = {}  # of streamed choices
 
-    def _make_parsers(self, choice: Choice) -> tuple[ReasoningParser | None, ToolCallParser | None]:
+    def _make_parsers(self, choice: Choice) -> Parsers:
         reasoning_parser = None
         if self.may_reason:
             prompt_end = self.token_decoder.decode(choice.prompt_token_ids[-MAX_TAG_TOKENS:])
             reasoning_parser = ReasoningParser(find_open_tag(prompt_end))
         return reasoning_parser, self.make_tool_call_parser() if self.make_tool_call_parser else None
 
-    def _parse(
-        self,
-        parsers: tuple[ReasoningParser | None, ToolCallParser | None],
-        text: str,
-        finish_reason: str | None,
-        is_final: bool,
-    ) -> tuple[str, str, list[Json], str | None]:
-        """Returns the new reasoning, text and tool calls of a text, and the finish reason."""
+    def _parse(self, parsers: Parsers, delta: ChoiceDelta, is_final: bool) -> tuple[str, str, list[Json], str | None]:
+        """Returns the reasoning, text and tool calls of a delta's text, and the finish reason."""
         reasoning_parser, tool_call_parser = parsers
-        reasoning, calls = "", list[Json]()
+        reasoning, text, calls, finish_reason = "", delta.text, list[Json](), delta.finish_reason
         if reasoning_parser:
             reasoning, text = reasoning_parser.push(text, is_final=is_final)
         if tool_call_parser:
@@ -235,7 +230,7 @@ class ChatResponseBuilder(ResponseBuilder):
         if choice.index not in self.parsers:
             self.parsers[choice.index] = self._make_parsers(choice)
         parsers, is_final = self.parsers[choice.index], bool(delta.finish_reason)
-        reasoning, text, calls, reason = self._parse(parsers, delta.text, delta.finish_reason, is_final)
+        reasoning, text, calls, reason = self._parse(parsers, delta, is_final)
         logprobs = self._format_logprobs(delta) if delta.token_ids else None
         if not (reasoning or text or calls or is_final or logprobs):
             return None
@@ -247,8 +242,7 @@ class ChatResponseBuilder(ResponseBuilder):
     def build_choice(self, choice: Choice, prompt_delta: TokenDelta | None) -> Json:
         """Builds the choice with the message."""
         total = choice.accumulated
-        parsers = self._make_parsers(choice)
-        reasoning, text, calls, reason = self._parse(parsers, total.text, total.finish_reason, is_final=True)
+        reasoning, text, calls, reason = self._parse(self._make_parsers(choice), total, is_final=True)
         content = text or None if reasoning or calls else text
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         message |= {"reasoning_content": reasoning} if reasoning else {}
