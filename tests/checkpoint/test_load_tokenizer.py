@@ -11,7 +11,7 @@ from fastgen.core.tokenizer import encode
 
 
 def test_load(tmp_path: Path) -> None:
-    """From the checkpoint's folder, or beside its file, with the chat template; None where there is none."""
+    """Loads the tokenizer and chat template of a checkpoint's folder or file; None without one."""
     assert tokenizer.load(tmp_path) is None
     BYTE_LEVEL.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
@@ -34,10 +34,10 @@ def test_load(tmp_path: Path) -> None:
         ("tekken.json", b"{}", "mistral-common: pip install mistral-common, or put"),
     ],
 )
-def test_what_a_tokenizer_needs(
+def test_missing_packages_are_named(
     file: str, data: bytes, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The packages by which its file can be read, by name, where they are not installed."""
+    """The error names the packages that the tokenizer's file needs."""
     (tmp_path / file).write_bytes(data)
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     monkeypatch.setattr(tokenizer, "sys", SimpleNamespace(modules={}))
@@ -45,8 +45,8 @@ def test_what_a_tokenizer_needs(
         tokenizer.load(tmp_path)
 
 
-def test_a_folder_of_mistral_with_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tokenizer.json is read, also where mistral-common is installed, whose own tokenizer can do less."""
+def test_mistral_folder_with_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tokenizer.json is preferred to tekken.json, even if mistral-common is installed."""
     BYTE_LEVEL.save_pretrained(tmp_path)
     (tmp_path / "tekken.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')

@@ -1,4 +1,4 @@
-"""Chat templates that are programs: their text does not change, and their work has an end."""
+"""Limits of chat templates: the rendered text is unchanged, and rendering terminates."""
 
 import pytest
 import test_tool_calls
@@ -9,7 +9,7 @@ from test_tokenizer import BYTE_LEVEL
 from fastgen.core import chat_template, tokenizer
 
 CHAT = [{"role": "system", "content": " a "}, {"role": "user", "content": "b\n"}, {"role": "assistant", "content": "c"}]
-# White space that tags take, or leave, before and after them; and everything that is counted or checked.
+# White space that tags strip or keep, and every statement that is counted or checked.
 TEMPLATES = {
     "loop": TEMPLATE,
     "tags": "x  {%- for m in messages -%}  y  {%+ for c in m.content +%}\n\n {{- c -}} \n{% endfor %}\n\n"
@@ -30,8 +30,8 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("source", [*TEMPLATES.values(), *test_tool_calls.TEMPLATES.values()])
-def test_the_same_text(source: str) -> None:
-    """To the last blank, with tools and without."""
+def test_rendered_text_is_unchanged(source: str) -> None:
+    """The limited template renders the same text, with tools and without."""
     for tools in (None, test_tool_calls.GIVEN):
         options = {"tools": tools, "tokenize": False, "add_generation_prompt": True}
         want = BYTE_LEVEL.apply_chat_template(CHAT, chat_template=source, **options)
@@ -41,7 +41,7 @@ def test_the_same_text(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("{% for i in range(10**12) %}x{% endfor %}", "line 1: it computes a power"),
         ("{% for i in range(1000000000000) %}x{% endfor %}", "line 1: the number 1000000000000"),
@@ -63,23 +63,23 @@ def test_the_same_text(source: str) -> None:
         ("{% if %}", "Expected an expression"),
     ],
 )
-def test_work_without_end(source: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused after a number of steps."""
+def test_endless_work_is_rejected(source: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Endless loops, recursion, growth and huge numbers raise ValueError."""
     monkeypatch.setattr(BYTE_LEVEL, "chat_template", source)
-    bounded, most = chat_template.limit_template, str(chat_template.MAX_STEPS)
+    limit_template, max_steps = chat_template.limit_template, str(chat_template.MAX_STEPS)
     monkeypatch.setattr(
-        chat_template, "limit_template", lambda source: bounded(source).replace(most, "5000")
-    )  # a second less
-    with pytest.raises(ValueError, match=f"the model's chat template refuses these messages: .*{said}"):
+        chat_template, "limit_template", lambda source: limit_template(source).replace(max_steps, "5000")
+    )  # saves a second
+    with pytest.raises(ValueError, match=f"the model's chat template refuses these messages: .*{message}"):
         tokenizer.render(BYTE_LEVEL, CHAT)
 
 
-def test_long_conversations_have_steps_left() -> None:
-    """Thousands of messages take a small part of them."""
-    made = chat_template.limit_template(TEMPLATE)
-    text = BYTE_LEVEL.apply_chat_template(CHAT * 3000, chat_template=made, tokenize=False)
+def test_long_conversations_stay_below_the_limit() -> None:
+    """Thousands of messages take a small part of the steps."""
+    limited = chat_template.limit_template(TEMPLATE)
+    text = BYTE_LEVEL.apply_chat_template(CHAT * 3000, chat_template=limited, tokenize=False)
     assert text.count("<|user|>") == 3000
     with pytest.raises(TemplateError, match="endless"):
         BYTE_LEVEL.apply_chat_template(
-            CHAT, chat_template=made.replace(str(chat_template.MAX_STEPS), "2"), tokenize=False
+            CHAT, chat_template=limited.replace(str(chat_template.MAX_STEPS), "2"), tokenize=False
         )

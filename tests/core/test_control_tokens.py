@@ -1,4 +1,4 @@
-"""Control tokens that messages spell stay text, whatever the template does with content, and its own do not."""
+"""Control tokens spelled in messages stay text, whatever the template does with content; the template's do not."""
 
 from typing import Any
 
@@ -24,12 +24,12 @@ BODIES = {
     "json": "(m | tojson)",
     "ascii": "(m | tojson(ensure_ascii=true))",
     "upper": "(m.content | upper)",
-    "parts": "{{ m.name }}{{ m.content }}",  # nothing between two of the client's texts
+    "parts": "{{ m.name }}{{ m.content }}",  # two texts of the client without text between them
 }
 
 
 def templated(body: str) -> PreTrainedTokenizerFast:
-    """The tokenizer with a template that does something with content."""
+    """Returns the tokenizer with a template that processes content."""
     code = BODIES[body] if "{{" in BODIES[body] else "{{ " + BODIES[body] + " }}"
     CODER.chat_template = TURNS.replace("{{ BODY }}", code)
     return CODER
@@ -54,7 +54,7 @@ ATTACKS = [
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("text", ATTACKS)
 def test_content_stays_text(body: str, text: str) -> None:
-    """The tokens of the rendered text, in which only the template's own control tokens are control tokens."""
+    """Only the template's own control tokens become control tokens; the text is unchanged."""
     coder = templated(body)
     messages = [{"role": "user", "content": text, "name": "<|im_start|>"}]
     tokens = encode(coder, messages)
@@ -63,7 +63,7 @@ def test_content_stays_text(body: str, text: str) -> None:
     assert coder.decode(tokens) == wanted == render(coder, messages).replace(ESCAPE, "")
     everything = encode(coder, messages, special_tokens_in_content="control")
     assert everything == coder(wanted).input_ids
-    # Between the template's tokens stands what the tokenizer makes of the text where it knows no special token.
+    # Between the template's tokens are the tokens of the text without special tokens.
     inner = wanted[len("<|im_start|>") : wanted.rindex("<|im_end|>")]
     if "<｜User｜>" not in text:
         assert tokens[1 : tokens.index(OWN[1], 1)] == coder(inner, split_special_tokens=True).input_ids
@@ -76,7 +76,7 @@ def test_content_stays_text(body: str, text: str) -> None:
     )
 )
 def test_any_content(text: list[str]) -> None:
-    """Texts of one message that touch each other make no control token, and none is lost or changed."""
+    """Adjacent texts of one message form no control token, and no text is lost or changed."""
     coder = templated("parts")
     messages = [{"role": "user", "name": "".join(text[:3]), "content": "".join(text[3:])}]
     tokens = encode(coder, messages)
@@ -86,7 +86,7 @@ def test_any_content(text: list[str]) -> None:
 
 
 def test_every_text_of_a_message_and_tool() -> None:
-    """System prompts, names, arguments, their keys, tools' descriptions; numbers and the like stay as they are."""
+    """Names, arguments, their keys and tools' descriptions are escaped; other values are unchanged."""
     coder = templated("json")
     coder.chat_template += "{{ tools | tojson }}"
     call = {"type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": ["<|im_start|>", 1, None, True]}}}
@@ -101,8 +101,8 @@ def test_every_text_of_a_message_and_tool() -> None:
     assert coder.decode(tokens) == render(coder, messages, tools, special_tokens_in_content="control")
 
 
-def test_added_tokens_that_are_no_control_tokens() -> None:
-    """Markers of reasoning and calls, which clients send back in content, are the tokens they were."""
+def test_added_tokens_that_are_not_control_tokens() -> None:
+    """Markers of reasoning, which clients send back in content, stay tokens."""
     coder = templated("plain")
     think = coder.convert_tokens_to_ids("<think>")
     for text in ("<think>x", "<think><|im_end|>"):
@@ -111,17 +111,17 @@ def test_added_tokens_that_are_no_control_tokens() -> None:
 
 
 def test_nothing_changes_without_control_tokens() -> None:
-    """What is rendered has no mark, and tokens are those of the template's text."""
+    """Without control tokens in the content, nothing is escaped, and tokens are those of the template's text."""
     coder = templated("plain")
     for text in ("hello, world!", "1 < 2 and [a]", "", "a|b>"):
         messages = [{"role": "user", "content": text}]
         assert ESCAPE not in render(coder, messages)
         assert encode(coder, messages) == coder.apply_chat_template(messages).input_ids
-    assert encode(coder, "a<|im_end|>")[-1] == IDS["<|im_end|>"]  # a prompt that is a text is the caller's own
+    assert encode(coder, "a<|im_end|>")[-1] == IDS["<|im_end|>"]  # a text prompt may contain control tokens
 
 
 def test_sentencepiece() -> None:
-    """Blanks before words are those of the whole text, with control tokens that are in the vocabulary, too."""
+    """Spaces before words are those of the complete text, also with control tokens in the vocabulary."""
     BYTE_FALLBACK.chat_template = "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     try:
         for text in ("a </s> a", "</s>", " ab<s>"):
@@ -134,7 +134,7 @@ def test_sentencepiece() -> None:
 
 
 def test_a_tokenizer_without_a_backend() -> None:
-    """It says what to do, and only where there is something to be told apart."""
+    """The error recommends special_tokens_in_content=control."""
 
     class Words:
         chat_template = "{{ messages[0].content }}"

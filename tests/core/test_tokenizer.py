@@ -33,7 +33,7 @@ TEXTS = [
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """GPT-2's kind, as of Llama 3 and Qwen: any byte may be a token, and tokens may end within a character."""
+    """Makes a tokenizer of GPT-2's kind (Llama 3, Qwen): bytes are tokens, and tokens may end within a character."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -43,14 +43,14 @@ def byte_level() -> PreTrainedTokenizerFast:
         vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(TEXTS, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    made.add_special_tokens({"additional_special_tokens": special[:1]})
-    made.chat_template = TEMPLATE
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[:1]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """SentencePiece's kind, as of Mistral: characters, and bytes for those that are not in the vocabulary."""
+    """Makes a tokenizer of SentencePiece's kind (Mistral): bytes stand for characters outside the vocabulary."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdeHlo,w", "▁a", "ab"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = [("▁", "a"), ("a", "b")]
@@ -66,7 +66,7 @@ KINDS = {"level": BYTE_LEVEL, "fallback": BYTE_FALLBACK}
 
 
 def byte_tokens(data: bytes) -> list[int]:
-    """A token a byte. Printable bytes stand for themselves in GPT-2's alphabet, the rest follow from 256 on."""
+    """Returns one token per byte. GPT-2's alphabet keeps printable bytes; other bytes follow from 256 on."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in visible]
     letters = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(rest)}
@@ -77,12 +77,12 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 def test_encode() -> None:
-    """Text, tokens as they are, and messages up to the model's turn."""
+    """Texts are tokenized, token ids copied, and messages rendered up to the assistant's turn."""
     text = "Hello, world! 漢字"
     assert encode(BYTE_LEVEL, text) == BYTE_LEVEL(text).input_ids
     ids = [5, 0, 7]
     assert encode(BYTE_LEVEL, ids) == encode(None, ids) == encode(None, tuple(ids)) == ids
-    assert encode(None, ids) is not ids  # it is kept, and the caller's may change
+    assert encode(None, ids) is not ids  # a copy: the caller may change the list
     chat = "<|im_start|>system: Be brief.<|im_end|><|im_start|>user: Hi é<|im_end|><|im_start|>assistant: "
     for messages in (MESSAGES, tuple(MESSAGES)):
         assert encode(BYTE_LEVEL, messages) == BYTE_LEVEL(chat).input_ids
@@ -90,21 +90,21 @@ def test_encode() -> None:
 
 @pytest.mark.parametrize("ids", [np.array([5, 0, 7]), torch.tensor([5, 0, 7]), list(np.array([5, 0, 7]))])
 def test_encode_arrays(ids: Any) -> None:
-    """Token ids come as arrays too; what is kept are ints."""
+    """Arrays of token ids become lists of ints."""
     assert is_single_prompt(ids)
     tokens = unchecked(encode)(None, ids)
     assert tokens == [5, 0, 7] and {type(t) for t in tokens} == {int}
 
 
 def unchecked(function: Callable) -> Callable:
-    """Without the tests' check of types, for what the annotations do not allow."""
+    """Returns the function without the tests' type check, for arguments that the annotations exclude."""
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return function
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "message"),
     [
         (5, "not int"),
         (None, "not NoneType"),
@@ -133,14 +133,14 @@ def unchecked(function: Callable) -> Callable:
         ([MESSAGES[0], "text"], "a chat message is a dict"),
     ],
 )
-def test_what_is_no_prompt(prompt: Any, said: str) -> None:
-    """Each mistake with what is wanted instead."""
-    with pytest.raises(ValueError, match=said):
+def test_invalid_prompts(prompt: Any, message: str) -> None:
+    """The message of each error states what is accepted."""
+    with pytest.raises(ValueError, match=message):
         unchecked(encode)(BYTE_LEVEL, prompt)
 
 
 class Table:
-    """What a data frame of pandas is like."""
+    """A table with the interface of a pandas data frame."""
 
     columns = ("prompt", "answer")
 
@@ -149,15 +149,15 @@ class Table:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"),
+    ("prompts", "message"),
     [
         *((x, f"not {type(x).__name__}") for x in (None, 5, True, b"ab", Path("x"), np.array(5), torch.tensor(5))),
         (Table(), "not Table: give one of its columns"),
     ],
 )
-def test_what_are_no_prompts(prompts: Any, said: str) -> None:
-    """A table is iterated by its columns' names, which are nobody's prompts."""
-    with pytest.raises(ValueError, match=said):
+def test_invalid_lists_of_prompts(prompts: Any, message: str) -> None:
+    """Values that are not collections of prompts are rejected, also a table, which iterates over column names."""
+    with pytest.raises(ValueError, match=message):
         unchecked(to_prompt_list)(prompts)
 
 
@@ -165,15 +165,15 @@ def test_what_are_no_prompts(prompts: Any, said: str) -> None:
     ("sampling", "kind"),
     [(5, "int"), ({"n": 1}, "dict"), ("x", "str"), ([{}, {}], "a list with dict"), ([None, 0], "a list with int")],
 )
-def test_what_is_no_sampling(sampling: Any, kind: str) -> None:
-    """Settings of another kind are refused before anything runs."""
+def test_invalid_sampling(sampling: Any, kind: str) -> None:
+    """Settings of another type are rejected."""
     with pytest.raises(ValueError, match=f"one SamplingParams or a list of them, got {kind}"):
         unchecked(pair_prompts)([[1], [2]], sampling)
 
 
 @pytest.mark.parametrize("prompt", ["text", MESSAGES])
 def test_encode_without_a_tokenizer(prompt: Any) -> None:
-    """Only token ids do."""
+    """Without a tokenizer, only token ids are accepted."""
     with pytest.raises(ValueError, match="without a tokenizer"):
         encode(None, prompt)
 
@@ -195,20 +195,20 @@ def test_encode_without_a_tokenizer(prompt: Any) -> None:
     ],
 )
 def test_mappings_are_prompts(prompts: Any, lists: list[Any]) -> None:
-    """vLLM's two forms and what a tokenizer returns, one or many; a batch's padding is no part of a prompt."""
+    """vLLM's two forms and tokenizers' outputs are prompts; the padding of a batch is removed."""
     tokens = [encode(BYTE_LEVEL, prompt) for prompt in unchecked(to_prompt_list)(prompts)]
     assert tokens == [encode(BYTE_LEVEL, prompt) for prompt in lists]
 
 
 def test_encode_without_a_chat_template() -> None:
-    """Text does, messages do not."""
+    """Without a chat template, messages are rejected and texts accepted."""
     assert encode(BYTE_FALLBACK, "a")
     with pytest.raises(ValueError, match="no chat template"):
         encode(BYTE_FALLBACK, MESSAGES)
 
 
 def test_encode_text_without_tokens() -> None:
-    """A tokenizer that drops blanks leaves nothing of them, and nothing can be continued."""
+    """A text without tokens, here of spaces that the tokenizer drops, is rejected."""
     backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     words = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -218,7 +218,7 @@ def test_encode_text_without_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "one"),
+    ("prompts", "is_single"),
     [
         ("text", True),
         ([1, 2], True),
@@ -236,6 +236,6 @@ def test_encode_text_without_tokens() -> None:
         (np.array([1, 2]), True),
     ],
 )
-def test_is_one(prompts: object, one: bool) -> None:
-    """A list of texts, of token lists or of chats is many prompts."""
-    assert is_single_prompt(prompts) == one
+def test_is_single_prompt(prompts: object, is_single: bool) -> None:
+    """Lists of texts, of token ids lists or of chats are several prompts."""
+    assert is_single_prompt(prompts) == is_single

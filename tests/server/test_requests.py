@@ -1,4 +1,4 @@
-"""Each field of OpenAI's client: whether it is followed, accepted where it asks for nothing, or refused."""
+"""Each field of OpenAI's client is supported, accepted without effect, or rejected by name."""
 
 import typing
 from typing import Any
@@ -14,7 +14,7 @@ from fastgen.server.errors import APIError
 from fastgen.server.requests import ChatMessage, ChatRequest, CompletionRequest, GenerateRequest, to_template_dicts
 
 ANY = {"type": "function", "function": {"name": "f"}}
-# Of each field, values that are followed or that ask for nothing, and values that are refused.
+# By field: values that are accepted, and values that are rejected.
 CHAT: dict[str, tuple[list[Any], list[Any]]] = {
     "messages": ([[{"role": "user", "content": "x"}]], [[], "x"]),
     "model": (["gpt-4o-mini"], [3]),
@@ -87,7 +87,7 @@ def fields(of: Any) -> set[str]:
 
 
 def test_every_field_of_the_client_is_decided() -> None:
-    """A newer client's fields show here: decide what they do, and give their values above."""
+    """Fails for new fields of a newer client: support or reject them, and add values above."""
     assert fields(chat.CompletionCreateParamsNonStreaming) == set(CHAT)
     assert fields(completion.CompletionCreateParamsNonStreaming) == set(COMPLETION)
     assert fields(assistant.ChatCompletionAssistantMessageParam) | {"annotations", "reasoning_content"} == set(
@@ -97,18 +97,18 @@ def test_every_field_of_the_client_is_decided() -> None:
 
 
 def request(kind: Any, body: dict[str, Any]) -> Any:
-    """A request, checked as the endpoints do."""
-    made = kind.model_validate(body)
-    if isinstance(made, ChatRequest):
-        assert made.tool_choice_mode
-    return made.to_sampling_params()
+    """Validates a request as the endpoints do."""
+    request = kind.model_validate(body)
+    if isinstance(request, ChatRequest):
+        assert request.tool_choice_mode
+    return request.to_sampling_params()
 
 
 def cases(table: dict[str, tuple[list[Any], list[Any]]]) -> list[Any]:
     return [pytest.param(name, *both, id=name) for name, both in table.items()]
 
 
-def tried(kind: Any, base: dict[str, Any], name: str, good: list[Any], bad: list[Any]) -> None:
+def check_values(kind: Any, base: dict[str, Any], name: str, good: list[Any], bad: list[Any]) -> None:
     for value in (*good, None):
         if value is not None or name not in base:
             request(kind, base | {name: value})
@@ -122,18 +122,18 @@ def tried(kind: Any, base: dict[str, Any], name: str, good: list[Any], bad: list
 
 @pytest.mark.parametrize("name, good, bad", cases(CHAT))
 def test_fields_of_chats(name: str, good: list[Any], bad: list[Any]) -> None:
-    """Accepted where they ask for nothing, and refused by name where they would change something."""
-    tried(ChatRequest, {"messages": [{"role": "user", "content": "x"}]}, name, good, bad)
+    """Values are accepted, or rejected with the field's name."""
+    check_values(ChatRequest, {"messages": [{"role": "user", "content": "x"}]}, name, good, bad)
 
 
 @pytest.mark.parametrize("name, good, bad", cases(COMPLETION))
 def test_fields_of_completions(name: str, good: list[Any], bad: list[Any]) -> None:
-    """Likewise."""
-    tried(CompletionRequest, {"prompt": "x"}, name, good, bad)
+    """Values are accepted, or rejected with the field's name."""
+    check_values(CompletionRequest, {"prompt": "x"}, name, good, bad)
 
 
-def test_fields_within_others() -> None:
-    """Stream options, and an assistant's message: what clients send back of an answer."""
+def test_nested_fields() -> None:
+    """Fields of stream options, and of an assistant's message, which clients send back."""
     body = {"prompt": "x", "stream": True}
     for name, (good, bad) in STREAM.items():
         for value in good:
@@ -151,16 +151,16 @@ def test_fields_within_others() -> None:
         ChatMessage.model_validate({"role": "user", "content": "x", "reasoning_content": "y"})
 
 
-def test_what_they_mean() -> None:
-    """A nucleus of no size is its likeliest token; best_of that is n asks for nothing."""
+def test_conversion() -> None:
+    """top_p=0 keeps the most likely token; best_of equal to n has no effect; messages become template dicts."""
     for value in (0, 1e-9):
         assert request(CompletionRequest, {"prompt": "x", "top_p": value}).top_p == 1e-6
     assert request(GenerateRequest, {"token_ids": [5], "sampling_params": {"top_p": 0}}).top_p == 1e-6
     assert request(CompletionRequest, {"prompt": "x", "best_of": 3, "n": 3}).n == 3
     assert request(CompletionRequest, {"prompt": "x", "cache_salt": "a"}).cache_salt == "a"
     assert request(GenerateRequest, {"token_ids": [5], "cache_salt": "b"}).cache_salt == "b"
-    given = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL | {"index": 0}]}
+    message = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL | {"index": 0}]}
     function = {"name": "f", "arguments": {}}
-    [said] = to_template_dicts([ChatMessage.model_validate(given)])
-    assert said == {"role": "assistant", "content": "", "reasoning_content": "Hm.",
+    [result] = to_template_dicts([ChatMessage.model_validate(message)])
+    assert result == {"role": "assistant", "content": "", "reasoning_content": "Hm.",
                     "tool_calls": [{"id": "a", "type": "function", "function": function}]}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What answers say of single tokens, and of a prompt that is given back."""
+"""Single tokens, echoed prompts and texts in responses."""
 
 import asyncio
 import os
@@ -19,24 +19,24 @@ from fastgen.server.messages import TokenDelta
 from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder
 
 STOP_STRINGS = ["a", "ab", "é", " H", "<|im_end|>", "b<|im_end|>", "</s>", "a</s>b"]
-WORDS = {kind: TokenDecoder(tokenizer) for kind, tokenizer in KINDS.items()}
+DECODERS = {kind: TokenDecoder(tokenizer) for kind, tokenizer in KINDS.items()}
 
 
 def ids(*pieces: str) -> list[int]:
     return [BYTE_FALLBACK.convert_tokens_to_ids(piece) for piece in pieces]
 
 
-def choice(kind: str, prompt: list[int], params: SamplingParams, *pieces: TokenDelta) -> Choice:
-    """A completion after some pieces."""
-    made = Choice(0, WORDS[kind], prompt, params, stream_text=True, visible_special_tokens={})
-    for piece in pieces:
-        made.push(piece)
-    return made
+def choice(kind: str, prompt: list[int], params: SamplingParams, *deltas: TokenDelta) -> Choice:
+    """Returns a choice after token deltas."""
+    choice = Choice(0, DECODERS[kind], prompt, params, stream_text=True, visible_special_tokens={})
+    for delta in deltas:
+        choice.push(delta)
+    return choice
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_of_tokens(kind: str) -> None:
-    """What every token of a vocabulary adds to a text: blanks before words, parts of characters, special tokens."""
+    """The bytes of every token: spaces before words, parts of characters, special tokens."""
     tokenizer = KINDS[kind]
     for id, piece in ((i, tokenizer.convert_ids_to_tokens(i)) for i in range(len(tokenizer))):
         data = token_to_bytes(tokenizer, id)
@@ -58,13 +58,15 @@ def test_bytes_of_tokens(kind: str) -> None:
 @QUICK
 @given(text=st.text(st.sampled_from(" abHe😀é\n"), max_size=12))
 def test_tokens_joined_are_the_text(kind: str, text: str) -> None:
+    """The bytes of tokens in logprobs join to the text, and so do their texts without partial characters."""
     prompt, tokens = KINDS[kind]("a").input_ids, KINDS[kind](text).input_ids
     tokens = [t for t in tokens if kind == "level" or t > 2]
-    piece = TokenDelta(0, tokens, [-1.0] * len(tokens), None, finish_reason="length")
-    made = choice(kind, prompt, SamplingParams(logprobs=0), piece)
-    told = [WORDS[kind].format_logprob(t, 0.0) for t in tokens]
-    assert bytes(b for t in told for b in t["bytes"]).decode() == made.accumulated.text
-    assert "\ufffd" in "".join(t["token"] for t in told) or "".join(t["token"] for t in told) == made.accumulated.text
+    delta = TokenDelta(0, tokens, [-1.0] * len(tokens), None, finish_reason="length")
+    text = choice(kind, prompt, SamplingParams(logprobs=0), delta).accumulated.text
+    entries = [DECODERS[kind].format_logprob(t, 0.0) for t in tokens]
+    joined = "".join(entry["token"] for entry in entries)
+    assert bytes(b for entry in entries for b in entry["bytes"]).decode() == text
+    assert "\ufffd" in joined or joined == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,7 +96,7 @@ def test_library_and_server_return_the_same_text(
     # The engine behind a server has neither a tokenizer nor stop strings.
     engine, _ = events(replace(params, stop=()), None)
     options: Any = {"stream_text": stream_text, "visible_special_tokens": {}}
-    served, text = Choice(0, WORDS[kind], prompt, params, **options), ""
+    served, text = Choice(0, DECODERS[kind], prompt, params, **options), ""
     while not served.accumulated.finish_reason:
         size = data.draw(st.integers(1, len(engine)))
         group, engine = engine[:size], engine[size:]
@@ -105,36 +107,36 @@ def test_library_and_server_return_the_same_text(
     assert total.finish_reason == completion.finish_reason
 
 
-def test_alike_tokens_are_told_apart() -> None:
-    """By their blank where they have one, else by their ids; the one that was drawn has its text."""
+def test_tokens_with_the_same_text() -> None:
+    """Top logprobs name them by their ids, except the sampled or most likely one."""
     blank_a, a, byte_a, space, byte_space = ids("▁a", "a", "<0x61>", "▁", "<0x20>")
     top = {byte_a: -0.1, a: -0.2, blank_a: -0.3, byte_space: -1.0, space: -2.0}
-    completion = TextResponseBuilder(WORDS["fallback"])
-    for drawn, want in (
+    builder = TextResponseBuilder(DECODERS["fallback"])
+    for sampled, want in (
         (a, [f"token_id:{byte_a}", "a", " a", " ", f"token_id:{space}"]),
         (byte_a, ["a", f"token_id:{a}", " a", " ", f"token_id:{space}"]),
         (space, ["a", f"token_id:{a}", " a", f"token_id:{byte_space}", " "]),
     ):
-        found: Any = completion._format_logprobs(ChoiceDelta("", [drawn], [top[drawn]], [top], [0]), 0)
+        found: Any = builder._format_logprobs(ChoiceDelta("", [sampled], [top[sampled]], [top], [0]), 0)
         assert list(found["top_logprobs"][0].items()) == [*zip(want, top.values(), strict=True)]
-        assert found["top_logprobs"][0][found["tokens"][0]] == top[drawn]
+        assert found["top_logprobs"][0][found["tokens"][0]] == top[sampled]
     part = byte_tokens(b"\xf0\x9f")
-    found = TextResponseBuilder(WORDS["level"])._format_logprobs(
+    found = TextResponseBuilder(DECODERS["level"])._format_logprobs(
         ChoiceDelta("", part[:1], [-0.1], [dict.fromkeys(part, -0.1)], [0]), 0
     )
     assert len(found["top_logprobs"][0]) == 2 and found["tokens"] == ["\ufffd"]
 
 
 def echo(kind: str, prompt: Any) -> tuple[EchoedPrompt, list[int]]:
-    """As an HTTP worker makes it."""
-    service = AppState.__new__(AppState)
+    """Returns a prompt as an HTTP worker echoes it, and its tokens."""
+    state = AppState.__new__(AppState)
 
-    async def tokenized(function: Any, *_: Any) -> Any:
+    async def run_tokenizer(function: Any, *_: Any) -> Any:
         return function(KINDS[kind])
 
-    service.run_tokenizer = tokenized  # type: ignore[method-assign]
+    state.run_tokenizer = run_tokenizer  # type: ignore[method-assign]
     tokens = KINDS[kind](prompt).input_ids if isinstance(prompt, str) else prompt
-    return asyncio.run(service.echo_prompt(prompt, tokens)), tokens
+    return asyncio.run(state.echo_prompt(prompt, tokens)), tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,23 +145,23 @@ def echo(kind: str, prompt: Any) -> tuple[EchoedPrompt, list[int]]:
 )
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_echo(kind: str, text: str, as_ids: bool) -> None:
-    """The prompt with its special tokens, and offsets at which its tokens are."""
+    """The echo has the prompt's text with special tokens, and each token's offset."""
     prompt: Any = KINDS[kind](text).input_ids if as_ids else text
     found, tokens = echo(kind, prompt)
     assert found.text == (text if kind == "level" else KINDS[kind].decode(tokens)) and len(found.text_offsets) == len(
         tokens
     )
     for token, at in zip(tokens, found.text_offsets, strict=True):
-        piece = WORDS[kind].decode_token(token)
+        piece = DECODERS[kind].decode_token(token)
         assert (
             "\ufffd" in piece or found.text[at:].startswith(piece) or (at == 0 and found.text.startswith(piece.strip()))
         )
 
 
-def test_echo_leaves_out_what_the_tokenizer_puts_around_a_text() -> None:
-    """BOS of a text has a place in the tokens, and none in the text; in ids it is the client's."""
+def test_echo_without_tokens_that_the_tokenizer_adds() -> None:
+    """A BOS token added to a text is left out of the echoed text; in token ids it is the client's and stays."""
     plain = BYTE_FALLBACK("ab a", add_special_tokens=False).input_ids
-    words = WORDS["fallback"]
+    words = DECODERS["fallback"]
     assert words.echo_prompt([1, *plain, 2], frozenset({0, len(plain) + 1})) == EchoedPrompt("ab a", [0, 0, 1, 2, 4])
     assert words.echo_prompt([1, *plain]).text == BYTE_FALLBACK.decode([1, *plain]) == "<s> ab a"
 
@@ -168,7 +170,7 @@ def test_echo_leaves_out_what_the_tokenizer_puts_around_a_text() -> None:
 @QUICK
 @given(runs=st.lists(st.sampled_from(RUNS), max_size=6))
 def test_echo_of_any_bytes(kind: str, runs: list[bytes]) -> None:
-    """Every token points at the character it is a part of."""
+    """Each token's offset is that of the character that it belongs to."""
     data = b"".join(runs)
     tokens = byte_tokens(data) if kind == "level" else [3 + b for b in data]
     found, _ = echo(kind, tokens)
