@@ -5,7 +5,7 @@
 
 Decode: bytes of keys and values read per second, compared with a plain copy's; for sequences with a shared prefix, the
 time with and without groups. Prefill: FLOP/s of the causal half, compared with cuDNN's on contiguous keys. Pages are in
-random order. Variants are checked against the reference on a ragged batch, then timed as a graph: medians, after warm-up.
+random order. Variants are checked against the reference on a ragged batch, then timed as a graph, after warm-up.
 """
 
 import argparse
@@ -58,7 +58,7 @@ Case = tuple[fastgen.Batch, Tensor, Tensor, Tensor]
 
 
 def case(shapes: list[tuple[int, int]], page: int, *, groups: int = 0, shared: int = 0) -> Case:
-    """Returns a batch of sequences of (all, new) tokens in `groups` with a prefix of `shared` tokens; queries, caches."""
+    """Returns a batch of sequences of (all, new) tokens in `groups` with a prefix of `shared` tokens; q, k, v."""
     needed = [-(-(n - shared) // page) for n, _ in shapes]
     ids = list(range(1, sum(needed) + groups * (shared // page) + 1))
     random.Random(0).shuffle(ids)
@@ -85,7 +85,7 @@ def use(tile: dict[str, int] | None, tma: bool) -> None:
 
 
 def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
-    """Returns what is wrong with a variant's attention of a ragged batch, or "". Runs, and compiles, in its own process."""
+    """Returns what is wrong with a variant's attention of a ragged batch, or "". Compiles, in its own process."""
     use(tile, tma)
     torch.manual_seed(0)
     batch, q, k, v = case(RAGGED, page)

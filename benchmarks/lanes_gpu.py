@@ -134,7 +134,8 @@ def main() -> None:
     region = CompiledOps()
     ops = TORCH_OPS._replace(
         attention=paged_attention, embed=region(transformer.embed), final_norm=region(transformer.final_norm),
-        add_norm_qkv=region(transformer.add_norm_qkv), add_norm_gate_up=region(transformer.add_norm_gate_up), rope_and_cache_kv=rope_cache.rope_and_cache_kv,
+        add_norm_qkv=region(transformer.add_norm_qkv), add_norm_gate_up=region(transformer.add_norm_gate_up),
+        rope_and_cache_kv=rope_cache.rope_and_cache_kv,
     )  # fmt: skip
     with torch.no_grad():
         one(params, cache, batch(40, args.context, 1, table), spec, ops)

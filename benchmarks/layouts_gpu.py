@@ -3,10 +3,10 @@
     python benchmarks/layouts_gpu.py --layouts 1x8 2x4 4x2 --out layouts.json
 
 A layout is REPLICASxTENSOR_PARALLEL. Throughput is fgbench's, each in its own process. A profile of one engine of
-several ranks shows the fraction of kernel time in all-reduces, waiting for other ranks included. All-reduces of each size
-are timed alone: by NCCL, and one-shot and two-shot by torch's symmetric memory (never by NVLink multicast); and with the
-residual addition and norm that follow: by NCCL and a kernel, and by the engine's fused kernel, of partial sums that are
-read from the other ranks or pushed by them (here without a concurrent matmul).
+several ranks shows the fraction of kernel time in all-reduces, waiting for other ranks included. All-reduces of each
+size are timed alone: by NCCL, and one-shot and two-shot by torch's symmetric memory (never by NVLink multicast); and
+with the residual addition and norm that follow: by NCCL and a kernel, and by the engine's fused kernel, of partial sums
+that are read from the other ranks or pushed by them (here without a concurrent matmul).
 """
 
 import argparse

@@ -55,8 +55,8 @@ def main() -> None:
     for model in args.model:
         with torch.no_grad():
             engine = fastgen.Engine.from_pretrained(
-                HERE / "configs" / f"{model}.json", random_weights=True, dtype="bfloat16", progress=False, max_num_seqs=8,
-                token_budget=512, cache_tokens=65536,
+                HERE / "configs" / f"{model}.json", random_weights=True, dtype="bfloat16", progress=False,
+                max_num_seqs=8, token_budget=512, cache_tokens=65536,
             )  # fmt: skip
             for rows in (2, 8):
                 for name, v in variants:

@@ -5,12 +5,11 @@
     python benchmarks/reuse_gpu.py mistral-7b-instruct-v0.3 --trace chat.json.gz --plot paging.svg    # measures nothing
 
 Samples: 32 prompts of 1,024 tokens, 16 samples of 256 tokens each, with and without shared-prefix attention. Cost: 256
-distinct prompts of 1,024 tokens, 128 tokens each, with and without the prefix cache, alternately, since a warm GPU slows
-down more than the prefix cache could cost.
-Conversations: 64 of 8 turns, each with its own system prompt of 1,024 tokens; a turn adds 256 tokens and is answered
-with 32. The conversations take turns, so that before a conversation's next turn the others have used the cache, which
-fits a quarter of all their tokens. Random weights. The second form adds the rows of another engine that ran on the same
-machine, the third plots a trace.
+distinct prompts of 1,024 tokens, 128 tokens each, with and without the prefix cache, alternately, since a warm GPU
+slows down more than the prefix cache could cost. Conversations: 64 of 8 turns, each with its own system prompt of 1,024
+tokens; a turn adds 256 tokens and is answered with 32. The conversations take turns, so that before a conversation's
+next turn the others have used the cache, which fits a quarter of all their tokens. Random weights. The second form adds
+the rows of another engine that ran on the same machine, the third plots a trace.
 """
 
 import argparse

@@ -107,8 +107,8 @@ def main() -> None:
     for model in args.model:
         start = time.perf_counter()
         engine = fastgen.Engine.from_pretrained(
-            HERE / "configs" / f"{model}.json", random_weights=True, dtype="bfloat16", progress=False, compile=args.compile,
-            max_num_seqs=512, token_budget=args.budget,
+            HERE / "configs" / f"{model}.json", random_weights=True, dtype="bfloat16", progress=False,
+            compile=args.compile, max_num_seqs=512, token_budget=args.budget,
         )  # fmt: skip
         row = {"model": model, "compile": args.compile, "start_s": time.perf_counter() - start}
         row |= {"capacity": engine.cache_capacity, "memory_gb": torch.cuda.memory_reserved() / 1e9, "steps": []}

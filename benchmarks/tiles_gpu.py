@@ -39,8 +39,9 @@ def shapes() -> dict[tuple[int, int], list[str]]:
         for size in {1, most}:
             s = shard_config(spec, size)
             q, both = s.num_q_heads * s.head_dim, (s.num_q_heads + 2 * s.num_kv_heads) * s.head_dim
-            parts = {"qkv": (both, s.hidden_size), "out": (s.hidden_size, q), "gate_up": (2 * s.intermediate_size, s.hidden_size), "down": (s.hidden_size, s.intermediate_size),
-                     "head": (-(-spec.vocab_size // size), s.hidden_size)}  # fmt: skip
+            d, f = s.hidden_size, s.intermediate_size
+            parts = {"qkv": (both, d), "out": (d, q), "gate_up": (2 * f, d), "down": (d, f),
+                     "head": (-(-spec.vocab_size // size), d)}  # fmt: skip
             for part, shape in parts.items():
                 found.setdefault(shape, []).append(f"{name} / {size}: {part}")
     return found

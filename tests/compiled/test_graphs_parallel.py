@@ -1,5 +1,5 @@
-"""Captured steps of tensor parallelism over two GPUs: the tokens of one GPU, with all-reduces in peer memory or by NCCL,
-and what happens when a rank exits."""
+"""Captured steps of tensor parallelism over two GPUs: the tokens of one GPU, with all-reduces in peer memory or by
+NCCL, and what happens when a rank exits."""
 
 import json
 import random

@@ -56,8 +56,8 @@ def make(seed: int, kind: str, spec: ModelConfig, page: int, device: str, *, seq
 def make_shared(
     seed: int, spec: ModelConfig, page: int, device: str, width: int
 ) -> tuple[Batch, Tensor, Tensor, Tensor]:
-    """Returns a random batch with groups of up to `width` sequences that share a prefix, sequences in no group, and unused
-    groups; its queries and the two caches.
+    """Returns a random batch with groups of up to `width` sequences that share a prefix, sequences in no group, and
+    unused groups; its queries and the two caches.
     """
     r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
     unused_pages = iter(r.sample(range(1, 4000), 3999))
@@ -176,9 +176,9 @@ def test_batch_invariance(seed: int, backend: str, device: str) -> None:
             for first in {start[i], start[i + 1] - 1, r.randrange(start[i], start[i + 1])}:
                 last = slice(first, start[i + 1])  # the sequence alone, and only its last tokens
                 one = Batch(
-                    token_ids=batch.token_ids[last], positions=batch.positions[last], slot_mapping=batch.slot_mapping[last],
-                    query_start_loc=batch.query_start_loc.new_tensor([0, start[i + 1] - first]), seq_lens=batch.seq_lens[i : i + 1],
-                    req_idx=batch.req_idx[i : i + 1], page_table=batch.page_table, logits_indices=batch.logits_indices[:1], page_size=page,
+                    batch.token_ids[last], batch.positions[last], batch.slot_mapping[last],
+                    batch.query_start_loc.new_tensor([0, start[i + 1] - first]), batch.seq_lens[i : i + 1],
+                    batch.req_idx[i : i + 1], batch.page_table, batch.logits_indices[:1], page,
                 )  # fmt: skip
                 alone = BATCH_INVARIANT[backend](one, spec)(q[last], k, v, window)
                 bitwise = backend == "tiles" or device == "cuda"  # NumPy, in Triton's interpreter, sums in any order
@@ -224,8 +224,8 @@ ignore_padding = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning
 
 
 def poisoned(x: Tensor) -> Tensor:
-    """Returns a copy of a cache with NaN and infinities in every slot that no sequence owns: scratch, free pages, and the
-    ends of last pages."""
+    """Returns a copy of a cache with NaN and infinities in every slot that no sequence owns: scratch, free pages, and
+    the ends of last pages."""
     values = x.new_tensor(POISON).repeat(-(-len(x) // 3))[: len(x), None, None]
     return torch.where((x == GARBAGE).all(-1, keepdim=True).all(-2, keepdim=True), values, x)
 
@@ -245,8 +245,8 @@ def poison_new_memory(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "mixed", "shared", "long"])
 @pytest.mark.parametrize("backend", ALL)
 def test_unowned_memory_is_not_used(backend: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN and infinities in every slot that no sequence owns, padding's included, change no bit of any sequence's result:
-    they are masked by selection, not multiplied by 0."""
+    """NaN and infinities in every slot that no sequence owns, padding's included, change no bit of any sequence's
+    result: they are masked by selection, not multiplied by 0."""
     page, pad, spec = (16, 64)[len(kind) % 2], 2, shape(4, 2, 16)
     if kind == "shared":
         monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "MIN_TILES", 1)  # several splits of few keys

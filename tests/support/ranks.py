@@ -1,4 +1,5 @@
-"""A small model over several ranks, and the functions of its other processes. Imports little, so that they start fast."""
+"""A small model over several ranks, and the functions of its other processes. Imports little, so that they start
+fast."""
 
 import os
 import random

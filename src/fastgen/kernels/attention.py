@@ -1,10 +1,10 @@
-"""Paged attention in Triton: the attention backend for GPUs. Shapes alone decide the launches, so steps can be captured.
+"""Paged attention in Triton: the attention backend for GPUs. Shapes alone decide the launches: steps can be captured.
 
 Flash attention's online softmax (arXiv 2205.14135); the query heads of a KV head are packed into one tile, so that keys
 are read once for all of them.
 
     prefill               a program per block of a sequence's tokens and KV head; skips keys after the last visible one
-    decode                a program per sequence, KV head and split of its keys; the last one to finish merges the splits
+    decode                a program per sequence, KV head and split of its keys; the last to finish merges the splits
                           (flash decoding). It can also apply RoPE and write the cache: `UnrotatedQKV`
     decode_shared_prefix  a program per group, KV head and split of the keys that the group's sequences share (cascade
                           attention); `decode` merges its results
@@ -137,7 +137,7 @@ def _prefill_kernel(
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Handles one query block (a row of `_build_query_blocks`) and KV head: M rows, token i / G and query head i % G."""
+    """Handles one query block (a row of `_build_query_blocks`) and KV head: M rows, token i / G and head i % G."""
     G: tl.constexpr = Q // KV
     # In reverse: a prompt's last blocks take longest, so that they do not start last.
     block, kv_head = query_blocks + (tl.num_programs(0) - 1 - tl.program_id(0)) * 5, tl.program_id(1)
@@ -197,8 +197,8 @@ def _decode_shared_prefix_kernel(
 ):  # fmt: skip
     """Attends a group's sequences to one split of their shared prefix, for one KV head.
 
-    M rows: member i / G of the group's GROUP_SIZE (-1: none), query head i % G. Writes unnormalized outputs to `split_out`
-    [row, query head, split, H], maxima and sums to `split_stats` [row, query head, split, 2].
+    M rows: member i / G of the group's GROUP_SIZE (-1: none), query head i % G. Writes unnormalized outputs to
+    `split_out` [row, query head, split, H], maxima and sums to `split_stats` [row, query head, split, 2].
     """
     G: tl.constexpr = Q // KV
     group, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -236,7 +236,7 @@ def _decode_shared_prefix_kernel(
 @triton.jit
 @no_type_check
 def _key_range(length, prefix_len, r, window, N: tl.constexpr, WINDOW: tl.constexpr, SHARED_PREFIX: tl.constexpr):
-    """Returns the length of sequence r's shared prefix, the first key that the sequence reads itself, and its length."""
+    """Returns the length of sequence r's shared prefix, the first key that decode reads, and the sequence's length."""
     seq_len = tl.load(length + r)
     prefix = seq_len * 0
     if SHARED_PREFIX:
@@ -268,7 +268,7 @@ def _merge_splits(m, l, acc, split_out, split_stats, offset, num_splits, mask, H
 @triton.jit
 @no_type_check
 def _load_rotated(x, mask, d, c, s, H: tl.constexpr):
-    """Loads heads at x [..., H] and applies RoPE with cosines c and sines s of every dimension d, in the heads' dtype."""
+    """Loads heads at x [..., H], and applies RoPE with cosines c and sines s of every dimension d, in their dtype."""
     half: tl.constexpr = H // 2
     a = tl.load(x + d, mask=mask, other=0.0)
     b = tl.load(x + tl.where(d < half, d + half, d - half), mask=mask, other=0.0)
@@ -397,8 +397,8 @@ def _build_query_blocks(
 ) -> Int[Tensor, "blocks 5"]:
     """Splits sequences of more than `longer_than` new tokens into blocks for the prefill kernel.
 
-    A block is its first token, number of tokens, first token's position, the sequence's req_idx and number of keys. Unused
-    blocks at the end have 0 tokens.
+    A block is its first token, number of tokens, first token's position, the sequence's req_idx and number of keys.
+    Unused blocks at the end have 0 tokens.
     """
     count = batch.query_start_loc.diff()
     block_ends = torch.where(count > longer_than, (count + tokens_per_block - 1) // tokens_per_block, 0).cumsum(0)

@@ -1,9 +1,9 @@
 """Batch-invariant ops: a token's result depends on its own sequence alone, bit for bit, on no batch or chunk around it.
 
 Libraries choose the order of a sum by the number of rows, and split the sums of few rows. Here each sum has one order.
-GEMMs of half precision are the library's without split-K (`no_split_k`), which leaves all its tiles the same order; fp32
-GEMMs are a kernel's, a few rows at a time, which is slow. Attention has one tile shape and no splits; norms, activations
-and logprobs are kernels with a program per row.
+GEMMs of half precision are the library's without split-K (`no_split_k`), which leaves all its tiles the same order;
+fp32 GEMMs are a kernel's, a few rows at a time, which is slow. Attention has one tile shape and no splits; norms,
+activations and logprobs are kernels with a program per row.
 
 On a CPU, GEMMs have `ROW_BLOCK_SIZE` rows, padded, and functions with a transcendental one row: vectorized code and the
 scalar code for the remainder of a vector differ in the last bit.
@@ -55,7 +55,7 @@ def no_split_k() -> Iterator[None]:
 def batch_invariant_ops(device: torch.device | str) -> ModelOps:
     """Returns the batch-invariant ops for a kind of device.
 
-    On a GPU they must be called within `no_split_k`; `verify_batch_invariance` checks that the library then keeps to it.
+    On a GPU they must be called within `no_split_k`; `verify_batch_invariance` checks whether that suffices.
     """
     return _cuda_ops() if torch.device(device).type == "cuda" else CPU_OPS
 

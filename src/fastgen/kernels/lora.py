@@ -3,9 +3,9 @@
     shrink   inner = a x: a program per M rows, slice (q, k, v; gate, up) and split of in_features, in fp32
     expand   y += scale b inner: a program per M rows and N columns, which adds up the splits
 
-A program iterates over the adapters of its rows, and computes the rows of one adapter each time: the rows of a prompt all
-have the same. Nothing is sorted and all indices are read on the device, so launches can be captured. Rows without an
-adapter cost reading their index. The order of every sum depends on shapes alone.
+A program iterates over the adapters of its rows, and computes the rows of one adapter each time: the rows of a prompt
+all have the same. Nothing is sorted and all indices are read on the device, so launches can be captured. Rows without
+an adapter cost reading their index. The order of every sum depends on shapes alone.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -26,10 +26,11 @@ NO_MORE_ADAPTERS = tl.constexpr(2**30)  # above all adapter indices
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _lora_shrink_kernel(
     x, a, adapter_idx, inner, num_tokens, in_features,
-    NUM_SLICES: tl.constexpr, R: tl.constexpr, M: tl.constexpr, B: tl.constexpr, K: tl.constexpr, SPLIT_K_SIZE: tl.constexpr,
-    EXACT: tl.constexpr,
+    NUM_SLICES: tl.constexpr, R: tl.constexpr, M: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
+    SPLIT_K_SIZE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Writes inner [splits, num_tokens, NUM_SLICES R] from x [num_tokens, in_features], a [A, NUM_SLICES R, in_features].
+    """Writes inner [splits, num_tokens, NUM_SLICES R] of x [num_tokens, in_features], a [A, NUM_SLICES R, in_features]
+    for M rows, one slice and one split.
 
     B: R, rounded up to a power of two.
     """
@@ -106,8 +107,8 @@ def apply_lora(
     (tokens, in_features), (_, out_features, r), num_slices = x.shape, b.shape, len(slice_widths)
     if num_slices > 3 or sum(slice_widths) != out_features or a.shape[1] != num_slices * r:
         raise ValueError(
-            f"{num_slices} packed matrices (at most 3) of {slice_widths} rows do not fit b with {out_features} rows and "
-            f"a with {a.shape[1]}"
+            f"{num_slices} packed matrices (at most 3) of {slice_widths} rows do not fit b with {out_features} rows "
+            f"and a with {a.shape[1]}"
         )
     if not (y.is_contiguous() and a.is_contiguous() and b.is_contiguous()):
         raise ValueError("y and the stacked adapters must be contiguous")

@@ -34,8 +34,8 @@ def copy_pages(
 ) -> None:  # fmt: skip
     """Copies page `page_pairs[0, i]` of every source tensor to page `page_pairs[1, i]` of its target tensor.
 
-    `*_ptrs` are the tensors' device addresses (int64). A page has `num_words` words of 8 bytes; strides are in words from
-    one page to the next. No page may be both read and written.
+    `*_ptrs` are the tensors' device addresses (int64). A page has `num_words` words of 8 bytes; strides are in words
+    from one page to the next. No page may be both read and written.
     """
     num_pairs = page_pairs.shape[1]
     _copy_pages_kernel[(num_pairs, len(source_ptrs), triton.cdiv(num_words, WORDS_PER_PROGRAM))](

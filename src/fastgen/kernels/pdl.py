@@ -1,5 +1,5 @@
-"""Programmatic dependent launch (PDL, Hopper): a kernel starts while the previous one ends, and waits for its results only
-where it reads them. Gaps between kernels of a few microseconds would otherwise take a tenth of the time.
+"""Programmatic dependent launch (PDL, Hopper): a kernel starts while the previous one ends, and waits for its results
+only where it reads them. Gaps between kernels of a few microseconds would otherwise take a tenth of the time.
 """
 
 from typing import no_type_check
@@ -24,7 +24,7 @@ def pdl_launch_options(x: Tensor) -> dict[str, bool]:
 @triton.jit
 @no_type_check
 def grid_dependency_sync(PDL: tl.constexpr):
-    """Waits until all previous kernels' writes are visible. Weights, and earlier steps' results, may be loaded before."""
+    """Waits until all previous kernels' writes are visible. Weights and earlier steps' results may be loaded before."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

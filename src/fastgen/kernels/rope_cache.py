@@ -22,7 +22,7 @@ def _rope_and_cache_kv_kernel(
     qkv, cos, sin, slot, k_cache, v_cache, out,
     Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Handles one token and HEADS of its heads: queries go to `out`, keys and values into the caches at the token's slot.
+    """Handles HEADS heads of one token: queries go to `out`, keys and values into the caches at the token's slot.
 
     D: H / 2, rounded up to a power of two.
     """
@@ -56,7 +56,7 @@ def rope_and_cache_kv(
     qkv: Float[Tensor, "T Q2K H"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"],
     slot: Int[Tensor, " T"], k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"],
 ) -> Float[Tensor, "T Q H"]:  # fmt: skip
-    """Returns rotated queries; writes rotated keys, and values, into the caches at `slot`. Bitwise as the op of `layers`.
+    """Returns rotated queries; writes rotated keys, and values, into the caches at `slot`. Bits as of the torch op.
 
     qkv: query heads, key heads, value heads; cos and sin in fp32. ValueError if a cache is not contiguous.
     """

@@ -53,7 +53,8 @@ def _log_exponential_noise(token, key0, key1):
 @triton.jit
 @no_type_check
 def _gumbel_max_of_range(
-    logits, start, end, temperature, processed, key0, key1, vocab_size, vocab_start, B: tl.constexpr, NOISE: tl.constexpr,
+    logits, start, end, temperature, processed, key0, key1, vocab_size, vocab_start,
+    B: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """Reads the logits [start, end), B at a time.
 
@@ -77,7 +78,7 @@ def _gumbel_max_of_range(
         better = score > best  # the first of equal ones
         best = tl.where(better, score, best)
         best_index = tl.where(better, index, best_index)
-        # One of the running sum's two exponentials is exp(0). A NaN logit is lost in the maximum, not in the difference.
+        # One of the running sum's two exponentials is exp(0). Maxima drop NaN, differences keep it.
         e = tl.exp(-tl.abs(m - v))
         l = tl.where(v > m, l * e + 1.0, l + e)
         m = tl.maximum(m, v)
@@ -89,10 +90,11 @@ def _gumbel_max_of_range(
 )
 @no_type_check
 def _sample_splits_kernel(
-    logits, temperature, seed, position, processed, split_stats, row_stride, vocab_size, vocab_start, chunks_per_split, num_splits, B: tl.constexpr,
+    logits, temperature, seed, position, processed, split_stats, row_stride, vocab_size, vocab_start, chunks_per_split,
+    num_splits, B: tl.constexpr,
 ):  # fmt: skip
-    """Writes the statistics of one row's split to `split_stats` [5, rows, splits]: best score, its token and logit, maximum,
-    sum of exponentials."""
+    """Writes the statistics of one row's split to `split_stats` [5, rows, splits]: best score, its token and logit,
+    maximum, sum of exponentials."""
     row, split = tl.program_id(0), tl.program_id(1)
     start = split * chunks_per_split * B
     end = tl.minimum(start + chunks_per_split * B, vocab_size)
@@ -130,7 +132,8 @@ def _sample_splits_kernel(
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=UNALIGNED_ARGS)
 @no_type_check
 def _merge_sample_splits_kernel(
-    split_stats, sampled_token, logprob, last_token_ids, req_idx, vocab_size, num_splits, NUM_RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    split_stats, sampled_token, logprob, last_token_ids, req_idx, vocab_size, num_splits,
+    NUM_RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merges the statistics of all ranks' splits of one row into its token and logprob."""
     row, s = tl.program_id(0), tl.arange(0, BLOCK)
@@ -154,13 +157,14 @@ def sample_tokens(
     logits: Float[Tensor, "N W"], temperature: Float[Tensor, " N"], seed: Int[Tensor, " N"],
     position: Int[Tensor, " N"], processed: Bool[Tensor, " N"] | Int[Tensor, " N"],
     last_token_ids: Int[Tensor, " E"], req_idx: Int[Tensor, " N"], *, batch_invariant: bool = False,
-    vocab_size: int | None = None, vocab_shard: tuple[int, int] | None = None, all_gather: Callable[[Tensor], Tensor] | None = None,
+    vocab_size: int | None = None, vocab_shard: tuple[int, int] | None = None,
+    all_gather: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """Samples a token for each row (int32) and returns it with its natural-log probability (fp32).
 
     As `sampling.sample` without filters or edits. The tokens are also written to `last_token_ids` (int32) at `req_idx`.
-    The logprob is the model's, or that of logits / temperature where `processed`; it is NaN where a logit is NaN or inf.
-    Its rounding depends on the number of rows, unless `batch_invariant`; the token never does.
+    The logprob is the model's, or that of logits / temperature where `processed`; it is NaN where a logit is NaN or
+    inf. Its rounding depends on the number of rows, unless `batch_invariant`; the token never does.
 
     Over ranks, the logits are those of a `vocab_shard` (first token, number of tokens; at most W on each rank) of the
     `vocab_size` tokens. `all_gather` [...] -> [ranks, ...] exchanges a few numbers per row.

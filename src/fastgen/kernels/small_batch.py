@@ -1,8 +1,8 @@
 """Matmuls, norms and activations for up to `SMALL_BATCH` rows, where only reading the weights should take time.
 
 A program of `linear` computes N columns of the result. It streams the weights' rows once, K columns at a time, through
-a few stages of shared memory; activations come from L2. The order of every sum depends on shapes alone, so a row's result
-does not depend on the other rows.
+a few stages of shared memory; activations come from L2. The order of every sum depends on shapes alone, so a row's
+result does not depend on the other rows.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -53,8 +53,8 @@ def _linear_kernel(
     tl.store(target, acc.to(out.dtype.element_ty), mask=(t < num_rows)[None, :] & (n < out_features)[:, None])
 
 
-# Largest out_features: N, K, warps, stages. What matters is the number of programs per multiprocessor, and how many of the
-# next matmul's it can start while they end; in_features hardly matters.
+# Largest out_features: N, K, warps, stages. What matters is the number of programs per multiprocessor, and how many of
+# the next matmul's it can start while they end; in_features hardly matters.
 LINEAR_TILES = (
     (4224, (16, 256, 2, 5)),
     (6144, (16, 128, 1, 6)),

@@ -1,7 +1,7 @@
 """HostOffload: copies KV cache pages between the device and pinned host memory, concurrently with the steps.
 
-Keys and values of a chunk of layers lie side by side in a host page, so that a page, or several consecutive ones, is one
-copy. Copies go through staging buffers on the device:
+Keys and values of a chunk of layers lie side by side in a host page, so that a page, or several consecutive ones, is
+one copy. Copies go through staging buffers on the device:
 
     to host      gather kernel -> staging ring -> host     the ring's slots are free when the copy is done
     to device    host -> staging -> scatter kernel         one layer chunk at a time, an event after each
@@ -212,7 +212,7 @@ class HostOffload:
     def _copy_to_host(
         self, to_host: Sequence[tuple[int, int]], compute_stream: torch.cuda.Stream
     ) -> list[torch.cuda.Event]:
-        """Starts copies of (page, host page) pairs; returns an event per layer chunk after which its pages may change."""
+        """Starts copies of (page, host page) pairs. Returns an event per layer chunk: after it, pages may change."""
         to_host = sorted(to_host, key=lambda pair: pair[1])
         host_pages, gathered_events = [host for _, host in to_host], []
         self._gather_stream.wait_stream(compute_stream)
@@ -242,7 +242,7 @@ class HostOffload:
         self, to_device: Sequence[tuple[int, int]], compute_stream: torch.cuda.Stream,
         gathered_events: list[torch.cuda.Event],
     ) -> list[torch.cuda.Event]:  # fmt: skip
-        """Starts copies of (host page, page) pairs; returns an event per layer chunk after which its pages are valid."""
+        """Starts copies of (host page, page) pairs. Returns an event per layer chunk: after it, pages are valid."""
         to_device = sorted(to_device)
         host_pages, arrived_events = [host for host, _ in to_device], []
         self._to_device_stream.wait_stream(compute_stream)  # until now, other sequences may have used the pages
