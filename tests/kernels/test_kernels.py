@@ -15,6 +15,9 @@ from fastgen.core.types import SamplingTensors
 pytest.importorskip("triton")
 from fastgen.kernels import page_copy, pdl, rope_cache, small_batch
 from fastgen.kernels import sample as sample_kernels
+from fastgen.kernels.select import small_batch_ops
+
+OPS = small_batch_ops()
 
 HALF = torch.float16 if torch.get_default_device().type == "cpu" else torch.bfloat16  # the interpreter has no bf16
 EPS = 1e-5
@@ -63,10 +66,10 @@ def test_add_norm_qkv_and_gate_up(rows: int, n: int, k: int, dtype: torch.dtype)
     exact = h.double() * torch.rsqrt(h.double().square().mean(-1, keepdim=True) + EPS) * norm.double()
     plain = rms_norm(h, norm, EPS)
     for b in (None, bias):
-        total, out = small_batch.add_norm_qkv(x, y, norm, EPS, w, b)
+        total, out = OPS.add_norm_qkv(x, y, norm, EPS, w, b)
         assert torch.equal(total, h)
         close(out, F.linear(plain, w, b), F.linear(exact, w.double(), None if b is None else b.double()))
-    total, out = small_batch.add_norm_gate_up(x, y, norm, EPS, w)
+    total, out = OPS.add_norm_gate_up(x, y, norm, EPS, w)
     assert torch.equal(total, h) and torch.equal(x, before)
     close(out, swiglu(F.linear(plain, w)), swiglu(F.linear(exact, w.double())))
 
@@ -90,8 +93,8 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype, device: str) -> Non
 
         def run(pick: list[int] | slice) -> list[Tensor]:
             a, b = x[pick], y[pick]  # noqa: B023
-            return [small_batch.linear(a, w, bias), *small_batch.add_norm_qkv(a, b, norm, EPS, w, bias),  # noqa: B023
-                    *small_batch.add_norm_gate_up(a, b, norm, EPS, w)]  # fmt: skip  # noqa: B023
+            return [small_batch.linear(a, w, bias), *OPS.add_norm_qkv(a, b, norm, EPS, w, bias),  # noqa: B023
+                    *OPS.add_norm_gate_up(a, b, norm, EPS, w)]  # fmt: skip  # noqa: B023
 
         full = run(slice(None))
         for pick in picks:
@@ -108,8 +111,8 @@ def test_dependent_launch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         monkeypatch.setattr(pdl, "USE_PDL", use_pdl)
         h, y = x, x
         for _ in range(50):
-            h, gated = small_batch.add_norm_gate_up(h, y, norm, EPS, w)
-            _, wide = small_batch.add_norm_qkv(h, gated, norm, EPS, w, bias)
+            h, gated = OPS.add_norm_gate_up(h, y, norm, EPS, w)
+            _, wide = OPS.add_norm_qkv(h, gated, norm, EPS, w, bias)
             y = small_batch.linear(wide[:, 2048:].contiguous(), w[:2048])
         results.append((h, y))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -340,13 +340,11 @@ def _decode_kernel(
                 grid_dependency_sync(PDL)
                 x = tl.load(q + offset[:, None] + d[None, :], mask=mask, other=0.0)
             if SHARED_PREFIX:
-                used_prefix_splits = tl.where(
-                    split == 0, tl.cdiv(prefix, _keys_per_split(prefix, N, num_prefix_splits, MIN_TILES)), 0
-                )
+                is_first = split == 0
+                prefix_split_size = _keys_per_split(prefix, N, num_prefix_splits, MIN_TILES)
+                prefix_splits = tl.where(is_first, tl.cdiv(prefix, prefix_split_size), 0)
                 first = (r.to(tl.int64) * Q + head) * num_prefix_splits
-                m, l, acc = _merge_splits(
-                    m, l, acc, prefix_out, prefix_stats, first, used_prefix_splits, valid, H, D
-                )  # fmt: skip
+                m, l, acc = _merge_splits(m, l, acc, prefix_out, prefix_stats, first, prefix_splits, valid, H, D)
             m, l, acc = _attend_key_range(
                 x, k_cache, v_cache, None, None, table, key_start, key_end, query_pos, window,
                 kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
@@ -368,9 +366,7 @@ def _decode_kernel(
                         m = tl.full([M], INITIAL_MAX, tl.float32)
                         l = tl.zeros([M], tl.float32)
                         acc = tl.zeros([M, D], tl.float32)
-                        m, l, acc = _merge_splits(
-                            m, l, acc, split_out, split_stats, first, used_splits, valid, H, D
-                        )  # fmt: skip
+                        m, l, acc = _merge_splits(m, l, acc, split_out, split_stats, first, used_splits, valid, H, D)
                 if is_last:
                     mean = (acc / tl.where(valid, l, 1.0)[:, None]).to(out.dtype.element_ty)
                     tl.store(out + offset[:, None] + d[None, :], mean, mask=mask)

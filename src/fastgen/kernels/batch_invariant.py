@@ -60,8 +60,8 @@ def batch_invariant_ops(device: torch.device | str) -> ModelOps:
     return _cuda_ops() if torch.device(device).type == "cuda" else CPU_OPS
 
 
-def _compose(ops: ModelOps) -> ModelOps:
-    """Replaces the fused ops by compositions of the linear, add_norm and swiglu of `ops`."""
+def compose_ops(ops: ModelOps) -> ModelOps:
+    """Replaces the fused ops, final_norm and lm_head by compositions of the linear, add_norm and swiglu of `ops`."""
 
     def add_norm_qkv(
         x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None
@@ -73,10 +73,15 @@ def _compose(ops: ModelOps) -> ModelOps:
         x, h = ops.add_norm(x, y, norm, eps)
         return x, ops.swiglu(ops.linear(h, gate_up))
 
+    def final_norm(x: Tensor, y: Tensor, norm: Tensor, eps: float) -> Tensor:
+        return ops.add_norm(x, y, norm, eps)[1]
+
     def lm_head(h: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
         return ops.linear(h, w, None, None if out is None else out[: len(h)])
 
-    return ops._replace(add_norm_qkv=add_norm_qkv, add_norm_gate_up=add_norm_gate_up, lm_head=lm_head)
+    return ops._replace(
+        add_norm_qkv=add_norm_qkv, add_norm_gate_up=add_norm_gate_up, final_norm=final_norm, lm_head=lm_head
+    )
 
 
 def _cuda_ops() -> ModelOps:
@@ -103,18 +108,11 @@ def _cuda_ops() -> ModelOps:
         normed = (small_batch.rms_norm(rearrange(x, "t h d -> (t h) d"), w, eps).view(x.shape) for x, w in pairs)
         return torch.cat((*normed, v), 1)
 
-    return _compose(
-        TORCH_OPS._replace(
-            attention=partial(paged_attention, batch_invariant=True),
-            linear=linear,
-            add_norm=small_batch.add_norm,
-            swiglu=small_batch.swiglu,
-            apply_qk_norm=apply_qk_norm,
-            final_norm=small_batch.final_norm,
-            rope_and_cache_kv=rope_cache.rope_and_cache_kv,
-            logprobs=sample.logprobs,
-        )
-    )
+    ops = TORCH_OPS._replace(linear=linear, add_norm=small_batch.add_norm, swiglu=small_batch.swiglu)
+    return compose_ops(ops)._replace(
+        attention=partial(paged_attention, batch_invariant=True), apply_qk_norm=apply_qk_norm,
+        rope_and_cache_kv=rope_cache.rope_and_cache_kv, logprobs=sample.logprobs,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -209,6 +207,6 @@ def attention(batch: Batch, model_config: ModelConfig) -> AttentionFn:
     return attend
 
 
-CPU_OPS = _compose(
+CPU_OPS = compose_ops(
     TORCH_OPS._replace(attention=attention, embed=_embed, linear=_linear, swiglu=_swiglu, logprobs=_logprobs)
 )

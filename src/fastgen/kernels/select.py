@@ -14,7 +14,7 @@ from fastgen.core.attention import AttentionBackend, reference, sdpa
 from fastgen.core.sampling import sample
 from fastgen.core.step import FusedSampler
 from fastgen.core.transformer import TORCH_OPS, ModelOps
-from fastgen.kernels.batch_invariant import batch_invariant_ops, sample_row_blocks
+from fastgen.kernels.batch_invariant import batch_invariant_ops, compose_ops, sample_row_blocks
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "triton")
 
@@ -44,22 +44,22 @@ def select_ops(config: CompileConfig, device: torch.device, torch_ops: ModelOps)
     ops = torch_ops._replace(attention=select_attention_backend(config.attention, device))
     if config.mode == "eager" or device.type != "cuda":
         return ops
-    from fastgen.kernels import lora, pdl, rope_cache, small_batch
+    from fastgen.kernels import lora, pdl, rope_cache
 
     def for_small_batch(small: Callable[..., Any], large: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, *args: (small if len(x) <= pdl.SMALL_BATCH else large)(x, *args)
 
-    return ops._replace(
-        add_norm_qkv=for_small_batch(small_batch.add_norm_qkv, ops.add_norm_qkv),
-        add_norm_gate_up=for_small_batch(small_batch.add_norm_gate_up, ops.add_norm_gate_up),
-        linear=for_small_batch(small_batch.linear, ops.linear),
-        add_norm=for_small_batch(small_batch.add_norm, ops.add_norm),
-        swiglu=for_small_batch(small_batch.swiglu, ops.swiglu),
-        final_norm=for_small_batch(small_batch.final_norm, ops.final_norm),
-        lm_head=for_small_batch(small_batch.lm_head, ops.lm_head),
-        rope_and_cache_kv=rope_cache.rope_and_cache_kv,
-        apply_lora=lora.apply_lora,
-    )
+    small = small_batch_ops()
+    names = "add_norm_qkv", "add_norm_gate_up", "linear", "add_norm", "swiglu", "final_norm", "lm_head"
+    fields: dict[str, Any] = {name: for_small_batch(getattr(small, name), getattr(ops, name)) for name in names}
+    return ops._replace(rope_and_cache_kv=rope_cache.rope_and_cache_kv, apply_lora=lora.apply_lora, **fields)
+
+
+def small_batch_ops() -> ModelOps:
+    """Returns ops of which matmuls, norms and activations are the kernels for up to `SMALL_BATCH` rows."""
+    from fastgen.kernels.small_batch import add_norm, linear, swiglu
+
+    return compose_ops(TORCH_OPS._replace(linear=linear, add_norm=add_norm, swiglu=swiglu))
 
 
 def select_scoring_ops(device: torch.device, *, batch_invariant: bool) -> ModelOps:

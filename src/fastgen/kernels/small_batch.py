@@ -156,35 +156,3 @@ def swiglu(x: Float[Tensor, "T F2"]) -> Float[Tensor, "T F"]:
     out = x.new_empty(rows, width)
     _swiglu_kernel[(rows, triton.cdiv(width, 1024))](x, out, width, B=1024, num_warps=4, **pdl.pdl_launch_options(x))
     return out
-
-
-def add_norm_qkv(
-    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float,
-    w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None,
-) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T N"]]:  # fmt: skip
-    """Returns x + y, and the linear layer of its RMS norm."""
-    x, h = add_norm(x, y, norm, eps)
-    return x, linear(h, w, bias)
-
-
-def add_norm_gate_up(
-    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float,
-    gate_up: Float[Tensor, "F2 D"],
-) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T F"]]:  # fmt: skip
-    """Returns x + y, and the gated activation of its RMS norm."""
-    x, h = add_norm(x, y, norm, eps)
-    return x, swiglu(linear(h, gate_up))
-
-
-def final_norm(
-    x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float
-) -> Float[Tensor, "T D"]:
-    """Returns the RMS norm of x + y."""
-    return add_norm(x, y, norm, eps)[1]
-
-
-def lm_head(
-    h: Float[Tensor, "N D"], w: Float[Tensor, "V D"], out: Float[Tensor, "M V"] | None = None
-) -> Float[Tensor, "N V"]:
-    """Returns the logits of up to `SMALL_BATCH` hidden states, in the first rows of `out` if that is set."""
-    return linear(h, w, None, None if out is None else out[: len(h)])
