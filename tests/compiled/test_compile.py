@@ -1,4 +1,4 @@
-"""Shapes that steps are padded to, and compiled steps on a CPU. Captured ones are in test_graphs: they need a GPU."""
+"""Shapes that steps are padded to, and compiled steps on a CPU. Captured steps need a GPU: test_graphs."""
 
 import subprocess
 import sys
@@ -22,12 +22,12 @@ CONFIG = tiny.config("Qwen3", hidden_size=64, intermediate_size=96, head_dim=16,
 SPEC = fastgen.from_hf_config(CONFIG)
 
 
-@given(most=st.integers(1, 3000))
-def test_buckets(most: int) -> None:
-    """Rising, up to the most, and no more than a quarter more than is needed, but for the smallest."""
-    sizes = decode_graph_sizes(most)
-    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max(2, most) and sizes[0] >= 2
-    for n in range(1, most + 1):
+@given(max_size=st.integers(1, 3000))
+def test_decode_graph_sizes(max_size: int) -> None:
+    """Sizes increase up to the maximum, and pad by at most a quarter, except for small steps."""
+    sizes = decode_graph_sizes(max_size)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max(2, max_size) and sizes[0] >= 2
+    for n in range(1, max_size + 1):
         assert min(s for s in sizes if s >= n) <= max(2, n + 7, n * 1.25)
 
 
@@ -42,7 +42,7 @@ def stepper(limits: SchedulerConfig) -> ModelRunner:
 
 @given(data=st.data(), most=st.integers(1, 600), extra=st.integers(0, 3000))
 def test_a_plan_fits_its_shape(data: st.DataObject, most: int, extra: int) -> None:
-    """Every plan has room in its shape, with a row for the padding, and the buffers have room for the shape."""
+    """Every plan fits its shape, with a row for the padding, and every shape fits the buffers."""
     limits = SchedulerConfig(max_num_seqs=most, token_budget=most + extra)
     run = STEPPERS.setdefault(limits, stepper(limits))
     rows = data.draw(st.integers(1, most))
@@ -50,15 +50,15 @@ def test_a_plan_fits_its_shape(data: st.DataObject, most: int, extra: int) -> No
     shape = run.padded_shape(tokens, rows, needs_prompt_logprobs=False)
     assert shape.num_tokens >= tokens and shape.decode == (tokens == rows)
     assert shape.num_seqs >= rows if shape.decode else shape.num_seqs > rows
-    assert (shape.num_tokens == shape.num_seqs) == shape.decode, "attention would take it for the other kind"
+    assert (shape.num_tokens == shape.num_seqs) == shape.decode, "attention would take a prefill for a decode step"
     assert shape.num_tokens <= largest_shape(limits).num_tokens and shape.num_seqs <= largest_shape(limits).num_seqs
 
 
 STEPPERS: dict[SchedulerConfig, ModelRunner] = {}
 
 
-def test_graphs_have_shapes_for_all_that_decode() -> None:
-    """Every number of decoding sequences has a graph, largest first: the others fit into its memory."""
+def test_graph_shapes() -> None:
+    """Every number of decoding sequences has a graph, largest first: later graphs fit into its memory."""
     run = stepper(SchedulerConfig(max_num_seqs=100, token_budget=600))
     run.mode = "graphs"
     shapes = run.graph_shapes()
@@ -79,8 +79,8 @@ def test_graphs_have_shapes_for_all_that_decode() -> None:
     assert not any(s.shared_prefix for s in run.graph_shapes())
 
 
-def test_feed() -> None:
-    """A token below 0 is the one last drawn in that seat."""
+def test_fill_pending_tokens() -> None:
+    """A token id -i stands for the last token sampled at req_idx i."""
     last = torch.tensor([0, 11, 22, 33], dtype=torch.int32)
     token = torch.tensor([5, -3, 0, -1], dtype=torch.int32)
     assert fill_pending_tokens(token, last).tolist() == [5, 33, 0, 11]
@@ -91,7 +91,7 @@ def test_feed() -> None:
     [({"compile": "graphs"}, "needs a GPU"), ({"compile": "graphs", "attention": "sdpa"}, "triton only")],
 )
 def test_graphs_need_a_gpu_and_triton(settings: dict[str, str], message: str) -> None:
-    """What cannot be captured is refused, with what to use instead."""
+    """Configurations that cannot be captured are refused, with what to use instead."""
     with pytest.raises(ValueError, match=message):
         EngineConfig.from_flat(**settings).resolve("cpu")
 
@@ -118,7 +118,7 @@ print("equal")
 
 @pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="test_graphs compares on GPUs")
 def test_compiled_as_eager() -> None:
-    """In a process of its own: types that are checked at run time cannot be traced."""
+    """Compiled steps generate the tokens of eager ones. In its own process: checked types cannot be traced."""
     root = Path(fastgen.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, cwd=root)
     assert done.stdout == "equal\n", done.stderr[-3000:]

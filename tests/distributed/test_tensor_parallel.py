@@ -171,12 +171,12 @@ def test_peer_memory(
 
     def run(rank: Rank) -> tuple[Tensor, list[int]]:
         local, buffers = shard_config(spec, 2), ThreadBuffers(rank, spec.hidden_size, read_rows, push_rows)
-        mine = shard_params(full, spec, rank.shard)
-        mine = mine._replace(layers=tuple(
-            a._replace(out_bias=b.out_bias) for a, b in zip(mine.layers, params.layers, strict=True)
+        local_params = shard_params(full, spec, rank.shard)
+        local_params = local_params._replace(layers=tuple(
+            a._replace(out_bias=b.out_bias) for a, b in zip(local_params.layers, params.layers, strict=True)
         ))  # fmt: skip
         local_ops = shard_ops(ops, rank, spec, buffers)
-        x, y = run_layers(mine, empty(local, 23), batch, local, local_ops, last_token_only=True)
+        x, y = run_layers(local_params, empty(local, 23), batch, local, local_ops, last_token_only=True)
         return local_ops.final_norm(x, y, params.final_norm, spec.rms_norm_eps), [buffers.num_read, buffers.num_pushed]
 
     for got, done in together(2, run):
@@ -271,8 +271,8 @@ def test_samples(vocab: int, size: int) -> None:
         def run(
             rank: Rank, s: SamplingTensors = s, special: SamplingTensors = special, top: int | None = top
         ) -> list[Any]:
-            mine = padded[:, rank.shard.rank * width :][:, :width]
-            return [tensor_parallel.sample_from_shards(mine, x, top, rank, vocab) for x in (s, special)]
+            shard = padded[:, rank.shard.rank * width :][:, :width]
+            return [tensor_parallel.sample_from_shards(shard, x, top, rank, vocab) for x in (s, special)]
 
         for got, other in together(size, run):
             assert torch.equal(got.token_ids, want.token_ids) and got.token_ids.dtype == want.token_ids.dtype

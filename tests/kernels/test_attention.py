@@ -282,16 +282,16 @@ def test_unowned_memory_is_not_used_by_fused_rope(
     k, v = (torch.full(((sum(needed) + 2) * page, 1, 16), GARBAGE) for _ in "kv")
     used = [span.pages[i // page] * page + i % page for span in plan for i in range(span.stop - 1)]
     k[used], v[used] = torch.randn(len(used), 1, 16), torch.randn(len(used), 1, 16)
-    qkv, turn = torch.randn(len(plan) + pad, 4, 16), rope_cos_sin(batch.positions, spec)
+    qkv, cos_sin = torch.randn(len(plan) + pad, 4, 16), rope_cos_sin(batch.positions, spec)
     attend = attention.paged_attention(batch, spec)
     clean, ours = (k.clone(), v.clone()), (poisoned(k), poisoned(v))
-    out = attend(attention.UnrotatedQKV(qkv, *turn, batch.slot_mapping), *clean, window)[: len(plan)]
+    out = attend(attention.UnrotatedQKV(qkv, *cos_sin, batch.slot_mapping), *clean, window)[: len(plan)]
     with monkeypatch.context() as patch:
         poison_new_memory(patch)
-        ours_out = attend(attention.UnrotatedQKV(qkv, *turn, batch.slot_mapping), *ours, window)[: len(plan)]
+        ours_out = attend(attention.UnrotatedQKV(qkv, *cos_sin, batch.slot_mapping), *ours, window)[: len(plan)]
     assert torch.isfinite(ours_out).all() and torch.equal(ours_out, out)
-    mine = [*used, *batch.slot_mapping[: len(plan)].tolist()]
-    assert all(torch.equal(x[mine], y[mine]) for x, y in zip(clean, ours, strict=True))
+    owned = [*used, *batch.slot_mapping[: len(plan)].tolist()]
+    assert all(torch.equal(x[owned], y[owned]) for x, y in zip(clean, ours, strict=True))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])
