@@ -275,15 +275,15 @@ class HostOffload:
         tokens = rearrange(torch.stack(layers), "l kv p (t k h) -> l kv (p t) k h", t=self.page_size, k=heads)
         return tokens[:, :, :num_tokens].cpu()
 
-    def write_pages(self, pages: Sequence[int], keys_values: Float[Tensor, "L 2 T K H"]) -> None:
-        """Writes the tokens of whole pages, as `read_pages` returns them; page 0 is skipped."""
+    def write_pages(self, pages: Sequence[int], values: Float[Tensor, "L 2 T K H"]) -> None:
+        """Writes the tokens of full pages, as `read_pages` returns them; page 0 is skipped."""
         page_ids = torch.tensor(pages, device="cpu")
         used = page_ids.nonzero()[:, 0]
         target = page_ids[used].to(self.device)
-        paged = rearrange(keys_values, "l kv (p t) k h -> l kv p (t k h)", t=self.page_size)
+        paged = rearrange(values, "l kv (p t) k h -> l kv p (t k h)", t=self.page_size)
         for pair, layer in zip(self.kv_tensors, paged, strict=True):
-            for tensor, values in zip(pair, layer, strict=True):
-                tensor.view(-1, self.elements_per_page).index_copy_(0, target, values[used].to(tensor))
+            for tensor, source in zip(pair, layer, strict=True):
+                tensor.view(-1, self.elements_per_page).index_copy_(0, target, source[used].to(tensor))
 
     def close(self) -> None:
         """Releases the host pages."""
