@@ -131,7 +131,8 @@ class EventStream(Iterator[Event]):
         """Steps the engine, within one of its calls, until there is an event or all requests have ended."""
         try:
             while self._unfinished_ids and not self._events:
-                self._engine._pending_events += self._claim_events(self._engine.step())
+                events = self._engine.step()  # replaces the list of pending events
+                self._engine._pending_events += self._claim_events(events)
                 if not self._events and not self._engine._has_events_for(self._unfinished_ids):
                     self._unfinished_ids.clear()  # a caller of `step` has received their last events
         except BaseException:

@@ -26,6 +26,7 @@ from fastgen.cli.bench.results import Row, format_table, merge_rows, parse_peer_
 from fastgen.cli.bench.workload import Workload
 from fastgen.cli.hydra_config import RunConfig, compose, model_override
 from fastgen.cli.prompt_files import check_output
+from fastgen.cli.run import build_engines
 from fastgen.config import ParallelConfig
 from fastgen.profiling import roofline
 
@@ -70,7 +71,7 @@ def start_engine(config: RunConfig, load_weights: bool, workloads: list[Workload
 
     Raises ValueError, before any weights are loaded, if a workload exceeds the model's context length.
     """
-    start, m, parallel = time.perf_counter(), config.model, config.parallel
+    start, m = time.perf_counter(), config.model
     path = hub.default_model_path() if m.path is None else Path(m.path).expanduser()
     model_name = path.parent.name if path.name == "config.json" else path.name
     if not path.exists():  # a hub id; random weights need the repository's config.json only
@@ -85,14 +86,9 @@ def start_engine(config: RunConfig, load_weights: bool, workloads: list[Workload
     dtype_name = m.dtype if m.dtype != "auto" else "float32" if device == "cpu" else model_config.dtype
     dtype, progress = getattr(torch, dtype_name), sys.stderr.isatty()
     config = replace(config, lora=lora.expand_lora_config(config.lora, m.adapters))
-    settings = {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
-    if parallel != ParallelConfig():  # every process loads or creates its own weights
-        settings |= {"dtype": dtype_name, "device": device, "adapters": m.adapters, "progress": progress}
-        settings |= {"random_weights": not load_weights, "random_seed": m.random_seed}
-        if parallel.replicas > 1:
-            engine = Replicas.from_pretrained(path, replicas=parallel.replicas, **settings)
-        else:
-            engine = Engine.from_pretrained(path, **settings)
+    if config.parallel != ParallelConfig():  # every process loads or creates its own weights
+        model = replace(m, path=str(path), dtype=dtype_name, device=device, random_weights=not load_weights)
+        engine = build_engines(replace(config, model=model), progress=progress)
         return _time_first_token(engine, model_name, {"load_and_engine": time.perf_counter() - start})
     if load_weights:
         model_config, params = weights.load(path, device=device, dtype=dtype, progress=progress)
@@ -101,7 +97,7 @@ def start_engine(config: RunConfig, load_weights: bool, workloads: list[Workload
     if device != "cpu":
         torch.cuda.synchronize(device)
     loaded = time.perf_counter()
-    engine = Engine(params, model_config, **settings)
+    engine = Engine(params, model_config, **{f.name: getattr(config, f.name) for f in fields(EngineConfig)})
     engine.load_adapters(m.adapters)
     return _time_first_token(engine, model_name, {"load": loaded - start, "engine": time.perf_counter() - loaded})
 
