@@ -1,4 +1,4 @@
-"""The profiler: what it finds in a made-up trace of a GPU, and windows around real steps on the CPU."""
+"""The profiler: reports on a synthetic trace of a GPU, and windows around real steps on the CPU."""
 
 import gzip
 import json
@@ -42,14 +42,10 @@ LAYER = [
     (NORM, 2), (GEMM, 10), ("_rope_and_cache_kv_kernel", 2), ("_decode_shared_prefix_kernel", 1), ("_decode_kernel", 8), (GEMM, 5), (NORM, 2), (GEMM, 12),
     (ACTIVATION, 2), (GEMM, 6),
 ]  # fmt: skip
+PAUSE = ""
 STEP = [
-    ("Memcpy HtoD (Pinned -> Device)", 1),
-    *3 * LAYER,
-    (NORM, 2),
-    (GEMM, 20),
-    ("", 4),
-    ("_sample_splits_kernel", 3),
-]  # "": a pause
+    ("Memcpy HtoD (Pinned -> Device)", 1), *3 * LAYER, (NORM, 2), (GEMM, 20), (PAUSE, 4), ("_sample_splits_kernel", 3),
+]  # fmt: skip
 
 
 def event(cat: str, name: str, ts: float, dur: float, **args: Any) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def event(cat: str, name: str, ts: float, dur: float, **args: Any) -> dict[str, 
 
 
 def gpu_trace(correlated: bool = True) -> list[dict[str, Any]]:
-    """Two steps that run long after their launches: a graph's, from 50 µs on, and one of single kernels, from 240."""
+    """Returns two steps that run long after their launches: a CUDA graph at 50 µs, and single kernels at 240 µs."""
     events = []
     for step, (host, start) in enumerate([(0, 50), (100, 240)]):
         events.append(event("user_annotation", f"step {step} (tokens 2, rows 2)", host, 90))
@@ -66,26 +62,26 @@ def gpu_trace(correlated: bool = True) -> list[dict[str, Any]]:
         if step == 0:
             events.append(event("cuda_runtime", "cudaGraphLaunch", host + 10, 5, correlation=1))
         for i, (name, us) in enumerate(STEP):
-            number = 1 if step == 0 else 100 + i
+            launch = 1 if step == 0 else 100 + i
             if step and correlated:
-                kind = "cuda_runtime" if "nvjet" in name else "cuda_driver"
-                events.append(event(kind, "cuLaunchKernelEx", host + 10 + i, 1, correlation=number))
+                api = "cuda_runtime" if "nvjet" in name else "cuda_driver"
+                events.append(event(api, "cuLaunchKernelEx", host + 10 + i, 1, correlation=launch))
             cat = "gpu_memcpy" if name.startswith("Mem") else "kernel"
             if name:
-                events.append(event(cat, name, start, us, **{"correlation": number} if correlated else {}))
+                events.append(event(cat, name, start, us, **{"correlation": launch} if correlated else {}))
             start += us
     return events
 
 
 @pytest.mark.parametrize("correlated", [True, False])
 def test_a_gpu_trace(correlated: bool) -> None:
-    """Steps, parts, layers, busy time and gaps of the made-up trace are exactly those put into it."""
+    """Steps, categories, layers, busy time and gaps are exactly those of the synthetic trace."""
     events = gpu_trace(correlated)
     ks = read_kernels(events)
     first, second = ([k for k in ks if k.step == step] for step in (0, 1))
     assert (len(first), first[0].start, first[-1].end) == (len(second), 50, 230)
     assert (second[0].start, second[-1].end) == (240, 420)
-    # From the qkv product, after the first norm, to the next one's; the last to its down projection.
+    # From the QKV projection, after the first norm, to the next layer's; the last layer to its down projection.
     assert list(split_into_layers(first, 3)) == [(0, 53, 103), (1, 103, 153), (2, 153, 201)]
     assert list(split_into_layers(second, 3)) == [(0, 243, 293), (1, 293, 343), (2, 343, 391)]
 
@@ -102,18 +98,18 @@ def test_a_gpu_trace(correlated: bool) -> None:
     }  # fmt: skip
     assert sum(p.time_fraction for p in s.categories.values()) == pytest.approx(352 / 370)
     assert s.host_ms == pytest.approx({"step": 0.09, "forward": 0.03})
-    todo = roofline.operation_costs(SPEC, compute_step_work(DECODE), 2)
-    flops, moved = (todo["linear"][i] + todo["head"][i] for i in (0, 1))
+    costs = roofline.operation_costs(SPEC, compute_step_work(DECODE), 2)
+    flops, moved = (costs["linear"][i] + costs["head"][i] for i in (0, 1))
     linear, pointwise = s.categories["linear"], s.categories["pointwise"]
     assert (linear.tflops, linear.tbps) == pytest.approx((flops / 119e-6 / 1e12, moved / 119e-6 / 1e12))
     assert linear.fraction_of_ceiling == pytest.approx(max(flops / 1e12, moved / 1e11) / 119e-6)
-    assert pointwise.tbps == pytest.approx(todo["pointwise"][1] / 26e-6 / 1e12)  # the rope's time is its, too
+    assert pointwise.tbps == pytest.approx(costs["pointwise"][1] / 26e-6 / 1e12)  # the time of RoPE counts too
     assert str(s).count("\n") < 40 and "params 2.00" in str(s) and max(map(len, str(s).split("\n"))) <= 120
     assert json.loads(json.dumps(s.to_dict()))["categories"]["attention"]["ms"] == pytest.approx(0.027)
 
 
-def test_the_row_of_a_gpu() -> None:
-    """Three tracks of ranges that do not overlap: steps, layers, and kernels of one part in a row."""
+def test_category_track() -> None:
+    """Three tracks of ranges that do not overlap: steps, layers, and runs of kernels of one category."""
     events = build_category_track(read_kernels(gpu_trace()), 3)
     tracks: dict[int, list[tuple[str, float, float]]] = {0: [], 1: [], 2: []}
     for e in events:
@@ -132,8 +128,8 @@ def test_the_row_of_a_gpu() -> None:
     }  # fmt: skip
 
 
-def test_kernels_at_once_and_of_nobody() -> None:
-    """Time in which two kernels run counts once; what no step launched belongs to the step before it."""
+def test_overlapping_kernels_and_kernels_without_a_launch() -> None:
+    """Time in which two kernels run counts once; a kernel that no step launched belongs to the step before it."""
     events = [
         event("user_annotation", "step 0 (tokens 2, rows 2)", 0, 9),
         event("cuda_runtime", "cudaLaunchKernel", 1, 1, correlation=1),
@@ -149,8 +145,8 @@ def test_kernels_at_once_and_of_nobody() -> None:
     assert s.categories["linear"].fraction_of_ceiling is None
 
 
-def test_layers_of_odd_steps() -> None:
-    """Several products before attention, kernels of split attention, one layer alone, none."""
+def test_layers_of_unusual_steps() -> None:
+    """Several linear kernels before attention, kernels of split attention, a single layer, none."""
     names = [
         GEMM,
         "splitKreduce",
@@ -176,12 +172,12 @@ def test_layers_of_odd_steps() -> None:
     assert spans(11) == [(0, 10, 17), (1, 17, 21)]
     assert spans(9) == [(0, 10, 19)]
     assert spans(3) == [] and read_kernels([]) == []
-    names = ["_decode", GEMM, "_decode", GEMM]  # its qkv product has a name that is not known
+    names = ["_decode", GEMM, "_decode", GEMM]  # the QKV projection has an unknown name
     assert spans(4) == [(0, 10, 11), (1, 11, 14)]
 
 
 @pytest.mark.parametrize(
-    ("name", "part"),
+    ("name", "category"),
     [
         ("_prefill", "attention"),
         ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>(Params)", "attention"),
@@ -206,12 +202,12 @@ def test_layers_of_odd_steps() -> None:
         ("spin", "other"),
     ],
 )
-def test_parts_by_name(name: str, part: str) -> None:
-    assert categorize_kernel(name) == part
+def test_categories_by_name(name: str, category: str) -> None:
+    assert categorize_kernel(name) == category
 
 
-def test_work() -> None:
-    """A span of one token decodes; pairs of longer ones are counted one by one."""
+def test_step_work() -> None:
+    """A span of one token decodes; longer spans prefill, with one pair for each query and earlier key."""
     assert compute_step_work(MIXED) == roofline.StepWork(
         num_tokens=5, num_sampled=2, num_prefill_pairs=3 + 4 + 5, num_decode_keys=15, num_prefill_keys=5
     )
@@ -225,7 +221,7 @@ def profiler() -> Profiler:
 
 
 def steps(profiler: Profiler, count: int, plan: Plan = MIXED, fail_at: int = -1) -> None:
-    """What an engine does, with a weight and a cache of nothing."""
+    """Runs steps as an engine does, with one weight and no cache."""
     w, x = torch.ones(256, 256), torch.ones(5, 256)
     heads = torch.ones(1, 4, 64, 16)
     for i in range(count):
@@ -253,7 +249,7 @@ def off(profiler: Profiler) -> bool:
 
 @pytest.mark.parametrize(("name", "skip"), [("a/trace.json.gz", 2), ("trace.json", 0)])
 def test_a_window(tmp_path: Path, name: str, skip: int) -> None:
-    """The first steps after the skipped ones are traced, and the rest run as ever."""
+    """The steps after the skipped ones are traced, and later steps run without the profiler."""
     p = profiler()
     with p.window(num_steps=3, skip_first=skip, path=tmp_path / name) as window:
         with pytest.raises(ValueError, match="still open"):
@@ -280,7 +276,7 @@ def test_a_window(tmp_path: Path, name: str, skip: int) -> None:
 
 
 def test_fewer_steps_than_asked_for(tmp_path: Path) -> None:
-    """What ran is reported, and nothing where all was skipped."""
+    """The steps that ran are reported; if all were skipped, nothing is."""
     p = profiler()
     with p.window(num_steps=9, skip_first=1, path=tmp_path / "a.json") as window:
         steps(p, 3)
@@ -294,7 +290,7 @@ def test_fewer_steps_than_asked_for(tmp_path: Path) -> None:
 
 
 def test_an_interrupt(tmp_path: Path) -> None:
-    """It leaves nothing on; the trace has what was recorded until then; the next window works."""
+    """Recording ends; the trace has the steps until then; the next window works."""
     p = profiler()
     for skip, recorded in ((1, 2), (5, 0)):
         window = p.window(skip_first=skip, path=tmp_path / f"{skip}.json")
@@ -309,7 +305,7 @@ def test_an_interrupt(tmp_path: Path) -> None:
 
 
 def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
-    """Is an error of its own, unless there is one already."""
+    """Raises an error of its own, unless another error is raised already."""
     p = profiler()
     (tmp_path / "file").touch()
     with pytest.raises(OSError), p.window(skip_first=0, path=tmp_path / "file" / "a.json"):
@@ -320,7 +316,7 @@ def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    """One window at a time; numbers and paths that make no sense."""
+    """Refuses a second window, and invalid numbers and paths."""
     p = profiler()
     with p.window(path=tmp_path / "a.json"):
         with pytest.raises(ValueError, match="already"), p.window():
@@ -334,7 +330,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_an_engine_in_another_thread(tmp_path: Path) -> None:
-    """Its own step ends the window that another thread has left."""
+    """The engine's next step ends the window that another thread has left."""
     p, go = profiler(), threading.Event()
 
     def run() -> None:
@@ -360,7 +356,7 @@ def usr2() -> Iterator[int]:
 
 
 def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """A window of the next steps; another one meanwhile is ignored; a failure is told and disturbs nothing."""
+    """A signal profiles the next steps; a second signal meanwhile is ignored; a failure is logged and ends no step."""
     p = profiler()
     profile_on_signal(p, tmp_path / "new", num_steps=2)
     os.kill(os.getpid(), usr2)
@@ -381,7 +377,7 @@ def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """It ends with the steps there were, or for the next one if none came; and one is written at a time."""
+    """A window ends with the steps so far, or for the next window if no step came; one profile is written at a time."""
     monkeypatch.setattr("fastgen.profiling.profiler.MAX_BACKGROUND_SECONDS", 0.0)
     p = profiler()
     p.profile_in_background(8, tmp_path)
@@ -402,10 +398,10 @@ def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert not off(p)
 
 
-def test_off_costs_nothing() -> None:
-    """1,000 ranges in less than a millisecond, 1,000 steps too."""
+def test_an_idle_profiler_costs_little() -> None:
+    """Less than a microsecond per range and per step."""
     p = profiler()
-    for enter in (unwrap(Profiler.range), unwrap(Profiler.step)):  # without the tests' type checker
+    for enter in (unwrap(Profiler.range), unwrap(Profiler.step)):  # without the type checks of tests
         best = 1.0
         for _ in range(20):
             start = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Where the time of a step goes: a window of a few steps, traced by torch.
+"""A window of a few engine steps, traced by torch: where the time of a step goes.
 
-skipped steps (the tracer warms up) -> `steps` recorded ones -> trace file, Summary (`fastgen.profiling.report`)
+skipped steps (the tracer warms up) -> recorded steps -> trace file and ProfileSummary (`fastgen.profiling.report`)
 """
 
 import gzip
@@ -25,19 +25,19 @@ from fastgen.core.model_config import ModelConfig
 from fastgen.core.scheduler import Plan
 from fastgen.profiling.report import ProfileSummary, build_category_track, measure_ceilings, read_kernels, summarize
 
-MAX_BACKGROUND_SECONDS = 60.0  # in which a window that was requested ends
-NULL_CONTEXT: AbstractContextManager[None] = nullcontext()  # shared by every range while nothing is recorded
+MAX_BACKGROUND_SECONDS = 60.0  # a background window ends then, with the steps so far
+NULL_CONTEXT: AbstractContextManager[None] = nullcontext()  # one object for every range while nothing is recorded
 
 
 class Profiler:
-    """Owned by an engine, which wraps its steps in `step` and their stages in `range`. Off until a window opens.
+    """Part of an engine, which wraps its steps in `step` and a step's stages in `range`. Idle until a window opens.
 
-    `owners` tells who holds how many bytes of memory. One window at a time; its steps all run in one thread.
+    One window at a time; its steps all run in one thread.
     """
 
     _window: "ProfileWindow | None" = None
     _recording = False
-    _writer: threading.Thread | None = None  # of the last window that was requested
+    _writer: threading.Thread | None = None  # writes the last background window
 
     def __init__(
         self,
@@ -46,46 +46,39 @@ class Profiler:
         device: torch.device | str,
         get_memory_usage: Callable[[], dict[str, int]] | None = None,
     ) -> None:
-        self.model_config, self.dtype, self.device, self.get_memory_usage = (
-            model_config,
-            dtype,
-            torch.device(device),
-            get_memory_usage or dict,
-        )
+        """`get_memory_usage` returns the device memory in bytes by owner, for the summary."""
+        self.model_config, self.dtype, self.device = model_config, dtype, torch.device(device)
+        self.get_memory_usage = get_memory_usage or dict
 
     def range(self, name: str) -> AbstractContextManager[Any]:
-        """Around a stage of a step: its name in the trace and in the summary."""
+        """Returns a context for a stage of a step, with its name in the trace and in the summary."""
         return record_function(name) if self._recording else NULL_CONTEXT
 
     def step(self, plan: Plan) -> AbstractContextManager[Any]:
-        """Around a step that computes `plan`."""
+        """Returns a context for a step that computes `plan`."""
         window = self._window  # read once: another thread may end it
         return NULL_CONTEXT if window is None else window._profile_step(plan)
 
     def window(self, num_steps: int = 8, path: str | Path | None = None, skip_first: int = 2) -> "ProfileWindow":
-        """`with` it, the first `steps` steps inside are traced, after `skip` that are not; see Window.
+        """Returns a context in which `num_steps` steps are traced, after `skip_first` steps that are not.
 
-        `path` of the trace ends in .json or .json.gz; None is a file named by the time in the working directory.
+        The trace's path must end in .json or .json.gz; by default it is named by the time, in the working directory.
         """
-        return ProfileWindow(
-            self, num_steps, skip_first, Path(path) if path is not None else Path(_timestamped_name() + ".json.gz")
-        )
+        return ProfileWindow(self, num_steps, skip_first, Path(path or _timestamped_name()))
 
     def profile_in_background(self, num_steps: int = 8, folder: str | Path = ".", skip_first: int = 2) -> Path:
-        """Trace the next steps, from any thread; trace and summary go to `folder`, their paths to stderr.
+        """Traces the next steps, called from any thread. Returns the path that the trace will have.
 
-        A thread writes them after the last step, which takes a few seconds; `wait` waits for it. The window ends after
-        60 s with the steps there were. The trace's path; the summary ends in .txt instead of .json.gz. ValueError while
-        another profile is being taken or written.
+        A thread writes trace and summary to `folder` after the last step and their paths to stderr, which takes a few
+        seconds; see `wait_until_written`. The summary's name ends in .txt in place of .json.gz. The window ends after
+        60 s with the steps so far. Raises ValueError while another profile is taken or written.
         """
-        window = ProfileWindow(
-            self, num_steps, skip_first, Path(folder) / (_timestamped_name() + ".json.gz"), background=True
-        )
-        self._open(window)
-        return window._path
+        path = Path(folder) / _timestamped_name()
+        self._open(ProfileWindow(self, num_steps, skip_first, path, background=True))
+        return path
 
     def wait_until_written(self) -> None:
-        """Until what was requested and has been recorded is written."""
+        """Waits until the background window that was recorded last is written."""
         if self._writer is not None:
             self._writer.join()
 
@@ -94,24 +87,24 @@ class Profiler:
             raise ValueError("a profile is being written: wait for its end")
         if (old := self._window) is not None and old._torch_profiler is None and time.monotonic() > old._deadline:
             vars(self).pop("_window", None)  # no step has come for it
-        if vars(self).setdefault("_window", window) is not window:  # one operation, so that two threads cannot both
+        if vars(self).setdefault("_window", window) is not window:  # atomic, for two threads at once
             raise ValueError("a profile is being taken already: wait for its end")
 
     def memory(self) -> dict[str, int]:
-        """Bytes by owner, as torch counts them, and of the device."""
-        held = dict(self.get_memory_usage())
+        """Returns bytes by owner, and on a GPU those of torch's allocator and of the device."""
+        usage = dict(self.get_memory_usage())
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            held["torch allocated"] = torch.cuda.memory_allocated(self.device)
-            held["torch reserved"] = torch.cuda.memory_reserved(self.device)
-            held |= {"device used": total - free, "device total": total}
-        return held
+            usage["torch allocated"] = torch.cuda.memory_allocated(self.device)
+            usage["torch reserved"] = torch.cuda.memory_reserved(self.device)
+            usage |= {"device used": total - free, "device total": total}
+        return usage
 
 
 class ProfileWindow:
-    """A window of profiled steps. Afterwards `summary` is what was found and `trace` the file, for ui.perfetto.dev.
+    """A window of profiled steps. After it, `summary` has the results and `trace` is the file, for ui.perfetto.dev.
 
-    If fewer steps ran, they are what is reported. An error or interrupt inside ends it too.
+    If fewer steps ran than were asked for, those are reported. An error or interrupt inside ends the window too.
     """
 
     def __init__(
@@ -121,13 +114,8 @@ class ProfileWindow:
             raise ValueError(f"steps must be at least 1 and skip at least 0, got {num_steps} and {skip_first}")
         if not path.name.endswith((".json", ".json.gz")):
             raise ValueError(f"the trace's path must end in .json or .json.gz, got {path}")
-        self._profiler, self._skip_first, self._stop_at_step, self._path, self._background = (
-            profiler,
-            skip_first,
-            skip_first + num_steps,
-            path,
-            background,
-        )
+        self._profiler, self._path, self._background = profiler, path, background
+        self._skip_first, self._stop_at_step = skip_first, skip_first + num_steps
         self._deadline = time.monotonic() + MAX_BACKGROUND_SECONDS if background else math.inf
         self._torch_profiler: profile | None = None
         self._num_steps_run, self._thread_id = 0, 0
@@ -137,12 +125,12 @@ class ProfileWindow:
 
     @property
     def summary(self) -> ProfileSummary:
-        """ValueError if no step was recorded."""
+        """The window's results. Raises ValueError if no step was recorded."""
         return self._write_trace()
 
     @property
     def trace(self) -> Path:
-        """ValueError if no step was recorded."""
+        """The trace file. Raises ValueError if no step was recorded."""
         self._write_trace()
         return self._path
 
@@ -154,7 +142,9 @@ class ProfileWindow:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._profiler._window is self and self._thread_id not in (0, threading.get_ident()):
-            self._stop_at_step = 0  # torch stops a trace in the thread that started it: at the end of its next step
+            self._stop_at_step = (
+                0  # torch stops a trace only in the thread that started it: at the end of its next step
+            )
             return
         try:
             self._stop()
@@ -167,18 +157,18 @@ class ProfileWindow:
 
     @contextmanager
     def _profile_step(self, plan: Plan) -> Iterator[None]:
-        self._report_errors(self._start)
+        self._run_safely(self._start)
         label: AbstractContextManager[Any] = NULL_CONTEXT
         if self._profiler._recording:
-            tokens = sum(span.stop - span.start for span in plan)
-            label = record_function(f"step {len(self._plans)} (tokens {tokens}, rows {len(plan)})")
+            num_tokens = sum(span.stop - span.start for span in plan)
+            label = record_function(f"step {len(self._plans)} (tokens {num_tokens}, rows {len(plan)})")
             self._plans.append(plan)
         try:
             with label:
                 yield
         finally:
             self._num_steps_run += 1
-            self._report_errors(self._on_step_end)
+            self._run_safely(self._on_step_end)
 
     def _on_step_end(self) -> None:
         if self._num_steps_run < self._stop_at_step and time.monotonic() < self._deadline:
@@ -186,18 +176,18 @@ class ProfileWindow:
         elif self._profiler._window is self:
             self._stop()
             if self._background:
-                self._profiler._writer = threading.Thread(target=self._report_errors, args=(self._write,))
+                self._profiler._writer = threading.Thread(target=self._run_safely, args=(self._write,))
                 self._profiler._writer.start()
 
     def _write(self) -> None:
-        """A thread: neither the engine's steps nor a request waits for the files."""
-        summary = self._path.with_name(self._path.name.split(".json")[0] + ".txt")
+        """Writes trace and summary; runs in a thread, so that neither steps nor a request wait for the files."""
+        path = self._path.with_name(self._path.name.split(".json")[0] + ".txt")
         text = f"{self.summary}\n"
-        summary.write_text(text, encoding="utf-8")
-        _log_to_stderr(f"profiled {len(self._plans)} steps: {self._path} and {summary}")
+        path.write_text(text, encoding="utf-8")
+        _log_to_stderr(f"profiled {len(self._plans)} steps: {self._path} and {path}")
 
     def _start(self) -> None:
-        """Trace from now on if enough steps were skipped; at a step's end, so that what lies between steps is seen."""
+        """Starts recording once enough steps were skipped; at a step's end, to include what runs between steps."""
         if self._profiler._window is not self:
             return
         cuda = self._profiler.device.type == "cuda"
@@ -207,12 +197,12 @@ class ProfileWindow:
             self._torch_profiler.prepare_trace()
         if self._num_steps_run >= self._skip_first and not self._profiler._recording:
             if cuda:
-                torch.cuda.synchronize(self._profiler.device)  # no kernel without its launch
+                torch.cuda.synchronize(self._profiler.device)  # every recorded kernel has its launch recorded too
             self._torch_profiler.start_trace()
             self._profiler._recording = True
 
     def _stop(self) -> None:
-        """Off again, whatever fails here."""
+        """Closes the window, also if an error occurs here."""
         profiler = self._profiler
         if profiler._window is not self:
             return
@@ -220,7 +210,7 @@ class ProfileWindow:
         vars(profiler).pop("_window")
         if self._torch_profiler is not None:
             try:
-                if not recording:  # only prepared, which nothing else takes back
+                if not recording:  # nothing but a start and a stop undoes prepare_trace
                     self._torch_profiler.start_trace()
                 elif profiler.device.type == "cuda":
                     torch.cuda.synchronize(profiler.device)
@@ -228,8 +218,8 @@ class ProfileWindow:
                 self._torch_profiler.stop_trace()
         self._memory = profiler.memory()
 
-    def _report_errors(self, fn: Callable[[], None]) -> None:
-        """A window that nobody waits for must not end the engine's step."""
+    def _run_safely(self, fn: Callable[[], None]) -> None:
+        """Calls `fn`. An error of a background window closes the window and is logged: it must not end an engine's step."""
         try:
             fn()
         except Exception as e:
@@ -241,42 +231,42 @@ class ProfileWindow:
             _log_to_stderr(f"the profile failed: {e}")
 
     def _write_trace(self) -> ProfileSummary:
-        """Write the trace and read it, once."""
+        """Writes the trace and summarizes it, once."""
         if self._summary is not None:
             return self._summary
         if self._profiler._window is self or not self._plans or self._torch_profiler is None:
-            ran = f"{self._num_steps_run} ran, of which the first {self._skip_first} are skipped"
-            what = "the window is still open" if self._profiler._window is self else "no step was recorded"
-            raise ValueError(f"{what} ({ran}): run more steps inside, or skip fewer")
-        profiler = self._profiler
+            num_run = f"{self._num_steps_run} ran, of which the first {self._skip_first} are skipped"
+            problem = "the window is still open" if self._profiler._window is self else "no step was recorded"
+            raise ValueError(f"{problem} ({num_run}): run more steps inside, or skip fewer")
+        profiler, model_config = self._profiler, self._profiler.model_config
         with tempfile.TemporaryDirectory() as folder:
-            raw = Path(folder) / "trace.json"
-            self._torch_profiler.export_chrome_trace(str(raw))
-            trace = json.loads(raw.read_text(encoding="utf-8", errors="replace"), strict=False)
+            exported = Path(folder) / "trace.json"
+            self._torch_profiler.export_chrome_trace(str(exported))
+            trace = json.loads(exported.read_text(encoding="utf-8", errors="replace"), strict=False)
         events = trace["traceEvents"]
         cuda, gpu = profiler.device.type == "cuda", any(e.get("cat") == "kernel" for e in events)
         if gpu:
-            trace["traceEvents"] = events + build_category_track(read_kernels(events), profiler.model_config.num_layers)
+            trace["traceEvents"] = events + build_category_track(read_kernels(events), model_config.num_layers)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with (gzip.open if self._path.name.endswith(".gz") else open)(self._path, "wt") as file:
             json.dump(trace, file)
-        name = torch.cuda.get_device_name(profiler.device) if cuda else str(profiler.device)
-        ceiling = None
+        device_name = torch.cuda.get_device_name(profiler.device) if cuda else str(profiler.device)
+        ceilings = None
         if gpu or not cuda:
             with suppress(torch.OutOfMemoryError):
-                ceiling = measure_ceilings(profiler.device, profiler.dtype)
+                ceilings = measure_ceilings(profiler.device, profiler.dtype)
         else:
             _log_to_stderr(
-                "no GPU kernel was recorded (CUPTI is missing, or another profiler has it): parts are the host's time"
+                "no GPU kernel was recorded (CUPTI is missing, or another profiler uses it): times are the host's"
             )
-        width = profiler.dtype.itemsize
-        self._summary = summarize(events, self._plans, profiler.model_config, width, ceiling, self._memory, name)
+        itemsize = profiler.dtype.itemsize
+        self._summary = summarize(events, self._plans, model_config, itemsize, ceilings, self._memory, device_name)
         self._torch_profiler = None
         return self._summary
 
 
 def profile_on_signal(profiler: Profiler, folder: str | Path, signum: int | None = None, num_steps: int = 8) -> None:
-    """Take a profile of the next `steps` steps whenever the process gets a signal (None: SIGUSR2); see `request`."""
+    """Profiles the next `num_steps` steps in the background whenever the process gets a signal; None is SIGUSR2."""
     signum = getattr(signal, "SIGUSR2", None) if signum is None else signum
     if signum is None:
         raise ValueError("this system has no SIGUSR2: name another signal")
@@ -291,8 +281,8 @@ def profile_on_signal(profiler: Profiler, folder: str | Path, signum: int | None
 
 
 def _timestamped_name() -> str:
-    return datetime.now().strftime("fastgen-%Y%m%d-%H%M%S-%f")
+    return datetime.now().strftime("fastgen-%Y%m%d-%H%M%S-%f.json.gz")
 
 
 def _log_to_stderr(text: str) -> None:
-    os.write(2, f"fastgen: {text}\n".encode())  # a signal may arrive within a print, which cannot be entered twice
+    os.write(2, f"fastgen: {text}\n".encode())  # not print, which a signal handler must not enter a second time

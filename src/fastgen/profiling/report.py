@@ -1,7 +1,8 @@
-"""What a trace of some steps says: parts, layers, gaps and rates, read kernel by kernel.
+"""The report on a trace: the time of a step by category of kernel, its layers and gaps, and the rates reached.
 
-Kernels that a CUDA graph replays carry no ranges of the host. Their step is the one whose range holds the launch with
-their correlation id, their part is told by their name (PARTS), and their layer by counting attention (`layers`).
+Kernels that a CUDA graph replays carry no ranges of the host. A kernel's step is the one whose range contains the launch
+with the kernel's correlation id, its category follows from its name (CATEGORY_REGEXES), and its layer from counting
+attention kernels (`split_into_layers`).
 """
 
 import re
@@ -12,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +24,10 @@ from fastgen.core.scheduler import Plan
 from fastgen.profiling.roofline import StepWork, operation_costs
 
 STEP_LABEL = re.compile(r"step (\d+) \(tokens \d+, rows \d+\)")
-CATEGORY_TRACK_PID = 1_000_000  # pid of the row added to the trace
-NOT_INDUCTOR_FUSED = (
-    r"^(?!triton_(?!tem))(?:.*?)"  # not inductor's fused pointwise kernels, named after all they came from
-)
-CATEGORY_REGEXES = {  # part -> names of its GPU kernels and CPU operators; the first that fits
+CATEGORY_TRACK_PID = 1_000_000  # of the row added to the trace
+# Excludes inductor's fused pointwise kernels, which are named after all ops that they fuse.
+NOT_INDUCTOR_FUSED = r"^(?!triton_(?!tem))(?:.*?)"
+CATEGORY_REGEXES = {  # category -> names of its GPU kernels and CPU operators; the first match counts
     "memcpy and memset": r"^_?mem(cpy|set)",
     "collective": NOT_INDUCTOR_FUSED + r"(nccl|symm|all_?reduce|all_?gather|reduce_?scatter|multimem)",
     "attention": NOT_INDUCTOR_FUSED + r"(^_(prefill|decode)|paged|flash|fmha|sdpa|attention)",
@@ -36,43 +37,41 @@ CATEGORY_REGEXES = {  # part -> names of its GPU kernels and CPU operators; the 
     "rope and cache write": r"rope|rotary|index_put",
     "pointwise": r"^triton_|elementwise|reduce|norm|copy|gather|index|cat|aten::",
 }
-CATEGORY_PATTERNS = {part: re.compile(pattern, re.IGNORECASE) for part, pattern in CATEGORY_REGEXES.items()}
-ROOFLINE_OPS = {  # part of the summary -> parts of fastgen.profiling.roofline that it does
+CATEGORY_PATTERNS = {category: re.compile(regex, re.IGNORECASE) for category, regex in CATEGORY_REGEXES.items()}
+ROOFLINE_OPS = {  # category -> operations of `roofline.operation_costs` that its kernels compute
     "linear": ("linear", "head"),
     "attention": ("prefill attention", "decode attention"),
     "pointwise": ("pointwise",),
 }
-MERGED_CATEGORIES = {"rope and cache write": "pointwise"}  # one row of the limits for both
+MERGED_CATEGORIES = {"rope and cache write": "pointwise"}  # their work is one operation of the roofline
 
 
-# --- what a step has to do, and what the device can do ------------------------------------------------------------
+# --- the work of a step, and the rates of the device ----------------------------------------------------------------
 
 
 def compute_step_work(plan: Plan) -> StepWork:
-    """The work of a step. A span of one token is decoding: it reads `stop` keys, windows ignored."""
-    prefill = [span for span in plan if span.stop - span.start > 1]
+    """Returns the work of a step. A span of one token is decoding and reads `stop` keys; sliding windows are ignored."""
+    prefill, decode = ([s for s in plan if (s.stop - s.start > 1) == is_prefill] for is_prefill in (True, False))
     return StepWork(
-        num_tokens=sum(span.stop - span.start for span in plan),
-        num_sampled=sum(span.needs_sampling for span in plan),
-        num_prefill_pairs=sum(
-            span.stop * (span.stop + 1) // 2 - span.start * (span.start + 1) // 2 for span in prefill
-        ),
-        num_decode_keys=sum(span.stop for span in plan if span.stop - span.start == 1),
-        num_prefill_keys=sum(span.stop for span in prefill),
+        num_tokens=sum(s.stop - s.start for s in plan),
+        num_sampled=sum(s.needs_sampling for s in plan),
+        num_prefill_pairs=sum(s.stop * (s.stop + 1) // 2 - s.start * (s.start + 1) // 2 for s in prefill),
+        num_decode_keys=sum(s.stop for s in decode),
+        num_prefill_keys=sum(s.stop for s in prefill),
     )
 
 
 def measure_ceilings(device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[float, float]:
-    """(flop/s, bytes/s) that a device reaches: large matrix products of random numbers, and copies. Measured once.
+    """Returns the (FLOP/s, bytes/s) that a device reaches in large matmuls of random numbers and in copies.
 
-    It takes a second and up to 2.5 GB on a GPU. `dtype` None is bfloat16 there and float32 on a CPU.
+    Measures once per device and dtype, in a second and up to 2.5 GB on a GPU. None is bfloat16 there, float32 on a CPU.
     """
     device = torch.device(device)
     try:
         return _measure_ceilings(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
     finally:
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # others may want what this held
+            torch.cuda.empty_cache()  # other processes may need the memory
 
 
 @cache
@@ -82,8 +81,8 @@ def _measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, 
     n = 512 if not cuda else 8192 if free > 2**31 else 2048
 
     def rate(call: Callable[..., object], *args: Tensor) -> float:
-        """Calls a second."""
-        for seconds in (0.0, 0.5 if cuda else 0.1):  # the first ones warm up
+        """Returns calls per second."""
+        for seconds in (0.0, 0.5 if cuda else 0.1):  # the first round warms up
             calls, start = 0, time.perf_counter()
             while not calls or time.perf_counter() - start < seconds:
                 for _ in range(10):
@@ -103,7 +102,7 @@ def _measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, 
 
 
 class KernelEvent(NamedTuple):
-    """What ran on the device (on a CPU: an operator that no other one contains), in µs."""
+    """A kernel or copy on the device, or on a CPU an operator that no other operator contains; times in µs."""
 
     start: float
     end: float
@@ -114,132 +113,119 @@ class KernelEvent(NamedTuple):
 
 @cache
 def categorize_kernel(name: str) -> str:
-    """Part of the step that a kernel or operator belongs to, by its name."""
-    return next((part for part, pattern in CATEGORY_PATTERNS.items() if pattern.search(name)), "other")
+    """Returns the category of a kernel or operator, by its name."""
+    return next((category for category, pattern in CATEGORY_PATTERNS.items() if pattern.search(name)), "other")
 
 
 def short_kernel_name(name: str) -> str:
-    """A kernel's own name, without return type, namespaces, template and arguments."""
+    """Returns a kernel's name without return type, namespaces, template and arguments."""
     name = re.split(r"[<(]", name.replace("(anonymous namespace)::", ""), maxsplit=1)[0].strip()
     return (name if name.startswith(("Mem", "aten")) else re.split(r"[ :]", name)[-1])[:44]
 
 
 def read_kernels(events: Sequence[dict[str, Any]]) -> list[KernelEvent]:
-    """The device's work by start, each with its step; on a GPU what was launched in the step's range on the host.
+    """Returns the device's kernels by start time, with their steps; a GPU kernel's step is the one that launched it.
 
-    What no step launched belongs to the step before it. Where no launch is known at all, the longest pauses part the
-    steps.
+    A kernel that no step launched belongs to the step before it. If no launch was recorded at all, the longest pauses
+    separate the steps.
     """
-    ranges = sorted((e["ts"], e["ts"] + e["dur"], int(m[1])) for e, m in _find_step_ranges(events))
+    named = [(e, STEP_LABEL.fullmatch(e["name"])) for e in events if e.get("cat") == "user_annotation"]
+    ranges = sorted((e["ts"], e["ts"] + e["dur"], int(m[1])) for e, m in named if m)
     if not ranges:
         return []
 
-    def inside(at: float) -> int | None:
-        i = bisect_right(ranges, at, key=lambda r: r[0]) - 1
-        return ranges[i][2] if i >= 0 and at <= ranges[i][1] else None
+    def step_at(time: float) -> int | None:
+        i = bisect_right(ranges, time, key=lambda r: r[0]) - 1
+        return ranges[i][2] if i >= 0 and time <= ranges[i][1] else None
 
     gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e]
     if gpu:
         launched = {
-            e["args"]["correlation"]: inside(e["ts"])
+            e["args"]["correlation"]: step_at(e["ts"])
             for e in events
             if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
         }
-        found = [(e, launched.get(e["args"].get("correlation"))) for e in sorted(gpu, key=lambda e: e["ts"])]
-        if all(step is None for _, step in found):
-            pause = [b["ts"] - a["ts"] - a["dur"] for (a, _), (b, _) in zip(found, found[1:], strict=False)]
-            longest = sorted(range(len(pause)), key=lambda i: pause[i])[len(pause) - (len(ranges) - 1) :]
-            found = [(e, ranges[sum(j < i for j in longest)][2]) for i, (e, _) in enumerate(found)]
+        pairs = [(e, launched.get(e["args"].get("correlation"))) for e in sorted(gpu, key=lambda e: e["ts"])]
+        if all(step is None for _, step in pairs):
+            pauses = [b["ts"] - a["ts"] - a["dur"] for (a, _), (b, _) in zip(pairs, pairs[1:], strict=False)]
+            longest = sorted(range(len(pauses)), key=lambda i: pauses[i])[len(pauses) - (len(ranges) - 1) :]
+            pairs = [(e, ranges[sum(j < i for j in longest)][2]) for i, (e, _) in enumerate(pairs)]
     else:
-        found = [(e, inside(e["ts"])) for e in _outermost_cpu_ops(events)]
+        pairs = [(e, step_at(e["ts"])) for e in _outermost_cpu_ops(events)]
     step: int | None = None
-    result = []
-    for e, own in found:
-        step = step if own is None else own
+    kernels = []
+    for e, launched_by in pairs:
+        step = step if launched_by is None else launched_by
         if step is not None:
-            result.append(KernelEvent(e["ts"], e["ts"] + e["dur"], e["name"], categorize_kernel(e["name"]), step))
-    return result
-
-
-def _find_step_ranges(events: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], re.Match[str]]]:
-    named = [(e, STEP_LABEL.fullmatch(e["name"])) for e in events if e.get("cat") == "user_annotation"]
-    return [(e, m) for e, m in named if m]
+            kernels.append(KernelEvent(e["ts"], e["ts"] + e["dur"], e["name"], categorize_kernel(e["name"]), step))
+    return kernels
 
 
 def _outermost_cpu_ops(events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Operators of a CPU that no other contains; regions that only group operators are looked into."""
-    until: dict[Any, float] = defaultdict(float)  # by thread
+    """Yields a CPU's operators that no other operator contains; regions that only group operators do not count."""
+    end: dict[Any, float] = defaultdict(float)  # by thread
     for e in sorted((e for e in events if e.get("cat") == "cpu_op"), key=lambda e: (e["ts"], -e["dur"])):
-        if e["ts"] >= until[e["tid"]] and (e["name"].startswith("aten::") or categorize_kernel(e["name"]) != "other"):
-            until[e["tid"]] = e["ts"] + e["dur"]
+        if e["ts"] >= end[e["tid"]] and (e["name"].startswith("aten::") or categorize_kernel(e["name"]) != "other"):
+            end[e["tid"]] = e["ts"] + e["dur"]
             yield e
 
 
 def split_into_layers(ks: Sequence[KernelEvent], num_layers: int) -> Iterator[tuple[int, float, float]]:
-    """(layer, start, end) of one step's kernels.
+    """Yields (layer, start, end) of one step's layers, in µs.
 
-    Attention kernels with no linear one between them are a layer's. It starts at its qkv product: as many linear
-    kernels before its attention as there are before the step's first. It ends where the next one starts, so that a
-    norm fused with the residual counts to the layer before; the last ends after as many linear kernels as the first.
+    Attention kernels without a linear kernel between them belong to one layer. A layer starts at its QKV projection: as
+    many linear kernels before its attention as precede the step's first attention. It ends where the next layer starts,
+    so a norm fused with the residual belongs to the layer before. The last layer has as many linear kernels as the first.
     """
     linear = [i for i, k in enumerate(ks) if k.category == "linear"]
-    last = {
-        bisect_right(linear, i): i for i, k in enumerate(ks) if k.category == "attention"
-    }  # by linear ones before it
-    before = list(last)
-    front = before[0] if before else 0
-    back = before[1] - 2 * front if len(before) > 1 else len(linear) - front
-    firsts = [max(n - front, m) if front else m for m, n in zip([0, *before], before, strict=False)]
-    starts = [linear[first] if first < n else 0 for first, n in zip(firsts, before, strict=True)]
-    for i, n in enumerate(before):
-        end = starts[i + 1] if i + 1 < len(before) else max([last[n], *linear[n : n + max(0, back)]]) + 1
+    # Number of linear kernels before a layer's attention -> index of its last attention kernel.
+    last_attention = {bisect_right(linear, i): i for i, k in enumerate(ks) if k.category == "attention"}
+    counts = list(last_attention)
+    num_before = counts[0] if counts else 0
+    num_after = counts[1] - 2 * num_before if len(counts) > 1 else len(linear) - num_before
+    firsts = [max(n - num_before, m) if num_before else m for m, n in zip([0, *counts], counts, strict=False)]
+    starts = [linear[first] if first < n else 0 for first, n in zip(firsts, counts, strict=True)]
+    for i, n in enumerate(counts):
+        last = max([last_attention[n], *linear[n : n + max(0, num_after)]])
+        end = starts[i + 1] if i + 1 < len(counts) else last + 1
         yield i % num_layers, ks[starts[i]].start, max(k.end for k in ks[starts[i] : end])
 
 
 def find_gaps(ks: Sequence[KernelEvent]) -> tuple[float, list[tuple[float, KernelEvent, KernelEvent]]]:
-    """µs in which anything ran, and the pauses: (µs, the kernel that ended last before it, the one after it)."""
+    """Returns the µs in which any kernel ran, and the gaps: (µs, the last kernel to end before it, the one after it)."""
     busy, last = 0.0, ks[0]._replace(end=ks[0].start)
-    found = []
+    gaps = []
     for k in ks:
         if k.start > last.end:
-            found.append((k.start - last.end, last, k))
+            gaps.append((k.start - last.end, last, k))
         busy += max(0.0, k.end - max(k.start, last.end))
         last = max(last, k, key=lambda k: k.end)
-    return busy, found
+    return busy, gaps
 
 
 def build_category_track(ks: Sequence[KernelEvent], num_layers: int) -> list[dict[str, Any]]:
-    """Events of the row "GPU parts": a range for each step, for each layer, and for kernels of one part in a row."""
-    spans: dict[str, list[tuple[str, float, float]]] = {"steps": [], "layers": [], "parts": []}
+    """Returns the events of the row "GPU parts": ranges for steps, layers, and runs of kernels of one category."""
+    tracks: dict[str, list[tuple[str, float, float]]] = {"steps": [], "layers": [], "parts": []}
     for step in dict.fromkeys(k.step for k in ks):
-        own = [k for k in ks if k.step == step]
-        spans["steps"].append((f"step {step}", own[0].start, max(k.end for k in own)))
-        spans["layers"] += [(f"layer {n}", start, end) for n, start, end in split_into_layers(own, num_layers)]
-    previous = None
-    for k in ks:
-        if previous and (previous.step, previous.category) == (k.step, k.category):
-            name, start, end = spans["parts"].pop()
-            spans["parts"].append((name, start, max(end, k.end)))
-        else:
-            spans["parts"].append((k.category, k.start, k.end))
-        previous = k
-    events = [
-        _metadata_event("process_name", 0, name="GPU parts"),
-        _metadata_event("process_sort_index", 0, sort_index=-1),
-    ]
-    for tid, (name, ranges) in enumerate(spans.items()):
-        events += [
-            _metadata_event("thread_name", tid, name=name),
-            _metadata_event("thread_sort_index", tid, sort_index=tid),
-        ]
-        for i, (label, start, end) in enumerate(ranges):
-            end = min(end, ranges[i + 1][1]) if i + 1 < len(ranges) else end  # ranges of a track may not overlap
+        step_ks = [k for k in ks if k.step == step]
+        tracks["steps"].append((f"step {step}", step_ks[0].start, max(k.end for k in step_ks)))
+        tracks["layers"] += [(f"layer {n}", start, end) for n, start, end in split_into_layers(step_ks, num_layers)]
+    for _, run in groupby(ks, key=lambda k: (k.step, k.category)):
+        first, *others = run
+        tracks["parts"].append((first.category, first.start, max(k.end for k in (first, *others))))
+    row = [("process_name", {"name": "GPU parts"}), ("process_sort_index", {"sort_index": -1})]
+    events = [_metadata_event(event, 0, args) for event, args in row]
+    for tid, (name, ranges) in enumerate(tracks.items()):
+        track = [("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})]
+        events += [_metadata_event(event, tid, args) for event, args in track]
+        for (label, start, end), following in zip_longest(ranges, ranges[1:]):
+            end = min(end, following[1]) if following else end  # ranges of a track may not overlap
             common = {"ph": "X", "cat": "gpu_parts", "pid": CATEGORY_TRACK_PID, "tid": tid}
             events.append({**common, "name": label, "ts": start, "dur": end - start})
     return events
 
 
-def _metadata_event(event: str, tid: int, **args: Any) -> dict[str, Any]:
+def _metadata_event(event: str, tid: int, args: dict[str, Any]) -> dict[str, Any]:
     return {"ph": "M", "name": event, "pid": CATEGORY_TRACK_PID, "tid": tid, "args": args}
 
 
@@ -248,19 +234,19 @@ def _metadata_event(event: str, tid: int, **args: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CategoryStats:
-    """A part of the step. What it achieved is None where its work or the ceilings are not known."""
+    """Time of a category's kernels. Rates are None if the category's work or the ceilings are unknown."""
 
-    ms: float  # a step
-    time_fraction: float  # of the step's time; kernels that run at once count each
-    num_kernels: float  # a step
+    ms: float  # per step
+    time_fraction: float  # of the step's time; kernels that overlap count each
+    num_kernels: float  # per step
     tflops: float | None = None
     tbps: float | None = None
-    fraction_of_ceiling: float | None = None  # time that its work takes at the ceilings / its time
+    fraction_of_ceiling: float | None = None  # time of the same work at the ceilings / actual time
 
 
 @dataclass(frozen=True)
 class KernelGap:
-    """Pauses of the device between two kernels of these names, together."""
+    """All pauses of the device between two kernels of these names."""
 
     before: str
     after: str
@@ -271,14 +257,13 @@ class KernelGap:
 
 @dataclass(frozen=True)
 class ProfileSummary:
-    """What a window found; times are means of a step. str() is a page of text, to_dict() is for JSON.
+    """Results of a profile window; times are means per step. str() is a page of text, to_dict() is for JSON.
 
-    The device's time runs from its first kernel to its last, and step_ms = busy_ms + idle_ms: pauses between steps are
-    part of it.
+    step_ms = busy_ms + idle_ms is measured from the first kernel to the last, so it includes pauses between steps.
     """
 
     device: str
-    source: str  # what was timed: GPU kernels or CPU operators
+    source: str  # the events that were timed: "GPU kernels" or "CPU operators"
     num_steps: int
     tokens_per_step: float
     rows_per_step: float
@@ -288,14 +273,14 @@ class ProfileSummary:
     between_steps_ms: float  # of idle_ms: between the last kernel of a step and the first of the next
     gaps_per_step: float
     largest_gaps: tuple[KernelGap, ...]
-    categories: dict[str, CategoryStats]  # the most time first
-    host_ms: dict[str, float]  # by range, "step" for the whole
+    categories: dict[str, CategoryStats]  # in order of falling time
+    host_ms: dict[str, float]  # by range; "step" includes the others
     ceiling_tflops: float | None
     ceiling_tbps: float | None
     memory_bytes: dict[str, int]  # bytes by owner
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as dictionaries, lists and numbers."""
+        """Returns the summary as dictionaries, lists and numbers."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -333,34 +318,35 @@ def summarize(
     plans: Sequence[Plan],
     model_config: ModelConfig,
     bytes_per_element: int,
-    ceiling: tuple[float, float] | None = None,
+    ceilings: tuple[float, float] | None = None,
     memory: dict[str, int] | None = None,
     device: str = "cpu",
 ) -> ProfileSummary:
-    """The summary of a trace's events; step i computed plans[i] with numbers of `width` bytes."""
+    """Summarizes a trace's events; step i computed plans[i], with elements of `bytes_per_element` bytes.
+
+    `ceilings` are the device's FLOP/s and bytes/s.
+    """
     steps, ks = len(plans), read_kernels(events)
-    busy, found = find_gaps(ks) if ks else (0.0, [])
+    busy, gaps = find_gaps(ks) if ks else (0.0, [])
     total = max(k.end for k in ks) - ks[0].start if ks else 0.0  # µs
     spent: dict[str, float] = defaultdict(float)  # µs
     count = Counter(k.category for k in ks)
     for k in ks:
         spent[k.category] += k.end - k.start
-    todo: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # flops and bytes by part of the limits
-    for plan in plans:
-        for name, amounts in operation_costs(model_config, compute_step_work(plan), bytes_per_element).items():
-            todo[name] = [a + b for a, b in zip(todo[name], amounts, strict=True)]
-    result = {}
+    costs = [operation_costs(model_config, compute_step_work(plan), bytes_per_element) for plan in plans]
+    categories = {}
     for name, us in sorted(spent.items(), key=lambda item: -item[1]):
-        done: tuple[float | None, ...] = (None, None, None)
-        if ceiling and name in ROOFLINE_OPS and us:
-            flops, moved = (sum(todo[inner][i] for inner in ROOFLINE_OPS[name]) for i in (0, 1))
-            s = (us + sum(spent.get(other, 0.0) for other, whole in MERGED_CATEGORIES.items() if whole == name)) / 1e6
-            done = (flops / s / 1e12, moved / s / 1e12, max(flops / ceiling[0], moved / ceiling[1]) / s)
-        result[name] = CategoryStats(us / 1e3 / steps, us / total if total else 0.0, count[name] / steps, *done)
-    pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for us, before, after in found:
-        pairs[short_kernel_name(before.name), short_kernel_name(after.name)].append(us)
-    largest = [KernelGap(*names, len(us), sum(us), max(us)) for names, us in pairs.items()]
+        rates: tuple[float | None, ...] = (None, None, None)
+        if ceilings and name in ROOFLINE_OPS and us:
+            flops, moved = (sum(cost[op][i] for cost in costs for op in ROOFLINE_OPS[name]) for i in (0, 1))
+            merged = sum(spent.get(c, 0.0) for c, target in MERGED_CATEGORIES.items() if target == name)
+            s = (us + merged) / 1e6
+            rates = (flops / s / 1e12, moved / s / 1e12, max(flops / ceilings[0], moved / ceilings[1]) / s)
+        categories[name] = CategoryStats(us / 1e3 / steps, us / total if total else 0.0, count[name] / steps, *rates)
+    by_kernels: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for us, before, after in gaps:
+        by_kernels[short_kernel_name(before.name), short_kernel_name(after.name)].append(us)
+    largest = [KernelGap(*names, len(us), sum(us), max(us)) for names, us in by_kernels.items()]
     host: dict[str, float] = defaultdict(float)
     for e in sorted((e for e in events if e.get("cat") == "user_annotation"), key=lambda e: e["ts"]):
         host["step" if STEP_LABEL.fullmatch(e["name"]) else re.sub(r" \d+$", "", e["name"])] += e["dur"] / 1e3 / steps
@@ -373,15 +359,12 @@ def summarize(
         step_ms=total / 1e3 / steps,
         busy_ms=busy / 1e3 / steps,
         idle_ms=(total - busy) / 1e3 / steps,
-        between_steps_ms=sum(us for us, a, b in found if a.step != b.step) / 1e3 / steps,
-        gaps_per_step=len(found) / steps,
+        between_steps_ms=sum(us for us, a, b in gaps if a.step != b.step) / 1e3 / steps,
+        gaps_per_step=len(gaps) / steps,
         largest_gaps=tuple(sorted(largest, key=lambda g: -g.us)[:6]),
-        categories=result,
+        categories=categories,
         host_ms=dict(host),
-        ceiling_tflops=ceiling[0] / 1e12 if ceiling else None,
-        ceiling_tbps=ceiling[1] / 1e12 if ceiling else None,
+        ceiling_tflops=ceilings[0] / 1e12 if ceilings else None,
+        ceiling_tbps=ceilings[1] / 1e12 if ceilings else None,
         memory_bytes=memory or {},
     )
-
-
-# --- windows ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a machine allows at most: the work of a step or of a whole workload, and the least time it can take."""
+"""Roofline of a machine: the work of a step or of a workload, and the least time that the machine can take for it."""
 
 from typing import NamedTuple
 
@@ -6,88 +6,77 @@ from fastgen.core.model_config import ModelConfig
 
 
 class StepWork(NamedTuple):
-    """What one step computes. Keys and pairs are means over the layers, whose windows may differ."""
+    """What one step computes. Keys and pairs are means over the layers, whose sliding windows may differ."""
 
     num_tokens: int  # through the layers
-    num_sampled: int = 0  # rows unembedded
-    num_prefill_pairs: float = 0  # (query, key) of prefill attention
+    num_sampled: int = 0  # rows of logits
+    num_prefill_pairs: float = 0  # (query, key) pairs of prefill attention
     num_decode_keys: float = 0  # read by sequences that compute one token
-    num_prefill_keys: float = 0  # read by the others
+    num_prefill_keys: float = 0  # read by the other sequences
 
 
 class Machine(NamedTuple):
-    """`power` is the share of the machine's power that full memory traffic takes from computing."""
+    """Sustained rates of a machine."""
 
     name: str
-    flops_per_second: float  # sustained, dense, FLOP/s
-    bytes_per_second: float  # bytes/s
-    memory_bytes: float  # bytes
-    memory_power_fraction: float = 0.0
+    flops_per_second: float  # dense
+    bytes_per_second: float
+    memory_bytes: float
+    memory_power_fraction: float = 0.0  # of the power available for compute, taken by full memory traffic
 
-    def scaled(self, num_devices: int) -> "Machine":
-        """`n` of them that exchange data for nothing."""
-        return Machine(
-            self.name,
-            num_devices * self.flops_per_second,
-            num_devices * self.bytes_per_second,
-            num_devices * self.memory_bytes,
-            self.memory_power_fraction,
-        )
+    def scaled(self, n: int) -> "Machine":
+        """Returns `n` such machines that exchange data at no cost."""
+        rates = (n * self.flops_per_second, n * self.bytes_per_second, n * self.memory_bytes)
+        return Machine(self.name, *rates, self.memory_power_fraction)
 
 
-KNOWN_MACHINES = {"H200": Machine("H200", 670e12, 4.28e12, 139 * 2**30, 180 / 580)}  # measured; see `limit`
+# Measured; see `min_seconds`.
+KNOWN_MACHINES = {"H200": Machine("H200", 670e12, 4.28e12, 139 * 2**30, 180 / 580)}
 
 
-def _count_elements(model_config: ModelConfig) -> tuple[int, int, int]:
-    """Weights of all layers' matrices, weights of the head, cache elements a token."""
-    heads = 2 * model_config.num_q_heads + 2 * model_config.num_kv_heads  # of qkv and out
-    linear = (
-        model_config.num_layers
-        * model_config.hidden_size
-        * (heads * model_config.head_dim + 3 * model_config.intermediate_size)
-    )
-    return (
-        linear,
-        model_config.vocab_size * model_config.hidden_size,
-        2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim,
-    )
+def _count_elements(config: ModelConfig) -> tuple[int, int, int]:
+    """Returns the elements of all layers' matrices, of the LM head, and of the KV cache per token."""
+    c, kv_heads = config, config.num_kv_heads
+    qkv_and_out = 2 * (c.num_q_heads + kv_heads) * c.head_dim
+    linear = c.num_layers * c.hidden_size * (qkv_and_out + 3 * c.intermediate_size)
+    return linear, c.vocab_size * c.hidden_size, 2 * c.num_layers * kv_heads * c.head_dim
 
 
 def operation_costs(
     model_config: ModelConfig, work: StepWork, bytes_per_element: int = 2
 ) -> dict[str, tuple[float, float]]:
-    """(FLOPs, bytes moved) of each kind of operation in a step; `width` bytes a weight, activation or cache element.
+    """Returns (FLOPs, bytes moved) of a step by operation. All weights, activations and cache elements have one size.
 
-    Matrices and cache are read once; what goes in and out of a matrix product or attention is counted where it is
-    made or used, in "pointwise". That is one kernel each for the embedding, residual add + norm, rope + cache write,
-    and swiglu: per token 2D, 4D, 2(q + k + v) and 3F elements. Sampling is not counted.
+    Matrices and cache are read once. Inputs and outputs of matmuls and attention count in "pointwise", where they are
+    produced or consumed: one kernel each for the embedding, residual add + norm, RoPE + cache write, and SwiGLU, with
+    2D, 4D, 2(q + k + v) and 3F elements per token. Sampling is not counted.
     """
-    linear, head, kv = _count_elements(model_config)
-    pair = 4 * model_config.num_q_heads * model_config.head_dim * model_config.num_layers  # FLOPs
-    qkv = (model_config.num_q_heads + 2 * model_config.num_kv_heads) * model_config.head_dim
-    pointwise = 4 * model_config.hidden_size + model_config.num_layers * (
-        8 * model_config.hidden_size + 2 * qkv + 3 * model_config.intermediate_size
-    )  # the first norm adds nothing
-    return {
-        "linear": (2 * linear * work.num_tokens, linear * bytes_per_element),
-        "head": (2 * head * work.num_sampled, head * bytes_per_element if work.num_sampled else 0),
-        "prefill attention": (pair * work.num_prefill_pairs, kv * work.num_prefill_keys * bytes_per_element),
-        "decode attention": (pair * work.num_decode_keys, kv * work.num_decode_keys * bytes_per_element),
-        "pointwise": (0, pointwise * work.num_tokens * bytes_per_element),
+    c = model_config
+    linear, head, kv = _count_elements(c)
+    flops_per_pair = 4 * c.num_q_heads * c.head_dim * c.num_layers
+    qkv = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+    # The first norm adds no residual.
+    pointwise = 4 * c.hidden_size + c.num_layers * (8 * c.hidden_size + 2 * qkv + 3 * c.intermediate_size)
+    elements = {
+        "linear": (2 * linear * work.num_tokens, linear),
+        "head": (2 * head * work.num_sampled, head if work.num_sampled else 0),
+        "prefill attention": (flops_per_pair * work.num_prefill_pairs, kv * work.num_prefill_keys),
+        "decode attention": (flops_per_pair * work.num_decode_keys, kv * work.num_decode_keys),
+        "pointwise": (0, pointwise * work.num_tokens),
     }
+    return {name: (flops, moved * bytes_per_element) for name, (flops, moved) in elements.items()}
 
 
 def count_attended_keys(model_config: ModelConfig, first_position: int, last_position: int) -> float:
-    """Keys seen by the queries at positions `first` to `last`, counted from 1; mean over the layers."""
+    """Returns the keys that queries at positions first to last (from 1, inclusive) attend to: the mean over layers."""
 
-    def seen(n: int, window: int | None) -> int:
-        full = min(n, window or n)
-        return full * (full + 1) // 2 + (n - full) * full
+    def count_up_to(position: int, window: int | None) -> int:
+        growing = min(position, window or position)
+        return growing * (growing + 1) // 2 + (position - growing) * growing
 
-    return (
-        sum(seen(last_position, w) - seen(first_position - 1, w) for w in model_config.sliding_windows)
-        / model_config.num_layers
-    )
+    windows = model_config.sliding_windows
+    counts = (count_up_to(last_position, w) - count_up_to(first_position - 1, w) for w in windows)
+    return sum(counts) / model_config.num_layers
 
 
 def min_seconds(
@@ -102,55 +91,45 @@ def min_seconds(
     prefix_shared: bool = False,
     num_shared_tokens: int = 0,
 ) -> float:
-    """Least seconds for `requests` prompts of `prompt` tokens, `samples` completions of `output` tokens for each.
+    """Returns the least seconds that a machine takes for equal requests with `num_completions` completions each.
 
-    All computing and all traffic that cannot be avoided overlap perfectly:
+    Compute and unavoidable memory traffic overlap perfectly:
 
         traffic = (steps x matrices + cache reads of decoding + cache writes) / bandwidth
-        seconds = max(traffic, FLOPs / flops + power x traffic)
+        seconds = max(traffic, FLOPs / flops_per_second + memory_power_fraction x traffic)
 
-    with steps >= output, and >= tokens held x steps / tokens that fit (0.9 of the memory, less the weights). The
-    second term is a machine at its power limit: of an H200's 700 W about 120 are static, matrix products alone fill
-    the rest, and memory-bound decoding at full bandwidth takes 180 of the 580 (arXiv 2605.11999). Its rates are those
-    measured over seconds: 670 TFLOP/s in bf16 products of random data, 4.28 TB/s copied.
+    with steps >= output tokens, and >= tokens in use x steps / tokens that fit (0.9 of the memory, minus the weights).
+    The second term is a machine at its power limit: of an H200's 700 W about 120 are static, matmuls alone use the rest,
+    and memory-bound decoding at full bandwidth takes 180 of the 580 (arXiv 2605.11999). Its rates were measured over
+    seconds: 670 TFLOP/s in bf16 matmuls of random data, and 4.28 TB/s in copies.
 
-    `prefix_shared`: what sequences have in common is computed, kept and read once: a prompt by its samples, and the
-    first `common` tokens by all requests. ValueError if a sequence does not fit the memory.
+    With `prefix_shared`, common tokens are computed, stored and read once: a prompt by its completions, and the first
+    `num_shared_tokens` tokens by all requests. Raises ValueError if a sequence does not fit the memory.
     """
+
+    def attended(first: int, last: int) -> float:
+        return count_attended_keys(model_config, first, last)
+
     linear, head, kv = _count_elements(model_config)
-    n, last = (
-        num_requests * num_completions,
-        num_prompt_tokens + num_output_tokens - 1,
-    )  # the last token drawn is not computed
-    attended = n * count_attended_keys(model_config, num_prompt_tokens + 1, last)  # by decoding
+    n, prompt, shared = num_requests * num_completions, num_prompt_tokens, num_shared_tokens
+    last = prompt + num_output_tokens - 1  # the last sampled token is not computed
+    decode_keys = n * attended(prompt + 1, last)
     if prefix_shared:
-        every, rest = (
-            count_attended_keys(model_config, num_prompt_tokens + 1, last),
-            count_attended_keys(model_config, num_prompt_tokens + 1 - num_shared_tokens, last - num_shared_tokens),
-        )
-        own = count_attended_keys(model_config, 1, num_output_tokens - 1)
-        read = n * own + num_requests * (rest - own) + every - rest
-        prefill = num_shared_tokens + num_requests * (num_prompt_tokens - num_shared_tokens)
-        pairs = count_attended_keys(model_config, 1, num_shared_tokens) + num_requests * count_attended_keys(
-            model_config, num_shared_tokens + 1, num_prompt_tokens
-        )
+        total, unshared = attended(prompt + 1, last), attended(prompt + 1 - shared, last - shared)
+        own = attended(1, num_output_tokens - 1)
+        keys_read = n * own + num_requests * (unshared - own) + total - unshared
+        num_prefill = shared + num_requests * (prompt - shared)
+        prefill_pairs = attended(1, shared) + num_requests * attended(shared + 1, prompt)
     else:
-        read, prefill, pairs = (
-            attended,
-            n * num_prompt_tokens,
-            n * count_attended_keys(model_config, 1, num_prompt_tokens),
-        )
-    tokens = prefill + n * (num_output_tokens - 1)
-    weights = (linear + (head if model_config.tie_word_embeddings else 2 * head)) * bytes_per_element
-    fit = (0.9 * machine.memory_bytes - weights) / (kv * bytes_per_element)
-    if fit < last:
-        raise ValueError(f"{last} tokens do not fit the memory of {machine.name}: room for {max(fit, 0):.0f}")
-    flops = sum(
-        f
-        for f, _ in operation_costs(
-            model_config, StepWork(tokens, n * num_output_tokens, pairs, attended), bytes_per_element
-        ).values()
-    )
-    steps = max(num_output_tokens, read / fit)
-    traffic = bytes_per_element * (steps * (linear + head) + kv * (read + tokens)) / machine.bytes_per_second
+        keys_read, num_prefill, prefill_pairs = decode_keys, n * prompt, n * attended(1, prompt)
+    num_tokens = num_prefill + n * (num_output_tokens - 1)
+    weight_bytes = (linear + (head if model_config.tie_word_embeddings else 2 * head)) * bytes_per_element
+    max_tokens = (0.9 * machine.memory_bytes - weight_bytes) / (kv * bytes_per_element)
+    if max_tokens < last:
+        raise ValueError(f"{last} tokens do not fit the memory of {machine.name}: room for {max(max_tokens, 0):.0f}")
+    work = StepWork(num_tokens, n * num_output_tokens, prefill_pairs, decode_keys)
+    flops = sum(f for f, _ in operation_costs(model_config, work, bytes_per_element).values())
+    steps = max(num_output_tokens, keys_read / max_tokens)
+    moved = bytes_per_element * (steps * (linear + head) + kv * (keys_read + num_tokens))
+    traffic = moved / machine.bytes_per_second
     return max(traffic, flops / machine.flops_per_second + machine.memory_power_fraction * traffic)
