@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from trainer import DICE, GREEDY, PROMPTS, SPEC, engine, fresh
-from trainer import expected as expected_with_logprobs
+from trainer import CONFIG as SPEC
+from trainer import GREEDY, PROMPTS, engine
+from trainer import RNG as DICE
+from trainer import generate_fresh as expected_with_logprobs
+from trainer import new_params as fresh
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fastgen
@@ -598,7 +601,7 @@ def test_a_program_that_ends_without_close() -> None:
     code = (
         "import asyncio, fastgen; from trainer import *\n"
         "async def main():\n"
-        "    e = fastgen.AsyncEngine(engine(fresh()))\n"
+        "    e = fastgen.AsyncEngine(engine(new_params()))\n"
         "    await anext(e.stream(PROMPTS[:3] * 20, SamplingParams(max_tokens=80, ignore_eos=True)))\n"
         "asyncio.run(main())"
     )

@@ -25,7 +25,6 @@ LAYERS = [  # each may import from its own line and those above
         "structured_output.trial",
         "structured_output.trial_process",
         "structured_output.backend",
-        "structured_output.rank_grammars",
         "core.request",
         "core.step",
     ],
