@@ -10,16 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgen.core.sampling import (
-    apply_penalties,
-    exponential_noise,
-    filter_top_k_top_p,
-    gather_logprobs,
-    merge_shards,
-    sample,
-    sample_shard,
-)
+from fastgen.core.sampling import apply_penalties, exponential_noise, filter_top_k_top_p, gather_logprobs, sample
 from fastgen.core.types import LogitEdits, SamplerOutput, SamplingTensors, TopKTopP
+from fastgen.distributed.tensor_parallel import merge_shards, sample_shard
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 SEEDS = [0, 1, -1, 12345, 2**32, 2**63 - 1, -(2**63)]

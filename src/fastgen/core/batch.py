@@ -5,73 +5,71 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from fastgen.core.request import SequenceState
-from fastgen.core.scheduler import Plan
+from fastgen.core.scheduler import Plan, num_pages_for
 from fastgen.core.scheduling_policy import SharedPrefixGroup
 from fastgen.core.types import Batch, LogitEdits, SamplingTensors, SharedPrefix, TopKTopP
 
-TOKEN_FIELDS = ("token_ids", "positions", "slot_mapping")  # a number for each token of a step
-SEQUENCE_FIELDS = (
-    "seq_lens",
-    "req_idx",
-    "logits_indices",
+TOKEN_FIELDS = ("token_ids", "positions", "slot_mapping")  # one value for each token of a step
+SAMPLING_FIELDS = (
     "temperature",
     "top_k",
     "top_p",
     "min_p",
     "processed",
-)  # and for each sequence
+)  # one value for each sequence, from its request
+SEQUENCE_FIELDS = ("seq_lens", "req_idx", "logits_indices", *SAMPLING_FIELDS)  # one value for each sequence
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")
 
 
 def build_arrays(
     plan: Plan,
     tokens_by_id: Mapping[int, Sequence[int]],
-    req_idx: np.ndarray,
-    page_table: np.ndarray,
+    req_idx: Int[np.ndarray, " spans"],
+    page_table: Int[np.ndarray, "E P"],
     page_size: int,
     num_tokens: int,
     num_rows: int,
 ) -> dict[str, np.ndarray]:
-    """The arrays of a Batch of `size` tokens and `rows` sequences, int64.
+    """Returns the int64 arrays of a Batch of `num_tokens` tokens and `num_rows` sequences, by field.
 
-    What the plan leaves free is padding, spread over the rows left, in the scratch page and seat 0. A token that is
-    not known yet, drawn by a step still running, is told by its seat. What is cached already is written to scratch.
+    Row r is span r of the plan, with row `req_idx[r]` of the page table. Tokens beyond the plan's are padding, spread over
+    the remaining rows, with request row 0 and slots of the scratch page. A token that a step still in flight samples is
+    encoded as -req_idx. A key that is cached already is written to the scratch page.
     """
     first, stop = (np.fromiter((span[i] for span in plan), np.int64, len(plan)) for i in (1, 2))
     count = np.zeros(num_rows, np.int64)
     count[: len(plan)] = stop - first
-    filler, left = num_tokens - int(count.sum()), num_rows - len(plan)
-    if left:
-        count[len(plan) :] = filler // left + (np.arange(left) < filler % left)
+    num_padding, num_padding_rows = num_tokens - int(count.sum()), num_rows - len(plan)
+    if num_padding_rows:
+        count[len(plan) :] = num_padding // num_padding_rows
+        count[len(plan) : len(plan) + num_padding % num_padding_rows] += 1
     start = np.concatenate(([0], np.cumsum(count)))
-    begin, length, seats = np.zeros(num_rows, np.int64), count.copy(), np.zeros(num_rows, np.int64)
-    begin[: len(plan)], length[: len(plan)], seats[: len(plan)] = first, stop, req_idx
+    begin, length, req_rows = np.zeros(num_rows, np.int64), count.copy(), np.zeros(num_rows, np.int64)
+    begin[: len(plan)], length[: len(plan)], req_rows[: len(plan)] = first, stop, req_idx
     row = np.repeat(np.arange(num_rows), count)
     position = begin[row] + np.arange(num_tokens) - start[row]
-    page_of = position // page_size
-    slot = (
-        page_table[seats[row], np.where(row < len(plan), page_of, 0)].astype(np.int64) * page_size
-        + position % page_size
-    )
+    page = page_table[req_rows[row], np.where(row < len(plan), position // page_size, 0)].astype(np.int64)
+    slot = page * page_size + position % page_size
     for r, span in enumerate(plan):
         if not span.writes_kv:
             slot[start[r]] %= page_size
     token = np.zeros(num_tokens, np.int64)
-    token[start[: len(plan)]] = -seats[: len(plan)]
-    for span, at, end in zip(plan, start.tolist(), start[1:].tolist(), strict=False):
+    token[start[: len(plan)]] = -req_rows[: len(plan)]
+    for span, i, j in zip(plan, start.tolist(), start[1:].tolist(), strict=False):
         known = tokens_by_id[span.id]
         if span.stop <= len(known):
-            token[at:end] = known[span.start : span.stop]
+            token[i:j] = known[span.start : span.stop]
     return {
         "token_ids": token,
         "positions": position,
         "slot_mapping": slot,
         "query_start_loc": start,
         "seq_lens": length,
-        "req_idx": seats,
+        "req_idx": req_rows,
         "logits_indices": np.maximum(start[1:] - 1, 0),
     }
 
@@ -84,55 +82,67 @@ def build_batch(
     *,
     pad_to: int = 0,
 ) -> Batch:
-    """The Batch of a plan alone, on `device` (None: torch's default device), with a page table made for it.
+    """Returns the Batch of a single plan, with a page table of its own, on `device` (None: torch's default device).
 
-    `tokens` maps a sequence's id to all its tokens, `page` is the page size.
-
-    Where the plan has fewer than `pad` tokens, rows of one token in the scratch page fill it up.
+    `tokens_by_id` maps a sequence's id to all its tokens. If the plan has fewer than `pad_to` tokens, rows of one token
+    in the scratch page are added.
     """
-    used = sum(span.stop - span.start for span in plan)
-    rows = len(plan) + max(0, pad_to - used)
-    table = np.zeros((rows + 1, max((-(-span.stop // page_size) for span in plan), default=1)), np.int64)
+    num_tokens = sum(span.stop - span.start for span in plan)
+    num_rows = len(plan) + max(0, pad_to - num_tokens)
+    width = max((num_pages_for(page_size, span.stop) for span in plan), default=1)
+    page_table = np.zeros((num_rows + 1, width), np.int64)  # unused entries are the scratch page
     for r, span in enumerate(plan, 1):
-        held = span.pages[: -(-span.stop // page_size)]  # what a sequence does not use points at scratch
-        table[r, : len(held)] = held
-    arrays = build_arrays(plan, tokens_by_id, np.arange(1, len(plan) + 1), table, page_size, max(pad_to, used), rows)
+        pages = span.pages[: num_pages_for(page_size, span.stop)]
+        page_table[r, : len(pages)] = pages
+    req_idx = np.arange(1, len(plan) + 1)
+    arrays = build_arrays(plan, tokens_by_id, req_idx, page_table, page_size, max(pad_to, num_tokens), num_rows)
     arrays["logits_indices"] = arrays["logits_indices"][[r for r, span in enumerate(plan) if span.needs_sampling]]
-    place = device or torch.get_default_device()
-    tensors: dict[str, Any] = {k: torch.from_numpy(x).to(place) for k, x in (arrays | {"page_table": table}).items()}
+    arrays["page_table"], device = page_table, device or torch.get_default_device()
+    tensors: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in arrays.items()}
     return Batch(**tensors, page_size=page_size)
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device; from pinned memory, since other copies wait for the step that is running."""
+def to_device(x: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*shape"]:
+    """Copies a host tensor to a device. A GPU copies from pinned memory, so that the host does not wait for its steps."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def shared_prefix_arrays(groups: Sequence[SharedPrefixGroup], num_rows: int, group_size: int) -> dict[str, np.ndarray]:
-    """The arrays of a Share for a batch of `rows` sequences, with room for `places(rows)` groups of `width`."""
+    """Returns the arrays of a SharedPrefix of `max_groups(num_rows)` groups with `group_size` places each, by field."""
     n = max_groups(num_rows)
-    member, keys, skip = np.full((n, group_size), -1, np.int64), np.zeros(n, np.int64), np.zeros(num_rows, np.int64)
-    for i, (members, count) in enumerate(groups):
-        member[i, : len(members)], keys[i] = members, count
-        skip[list(members)] = count
-    return {"group_rows": member.flatten(), "num_shared_tokens": keys, "num_skipped_tokens": skip}
+    group_rows = np.full((n, group_size), -1, np.int64)
+    num_shared, num_skipped = np.zeros(n, np.int64), np.zeros(num_rows, np.int64)
+    for i, (members, num_tokens) in enumerate(groups):
+        group_rows[i, : len(members)], num_shared[i] = members, num_tokens
+        num_skipped[list(members)] = num_tokens
+    return {"group_rows": group_rows.flatten(), "num_shared_tokens": num_shared, "num_skipped_tokens": num_skipped}
 
 
 def max_groups(num_rows: int) -> int:
-    """Groups that share pages, at most, in a batch of so many sequences."""
+    """Returns the largest number of shared-prefix groups in a batch of `num_rows` sequences."""
     return max(1, num_rows // 4)
 
 
+def _torch_copy(
+    target: Shaped[Tensor, " N"], first: Shaped[Tensor, " n"], second: Shaped[Tensor, " m"] | None = None
+) -> None:
+    """Writes `first`, and `second` after it, to the beginning of `target`."""
+    for x, offset in ((first, 0), (second, len(first))):
+        if x is not None:
+            target[offset : offset + len(x)].copy_(x, non_blocking=True)
+
+
 class InputBuffers:
-    """Puts the batches of an engine's steps on its device, and keeps what each running sequence brings in tables.
+    """Device memory for the inputs of steps, and tables of each running sequence's settings and pages by req_idx.
 
-    On a GPU the tensors of a Batch are views of one buffer, the same for the same shape, so that captured graphs can
-    read them: they change with the next step. A step costs one copy from pinned memory, made while the step before
-    runs: on its stream it would begin only after that has ended, and a small model's step would wait for it.
+    On a GPU the tensors of a Batch are views of one buffer, the same views for the same shape, so that captured CUDA
+    graphs can read them; the next step overwrites them. Each step copies its inputs once, from pinned memory, on a
+    stream of its own, while the step before still runs.
 
-    A step has at most `tokens` tokens and `rows` sequences, padding included; a sequence at most `width` pages, a
-    group that shares pages at most `members` sequences. `adapters`: batches say whose adapter each token has.
-    `kernels`: what is copied between steps is copied by them.
+    A step has at most `max_tokens` tokens and `max_rows` sequences, padding included; a sequence at most
+    `max_pages_per_seq` pages; a shared-prefix group at most `max_group_size` sequences. With `use_adapters`, batches
+    name the LoRA adapter of each token. `copy_buffer(target, first, second)` replaces torch's copies on the stream of
+    the steps: a kernel starts earlier than a copy engine.
     """
 
     def __init__(
@@ -147,135 +157,109 @@ class InputBuffers:
         max_group_size: int = 16,
         *,
         use_adapters: bool = False,
-        use_kernels: bool = False,
+        copy_buffer: Callable[..., Any] | None = None,
     ) -> None:
-        self.page_size, self.vocab_size, self.device, self.max_group_size = (
-            page_size,
-            vocab_size,
-            device,
-            max_group_size,
-        )
-        self.adapter_idx = np.zeros(max_num_seqs + 1, np.int32) if use_adapters else None
-        self.page_table_cpu = np.zeros((max_num_seqs + 1, max_pages_per_seq), np.int32)
-        self.seq_at_req_idx: dict[int, tuple[int, tuple[int, ...]]] = {}  # seat -> sequence, and its pages in the table
-        self.sampling_tables = {
-            name: np.zeros(max_num_seqs + 1, np.float32 if name in FLOAT_FIELDS else np.int32)
-            for name in SEQUENCE_FIELDS[3:]
-        }
-        self.seeds = np.zeros(max_num_seqs + 1, np.int64)
-        self.page_table = torch.zeros(max_num_seqs + 1, max_pages_per_seq, dtype=torch.int32, device=device)
-        self.last_token_ids = torch.zeros(
-            max_num_seqs + 1, dtype=torch.int32, device=device
-        )  # token last drawn in each seat
+        self.page_size, self.vocab_size, self.device = page_size, vocab_size, device
+        self.max_group_size, self._copy, num_req_rows = max_group_size, copy_buffer or _torch_copy, max_num_seqs + 1
+        # Tables by req_idx. Row 0 is padding's.
+        self.adapter_idx = np.zeros(num_req_rows, np.int32) if use_adapters else None
+        self.page_table_cpu = np.zeros((num_req_rows, max_pages_per_seq), np.int32)
+        self.seq_at_req_idx: dict[
+            int, tuple[int, tuple[int, ...]]
+        ] = {}  # id of the sequence, and its pages in the table
+        types = {name: np.float32 if name in FLOAT_FIELDS else np.int32 for name in SAMPLING_FIELDS}
+        self.sampling_tables = {name: np.zeros(num_req_rows, dtype) for name, dtype in types.items()}
+        self.seeds = np.zeros(num_req_rows, np.int64)
+        self.page_table = torch.zeros(num_req_rows, max_pages_per_seq, dtype=torch.int32, device=device)
+        self.last_token_ids = torch.zeros(num_req_rows, dtype=torch.int32, device=device)  # last sampled tokens
         self.is_cuda = device.type == "cuda"
         if self.is_cuda:
-            most = self._field_sizes(max_tokens, max_rows, shared_prefix=True)
-            words = torch.zeros(sum(most.values()), dtype=torch.int32, device="cpu")
+            # Two of each buffer of the host: one is filled while the step that reads the other one may still run.
+            sizes = self._field_sizes(max_tokens, max_rows, shared_prefix=True)
+            words = torch.zeros(sum(sizes.values()), dtype=torch.int32, device="cpu")
+            sampled = torch.zeros(2 * max_rows, dtype=torch.int32, device="cpu")
             self._pinned_buffers = [words.pin_memory() for _ in range(2)]
             self._staging_buffers = [torch.zeros_like(words, device=device) for _ in range(2)]
             self._staging_read_events = [torch.cuda.Event() for _ in range(2)]
             self._copy_stream = torch.cuda.Stream(device)
             self._buffer = torch.zeros_like(words, device=device)
-            self._sampled_host_buffers = [
-                torch.zeros(2 * max_rows, dtype=torch.int32, device="cpu").pin_memory() for _ in range(2)
-            ]
-        self._copy: Callable[..., Any] = lambda target, first: target[: len(first)].copy_(first)
-        if use_kernels:
-            from fastgen.kernels.page_copy import (
-                copy_concatenated,  # Triton comes with the GPU builds of torch, and not with others
-            )
-
-            self._copy = copy_concatenated
+            self._sampled_host_buffers = [sampled.clone().pin_memory() for _ in range(2)]
 
     @property
     def nbytes(self) -> int:
-        """Of memory on the device."""
+        """Bytes of device memory."""
         return self.page_table.nbytes + self.last_token_ids.nbytes + (3 * self._buffer.nbytes if self.is_cuda else 0)
 
     def _field_sizes(self, num_tokens: int, num_rows: int, *, shared_prefix: bool) -> dict[str, int]:
-        """32-bit words of each field in the buffer; the seeds, of 64 bits, come first."""
-        sizes = (
-            {"seed": 2 * num_rows}
-            | dict.fromkeys(TOKEN_FIELDS, num_tokens)
-            | {"query_start_loc": num_rows + 1}
-            | dict.fromkeys(SEQUENCE_FIELDS, num_rows)
-        )
+        """Returns the size of each field of the buffer, in 32-bit words. The 64-bit seeds come first, aligned."""
+        sizes = {"seed": 2 * num_rows} | dict.fromkeys(TOKEN_FIELDS, num_tokens)
+        sizes |= {"query_start_loc": num_rows + 1} | dict.fromkeys(SEQUENCE_FIELDS, num_rows)
         if self.adapter_idx is not None:
             sizes["adapter_idx"] = num_tokens
         if shared_prefix:
-            sizes |= {
-                "group_rows": max_groups(num_rows) * self.max_group_size,
-                "num_shared_tokens": max_groups(num_rows),
-                "num_skipped_tokens": num_rows,
-            }
+            n = max_groups(num_rows)
+            sizes |= {"group_rows": n * self.max_group_size, "num_shared_tokens": n, "num_skipped_tokens": num_rows}
         return sizes
 
     def _update_tables(self, plan: Plan, sequences: Mapping[int, SequenceState]) -> None:
-        """Take in sequences that begin to run, and pages that they got."""
-        index, value = list[int](), list[int]()
+        """Updates the tables for newly admitted sequences and newly allocated pages."""
+        indices, values = list[int](), list[int]()
         for span in plan:
-            id, held = self.seq_at_req_idx.get(span.req_idx, (-1, ()))
+            req_idx = span.req_idx
+            id, pages = self.seq_at_req_idx.get(req_idx, (-1, ()))
             if id != span.id:
-                p, held = sequences[span.id].params, ()
-                self.seeds[span.req_idx] = sequences[span.id].seed
+                state, pages = sequences[span.id], ()
+                p = state.params
+                self.seeds[req_idx] = state.seed
                 if self.adapter_idx is not None:
-                    self.adapter_idx[span.req_idx] = sequences[span.id].adapter_idx
-                top_k = min(
-                    p.top_k or self.vocab_size, self.vocab_size
-                )  # any number is allowed; more would not fit 32 bits
-                values = (p.temperature, top_k, p.top_p, p.min_p, p.logprob_mode == "processed")
-                for name, setting in zip(self.sampling_tables, values, strict=True):
-                    self.sampling_tables[name][span.req_idx] = setting
-            elif span.pages is held:
+                    self.adapter_idx[req_idx] = state.adapter_idx
+                top_k = min(p.top_k or self.vocab_size, self.vocab_size)  # requests may ask for more than fits 32 bits
+                settings = (p.temperature, top_k, p.top_p, p.min_p, p.logprob_mode == "processed")
+                for table, value in zip(self.sampling_tables.values(), settings, strict=True):
+                    table[req_idx] = value
+            elif span.pages is pages:
                 continue
-            same = len(held) if span.pages[: len(held)] == held else 0
-            self.page_table_cpu[span.req_idx, same : len(span.pages)] = span.pages[same:]
-            at = span.req_idx * self.page_table_cpu.shape[1]
-            index += range(at + same, at + len(span.pages))
-            value += span.pages[same:]
-            self.seq_at_req_idx[span.req_idx] = span.id, span.pages
-        if not index:
+            num_same = len(pages) if span.pages[: len(pages)] == pages else 0
+            self.page_table_cpu[req_idx, num_same : len(span.pages)] = span.pages[num_same:]
+            offset = req_idx * self.page_table_cpu.shape[1]
+            indices += range(offset + num_same, offset + len(span.pages))
+            values += span.pages[num_same:]
+            self.seq_at_req_idx[req_idx] = span.id, span.pages
+        if not indices:
             return
-        words = torch.tensor([index, value], device="cpu")
+        words = torch.tensor([indices, values], device="cpu")
         if self.is_cuda:
-            main = torch.cuda.current_stream(self.device)
+            compute_stream = torch.cuda.current_stream(self.device)
             with torch.cuda.stream(self._copy_stream):
                 words = to_device(words, self.device)
-            main.wait_stream(self._copy_stream)
-            words.record_stream(main)
+            compute_stream.wait_stream(self._copy_stream)
+            words.record_stream(compute_stream)
         self.page_table.view(-1).index_copy_(0, words[0], words[1].int())
 
     def _split_buffer(
-        self, buffer: Tensor, num_tokens: int, num_rows: int, *, shared_prefix: bool
+        self, buffer: Int[Tensor, " words"], num_tokens: int, num_rows: int, *, shared_prefix: bool
     ) -> dict[str, Tensor]:
+        """Returns the fields of a buffer as views, by name."""
         sizes = self._field_sizes(num_tokens, num_rows, shared_prefix=shared_prefix)
-        parts = dict(zip(sizes, buffer[: sum(sizes.values())].split(list(sizes.values())), strict=True))
-        parts["seed"] = parts["seed"].view(torch.int64)
-        return parts | {name: parts[name].view(torch.float32) for name in FLOAT_FIELDS}
+        fields = dict(zip(sizes, buffer[: sum(sizes.values())].split(list(sizes.values())), strict=True))
+        fields["seed"] = fields["seed"].view(torch.int64)
+        return fields | {name: fields[name].view(torch.float32) for name in FLOAT_FIELDS}
 
-    def _build_batch(self, tensors: dict[str, Tensor]) -> tuple[Batch, SamplingTensors]:
-        share = (
-            SharedPrefix(
-                tensors["group_rows"].view(-1, self.max_group_size),
-                tensors["num_shared_tokens"],
-                tensors["num_skipped_tokens"],
-            )
-            if "group_rows" in tensors
-            else None
-        )
-        names = (*TOKEN_FIELDS, "query_start_loc", "seq_lens", "req_idx", "logits_indices")
-        fields = {name: tensors[name] for name in names}
+    def _build_batch(self, fields: dict[str, Tensor]) -> tuple[Batch, SamplingTensors]:
+        f, shared_prefix = fields, None
+        if "group_rows" in f:
+            group_rows = f["group_rows"].view(-1, self.max_group_size)
+            shared_prefix = SharedPrefix(group_rows, f["num_shared_tokens"], f["num_skipped_tokens"])
         batch = Batch(
-            **fields,
+            **{name: f[name] for name in (*TOKEN_FIELDS, "query_start_loc", *SEQUENCE_FIELDS[:3])},
             page_table=self.page_table,
             page_size=self.page_size,
-            shared_prefix=share,
-            adapter_idx=tensors.get("adapter_idx"),
+            shared_prefix=shared_prefix,
+            adapter_idx=f.get("adapter_idx"),
         )
-        filter = TopKTopP(tensors["top_k"], tensors["top_p"], tensors["min_p"])
-        return batch, SamplingTensors(
-            tensors["temperature"], tensors["seed"], tensors["seq_lens"], tensors["processed"], filter, None
-        )
+        top_k_top_p = TopKTopP(f["top_k"], f["top_p"], f["min_p"])
+        sampling = SamplingTensors(f["temperature"], f["seed"], f["seq_lens"], f["processed"], top_k_top_p, None)
+        return batch, sampling
 
     def fill(
         self,
@@ -286,76 +270,75 @@ class InputBuffers:
         step_idx: int,
         groups: Sequence[SharedPrefixGroup] | None = None,
     ) -> tuple[Batch, SamplingTensors]:
-        """Batch and sampling settings of a plan, padded to `size` tokens and `rows` sequences. `step` counts steps.
+        """Returns a plan's batch and sampling settings, padded to `num_tokens` tokens and `num_rows` sequences.
 
-        `groups` None: the batch has no Share.
+        `step_idx` counts steps. If `groups` is None, the batch has no SharedPrefix.
         """
         self._update_tables(plan, sequences)
-        seat = np.fromiter((span.req_idx for span in plan), np.int64, len(plan))
+        req_idx = np.fromiter((span.req_idx for span in plan), np.int64, len(plan))
         tokens = {span.id: sequences[span.id].token_ids for span in plan}
-        arrays = build_arrays(plan, tokens, seat, self.page_table_cpu, self.page_size, num_tokens, num_rows)
-        arrays["seed"] = self.seeds[arrays["req_idx"]]
-        arrays |= {name: values[arrays["req_idx"]] for name, values in self.sampling_tables.items()}
+        arrays = build_arrays(plan, tokens, req_idx, self.page_table_cpu, self.page_size, num_tokens, num_rows)
+        req_idx, shared_prefix = arrays["req_idx"], groups is not None
+        arrays["seed"] = self.seeds[req_idx]
+        arrays |= {name: table[req_idx] for name, table in self.sampling_tables.items()}
         if self.adapter_idx is not None:
-            arrays["adapter_idx"] = np.repeat(self.adapter_idx[arrays["req_idx"]], np.diff(arrays["query_start_loc"]))
-        share = groups is not None
+            arrays["adapter_idx"] = np.repeat(self.adapter_idx[req_idx], np.diff(arrays["query_start_loc"]))
         if groups is not None:
             arrays |= shared_prefix_arrays(groups, num_rows, self.max_group_size)
-        used = sum(self._field_sizes(num_tokens, num_rows, shared_prefix=share).values())
-        # The buffers take turns: these were last used by the step before last, which has long begun.
+        num_words = sum(self._field_sizes(num_tokens, num_rows, shared_prefix=shared_prefix).values())
+        buffer_idx = step_idx % 2
         if self.is_cuda:
-            self._staging_read_events[step_idx % 2].synchronize()
-        host = (
-            self._pinned_buffers[step_idx % 2] if self.is_cuda else torch.empty(used, dtype=torch.int32, device="cpu")
-        )
-        parts = self._split_buffer(host, num_tokens, num_rows, shared_prefix=share)
-        for name, part in parts.items():
-            part.numpy()[:] = arrays[name]
+            self._staging_read_events[buffer_idx].synchronize()  # the step before last has read its inputs
+            host_buffer = self._pinned_buffers[buffer_idx]
+        else:
+            host_buffer = torch.empty(num_words, dtype=torch.int32, device="cpu")
+        fields = self._split_buffer(host_buffer, num_tokens, num_rows, shared_prefix=shared_prefix)
+        for name, field in fields.items():
+            field.numpy()[:] = arrays[name]
         if not self.is_cuda:
-            return self._build_batch(parts)
-        arrived = self._staging_buffers[step_idx % 2][:used]
+            return self._build_batch(fields)
+        staged = self._staging_buffers[buffer_idx][:num_words]
         with torch.cuda.stream(self._copy_stream):
-            arrived.copy_(host[:used], non_blocking=True)
+            staged.copy_(host_buffer[:num_words], non_blocking=True)
         torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
-        self._copy(self._buffer, arrived)
-        self._staging_read_events[step_idx % 2].record()
-        return self._build_batch(self._split_buffer(self._buffer, num_tokens, num_rows, shared_prefix=share))
+        self._copy(self._buffer, staged)
+        self._staging_read_events[buffer_idx].record()
+        return self._build_batch(self._split_buffer(self._buffer, num_tokens, num_rows, shared_prefix=shared_prefix))
 
-    def copy_sampled_to_host(self, token_ids: Tensor, logprobs: Tensor, step_idx: int) -> tuple[Tensor, Tensor]:
-        """A step's tokens (int32) and logprobs (fp32), on their way to the host by a kernel; they last until those of
-        the step after next.
-        """
-        n, host = len(token_ids), self._sampled_host_buffers[step_idx % 2]
-        self._copy(host, token_ids, logprobs.view(torch.int32))
-        return host[:n], host[n : 2 * n].view(torch.float32)
+    def copy_sampled_to_host(
+        self, token_ids: Int[Tensor, " N"], logprobs: Float[Tensor, " N"], step_idx: int
+    ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+        """Starts copying a step's tokens (int32) and logprobs (fp32) to pinned memory; returns the copies, which last
+        until the step after next."""
+        n, host_buffer = len(token_ids), self._sampled_host_buffers[step_idx % 2]
+        self._copy(host_buffer, token_ids, logprobs.view(torch.int32))
+        return host_buffer[:n], host_buffer[n : 2 * n].view(torch.float32)
 
 
 def build_logit_edits(plan: Plan, sequences: Mapping[int, SequenceState], device: torch.device) -> LogitEdits | None:
-    """The changes to logits that the plan's sequences ask for; rows are the plan's. None where there are none."""
-    drawing = [
-        (r, s) for r, span in enumerate(plan) if span.needs_sampling and (s := sequences.get(span.id)) is not None
-    ]
-    found = [(r, s.params, changes) for r, s in drawing if (changes := s.logit_edits()) is not None]
-    if not found:
+    """Returns the penalties and biases of a plan's sampled sequences; rows are the plan's. None: there are none."""
+    sampled = ((r, sequences.get(span.id)) for r, span in enumerate(plan) if span.needs_sampling)
+    edited = [(r, s.params, edits) for r, s in sampled if s is not None and (edits := s.logit_edits()) is not None]
+    if not edited:
         return None
-    rows, params, changes = zip(*found, strict=True)
-    token, bias, count, seen = (np.concatenate(arrays) for arrays in zip(*changes, strict=True))
-    sizes = [len(tokens) for tokens, *_ in changes]
-
-    def each(values: Iterable[float], dtype: type) -> Tensor:
-        """A row's value for each of its entries."""
-        return tensor(np.repeat(np.array([*values], dtype), sizes))
+    rows, params, edits = zip(*edited, strict=True)
+    token_ids, bias, output_counts, seen = (np.concatenate(arrays) for arrays in zip(*edits, strict=True))
+    num_entries = [len(tokens) for tokens, *_ in edits]
 
     def tensor(values: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(values), device)
 
+    def repeat(values: Iterable[float], dtype: type) -> Tensor:
+        """Returns a row's value for each of its entries."""
+        return tensor(np.repeat(np.array([*values], dtype), num_entries))
+
     return LogitEdits(
-        rows=each(rows, np.int64),
-        token_ids=tensor(token),
+        rows=repeat(rows, np.int64),
+        token_ids=tensor(token_ids),
         bias=tensor(bias),
-        output_counts=tensor(count),
+        output_counts=tensor(output_counts),
         seen=tensor(seen),
-        presence_penalty=each((p.presence_penalty for p in params), np.float32),
-        frequency_penalty=each((p.frequency_penalty for p in params), np.float32),
-        repetition_penalty=each((p.repetition_penalty for p in params), np.float32),
+        presence_penalty=repeat((p.presence_penalty for p in params), np.float32),
+        frequency_penalty=repeat((p.frequency_penalty for p in params), np.float32),
+        repetition_penalty=repeat((p.repetition_penalty for p in params), np.float32),
     )

@@ -143,9 +143,12 @@ class EngineCore:
             self._adapter_manager = (
                 AdapterManager(model_config, lora, self.device, self.dtype, tp_group) if lora.max_adapters else None
             )
-            kernels = self.device.type == "cuda" and self.config.compile.mode != "eager"
+            copy_buffer = None
+            if self.device.type == "cuda" and self.config.compile.mode != "eager":
+                # Triton comes with the GPU builds of torch, and not with others.
+                from fastgen.kernels.page_copy import copy_concatenated as copy_buffer
             self._input_buffers = InputBuffers(
-                *sizes, self.device, members, use_adapters=self._adapter_manager is not None, use_kernels=kernels
+                *sizes, self.device, members, use_adapters=self._adapter_manager is not None, copy_buffer=copy_buffer
             )
             adapters = None if self._adapter_manager is None else self._adapter_manager.adapters
             self._runner = ModelRunner(params, model_config, self.config, self._input_buffers, tp_group, adapters)

@@ -1,4 +1,4 @@
-"""The tensors of the paged KV cache. Free pages are in `page_pool`, pages that hold a known prefix in `prefix_cache`."""
+"""The tensors of the paged KV cache. Free pages are in `page_pool`, pages of known prefixes in `prefix_cache`."""
 
 from collections.abc import Callable
 

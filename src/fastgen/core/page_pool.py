@@ -1,4 +1,4 @@
-"""A pool of free indices (pages of the KV cache, rows of the request tables) as an immutable value: the bits of an int."""
+"""A pool of free pages, or of free rows of the request tables, as an immutable value: the bits of an int."""
 
 
 def new_pool(num_pages: int) -> int:

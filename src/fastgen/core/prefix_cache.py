@@ -3,7 +3,7 @@
 A node is one page. Its keys and values depend on the tokens from the root to the node and on nothing else, so any
 sequence that begins with those tokens can read the page. With pages of four tokens:
 
-    root ── page 5 [a b c d] ── page 8 [e f g h] ── page 3 [i j]     partial node: a page that is not full yet
+    root ── page 5 [a b c d] ── page 8 [e f g h] ── page 3 [i j]     partial node: a page not yet full
                             └── page 6 [x y z z]
 
     a sequence of a b c d e f g h i j ...    reads pages 5 and 8, and writes page 3, which it alone holds
@@ -192,7 +192,7 @@ class PrefixCache:
         self.free_pages = page_pool.free(self.free_pages, (page,))
 
     def _evict(self, node: Node) -> int:
-        """Returns the device page of an idle node, after queuing its copy to the host. Without one the node is removed."""
+        """Takes the device page of an idle node. The page is copied to the host, or else the node is removed."""
         self.idle_nodes.pop(node, None)
         page, node.page = node.page, 0
         offload = not node.host_page and (node.preempted or not self.offload_preempted_only)
@@ -320,7 +320,7 @@ class PrefixCache:
         return node
 
     def extend_node(self, node: Node, tokens: PageTokens) -> None:
-        """Replaces the tokens of a partial node by `tokens`, which begin with them: the step being planned adds the last."""
+        """Replaces a partial node's tokens by `tokens`, a longer run that the step being planned completes."""
         parent = node.parent
         assert parent is not None and tokens not in parent.children
         del parent.children[node.tokens]
@@ -372,7 +372,7 @@ class PrefixCache:
         return tuple(to_fill)
 
     def reset(self) -> None:
-        """Forgets everything that is cached, after a weight update. Pages of running sequences are freed when they end."""
+        """Empties the cache after a weight update. Pages of running sequences are freed when the sequences end."""
         for node in self.idle_nodes:
             self.free_page(node.page)
         for node in [*self.host_nodes]:
@@ -382,7 +382,7 @@ class PrefixCache:
         self.salted_roots.clear()
 
     def reset_adapter(self, adapter: int) -> None:
-        """Forgets everything that is cached for one adapter, with any salt, after the adapter has changed or is gone."""
+        """Removes what is cached for one adapter, with any salt, after the adapter was changed or removed."""
         salted = [key for key in self.salted_roots if isinstance(key, tuple) and key[0] == adapter]
         roots = [self.roots.pop(adapter, None), *(self.salted_roots.pop(key, None) for key in salted)]
         for node in [node for root in roots if root is not None for node in root.iter_descendants()]:

@@ -1,4 +1,4 @@
-"""A request while it runs, and what the user gets from it."""
+"""The state of a request while it runs, and its results: SequenceState, Completion, Output and Event."""
 
 import hashlib
 from collections import Counter
@@ -17,7 +17,7 @@ from fastgen.core.tokenizer import Prompt, to_prompt_list
 from fastgen.core.types import Tokenizer
 from fastgen.structured_output.backend import GrammarMatcher
 
-FinishReason = Literal["stop", "length", "abort", "error"]  # error: see `Completion.error` and `Output.error`
+FinishReason = Literal["stop", "length", "abort", "error"]  # error: the cause is in `Completion.error`
 R = TypeVar("R")
 EMPTY_TOKEN_IDS = np.zeros(0, np.int64)
 NON_FINITE_LOGITS = "the logits are NaN or infinite"
@@ -26,30 +26,28 @@ TopLogprobs = dict[int, float]  # token -> logprob, most likely first
 
 @dataclass(slots=True)
 class Completion:
-    """One sample of a request. The tokens include the one that stopped it; the text leaves out stop strings."""
+    """One sampled answer of a request. The tokens include the end token; the text ends before a stop string."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[float] | None = None  # of each token
     top_logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None  # None: still running
-    weight_versions: list[int] = field(
-        default_factory=list
-    )  # of the weights that drew each token; see `Engine.version`
-    error: str = ""  # what went wrong, where the finish reason is "error"
+    weight_versions: list[int] = field(default_factory=list)  # of each token, see `Engine.weight_version`
+    error: str = ""  # the cause if the finish reason is "error"
 
 
 @dataclass(slots=True)
 class Output:
-    """A request's prompt and its completions. Prompt logprobs are raw; the first token has none."""
+    """The prompt and the completions of a request. Prompt logprobs are the model's own; the first token has none."""
 
     request_id: int
     prompt_token_ids: list[int]
     completions: list[Completion]
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
-    num_cached_tokens: int = 0  # of the prompt, found in the cache; of all completions together
-    error: str | None = None  # why it could not run (`on_error="skip"`): its completions are empty then
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache, summed over the completions
+    error: str | None = None  # why the request could not run (`on_error="skip"`); its completions are then empty
 
     @property
     def finished(self) -> bool:
@@ -59,28 +57,28 @@ class Output:
 
 @dataclass(slots=True)
 class Event:
-    """What a step added to a completion. The request's last event carries its output."""
+    """The tokens and text that a step adds to a completion. The last event of a request carries its output."""
 
     request_id: int
     index: int  # of the completion
     token_ids: list[int]
-    text: str  # new text; all of them joined are the completion's
+    text: str  # new text; the texts of all events together are the completion's
     logprobs: list[float] | None = None
     top_logprobs: list[TopLogprobs] | None = None
     finish_reason: FinishReason | None = None
     output: Output | None = None
-    error: str = ""  # as the completion's
-    weight_version: int | None = None  # of the weights that drew the token, as in `Completion.versions`
+    error: str = ""  # as in the completion
+    weight_version: int | None = None  # of the weights that computed the token
 
 
 def raise_on_non_finite_logits(outputs: Sequence[Output]) -> None:
-    """Raises RuntimeError if a completion has ended with an error: training cannot go on from there."""
+    """Raises RuntimeError if NaN or infinite logits ended a completion: training cannot continue with these weights."""
     if count := sum(c.error == NON_FINITE_LOGITS for o in outputs for c in o.completions):
         raise RuntimeError(f"the logits of {count} completions are NaN or infinite: the parameters have diverged")
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of a request's index-th sample: the request's own for the first, a hash of both for the others."""
+    """Returns the seed of a request's completion: the request's own seed for index 0, else a hash of seed and index."""
     if index == 0:
         return seed
     digest = hashlib.blake2b(f"{seed},{index}".encode(), digest_size=8).digest()
@@ -90,24 +88,21 @@ def sample_seed(seed: int, index: int) -> int:
 def pair_prompts(
     prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[Prompt, SamplingParams]]:
-    """Pairs one or many prompts with their settings, which are one for all, or one for each. ValueError for others."""
-    many = to_prompt_list(prompts)
-    each: list[SamplingParams | None]
+    """Pairs prompts with their settings: one for all prompts, or one for each. Raises ValueError otherwise."""
+    prompt_list, expected = to_prompt_list(prompts), "sampling is one SamplingParams or a list of them"
+    settings: list[SamplingParams | None]
     if sampling is None or isinstance(sampling, SamplingParams):
-        each = [sampling] * len(many)
-    elif (
-        isinstance(sampling, str | bytes | Mapping)
-        or getattr(sampling, "ndim", 1) == 0
-        or not isinstance(sampling, Iterable)
-    ):
-        raise ValueError(f"sampling is one SamplingParams or a list of them, got {type(sampling).__name__}")
+        settings = [sampling] * len(prompt_list)
     else:
-        each = list(sampling)
-    if (wrong := next((s for s in each if not isinstance(s, SamplingParams | None)), None)) is not None:
-        raise ValueError(f"sampling is one SamplingParams or a list of them, got a list with {type(wrong).__name__}")
-    if len(each) != len(many):
-        raise ValueError(f"{len(each)} sampling settings for {len(many)} prompts")
-    return [(prompt, params or SamplingParams()) for prompt, params in zip(many, each, strict=True)]
+        is_scalar = isinstance(sampling, str | bytes | Mapping) or getattr(sampling, "ndim", 1) == 0
+        if is_scalar or not isinstance(sampling, Iterable):
+            raise ValueError(f"{expected}, got {type(sampling).__name__}")
+        settings = list(sampling)
+    if (wrong := next((s for s in settings if not isinstance(s, SamplingParams | None)), None)) is not None:
+        raise ValueError(f"{expected}, got a list with {type(wrong).__name__}")
+    if len(settings) != len(prompt_list):
+        raise ValueError(f"{len(settings)} sampling settings for {len(prompt_list)} prompts")
+    return [(prompt, params or SamplingParams()) for prompt, params in zip(prompt_list, settings, strict=True)]
 
 
 def map_prompts(
@@ -116,27 +111,27 @@ def map_prompts(
     sampling: SamplingParams | Sequence[SamplingParams] | None,
     on_error: str,
 ) -> list[R | Output]:
-    """Returns what `make` makes of each prompt; where that is a ValueError and `on_error` is "skip", an Output with it.
+    """Returns `build(prompt, params)` for each prompt.
 
-    With "raise", the ValueError says which of several prompts it is.
+    A ValueError becomes an Output with the error (`on_error` "skip"), or is raised with the index of the prompt ("raise").
     """
     check_choice("on_error", on_error, ["raise", "skip"])
-    found, many = list[R | Output](), pair_prompts(prompts, sampling)
-    for prompt, params in many:
+    results, pairs = list[R | Output](), pair_prompts(prompts, sampling)
+    for i, (prompt, params) in enumerate(pairs):
         try:
-            found.append(build(prompt, params))
+            results.append(build(prompt, params))
         except ValueError as e:
             if on_error == "skip":
-                found.append(rejected_output(str(e), params.n))
-            elif len(many) > 1:
-                raise ValueError(f"prompt {len(found)}: {e}") from e
+                results.append(rejected_output(str(e), params.n))
+            elif len(pairs) > 1:
+                raise ValueError(f"prompt {i}: {e}") from e
             else:
                 raise
-    return found
+    return results
 
 
 def rejected_output(error: str, num_completions: int) -> Output:
-    """Returns the output of a request that cannot run, in the place of its n completions."""
+    """Returns the output of a request that cannot run; each completion has the error."""
     return Output(-1, [], [Completion(finish_reason="error", error=error) for _ in range(num_completions)], error=error)
 
 
@@ -148,40 +143,40 @@ def rejection_events(output: Output) -> list[Event]:
 
 
 def max_length(
-    prompt: Sequence[int], params: SamplingParams, spec: ModelConfig, cache_capacity: int, has_tokenizer: bool
+    prompt: Sequence[int], params: SamplingParams, model_config: ModelConfig, cache_capacity: int, has_tokenizer: bool
 ) -> int:
-    """The most tokens a sequence may reach, prompt included. ValueError, with the numbers, for what cannot run.
+    """Returns the length in tokens at which a request's completions end, prompt included.
 
-    `capacity` is the cache's, in tokens; `has_text` says whether there is a tokenizer.
+    `cache_capacity` is the KV cache's size in tokens. Raises ValueError, with the numbers, if the request can never run.
     """
-    n = len(prompt)
-    used = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
-    for name, tokens in used.items():
-        if tokens and not 0 <= min(tokens) <= max(tokens) < spec.vocab_size:
-            wrong = next(t for t in tokens if not 0 <= t < spec.vocab_size)
-            raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {spec.vocab_size}")
+    n, vocab_size, context = len(prompt), model_config.vocab_size, model_config.context_length
+    for name, tokens in (
+        ("prompt", prompt), ("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)
+    ):  # fmt: skip
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            wrong = next(t for t in tokens if not 0 <= t < vocab_size)
+            raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {vocab_size}")
     for name in ("logprobs", "prompt_logprobs"):
-        if (getattr(params, name) or 0) > spec.vocab_size:
-            raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary of {spec.vocab_size}")
+        if (getattr(params, name) or 0) > vocab_size:
+            raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary of {vocab_size}")
     if params.stop and not has_tokenizer:
         raise ValueError("stop strings need a tokenizer, and this model came without one; use stop_token_ids")
-    most = min(spec.context_length, cache_capacity + 1)  # the last token drawn is never written to the cache
-    wanted = n + (params.max_tokens or 1)
-    if wanted > most:
-        place = (
-            f"model's context of {spec.context_length}" if most == spec.context_length else f"cache of {cache_capacity}"
+    longest = min(context, cache_capacity + 1)  # the last token of a sequence is never written to the cache
+    length = n + (params.max_tokens or 1)
+    if length > longest:
+        limit = f"model's context of {context}" if longest == context else f"cache of {cache_capacity}"
+        advice = f"max_tokens can be at most {longest - n}" if n < longest else "the prompt alone is too long"
+        raise ValueError(
+            f"{n} prompt tokens and max_tokens={params.max_tokens} do not fit the {limit} tokens: {advice}"
         )
-        advice = f"max_tokens can be at most {most - n}" if n < most else "the prompt alone is too long"
-        asked = f"{n} prompt tokens and max_tokens={params.max_tokens}"
-        raise ValueError(f"{asked} do not fit the {place} tokens: {advice}")
-    return most if params.max_tokens is None else wanted
+    return longest if params.max_tokens is None else length
 
 
 class SequenceState:
-    """One completion in flight: its tokens, its text, and when it ends. `limit` counts prompt and output.
+    """One completion in flight: its tokens, its text, and its stop rules. `max_length` counts prompt and output tokens.
 
-    Where nobody reads along (`live` false) its text is made at its end: a decode for each token of hundreds of
-    requests would take the host longer than the step takes the GPU.
+    Without `stream_text` the text is decoded at the end only: decoding every token of hundreds of requests takes the
+    host longer than a step takes the GPU.
     """
 
     def __init__(
@@ -197,62 +192,52 @@ class SequenceState:
         stream_text: bool = True,
         matcher: GrammarMatcher | None = None,
     ) -> None:
-        self.matcher = matcher  # the grammar's, where there is one
-        self.adapter_idx = 0  # among the engine's; 0: none
+        p = params
         self.output, self.index, self.params, self.max_length = output, index, params, max_length
+        self.matcher = matcher  # of the request's grammar
+        self.adapter_idx = 0  # index of its LoRA adapter in the engine; 0: none
         self.num_prompt_tokens = len(output.prompt_token_ids)
         self.token_ids = list(output.prompt_token_ids)
         self.seed = sample_seed(seed, index)
-        self.end_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
-        p = params
+        self.end_token_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else eos_token_ids)
         self.uses_top_k_top_p = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
-        penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        # Drawn by the general sampler, not by the one inside the step.
+        self.has_penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        # Whether the distribution depends on the last sampled token: the next step cannot sample before it is known.
+        self.depends_on_last_token = self.has_penalties or p.min_tokens > 0 or matcher is not None
+        # Whether the sampler that is fused into the step does not suffice.
         self.needs_general_sampler = (
-            self.uses_top_k_top_p or penalised or bool(p.logit_bias) or p.min_tokens > 0 or (p.logprobs or 0) > 0
+            self.depends_on_last_token or self.uses_top_k_top_p or bool(p.logit_bias) or (p.logprobs or 0) > 0
         )
-        self.needs_general_sampler |= matcher is not None
-        self.depends_on_last_token = (
-            penalised or p.min_tokens > 0 or matcher is not None
-        )  # what is drawn depends on what was
         self.needs_prompt_logprobs = p.prompt_logprobs is not None and index == 0
-        self.has_nan_prompt_logprobs = False  # whether a logprob of its prompt is NaN
+        self.has_nan_prompt_logprobs = False
         self.detokenizer: Detokenizer | None = None
         if tokenizer is not None:
             self.detokenizer = Detokenizer(
-                tokenizer, self.token_ids, params.stop, min_tokens=params.min_tokens, stream_text=stream_text
+                tokenizer, self.token_ids, p.stop, min_tokens=p.min_tokens, stream_text=stream_text
             )
-        self.output_token_counts: Counter[int] = Counter()  # of generated tokens
-        self.has_penalties = penalised
-        bias = p.logit_bias
+        self.output_token_counts: Counter[int] = Counter()
+        bias, banned = p.logit_bias, self.end_token_ids if p.min_tokens else ()
         self._logit_bias = np.fromiter(bias, np.int64, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
-        self._banned_token_ids = (
-            np.fromiter(self.end_token_ids, np.int64, len(self.end_token_ids)) if p.min_tokens else EMPTY_TOKEN_IDS
-        )
-        self.has_started = False  # whether it ever ran
+        self._banned_token_ids = np.fromiter(banned, np.int64, len(banned))  # until there are `min_tokens`
+        self.was_admitted = False
         c = self.completion = output.completions[index]
-        if params.logprobs is not None:
+        if p.logprobs is not None:
             c.logprobs = []
-            c.top_logprobs = [] if params.logprobs else None
+            c.top_logprobs = [] if p.logprobs else None
 
     def record_admission(self, num_cached_tokens: int) -> None:
-        """It begins to run, with so many of its tokens found in the cache; after a preemption it does so again."""
-        if not self.has_started:
+        """Counts the prefix cache hits of the first admission. Later admissions follow a preemption."""
+        if not self.was_admitted:
             self.output.num_cached_tokens += min(num_cached_tokens, self.num_prompt_tokens)
-        self.has_started = True
+        self.was_admitted = True
 
     def fork(self, request_id: int, seed: int) -> "SequenceState":
-        """Another one with the same past and a seed of its own, as the one completion of a new request."""
-        c, o = self.completion, self.output
-        other = copy(self)
-        other.index, other.seed, other.token_ids, other.output_token_counts = (
-            0,
-            seed,
-            [*self.token_ids],
-            Counter(self.output_token_counts),
-        )
+        """Returns a copy with a seed of its own, as the only completion of a new request."""
+        c, o, other = self.completion, self.output, copy(self)
+        other.index, other.seed, other.was_admitted = 0, seed, False
+        other.token_ids, other.output_token_counts = [*self.token_ids], Counter(self.output_token_counts)
         other.matcher = None if self.matcher is None else self.matcher.copy()
-        other.detokenizer, other.has_started = None if self.detokenizer is None else self.detokenizer.copy(), False
+        other.detokenizer = None if self.detokenizer is None else self.detokenizer.copy()
         other.completion = replace(
             c,
             token_ids=[*c.token_ids],
@@ -268,7 +253,7 @@ class SequenceState:
         return other
 
     def resume(self, previous: Completion) -> None:
-        """Take up where an earlier completion of the same request was left."""
+        """Continues from an earlier, unfinished completion of the same request."""
         c = self.completion
         c.token_ids, c.logprobs, c.top_logprobs = previous.token_ids, previous.logprobs, previous.top_logprobs
         c.weight_versions = previous.weight_versions
@@ -282,8 +267,10 @@ class SequenceState:
                 self.detokenizer.push(token, allow_stop=False)
 
     def logit_edits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-        """Returns the tokens whose logits this sample changes, each once; of each its bias, how many times it was
-        generated, and whether prompt or output has it. None where there are none.
+        """Returns the edits of this sequence's logits, or None if there are none.
+
+        These are arrays with an entry for each edited token: its id, its bias, how many times it was generated, and
+        whether prompt or output has it.
         """
         biased, biases = self._logit_bias
         banned = self._banned_token_ids if len(self.completion.token_ids) < self.params.min_tokens else EMPTY_TOKEN_IDS
@@ -306,10 +293,9 @@ class SequenceState:
     def append_token(
         self, token_id: int, logprob: float, top_logprobs: Sequence[tuple[int, float]], weight_version: int = 0
     ) -> Event:
-        """Takes a token that parameters of this version drew; returns what it adds.
+        """Appends a token sampled with weights of `weight_version`; returns the event.
 
-        A logprob that is not finite ends the completion without the token, which means nothing: there were logits that
-        are NaN or inf.
+        A logprob that is not finite means NaN or infinite logits: it ends the completion without the token.
         """
         c, p = self.completion, self.params
         if self.matcher is not None and self.matcher.failed:
@@ -341,18 +327,18 @@ class SequenceState:
         return event
 
     def finish(self, reason: FinishReason, event: Event | None = None, *, error: str = "") -> Event:
-        """Close the completion; the event that says so."""
+        """Ends the completion with the rest of its text; returns its last event."""
         event = event or Event(self.output.request_id, self.index, [], "")
         if self.detokenizer is not None:
             try:
                 event.text += self.detokenizer.flush()
                 self.completion.text = self.detokenizer.text
-            except Exception as e:  # a tokenizer's, which concerns this completion alone
+            except Exception as e:  # of the tokenizer: other completions are not concerned
                 reason, error = "error", f"{type(e).__name__}: {e}"
         return self._set_finished(reason, event, error)
 
     def fail(self, error: str) -> Event:
-        """Closes the completion after an error of its own, without the rest of its text; the event that says so."""
+        """Ends the completion after an error of its own, without the rest of its text; returns its last event."""
         return self._set_finished("error", Event(self.output.request_id, self.index, [], ""), error)
 
     def _set_finished(self, reason: FinishReason, event: Event, error: str) -> Event:

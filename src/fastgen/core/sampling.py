@@ -1,11 +1,13 @@
-"""From logits to tokens. Every row depends on its own request only: the noise is keyed by (seed, position, token),
-so a sample does not change with the batch, the padding, the order or the device count.
+"""From logits to sampled tokens.
+
+Each row depends on its own request only: the noise is a function of (seed, position, token), so a sampled token does
+not change with the batch, the padding, the order of the rows, or the number of devices.
 """
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -13,10 +15,12 @@ from fastgen.config import MIN_TEMPERATURE
 from fastgen.core.types import LogitEdits, SamplerOutput, SamplingTensors, TopKTopP
 
 UINT32_MASK = 0xFFFFFFFF
+# Computes logprobs as `gather_logprobs` does.
+LogprobsFn = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 def _lowbias32(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """A bijection of 32-bit integers held in int64: the `lowbias32` finalizer (C. Wellons, hash-prospector)."""
+    """Hashes 32-bit integers, held in int64, with the bijective `lowbias32` finalizer (C. Wellons, hash-prospector)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & UINT32_MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & UINT32_MASK
     return x ^ (x >> 16)
@@ -25,24 +29,24 @@ def _lowbias32(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 def exponential_noise(
     seed: Int[Tensor, " N"], position: Int[Tensor, " N"], num_tokens: int, vocab_start: int = 0
 ) -> Float[Tensor, "N V"]:
-    """fp32 exponential noise of rate 1, a function of (seed, position, token) alone, of `vocab` tokens from `first`.
+    """Returns fp32 exponential noise of rate 1 for `num_tokens` tokens from `vocab_start`, by (seed, position, token).
 
-    -log1p(-u) with u = (x + 1/2) / 2^32 keeps full relative precision for the small values, which decide the draw.
+    -log1p(-u) with u = (x + 1/2) / 2^32 keeps the full relative precision of small values, which decide.
     """
     position = position.long()
     low, high = _lowbias32(seed & UINT32_MASK), _lowbias32((seed >> 32) & UINT32_MASK)
     key = _lowbias32(low ^ _lowbias32((high + position) & UINT32_MASK))
-    other = _lowbias32((low + 0x9E3779B9 * (position & UINT32_MASK)) & UINT32_MASK ^ high)
+    key2 = _lowbias32((low + 0x9E3779B9 * (position & UINT32_MASK)) & UINT32_MASK ^ high)
     token = torch.arange(vocab_start, vocab_start + num_tokens, device=seed.device)
-    x = _lowbias32(_lowbias32(token ^ key[:, None]) ^ other[:, None])
+    x = _lowbias32(_lowbias32(token ^ key[:, None]) ^ key2[:, None])
     return -torch.log1p(-((x.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2**-24))
 
 
 def apply_penalties(logits: Float[Tensor, "N V"], edits: LogitEdits) -> Float[Tensor, "N V"]:
-    """Penalties and biases of the entries named; a copy.
+    """Returns a copy of the logits with penalties and biases applied to the entries that `edits` names.
 
-    Repetition (arXiv 1909.05858, section 4.1) divides positive logits and multiplies negative ones; frequency and
-    presence subtract count * f + (count > 0) * p, as in OpenAI's API.
+    The repetition penalty (arXiv 1909.05858, section 4.1) divides positive logits and multiplies negative ones; the
+    frequency and presence penalties subtract count * f + (count > 0) * p, as in OpenAI's API.
     """
     z = logits[edits.rows, edits.token_ids]
     z = torch.where(edits.seen, torch.where(z > 0, z / edits.repetition_penalty, z * edits.repetition_penalty), z)
@@ -51,15 +55,17 @@ def apply_penalties(logits: Float[Tensor, "N V"], edits: LogitEdits) -> Float[Te
 
 
 def apply_token_mask(logits: Float[Tensor, "N V"], token_mask: Int[Tensor, "N words"]) -> Float[Tensor, "N V"]:
-    """Logits with -inf where a token's bit is not set; a copy."""
+    """Returns a copy of the logits, with -inf for tokens whose bit of the mask is not set."""
     token = torch.arange(logits.shape[1], device=logits.device)
     return logits.masked_fill((token_mask[:, token >> 5] >> (token & 31)) & 1 == 0, float("-inf"))
 
 
-def _bisect_threshold(probs: Float[Tensor, "N V"], predicate: Callable[[Tensor], Tensor]) -> Float[Tensor, "N 1"]:
-    """The largest threshold t for which `reaches(p >= t)` holds, exactly, without a sort.
+def _bisect_threshold(
+    probs: Float[Tensor, "N V"], predicate: Callable[[Bool[Tensor, "N V"]], Bool[Tensor, "N 1"]]
+) -> Float[Tensor, "N 1"]:
+    """Returns the exact largest threshold t of each row for which `predicate(probs >= t)` holds, without a sort.
 
-    Non-negative floats order like their bit patterns, so 31 halvings of the pattern find the threshold.
+    Non-negative floats are ordered as their bit patterns, so 31 bisections of the pattern find the threshold.
     """
     low = torch.zeros(len(probs), 1, dtype=torch.int32, device=probs.device)
     for bit in range(30, -1, -1):
@@ -68,22 +74,22 @@ def _bisect_threshold(probs: Float[Tensor, "N V"], predicate: Callable[[Tensor],
     return low.view(torch.float32)
 
 
-def filter_top_k_top_p(logits: Float[Tensor, "N V"], f: TopKTopP) -> Float[Tensor, "N V"]:
-    """Logits with -inf where top_k, then top_p, then min_p exclude a token. Tokens tied at a threshold all stay."""
+def filter_top_k_top_p(logits: Float[Tensor, "N V"], filters: TopKTopP) -> Float[Tensor, "N V"]:
+    """Returns the logits with -inf for tokens that top_k, then top_p, then min_p exclude.
+
+    Tokens tied at a threshold stay. Rows with NaN stay as they are, so that the error shows.
+    """
+    k, top_p, min_p = (x[:, None] for x in filters)
     p = logits.softmax(-1)
-    most = p.amax(-1, keepdim=True)
-    k = f.top_k[:, None]
-    p = p.where(p >= _bisect_threshold(p, lambda m: m.sum(-1, keepdim=True) >= k), 0.0)
-    least = torch.finfo(p.dtype).tiny  # so that a top_p near 0 keeps the most likely token
-    mass = (f.top_p[:, None] * p.sum(-1, keepdim=True)).clamp_min(least)
-    enough = _bisect_threshold(p, lambda m: p.where(m, 0.0).sum(-1, keepdim=True) >= mass)
-    enough = torch.where(f.top_p[:, None] < 1, enough, 0.0)
-    kept = (p >= enough) & (p >= f.min_p[:, None] * most) & (p > 0)
-    off = (k >= logits.shape[1]) & (f.top_p[:, None] >= 1) & (f.min_p[:, None] <= 0)  # as if no row had a filter
-    return logits.masked_fill(~(kept | off | most.isnan()), float("-inf"))  # NaN stays, to be seen
-
-
-LogprobsFn = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]  # as `logprobs`
+    max_prob = p.amax(-1, keepdim=True)
+    p = p.where(p >= _bisect_threshold(p, lambda mask: mask.sum(-1, keepdim=True) >= k), 0.0)
+    # A top_p near 0 keeps the most likely token.
+    mass = (top_p * p.sum(-1, keepdim=True)).clamp_min(torch.finfo(p.dtype).tiny)
+    threshold = _bisect_threshold(p, lambda mask: p.where(mask, 0.0).sum(-1, keepdim=True) >= mass)
+    threshold = torch.where(top_p < 1, threshold, 0.0)
+    allowed = (p >= threshold) & (p >= min_p * max_prob) & (p > 0)
+    off = (k >= logits.shape[1]) & (top_p >= 1) & (min_p <= 0)  # a row without filters is as in a batch without them
+    return logits.masked_fill(~(allowed | off | max_prob.isnan()), float("-inf"))
 
 
 def sample(
@@ -94,22 +100,25 @@ def sample(
     *,
     rows_per_call: int | None = None,
 ) -> SamplerOutput:
-    """Draws one token a row. `logits` fp32; `top` None skips logprobs (returned as 0), k adds the k most likely.
+    """Samples one token for each row of fp32 logits.
 
-    Of a row with logits that are NaN or inf the logprob is NaN or -inf in any case; the token is one of the vocabulary.
+    `num_top_logprobs` None skips logprobs, which are returned as 0; k adds the k most likely tokens. A row with NaN or
+    infinite logits has a NaN or infinite logprob in any case, and any token of the vocabulary.
 
-    `measure` computes the logprobs; `rows`: so many rows are drawn at once, always.
+    `logprobs_fn` computes the logprobs instead of `gather_logprobs`. With `rows_per_call`, rows are sampled in calls of
+    exactly so many, padded if need be, so that results do not depend on N.
     """
+    logprobs_fn = logprobs_fn or gather_logprobs
     z = logits if s.token_mask is None else apply_token_mask(logits, s.token_mask)
     z = z if s.logit_edits is None else apply_penalties(z, s.logit_edits)
     if rows_per_call is None:
-        return _sample_rows(z, logits, s, num_top_logprobs, logprobs_fn or gather_logprobs)
-    found = []
+        return _sample_rows(z, logits, s, num_top_logprobs, logprobs_fn)
+    outputs, s = [], s._replace(logit_edits=None, token_mask=None)
     for i in range(0, len(z), rows_per_call):
-        at = torch.arange(i, i + rows_per_call, device=z.device).clamp_max(len(z) - 1)
-        some = tree_map_only(Tensor, lambda x, at=at: x[at], s._replace(logit_edits=None, token_mask=None))
-        found.append(_sample_rows(z[at], logits[at], some, num_top_logprobs, logprobs_fn or gather_logprobs))
-    return SamplerOutput(*(torch.cat(x)[: len(z)] for x in zip(*found, strict=True)))
+        rows = torch.arange(i, i + rows_per_call, device=z.device).clamp_max(len(z) - 1)
+        row_settings = tree_map_only(Tensor, lambda x, rows=rows: x[rows], s)
+        outputs.append(_sample_rows(z[rows], logits[rows], row_settings, num_top_logprobs, logprobs_fn))
+    return SamplerOutput(*(torch.cat(x)[: len(z)] for x in zip(*outputs, strict=True)))
 
 
 def _sample_rows(
@@ -119,77 +128,47 @@ def _sample_rows(
     num_top_logprobs: int | None,
     logprobs_fn: LogprobsFn,
 ) -> SamplerOutput:
-    """From edited logits z. By the exponential race: argmax of p / E equals a draw from p (Gumbel's trick in linear
-    form)."""
+    """Samples one token for each row of edited logits z; `logits` are the model's own.
+
+    argmax(p / E) with exponential noise E is a sample of p: the Gumbel-max trick, in linear form.
+    """
     edited = z is not logits
-    z, score = _gumbel_scores(z, s)
-    best, token = score.max(-1)
+    z, scores = gumbel_scores(z, s)
+    best, token = scores.max(-1)
     if num_top_logprobs is None:
-        none = logits.new_zeros(len(logits), 0)
-        best = best + logits.amax(-1) if edited else best  # what was banned may be NaN as well
-        return SamplerOutput(token, _zero_or_nan(best), none.long(), none)
-    return SamplerOutput(
-        token, *logprobs_fn(torch.where(s.processed_logprobs[:, None], z, logits), token, num_top_logprobs)
-    )
+        empty = logits.new_zeros(len(logits), 0)
+        best = best + logits.amax(-1) if edited else best  # a banned logit may be NaN as well
+        return SamplerOutput(token, zero_or_nan(best), empty.long(), empty)
+    z = torch.where(s.processed_logprobs[:, None], z, logits)
+    return SamplerOutput(token, *logprobs_fn(z, token, num_top_logprobs))
 
 
-def _zero_or_nan(x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """0 where x is finite or -inf, NaN where it is NaN or inf."""
+def zero_or_nan(x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Returns 0 where x is finite or -inf, and NaN where x is NaN or inf."""
     return x.clamp_min(torch.finfo(x.dtype).min) * 0
 
 
-def _gumbel_scores(
+def gumbel_scores(
     z: Float[Tensor, "N V"], s: SamplingTensors, vocab_start: int = 0
 ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
-    """The logits that are drawn from, and every token's score: the highest is drawn. `first` is the first's token."""
+    """Returns the logits of the sampled distribution and the score of each token; column 0 is token `vocab_start`.
+
+    The token with the highest score is sampled.
+    """
     if s.seed is None:
         return z, z
-    cold = (s.temperature < MIN_TEMPERATURE)[:, None]
-    z = z / torch.where(cold, 1.0, s.temperature[:, None])
+    greedy = (s.temperature < MIN_TEMPERATURE)[:, None]
+    z = z / torch.where(greedy, 1.0, s.temperature[:, None])
     if s.top_k_top_p is not None:
-        z = torch.where(cold, z, filter_top_k_top_p(z, s.top_k_top_p))
+        z = torch.where(greedy, z, filter_top_k_top_p(z, s.top_k_top_p))
     noise = exponential_noise(s.seed, s.positions, z.shape[1], vocab_start).log_()
-    return z, torch.where(cold, z, z - noise)
-
-
-def sample_shard(
-    logits: Float[Tensor, "N W"], s: SamplingTensors, num_top_logprobs: int | None, vocab_start: int, num_tokens: int
-) -> Float[Tensor, "N numbers"]:
-    """What a part of the vocabulary has to say: of each row the best score, whose token and logit, the maximum, the
-    sum of exponentials, and the `top` most likely tokens and their logits. For `decide`; without filters and edits.
-
-    The part has `count` tokens from `first`; the rest of the W columns is padding.
-    """
-    logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= num_tokens, float("-inf"))
-    z, score = _gumbel_scores(logits, s, vocab_start)
-    z = torch.where(s.processed_logprobs[:, None], z, logits)
-    best, index = score.max(-1, keepdim=True)
-    peak = z.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # there may be no token
-    value, which = z.topk(min(num_top_logprobs or 0, z.shape[1]), -1)
-    numbers = best, index + vocab_start, z.gather(-1, index), peak, (z - peak).exp().sum(-1, keepdim=True)
-    return torch.cat([*numbers, which + vocab_start, value], -1)  # tokens below 2^24 are exact in fp32
-
-
-def merge_shards(
-    shards: Float[Tensor, "ranks N numbers"], vocab_size: int, num_top_logprobs: int | None
-) -> SamplerOutput:
-    """What `sample` draws, of what `partial` has found in all parts of the vocabulary, in their order."""
-    best, index, value, peak, total = shards[..., :5].unbind(-1)
-    token = torch.where(best == best.amax(0), index, float(vocab_size)).amin(0)  # of equals the first
-    most = peak.amax(0)
-    logprob = torch.where(index == token, value, float("-inf")).amax(0) - most
-    log = (total * (peak - most).exp()).sum(0).log()
-    which, values = (x.movedim(0, 1).flatten(1) for x in shards[..., 5:].chunk(2, -1))
-    values, order = values.topk(min(num_top_logprobs or 0, vocab_size), -1)
-    tokens, tops = which.gather(-1, order).long(), values - (most + log)[:, None]
-    logprob = _zero_or_nan(most) if num_top_logprobs is None else logprob - log
-    return SamplerOutput(token.clamp_max(vocab_size - 1).long(), logprob, tokens, tops)
+    return z, torch.where(greedy, z, z - noise)
 
 
 def gather_logprobs(
     logits: Float[Tensor, "N V"], token: Int[Tensor, " N"], num_top_logprobs: int
 ) -> tuple[Float[Tensor, " N"], Int[Tensor, "N k"], Float[Tensor, "N k"]]:
-    """Natural-log probability of each row's token, and of its `top` most likely tokens."""
-    total = logits.logsumexp(-1, keepdim=True)
-    value, index = logits.topk(min(num_top_logprobs, logits.shape[1]), -1)
-    return (logits.gather(-1, token[:, None]) - total)[:, 0], index, value - total
+    """Returns the natural-log probability of each row's token, and the most likely tokens with theirs."""
+    log_total = logits.logsumexp(-1, keepdim=True)
+    top_logits, top_tokens = logits.topk(min(num_top_logprobs, logits.shape[1]), -1)
+    return (logits.gather(-1, token[:, None]) - log_total)[:, 0], top_tokens, top_logits - log_total

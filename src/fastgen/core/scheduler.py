@@ -4,8 +4,8 @@
                ^                  │
                └─────preempt──────┘
 
-`plan` chooses a step, the engine runs it, `commit` records it. A sequence needs a page for every `page_size` tokens that
-it has computed. The first pages of a running sequence are nodes of the prefix cache; the others are private:
+`plan` chooses a step, the engine runs it, `commit` records it. A sequence needs a page for every `page_size` tokens
+that it has computed. The first pages of a running sequence are nodes of the prefix cache; the others are private:
 
     tokens    a b c d   e f g h   i j k l   m n . .       page_size 4; `.` is a slot not written yet
     pages     5         8         3         7
@@ -17,9 +17,9 @@ known tokens of the sequence are available. The longest cached prefix is shared 
 best match is a page that this step only fills waits one step and then copies that page.
 
 Preemption. Running sequences that need another page take free pages, then idle pages of the prefix cache. If there are
-none, the sequence that was admitted last is preempted: its pages stay in the prefix cache as idle pages, it moves to the
-front of the waiting, and later resumes with what is still cached. The sequence that was admitted first is never
-preempted, and any single sequence fits the cache, so some sequence always advances.
+none, the sequence that was admitted last is preempted: it gives up its pages, which stay cached until they are evicted,
+moves to the front of the waiting sequences, and later resumes with what is still cached. The sequence that was admitted
+first is never preempted, and any single sequence fits the cache, so some sequence always advances.
 
 Sequences and State are immutable values; only the prefix cache is changed in place. This module needs no torch, so that
 scheduling can be simulated.
@@ -176,7 +176,7 @@ def publish(prefix_cache: PrefixCache, seq: Sequence, token_ids: TokenIds, num_t
 
 
 def release_pages(prefix_cache: PrefixCache, seq: Sequence, token_ids: TokenIds, *, preempted: bool = False) -> None:
-    """Publishes what a running sequence has computed, and gives up its pages, which stay cached until they are evicted."""
+    """Publishes what a running sequence has computed and releases its pages, which stay cached until evicted."""
     stale = seq.root is not prefix_cache.get_root(seq.namespace)
     seq = publish(prefix_cache, seq, token_ids, seq.num_computed_tokens)
     nodes = (*seq.path, *((seq.partial_node,) if seq.partial_node else ()))
@@ -328,7 +328,7 @@ class _Planner:
         return seq
 
     def admit(self) -> None:
-        """Admits waiting sequences while the step has tokens left, a request row is free, and their pages are available.
+        """Admits waiting sequences while tokens of the step, rows of the tables and pages are available.
 
         No starvation: admission stops at the first sequence that does not fit, so a later, smaller one never overtakes
         it. The exception are sequences that skip one step until the page they will copy is filled.

@@ -41,7 +41,7 @@ def decode_spans(running: Iterable[Sequence]) -> list[Span]:
 
 
 class MixedPolicy:
-    """First come, first served; every step decodes all decoding sequences and fills its budget with chunks of prompts."""
+    """First come, first served; every step decodes all decoding sequences and fills its budget with prompts."""
 
     decode_yields_to_prefill = False
 

@@ -1,13 +1,13 @@
-"""The pytrees every function here takes and returns.
+"""The pytrees that the functions of the package take and return.
 
-Legend, used in all annotations of the package:
+Legend of the axes in all annotations of the package:
 
-    T  tokens of one step       D  model width          V  vocabulary
+    T  tokens of one step       D  hidden size          V  vocabulary
     R  sequences of one step    Q  query heads          F  feed-forward width
     N  sampled rows             K  key/value heads      S  cache slots (pages x page size)
-    P  pages of a sequence      H  width of a head      L  layers
-    E  seats: places for running sequences; seat 0 is padding's
-    A  adapters, the first of which is none; r their rank
+    P  pages of a sequence      H  head dimension       L  layers
+    E  rows of the request tables (req_idx); row 0 is padding's
+    A  LoRA adapters, the first of which is none; r their rank
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,11 +18,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 else:
-    Tokenizer = object  # transformers takes as long to import as torch, and is needed only by who has text
+    Tokenizer = object  # importing transformers takes as long as importing torch, and only text needs it
 
 
 class Layer(NamedTuple):
-    """Weights of one transformer block. Leaves a family does not have are None."""
+    """Weights of one decoder layer. Weights that a model family does not have are None."""
 
     attn_norm: Float[Tensor, " D"]
     qkv: Float[Tensor, "QK2H D"]  # rows: all query heads, then key heads, then value heads
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
 
 
 class Params(NamedTuple):
-    """Weights of a model. `head` is None where it is tied to `embed`."""
+    """Weights of a model. `lm_head` is None if it is tied to `embed`."""
 
     embed: Float[Tensor, "V D"]
     layers: tuple[Layer, ...]
@@ -46,14 +46,14 @@ class Params(NamedTuple):
 
 
 class LoraAB(NamedTuple):
-    """A change b @ a of a matrix."""
+    """The low-rank update b @ a of a weight matrix."""
 
     a: Float[Tensor, "r D"]
     b: Float[Tensor, "N r"]
 
 
 class LayerLora(NamedTuple):
-    """What an adapter changes in one transformer block: None where it changes nothing."""
+    """LoRA updates of one decoder layer. Matrices that the adapter leaves unchanged are None."""
 
     q: LoraAB | None = None
     k: LoraAB | None = None
@@ -65,16 +65,16 @@ class LayerLora(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """A low-rank adapter (LoRA, arXiv 2106.09685): `scale` times its changes is added to the matrices of a model."""
+    """A LoRA adapter (arXiv 2106.09685): `scale * b @ a` is added to each matrix of a model that has an update."""
 
     layers: tuple[LayerLora, ...]
     scale: float
 
 
 class StackedLora(NamedTuple):
-    """Changes of one packed matrix by several adapters, padded with zeros to one rank.
+    """Updates of one packed matrix by several adapters, padded with zeros to one rank.
 
-    A matrix that is packed from p others has p changes: rows [i r, (i + 1) r) of `a` belong to the i-th of them.
+    A matrix that packs p matrices has p updates: rows [i r, (i + 1) r) of `a` belong to the i-th of them.
     """
 
     a: Float[Tensor, "A pr D"]
@@ -82,7 +82,7 @@ class StackedLora(NamedTuple):
 
 
 class LayerStackedLora(NamedTuple):
-    """Of one transformer block."""
+    """Stacked LoRA updates of one decoder layer."""
 
     qkv: StackedLora
     out: StackedLora
@@ -91,16 +91,16 @@ class LayerStackedLora(NamedTuple):
 
 
 class StackedAdapters(NamedTuple):
-    """Several adapters side by side, so that rows of a batch may each have another. The first one is zero."""
+    """Several LoRA adapters, so that each row of a batch may use another one. The first adapter is zero."""
 
     layers: tuple[LayerStackedLora, ...]
     scale: Float[Tensor, " A"]
 
 
 class KVCache(NamedTuple):
-    """Paged keys and values: one flat leaf per layer, so that the tensor written is the graph's own input.
+    """Paged keys and values, one tensor for each layer, so that a CUDA graph reads and writes its own inputs.
 
-    Page p of the pool is slots [p * page, (p + 1) * page). Page 0 is scratch: padding writes there.
+    Page p is slots [p * page_size, (p + 1) * page_size). Page 0 is the scratch page, which padding writes to.
     """
 
     k: tuple[Float[Tensor, "S K H"], ...]
@@ -116,52 +116,52 @@ class PartialSum(NamedTuple):
 
 
 class SharedPrefix(NamedTuple):
-    """Groups of decoding sequences whose contexts begin with the same pages, which attention reads once for a group.
+    """Groups of decoding sequences that begin with the same pages, which attention reads once for each group.
 
-    A sequence is in one group at most, and a group's sequences share the first `keys` tokens of their page tables,
-    whole pages. What is fixed is the number of groups and of members; groups that are not needed have no keys.
+    A sequence is in one group at most. The sequences of a group share the pages of their first `num_shared_tokens`
+    tokens. The number of groups and their size are fixed; unused groups share 0 tokens.
     """
 
     group_rows: Int[Tensor, "groups W"]  # rows of the batch; -1: none
     num_shared_tokens: Int[Tensor, " groups"]
-    num_skipped_tokens: Int[Tensor, " R"]  # of each row, the tokens that its group covers; 0: it is in none
+    num_skipped_tokens: Int[Tensor, " R"]  # tokens of a row that its group covers; 0: the row is in no group
 
 
 class Batch(NamedTuple):
-    """Everything one step needs to know. Sequence r owns tokens [start[r], start[r + 1]).
+    """The inputs of one step. Sequence r owns tokens [query_start_loc[r], query_start_loc[r + 1]).
 
-    Those tokens are the last ones of a context of `length[r]` tokens, whose keys and values lie in the pages
-    `pages[seat[r]]`. A sequence may have no token: then it is padding.
+    These are the last tokens of a context of `seq_lens[r]` tokens, whose keys and values are in the pages
+    `page_table[req_idx[r]]`. A sequence without tokens is padding.
     """
 
-    token_ids: Int[Tensor, " T"]  # as staged, -s is the token last drawn in seat s (see `step.feed`)
+    token_ids: Int[Tensor, " T"]  # -i: the last sampled token of request row i (see `step.fill_pending_tokens`)
     positions: Int[Tensor, " T"]
-    slot_mapping: Int[Tensor, " T"]  # where this token's key and value are written
+    slot_mapping: Int[Tensor, " T"]  # the cache slot that each token's key and value are written to
     query_start_loc: Int[Tensor, " R1"]
     seq_lens: Int[Tensor, " R"]
     req_idx: Int[Tensor, " R"]
-    page_table: Int[Tensor, "E P"]  # the page table, a row for each seat; a row's unused end points at scratch
-    logits_indices: Int[Tensor, " N"]  # tokens whose next-token logits are wanted
-    page_size: int  # tokens of a page: without it `slot` and `pages` say nothing
+    page_table: Int[Tensor, "E P"]  # a row's unused entries are the scratch page
+    logits_indices: Int[Tensor, " N"]  # tokens whose next-token logits are computed
+    page_size: int  # tokens of a page
     shared_prefix: SharedPrefix | None = None  # None: every sequence reads all its keys by itself
-    adapter_idx: Int[Tensor, " T"] | None = None  # each token's among the Adapters; 0 is none
+    adapter_idx: Int[Tensor, " T"] | None = None  # each token's index in StackedAdapters; 0 is no adapter
 
 
 class LogitEdits(NamedTuple):
-    """Sparse changes to logits: at most one entry for each (row, token)."""
+    """Sparse edits of logits, with at most one entry for each (row, token)."""
 
     rows: Int[Tensor, " E"]
     token_ids: Int[Tensor, " E"]
     bias: Float[Tensor, " E"]  # added last; -inf bans the token
-    output_counts: Float[Tensor, " E"]  # times the token was generated: frequency and presence penalties
-    seen: Bool[Tensor, " E"]  # in prompt or output: repetition penalty
+    output_counts: Float[Tensor, " E"]  # times the token was generated, for frequency and presence penalties
+    seen: Bool[Tensor, " E"]  # whether prompt or output has the token, for the repetition penalty
     presence_penalty: Float[Tensor, " E"]
     frequency_penalty: Float[Tensor, " E"]
     repetition_penalty: Float[Tensor, " E"]
 
 
 class TopKTopP(NamedTuple):
-    """Which tokens may be drawn, a row each. Off: top_k = V, top_p = 1, min_p = 0."""
+    """Filters of the tokens that may be sampled, for each row. Off: top_k = V, top_p = 1, min_p = 0."""
 
     top_k: Int[Tensor, " N"]
     top_p: Float[Tensor, " N"]
@@ -169,21 +169,21 @@ class TopKTopP(NamedTuple):
 
 
 class SamplingTensors(NamedTuple):
-    """Sampling settings as arrays, a row for each sampled token. None: no row asks for it."""
+    """Sampling settings of each sampled row. A field is None if no row needs it."""
 
-    temperature: Float[Tensor, " N"]  # below 1e-5, 0 included, is greedy
+    temperature: Float[Tensor, " N"]  # below 1e-5 is greedy
     seed: Int[Tensor, " N"] | None  # None: every row is greedy
-    positions: Int[Tensor, " N"]  # of the token being drawn, counted from the start of the prompt
+    positions: Int[Tensor, " N"]  # of the sampled token, counted from the start of the prompt
     processed_logprobs: Bool[Tensor, " N"]  # logprobs of the sampled distribution instead of the model's
     top_k_top_p: TopKTopP | None
     logit_edits: LogitEdits | None
-    token_mask: Int[Tensor, "N words"] | None = None  # bit t % 32 of word t // 32: token t may be drawn
+    token_mask: Int[Tensor, "N words"] | None = None  # bit t % 32 of word t // 32: token t may be sampled
 
 
 class SamplerOutput(NamedTuple):
-    """What one step drew. `top_*` are sorted by falling logprob; k may be 0."""
+    """The sampled tokens of one step. `top_*` are the k most likely tokens, in order; k may be 0."""
 
     token_ids: Int[Tensor, " N"]
-    logprobs: Float[Tensor, " N"]  # not finite where logits are NaN or inf: the token then means nothing
+    logprobs: Float[Tensor, " N"]  # not finite if logits are NaN or infinite: the token then means nothing
     top_token_ids: Int[Tensor, "N k"]
     top_logprobs: Float[Tensor, "N k"]

@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -207,11 +208,51 @@ def sample_from_shards(
     """
     if s.top_k_top_p is None and s.logit_edits is None and s.token_mask is None:
         shard = vocab_shard(vocab_size, tp_group.shard)
-        stats = tp_group.all_gather(sampling.sample_shard(logits.float(), s, num_top_logprobs, *shard))
-        return sampling.merge_shards(stats, vocab_size, num_top_logprobs)
+        stats = tp_group.all_gather(sample_shard(logits.float(), s, num_top_logprobs, *shard))
+        return merge_shards(stats, vocab_size, num_top_logprobs)
     return sampling.sample(gather_logits(logits, tp_group, vocab_size).float(), s, num_top_logprobs)
 
 
 def gather_logits(logits: Float[Tensor, "N W"], tp_group: TPGroup, vocab_size: int) -> Float[Tensor, "N V"]:
     """Returns all ranks' logits, side by side."""
     return tp_group.all_gather(logits).movedim(0, 1).flatten(1)[:, :vocab_size]
+
+
+def sample_shard(
+    logits: Float[Tensor, "N W"], s: SamplingTensors, num_top_logprobs: int | None, vocab_start: int, num_tokens: int
+) -> Float[Tensor, "N stats"]:
+    """Returns, for each row, the statistics that one vocabulary shard contributes to `merge_shards`.
+
+    The statistics are the best score, its token and its logit, the maximum, the sum of exponentials, and the tokens and
+    logits of the `num_top_logprobs` most likely tokens. The shard has `num_tokens` tokens from `vocab_start`; further
+    columns are padding. Filters and edits are not applied: they need the logits of all shards.
+    """
+    logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= num_tokens, float("-inf"))
+    z, scores = sampling.gumbel_scores(logits, s, vocab_start)
+    z = torch.where(s.processed_logprobs[:, None], z, logits)
+    best, index = scores.max(-1, keepdim=True)
+    peak = z.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # the shard may have no token
+    top_logits, top_index = z.topk(min(num_top_logprobs or 0, z.shape[1]), -1)
+    total = (z - peak).exp().sum(-1, keepdim=True)
+    # Token ids below 2^24 are exact in fp32.
+    return torch.cat(
+        [best, index + vocab_start, z.gather(-1, index), peak, total, top_index + vocab_start, top_logits], -1
+    )
+
+
+def merge_shards(
+    shards: Float[Tensor, "ranks N stats"], vocab_size: int, num_top_logprobs: int | None
+) -> SamplerOutput:
+    """Returns what `sampling.sample` would of all logits, from the `sample_shard` of every shard, in order."""
+    best, index, logit, peak, total = shards[..., :5].unbind(-1)
+    token = torch.where(best == best.amax(0), index, float(vocab_size)).amin(0)  # the first of equal scores
+    max_logit = peak.amax(0)
+    log_total = (total * (peak - max_logit).exp()).sum(0).log()
+    top_index, top_logits = (rearrange(x, "ranks n k -> n (ranks k)") for x in shards[..., 5:].chunk(2, -1))
+    top_logits, order = top_logits.topk(min(num_top_logprobs or 0, vocab_size), -1)
+    logprob = torch.where(index == token, logit, float("-inf")).amax(0) - max_logit
+    logprob = sampling.zero_or_nan(max_logit) if num_top_logprobs is None else logprob - log_total
+    top_logprobs = top_logits - (max_logit + log_total)[:, None]
+    return SamplerOutput(
+        token.clamp_max(vocab_size - 1).long(), logprob, top_index.gather(-1, order).long(), top_logprobs
+    )
