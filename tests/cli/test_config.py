@@ -187,7 +187,7 @@ def test_settings_of_keeps_checking() -> None:
 
 
 def test_no_overrides_are_the_defaults() -> None:
-    """Of the dataclasses; only that the command line is greedy where a library call samples."""
+    """The command line has the defaults of the dataclasses, except that it is greedy where a library call samples."""
     assert compose("sampling=default") == RunConfig()
     assert compose() == compose("sampling=greedy")
 
@@ -196,24 +196,25 @@ def test_no_overrides_are_the_defaults() -> None:
     ("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options if g not in ("experiment", "debug")]
 )
 def test_option(group: str, option: str) -> None:
-    """It composes into its dataclass, and holds what its file says."""
-    value = getattr(compose(f"{group}={option}"), group)
-    assert type(value) is type(getattr(RunConfig(), group))
-    written = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
-    for name, said in written.items():
-        if not (isinstance(said, str) and "${" in said):
-            assert getattr(value, name) == said
+    """An option composes into its dataclass with the values of its file; the file repeats no default."""
+    value, default = getattr(compose(f"{group}={option}"), group), getattr(RunConfig(), group)
+    assert type(value) is type(default)
+    settings = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text()) or {}
+    for name, setting in settings.items():
+        if not (isinstance(setting, str) and "${" in setting):
+            assert getattr(value, name) == setting
+            assert group == "task" or setting != getattr(default, name)
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in ("experiment", "debug") for o in GROUPS[g]])
 def test_experiment(group: str, option: str) -> None:
-    """It composes, changes something, and its file says how to run it."""
+    """An experiment composes, differs from the default, and its file has the command that runs it."""
     assert compose(f"+{group}={option}") != compose()
     assert f"# fgrun +{group}={option}" in (conf_dir() / group / f"{option}.yaml").read_text()
 
 
 def test_all_engine_options_fit_together() -> None:
-    """Each with each other."""
+    """Any option of one group composes with any option of another."""
     names, tried = ("schedule", "compile", "kv_cache", "parallel", "offload"), list[tuple[str, ...]]()
     for a, b in product(range(4), repeat=2):
         turns = zip(names, (a, b, a + b, a + 2 * b, a + b // 2), strict=True)

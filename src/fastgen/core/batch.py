@@ -36,9 +36,9 @@ def build_arrays(
 ) -> dict[str, np.ndarray]:
     """Returns the int64 arrays of a Batch of `num_tokens` tokens and `num_rows` sequences, by field.
 
-    Row r is span r of the plan, with row `req_idx[r]` of the page table. Tokens beyond the plan's are padding, spread over
-    the remaining rows, with request row 0 and slots of the scratch page. A token that a step still in flight samples is
-    encoded as -req_idx. A key that is cached already is written to the scratch page.
+    Row r is span r of the plan, with row `req_idx[r]` of the page table. Tokens beyond the plan's are padding, spread
+    over the remaining rows, with request row 0 and slots of the scratch page. A token that a step still in flight samples
+    is encoded as -req_idx. A key that is cached already is written to the scratch page.
     """
     first, stop = (np.fromiter((span[i] for span in plan), np.int64, len(plan)) for i in (1, 2))
     count = np.zeros(num_rows, np.int64)
@@ -103,7 +103,7 @@ def build_batch(
 
 
 def to_device(x: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*shape"]:
-    """Copies a host tensor to a device. A GPU copies from pinned memory, so that the host does not wait for its steps."""
+    """Copies a host tensor to a device. A GPU copies from pinned memory, so that the host does not wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 

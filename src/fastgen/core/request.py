@@ -113,7 +113,7 @@ def map_prompts(
 ) -> list[R | Output]:
     """Returns `build(prompt, params)` for each prompt.
 
-    A ValueError becomes an Output with the error (`on_error` "skip"), or is raised with the index of the prompt ("raise").
+    A ValueError becomes an Output with the error (`on_error` "skip") or is raised with the prompt's index ("raise").
     """
     check_choice("on_error", on_error, ["raise", "skip"])
     results, pairs = list[R | Output](), pair_prompts(prompts, sampling)
@@ -147,7 +147,7 @@ def max_length(
 ) -> int:
     """Returns the length in tokens at which a request's completions end, prompt included.
 
-    `cache_capacity` is the KV cache's size in tokens. Raises ValueError, with the numbers, if the request can never run.
+    `cache_capacity` is the KV cache's size in tokens. Raises ValueError, with the numbers, if the request cannot run.
     """
     n, vocab_size, context = len(prompt), model_config.vocab_size, model_config.context_length
     for name, tokens in (
