@@ -1,4 +1,4 @@
-"""Every knob, as frozen dataclasses that check themselves. Hydra's groups mirror them; nothing here imports hydra."""
+"""Every setting and its default, as frozen dataclasses that check themselves. The groups in conf/ mirror them."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,13 +48,13 @@ def _check_choice(owner: str, name: str, value: object, options: tuple[str, ...]
 
 
 def _check_bool(owner: str, name: str, value: object, options: str = "true or false") -> None:
-    """ValueError unless `value` is a bool."""
+    """Raises ValueError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{owner}.{name} must be {options}, got {value!r}")
 
 
 def _to_python_scalar(value: Any) -> Any:
-    """Returns Python's own number for a number of NumPy or a tensor of one; anything else as it is."""
+    """Converts a NumPy number or a tensor with one element to a Python number; returns other values unchanged."""
     if type(value) in (int, float, bool, str, NoneType):
         return value
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
@@ -63,7 +63,7 @@ def _to_python_scalar(value: Any) -> Any:
 
 
 def _to_tuple(owner: str, name: str, value: Any, what: str) -> tuple[Any, ...]:
-    """Returns what a list, an array or any other collection holds. ValueError for what is none; None is empty."""
+    """Converts a list, an array or another collection to a tuple; None is empty. Raises ValueError for other values."""
     if value is None:
         return ()
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -74,14 +74,14 @@ def _to_tuple(owner: str, name: str, value: Any, what: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request is sampled. Independent of the batch it runs in.
+    """How one request is sampled, independent of the batch that it runs in.
 
-    The order is: grammar, logit_bias and min_tokens, penalties, temperature, top_k, top_p, min_p, draw. top_p keeps the
-    smallest set of tokens whose probability, renormalised after top_k, reaches it; min_p is relative to the most
+    The order is: grammar, logit_bias and min_tokens, penalties, temperature, top_k, top_p, min_p, sampling. top_p keeps
+    the smallest set of tokens whose probability, renormalised after top_k, reaches it; min_p is relative to the most
     likely token. Presence and frequency penalties count generated tokens, the repetition penalty prompt and output.
 
     Logprobs are natural logarithms. `logprob_mode="raw"` gives the model's own distribution, before bias, penalties
-    and temperature; `"processed"` gives the distribution the token was drawn from (for greedy requests: the one
+    and temperature; `"processed"` gives the distribution the token was sampled from (for greedy requests: the one
     before temperature). `logprobs=0` returns the sampled token's, `k` adds the k most likely.
     """
 
@@ -89,11 +89,11 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
     min_p: float = 0.0
-    seed: int | None = None  # None: drawn by the engine
+    seed: int | None = None  # None: random
     n: int = 1
     max_tokens: int | None = 256  # None: as many as context and cache allow
-    min_tokens: int = 0  # end tokens and stop_token_ids are banned before
-    stop: tuple[str, ...] = ()  # cut from the text; the tokens stay
+    min_tokens: int = 0  # before that, end tokens and stop_token_ids are banned
+    stop: tuple[str, ...] = ()  # removed from the text, not from the tokens
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     presence_penalty: float = 0.0
@@ -103,9 +103,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprob_mode: str = "raw"
-    grammar: str | None = None  # regex:…, json:… or lark:…, which the output follows; see `fastgen.structured_output`
-    adapter: str | None = None  # by the name the engine was told; None: the model alone
-    cache_salt: str | None = None  # cached prefixes are shared with requests of the same salt, and with no others
+    grammar: str | None = None  # regex:…, json:… or lark:…, which the output follows
+    adapter: str | None = None  # name of a LoRA adapter of the engine; None: the model alone
+    cache_salt: str | None = None  # prefix cache hits come from requests of the same salt only
 
     def __post_init__(self) -> None:
         me = "SamplingParams"
@@ -143,7 +143,7 @@ class SamplingParams:
             _check_number(me, "max_tokens", self.max_tokens, 1, integer=True)
         _check_number(me, "min_tokens", self.min_tokens, 0, self.max_tokens, integer=True)
         if self.grammar is not None and (self.min_tokens or self.ignore_eos):
-            raise ValueError(f"{me}.grammar says where the output ends: min_tokens must be 0 and ignore_eos false")
+            raise ValueError(f"{me}.grammar decides where the output ends: min_tokens must be 0 and ignore_eos false")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"{me}.stop must hold non-empty strings, got {text!r}")
@@ -163,14 +163,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
-    """What to load: a path or hub id (None: the embedded default), or random weights for a config (`random_weights=true`)."""
+    """The model to load: a path or hub id (None: the default model), or random weights for a config.json."""
 
     path: str | None = None
-    dtype: str = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
-    device: str = "auto"  # auto: cuda if there is one
+    dtype: str = "auto"  # auto: the checkpoint's dtype on a GPU, float32 on a CPU
+    device: str = "auto"  # auto: cuda if available
     random_weights: bool = False
     random_seed: int = 0
-    adapters: dict[str, str] = field(default_factory=dict)  # PEFT's folders by name: what requests choose
+    adapters: dict[str, str] = field(default_factory=dict)  # folders of PEFT adapters, by the name that requests choose
 
     def __post_init__(self) -> None:
         _check_choice("model", "dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -183,14 +183,14 @@ class LoadConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """What a step computes. `mixed`: every running sequence decodes, prompts fill the rest of the budget.
-    `prefill_first`: no decoding while there is prompt left to compute."""
+    """The scheduler's policy and limits. `mixed`: a step decodes every running sequence and fills its budget with
+    prompts. `prefill_first`: no decoding while prompt tokens are left to compute."""
 
     policy: str = "mixed"
-    max_num_seqs: int = 512  # sequences running at once
-    token_budget: int = 8192  # tokens a step
-    prefill_chunk: int | None = None  # tokens of one prompt a step; None: the budget
-    # Launch a step while the one before still runs; None: on GPUs, where the host would else be waited for.
+    max_num_seqs: int = 512  # running sequences
+    token_budget: int = 8192  # tokens of a step
+    prefill_chunk: int | None = None  # tokens of one prompt in a step; None: token_budget
+    # Whether a step is launched while the step before still runs; None: on GPUs.
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
@@ -209,13 +209,13 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheConfig:
-    """The paged cache: its size, and what of it is used again."""
+    """The paged KV cache: its size, and the reuse of cached prefixes."""
 
     page_size: int = 64  # tokens; 128 is faster for prompts of 8k and more
-    prefix_cache: bool = True  # a request begins with the longest cached beginning of its prompt
-    shared_prefix_attention: bool = True  # pages that decoding sequences share are read once for all, where that pays
-    cache_tokens: int | None = None  # capacity; None: from the memory that is free
-    # Of the GPU's memory, for everything together, where cache_tokens is None (on a CPU the cache is then 1 GB).
+    prefix_cache: bool = True  # whether requests reuse the longest cached prefix of their prompt
+    shared_prefix_attention: bool = True  # attention reads pages shared by decoding sequences once
+    cache_tokens: int | None = None  # capacity; None: as free memory allows
+    # Share of the GPU's memory for everything together if cache_tokens is None (on a CPU the cache is then 1 GB).
     gpu_memory_utilization: float = 0.92
 
     def __post_init__(self) -> None:
@@ -229,11 +229,11 @@ class KVCacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadConfig:
-    """Where pages go that do not fit the device. `host`: to memory of the host, taken when the engine starts."""
+    """Where evicted pages go. `host`: to pinned host memory, which is allocated when the engine starts."""
 
     target: str = "none"
-    host_gb: float = 8.0  # of pinned memory, 1e9 bytes
-    offload_policy: str = "all"  # pages of everything that was computed, or of preempted requests alone (`preempted`)
+    host_gb: float = 8.0  # in units of 1e9 bytes
+    offload_policy: str = "all"  # all pages, or those of preempted requests only (`preempted`)
 
     def __post_init__(self) -> None:
         _check_choice("offload", "target", self.target, ("none", "host"))
@@ -243,11 +243,11 @@ class OffloadConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """Devices a model is spread over, and how often it is there."""
+    """Number of devices of a model, and number of copies of the model."""
 
-    tensor_parallel: int = 1  # devices of an engine
+    tensor_parallel: int = 1  # GPUs of one engine
     replicas: int = 1  # engines behind one queue (`fastgen.Replicas`)
-    peer_memory: bool = True  # on GPUs, small sums over ranks are read from the others' memory; else NCCL makes all
+    peer_memory: bool = True  # small all-reduces read the memory of peer GPUs; false: NCCL alone
 
     def __post_init__(self) -> None:
         _check_bool("parallel", "peer_memory", self.peer_memory)
@@ -257,10 +257,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Room for low-rank adapters, taken when the engine starts. Without it, steps are those of the model alone."""
+    """Memory for LoRA adapters, allocated when the engine starts."""
 
-    max_adapters: int = 0  # at once; no fewer than are loaded with the model
-    max_rank: int | None = None  # None: the largest of those, or else 16
+    max_adapters: int = 0  # at the same time; at least as many as are loaded with the model
+    max_rank: int | None = None  # None: the largest rank of those, or else 16
 
     def __post_init__(self) -> None:
         _check_number("lora", "max_adapters", self.max_adapters, 0, 1024, integer=True)
@@ -270,17 +270,17 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileConfig:
-    """How a step is run, and by which attention."""
+    """How steps run, and by which attention backend."""
 
     mode: str = "auto"  # graphs on a GPU, eager elsewhere
     attention: str = "auto"  # triton on a GPU, sdpa elsewhere
-    # A token's logits and logprobs are the same, bit for bit, in any batch, chunk or bucket, and in `fastgen.score`.
+    # Logits and logprobs are bitwise the same in any batch, chunk or bucket, and in `fastgen.score`.
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         _check_bool("compile", "batch_invariant", self.batch_invariant)
         if self.batch_invariant and self.attention == "reference":
-            raise ValueError("compile.batch_invariant=true has an attention of its own: leave compile.attention=auto")
+            raise ValueError("compile.batch_invariant=true has its own attention: leave compile.attention=auto")
         _check_choice("compile", "mode", self.mode, ("auto", "eager", "inductor", "graphs"))
         if self.mode == "graphs" and self.attention not in ("auto", "triton"):
             raise ValueError(
@@ -292,7 +292,7 @@ class CompileConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything an engine is told besides its model."""
+    """All settings of an engine except its model."""
 
     schedule: SchedulerConfig = SchedulerConfig()
     kv_cache: KVCacheConfig = KVCacheConfig()
@@ -300,8 +300,8 @@ class EngineConfig:
     parallel: ParallelConfig = ParallelConfig()
     lora: LoraConfig = LoraConfig()
     compile: CompileConfig = CompileConfig()
-    seed: int | None = None  # of requests that bring none; None: from the operating system
-    # What a special token becomes that is spelled in a chat's messages or tools: `text`, or that token (`control`).
+    seed: int | None = None  # for requests without a seed; None: from the operating system
+    # Special tokens spelled out in a chat's messages or tools are encoded as `text`, or as the token (`control`).
     special_tokens_in_content: str = "text"
 
     def __post_init__(self) -> None:
@@ -310,11 +310,11 @@ class EngineConfig:
         _check_choice("settings", "special_tokens_in_content", self.special_tokens_in_content, ("text", "control"))
         if self.compile.batch_invariant and self.lora.max_adapters:
             raise ValueError(
-                "compile.batch_invariant=true with lora.max_adapters: adapters' products have no fixed order; merge one"
+                "compile.batch_invariant=true with lora.max_adapters: adapters' matmuls have no fixed order; merge one"
             )
         if self.compile.batch_invariant and self.parallel.tensor_parallel > 1:
             raise ValueError(
-                "compile.batch_invariant=true holds for one device: sums over ranks have no fixed order. "
+                "compile.batch_invariant=true holds for one device: all-reduces have no fixed order. "
                 "Use parallel.tensor_parallel=1"
             )
 
@@ -342,37 +342,37 @@ class EngineConfig:
         return cls(**top_level, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})
 
     def resolve(self, device: str) -> "EngineConfig":
-        """These settings with what is automatic decided for a kind of device, "cuda" or "cpu"."""
+        """Returns the settings with each `auto` replaced by its value for a device type, "cuda" or "cpu"."""
         c, s, cuda = self.compile, self.schedule, device == "cuda"
         if c.mode == "graphs" and not cuda:
             raise ValueError("compile.mode=graphs needs a GPU; on a CPU use eager or inductor")
         attention = ("triton" if cuda else "sdpa") if c.attention == "auto" else c.attention
-        how = ("graphs" if cuda and attention == "triton" else "eager") if c.mode == "auto" else c.mode
-        overlap = how != "eager" and cuda if s.overlap is None else s.overlap
-        return replace(self, compile=replace(c, mode=how, attention=attention), schedule=replace(s, overlap=overlap))
+        mode = ("graphs" if cuda and attention == "triton" else "eager") if c.mode == "auto" else c.mode
+        overlap = mode != "eager" and cuda if s.overlap is None else s.overlap
+        return replace(self, compile=replace(c, mode=mode, attention=attention), schedule=replace(s, overlap=overlap))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoConfig:
-    """A run of `fastgen.training.grpo`: learning from rewards. Groups are `sampling.n` answers."""
+    """A run of `fastgen.training.grpo`: learning from rewards, in groups of `sampling.n` answers."""
 
     problem: str = "addition"  # a name in fastgen.training.problems.PROBLEMS, or module:attribute
     steps: int = 40
-    prompts_per_step: int = 8  # a step
-    num_minibatches: int = 2  # updates a step
-    loss_type: str = "grpo"  # or dr_grpo: no division by a group's deviation or an answer's length
+    prompts_per_step: int = 8
+    num_minibatches: int = 2  # optimizer updates in a step
+    loss_type: str = "grpo"  # or dr_grpo: not divided by the group's standard deviation and the answer's length
     clip: float = 0.2
-    kl_coef: float = 0.0  # weight of the divergence from the parameters at the start; 0 keeps no copy of them
-    trainable_layers: int | None = None  # so many blocks learn, the last ones; None: everything
+    kl_coef: float = 0.0  # weight of the KL divergence from the initial weights; 0 keeps no copy of them
+    trainable_layers: int | None = None  # number of decoder layers that learn, the last ones; None: all weights
     lr: float = 1e-5
-    warmup_steps: int = 4  # steps in which the rate rises
+    warmup_steps: int = 4  # steps of linear learning-rate warm-up
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # of the gradient
-    gradient_checkpointing: bool = False  # compute activations again on the way back instead of keeping them
+    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 20  # steps
     output_dir: str = "grpo"  # for log, checkpoint, plot and model
-    resume: bool = False  # go on from the folder's checkpoint
-    export: bool = True  # write the model at the end, as a checkpoint to load
+    resume: bool = False  # continue from the checkpoint in output_dir
+    export: bool = True  # write the model at the end
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "num_minibatches", "save_every"):
@@ -392,7 +392,7 @@ class GrpoConfig:
 
 
 def unknown_name_message(what: str, name: str, options: Mapping[str, Any] | list[str]) -> str:
-    """The message for a name that is not known, with the nearest known ones."""
+    """Returns the error message for an unknown name, with the nearest known names."""
     close = difflib.get_close_matches(name, list(options), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(options))}"
     return f"unknown {what} {name!r}; {hint}"
