@@ -339,9 +339,9 @@ def test_importing_fastgen_does_not_import_hydra() -> None:
 
 
 def test_a_grammar_and_where_it_ends() -> None:
-    """A grammar says where the output ends; what is no number is named as everywhere."""
+    """A grammar decides where the output ends; what is no number is named as everywhere."""
     for others in ({"min_tokens": 1}, {"ignore_eos": True}):
-        with pytest.raises(ValueError, match="grammar says where the output ends"):
+        with pytest.raises(ValueError, match="grammar decides where the output ends"):
             SamplingParams(grammar="regex:a", **others)
     for value in (np.ones(2), torch.ones(2)):
         with pytest.raises(ValueError, match="SamplingParams.min_tokens must be"):

@@ -37,8 +37,8 @@ def build_arrays(
     """Returns the int64 arrays of a Batch of `num_tokens` tokens and `num_rows` sequences, by field.
 
     Row r is span r of the plan, with row `req_idx[r]` of the page table. Tokens beyond the plan's are padding, spread
-    over the remaining rows, with request row 0 and slots of the scratch page. A token that a step still in flight samples
-    is encoded as -req_idx. A key that is cached already is written to the scratch page.
+    over the remaining rows, with request row 0 and slots of the scratch page. A token that a step in flight samples is
+    encoded as -req_idx. A key that is cached already is written to the scratch page.
     """
     first, stop = (np.fromiter((span[i] for span in plan), np.int64, len(plan)) for i in (1, 2))
     count = np.zeros(num_rows, np.int64)
