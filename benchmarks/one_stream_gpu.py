@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fastgen
-from fastgen.compiled.cuda_graphs import StepShape
+from fastgen.core.runner import StepShape
 from fastgen.kernels import pdl
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 def step_us(engine: fastgen.Engine, rows: int) -> float:
     """Returns the microseconds of a captured step of `rows` sequences at one token of context."""
     shape = StepShape(rows, rows, True)
-    stepper = engine._runner
+    stepper = engine.runner
     stepper.graphs.captured.pop(shape, None)
     stepper.capture(engine.cache, shape)
     graph = stepper.graphs.captured[shape][0]
@@ -61,7 +61,7 @@ def main() -> None:
             for rows in (2, 8):
                 for name, v in variants:
                     pdl.USE_PDL, pdl.SMALL_BATCH = v["dependent"], v.get("rows", 16)
-                    engine._runner.fused_rope_max_tokens = 16 if "fresh" in v else 0
+                    engine.runner.fused_rope_max_tokens = 16 if "fresh" in v else 0
                     us = step_us(engine, rows)
                     results.append({"model": model, "rows": rows, "variant": name, "us": us})
                     print(f"{model} {rows} rows, {name}: {us:.0f} us, {1e6 / us:.0f} steps/s", flush=True)

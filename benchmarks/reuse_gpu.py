@@ -55,7 +55,7 @@ def copy_rates(size: int = 2**30) -> dict[str, float]:
 
 def page_in_rate(engine: fastgen.Engine) -> float:
     """Returns the GB/s of HostOffload alone, copying pages back to the device."""
-    offload, page = engine._host_offload, engine.state.page_size
+    offload, page = engine.page_copier, engine.state.page_size
     n = min(offload.num_host_pages, engine.cache_capacity // page, 256)
     pairs = tuple((i + 1, i + 1) for i in range(n))
     offload.start_copies(PageCopies(to_host=pairs))
@@ -209,7 +209,7 @@ def converse(params: fastgen.Params, spec: fastgen.ModelConfig, args: argparse.N
             params, spec, progress=False, max_num_seqs=64, token_budget=4096, cache_tokens=tokens, **MODES[name], **host
         ) as engine:
             if host:
-                found["host"] = {"gb": host["host_gb"], "seconds": engine._host_offload.alloc_seconds}
+                found["host"] = {"gb": host["host_gb"], "seconds": engine.page_copier.alloc_seconds}
                 found["page_in_gb_s"] = page_in_rate(engine)
             found[name] = replay(engine, args)
             c = engine.cache_stats

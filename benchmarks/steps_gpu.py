@@ -45,24 +45,24 @@ def decode(engine: fastgen.Engine, count: int, context: int, steps: int = 24, *,
         engine.step()
     torch.cuda.synchronize()
     start, busy = time.perf_counter(), []
-    wait = engine._finish_step
+    wait = engine.core.finish_step
     waited = [0.0]
 
     def timed() -> None:
         at = time.perf_counter()
-        if engine._in_flight is not None and engine._in_flight.done_event is not None:
-            engine._in_flight.done_event.synchronize()
+        if engine.core._in_flight is not None and engine.core._in_flight.done_event is not None:
+            engine.core._in_flight.done_event.synchronize()
         waited[0] += time.perf_counter() - at
         wait()
 
-    engine._finish_step = timed
+    engine.core.finish_step = timed
     for _ in range(steps):
         at, before = time.perf_counter(), waited[0]
         engine.step()
         busy.append(time.perf_counter() - at - (waited[0] - before))
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / steps
-    del engine._finish_step
+    del engine.core.finish_step
     found = kernels(engine, 10) if table else []
     for id in ids:
         engine.abort(id)

@@ -98,7 +98,7 @@ def main() -> None:
     updates(engine, config, told, first, found)
     print(json.dumps(found), flush=True)
 
-    captures, used = engine._runner.graphs.num_captures, []
+    captures, used = engine.runner.graphs.num_captures, []
     times: dict[str, list[float]] = {"release": [], "restore": []}
     for i in range(args.cycles):
         what = "cache" if i % 20 else "all"
@@ -115,7 +115,7 @@ def main() -> None:
         if i % 10 == 0:
             assert told() == first
     assert told() == first
-    assert engine._runner.graphs.num_captures == captures
+    assert engine.runner.graphs.num_captures == captures
     found["cycles"] = {
         "number": args.cycles, "cache bytes": sum(w.nbytes for w in tree_leaves(engine.cache)),
         "seconds of cache": {k: statistics.median(v[1:20]) for k, v in times.items()},

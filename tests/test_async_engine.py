@@ -196,12 +196,12 @@ def test_pause_and_resume_under_load(overlap: bool) -> None:
             await until(lambda i=i: steps(e) > 2 * i)
             await e.pause()
             before = steps(e)
-            assert e.engine._in_flight is None
+            assert e.engine.core._in_flight is None
             if i == 1:
                 late = await e.add(PROMPTS[0], GREEDY)
             await asyncio.sleep(0.01)
             assert steps(e) == before
-            assert not await e.call(lambda x: x._pending_events), "what is there is told"
+            assert not await e.call(lambda x: x.core.events), "what is there is told"
             await e.resume()
         assert told(await task) == wanted
         assert told([await late.output()])[0] == wanted[0]
@@ -323,7 +323,7 @@ def other_than(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         (lambda: other_than("model.norm.weight", torch.ones(31)), ValueError, r"shape \(31,\)"),
         (lambda: other_than("model.more.weight", torch.ones(31)), ValueError, "unexpected: model.more.weight"),
         (lambda: {"model.norm.weight": torch.ones(32)}, ValueError, "missing: "),
-        (lambda: fresh(1)._replace(norm=torch.ones(31)), ValueError, r"shape \(31,\)"),
+        (lambda: fresh(1)._replace(final_norm=torch.ones(31)), ValueError, r"shape \(31,\)"),
         (lambda: other_than("model.norm.weight", torch.full((32,), torch.inf)), ValueError, "NaN or infinite"),
         (lambda: "folder", ValueError, "not str"),
     ],
@@ -504,7 +504,7 @@ def test_cancelled_consumers(way: str, overlap: bool) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
         await until(lambda: steps(e) > 8)
-        assert len(await e.call(lambda x: x._sequence_states)) == 2
+        assert len(await e.call(lambda x: x.core.sequence_states)) == 2
         assert len(e._requests) == 2
         assert [c[:12] for c in told(await other)] == wanted[2:]
         assert steps(e) <= 64

@@ -416,10 +416,10 @@ def test_generate_beside_single_steps() -> None:
 
 PLACES = (
     "fastgen.compiled.runner.forward_and_sample",
-    "fastgen.core.engine_core.InputBuffers.fill",
-    "fastgen.core.engine_core.EngineCore._sample_tokens",
-    "fastgen.core.engine_core.SequenceState.append_token",
-    "fastgen.core.engine_core.scheduler.commit",
+    "fastgen.core.batch.InputBuffers.fill",
+    "fastgen.core.runner.EagerRunner.sample",
+    "fastgen.core.request.SequenceState.append_token",
+    "fastgen.core.scheduler.commit",
 )
 PUSH = PLACES[3]  # whose errors are a request's own
 
@@ -556,7 +556,7 @@ def test_one_bad_prompt_of_many(way: str) -> None:
     events = e.step()
     with pytest.raises(ValueError, match=r"^prompt 2: prompt: token 61 is outside"):
         getattr(e, way)([PROMPTS[1], PROMPTS[2], [61], PROMPTS[3]], GREEDY)
-    assert [s.output.request_id for s in e._sequence_states.values()] == [id]
+    assert [s.output.request_id for s in e.core.sequence_states.values()] == [id]
     assert collect(events + drain(e)).keys() == {id}
     idle(e)
     with pytest.raises(ValueError, match=r"^prompt: token 61"):
@@ -749,7 +749,7 @@ def test_close_after_an_error() -> None:
     """The error of the block is swallowed, or the cache kept."""
     with pytest.raises(ValueError, match="empty"), engine() as e:
         e.generate("", GREEDY)
-    assert not hasattr(e, "_cache")
+    assert not hasattr(e, "runner") and not hasattr(e.core, "runner")
 
 
 def test_random_weights(tmp_path: Path) -> None:
@@ -846,7 +846,7 @@ def test_default_cache_holds_the_longest_request(page: int) -> None:
 def test_interrupt_while_adding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was half added stays, and can never finish."""
     e = engine()
-    failing(monkeypatch, "fastgen.core.engine_core.SequenceState.__init__", 2, KeyboardInterrupt)
+    failing(monkeypatch, "fastgen.core.request.SequenceState.__init__", 2, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         e.generate(PROMPTS[0], replace(GREEDY, n=3))
     idle(e)
@@ -858,7 +858,7 @@ def test_error_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     e = engine()
     for p in PROMPTS[:3]:
         e.add(p, replace(GREEDY, prompt_logprobs=0))
-    failing(monkeypatch, "fastgen.core.engine_core.compute_target_logprobs", 1, RuntimeError)
+    failing(monkeypatch, "fastgen.core.runner.compute_target_logprobs", 1, RuntimeError)
     with pytest.raises(RuntimeError):
         e.step()
     for id, output in collect(drain(e)).items():
@@ -905,7 +905,7 @@ def test_random_load() -> None:
             params = SamplingParams(**dice.choice(kinds), seed=seed, max_tokens=n, stop_token_ids=(7, 8))
             asked[e.add(prompt, params)] = prompt, params
         if dice.random() < 0.03 and e.state.running:
-            request = e._sequence_states[dice.choice(e.state.running).id].output.request_id
+            request = e.core.sequence_states[dice.choice(e.state.running).id].output.request_id
             aborted.add(request)
             e.abort(request)
         done += [event.output for event in e.step() if event.output is not None]

@@ -53,8 +53,10 @@ READS: dict[str, Callable[[Engine], Any]] = {  # that any thread may make of an 
     "adapters": lambda e: e.adapters,
     "profile": lambda e: e.profile(),
     "prepare_grammars": lambda e: e.prepare_grammars(),
+    "compile_grammar": lambda e: e.compile_grammar(GREEDY),
 }
 ALWAYS = {"close", "worker_failure", "cache_stats", "has_unfinished_requests", "from_pretrained"}
+ALWAYS |= {"num_steps", "requests", "state", "stats", "tp_shard", "weight_version"}
 
 
 def engine(**settings: Any) -> Engine:

@@ -1,4 +1,4 @@
-"""The engine for asyncio: one thread steps it, and coroutines of any event loop reach it between steps.
+"""AsyncEngine, an engine for asyncio: one thread steps it, and coroutines of any event loop reach it between steps.
 
 async with fastgen.AsyncEngine(engine) as e:
     async for index, output in e.generate(prompts, sampling):  # as they finish
@@ -25,33 +25,29 @@ from fastgen.core.request import Event, Output, pair_prompts
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Params
 from fastgen.engine import Engine
+from fastgen.event_stream import OneOrManyPrompts, OneOrManySampling
 from fastgen.training import weight_sync
 
 T = TypeVar("T")
-OneOrManyPrompts = Prompt | Sequence[Prompt]
-OneOrManySampling = SamplingParams | Sequence[SamplingParams] | None
 
 
 class AsyncRequest:
-    """What some of an engine's requests add as they run: `async for` gives events, `output` waits for the end of one.
+    """Some requests of an AsyncEngine: `async for` yields their events, `output` waits for one to end.
 
-    For the event loop that it was made in. Cancelling who waits for it aborts it; `close` does so too.
+    For the event loop that made it. Cancelling a coroutine that waits for it aborts the requests; `close` does so too.
     """
 
     def __init__(self, async_engine: "AsyncEngine", loop: asyncio.AbstractEventLoop, final_only: bool) -> None:
-        self.request_ids: list[int] = []  # of the engine's requests
-        self._async_engine, self._loop, self._final_only = (
-            async_engine,
-            loop,
-            final_only,
-        )  # `whole`: only last events are wanted
-        self._num_unfinished = 0  # how many of them; the engine's thread counts
+        self.request_ids: list[int] = []
+        self._async_engine, self._loop = async_engine, loop
+        self._final_only = final_only  # whether only last events are delivered
+        self._num_unfinished = 0  # requests; the engine's thread counts
         self._events, self._outputs = deque[Event](), dict[int, Output]()
         self._wake_up_event, self._finished, self._error = asyncio.Event(), False, None
 
     @property
     def request_id(self) -> int:
-        """Of the first; `add` makes one."""
+        """The id of the first request; `add` makes one."""
         return self.request_ids[0]
 
     def __aiter__(self) -> "AsyncRequest":
@@ -66,7 +62,7 @@ class AsyncRequest:
         return self._events.popleft()
 
     async def output(self, index: int = 0) -> Output:
-        """Of the index-th request, once it has ended."""
+        """Waits for the index-th request to end and returns its output."""
         id = self.request_ids[index]
         while id not in self._outputs:
             if self._finished:
@@ -79,7 +75,7 @@ class AsyncRequest:
         return output
 
     def close(self) -> None:
-        """Abort what still runs; nobody hears of it any more."""
+        """Aborts unfinished requests and drops their events."""
         if self._finished:
             return
         self._finished = True
@@ -100,7 +96,7 @@ class AsyncRequest:
             raise RuntimeError(f"a step failed, and this request ended with it: {self._error!r}") from self._error
 
     def _deliver(self, events: list[Event], finished: bool, error: BaseException | None) -> None:
-        """From the engine's thread, in the loop's."""
+        """Takes what the engine's thread posted, in the event loop's thread."""
         if not self._finished:
             self._events += events
             self._outputs |= {e.request_id: e.output for e in events if e.output is not None}
@@ -108,77 +104,75 @@ class AsyncRequest:
             self._wake_up_event.set()
 
     def _abort_unfinished(self) -> None:
-        """In the engine's thread."""
-        left = [id for id in self.request_ids if self._async_engine._requests.get(id) is self]
-        for id in left:
-            del self._async_engine._requests[id]
-        self._async_engine.engine._abort_silently(left)
+        """Abandons the requests, in the engine's thread."""
+        self._async_engine._abandon(id for id in self.request_ids if self._async_engine._requests.get(id) is self)
 
 
 class AsyncEngine:
-    """An engine that a thread steps while there is something to do, for any number of coroutines, loops and threads.
+    """Runs an engine in a thread, for any number of coroutines, event loops and threads.
 
-    While this lives the engine is its thread's: `call` reaches it, and every other caller is refused (RuntimeError).
-    `close()` (or `with`, or `async with`) aborts what runs and ends the thread; the engine is its owner's again.
-    Nothing slows a step down for consumers that do not keep up: what they have not read waits in memory.
+    Until `close()` (or the end of `with` or `async with`) the engine belongs to this thread: `call` reaches it, and
+    every other caller gets a RuntimeError. `close` aborts unfinished requests and ends the thread. Slow consumers slow no
+    step down: events that they have not read stay in memory.
     """
 
     def __init__(self, engine: Engine | Any) -> None:
         if not isinstance(engine, Engine):
             raise ValueError(f"AsyncEngine takes an Engine (Engine.from_pretrained(…) makes one), not {engine!r:.200}")
-        if engine.tp_group is not None and engine._worker_group is None:
+        if engine.tp_group is not None and not engine.ranks.has_workers:
             raise ValueError(
-                "AsyncEngine: in a group that was there every rank makes the same calls in the same order, which "
-                "coroutines do not; take Engine(…, tensor_parallel=N), which starts the other ranks itself"
+                "AsyncEngine: every rank of a process group makes the same calls in the same order, which coroutines do "
+                "not; take Engine(…, tensor_parallel=N), which starts the other ranks itself"
             )
         self.engine = engine
         self._owner_pid = os.getpid()
-        engine._access_guard.acquire()
+        engine.access_guard.acquire()
         self._condition = threading.Condition()  # of the next two
         self._jobs, self._closed = list[Callable[[], None]](), False
-        self._paused = self._draining = False  # these, and all that follows, are the thread's own
-        self._requests: dict[int, AsyncRequest] = {}  # those that run, by id
+        # All of these belong to the thread.
+        self._paused = self._draining = False
+        self._requests: dict[int, AsyncRequest] = {}  # unfinished ones, by id
         self._callbacks_by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
         self._drain_callbacks: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._thread_main, name="fastgen", daemon=True)
         try:
             self._thread.start()
         except BaseException:
-            engine._access_guard.release()
+            engine.access_guard.release()
             raise
-        atexit.register(self.close)  # a thread that is in torch when Python ends takes the process down
+        atexit.register(self.close)  # a thread that is inside torch when Python ends takes the process down
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
     async def generate(
         self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"
     ) -> AsyncIterator[tuple[int, Output]]:
-        """(index, output) of one or many prompts, as they finish. Leaving the loop early aborts the others.
+        """Yields (index of the prompt, output) as requests finish. Leaving the loop early aborts the others.
 
         `on_error` "skip": prompts that cannot run get an output with `error`, as from `Engine.generate`.
         """
         await self._precompile_grammars(prompts, sampling)
         request = await self._submit_and_track(
-            lambda e: e._add_requests(prompts, sampling, stream_text=False, on_error=on_error), final_only=True
+            lambda e: e.core.add_many(prompts, sampling, stream_text=False, on_error=on_error), final_only=True
         )
-        place = {id: i for i, id in enumerate(request.request_ids)}
+        index = {id: i for i, id in enumerate(request.request_ids)}
         try:
             async for event in request:
                 if event.output is not None:
-                    yield place[event.request_id], event.output
+                    yield index[event.request_id], event.output
         finally:
             request.close()
 
     async def stream(
         self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"
     ) -> AsyncIterator[Event]:
-        """Events of one or many prompts as they come. Leaving the loop early aborts what is not finished.
+        """Yields the events of one or many prompts. Leaving the loop early aborts what is not finished.
 
         `on_error` as for `generate`.
         """
         await self._precompile_grammars(prompts, sampling)
         request = await self._submit_and_track(
-            lambda e: e._add_requests(prompts, sampling, stream_text=True, on_error=on_error)
+            lambda e: e.core.add_many(prompts, sampling, stream_text=True, on_error=on_error)
         )
         try:
             async for event in request:
@@ -189,48 +183,47 @@ class AsyncEngine:
     async def add(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, stream_text: bool = True
     ) -> AsyncRequest:
-        """Queue a request. `live` false: only its last event is told. ValueError for what can never run."""
+        """Queues a request. `stream_text` false delivers its last event only. Raises ValueError for what can never run."""
         await self._precompile_grammars([prompt], sampling)
         return await self._submit_and_track(
             lambda e: [e.add(prompt, sampling, stream_text=stream_text)], final_only=not stream_text
         )
 
     async def _precompile_grammars(self, prompts: OneOrManyPrompts, sampling: OneOrManySampling) -> None:
-        """Compiles grammars beside the steps, for the requests that follow. Whoever leaves ends that."""
+        """Compiles grammars beside the steps, for the requests that follow. Cancelling the coroutine cancels that."""
         if sampling is None or (isinstance(sampling, SamplingParams) and sampling.grammar is None):
             return
-        stop = threading.Event()
+        cancel_event, precompile = threading.Event(), self.engine.grammars.precompile
         try:
-            with suppress(ValueError):  # which the request itself gets at once
+            with suppress(ValueError):  # which the request itself raises again
                 for _, params in pair_prompts(prompts, sampling):
                     if params.grammar is not None:
-                        await asyncio.to_thread(self.engine._precompile_grammar, params, stop)
+                        await asyncio.to_thread(precompile, params, cancel_event)
         except asyncio.CancelledError:
-            stop.set()
+            cancel_event.set()
             raise
 
     async def follow(self, fn: Callable[..., int | Sequence[int]], *args: Any, **kwargs: Any) -> AsyncRequest:
-        """The requests whose ids f(engine, …) returns, from their first event on: `follow(Engine.fork, id, 4)`."""
+        """Returns the requests whose ids fn(engine, …) returns, from their first event on: `follow(Engine.fork, id, 4)`."""
 
-        def ids(engine: Engine) -> list[int]:
-            found = fn(engine, *args, **kwargs)
-            found = [found] if isinstance(found, int) else list(found)
-            running = {s.output.request_id for s in engine._sequence_states.values()} - self._requests.keys()
-            if wrong := set(found) - running:
+        def submit(engine: Engine) -> list[int]:
+            result = fn(engine, *args, **kwargs)
+            request_ids = [result] if isinstance(result, int) else list(result)
+            if wrong := set(request_ids) - (engine.core.running_request_ids - self._requests.keys()):
                 raise ValueError(f"follow: requests {sorted(wrong)} do not run here, or are followed already")
-            return found
+            return request_ids
 
-        return await self._submit_and_track(ids)
+        return await self._submit_and_track(submit)
 
     async def _submit_and_track(
-        self, fn: Callable[[Engine], Iterable[int]], *, final_only: bool = False
+        self, submit: Callable[[Engine], Iterable[int]], *, final_only: bool = False
     ) -> AsyncRequest:
         request = AsyncRequest(self, asyncio.get_running_loop(), final_only)
 
         def begin() -> None:
             if self._draining:
                 raise RuntimeError("the engine drains, and takes new requests only after resume()")
-            request.request_ids = [*fn(self.engine)]
+            request.request_ids = [*submit(self.engine)]
             self._requests |= dict.fromkeys(request.request_ids, request)
             request._num_unfinished = len(request.request_ids)
             request._finished = not request.request_ids
@@ -243,17 +236,17 @@ class AsyncEngine:
         return request
 
     async def abort(self, request_id: int) -> Output | None:
-        """End a request now; what it has so far. Who waits for it gets the same. None if it is not running."""
+        """Ends a request now and returns its output so far, which its AsyncRequest gets, too. None if it is not running."""
         return await self.call(Engine.abort, request_id)
 
     async def abort_all(self) -> dict[int, Output]:
-        """End all requests now; what each has so far."""
-        return await self.call(lambda e: e._abort_requests({s.output.request_id for s in e._sequence_states.values()}))
+        """Ends all requests now and returns their outputs so far."""
+        return await self.call(lambda e: e.core.abort(e.core.running_request_ids))
 
     # --- control ----------------------------------------------------------------------------------------------------
 
     async def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """f(engine, …), between two steps: `call(Engine.touch)`, `call(Engine.update_params, tensors)`, …"""
+        """Returns fn(engine, …), called between two steps: `call(Engine.params_changed)`, `call(Engine.sleep)`, …"""
         return await self._call_on_thread(lambda: fn(self.engine, *args, **kwargs))
 
     async def update_params(
@@ -265,11 +258,11 @@ class AsyncEngine:
         recompute: bool = False,
         check_finite: bool = True,
     ) -> int:
-        """`Engine.update_params` that takes the tensors from `source` beside the steps, and writes them between two.
+        """Calls `Engine.update_params` with the tensors of `source`, which are received beside the steps.
 
-        For sources that come late or slowly, such as `receive(group)`: a thread copies all of their tensors to
-        `device`, by default the one where each is, before any is written. What is wrong with the source or
-        its tensors is raised here, the parameters stay as they are, and requests go on.
+        For late or slow sources, such as `receive(group)`: a thread copies all tensors to `device`, by default the device
+        that each is on, before any is written between two steps. Errors of the source or its tensors are raised here; the
+        parameters then stay as they are, and requests go on.
         """
         if self._closed:
             raise RuntimeError("this AsyncEngine was closed")
@@ -279,7 +272,7 @@ class AsyncEngine:
         def receive() -> None:
             try:
                 if engine.device.type == "cuda":
-                    torch.cuda.set_device(engine.device)  # is a thread's own
+                    torch.cuda.set_device(engine.device)  # each thread has its own
                 pairs = weights.named_weights(source, engine.model_config) if isinstance(source, Params) else source
                 tensors, error = weight_sync.stage_named_tensors(pairs, device), None
                 weights.check_tensors(
@@ -287,43 +280,41 @@ class AsyncEngine:
                 )
                 if check_finite:
                     weights.check_finite_update(
-                        engine.params, engine.model_config, tensors, engine._tp_shard, "update_params"
+                        engine.params, engine.model_config, tensors, engine.tp_shard, "update_params"
                     )
             except BaseException as e:
                 tensors, error = [], e
-            with suppress(RuntimeError):  # the loop was closed, and nobody waits any more
+            with suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(_resolve_future, staged, tensors, error)
 
         threading.Thread(target=receive, name="fastgen-update", daemon=True).start()
-        how = {"partial": partial, "recompute": recompute, "check_finite": False}  # they have been looked at
-        return await self.call(Engine.update_params, await staged, **how)
+        options = {"partial": partial, "recompute": recompute, "check_finite": False}  # `receive` has checked
+        return await self.call(Engine.update_params, await staged, **options)
 
     async def pause(self, mode: str = "keep") -> None:
-        """No step begins until `resume`, and none is running any more.
+        """Finishes the step in flight and starts none until `resume`.
 
-        "keep" freezes the requests, to go on as if nothing had been; "abort" ends them with what they have. Others may
-        be added meanwhile, and `call` works.
+        `mode` "keep" freezes the requests, which then go on as if nothing had happened; "abort" ends them with what they
+        have. Requests may be added meanwhile, and `call` works.
         """
         if mode not in ("keep", "abort"):
             raise ValueError(unknown_name_message("mode", mode, ["keep", "abort"]))
 
         def stop() -> None:
             self._paused = True
+            core = self.engine.core
             try:
-                if self.engine._worker_group is not None:
-                    self.engine._worker_group.broadcast_call("_finish_step")
-                self.engine._finish_step()
+                core.finish_step_on_all_ranks()
             except BaseException as e:
-                self.engine._reset_after_error()
-                self._deliver_events(self._drain_events(), e)
+                self._deliver_events(core.drain_events(), e)
                 raise
             if mode == "abort":
-                self.engine._abort_all()
+                core.abort(core.running_request_ids)
 
         await self._call_on_thread(stop)
 
     async def resume(self) -> None:
-        """Go on after `pause`, and take new requests after `drain`."""
+        """Ends `pause`, and accepts new requests after `drain`."""
 
         def go() -> None:
             self._paused = self._draining = False
@@ -331,7 +322,7 @@ class AsyncEngine:
         await self._call_on_thread(go)
 
     async def drain(self) -> None:
-        """Take no new requests until `resume`, and wait for the end of those there are."""
+        """Refuses new requests until `resume`, and waits for the running ones to end."""
         loop = asyncio.get_running_loop()
         done = loop.create_future()
 
@@ -343,7 +334,7 @@ class AsyncEngine:
         await done
 
     def close(self) -> None:
-        """Abort what runs, end the thread, and leave the engine to its owner. In a fork of the process: nothing."""
+        """Aborts unfinished requests, ends the thread and releases the engine. Does nothing in a forked process."""
         if self._owner_pid != os.getpid():
             return
         with self._condition:
@@ -371,11 +362,11 @@ class AsyncEngine:
     # --- between threads --------------------------------------------------------------------------------------------
 
     def _enqueue_job(self, job: Callable[[], None], *, ignore_closed: bool = False) -> None:
-        """Have the thread do something before its next step. RuntimeError if it has ended, unless `late`."""
+        """Has the thread run a job before its next step. Raises RuntimeError after `close`, unless `ignore_closed`."""
         if self._owner_pid != os.getpid():
             if ignore_closed:
                 return
-            self.engine._access_guard.check()
+            self.engine.access_guard.check()
         with self._condition:
             if not self._closed:
                 self._jobs.append(job)
@@ -385,63 +376,65 @@ class AsyncEngine:
 
     async def _call_on_thread(self, fn: Callable[[], T]) -> T:
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
+        future: asyncio.Future[T] = loop.create_future()
 
         def job() -> None:
             try:
-                done = partial(_resolve_future, answer, fn(), None)
+                callback = partial(_resolve_future, future, fn(), None)
             except BaseException as e:
-                done = partial(_resolve_future, answer, None, e)
-            self._add_callback(loop, done)
+                callback = partial(_resolve_future, future, None, e)
+            self._add_callback(loop, callback)
 
         self._enqueue_job(job)
-        return await answer
+        return await future
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _thread_main(self) -> None:
-        self.engine._access_guard.thread_id = threading.get_ident()
+        self.engine.access_guard.thread_id = threading.get_ident()
         try:
             self._run_loop()
         finally:
-            self.engine._access_guard.release()
+            self.engine.access_guard.release()
 
     def _run_loop(self) -> None:
         if self.engine.device.type == "cuda":
-            torch.cuda.set_device(self.engine.device)  # is a thread's own
-        closed = False
+            torch.cuda.set_device(self.engine.device)  # each thread has its own
+        core, closed = self.engine.core, False
         while not closed:
             with self._condition:
                 self._condition.wait_for(lambda: self._jobs or self._closed or self._can_step())
                 jobs, self._jobs, closed = self._jobs, [], self._closed
             try:
                 for job in jobs:
-                    with suppress(Exception):  # of those without an answer: it concerns who has posted it alone
+                    with suppress(Exception):  # of jobs without a future
                         job()
                 if closed:
-                    self.engine._abort_all()
+                    core.abort(core.running_request_ids)
                 if jobs or closed:
-                    self._deliver_events(self._drain_events())
+                    self._deliver_events(core.drain_events())
                 if not closed and self._can_step():
                     self._deliver_events(self.engine.step())
-            except BaseException as e:  # everything ends, and the engine can go on
-                with suppress(RuntimeError):  # of ranks that are gone
-                    self.engine._abort_all()
-                self._deliver_events(self._drain_events(), e)
+            except BaseException as e:  # every request ends, and the engine can go on
+                with suppress(RuntimeError):  # of ranks that have ended
+                    core.abort(core.running_request_ids)
+                self._deliver_events(core.drain_events(), e)
 
     def _can_step(self) -> bool:
-        """Whether a step may be done and has something to do; it waits while memory is given back."""
-        e = self.engine
-        return not self._paused and e.has_unfinished_requests and all(r.resident for r in e._releasable_memory.values())
+        """Returns whether a step may run and has something to do; none runs while memory is released."""
+        return not self._paused and self.engine.has_unfinished_requests and self.engine.memory.resident
 
-    def _drain_events(self) -> list[Event]:
-        """Events that need no step."""
-        events, self.engine._pending_events = self.engine._pending_events, []
-        return events
+    def _abandon(self, request_ids: Iterable[int]) -> None:
+        """Drops requests that have no reader any more; the engine aborts them with its next call."""
+        ids = frozenset(request_ids)
+        for id in ids:
+            del self._requests[id]
+        if ids:
+            self.engine.core.abandoned.append(ids)
 
     def _deliver_events(self, events: list[Event], error: BaseException | None = None) -> None:
-        """Events to those who wait for them, and an error to those whom it has ended."""
-        told: dict[AsyncRequest, list[Event]] = {}
+        """Posts events to the requests' loops, and an error to the requests that it ended."""
+        events_of: dict[AsyncRequest, list[Event]] = {}
         failed = set[AsyncRequest]() if error is None else set(self._requests.values())
         for event in events:
             if (request := self._requests.get(event.request_id)) is None:
@@ -451,38 +444,34 @@ class AsyncEngine:
                 request._num_unfinished -= 1
             elif request._final_only:
                 continue
-            told.setdefault(request, []).append(event)
+            events_of.setdefault(request, []).append(event)
         if error is not None:
             self._requests.clear()
-            # Who has all of its outputs, none of them cut short, lost nothing.
+            # A request that has all of its outputs, none of them cut short, lost nothing.
             failed -= {
-                r for r, some in told.items() if not r._num_unfinished and all(_is_complete(e.output) for e in some)
+                r for r, new in events_of.items() if not r._num_unfinished and all(_is_complete(e.output) for e in new)
             }
-        for request in {**told, **dict.fromkeys(failed)}:
+        for request in {**events_of, **dict.fromkeys(failed)}:
             cause = error if request in failed else None
-            ended = not request._num_unfinished or cause is not None
-            self._add_callback(request._loop, partial(request._deliver, told.get(request, []), ended, cause))
+            finished = not request._num_unfinished or cause is not None
+            self._add_callback(request._loop, partial(request._deliver, events_of.get(request, []), finished, cause))
         if self._drain_callbacks and not self.engine.has_unfinished_requests:
-            for tell in self._drain_callbacks:
-                tell()
+            for callback in self._drain_callbacks:
+                callback()
             self._drain_callbacks = []
         self._flush_callbacks()
 
     def _add_callback(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-        """Have a loop do something; all that one step has for it goes together."""
+        """Adds a callback for a loop; all callbacks of one step are posted together."""
         self._callbacks_by_loop.setdefault(loop, []).append(callback)
 
     def _flush_callbacks(self) -> None:
-        outbox, self._callbacks_by_loop = self._callbacks_by_loop, {}
-        for loop, some in outbox.items():
+        callbacks_by_loop, self._callbacks_by_loop = self._callbacks_by_loop, {}
+        for loop, callbacks in callbacks_by_loop.items():
             try:
-                loop.call_soon_threadsafe(_run_callbacks, some)
-            except RuntimeError:  # it was closed, and nobody waits any more
-                gone = [id for id, r in self._requests.items() if r._loop is loop]
-                for id in gone:
-                    del self._requests[id]
-                with suppress(RuntimeError):  # of ranks that are gone, which the next step says
-                    self.engine._abort_silently(gone)
+                loop.call_soon_threadsafe(_run_callbacks, callbacks)
+            except RuntimeError:  # the loop was closed
+                self._abandon([id for id, r in self._requests.items() if r._loop is loop])
 
 
 def _is_complete(output: Output | None) -> bool:

@@ -1,41 +1,60 @@
-"""The engine: what one calls. Its loop of steps is in `fastgen.core.engine_core`."""
+"""Engine: what one calls. Wires an EngineCore to runner, memory, ranks and adapters, and guards every call."""
 
-import hashlib
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastgen import lora
-from fastgen.checkpoint import files, hub, tokenizer, weights
-from fastgen.config import EngineConfig, SamplingParams, check_choice, check_int
+from fastgen import snapshot as snapshots
+from fastgen.checkpoint import hub, tokenizer, weights
+from fastgen.compiled.runner import ModelRunner
+from fastgen.config import EngineConfig, SamplingParams, check_int
 from fastgen.core import scheduler
-from fastgen.core.engine_core import INT64_RANGE, EngineCore, get_tp_size
+from fastgen.core.engine_core import INT64_RANGE, EngineCore, end_token_ids
+from fastgen.core.extensions import Matcher, NoAdapters, Ranks, SingleRank, call_collectively, on_all_ranks
+from fastgen.core.kv_cache import new_kv_cache
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config
-from fastgen.core.prefix_cache import CacheStats, Namespace, make_namespace
-from fastgen.core.request import Output, SequenceState, map_prompts, max_length
+from fastgen.core.prefix_cache import CacheStats
+from fastgen.core.request import Event, Output
 from fastgen.core.tokenizer import Prompt
-from fastgen.core.types import Adapter, Params, Tokenizer
+from fastgen.core.torch_modes import no_torch_modes
+from fastgen.core.types import Adapter, Batch, KVCache, Params, Tokenizer
 from fastgen.distributed import workers
+from fastgen.distributed.tensor_parallel import TPGroup
 from fastgen.event_stream import GenerateMethods
-from fastgen.lora import LoadedAdapter
-from fastgen.offload.host_cache import page_bytes
-from fastgen.profiling.profiler import ProfileWindow
+from fastgen.lora import AdapterManager, LoadedAdapter
+from fastgen.offload.host_cache import HostOffload, page_bytes
+from fastgen.profiling.profiler import Profiler, ProfileWindow
 from fastgen.snapshot import Snapshot
-from fastgen.thread_safety import exclusive, no_torch_modes
+from fastgen.structured_output.backend import GrammarBackend
+from fastgen.structured_output.rank_grammars import RankGrammars
+from fastgen.thread_safety import AccessGuard, check_fork, exclusive
 from fastgen.training import logprobs, weight_sync
-from fastgen.training.sleep import ReleasableMemory
-from fastgen.training.weight_sync import named_tensors
+from fastgen.training.shared_params import adopted_models, version_counters
+from fastgen.training.sleep import EngineMemory, ReleasableMemory
 
-T = TypeVar("T")
+MAX_CPU_CACHE_BYTES = 2**30  # of a cache on a CPU whose size is not set
+
+
+def get_tp_size(config: EngineConfig) -> int:
+    """Returns the number of ranks of one engine. Raises ValueError if the config is of several engines."""
+    if (n := config.parallel.replicas) > 1:
+        raise ValueError(
+            f"parallel.replicas={n} are several engines: use fastgen.Replicas.from_pretrained, fgrun, fgbench "
+            "or fgserve, or leave it at 1"
+        )
+    return config.parallel.tensor_parallel
 
 
 def _load_model(
@@ -48,52 +67,111 @@ def _load_model(
     progress: bool = False,
     allocate: Callable[[int], ReleasableMemory] | None = None,
 ) -> tuple[ModelConfig, Params, Tokenizer | None]:
-    """A model as one rank has it; a `seed` draws its weights."""
+    """Returns config, parameters and tokenizer of one rank; with a `seed`, random parameters."""
     if seed is None:
-        spec, params = weights.load(
-            path, device=device, dtype=dtype, progress=progress, tp_shard=shard, allocate=allocate
-        )
+        common: Any = {"progress": progress, "tp_shard": shard, "allocate": allocate}
+        model_config, params = weights.load(path, device=device, dtype=dtype, **common)
     else:
-        spec = files.read_model_config(path)
-        kind = dtype or getattr(torch, spec.dtype)
-        room = None if allocate is None else allocate(weights.param_bytes(spec, kind, shard))
-        params = weights.init(spec, seed, device=device, dtype=dtype, tp_shard=shard, memory=room)
-    return spec, params, tokenizer.load(path)
+        model_config = weights.read_model_config(path)
+        params_dtype: torch.dtype = dtype or getattr(torch, model_config.dtype)
+        memory = None if allocate is None else allocate(weights.param_bytes(model_config, params_dtype, shard))
+        params = weights.init(model_config, seed, device=device, dtype=params_dtype, tp_shard=shard, memory=memory)
+    return model_config, params, tokenizer.load(path)
 
 
 def resolve_model(model: str | Path | None, dtype: str, device: str) -> tuple[Path, str]:
-    """Where a model is, and what "auto" is for a device. ValueError for what is none."""
+    """Returns a model's path, and the device that "auto" means. Raises ValueError for an unknown model or dtype."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return hub.default_model_path() if model is None else hub.resolve(model), device
+    return hub.default_model_path() if model is None else weights.resolve(model), device
 
 
-def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """A caller's pairs. ValueError if what gives them fails: that is no rank's end."""
-    try:
-        yield from named_tensors
-    except ValueError:
-        raise
-    except Exception as e:
-        raise ValueError(f"update_params: what gives the tensors failed: {type(e).__name__}: {e}") from e
-
-
-class Engine(EngineCore, GenerateMethods):
+class Engine(GenerateMethods):
     """Generates from a dense transformer; many requests share each step.
 
-    `params` are used as they are, without a copy, on the device and in the dtype they have. Settings are the names
-    in `fastgen.config` (`token_budget=512, page_size=32, …`).
+    `params` are used as they are, without a copy, on their device and in their dtype. Settings are the names in
+    `fastgen.config` (`token_budget=512, page_size=32, …`).
 
-    `tensor_parallel=N` spreads `params`, the whole model's, over N ranks (see `fastgen.distributed.workers`): this process, and
-    others that end with it. With a `group` this is one of several ranks: `params` are this rank's (`init` and `load`
-    take its place), `spec` is the whole model's, and every rank makes the same calls in the same order (see
-    `fastgen.distributed.tensor_parallel`).
+    `tensor_parallel=N` spreads `params`, the full model's, over N ranks (see `fastgen.distributed.workers`): this
+    process, and others that end with it. With a `tp_group` this is one of several ranks: `params` are this rank's
+    shard (`init` and `load` take a `tp_shard`), `model_config` is the full model's, and every rank makes the same calls
+    in the same order (see `fastgen.distributed.tensor_parallel`).
 
-    For one thread at a time, of the process that made it: others are refused (RuntimeError), and nothing is changed.
-    `close()` (or `with`) frees the cache.
+    For one thread at a time, of the process that made it: others get a RuntimeError, and nothing changes. `close()` (or
+    `with`) frees the cache. `core` is the EngineCore; whoever calls it must hold the engine.
     """
+
+    @no_torch_modes
+    def __init__(
+        self,
+        params: Params | Any,
+        model_config: ModelConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        progress: bool = True,
+        tp_group: TPGroup | None = None,
+        **settings: Any,
+    ) -> None:
+        check_fork("Engine")
+        if not isinstance(params, Params) or not isinstance(model_config, ModelConfig):
+            types = f"{type(params).__name__} and {type(model_config).__name__}"
+            raise ValueError(
+                f"Engine takes Params and their ModelConfig, not {repr(params) if isinstance(params, str) else types}: "
+                "Engine.from_pretrained(…) takes a folder or hub id, and fastgen.adopt(…) makes both of a transformers "
+                "model"
+            )
+        self.access_guard = AccessGuard(
+            "this engine", "fastgen.AsyncEngine serves any number of threads and coroutines"
+        )
+        config = EngineConfig.from_flat(**settings)
+        if (size := get_tp_size(config)) > 1 and tp_group is None:
+            shard_config(model_config, size)  # raises ValueError before anything is started
+            load = workers.shard_loader(params, model_config, tokenizer, size)
+            tp_group = workers.create_tp_group(size, params.embed.device.type, load, settings, type(self))
+            params = load(tp_group.shard, str(params.embed.device))[1]
+        self.tp_group, self.ranks = tp_group, tp_group or SingleRank()
+        weakref.finalize(self, self.ranks.close)
+        with workers.close_workers_on_error(tp_group):
+            self.model_config, self.tokenizer = model_config, tokenizer
+            self.device, self.dtype = params.embed.device, params.embed.dtype
+            self.config = config = config.resolve(self.device.type)
+            page_size, pages = config.kv_cache.page_size, config.offload
+            self.adapter_manager = adapters = NoAdapters()
+            if config.lora.max_adapters:
+                manager = AdapterManager(model_config, config.lora, self.device, self.dtype, tp_group)
+                self.adapter_manager = adapters = manager
+            self.runner = runner = ModelRunner(params, model_config, config, tp_group, adapters.adapters)
+            shard = runner.model_config
+            host_bytes = pages.host_gb * 1e9 if pages.target == "host" else 0
+            num_host_pages = int(host_bytes // page_bytes(shard, page_size, self.dtype.itemsize))
+            if host_bytes and not num_host_pages:
+                raise ValueError(f"offload.host_gb={pages.host_gb} holds not even a page: raise it")
+            self.page_copier = page_copier = HostOffload(shard, page_size, self.dtype, self.device, num_host_pages)
+            self.memory, self._adopted_models = EngineMemory(), adopted_models(params)
+            self.cache_capacity = _cache_capacity(runner, config, self.ranks)  # tokens
+            num_slots = self.cache_capacity + page_size
+            shape = num_slots, shard.num_kv_heads, shard.head_dim
+            allocate = self.memory.allocate_cache(shape, 2 * shard.num_layers, self.dtype, self.device)
+            runner.attach_cache(new_kv_cache(shard, num_slots, allocate=allocate))
+            page_copier.attach_cache(runner.cache)
+            runner.warm_up(runner.cache, progress=progress)
+            # A reference to this engine would keep its memory until Python looks for cycles.
+            self.profiler = Profiler(shard, self.dtype, self.device, partial(_memory_usage_of, weakref.ref(self)))
+            vocabulary = tokenizer, model_config.vocab_size, end_token_ids(model_config, tokenizer)
+            backend = GrammarBackend(*vocabulary, limit_mask_time=tp_group is None)
+            ranks = self.ranks  # a reference to `self` would be a cycle
+            precompile = partial(ranks.broadcast_call, Engine._precompile_grammar.__qualname__)
+            self.grammars = RankGrammars(
+                backend, precompile_on_ranks=precompile if ranks.has_workers else None,
+                all_ranks=lambda ok: bool(ranks.all_reduce_min(int(ok))),
+            )  # fmt: skip
+            self.core = EngineCore(
+                runner, config, page_copier, model_config=model_config, tokenizer=tokenizer, ranks=self.ranks,
+                adapters=adapters, grammars=self.grammars, profiler=self.profiler,
+                version_tensors=version_counters(params),
+            )  # fmt: skip
 
     @classmethod
     @no_torch_modes
@@ -109,35 +187,30 @@ class Engine(EngineCore, GenerateMethods):
         progress: bool = True,
         **settings: Any,
     ) -> "Engine":
-        """An engine for a Hugging Face directory, hub id, `.safetensors` or `.gguf` file; None: the embedded default.
+        """Returns an engine for a Hugging Face directory, hub id, `.safetensors` or `.gguf` file; None: the default model.
 
         `dtype` auto is the checkpoint's on a GPU and float32 on a CPU; `device` auto takes a GPU if there is one.
-        `random` draws weights instead of reading them: `model` is then a config.json or the folder that holds it.
-        `adapters` are PEFT's folders or hub ids by the names that requests give; room is made for them.
+        `random_weights` samples weights instead of reading them: `model` is then a config.json or its folder.
+        `adapters` are PEFT folders or hub ids by the names that requests use; the engine is made large enough for them.
         """
-        chosen = EngineConfig.from_flat(**settings)  # before anything is loaded
-        size, chosen = get_tp_size(chosen), replace(chosen, lora=lora.expand_lora_config(chosen.lora, adapters or {}))
-        settings = {f.name: getattr(chosen, f.name) for f in fields(EngineConfig)}
+        config = EngineConfig.from_flat(**settings)  # checked before anything is loaded
+        size, config = get_tp_size(config), replace(config, lora=lora.expand_lora_config(config.lora, adapters or {}))
+        settings = {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
         path, device = resolve_model(model, dtype, device)
-        kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
-        load = partial(_load_model, path, kind, random_seed if random_weights else None)
+        torch_dtype = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
+        load = partial(_load_model, path, torch_dtype, random_seed if random_weights else None)
+        group = None
         if size > 1:
-            shard_config(files.read_model_config(path), size)
+            shard_config(weights.read_model_config(path), size)
             group = workers.create_tp_group(size, device.partition(":")[0], load, settings, cls)
             device = workers.rank_device(device, group.shard.rank) if device == "cuda" else device
-        else:
-            group = None
+        memory = EngineMemory()
         with workers.close_workers_on_error(group):
-            made: list[ReleasableMemory] = []
-
-            def region(size: int) -> ReleasableMemory:
-                made.append(ReleasableMemory(size, torch.device(device)))
-                return made[-1]
-
-            place = UNSHARDED if group is None else group.shard
-            spec, params, words = load(place, device, progress=progress, allocate=region)
-        engine = cls(params, spec, words, progress=progress, tp_group=group, **settings)
-        engine._releasable_memory["params"] = made[0]
+            shard = UNSHARDED if group is None else group.shard
+            allocate = memory.params_allocator(torch.device(device))
+            model_config, params, words = load(shard, device, progress=progress, allocate=allocate)
+        engine = cls(params, model_config, words, progress=progress, tp_group=group, **settings)
+        engine.memory.regions |= memory.regions
         try:
             engine.load_adapters(adapters or {})
         except BaseException:
@@ -147,405 +220,429 @@ class Engine(EngineCore, GenerateMethods):
             print(engine.summary(), file=sys.stderr, flush=True)
         return engine
 
-    def _add_requests(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        *,
-        stream_text: bool,
-        on_error: str = "raise",
-    ) -> list[int]:
-        make = partial(self._prepare, stream_text=stream_text)
-        new: list[list[SequenceState] | Output] = map_prompts(make, prompts, sampling, on_error)
-        return self._submit(new)
+    # --- requests -----------------------------------------------------------------------------------------------------
 
-    # --- requests as values -------------------------------------------------------------------------------------------
+    @property
+    def requests(self) -> EngineCore:
+        """The core, for `generate`, `stream` and `as_completed`."""
+        return self.core
+
+    @exclusive()
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        stream_text: bool = True,
+        matchers: Sequence[Matcher | None] | None = None,
+    ) -> int:
+        """Queues a request and returns its id. `prompt` is text, token ids, or chat messages.
+
+        `stream_text` false: the text comes with the last event only, which saves the host most of the work for it.
+        `matchers`: what `compile_grammar` returned for these settings. Raises ValueError, with the numbers, for a
+        request that can never run; nothing else is disturbed.
+        """
+        params = SamplingParams() if sampling is None else sampling
+        return self.core.add(prompt, params, stream_text=stream_text, matchers=matchers)
+
+    def compile_grammar(
+        self, sampling: SamplingParams, cancel_event: threading.Event | None = None
+    ) -> Sequence[Matcher | None]:
+        """Returns the `matchers` of `add` for these settings, from any thread, beside the steps.
+
+        `cancel_event` cancels it. Raises ValueError for a grammar that cannot be used.
+        """
+        self.access_guard.check()
+        return self.grammars.compile(sampling, cancel_event)
+
+    @exclusive("params", "cache")
+    def step(self) -> list[Event]:
+        """Launches one step; returns what was added to each request. An error or interrupt aborts all requests.
+
+        With `overlap`, the events are those of the step before, which is waited for while the new one runs. Raises
+        ValueError, and nothing is lost, while memory is released (`sleep`), or if an adopted model has other parameters
+        now.
+        """
+        for model in self._adopted_models:
+            model.check()
+        return self.core.step()
+
+    @exclusive()
+    def abort(self, request_id: int) -> Output | None:
+        """Ends a request now and returns its output so far; None if it is not running. Its last events come with a step."""
+        check_int("request_id", request_id, *INT64_RANGE)
+        return self.core.abort({request_id}).get(request_id)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether a step has anything left to compute or to report."""
+        return self.core.has_unfinished_requests
+
+    @property
+    def worker_failure(self) -> str:
+        """Why the other ranks have ended, if they have: then this engine has ended, too."""
+        return self.ranks.failure_cause
 
     @exclusive()
     def fork(self, request_id: int, n: int = 1, *, index: int = 0, seeds: Sequence[int] | None = None) -> list[int]:
-        """Go on from a request's present token in `n` further requests, each with a seed of its own; their ids.
+        """Continues a request from its last token in `n` further requests, each with its own seed; returns their ids.
 
-        They share the pages of what was computed and copy the one that is not full. Events tell what is new; their
-        outputs begin with the tokens that were there. `index` says which of several completions. ValueError if that
-        has ended, or `seeds` are not n.
+        They share the computed pages and copy the partly filled one. Their events have new tokens only; their outputs
+        begin with the tokens so far. `index` chooses one of several completions. Raises ValueError if that has ended, or
+        if there are not n `seeds`.
         """
-        check_int("fork: n", n, 1, 4096)
-        check_int("fork: index", index, 0, 4095)
-        if seeds is not None and not isinstance(seeds, Sequence):
-            raise ValueError(f"fork: seeds must be a list, got {seeds!r:.100}")
-        if seeds is not None and len(seeds) != n:
-            raise ValueError(f"fork of request {request_id}: n={n} copies and {len(seeds)} seeds")
-        for seed in seeds or ():
-            check_int("fork: a seed", seed, *INT64_RANGE)
-        given = [self._seed_rng.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
-        self._broadcast("fork", request_id, n, index=index, seeds=given)
-        going = self._get_unfinished_sequences(request_id)
-        if index not in going:
-            raise ValueError(f"fork of request {request_id}: completion {index} has ended; {[*going]} go on")
-        source, new = going[index], list[int]()
-        sample = self._sequence_states[source]
-        for seed in given:
-            id, copy = next(self._sequence_id_counter), sample.fork(next(self._request_id_counter), seed)
-            self._sequence_states[id] = copy
-            self.state = scheduler.fork(self.state, source, self._make_sequence(id, copy), self._tokens_by_sequence())
-            new.append(copy.output.request_id)
-        return new
+        return self.core.fork(request_id, n, index=index, seeds=seeds)
 
     @exclusive()
     @torch.no_grad()
     def snapshot(self, request_id: int, *, include_pages: bool = False) -> Snapshot:
-        """A request as it stands, as a value that can be saved and restored, here or by another engine.
+        """Returns a running request as a value that can be saved and restored, by this engine or another one.
 
-        `pages`: with its keys and values, so that nothing has to be computed again. The request goes on.
-        Pages are those of the present parameters only. ValueError if it has ended.
+        `include_pages` adds its keys and values, so that nothing has to be computed again; only those of the present
+        parameters. The request goes on. Raises ValueError if it has ended.
         """
-        if self._worker_group is not None and include_pages:
-            raise ValueError("snapshot: pages of a model over several ranks cannot be saved; leave pages=False")
         if include_pages:
-            self._require_memory("params", "cache")
-            if self._sum_version_counters() != self._last_version_counter_sum:
-                self._on_params_changed()  # pages that were computed before are of other parameters than `model` says
-        self._broadcast("_finish_step")
-        going = self._get_unfinished_sequences(request_id)
-        samples = {i: self._sequence_states[id] for i, id in going.items()}
-        found = Snapshot.from_request(next(iter(samples.values())).output, samples)
-        if include_pages:
-            running = {s.id: s for s in self.state.running}
-            current = {id: s for id, s in running.items() if s.root is self.state.prefix_cache.get_root(s.namespace)}
-            cached = {i: current[id] for i, id in going.items() if id in current and current[id].num_computed_tokens}
-            found.model_fingerprint = self._model_fingerprint()
-            found.pages = {
-                i: self._host_offload.read_pages(
-                    s.pages[: scheduler.num_pages_for(self.state.page_size, s.num_computed_tokens)],
-                    s.num_computed_tokens,
-                )
-                for i, s in cached.items()
-            }
-            found.checksum = found.compute_pages_checksum()
-        return found
+            if self.ranks.has_workers:
+                raise ValueError("snapshot: pages of several ranks cannot be saved; leave include_pages=False")
+            self.memory.require("params", "cache")
+            self.core.notice_changed_params()  # pages computed before are of other parameters than the fingerprint
+        self.core.finish_step_on_all_ranks()
+        return snapshots.take(self.core, request_id, include_pages=include_pages)
 
-    @exclusive()
-    @torch.no_grad()
+    @exclusive("params", "cache")
     def restore(self, snapshot: Snapshot) -> int:
-        """Go on with a request that was saved; its id here. It gets the tokens that it would have got.
+        """Continues a request that was saved, with the tokens that it would have got; returns its id here.
 
-        Pages are used if they are of this model and this engine keeps a prefix cache. ValueError for what cannot run.
+        Pages are used if they are of this model and the engine has a prefix cache. Raises ValueError for what cannot
+        run.
         """
-        self._require_memory("params", "cache")
         if not isinstance(snapshot, Snapshot):
             raise ValueError(f"restore takes a Snapshot (Snapshot.load reads a file), not {type(snapshot).__name__}")
         snapshot.check(self.model_config.vocab_size)
-        same = bool(snapshot.pages) and snapshot.model_fingerprint == self._model_fingerprint()
-        for i, x in snapshot.pages.items() if same else ():
-            here = self._runner.model_config
-            want = here.num_layers, 2, x.shape[2], here.num_kv_heads, here.head_dim
-            if tuple(x.shape) != want or x.dtype != self.dtype:
-                raise ValueError(f"snapshot: the pages of completion {i} are {tuple(x.shape)} {x.dtype}, not {want}")
-        if self._worker_group is not None:
+        if self.ranks.has_workers:
             snapshot = replace(snapshot, pages={}, checksum="")
-        guides = self._compile_grammar(snapshot.sampling)[: len(snapshot.seeds)]
-        self._broadcast("restore", snapshot)
-        has_text = self.tokenizer is not None
-        limit = max_length(
-            snapshot.prompt_token_ids, snapshot.sampling, self.model_config, self.cache_capacity, has_text
-        )
-        adapter = self._adapter_index(snapshot.sampling)
-        output, samples = snapshot.rebuild_request(limit, self._eos_token_ids, self.tokenizer, guides)
-        going = [len(s.token_ids) for s in samples]
-        if max(going, default=0) >= limit:
-            place = f"model's context of {self.model_config.context_length} or cache of {self.cache_capacity}"
-            raise ValueError(f"{max(going)} tokens and one more do not fit the {place} tokens")
-        if any(s.matcher is not None and s.matcher.failed for s in samples):
-            raise ValueError("snapshot: its tokens do not follow its grammar")
-        if same and not adapter and self.state.prefix_cache.enable_prefix_caching:
-            for i, values in snapshot.pages.items():
-                known = (*snapshot.prompt_token_ids, *output.completions[i].token_ids)[: values.shape[2]]
-                self._insert_snapshot_pages(known, values, make_namespace(adapter, snapshot.sampling.cache_salt))
-        return self._enqueue([samples])[0]
+        self.grammars.precompile(snapshot.sampling, threading.Event())
+        return self._restore(snapshot)
 
-    def _wake_up(self) -> tuple[int, torch.OutOfMemoryError | None]:
-        """The memory that was given back, of all ranks or of none; the bytes, and why it could not be."""
-        gone, short = [r for r in self._releasable_memory.values() if not r.resident], None
-        if self._sum_version_counters() != self._last_version_counter_sum:
-            self._on_params_changed()  # a trainer's step while memory was given back
-        try:
-            for region in gone:
-                region.reacquire()
-        except torch.OutOfMemoryError as e:
-            short = e
-        if self.tp_group is not None and not self.tp_group.all_reduce_min(int(short is None)):
-            short = short or torch.OutOfMemoryError("restore: another rank's device has not enough memory left")
-            self._release_memory([r for r in gone if r.resident])
-        self._last_version_counter_sum = self._sum_version_counters()
-        return sum(r.nbytes for r in gone), short
-
-    def _release_memory(self, regions: Iterable[ReleasableMemory]) -> None:
-        for region in regions:
-            region.release(keep_contents=region is self._releasable_memory.get("params"))
-
-    def _model_fingerprint(self) -> str:
-        """Tells models apart, and one's parameters before and after training."""
-        digest = hashlib.blake2b(repr((self.model_config, self.dtype)).encode(), digest_size=16)
-        leaves = [x for x in tree_leaves(self._params) if x is not None]
-        words = {2: torch.int16, 4: torch.int32}
-        # Sums of bits, all of them: training may have changed any one. The first rows tell orders apart.
-        sums = torch.stack([x.view(words[x.itemsize]).sum(dtype=torch.int64) for x in leaves])
-        digest.update(sums.cpu().numpy().tobytes())
-        for x in leaves:
-            digest.update(x[:8].double().cpu().numpy().tobytes())  # of a copy: what NumPy has seen stays allocated
-        return digest.hexdigest()
-
-    def _insert_snapshot_pages(self, tokens: Sequence[int], keys_values: Tensor, cache_namespace: Namespace) -> None:
-        """Put keys and values of some tokens into the tree, as if a request had left them, if there is room."""
-        held = self.state.prefix_cache.insert_idle_pages(tokens, cache_namespace)
-        if not held:
-            return
-        for event in self._host_offload.start_copies(self.state.prefix_cache.pop_page_copies()):
-            torch.cuda.current_stream(self.device).wait_event(event)
-        self._host_offload.write_pages(held, keys_values[:, :, : len(held) * self.state.page_size])
+    @on_all_ranks(checks_input=True)
+    @torch.no_grad()
+    def _restore(self, snapshot: Snapshot) -> int:
+        return snapshots.restore(self.core, snapshot)
 
     # --- parameters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> Params:
+        """The parameters that steps read. Raises ValueError while their memory is released (`sleep`).
+
+        Tensors taken from here before must not be read meanwhile: their memory is gone.
+        """
+        self.access_guard.check()
+        self.memory.require("params")
+        return self.runner.params
+
+    @property
+    def weight_version(self) -> int:
+        """How often the parameters have changed."""
+        return self.core.weight_version
+
+    @exclusive()
+    def params_changed(self) -> None:
+        """Counts a change of the parameters in `weight_version`; nothing that is cached is used again.
+
+        Running requests go on with the keys and values they have. Writes in place that torch sees (optimizers, `copy_`)
+        are noticed without this before the next step; others are not (`.data`, other processes, graphs).
+        """
+        self.core.params_changed()
 
     @exclusive("params")
     def update_params(
         self, source: Any, *, partial: bool = False, recompute: bool = False, check_finite: bool = True
     ) -> int:
-        """Copy other parameters into the engine's, in place, so that captured graphs stay valid; the new version.
+        """Copies other parameters into the engine's, in place, so that captured graphs stay valid; returns the version.
 
         `source`: a tree like `params`, a module, a mapping or iterable of (checkpoint name, tensor), or `handles` of
         another process. Names may be those of DDP, FSDP, `torch.compile` and PEFT, and a module's LoRA is merged into
-        copies. Tensors are whole ones of any floating-point dtype and device; shards of a DTensor are put together, one
-        at a time. All weights must be given, once, unless `partial`. What is running goes on with the keys and values
-        it has, or, with `recompute`, computes them again. ValueError names what is missing, unknown or mis-shaped;
+        copies. Tensors are unsharded, of any floating-point dtype and device; shards of a DTensor are put together, one
+        at a time. All weights must be given, once, unless `partial`. Running requests go on with the keys and values
+        they have, or, with `recompute`, compute them again. ValueError names what is missing, unknown or mis-shaped;
         where not all tensors are in memory, parameters may have changed in part then. In a process group each rank
-        makes this call; an engine that has started its ranks hands the tensors on to them, in buckets.
+        makes this call; an engine that has started its ranks broadcasts the tensors to them, in buckets.
 
         `check_finite`: ValueError for values that are NaN or infinite, or too large for the engine's dtype. Nothing is
         written then if all tensors are in memory, or else those before it, as the error says.
         """
-        pairs = (
-            list(weights.named_weights(source, self.model_config))
-            if isinstance(source, Params)
-            else named_tensors(source)
-        )
+        config, is_tree = self.model_config, isinstance(source, Params)
+        pairs = list(weights.named_weights(source, config)) if is_tree else weight_sync.named_tensors(source)
         if isinstance(pairs, list):
-            weights.check_tensors(pairs, self.model_config, self.dtype, source="update_params", partial=partial)
+            weights.check_tensors(pairs, config, self.dtype, source="update_params", partial=partial)
             if check_finite:
-                weights.check_finite_update(self._params, self.model_config, pairs, self._tp_shard, "update_params")
+                shard = self.tp_shard
+                weights.check_finite_update(self.runner.params, config, pairs, shard, "update_params")
                 check_finite = False
-        if self._worker_group is None:
-            given = source if isinstance(source, Params) and self.tp_group is None else pairs
-            self._write_params(given, partial, recompute, check_finite)
+        options = partial, recompute, check_finite
+        if not self.ranks.has_workers:
+            self._write_params(source if is_tree and self.tp_group is None else pairs, *options)
             return self.weight_version
-        self._broadcast("_write_received_params", partial, recompute, check_finite)
-        handed = weight_sync.broadcast_weights(_as_value_errors(pairs), device=self.device)
-        self._run_on_all_ranks(lambda: self._write_params(handed, partial, recompute, check_finite))
+        self.ranks.broadcast_call(Engine._write_received_params.__qualname__, *options)
+        sent = weight_sync.broadcast_weights(_as_value_errors(pairs), device=self.device)
+        call_collectively(self.ranks, lambda: self._write_params(sent, *options), checks_input=True)
         return self.weight_version
 
     @property
-    def _tp_shard(self) -> TPShard:
-        """Which rank's parameters these are."""
+    def tp_shard(self) -> TPShard:
+        """The rank's shard of the parameters."""
         return UNSHARDED if self.tp_group is None else self.tp_group.shard
 
     def _write_params(
         self, source: Params | Iterable[tuple[str, Tensor]], partial: bool, recompute: bool, check_finite: bool
     ) -> None:
-        """Write the parameters, or this rank's."""
-        self._finish_step()
+        core = self.core
+        core.finish_step()
         try:
             if isinstance(source, Params):
-                weights.copy_params(self._params, source)
+                weights.copy_params(self.runner.params, source)
             else:
                 with closing(source) if isinstance(source, Generator) else nullcontext():
-                    how: dict[str, Any] = {"partial": partial, "check_finite": check_finite, "tp_shard": self._tp_shard}
-                    weights.update(self._params, self.model_config, source, source="update_params", **how)
+                    options: Any = {"partial": partial, "check_finite": check_finite, "tp_shard": self.tp_shard}
+                    weights.update(self.runner.params, self.model_config, source, source="update_params", **options)
         finally:
-            self._on_params_changed()
+            core.params_changed_here()
             if recompute:
-                self._preempt_all()
+                core.preempt_all()
 
-    def _write_received_params(self, partial: bool, recompute: bool, check_finite: bool) -> None:
-        """What rank 0 hands on."""
-        self._write_params(weight_sync.receive(device=self.device), partial, recompute, check_finite)
+    @on_all_ranks(checks_input=True)
+    def _write_received_params(self, *options: bool) -> None:
+        """Writes the parameters that rank 0 broadcasts, on a worker."""
+        self._write_params(weight_sync.receive(device=self.device), *options)
 
     @exclusive("params")
     def score(self, sequences: Tensor | Sequence[Sequence[int] | Tensor | str], **options: Any) -> list[Tensor]:
-        """Scores by `fastgen.score` with this engine's parameters, in its mode; texts are tokenized as prompts are.
+        """Returns `fastgen.score` of sequences with this engine's parameters, in its mode; texts are tokenized as prompts.
 
         Over several ranks, all take part, and there are no gradients.
         """
-        many = logprobs.to_token_ids(sequences, self.tokenizer)
-        self._broadcast("score", many, **options)
-        fixed: dict[str, Any] = {"batch_invariant": self.config.compile.batch_invariant, "tp_group": self.tp_group}
-        with torch.set_grad_enabled(self.tp_group is None and torch.is_grad_enabled()):
-            return self._run_on_all_ranks(
-                lambda: logprobs.score(self._params, self.model_config, many, **fixed | options)
-            )
+        return self._score(logprobs.to_token_ids(sequences, self.tokenizer), options)
 
-    def _run_on_all_ranks(self, fn: Callable[[], T]) -> T:
-        """What the ranks that were started here have been told to do as well; they refuse wrong input as this one."""
-        if self._worker_group is None:
-            return fn()
-        with self._worker_group.collective_call():
-            try:
-                return fn()
-            except ValueError as e:
-                wrong = e
-        raise wrong
+    @on_all_ranks(checks_input=True)
+    def _score(self, token_ids: Any, options: dict[str, Any]) -> list[Tensor]:
+        options = {"batch_invariant": self.config.compile.batch_invariant, "tp_group": self.tp_group} | options
+        with torch.set_grad_enabled(self.tp_group is None and torch.is_grad_enabled()):
+            return logprobs.score(self.runner.params, self.model_config, token_ids, **options)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
     @exclusive()
-    @torch.no_grad()
+    def sleep(self, memory: str = "all") -> int:
+        """Releases the device's memory of the "cache", the "params" or "all"; returns the bytes of this rank.
+
+        `wake_up()` maps it again. Addresses stay reserved, so nothing is compiled or captured again. Running requests
+        wait, and are computed again; parameters are kept in the host's memory. Only memory that the engine allocated
+        can be released: parameters that were given to it are the caller's, ValueError.
+        """
+        self.memory.select(memory)  # raises ValueError
+        return self._sleep(memory)
+
+    @on_all_ranks()
+    def _sleep(self, memory: str) -> int:
+        self.core.preempt_all()
+        return self.memory.release(memory)
+
+    @exclusive()
     def wake_up(self) -> int:
         """Maps the memory that `sleep` released again; returns its bytes on this rank.
 
         Raises torch.OutOfMemoryError if others use the device's memory, on any rank; the engine then sleeps on.
         """
-        self._broadcast("_wake_up")
-        num_bytes, error = self._run_on_all_ranks(self._wake_up)
+        num_bytes, error = self._wake_up()
         if error is not None:
             raise error
         return num_bytes
 
-    @exclusive()
-    def sleep(self, memory: str = "all") -> int:
-        """Give back the device's memory of the "cache", the "params" or "all"; the bytes. `wake_up()` takes it again.
+    @on_all_ranks()
+    @torch.no_grad()
+    def _wake_up(self) -> tuple[int, torch.OutOfMemoryError | None]:
+        self.core.notice_changed_params()  # a trainer's step while memory was released
+        result = self.memory.reacquire(self.ranks.all_reduce_min)
+        self.core.mark_params_seen()
+        return result
 
-        Addresses stay reserved, so that nothing is compiled or captured again. What is running waits, and will be
-        computed again; parameters are kept in the host's memory. Only an engine's own can be given back
-        (`from_pretrained`): those that were given to it are the caller's, ValueError. The bytes are this rank's.
-        """
-        check_choice("memory", memory, ["cache", "params", "all"])
-        if memory == "params" and "params" not in self._releasable_memory:
-            raise ValueError("release: these parameters were given to the engine, and are whose they were")
-        chosen = [r for name, r in self._releasable_memory.items() if memory in (name, "all") and r.resident]
-        if not all(r.releasable for r in chosen):
-            raise ValueError(
-                "release: NumPy has seen this memory (`x.numpy()`) and keeps it: give it copies (`x.clone()`)"
-            )
-        self._broadcast("sleep", memory)
-        self._preempt_all()
-        self._release_memory(chosen)
-        return sum(r.nbytes for r in chosen)
+    @property
+    def cache(self) -> KVCache:
+        """The paged keys and values. Raises ValueError while their memory is released, as for `params`."""
+        self.access_guard.check()
+        self.memory.require("cache")
+        return self.runner.cache
+
+    def _memory_usage(self) -> dict[str, int]:
+        """Returns the bytes of device memory by what they hold."""
+        runner, adapters = self.runner, self.adapter_manager
+        params = {w.data_ptr(): w.nbytes for w in tree_leaves(runner.params) if w is not None}
+        cache = sum(w.nbytes for w in tree_leaves(runner.cache))
+        usage = {"params": sum(params.values()), "cache": cache, "tables": runner.input_buffers.nbytes}
+        usage |= {"adapters": adapters.num_bytes} if adapters.num_bytes else {}
+        return usage | {"staging": self.page_copier.staging_bytes} | runner.device_bytes()
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> dict[str, LoadedAdapter]:
-        """By name, those that requests may choose."""
-        self._access_guard.check()
-        return {} if self._adapter_manager is None else dict(self._adapter_manager.loaded)
+        """The adapters that requests may choose, by name."""
+        self.access_guard.check()
+        return dict(self.adapter_manager.loaded)
 
     @exclusive()
     def add_adapter(self, name: str, adapter: Adapter, scale: float | None = None) -> Adapter:
-        """Copy a low-rank adapter into the engine, for requests with `SamplingParams(adapter=name)`.
+        """Copies a LoRA adapter into the engine, for requests with `SamplingParams(adapter=name)`.
 
-        The tree returned is the engine's own, for an optimizer to change in place: see `update_adapter`. `scale` is
-        the adapter's unless given. ValueError if there is no room for it. `adapter` is a whole one, of which each of
-        several ranks takes its share.
+        Returns the engine's own tree, which an optimizer may change in place: see `update_adapter`. `scale` is the
+        adapter's unless given. `adapter` is unsharded; each of several ranks takes its shard. Raises ValueError if there
+        is no room for it.
         """
         adapter = lora.with_scale(adapter, scale)
-        held = self._get_adapter_manager().add(name, adapter)
-        self._broadcast_adapter("add_adapter", name, adapter)
-        return held.adapter
+        return self._add_adapter(name, lora.to_cpu(adapter) if self.ranks.has_workers else adapter)
 
-    def _broadcast_adapter(self, method: str, name: str, adapter: Adapter) -> None:
-        """An adapter to the other ranks that this process started, once nothing was wrong with it here."""
-        if self._worker_group is not None:
-            self._broadcast(method, name, lora.to_cpu(adapter))
+    @on_all_ranks(checks_input=True)
+    def _add_adapter(self, name: str, adapter: Adapter) -> Adapter:
+        return self.adapter_manager.add(name, adapter).adapter
 
     @exclusive()
     def load_adapters(self, adapter_folders: Mapping[str, str | Path]) -> None:
-        """Add those of PEFT's folders or hub ids, by the names that requests give. ValueError for another model's."""
+        """Adds PEFT folders or hub ids, by the names that requests use. Raises ValueError for another model's."""
         if not isinstance(adapter_folders, Mapping):
             raise ValueError(
-                f"load_adapters takes folders by the names that requests give, got {adapter_folders!r:.100}"
+                f"load_adapters takes folders by the names that requests use, got {adapter_folders!r:.100}"
             )
         for name, folder in adapter_folders.items():
             self.add_adapter(name, lora.load(folder, self.model_config, device="cpu"))
 
     @exclusive()
     def adapter_params(self, name: str) -> Adapter:
-        """The tensors that steps read, as a tree of views: they stay where they are until the adapter is removed."""
-        return self._get_adapter_manager()[name].adapter
+        """Returns the tensors that steps read, as a tree of views: they stay where they are until `remove_adapter`."""
+        return self.adapter_manager[name].adapter
 
     @exclusive()
     def update_adapter(self, name: str, adapter: Adapter | None = None) -> None:
-        """Say that an adapter's tensors were changed in place, or copy others into them.
+        """Counts a change of an adapter's tensors that was made in place, or copies others into them.
 
-        The `versions` of tokens drawn with it from now on are one more. Nothing cached under the adapter is used any
-        more; what is cached of others, and of the model alone, is. Where this engine has started other ranks, `adapter`
-        must be given: their tensors are in other processes.
+        The `weight_versions` of tokens sampled with it from now on are one more. Nothing cached under the adapter is
+        used any more; what is cached of others, and of the model alone, is. Where this engine has started other ranks,
+        `adapter` must be given: their tensors are in other processes.
         """
-        if self._worker_group is not None and adapter is None:
-            raise ValueError(f"adapter {name!r}: other ranks have parts of it, too: give the tree that it has become")
-        shelf = self._get_adapter_manager()
-        self._finish_step()  # what runs was launched with the adapter as it was
-        held = shelf.update(name, adapter)
-        if adapter is not None:
-            self._broadcast_adapter("update_adapter", name, adapter)
-        self.state.prefix_cache.reset_adapter(held.adapter_idx)
+        if self.ranks.has_workers and adapter is None:
+            raise ValueError(f"adapter {name!r}: other ranks have shards of it: give the tree that it has become")
+        self._update_adapter(name, lora.to_cpu(adapter) if adapter is not None and self.ranks.has_workers else adapter)
+
+    @on_all_ranks(checks_input=True)
+    def _update_adapter(self, name: str, adapter: Adapter | None) -> None:
+        self.core.finish_step()  # the step in flight was launched with the adapter as it was
+        index = self.adapter_manager.update(name, adapter).adapter_idx
+        self.core.state.prefix_cache.reset_adapter(index)
 
     @exclusive()
     def remove_adapter(self, name: str) -> None:
-        """Make room for another. ValueError while requests use it."""
-        index = self._get_adapter_manager()[name].adapter_idx
-        if using := sorted({s.output.request_id for s in self._sequence_states.values() if s.adapter_idx == index}):
-            raise ValueError(f"adapter {name!r} is used by requests {using[:8]}: abort them or let them end first")
-        self._get_adapter_manager().remove(name)
-        self._broadcast("remove_adapter", name)
-        self.state.prefix_cache.reset_adapter(index)
+        """Removes an adapter. Raises ValueError while requests use it."""
+        core, index = self.core, self.adapter_manager.index(name)
+        core.drain_aborts()
+        if used := sorted({s.output.request_id for s in core.sequence_states.values() if s.adapter_idx == index}):
+            raise ValueError(f"adapter {name!r} is used by requests {used[:8]}: abort them or let them end first")
+        self._remove_adapter(name)
 
-    # --- to look at ---------------------------------------------------------------------------------------------------
+    @on_all_ranks()
+    def _remove_adapter(self, name: str) -> None:
+        removed = self.adapter_manager.remove(name)
+        self.core.state.prefix_cache.reset_adapter(removed.adapter_idx)
+
+    # --- inspection ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> scheduler.State:
+        """The scheduler's state."""
+        return self.core.state
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps were launched."""
+        return self.core.num_steps
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        """Counts of prefix cache hits, host pages and preemptions so far."""
+        return self.core.state.prefix_cache.stats
+
+    def stats(self) -> dict[str, int]:
+        """Returns the present load, and totals since the start."""
+        return self.core.stats()
+
+    @property
+    def last_batch(self) -> Batch | None:
+        """The last step's Batch, for inspection or `fastgen.forward`. None before the first step.
+
+        Its token ids are complete, also those that were sampled while it was prepared. On a GPU the other tensors change
+        with the next step.
+        """
+        self.access_guard.check()
+        return self.core.last_batch
 
     def prepare_grammars(self) -> None:
-        """Do now what the first grammar would wait for, a second or two, if grammars can be used at all."""
-        self._access_guard.check()
-        self._grammar_backend.prepare()
+        """Does now what the first grammar would wait for, a second or two, if grammars can be used at all."""
+        self.access_guard.check()
+        self.grammars.prepare()
+
+    @on_all_ranks()
+    def _precompile_grammar(self, grammar: str, num_matchers: int) -> None:
+        """Compiles on a worker what rank 0 compiles now."""
+        self.grammars.precompile_here(grammar, num_matchers)
 
     def profile(self, num_steps: int = 8, path: str | Path | None = None, *, skip_first: int = 2) -> ProfileWindow:
-        """`with engine.profile() as p:` traces the first `steps` steps inside, after `skip` others.
+        """Returns a context that traces the first `num_steps` steps inside it, after `skip_first` others.
 
-        Then `print(p.summary)` says where their time went, and `p.trace` is a file for Perfetto or chrome://tracing,
-        written to `path` or the working directory.
+        After `with engine.profile() as p:`, `print(p.summary)` says where the time went, and `p.trace` is a file for
+        Perfetto or chrome://tracing, written to `path` or the working directory.
         """
-        self._access_guard.check()
+        self.access_guard.check()
         return self.profiler.window(num_steps, path, skip_first)
 
     @exclusive()
     def summary(self) -> str:
-        """What the engine made of its settings and the memory, in a few lines."""
+        """Returns what the engine chose for its settings and the memory, in a few lines."""
         s, page, gb = self.config.schedule, self.state.page_size, {k: v / 1e9 for k, v in self._memory_usage().items()}
-        shapes = self._runner.graph_shapes()
-        sizes = {
-            name: sorted({x.num_tokens for x in shapes if x.decode is (name == "decode")})
-            for name in ("decode", "mixed")
-        }
+        shapes, copier = self.runner.graph_shapes(), self.page_copier
+        decode, mixed = (sorted({x.num_tokens for x in shapes if x.decode is is_decode}) for is_decode in (True, False))
+        sizes = {"decode": decode, "mixed": mixed}
         graphs = " ".join(f"{name} {x[0]}-{x[-1]} ({len(x)})" for name, x in sizes.items() if x)
+        n, host = copier.num_host_pages, ""
+        if n:
+            host_gb = n * page_bytes(self.runner.model_config, page, self.dtype.itemsize) / 1e9
+            host = f"{host_gb:.1f} GB: {n} pages, taken in {copier.alloc_seconds:.1f} s"
+        capacity = self.cache_capacity
         rows = {
             "weights": f"{gb['params']:.1f} GB {str(self.dtype).removeprefix('torch.')} on {self.device}",
-            "cache": f"{gb['cache']:.1f} GB: {self.cache_capacity} tokens, {self.cache_capacity // page} pages of {page}",
-            "host": self._host_cache_summary(),
+            "cache": f"{gb['cache']:.1f} GB: {capacity} tokens, {capacity // page} pages of {page}",
+            "host": host,
             "steps": f"up to {s.token_budget} tokens, {s.max_num_seqs} sequences; {self.config.compile.mode}, "
             f"{self.config.compile.attention}{', overlapped' if s.overlap else ''}",
             "graphs": f"{gb['graphs']:.1f} GB: {graphs}" if graphs else "none",
         }
         return "\n".join(f"{name:8s} {text}" for name, text in rows.items() if text)
 
-    def _host_cache_summary(self) -> str:
-        mover = self._host_offload
-        size = mover.num_host_pages * page_bytes(mover.model_config, mover.page_size, self.dtype.itemsize) / 1e9
-        return (
-            f"{size:.1f} GB: {mover.num_host_pages} pages, taken in {mover.alloc_seconds:.1f} s"
-            if mover.num_host_pages
-            else ""
-        )
+    # --- the end ------------------------------------------------------------------------------------------------------
 
-    @property
-    def cache_stats(self) -> CacheStats:
-        """What prefix reuse, host pages and preemption did so far."""
-        return self.state.prefix_cache.stats
+    def close(self) -> None:
+        """Aborts all requests and frees cache, parameters and other ranks; a second call does nothing.
+
+        In a forked process it does nothing either: everything belongs to the process that made the engine.
+        """
+        if self.access_guard.owned and not self.access_guard.closed:
+            self._close()
+
+    @exclusive()
+    def _close(self) -> None:
+        self.access_guard.closed = True
+        self.core.close()
+        del self.runner, self.page_copier, self.adapter_manager
+        self.memory, self._adopted_models = EngineMemory(), ()
+        self.ranks.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -554,3 +651,50 @@ class Engine(EngineCore, GenerateMethods):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields a caller's pairs. Raises ValueError if their source fails: no rank ends of that."""
+    try:
+        yield from named_tensors
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(f"update_params: the source of the tensors failed: {type(e).__name__}: {e}") from e
+
+
+def _memory_usage_of(engine: "weakref.ref[Engine]") -> dict[str, int]:
+    return {} if (alive := engine()) is None else alive._memory_usage()
+
+
+def _cache_capacity(runner: ModelRunner, config: EngineConfig, ranks: Ranks) -> int:
+    """Returns the cache's size in tokens, full pages. Raises ValueError, with advice, where memory is short."""
+    pages, schedule, shard = config.kv_cache, config.schedule, runner.model_config
+    bytes_per_token = page_bytes(shard, 1, runner.dtype.itemsize)
+    num_tokens = pages.cache_tokens
+    if num_tokens is None:
+        num_bytes = MAX_CPU_CACHE_BYTES
+        if runner.device.type == "cuda":
+            scratch = new_kv_cache(shard, pages.page_size, device=runner.device, dtype=runner.dtype)
+            try:
+                used = runner.profile_peak_memory(scratch)
+            except torch.OutOfMemoryError as e:
+                raise _out_of_memory(runner, "the activations of the largest step do not fit") from e
+            num_bytes = pages.gpu_memory_utilization * torch.cuda.mem_get_info(runner.device)[1] - used
+        longest = -(-(shard.context_length - 1) // pages.page_size) * pages.page_size
+        num_tokens = min(int(num_bytes) // bytes_per_token, schedule.max_num_seqs * longest)  # what could ever be used
+    if num_tokens < pages.page_size:
+        raise _out_of_memory(runner, f"nothing is left for the cache, of {bytes_per_token} bytes for each token")
+    return ranks.all_reduce_min(num_tokens) // pages.page_size * pages.page_size
+
+
+def _out_of_memory(runner: ModelRunner, problem: str) -> ValueError:
+    pages, schedule, total = runner.config.kv_cache, runner.config.schedule, 0
+    if runner.device.type == "cuda":
+        total = torch.cuda.mem_get_info(runner.device)[1]
+    weight_bytes = sum(w.nbytes for w in tree_leaves(runner.params) if w is not None)
+    return ValueError(
+        f"{problem}: {pages.gpu_memory_utilization:.0%} of {total / 1e9:.1f} GB, {weight_bytes / 1e9:.1f} GB of which are "
+        f"weights. Lower schedule.token_budget ({schedule.token_budget}) or schedule.max_num_seqs "
+        f"({schedule.max_num_seqs}), or raise kv_cache.gpu_memory_utilization"
+    )

@@ -1,4 +1,4 @@
-"""A request in the middle of its generation, as a value that survives the process."""
+"""Snapshots: a running request as a value that survives the process, taken from one engine and restored by another."""
 
 import hashlib
 import json
@@ -11,11 +11,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastgen.config import SamplingParams
+from fastgen.core import scheduler
+from fastgen.core.engine_core import EngineCore
+from fastgen.core.extensions import Matcher
+from fastgen.core.prefix_cache import Namespace, make_namespace
 from fastgen.core.request import Completion, FinishReason, Output, SequenceState, TopLogprobs
 from fastgen.core.types import Tokenizer
-from fastgen.structured_output.backend import GrammarMatcher
 
 FORMAT = "fastgen snapshot 2"
 SEED_RANGE = range(-(2**63), 2**63)
@@ -168,7 +172,7 @@ class Snapshot:
         max_length: int,
         eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
-        guides: Sequence[GrammarMatcher | None],
+        guides: Sequence[Matcher | None],
     ) -> tuple[Output, list[SequenceState]]:
         """The request again, and the completions that go on. `limit` counts prompt and output.
 
@@ -251,3 +255,74 @@ class Snapshot:
             header["prompt_logprobs"], tops and [row and {int(t): v for t, v in row} for row in tops], header["model"],
             {int(name[6:]): t for name, t in tensors.items() if name.startswith("pages.")}, header["checksum"],
         )  # fmt: skip
+
+
+# --- of an engine -----------------------------------------------------------------------------------------------------
+
+
+def take(core: EngineCore, request_id: int, *, include_pages: bool) -> Snapshot:
+    """Returns a running request; see `Engine.snapshot`."""
+    running = core.unfinished_sequences(request_id)
+    states = {i: core.sequence_states[id] for i, id in running.items()}
+    snapshot = Snapshot.from_request(next(iter(states.values())).output, states)
+    if include_pages:
+        prefix_cache, page_size = core.state.prefix_cache, core.state.page_size
+        # Sequences of an older prefix cache have keys and values of older parameters.
+        current = {s.id: s for s in core.state.running if s.root is prefix_cache.get_root(s.namespace)}
+        snapshot.model_fingerprint = model_fingerprint(core)
+        for i, s in ((i, current[id]) for i, id in running.items() if id in current):
+            if n := s.num_computed_tokens:
+                pages = s.pages[: scheduler.num_pages_for(page_size, n)]
+                snapshot.pages[i] = core.page_copier.read_pages(pages, n)
+        snapshot.checksum = snapshot.compute_pages_checksum()
+    return snapshot
+
+
+def restore(core: EngineCore, snapshot: Snapshot) -> int:
+    """Continues a request on this rank and returns its id; see `Engine.restore`."""
+    shard, params = core.runner.model_config, snapshot.sampling
+    same_model = bool(snapshot.pages) and snapshot.model_fingerprint == model_fingerprint(core)
+    for i, x in snapshot.pages.items() if same_model else ():
+        shape, dtype = (
+            (shard.num_layers, 2, x.shape[2], shard.num_kv_heads, shard.head_dim),
+            core.runner.params.embed.dtype,
+        )
+        if tuple(x.shape) != shape or x.dtype != dtype:
+            raise ValueError(f"snapshot: the pages of completion {i} are {tuple(x.shape)} {x.dtype}, not {shape}")
+    matchers = core.grammars.compile(params)[: len(snapshot.seeds)]
+    limit, adapter_idx = core.max_length(snapshot.prompt_token_ids, params), core.adapter_index(params)
+    output, states = snapshot.rebuild_request(limit, core.eos_token_ids, core.tokenizer, matchers)
+    length = max((len(s.token_ids) for s in states), default=0)
+    if length >= limit:
+        place = f"model's context of {core.model_config.context_length} or cache of {core.cache_capacity}"
+        raise ValueError(f"{length} tokens and one more do not fit the {place} tokens")
+    if any(s.matcher is not None and s.matcher.failed for s in states):
+        raise ValueError("snapshot: its tokens do not follow its grammar")
+    if same_model and not adapter_idx and core.state.prefix_cache.enable_prefix_caching:
+        for i, values in snapshot.pages.items():
+            tokens = (*snapshot.prompt_token_ids, *output.completions[i].token_ids)[: values.shape[2]]
+            _insert_pages(core, tokens, values, make_namespace(adapter_idx, params.cache_salt))
+    return core.enqueue([states])[0]
+
+
+def _insert_pages(core: EngineCore, tokens: Sequence[int], values: Tensor, namespace: Namespace) -> None:
+    """Puts keys and values into the prefix cache, as if a request had left them, if there is room."""
+    pages = core.state.prefix_cache.insert_idle_pages(tokens, namespace)
+    if not pages:
+        return
+    for event in core.page_copier.start_copies(core.state.prefix_cache.pop_page_copies()):
+        torch.cuda.current_stream(core.runner.device).wait_event(event)
+    core.page_copier.write_pages(pages, values[:, :, : len(pages) * core.state.page_size])
+
+
+def model_fingerprint(core: EngineCore) -> str:
+    """Returns a digest of the model and its present parameters, which differs before and after training."""
+    leaves = [x for x in tree_leaves(core.runner.params) if x is not None]
+    digest = hashlib.blake2b(repr((core.model_config, core.runner.params.embed.dtype)).encode(), digest_size=16)
+    int_dtypes = {2: torch.int16, 4: torch.int32}
+    # Sums of the bits of all elements: training may have changed any one. The first rows tell orders apart.
+    sums = torch.stack([x.view(int_dtypes[x.itemsize]).sum(dtype=torch.int64) for x in leaves])
+    digest.update(sums.cpu().numpy().tobytes())
+    for x in leaves:
+        digest.update(x[:8].double().cpu().numpy().tobytes())  # of a copy: memory that NumPy has seen stays allocated
+    return digest.hexdigest()

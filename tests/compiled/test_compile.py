@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import fastgen
 from fastgen import EngineConfig
-from fastgen.compiled.cuda_graphs import StepShape, decode_graph_sizes, largest_shape
+from fastgen.compiled.cuda_graphs import decode_graph_sizes, largest_shape
 from fastgen.compiled.runner import ModelRunner
 from fastgen.config import SchedulerConfig
-from fastgen.core.batch import InputBuffers
+from fastgen.core.runner import StepShape
 from fastgen.core.step import fill_pending_tokens
 
 CONFIG = tiny.config("Qwen3", hidden_size=64, intermediate_size=96, head_dim=16, vocab=103, context=256)
@@ -34,10 +34,7 @@ def test_decode_graph_sizes(max_size: int) -> None:
 def stepper(limits: SchedulerConfig) -> ModelRunner:
     settings = EngineConfig.from_flat(compile="inductor", schedule=limits).resolve("cpu")
     params = fastgen.init(SPEC, device="cpu")
-    device = params.embed.device
-    return ModelRunner(
-        params, SPEC, settings, InputBuffers(limits.max_num_seqs, *largest_shape(limits)[:2], 16, 16, 103, device)
-    )
+    return ModelRunner(params, SPEC, settings)
 
 
 @given(data=st.data(), most=st.integers(1, 600), extra=st.integers(0, 3000))

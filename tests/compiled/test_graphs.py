@@ -66,9 +66,9 @@ def wanted() -> list[fastgen.Output]:
 def test_same_as_eager(settings: dict[str, Any], wanted: list[fastgen.Output]) -> None:
     """fp32: compiled, captured, overlapped or not, in any chunks, tokens are equal and logprobs nearly."""
     with engine(**settings) as e:
-        compiled, captured = num_compiled_graphs(), e._runner.graphs.num_captures
+        compiled, captured = num_compiled_graphs(), e.runner.graphs.num_captures
         got = e.generate(*load(0, 150), progress=False)
-        assert (num_compiled_graphs(), e._runner.graphs.num_captures) == (compiled, captured), (
+        assert (num_compiled_graphs(), e.runner.graphs.num_captures) == (compiled, captured), (
             "compiled or captured after the start"
         )
     for a, b in zip(got, wanted, strict=True):
@@ -106,7 +106,7 @@ def test_hierarchy_same_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -
     with engine(compile="eager", prefix_cache=False) as e:
         wanted = e.generate(*load_, progress=False)
     with engine(**HIERARCHY[name]) as e:
-        compiled, captured, grouped = num_compiled_graphs(), e._runner.graphs.num_captures, 0
+        compiled, captured, grouped = num_compiled_graphs(), e.runner.graphs.num_captures, 0
         for _ in range(2):
             for prompt, params in zip(*load_, strict=True):
                 e.add(prompt, params)
@@ -117,7 +117,7 @@ def test_hierarchy_same_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -
                 scheduler.check(e.state, e.config.schedule)
             for id, b in zip(sorted(got), wanted, strict=True):
                 assert [c.token_ids for c in got[id].completions] == [c.token_ids for c in b.completions]
-        assert (num_compiled_graphs(), e._runner.graphs.num_captures) == (compiled, captured), (
+        assert (num_compiled_graphs(), e.runner.graphs.num_captures) == (compiled, captured), (
             "compiled or captured after the start"
         )
         n = e.cache_stats
@@ -200,7 +200,7 @@ def test_adapters_same_as_merged(settings: dict[str, Any]) -> None:
     each = [replace(p, adapter=name) for p, name in zip(sampling, names, strict=True)]
     room: dict[str, Any] = {"max_adapters": 4, "max_rank": 24}
     with fastgen.Engine(params, SPEC, progress=False, **SETTINGS | room | settings) as e:
-        compiled, captured = num_compiled_graphs(), e._runner.graphs.num_captures
+        compiled, captured = num_compiled_graphs(), e.runner.graphs.num_captures
         views = {name: e.add_adapter(name, tree) for name, tree in trees.items()}
         where = [x.data_ptr() for tree in views.values() for x in lora.parameters(tree)]
         for change in (None, "all", "some"):
@@ -223,7 +223,7 @@ def test_adapters_same_as_merged(settings: dict[str, Any]) -> None:
                         assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-3))
         kept = [x.data_ptr() for name in ("all", "wide") for x in lora.parameters(views[name])]
         assert set(kept) <= set(where)
-        assert (num_compiled_graphs(), e._runner.graphs.num_captures) == (compiled, captured), (
+        assert (num_compiled_graphs(), e.runner.graphs.num_captures) == (compiled, captured), (
             "compiled or captured after the start"
         )
 
@@ -237,15 +237,15 @@ def test_many_mixed_steps() -> None:
     steps, r = 10_000, random.Random(1)
     with engine(cache_tokens=16384) as e:
         started, done, aborted = dict[int, tuple[list[int], SamplingParams]](), list[fastgen.Output](), set[int]()
-        compiled, captured, memory = num_compiled_graphs(), e._runner.graphs.num_captures, 0
+        compiled, captured, memory = num_compiled_graphs(), e.runner.graphs.num_captures, 0
         for step in range(steps):
             if len(started) - len(done) < 60 and r.random() < 0.5:
                 (prompt,), (params,) = load(step, 1)
                 started[e.add(prompt, params)] = prompt, params
             if r.random() < 0.02 and (running := e.state.running):
                 id = (
-                    e._sequence_states[r.choice(running).id].output.request_id
-                    if running[0].id in e._sequence_states
+                    e.core.sequence_states[r.choice(running).id].output.request_id
+                    if running[0].id in e.core.sequence_states
                     else None
                 )
                 if id is not None:
@@ -258,7 +258,7 @@ def test_many_mixed_steps() -> None:
                 memory = torch.cuda.memory_allocated()
         while e.has_unfinished_requests:
             done += [event.output for event in e.step() if event.output is not None]
-        assert (num_compiled_graphs(), e._runner.graphs.num_captures) == (compiled, captured)
+        assert (num_compiled_graphs(), e.runner.graphs.num_captures) == (compiled, captured)
         assert torch.cuda.memory_allocated() <= memory + 2**24
         assert sorted(o.request_id for o in done) == sorted(started)
     chosen = random.Random(2).sample(done, 300)
@@ -297,9 +297,9 @@ def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.
     monkeypatch.setattr(scheduler, "MIN_SAVED_KEYS", 1)
     work = [load(2, 60), related(5)]
     with engine(**POISONED[name]) as clean, engine(**POISONED[name]) as poisoned:
-        shelf = [] if poisoned._adapter_manager is None else tree_leaves(poisoned._adapter_manager.adapters.layers)
-        logits = [] if poisoned._runner.logits_buffer is None else [poisoned._runner.logits_buffer]
-        for x in (*tree_leaves(poisoned.cache), *poisoned._host_offload.host_buffers, *logits, *(x[1:] for x in shelf)):
+        shelf = [] if poisoned.adapter_manager is None else tree_leaves(poisoned.adapter_manager.adapters.layers)
+        logits = [] if poisoned.runner.logits_buffer is None else [poisoned.runner.logits_buffer]
+        for x in (*tree_leaves(poisoned.cache), *poisoned.page_copier.host_buffers, *logits, *(x[1:] for x in shelf)):
             x.fill_(float("nan"))
         for some in (*work, *work):
             found, wanted = (e.generate(*some, progress=False) for e in (poisoned, clean))

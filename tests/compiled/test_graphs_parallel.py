@@ -39,11 +39,11 @@ def expected() -> list[fastgen.Output]:
 def test_same_as_one(peer_memory: bool, expected: list[fastgen.Output]) -> None:
     """In fp32, tokens are equal and logprobs nearly; nothing is compiled or captured after start-up."""
     with engine(peer_memory=peer_memory) as e:
-        assert (e._runner.peer_buffers is not None) is peer_memory
-        compiled, captured = num_compiled_graphs(), e._runner.graphs.num_captures
+        assert (e.runner.peer_buffers is not None) is peer_memory
+        compiled, captured = num_compiled_graphs(), e.runner.graphs.num_captures
         for _ in range(2):
             outputs = e.generate(*load(0, 150), progress=False)
-        assert (num_compiled_graphs(), e._runner.graphs.num_captures) == (compiled, captured)
+        assert (num_compiled_graphs(), e.runner.graphs.num_captures) == (compiled, captured)
         assert captured > 20
     for a, b in zip(outputs, expected, strict=True):
         assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]

@@ -56,7 +56,7 @@ def broken(outputs: Iterable[Output]) -> bool:
 def test_what_memory_held_before_does_not_matter(way: str) -> None:
     """All pages, scratch among them, and all of the host's begin as NaN: the same bits as from zeros."""
     with engine(**WAYS[way]) as clean, engine(**WAYS[way]) as poisoned:
-        for x in (*tree_leaves(poisoned.cache), *poisoned._host_offload.host_buffers):
+        for x in (*tree_leaves(poisoned.cache), *poisoned.page_copier.host_buffers):
             x.fill_(math.nan)
         for _ in range(2):  # the second time with what is cached
             wanted = told(clean.generate(PROMPTS, SAMPLING))

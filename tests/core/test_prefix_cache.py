@@ -228,14 +228,14 @@ def test_forks_and_aborts_at_random_steps(name: str, way: dict[str, Any], monkey
         if left and dice.random() < 0.7:
             prompt, params = left.pop()
             wanted[e.add(prompt, params)] = plain(prompt, params), [*range(params.n)]
-        going = sorted({s.output.request_id for s in e._sequence_states.values()})
+        going = sorted({s.output.request_id for s in e.core.sequence_states.values()})
         if going and dice.random() < 0.25 and forks < 12:
             source = dice.choice(going)
-            e._finish_step()  # it may end with what is on the way
-            if any(s.output.request_id == source for s in e._sequence_states.values()):
-                now = e._get_unfinished_sequences(source)
+            e.core.finish_step()  # it may end with what is on the way
+            if any(s.output.request_id == source for s in e.core.sequence_states.values()):
+                now = e.core.unfinished_sequences(source)
                 index = dice.choice([*now])
-                (new,) = e.fork(source, index=index, seeds=[e._sequence_states[now[index]].seed])
+                (new,) = e.fork(source, index=index, seeds=[e.core.sequence_states[now[index]].seed])
                 wanted[new] = wanted[source][0], [wanted[source][1][index]]
                 forks += 1
         if going and dice.random() < 0.02:
@@ -297,8 +297,8 @@ def test_fork(kind: str, overlap: bool) -> None:
         for _ in range(after):
             e.step()
         twin, other = e.fork(source, 2, seeds=[params.seed or 0, 1000 + after])
-        assert [x for x in e._sequence_states if e._sequence_states[x].output.request_id == source]
-        before = [*next(s for s in e._sequence_states.values() if s.output.request_id == twin).completion.token_ids]
+        assert [x for x in e.core.sequence_states if e.core.sequence_states[x].output.request_id == source]
+        before = [*next(s for s in e.core.sequence_states.values() if s.output.request_id == twin).completion.token_ids]
         told, done = list[int](), dict[int, Output]()
         while e.has_unfinished_requests:
             for event in e.step():
@@ -354,7 +354,7 @@ def test_fork_of_a_parked_request(host: int) -> None:
     while not e.cache_stats.num_preemptions:
         e.step()
     assert [s.id for s in e.state.waiting] == [1]
-    before = len(e._sequence_states[1].completion.token_ids)
+    before = len(e.core.sequence_states[1].completion.token_ids)
     (new,) = e.fork(ids[1])
     done = drain(e)
     assert before > 3
@@ -694,7 +694,7 @@ def test_touch(given: dict[str, Any]) -> None:
     assert any(o.completions[0].token_ids != plain(p, GREEDY).completions[0].token_ids
                for o, p in zip(fresh, prompts, strict=True))  # fmt: skip
     drain(e)
-    assert running not in {s.output.request_id for s in e._sequence_states.values()}
+    assert running not in {s.output.request_id for s in e.core.sequence_states.values()}
     idle(e)
 
 
@@ -702,8 +702,8 @@ def test_touch(given: dict[str, Any]) -> None:
     ("place", "given"),
     [
         ("fastgen.compiled.runner.forward_and_sample", {}),
-        ("fastgen.core.engine_core.EngineCore._sample_tokens", {"overlap": True, "host": 30}),
-        ("fastgen.core.engine_core.HostOffload.start_copies", {"overlap": True, "host": 30, **OFF}),
+        ("fastgen.core.runner.EagerRunner.sample", {"overlap": True, "host": 30}),
+        ("fastgen.offload.host_cache.HostOffload.start_copies", {"overlap": True, "host": 30, **OFF}),
     ],
 )
 def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,7 +713,7 @@ def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytes
 
     def outer(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 5:
-            for leaf in (*e.cache.k, *e.cache.v, *e._host_offload.host_buffers):
+            for leaf in (*e.cache.k, *e.cache.v, *e.page_copier.host_buffers):
                 leaf.fill_(3.0)  # whatever is there now, nobody may count on it
             raise RuntimeError("of the device")
         return inner(*args, **kwargs)
@@ -820,7 +820,7 @@ def test_any_operations(
                max_num_seqs=4, token_budget=12)  # fmt: skip
     asked, done, dropped = dict[int, tuple[list[int], SamplingParams]](), dict[int, Output](), set[int]()
     for name, *values in ops:
-        going = sorted({s.output.request_id for s in e._sequence_states.values()})
+        going = sorted({s.output.request_id for s in e.core.sequence_states.values()})
         if name == "add":
             length, end, n = values
             prompt, params = STEM[: length - 1] + [end], replace(GREEDY, max_tokens=n)
@@ -838,8 +838,8 @@ def test_any_operations(
                 dropped.add(id)
                 e.abort(id)
             else:
-                e._finish_step()
-                if id in {s.output.request_id for s in e._sequence_states.values()}:
+                e.core.finish_step()
+                if id in {s.output.request_id for s in e.core.sequence_states.values()}:
                     new = e.fork(id)[0] if name == "fork" else e.restore(e.snapshot(id, include_pages=name == "pages"))
                     asked[new] = asked[id]
         scheduler.check(e.state, e.config.schedule)
@@ -920,7 +920,7 @@ def test_read_and_write() -> None:
 def test_host_pages_are_counted() -> None:
     """An engine takes more memory of the host than it was told, or none without saying so."""
     e = engine(8, host=7)
-    assert e._host_offload.num_host_pages == 7 and "7 pages" in e.summary()
+    assert e.page_copier.num_host_pages == 7 and "7 pages" in e.summary()
     with pytest.raises(ValueError, match=r"host_gb=1e-06 holds not even a page"):
         Engine(PARAMS, SPEC, offload="host", host_gb=1e-6)
     e.close()

@@ -139,7 +139,7 @@ def test_stream_and_abort(pair: Replicas) -> None:
         texts[event.request_id] = texts.get(event.request_id, "") + event.text
         if event.output is not None:
             assert event.output.completions[0].text == texts[event.request_id]
-    ended = {e.request_id: e.output for e in pair._pending_events if e.output is not None}
+    ended = {e.request_id: e.output for e in pair.events if e.output is not None}
     while pair.has_unfinished_requests:
         ended |= {e.request_id: e.output for e in pair.step() if e.output is not None}
     assert ended.keys() == set(ids) and {o.completions[0].finish_reason for o in ended.values()} == {"abort"}

@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -24,9 +24,10 @@ from fastgen.checkpoint import files
 from fastgen.checkpoint.weights import named_weights, update
 from fastgen.core import sampling, scheduler
 from fastgen.core.attention import reference
+from fastgen.core.extensions import SingleRank, step_digest
 from fastgen.core.layers import rms_norm
 from fastgen.core.model_config import ModelConfig, TPShard, shard_config
-from fastgen.core.scheduler import Span
+from fastgen.core.scheduler import SchedulerOutput, Span
 from fastgen.core.transformer import TORCH_OPS, run_layers
 from fastgen.core.types import PartialSum
 from fastgen.distributed import peer_memory, tensor_parallel
@@ -40,7 +41,7 @@ class Meeting:
         self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=120), [None] * size
 
 
-class Rank:
+class Rank(SingleRank):
     """A TPGroup whose ranks are threads."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
@@ -63,9 +64,9 @@ class Rank:
     def all_reduce_min(self, n: int) -> int:
         return min(self._all(n))
 
-    def check_consistent(self, step: int, digest: int) -> None:
+    def check_step(self, step: int, scheduled: SchedulerOutput, last_token_ids: Sequence[int]) -> None:
         self.steps += 1
-        raise_if_inconsistent(self.shard.rank, step, self._all(digest))
+        raise_if_inconsistent(self.shard.rank, step, self._all(step_digest(scheduled, last_token_ids)))
 
 
 class ThreadBuffers(peer_memory.PeerBuffers):
@@ -307,7 +308,7 @@ def test_wake_up_succeeds_on_all_ranks_or_none() -> None:
     def run(rank: Rank) -> list[Any]:
         with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
             before = [c.token_ids for o in engine.generate(*load(1, 6), progress=False) for c in o.completions]
-            cache = engine._releasable_memory["cache"]
+            cache = engine.memory.regions["cache"]
             size, restore = engine.sleep("cache"), cache.reacquire
             assert not cache.resident and cache._buffer.untyped_storage().nbytes() == 0
             if rank.shard.rank == 1:

@@ -153,8 +153,8 @@ def test_sleep_and_wake_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(3):
             e.step()
         size = e.sleep("all")
-        assert size == sum(r.nbytes for r in e._releasable_memory.values())
-        assert e._releasable_memory.keys() == {"cache", "params"}
+        assert size == sum(r.nbytes for r in e.memory.regions.values())
+        assert e.memory.regions.keys() == {"cache", "params"}
         with pytest.raises(ValueError, match="call wake_up"):
             e.step()
         with monkeypatch.context() as patch:
@@ -162,7 +162,7 @@ def test_sleep_and_wake_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             patch.setattr(fastgen.training.sleep.ReleasableMemory, "reacquire", error)
             with pytest.raises(torch.OutOfMemoryError):
                 e.wake_up()
-            assert not any(r.resident for r in e._releasable_memory.values())
+            assert not any(r.resident for r in e.memory.regions.values())
         assert e.wake_up() == size
         outputs: dict[int, Any] = {}
         while e.has_unfinished_requests:
@@ -174,7 +174,7 @@ def test_sleep_and_wake_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             e.sleep("cache")
             e.wake_up()
         assert tokens(e.generate(*load(1, 8), progress=False)) == expected
-    with engine() as e, pytest.raises(ValueError, match="are whose they were"):
+    with engine() as e, pytest.raises(ValueError, match="belong to the caller"):
         e.sleep("params")
 
 
@@ -197,8 +197,7 @@ def check_kill(e: fastgen.Engine, rank: int, after: float) -> None:
 
 def check_error(e: fastgen.Engine) -> None:
     """Makes a rank raise an error, which the call raises too."""
-    assert e._worker_group is not None
-    e._worker_group.broadcast_call("no_such_call")
+    e.ranks.broadcast_call("no_such_call")
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?s)rank 1 .* failed: .*no_such_call"):
         endless(e)
@@ -218,7 +217,7 @@ def test_rank_0_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """The call raises rank 0's own error, and the other ranks end."""
     e = engine()
     e.generate([[1, 2]], SamplingParams(max_tokens=2), progress=False)
-    monkeypatch.setattr(e._runner, "run", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(e.runner, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         endless(e)
     with pytest.raises(RuntimeError, match="rank 0 failed: division by zero"):
@@ -280,16 +279,16 @@ def test_a_stream_is_dropped_within_a_step(monkeypatch: pytest.MonkeyPatch) -> N
         expected = tokens(e.generate(*load(1, 3), progress=False))
         streams = [e.stream([[1, 2], [3, 4]], SamplingParams(max_tokens=60)) for _ in range(2)]
         next(streams[0])  # the other stream is never started
-        run, sizes = e._runner.run, list[int]()
+        run, sizes = e.runner.forward, list[int]()
 
         def dropping(*args: Any, **named: Any) -> Any:
             streams.clear()
-            sizes.append(len(e._sequence_states))
+            sizes.append(len(e.core.sequence_states))
             return run(*args, **named)
 
-        monkeypatch.setattr(e._runner, "run", dropping)
+        monkeypatch.setattr(e.runner, "forward", dropping)
         e.step()
-        assert sizes == [4] and not e._sequence_states and not e.has_unfinished_requests
+        assert sizes == [4] and not e.core.sequence_states and not e.has_unfinished_requests
         assert tokens(e.generate(*load(1, 3), progress=False)) == expected
 
 

@@ -75,7 +75,11 @@ class Engine(fastgen.Engine):
         scheduler.check(self.state, self.config.schedule)
         users: dict[int, Any] = {}
         for s in self.state.running:
-            assert s.namespace == self._sequence_states[s.id].adapter_idx if s.id in self._sequence_states else True
+            assert (
+                s.namespace == self.core.sequence_states[s.id].adapter_idx
+                if s.id in self.core.sequence_states
+                else True
+            )
             for page in s.pages:
                 assert users.setdefault(page, s.namespace) == s.namespace, "two adapters share a page"
         return events
@@ -289,7 +293,7 @@ def test_off_is_as_before() -> None:
         and e.adapters == {}
         and "adapters" not in e._memory_usage()
     )
-    assert e._runner.adapters is None
+    assert e.runner.adapters is None
 
 
 def test_any_operations() -> None:
@@ -305,7 +309,7 @@ def test_any_operations() -> None:
     checked = 0
     for step in range(150):
         op, name = r.random(), r.choice(("x", "y", "z"))
-        users = {s.params.adapter for s in e._sequence_states.values()}
+        users = {s.params.adapter for s in e.core.sequence_states.values()}
         if op < 0.06 and name not in trees and len(trees) < 2:
             trees[name] = adapter(SPEC, r.choice(NAMES[1:]) or "", step)
             e.add_adapter(name, trees[name])
@@ -321,14 +325,14 @@ def test_any_operations() -> None:
             else:
                 e.update_adapter(name, tree_map_only(Tensor, lambda x: -x, views))
             trees[name] = tree_map_only(Tensor, torch.clone, e.adapter_params(name))
-            stale |= {s.output.request_id for s in e._sequence_states.values() if s.params.adapter == name}
+            stale |= {s.output.request_id for s in e.core.sequence_states.values() if s.params.adapter == name}
         elif op < 0.6:
             prompt, how, _ = load(r.randrange(5), 1)[0]
             who = r.choice([None, *trees])
             params = PARAMS if who is None else lora.merge(PARAMS, SPEC, trees[who])
             pending[e.add(prompt, SamplingParams(**how, adapter=who))] = prompt, how, params
-        elif op < 0.62 and e._sequence_states:
-            e.abort(r.choice([*e._sequence_states.values()]).output.request_id)
+        elif op < 0.62 and e.core.sequence_states:
+            e.abort(r.choice([*e.core.sequence_states.values()]).output.request_id)
         for event in e.step():
             if event.output is None:
                 continue

@@ -1301,7 +1301,7 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
     or by its id."""
     pytest.importorskip("llguidance")
     process, may_finish, cancel_events = EngineProcess(library), threading.Event(), dict[str, threading.Event]()
-    server, compile = process.server, library._compile_grammar
+    server, compile = process.server, library.compile_grammar
     params = SamplingParams(temperature=0, max_tokens=3, n=2)
 
     def compile_later(params: SamplingParams, cancel_event: threading.Event | None = None) -> Any:
@@ -1352,7 +1352,7 @@ def test_a_step_that_fails_and_a_worker_that_died(library: fastgen.Engine, monke
     process.call("a", "1", "add", "call", [[5, 6]], params)
     assert process.replies() == [("a", "1", None, None)]
     with monkeypatch.context() as m:
-        m.setattr(library._runner, "run", lambda *_, **__: 1 / 0)
+        m.setattr(library.runner, "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             server.step()
     server.report_step_failure()

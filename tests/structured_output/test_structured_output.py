@@ -172,7 +172,7 @@ def test_a_grammar_that_fails_ends_its_request_alone(words: PreTrainedTokenizerF
     with engine(words) as e:
         one, two = (e.add("once", with_grammar(f"regex:{DATE}", seed=i)) for i in range(2))
         e.step()
-        sample = next(s for s in e._sequence_states.values() if s.output.request_id == one)
+        sample = next(s for s in e.core.sequence_states.values() if s.output.request_id == one)
         assert sample.matcher is not None
         sample.matcher.matcher.consume_token(words.encode("z")[0])  # no digit
         done = finish(e)
@@ -330,7 +330,7 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
     with engine(words) as e:
         ids = [e.add("once", with_grammar(f"regex:{DATE}", seed=i)) for i in range(3)]
         e.step()
-        sample = next(s for s in e._sequence_states.values() if s.output.request_id == ids[1])
+        sample = next(s for s in e.core.sequence_states.values() if s.output.request_id == ids[1])
         assert sample.matcher is not None
         slow.append(sample.matcher.matcher)
         done = finish(e)
@@ -343,7 +343,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
     """Another request runs from start to end meanwhile; cancelling a request cancels its compilation; errors are the same."""
 
     async def main(e: fastgen.AsyncEngine) -> None:
-        make, stops, going = e.engine._grammar_backend.make_matchers, list[threading.Event](), threading.Event()
+        make, stops, going = e.engine.grammars.backend.make_matchers, list[threading.Event](), threading.Event()
 
         def waiting(grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None) -> Any:
             if cancel_event is None:
@@ -353,7 +353,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
                 pass
             return make(grammar, num_matchers, cancel_event)
 
-        monkeypatch.setattr(e.engine._grammar_backend, "make_matchers", waiting)
+        monkeypatch.setattr(e.engine.grammars.backend, "make_matchers", waiting)
         one, two = (asyncio.create_task(e.add("once", with_grammar(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
         plain = [o async for _, o in e.generate(["a", "b"], SamplingParams(max_tokens=20))]
         assert len(plain) == 2 and not one.done() and not two.done()
@@ -366,7 +366,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
         assert [stop.is_set() for stop in stops] == [
             False,
             True,
-        ] and not e.engine._grammar_backend._prebuilt_matchers.get(backend._grammar_key(f"regex:{DATE}"))
+        ] and not e.engine.grammars.backend._prebuilt_matchers.get(backend._grammar_key(f"regex:{DATE}"))
         with pytest.raises(ValueError, match="prompt 1: json grammar: it is nested 501 levels"):
             await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), with_grammar("json:" + nested(500))]))
 
@@ -384,10 +384,10 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(
     with engine(words, overlap=overlap) as e:
         wanted = [o.completions[0] for o in e.generate(["a", "b", "c"], params)]
         ids = [e.add(p, s) for p, s in zip("abc", params, strict=True)]
-        sample = next(s for s in e._sequence_states.values() if s.output.request_id == ids[1])
+        sample = next(s for s in e.core.sequence_states.values() if s.output.request_id == ids[1])
         monkeypatch.setattr(sample.detokenizer, where, lambda *_, **__: 1 / 0)
         done = finish(e)
-        assert not e._sequence_states and e.generate("a", params[0])[0].completions[0] == wanted[0]
+        assert not e.core.sequence_states and e.generate("a", params[0])[0].completions[0] == wanted[0]
     failed = done[ids[1]].completions[0]
     assert failed.finish_reason == "error" and failed.error == "ZeroDivisionError: division by zero"
     assert failed.token_ids == wanted[1].token_ids[: 1 if where == "push" else 6]

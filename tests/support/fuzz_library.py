@@ -128,7 +128,7 @@ class Round:
         if kind == 4:
             return [("nobody", PARAMS.final_norm)]
         if kind == 5:
-            return PARAMS._replace(norm=self.junk())
+            return PARAMS._replace(final_norm=self.junk())
         if kind == 6:
             return PARAMS._replace(layers=PARAMS.layers[:1])
         if kind == 7:
@@ -383,7 +383,7 @@ class Round:
                     await a.call(r.choice([Engine.params_changed, Engine.wake_up]))
                 async with asyncio.timeout(60):
                     request = await a.add(prompt, SamplingParams(**given))
-                    if all(x.resident for x in e._releasable_memory.values()):
+                    if e.memory.resident:
                         self.right(await request.output(), which)
                     async for _ in a.generate([self.prompt(), self.prompt()], on_error="skip"):
                         break
@@ -434,7 +434,7 @@ class Round:
                 foreign = not isinstance(e, DOCUMENTED) or isinstance(e, UnicodeError)
                 if foreign or (isinstance(e, RuntimeError) and not any(word in str(e) for word in STATE)):
                     self.problem(e)
-            if self.engine._access_guard.closed:
+            if self.engine.access_guard.closed:
                 break
         self.end()
         return sum(self.made.values())
@@ -448,7 +448,7 @@ class Round:
 
     def end(self) -> None:
         e = self.engine
-        if e._access_guard.closed:
+        if e.access_guard.closed:
             return
         self.streams.clear()
         e.wake_up()

@@ -19,8 +19,8 @@ from fastgen.checkpoint.files import Checkpoint, open_checkpoint, read_hf_config
 from fastgen.checkpoint.hub import resolve
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
 from fastgen.core.model_families import to_hf_config
+from fastgen.core.tensor_memory import TensorMemory, bytes_needed
 from fastgen.core.types import Layer, Params
-from fastgen.training.sleep import ReleasableMemory
 
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")  # buffers of old checkpoints
 EMBED_NAME, LM_HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where the head is tied
@@ -132,7 +132,7 @@ def _leaf_specs(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> lis
 
 def init(
     model_config: ModelConfig, seed: int = 0, *, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None, tp_shard: TPShard = UNSHARDED, memory: ReleasableMemory | None = None,
+    dtype: torch.dtype | None = None, tp_shard: TPShard = UNSHARDED, memory: TensorMemory | None = None,
 ) -> Params:  # fmt: skip
     """Returns random parameters, normal with standard deviation 0.02, made on `device` (None: torch's default device).
 
@@ -162,7 +162,7 @@ def init(
 def param_bytes(model_config: ModelConfig, dtype: torch.dtype, tp_shard: TPShard = UNSHARDED) -> int:
     """Returns the bytes of memory that hold a model's parameters, or a rank's shards."""
     specs = _leaf_specs(model_config, tp_shard)
-    return ReleasableMemory.bytes_needed([spec.shape for spec in specs if spec is not None], dtype)
+    return bytes_needed([spec.shape for spec in specs if spec is not None], dtype)
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def shard_params(params: Params, model_config: ModelConfig, tp_shard: TPShard) -
     return tree_unflatten(leaves, tree_flatten(params)[1])
 
 
-def _copy_shard(full_spec: Any, shard_spec: Any, weight: Tensor, memory: ReleasableMemory | None = None) -> Tensor:
+def _copy_shard(full_spec: Any, shard_spec: Any, weight: Tensor, memory: TensorMemory | None = None) -> Tensor:
     shape = shard_spec.shape
     shard = weight.new_zeros(shape) if memory is None else memory.allocate(shape, weight.dtype)
     views = zip(_weight_views(full_spec, weight), _weight_views(shard_spec, shard), strict=True)
@@ -421,7 +421,7 @@ def _with_progress(
 
 def load(
     model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    progress: bool = True, tp_shard: TPShard = UNSHARDED, allocate: Callable[[int], ReleasableMemory] | None = None,
+    progress: bool = True, tp_shard: TPShard = UNSHARDED, allocate: Callable[[int], TensorMemory] | None = None,
     check_finite: bool = True,
 ) -> tuple[ModelConfig, Params]:  # fmt: skip
     """Returns config and parameters of a checkpoint: a Hugging Face folder, hub id, `.safetensors` or `.gguf` file.

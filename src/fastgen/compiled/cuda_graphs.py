@@ -5,26 +5,18 @@ runs. So steps of few tokens are captured, one graph per shape.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastgen.config import EngineConfig, SchedulerConfig
+from fastgen.core.runner import StepShape
 from fastgen.core.step import StepOutput
 
 PREFILL_GRAPH_SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # tokens of captured steps that prefill
 PREFILL_GRAPH_NUM_SEQS = 32  # sequences of those steps, padding included
 # A step padded to the full budget by more than this factor costs more than launching its kernels one by one.
 MAX_PADDING = 1.03
-
-
-class StepShape(NamedTuple):
-    """Padded size of a step."""
-
-    num_tokens: int
-    num_seqs: int
-    decode: bool  # one token per sequence
-    shared_prefix: bool = False  # sequences are grouped by shared prefix
 
 
 def decode_graph_sizes(max_size: int) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ import torch
 
 from fastgen.compiled import cuda_graphs, warm_up
 from fastgen.compiled.compiled_ops import CompiledOps
-from fastgen.compiled.cuda_graphs import CudaGraphs, StepShape, largest_shape
+from fastgen.compiled.cuda_graphs import CudaGraphs, largest_shape
 from fastgen.config import EngineConfig
-from fastgen.core.batch import InputBuffers
 from fastgen.core.model_config import ModelConfig, shard_config, vocab_shard
+from fastgen.core.runner import EagerRunner, StepInputs, StepShape
 from fastgen.core.step import StepOutput, fill_pending_tokens, forward_and_sample
 from fastgen.core.transformer import TORCH_OPS, lm_head_weight
 from fastgen.core.types import Batch, KVCache, Params, SamplerOutput, SamplingTensors, StackedAdapters
@@ -51,17 +51,19 @@ def _prefer_blas_library(library: str) -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(before)
 
 
-class ModelRunner:
+class ModelRunner(EagerRunner):
     """Runs the steps of one engine. `model_config` is the full model's; the attribute is that of this rank's shard."""
 
     def __init__(
-        self, params: Params, model_config: ModelConfig, config: EngineConfig, input_buffers: InputBuffers,
+        self, params: Params, model_config: ModelConfig, config: EngineConfig,
         tp_group: TPGroup | None = None, adapters: StackedAdapters | None = None,
     ) -> None:  # fmt: skip
-        self.params, self.config, self.input_buffers, self.adapters = params, config, input_buffers, adapters
-        self.model_config = model_config if tp_group is None else shard_config(model_config, tp_group.shard.size)
-        self.device, self.mode, self.tp_group = params.embed.device, config.compile.mode, tp_group
-        self.vocab_size, largest = model_config.vocab_size, largest_shape(config.schedule)
+        shard = model_config if tp_group is None else shard_config(model_config, tp_group.shard.size)
+        largest, copy_buffer = largest_shape(config.schedule), None
+        if params.embed.device.type == "cuda" and config.compile.mode != "eager":
+            from fastgen.kernels.page_copy import copy_concatenated as copy_buffer  # Triton comes with GPU builds alone
+        super().__init__(params, shard, config, adapters=adapters, largest=largest, copy_buffer=copy_buffer)
+        self.mode, self.tp_group, self.vocab_size = config.compile.mode, tp_group, model_config.vocab_size
         self.graphs, self._profiled = CudaGraphs(self.device), False
         if self.device.type == "cuda":
             _set_triton_cache_dir()
@@ -113,6 +115,11 @@ class ModelRunner:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
+    def forward(self, inputs: StepInputs, layer_chunk_ready: Sequence[Any] = ()) -> StepOutput:
+        batch, sampling, shape, _, scored = inputs
+        options: Any = {"needs_prompt_logprobs": scored, "layer_chunk_ready": layer_chunk_ready}
+        return self.run(self.cache, batch, sampling, shape, **options)
+
     def run(
         self, cache: KVCache, batch: Batch, sampling: SamplingTensors, shape: StepShape, *,
         needs_prompt_logprobs: bool = False, layer_chunk_ready: Sequence[torch.cuda.Event] = (),
@@ -153,7 +160,9 @@ class ModelRunner:
             inputs = self.params, cache, last_token_ids, batch, sampling, self.model_config
             return forward_and_sample(*inputs, ops, self.fused_sampler, self.logits_buffer, self.adapters, **options)
 
-    def sample(self, logits: torch.Tensor, sampling: SamplingTensors, num_top_logprobs: int | None) -> SamplerOutput:
+    def sample_logits(
+        self, logits: torch.Tensor, sampling: SamplingTensors, num_top_logprobs: int | None
+    ) -> SamplerOutput:
         """Samples from a step's logits with every setting that a request may have, unlike the fused sampler."""
         if self.tp_group is None:
             return self._sample_fn(logits.float(), sampling, num_top_logprobs)

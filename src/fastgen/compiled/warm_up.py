@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from fastgen.compiled.cuda_graphs import StepShape, decode_graph_sizes, largest_shape
+from fastgen.compiled.cuda_graphs import decode_graph_sizes, largest_shape
 from fastgen.config import SchedulerConfig
+from fastgen.core.runner import StepShape
 from fastgen.core.types import KVCache
 
 if TYPE_CHECKING:

@@ -1,412 +1,281 @@
-"""The loop of an engine: parameters, a paged cache and a scheduler's state, advanced a step at a time."""
+"""EngineCore: requests that share steps, advanced one step at a time, on one thread and in plain Python.
+
+    add -> prepare, submit        a SequenceState for each completion; the scheduler queues their sequences
+    step -> scheduler.plan        tokens of this step, pages, admission, preemption
+            page_copier, runner   copy pages, forward, sample: launched, not waited for
+            scheduler.commit      the state as if the step were done
+            finish the last step  its tokens become events; sequences that stop leave
+
+With `overlap` the step before is read while the new one runs on the device, so an event comes one step late.
+"""
 
 import itertools
-import os
 import random
-import threading
-import weakref
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastgen.compiled.cuda_graphs import largest_shape
-from fastgen.compiled.runner import ModelRunner
 from fastgen.config import EngineConfig, SamplingParams, check_int
-from fastgen.core import scheduler, tokenizer
-from fastgen.core.batch import InputBuffers, build_logit_edits, max_groups, to_device
-from fastgen.core.kv_cache import new_kv_cache
-from fastgen.core.model_config import ModelConfig, shard_config
+from fastgen.core import extensions, scheduler, tokenizer
+from fastgen.core.batch import max_groups, to_device
+from fastgen.core.extensions import Adapters, Grammars, Matcher, Profiler, Ranks, on_all_ranks
+from fastgen.core.model_config import ModelConfig
 from fastgen.core.prefix_cache import CacheStats, PrefixCache, make_namespace
-from fastgen.core.request import Completion, Event, Output, SequenceState, max_length, rejected_output, rejection_events
+from fastgen.core.request import (
+    Completion,
+    Event,
+    Output,
+    SequenceState,
+    map_prompts,
+    max_length,
+    rejected_output,
+    rejection_events,
+)
+from fastgen.core.runner import InFlightStep, PageCopier, Runner
 from fastgen.core.scheduling_policy import POLICIES, SharedPrefixGroup, find_shared_prefix_groups
-from fastgen.core.step import StepOutput, compute_target_logprobs
 from fastgen.core.tokenizer import Prompt
-from fastgen.core.types import Batch, KVCache, Params, SamplingTensors, Tokenizer, TopKTopP
-from fastgen.distributed import workers
-from fastgen.distributed.tensor_parallel import TPGroup
-from fastgen.lora import AdapterManager
-from fastgen.offload.host_cache import HostOffload, page_bytes
-from fastgen.profiling.profiler import NULL_CONTEXT, Profiler
-from fastgen.structured_output.backend import GrammarBackend, GrammarMatcher
-from fastgen.thread_safety import AccessGuard, check_fork, exclusive, no_torch_modes
-from fastgen.training.shared_params import adopted_models, version_counters
-from fastgen.training.sleep import ReleasableMemory
+from fastgen.core.types import Batch, Tokenizer
 
-INT64_RANGE = -(2**63), 2**63 - 1  # what numbers of requests may be asked for; seeds, too
-MAX_CPU_CACHE_BYTES = 2**30  # bytes at most, where the size is not given
-
-
-def get_tp_size(settings: EngineConfig) -> int:
-    """The ranks of an engine. ValueError where several engines are asked for."""
-    p = settings.parallel
-    if p.replicas > 1:
-        raise ValueError(
-            f"parallel.replicas={p.replicas} are several engines: use fastgen.Replicas.from_pretrained, fgrun, fgbench "
-            "or fgserve, or leave it at 1"
-        )
-    return p.tensor_parallel
-
-
-class InFlightStep(NamedTuple):
-    """A step that may still be running: what it computes, and where its results will be on the host."""
-
-    plan: scheduler.Plan
-    results: tuple[Tensor, ...]  # token, logprob, top tokens, top logprobs, a row for each sequence of the plan
-    done_event: torch.cuda.Event | None
-    weight_version: int  # of the parameters
-
-    def read_rows(self) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
-        """Token, logprob and most likely tokens of each sequence; waits for them."""
-        if self.done_event is not None:
-            self.done_event.synchronize()
-        token, logprob, top_token, top_logprob = (t.tolist() for t in self.results)
-        tops = (list(zip(*pair, strict=True)) for pair in zip(top_token, top_logprob, strict=True))
-        return zip(token, logprob, tops if top_token else itertools.repeat([]), strict=False)
+INT64_RANGE = -(2**63), 2**63 - 1  # of request ids and seeds
+Prepared = list[SequenceState] | Output  # the completions of a request, or the output of one that cannot run
 
 
 class _TokensBySequence(Mapping[int, Sequence[int]]):
-    """The tokens of samples, by sequence."""
+    """The known tokens of each sequence, by its id."""
 
-    def __init__(self, samples: dict[int, SequenceState]) -> None:
-        self._sequence_states = samples
+    def __init__(self, states: dict[int, SequenceState]) -> None:
+        self._states = states
 
     def __getitem__(self, id: int) -> Sequence[int]:
-        return self._sequence_states[id].token_ids
+        return self._states[id].token_ids
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._sequence_states)
+        return iter(self._states)
 
     def __len__(self) -> int:
-        return len(self._sequence_states)
+        return len(self._states)
 
 
 class EngineCore:
-    """Requests that share steps: queued, planned, launched, handed out. `Engine` is what one calls."""
+    """Runs many requests on one Runner. For one thread at a time; `fastgen.Engine` is what one calls.
 
-    @no_torch_modes
+    `model_config` is the full model's, where the runner's is a rank's shard. `version_tensors`: their version counters
+    move when the parameters are written in place; by default those of the parameters themselves.
+    """
+
     def __init__(
         self,
-        params: Params | Any,
+        runner: Runner,
+        config: EngineConfig,
+        page_copier: PageCopier,
+        *,
         model_config: ModelConfig | None = None,
         tokenizer: Tokenizer | None = None,
-        *,
-        progress: bool = True,
-        tp_group: TPGroup | None = None,
-        **settings: Any,
+        ranks: Ranks | None = None,
+        adapters: Adapters | None = None,
+        grammars: Grammars | None = None,
+        profiler: Profiler | None = None,
+        version_tensors: Sequence[Tensor] | None = None,
     ) -> None:
-        check_fork("Engine")
-        if not isinstance(params, Params) or not isinstance(model_config, ModelConfig):
-            what = (
-                repr(params)
-                if isinstance(params, str)
-                else f"{type(params).__name__} and {type(model_config).__name__}"
-            )
-            raise ValueError(
-                f"Engine takes Params and their Spec, not {what}: Engine.from_pretrained(…) takes a folder or hub id, "
-                "and fastgen.adopt(…) makes both of a transformers model"
-            )
-        self._access_guard = AccessGuard(
-            "this engine", "fastgen.AsyncEngine serves any number of threads and coroutines"
-        )
-        self._pending_aborts = deque[
-            frozenset[int]
-        ]()  # requests that nobody waits for any more, to abort with the next call
-        chosen = EngineConfig.from_flat(**settings)
-        if (size := get_tp_size(chosen)) > 1 and tp_group is None:
-            shard_config(model_config, size)  # a ValueError before anything is started
-            load = workers.shard_loader(params, model_config, tokenizer, size)
-            tp_group = workers.create_tp_group(size, params.embed.device.type, load, settings, type(self))
-            params = load(tp_group.shard, str(params.embed.device))[1]
-        self._worker_group = tp_group if isinstance(tp_group, workers.WorkerGroup) else None
-        if self._worker_group is not None:
-            weakref.finalize(self, self._worker_group.close)
-        self._failed_request_ids = set[int]()  # requests of which a completion failed, to abort after the call
-        with workers.close_workers_on_error(self._worker_group):
-            self._params, self.model_config, self.tokenizer, self.tp_group = params, model_config, tokenizer, tp_group
-            here = model_config if tp_group is None else shard_config(model_config, tp_group.shard.size)
-            self.device, self.dtype = params.embed.device, params.embed.dtype
-            self.config = chosen.resolve(self.device.type)
-            page, limits = self.config.kv_cache.page_size, self.config.schedule
-            context, most = (
-                min(model_config.context_length, self.config.kv_cache.cache_tokens or model_config.context_length),
-                largest_shape(limits),
-            )
-            widest = -(-max(context, limits.token_budget) // page)  # padding has a row as well
-            members = max(1, 64 // (here.num_q_heads // here.num_kv_heads))  # whose queries fill a tile of attention
-            sizes, lora = (limits.max_num_seqs, *most[:2], widest, page, model_config.vocab_size), self.config.lora
-            self._adapter_manager = (
-                AdapterManager(model_config, lora, self.device, self.dtype, tp_group) if lora.max_adapters else None
-            )
-            copy_buffer = None
-            if self.device.type == "cuda" and self.config.compile.mode != "eager":
-                # Triton comes with the GPU builds of torch, and not with others.
-                from fastgen.kernels.page_copy import copy_concatenated as copy_buffer
-            self._input_buffers = InputBuffers(
-                *sizes, self.device, members, use_adapters=self._adapter_manager is not None, copy_buffer=copy_buffer
-            )
-            adapters = None if self._adapter_manager is None else self._adapter_manager.adapters
-            self._runner = ModelRunner(params, model_config, self.config, self._input_buffers, tp_group, adapters)
-            host = self.config.offload.host_gb * 1e9 if self.config.offload.target == "host" else 0
-            host_pages = int(host // page_bytes(here, page, self.dtype.itemsize))
-            if host and not host_pages:
-                raise ValueError(f"offload.host_gb={self.config.offload.host_gb} holds not even a page: raise it")
-            self._host_offload = HostOffload(here, page, self.dtype, self.device, host_pages)
-            self.weight_version = 0  # of the parameters: how often they have changed
-            self._version_counters, self._adoptions = version_counters(params), adopted_models(params)
-            self._last_version_counter_sum = self._sum_version_counters()
-            self._releasable_memory: dict[str, ReleasableMemory] = {}  # memory of our own, by what it holds
-            self.cache_capacity = self._compute_cache_capacity()  # tokens
-            slots = self.cache_capacity + page
-            size = ReleasableMemory.bytes_needed(
-                [(slots, here.num_kv_heads, here.head_dim)] * 2 * here.num_layers, self.dtype
-            )
-            self._releasable_memory["cache"] = ReleasableMemory(size, self.device)
-            memory = self._releasable_memory["cache"]
-            self._cache = new_kv_cache(here, slots, allocate=lambda shape: memory.allocate(shape, self.dtype))
-            self._host_offload.attach_cache(self._cache)
-            self._runner.warm_up(self._cache, progress=progress)
-            self.state = scheduler.State(self._new_prefix_cache())
-            self._last_batch: tuple[scheduler.Plan, list[SequenceState], Batch] | None = (
-                None  # of the last step launched
-            )
-            self.num_steps = 0  # launched
-            me = weakref.ref(self)  # a reference back would keep the memory until Python looks for cycles
-            self.profiler = Profiler(here, self.dtype, self.device, lambda: e._memory_usage() if (e := me()) else {})
-            self._in_flight: InFlightStep | None = None
-            self._sequence_states: dict[int, SequenceState] = {}  # by sequence
-            self._sequence_id_counter, self._request_id_counter = itertools.count(), itertools.count()
-            self._pending_events: list[Event] = []
-            seed = random.SystemRandom().getrandbits(62) if self.config.seed is None else self.config.seed
-            self._seed_rng = random.Random(seed if tp_group is None else tp_group.all_reduce_min(seed))
-            self._last_tokens_hash = 0  # a digest of the tokens of the last step, for the other ranks
-            eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
-            self._eos_token_ids = frozenset(model_config.eos_token_ids) | frozenset(
-                eos if isinstance(eos, list) else [eos]
-            )
-            self._grammar_backend = GrammarBackend(
-                tokenizer, model_config.vocab_size, self._eos_token_ids, limit_mask_time=tp_group is None
-            )
+        self.runner, self.config, self.page_copier, self.tokenizer = runner, config, page_copier, tokenizer
+        self.model_config, self.policy = model_config or runner.model_config, POLICIES[config.schedule.policy]
+        self.ranks: Ranks = ranks or extensions.SingleRank()
+        self.adapters: Adapters = adapters or extensions.NoAdapters()
+        self.grammars: Grammars = grammars or extensions.NoGrammars()
+        self.profiler: Profiler = profiler or extensions.NullProfiler()
+        page_size = config.kv_cache.page_size
+        self.cache_capacity = len(runner.cache.k[0]) - page_size  # tokens; page 0 is scratch
+        self.state = scheduler.State(self._new_prefix_cache())
+        self.sequence_states: dict[int, SequenceState] = {}  # by sequence id
+        self._token_ids = _TokensBySequence(self.sequence_states)
+        self.events: list[Event] = []  # of no step's result yet
+        # Ids of requests whose events have no reader any more. Finalizers append, in any thread and in the middle of
+        # anything; `step` and `submit` abort them.
+        self.abandoned = deque[frozenset[int]]()
+        self.num_steps = 0  # launched
+        self.weight_version = 0  # how often the parameters have changed
+        self._failed_request_ids = set[int]()  # of completions that failed in the last step, on this rank alone
+        self._in_flight: InFlightStep | None = None
+        self._last_step: tuple[scheduler.Plan, list[SequenceState], Batch] | None = None
+        self._last_token_ids: list[int] = []  # sampled in the step that was finished last
+        self._sequence_ids, self._request_ids = itertools.count(), itertools.count()
+        seed = random.SystemRandom().getrandbits(62) if config.seed is None else config.seed
+        self._seeds = random.Random(self.ranks.all_reduce_min(seed))
+        self.eos_token_ids = end_token_ids(self.model_config, tokenizer)
+        leaves = tree_leaves(runner.params) if version_tensors is None else version_tensors
+        self._version_tensors = [x for x in leaves if x is not None]
+        self._last_version_sum = self._version_sum()
 
     def _new_prefix_cache(self, stats: CacheStats | None = None) -> PrefixCache:
-        """A tree in which nothing is cached."""
-        s = self.config
-        tree = PrefixCache(
-            s.kv_cache.page_size,
-            self.cache_capacity // s.kv_cache.page_size + 1,
-            self._host_offload.num_host_pages,
-            enable_prefix_caching=s.kv_cache.prefix_cache,
-            offload_preempted_only=s.offload.offload_policy == "preempted",
-        )
-        tree.stats = stats or tree.stats
-        return tree
-
-    def _tokens_by_sequence(self) -> scheduler.TokensById:
-        """Of each sequence, the tokens whose values are known."""
-        return _TokensBySequence(self._sequence_states)
-
-    def _compute_cache_capacity(self) -> int:
-        """Tokens the cache holds, in whole pages."""
-        p, spec, limits = self.config.kv_cache, self._runner.model_config, self.config.schedule
-        per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.dtype.itemsize
-        tokens = p.cache_tokens
-        if tokens is None:
-            if cuda := self.device.type == "cuda":
-                scratch = new_kv_cache(spec, p.page_size, device=self.device, dtype=self.dtype)
-                try:
-                    taken = self._runner.profile_peak_memory(scratch)
-                except torch.OutOfMemoryError as e:
-                    raise ValueError(
-                        self._out_of_memory_message("the activations of the largest step do not fit")
-                    ) from e
-                left = p.gpu_memory_utilization * torch.cuda.mem_get_info(self.device)[1] - taken
-            # No more than could ever be in use.
-            longest = -(-(spec.context_length - 1) // p.page_size) * p.page_size
-            tokens = min(int(left if cuda else MAX_CPU_CACHE_BYTES) // per_token, limits.max_num_seqs * longest)
-        if tokens < p.page_size:
-            raise ValueError(
-                self._out_of_memory_message(f"nothing is left for the cache, of {per_token} bytes for each token")
-            )
-        tokens = tokens if self.tp_group is None else self.tp_group.all_reduce_min(tokens)
-        return tokens // p.page_size * p.page_size
-
-    def _out_of_memory_message(self, problem: str) -> str:
-        """The message where memory is short, with what would help."""
-        p, s, total = self.config.kv_cache, self.config.schedule, 0
-        if self.device.type == "cuda":
-            total = torch.cuda.mem_get_info(self.device)[1]
-        weight = sum(w.nbytes for w in tree_leaves(self._params) if w is not None)
-        return (
-            f"{problem}: {p.gpu_memory_utilization:.0%} of {total / 1e9:.1f} GB, {weight / 1e9:.1f} GB of which are weights. "
-            f"Lower schedule.token_budget ({s.token_budget}) or schedule.max_num_seqs ({s.max_num_seqs}), "
-            "or raise kv_cache.gpu_memory_utilization"
-        )
+        """Returns an empty prefix cache."""
+        cache, offload = self.config.kv_cache, self.config.offload
+        prefix_cache = PrefixCache(
+            cache.page_size, self.cache_capacity // cache.page_size + 1, self.page_copier.num_host_pages,
+            enable_prefix_caching=cache.prefix_cache, offload_preempted_only=offload.offload_policy == "preempted",
+        )  # fmt: skip
+        prefix_cache.stats = stats or prefix_cache.stats
+        return prefix_cache
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    @exclusive()
-    def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, stream_text: bool = True) -> int:
-        """Queue a request; its id. `prompt` is text, token ids, or chat messages.
-
-        `live` false: the text comes with the last event only, which spares the host most of the work for it.
-
-        ValueError, with the numbers, for what can never run; nothing else is disturbed.
-        """
-        return self._add(prompt, SamplingParams() if sampling is None else sampling, stream_text=stream_text)
-
-    @exclusive()
-    def _add(
+    def add(
         self,
         prompt: Prompt,
         sampling: SamplingParams,
         *,
-        stream_text: bool,
-        matchers: Sequence[GrammarMatcher | None] | None = None,
+        stream_text: bool = True,
+        matchers: Sequence[Matcher | None] | None = None,
     ) -> int:
-        """As `add`; `guides` are what `_compile` made for this request."""
-        return self._submit([self._prepare(prompt, sampling, stream_text, matchers)])[0]
+        """Queues a request and returns its id; see `Engine.add`."""
+        return self.submit([self.prepare(prompt, sampling, stream_text=stream_text, matchers=matchers)])[0]
 
-    def _compile_grammar(
-        self, sampling: SamplingParams, cancel_event: threading.Event | None = None
-    ) -> list[GrammarMatcher | None]:
-        """Guides for a request's completions. ValueError for a grammar that cannot be used.
+    def add_many(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        stream_text: bool,
+        on_error: str = "raise",
+    ) -> list[int]:
+        """Queues one or many prompts, all of them or, with `on_error` "skip", those that can run. Returns all ids."""
 
-        Changes nothing else, so that any thread may call this while another one steps. Cancelled soon after `stop`.
-        """
-        if sampling.grammar is None:
-            return [None] * sampling.n
-        guides, problem = list[GrammarMatcher | None](), None
-        try:
-            if self._worker_group is not None and not self._grammar_backend.has_prebuilt(sampling.grammar, sampling.n):
-                self._grammar_backend.check_grammar(sampling.grammar, cancel_event)
-                self._worker_group.broadcast_call("_precompile_on_rank", sampling.grammar, sampling.n)
-            guides += self._grammar_backend.make_matchers(sampling.grammar, sampling.n, cancel_event)
-        except ValueError as e:
-            problem = e
-        if (
-            self.tp_group is not None and self._worker_group is None and not self._grammar_backend.skip_trials
-        ):  # in step with other callers
-            if not self.tp_group.all_reduce_min(int(problem is None)):
-                problem = problem or ValueError("another rank refuses the grammar")
-        if problem is not None:
-            raise problem
-        return guides
+        def prepare(prompt: Prompt, params: SamplingParams) -> list[SequenceState]:
+            return self.prepare(prompt, params, stream_text=stream_text)
 
-    def _precompile_grammar(self, sampling: SamplingParams, cancel_event: threading.Event) -> None:
-        """As `_compile`, for the next request with these settings."""
-        guides = [guide for guide in self._compile_grammar(sampling, cancel_event) if guide is not None]
-        if sampling.grammar is not None and not cancel_event.is_set():  # nobody would take them
-            self._grammar_backend.add_prebuilt(sampling.grammar, guides)
+        prepared: list[Prepared] = map_prompts(prepare, prompts, sampling, on_error)
+        return self.submit(prepared)
 
-    def _precompile_on_rank(self, grammar: str, num_guides: int) -> None:
-        """Of a rank: compiles beside the steps what rank 0 compiles now."""
-        self._grammar_backend.prebuild_matchers(grammar, num_guides)
-
-    def _prepare(
+    def prepare(
         self,
         prompt: Prompt,
         sampling: SamplingParams,
-        stream_text: bool,
-        matchers: Sequence[GrammarMatcher | None] | None = None,
+        *,
+        stream_text: bool = True,
+        matchers: Sequence[Matcher | None] | None = None,
     ) -> list[SequenceState]:
-        """A request's completions, not yet queued. ValueError for what can never run."""
+        """Returns a request's completions, not yet queued. Raises ValueError for what can never run.
+
+        `matchers` are what `grammars.compile` returned for these settings.
+        """
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, got {sampling!r:.100}")
-        content = self.config.special_tokens_in_content
-        prompt_ids = tokenizer.encode(self.tokenizer, prompt, special_tokens_in_content=content)
-        limit = max_length(prompt_ids, sampling, self.model_config, self.cache_capacity, self.tokenizer is not None)
-        seed = self._seed_rng.getrandbits(63) if sampling.seed is None else sampling.seed
+        words, content = self.tokenizer, self.config.special_tokens_in_content
+        prompt_ids = tokenizer.encode(words, prompt, special_tokens_in_content=content)
+        limit = self.max_length(prompt_ids, sampling)
+        seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
         output = Output(-1, prompt_ids, [Completion() for _ in range(sampling.n)])
         if sampling.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if sampling.prompt_logprobs else None
-        self._adapter_index(sampling)
+        self.adapter_index(sampling)
+        common: Any = sampling, seed, limit, self.eos_token_ids, words
         return [
-            SequenceState(
-                output,
-                index,
-                sampling,
-                seed,
-                limit,
-                self._eos_token_ids,
-                self.tokenizer,
-                stream_text=stream_text,
-                matcher=guide,
-            )
-            for index, guide in enumerate(self._compile_grammar(sampling) if matchers is None else matchers)
+            SequenceState(output, index, *common, stream_text=stream_text, matcher=matcher)
+            for index, matcher in enumerate(self.grammars.compile(sampling) if matchers is None else matchers)
         ]
 
-    def _broadcast(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """The other ranks that this process started make a call before this one does."""
-        if self._worker_group is not None:
-            self._worker_group.broadcast_call(method, *args, **kwargs)
+    def max_length(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> int:
+        """Returns the most tokens of a sequence, prompt included. Raises ValueError for what can never run."""
+        has_tokenizer = self.tokenizer is not None
+        return max_length(prompt_token_ids, sampling, self.model_config, self.cache_capacity, has_tokenizer)
 
-    def _submit(self, requests: Sequence[list[SequenceState] | Output]) -> list[int]:
-        """New requests, on every rank; an Output in the place of one that cannot run."""
-        if self._worker_group is not None:  # checking hundreds of settings again takes a while
-            many = [
-                None if isinstance(s, Output) else (s[0].output.prompt_token_ids, replace(s[0].params, seed=s[0].seed))
-                for s in requests
-            ]
-            self._worker_group.broadcast_call("_add_from_rank0", many)
-        return self._enqueue(requests)
+    def adapter_index(self, sampling: SamplingParams) -> int:
+        """Returns the index of a request's adapter, 0 for none. Raises ValueError for an unknown one."""
+        return 0 if sampling.adapter is None else self.adapters.index(sampling.adapter)
 
-    def _add_from_rank0(self, requests: Sequence[tuple[list[int], SamplingParams] | None]) -> None:
-        """What rank 0 has submitted; nobody reads along here."""
-        self._enqueue([rejected_output("", 1) if one is None else self._prepare(*one, False) for one in requests])
+    def submit(self, requests: Sequence[Prepared]) -> list[int]:
+        """Queues prepared requests on every rank, and reports those that cannot run. Returns all ids."""
+        self.drain_aborts()
+        if self.ranks.has_workers:  # a worker takes no state of rank 0, and checking hundreds of settings takes a while
+            prompts = [None if isinstance(r, Output) else self._for_workers(r[0]) for r in requests]
+            self.ranks.broadcast_call(EngineCore._add_from_rank0.__qualname__, prompts)
+        return self.enqueue(requests)
 
-    def _enqueue(self, requests: Sequence[list[SequenceState] | Output]) -> list[int]:
-        """Requests join the others, all at once: the queue is a value, and a copy of it for each takes seconds."""
-        outputs = [one if isinstance(one, Output) else one[0].output for one in requests]
+    @staticmethod
+    def _for_workers(state: SequenceState) -> tuple[list[int], SamplingParams]:
+        return state.output.prompt_token_ids, replace(state.params, seed=state.seed)
+
+    @on_all_ranks()
+    def _add_from_rank0(self, prompts: Sequence[tuple[list[int], SamplingParams] | None]) -> None:
+        """Queues what rank 0 has submitted; None counts a request that cannot run."""
+        self.enqueue([rejected_output("", 1) if x is None else self.prepare(*x, stream_text=False) for x in prompts])
+
+    def enqueue(self, requests: Sequence[Prepared]) -> list[int]:
+        """Queues prepared requests on this rank, all at once: the queue is a value, and copying it for each is slow."""
+        outputs = [r if isinstance(r, Output) else r[0].output for r in requests]
         for output in outputs:
-            output.request_id = next(self._request_id_counter)
-            self._pending_events += rejection_events(output) if output.error is not None else ()
-        going = [one for one in requests if not isinstance(one, Output)]
-        for samples in going:
-            for s in samples:
-                s.adapter_idx = self._adapter_index(s.params)
-        new = {next(self._sequence_id_counter): sample for samples in going for sample in samples}
-        self._sequence_states |= new
-        self.state = scheduler.add(self.state, *(self._make_sequence(id, s) for id, s in new.items()))
+            output.request_id = next(self._request_ids)
+            self.events += rejection_events(output) if output.error is not None else ()
+        states = [s for r in requests if not isinstance(r, Output) for s in r]
+        for s in states:
+            s.adapter_idx = self.adapter_index(s.params)
+        new = {next(self._sequence_ids): s for s in states}
+        self.sequence_states |= new
+        self.state = scheduler.add(self.state, *(self._new_sequence(id, s) for id, s in new.items()))
         return [output.request_id for output in outputs]
 
-    def _make_sequence(self, sequence_id: int, sequence_state: SequenceState) -> scheduler.Sequence:
-        space = make_namespace(sequence_state.adapter_idx, sequence_state.params.cache_salt)
-        return scheduler.Sequence(
-            sequence_id,
-            len(sequence_state.token_ids),
-            sequence_state.max_length,
-            sequence_state.needs_prompt_logprobs,
-            namespace=space,
-        )
+    def _new_sequence(self, id: int, s: SequenceState) -> scheduler.Sequence:
+        namespace = make_namespace(s.adapter_idx, s.params.cache_salt)
+        return scheduler.Sequence(id, len(s.token_ids), s.max_length, s.needs_prompt_logprobs, namespace=namespace)
 
-    @exclusive()
-    def abort(self, request_id: int) -> Output | None:
-        """End a request now; what it has so far. Its last events come with the next step. None if it is not running."""
+    def fork(self, request_id: int, n: int = 1, *, index: int = 0, seeds: Sequence[int] | None = None) -> list[int]:
+        """Continues a completion in `n` further requests from its last token; see `Engine.fork`."""
+        check_int("fork: n", n, 1, 4096)
+        check_int("fork: index", index, 0, 4095)
+        if seeds is not None and not isinstance(seeds, Sequence):
+            raise ValueError(f"fork: seeds must be a list, got {seeds!r:.100}")
+        if seeds is not None and len(seeds) != n:
+            raise ValueError(f"fork of request {request_id}: n={n} copies and {len(seeds)} seeds")
+        for seed in seeds or ():
+            check_int("fork: a seed", seed, *INT64_RANGE)
+        seeds = [self._seeds.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
+        return self._fork(request_id, index, seeds)
+
+    @on_all_ranks(checks_input=True)
+    def _fork(self, request_id: int, index: int, seeds: Sequence[int]) -> list[int]:
+        running = self.unfinished_sequences(request_id)
+        if index not in running:
+            raise ValueError(f"fork of request {request_id}: completion {index} has ended; {[*running]} go on")
+        source, new_ids = running[index], list[int]()
+        for seed in seeds:
+            id, copy = next(self._sequence_ids), self.sequence_states[source].fork(next(self._request_ids), seed)
+            self.sequence_states[id] = copy
+            self.state = scheduler.fork(self.state, source, self._new_sequence(id, copy), self._token_ids)
+            new_ids.append(copy.output.request_id)
+        return new_ids
+
+    def unfinished_sequences(self, request_id: int) -> dict[int, int]:
+        """Finishes the step in flight. Returns a request's running completions, index -> sequence id; else ValueError."""
         check_int("request_id", request_id, *INT64_RANGE)
-        return self._abort_requests({request_id}).get(request_id)
+        self.finish_step()
+        ids = {s.index: id for id, s in self.sequence_states.items() if s.output.request_id == request_id}
+        if not ids:
+            raise ValueError(f"request {request_id} is not running here: it has ended, or never was")
+        return ids
 
-    def _abort_requests(self, request_ids: Container[int]) -> dict[int, Output]:
-        """Abort those of the requests that run; what each has so far."""
-        gone = {id: s for id, s in self._sequence_states.items() if s.output.request_id in request_ids}
-        if gone:
-            self._broadcast("_abort_requests", {s.output.request_id for s in gone.values()})
-            self.state = scheduler.remove(self.state, [*gone], self._tokens_by_sequence())
-        for id, one in gone.items():
-            del self._sequence_states[id]
-            if not one.completion.finish_reason:
-                self._pending_events.append(one.finish("abort"))
-        return {s.output.request_id: s.output for s in gone.values()}
+    def has_events_for(self, request_ids: Collection[int]) -> bool:
+        """Returns whether there are, or will be, events of any of these requests."""
+        running = (s.output.request_id for s in self.sequence_states.values())
+        return any(id in request_ids for id in itertools.chain(running, (e.request_id for e in self.events)))
 
     @property
-    def worker_failure(self) -> str:
-        """Why the ranks have ended, if they have: then this engine has, too."""
-        return "" if self._worker_group is None else self._worker_group.failure_cause
+    def running_request_ids(self) -> set[int]:
+        """Ids of the requests with a completion that has not ended."""
+        return {s.output.request_id for s in self.sequence_states.values()}
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether a step has anything left to compute or to report."""
+        if not self.abandoned:
+            return bool(self.sequence_states or self.events)
+        ids = self.running_request_ids | {e.request_id for e in self.events}
+        return not ids <= frozenset[int]().union(*self.abandoned)
 
     def stats(self) -> dict[str, int]:
         """Returns the present load, and totals since the start."""
@@ -423,392 +292,243 @@ class EngineCore:
             "steps": self.num_steps,
         }
 
-    @property
-    def has_unfinished_requests(self) -> bool:
-        """Whether a step has anything left to do or to report."""
-        if not self._pending_aborts:
-            return bool(self._sequence_states or self._pending_events)
-        left = {s.output.request_id for s in self._sequence_states.values()} | {
-            e.request_id for e in self._pending_events
-        }
-        return not left <= frozenset[int]().union(*self._pending_aborts)
+    def drain_events(self) -> list[Event]:
+        """Aborts abandoned requests. Returns the events that no call has returned yet."""
+        self.drain_aborts()
+        events, self.events = self.events, []
+        return events
 
-    def _has_events_for(self, request_ids: Container[int]) -> bool:
-        """Whether there will be events of any of these requests."""
-        running = (s.output.request_id for s in self._sequence_states.values())
-        return any(id in request_ids for id in itertools.chain(running, (e.request_id for e in self._pending_events)))
+    # --- the end of requests ------------------------------------------------------------------------------------------
 
-    def _get_unfinished_sequences(self, request_id: int) -> dict[int, int]:
-        """A request's completions that go on, with all tokens drawn so far: index -> sequence. ValueError if none."""
-        check_int("request_id", request_id, *INT64_RANGE)
-        self._finish_step()
-        found = {s.index: id for id, s in self._sequence_states.items() if s.output.request_id == request_id}
-        if not found:
-            raise ValueError(f"request {request_id} is not running here: it has ended, or never was")
-        return found
+    def abort(self, request_ids: Collection[int]) -> dict[int, Output]:
+        """Ends those of the requests that run, on every rank. Returns their outputs; the last events come with a step."""
+        if self.running_request_ids.isdisjoint(request_ids):
+            return {}
+        return self._abort(frozenset(request_ids))
 
-    @property
-    def last_batch(self) -> Batch | None:
-        """The last step's Batch, to look at, or for `fastgen.forward`. None before the first step.
+    @on_all_ranks()
+    def _abort(self, request_ids: Collection[int]) -> dict[int, Output]:
+        return self._abort_here(request_ids)
 
-        The staged batch lacks a token that the step before it drew (see `Batch.token`): here that is filled in. On a
-        GPU the other tensors change with the next step.
-        """
-        self._access_guard.check()
-        if self._last_batch is None:
-            return None
-        plan, samples, batch = self._last_batch
-        first = [
-            s.token_ids[span.start] if span.start < len(s.token_ids) else 0
-            for span, s in zip(plan, samples, strict=True)
-        ]
-        token = batch.token_ids.clone()
-        token[batch.query_start_loc[: len(plan)].long()] = torch.tensor(first, dtype=token.dtype, device=token.device)
-        return batch._replace(token_ids=token)
+    def _abort_here(self, request_ids: Collection[int]) -> dict[int, Output]:
+        ended = {id: s for id, s in self.sequence_states.items() if s.output.request_id in request_ids}
+        self.state = scheduler.remove(self.state, ended.keys(), self._token_ids)
+        for id, s in ended.items():
+            del self.sequence_states[id]
+            if not s.completion.finish_reason:
+                self.events.append(s.finish("abort"))
+        return {s.output.request_id: s.output for s in ended.values()}
 
-    # --- parameters and memory ----------------------------------------------------------------------------------------
+    def _abort_after_error(self) -> None:
+        """Aborts everything after an error in a step. Whatever is cached may never have been computed: it is dropped."""
+        if self.ranks.has_workers and not self.ranks.failure_cause:
+            self.abort(self.running_request_ids)  # an interrupt, which comes when every rank has finished the call
+            return
+        self._in_flight = None
+        self.state = scheduler.State(self._new_prefix_cache(self.state.prefix_cache.stats))
+        self._abort_here(self.running_request_ids)
 
-    @exclusive()
-    def params_changed(self) -> None:
-        """Say that the parameters have changed: `version` counts one more, and nothing that is cached is used again.
+    def drain_aborts(self) -> None:
+        """Aborts abandoned requests and drops their events."""
+        if self.ranks.failure_cause:  # every request has ended with the other ranks
+            self.abandoned.clear()
+        while self.abandoned:
+            request_ids = self.abandoned.popleft()
+            self.abort(request_ids)
+            self.events = [e for e in self.events if e.request_id not in request_ids]
 
-        What is running goes on with the keys and values it has. Writes in place that torch sees (optimizers, `copy_`)
-        are noticed without this before the next step; what goes around it is not (`.data`, other processes, graphs).
-        """
-        self._broadcast("params_changed")
-        self._on_params_changed()
-
-    def _on_params_changed(self) -> None:
-        """On this rank."""
-        self.weight_version += 1
-        self._last_version_counter_sum = self._sum_version_counters()
-        self.state.prefix_cache.reset()
-
-    def _sum_version_counters(self) -> int:
-        """Changes when the parameters are written in place."""
-        with torch._C.DisableTorchFunction():  # a default device takes part in each look, and makes it 40 times slower
-            return sum(map(attrgetter("_version"), self._version_counters))
-
-    @property
-    def params(self) -> Params:
-        """The parameters that steps read. ValueError while their memory is given back (`release`).
-
-        Tensors that were taken from here before must not be read meanwhile: their memory is gone.
-        """
-        self._access_guard.check()
-        self._require_memory("params")
-        return self._params
-
-    @property
-    def cache(self) -> KVCache:
-        """The paged keys and values. ValueError while their memory is given back, as for `params`."""
-        self._access_guard.check()
-        self._require_memory("cache")
-        return self._cache
-
-    def _require_memory(self, *memory: str) -> None:
-        """ValueError if one of these parts of the memory is given back."""
-        gone = [
-            name for name in memory if (region := self._releasable_memory.get(name)) is not None and not region.resident
-        ]
-        if gone:
-            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call wake_up() first")
-
-    def _preempt_all(self) -> None:
-        """Everybody waits, with nothing computed and nothing cached."""
-        self._finish_step()
-        self.state = scheduler.preempt_all(
-            self.state, self._new_prefix_cache(self.state.prefix_cache.stats), self._tokens_by_sequence()
-        )
-
-    def _get_adapter_manager(self) -> AdapterManager:
-        if self._adapter_manager is None:
-            raise ValueError("this engine has no room for adapters: start it with max_adapters=N")
-        return self._adapter_manager
-
-    def _adapter_index(self, sampling: SamplingParams) -> int:
-        """The number of a request's adapter. ValueError if there is none of that name."""
-        return 0 if sampling.adapter is None else self._get_adapter_manager()[sampling.adapter].adapter_idx
-
-    def _memory_usage(self) -> dict[str, int]:
-        """Bytes of the device's memory by what they hold."""
-        params = {w.data_ptr(): w.nbytes for w in tree_leaves(self._params) if w is not None}
-        cache = sum(w.nbytes for w in tree_leaves(self._cache))
-        found = {"params": sum(params.values()), "cache": cache, "tables": self._input_buffers.nbytes}
-        found |= {} if self._adapter_manager is None else {"adapters": self._adapter_manager.num_bytes}
-        return found | {"staging": self._host_offload.staging_bytes} | self._runner.device_bytes()
+    def close(self) -> None:
+        """Aborts everything on this rank, and drops runner, cache and parameters. No other call may follow."""
+        self._in_flight = self._last_step = None
+        self._abort_here(self.running_request_ids)
+        self.grammars.close()
+        self.page_copier.close()
+        del self.runner, self.page_copier, self._version_tensors  # graphs first
+        self.adapters = extensions.NoAdapters()
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    @exclusive("params", "cache")
-    @torch.no_grad()
     def step(self) -> list[Event]:
-        """Launch one step; what was added to each request. An error or interrupt aborts everything that was running.
-
-        With `overlap`, the events are those of the step before: it is waited for while the new one runs.
-        ValueError, and nothing is lost, while memory is given back (`release`), or if an adopted model has other
-        parameters now.
-        """
-        for adoption in self._adoptions:
-            adoption.check()
+        """Launches one step and returns new events. An error or interrupt aborts all requests, and is raised."""
+        if self.abandoned:
+            self.drain_aborts()
         try:
-            if self._worker_group is None:
-                self._step()
-            else:
-                self._worker_group.broadcast_call("step")
-                with self._worker_group.collective_call():
-                    self._step()
+            self._step()
         except BaseException:
-            if self._worker_group is None or self._worker_group.failure_cause:
-                self._reset_after_error()
-            else:  # an interrupt: the step was done as a whole
-                self._abort_all()
+            self._abort_after_error()
             raise
-        if self._failed_request_ids:  # by a call of its own: the other ranks know nothing of the error
+        if self._failed_request_ids:  # the other ranks know nothing of the error
             failed, self._failed_request_ids = self._failed_request_ids, set()
-            self._abort_requests(failed)
-        events, self._pending_events = self._pending_events, []
-        return events
+            self.abort(failed)
+        return self.drain_events()
 
+    @on_all_ranks()
+    @torch.no_grad()
     def _step(self) -> None:
-        if not self._sequence_states:
-            self._finish_step()
+        if not self.sequence_states:
+            self.finish_step()
             return
-        if self._sum_version_counters() != self._last_version_counter_sum:
-            self.params_changed()
+        self.notice_changed_params()
         with self.profiler.range("plan"):
-            limits, tokens_by_id = self.config.schedule, self._tokens_by_sequence()
-            self.state, scheduled = scheduler.plan(self.state, limits, POLICIES[limits.policy], tokens_by_id)
+            self.state, scheduled = scheduler.plan(self.state, self.config.schedule, self.policy, self._token_ids)
         plan = scheduled.plan
-        if self.tp_group is not None:
-            digest = hash((plan, scheduled.page_copies, scheduled.preempted, self._last_tokens_hash))
-            self.tp_group.check_consistent(self.num_steps, digest)
-        with self.profiler.step(plan) if plan else NULL_CONTEXT:
+        self.ranks.check_step(self.num_steps, scheduled, self._last_token_ids)
+        with self.profiler.step(plan) if plan else extensions.NULL_CONTEXT:
             try:
                 launched = self._launch_step(scheduled) if plan else None
             finally:
-                self._finish_step()  # of the step before
+                self.finish_step()  # the step before
             self._in_flight = launched
         if not self.config.schedule.overlap:
-            self._finish_step()
+            self.finish_step()
 
     def _launch_step(self, scheduled: scheduler.SchedulerOutput) -> InFlightStep:
-        """Set a planned step going; the state is then as if it had been done, and nobody had stopped."""
-        plan = scheduled.plan
-        samples = [self._sequence_states[span.id] for span in plan]
+        """Launches a planned step. The state is then as if the step were done and no sequence had stopped."""
+        runner, states, plan = self.runner, self.sequence_states, scheduled.plan
+        planned = [states[span.id] for span in plan]
         for s in scheduled.admitted:
-            self._sequence_states[s.id].record_admission(s.num_cached_tokens)
-        scored = any(s.needs_prompt_logprobs for s in samples)
-        count = sum(span.stop - span.start for span in plan)
-        groups = self._shared_prefix_groups(plan) if count == len(plan) and not scored else ()
-        shape = self._runner.padded_shape(count, len(plan), needs_prompt_logprobs=scored, shared_prefix=bool(groups))
+            states[s.id].record_admission(s.num_cached_tokens)
+        scored = any(s.needs_prompt_logprobs for s in planned)
         with self.profiler.range("stage"):
-            share = groups if shape.shared_prefix else None
-            batch, settings = self._input_buffers.fill(
-                plan, self._sequence_states, shape.num_tokens, shape.num_seqs, self.num_steps, share
-            )
+            groups = () if scored or not runner.max_group_size else self._shared_prefix_groups(plan)
+            inputs = runner.prepare_inputs(plan, states, self.num_steps, groups, needs_prompt_logprobs=scored)
         with self.profiler.range("move"):
-            ready = self._host_offload.start_copies(scheduled.page_copies)
+            layer_chunk_ready = self.page_copier.start_copies(scheduled.page_copies)
         with self.profiler.range("forward"):
-            computed = self._runner.run(
-                self._cache, batch, settings, shape, needs_prompt_logprobs=scored, layer_chunk_ready=ready
-            )
-            if computed.hidden_states is not None:
-                self._append_prompt_logprobs(plan, computed.hidden_states)
-            if any(s.depends_on_last_token for s in samples):
-                self._finish_step()  # what is drawn depends on the last tokens; the forward computes meanwhile
-            launched = InFlightStep(
-                plan, *self._sample_tokens(plan, samples, computed, batch, settings), self.weight_version
-            )
-        self.state, self._last_batch = (
-            scheduler.commit(self.state, plan, self._tokens_by_sequence()),
-            (plan, samples, batch),
-        )
+            output = runner.forward(inputs, layer_chunk_ready)
+            if output.hidden_states is not None:
+                self._append_prompt_logprobs(plan, output.hidden_states)
+            if any(s.depends_on_last_token for s in planned):
+                self.finish_step()  # sampling needs the last tokens; the forward goes on meanwhile
+            results = runner.sample(plan, states, inputs, output, self._token_mask(plan))
+        self.state = scheduler.commit(self.state, plan, self._token_ids)
+        self._last_step = plan, planned, inputs.batch
         self.num_steps += 1
-        return launched
+        return InFlightStep(plan, *results, self.weight_version)
 
-    def _shared_prefix_groups(self, plan: scheduler.Plan) -> tuple[SharedPrefixGroup, ...]:
-        """Sequences whose shared pages are read together; none where the attention cannot."""
-        p = self.config.kv_cache
-        c = self.config.compile
-        if not (p.prefix_cache and p.shared_prefix_attention and c.attention == "triton") or c.batch_invariant:
+    def _shared_prefix_groups(self, plan: scheduler.Plan) -> Sequence[SharedPrefixGroup]:
+        """Returns groups of decoding sequences whose shared prefix attention reads once; none if the step prefills."""
+        if any(span.stop - span.start > 1 for span in plan):
             return ()
-        return find_shared_prefix_groups(self.state, plan, self._input_buffers.max_group_size, max_groups(len(plan)))
+        most = max_groups(len(plan))
+        return find_shared_prefix_groups(self.state, plan, self.runner.max_group_size, most)
 
-    def _sample_tokens(
-        self,
-        plan: scheduler.Plan,
-        sequence_states: list[SequenceState],
-        step_output: StepOutput,
-        batch: Batch,
-        sampling: SamplingTensors,
-    ) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
-        """Tokens and logprobs of the step, on their way to the host."""
-        n, filter = len(plan), sampling.top_k_top_p
-        drawing = [
-            s
-            for span, s in zip(plan, sequence_states, strict=True)
-            if span.needs_sampling and not s.completion.finish_reason
-        ]
-        top = max((s.params.logprobs for s in drawing if s.params.logprobs is not None), default=None)
-        if (
-            step_output.token_ids is not None
-            and step_output.logprobs is not None
-            and not any(s.needs_general_sampler for s in drawing)
-        ):
-            none = torch.empty(n, 0, device="cpu")
-            results = (
-                *self._input_buffers.copy_sampled_to_host(
-                    step_output.token_ids[:n], step_output.logprobs[:n], self.num_steps
-                ),
-                none,
-                none,
-            )
-        else:
-            drawn = any(s.params.temperature for s in drawing)
-            filtered = filter is not None and any(s.uses_top_k_top_p for s in drawing)
-            general = SamplingTensors(
-                temperature=sampling.temperature[:n],
-                seed=sampling.seed[:n] if drawn and sampling.seed is not None else None,
-                positions=sampling.positions[:n],
-                processed_logprobs=sampling.processed_logprobs[:n].bool(),
-                top_k_top_p=TopKTopP(*(x[:n] for x in filter)) if filtered and filter is not None else None,
-                logit_edits=build_logit_edits(plan, self._sequence_states, self.device),
-                token_mask=self._build_token_mask(plan),
-            )
-            results = self._runner.sample(step_output.logits[:n], general, top)
-            self._input_buffers.last_token_ids[batch.req_idx[:n]] = results.token_ids.int()
-            if self.device.type != "cuda":
-                return tuple(results), None
-            there = (torch.empty_like(t, device="cpu", pin_memory=True) for t in results)
-            results = tuple(a.copy_(b, non_blocking=True) for a, b in zip(there, results, strict=True))
-        done = torch.cuda.Event()
-        done.record()
-        return results, done
-
-    def _build_token_mask(self, plan: scheduler.Plan) -> Tensor | None:
-        """Tokens that grammars allow, as bits; None where nobody has one."""
+    def _token_mask(self, plan: scheduler.Plan) -> Tensor | None:
+        """Returns the tokens that grammars allow, as bits on the device; None without grammars."""
+        states = self.sequence_states
         rows = [
-            (r, s.matcher)
-            for r, x in enumerate(plan)
-            if x.needs_sampling and (s := self._sequence_states.get(x.id)) and s.matcher
+            (r, s.matcher) for r, x in enumerate(plan) if x.needs_sampling and (s := states.get(x.id)) and s.matcher
         ]
-        return (
-            to_device(torch.from_numpy(self._grammar_backend.compute_token_masks(rows, len(plan))), self.device)
-            if rows
-            else None
-        )
+        if not rows:
+            return None
+        return to_device(torch.from_numpy(self.grammars.token_masks(rows, len(plan))), self.runner.device)
 
-    def _finish_step(self) -> None:
-        """Wait for the step that runs, and hand out its tokens."""
+    def finish_step_on_all_ranks(self) -> None:
+        """Calls `finish_step` on every rank. An error aborts all requests, as an error of `step` does."""
+        try:
+            self._finish_step_on_all_ranks()
+        except BaseException:
+            self._abort_after_error()
+            raise
+
+    @on_all_ranks()
+    def _finish_step_on_all_ranks(self) -> None:
+        self.finish_step()
+
+    def finish_step(self) -> None:
+        """Waits for the step in flight, if any, on this rank; its tokens become events, and stopped sequences leave."""
         launched, self._in_flight = self._in_flight, None
         if launched is None:
             return
         with self.profiler.range("wait"):
-            rows = list(launched.read_rows())
-        if self.tp_group is not None:
-            self._last_tokens_hash = hash(tuple(row[0] for row in rows))
-        stopped, changes = set(), None if self._adapter_manager is None else self._adapter_manager.versions
+            self._last_token_ids, rows = launched.read()
+        stopped, adapter_versions = set[int](), self.adapters.versions
         with self.profiler.range("commit"):
             for span, row in zip(launched.plan, rows, strict=False):
-                sample = self._sequence_states.get(span.id) if span.needs_sampling else None
-                if sample is None or sample.completion.finish_reason:  # aborted, or it has stopped a step ago
+                s = self.sequence_states.get(span.id) if span.needs_sampling else None
+                if s is None or s.completion.finish_reason:  # aborted, or stopped one step earlier
                     continue
-                version = (
-                    launched.weight_version
-                    if changes is None
-                    else launched.weight_version + changes[sample.adapter_idx]
-                )
                 try:
-                    event = sample.append_token(*row, version)
+                    event = s.append_token(*row, launched.weight_version + adapter_versions[s.adapter_idx])
                 except Exception as e:  # a tokenizer's or grammar's, which concerns this request alone
-                    event = sample.fail(f"{type(e).__name__}: {e}")
-                    self._failed_request_ids.add(sample.output.request_id)
-                self._pending_events.append(event)
-                if event.finish_reason and sample.output.request_id not in self._failed_request_ids:
+                    event = s.fail(f"{type(e).__name__}: {e}")
+                    self._failed_request_ids.add(s.output.request_id)
+                self.events.append(event)
+                if event.finish_reason and s.output.request_id not in self._failed_request_ids:
                     stopped.add(span.id)
-        self.state = scheduler.remove(self.state, stopped, self._tokens_by_sequence())
+        self.state = scheduler.remove(self.state, stopped, self._token_ids)
         for id in stopped:
-            del self._sequence_states[id]
+            del self.sequence_states[id]
 
-    def _append_prompt_logprobs(self, plan: scheduler.Plan, hidden: Tensor) -> None:
-        """Prompt logprobs of the step's spans, from the hidden states x [T, D]."""
-        at = 0
+    def _append_prompt_logprobs(self, plan: scheduler.Plan, hidden_states: Tensor) -> None:
+        """Appends the prompt logprobs of a plan's spans, from the hidden states [T, D] of all its tokens."""
+        end = 0
         for span in plan:
-            sample = self._sequence_states[span.id]
-            out, top = sample.output, sample.params.prompt_logprobs
-            if out.prompt_logprobs is not None and top is not None and sample.index == 0:
-                first = max(span.start, len(out.prompt_logprobs) - 1)  # a parked request is computed again
-                stop = min(span.stop, len(out.prompt_token_ids) - 1)  # the last one predicts no prompt token
-                if first >= stop:
-                    at += span.stop - span.start
-                    continue
-                target = out.prompt_token_ids[first + 1 : stop + 1]
-                some = hidden[at + first - span.start : at + stop - span.start]
-                value, best = compute_target_logprobs(self._params, some, target, top, self._runner.ops)
-                sample.has_nan_prompt_logprobs |= any(x != x for x in value)
-                out.prompt_logprobs += value
-                if out.prompt_top_logprobs is not None:
-                    out.prompt_top_logprobs += best
-            at += span.stop - span.start
+            row, end = end, end + span.stop - span.start
+            s = self.sequence_states[span.id]
+            out, num_tops = s.output, s.params.prompt_logprobs
+            if out.prompt_logprobs is None or num_tops is None or s.index:
+                continue
+            first = max(span.start, len(out.prompt_logprobs) - 1)  # a preempted request is computed again
+            stop = min(span.stop, len(out.prompt_token_ids) - 1)  # the last token predicts no prompt token
+            if first >= stop:
+                continue
+            targets, rows = (
+                out.prompt_token_ids[first + 1 : stop + 1],
+                slice(row + first - span.start, row + stop - span.start),
+            )
+            logprobs, tops = self.runner.prompt_logprobs(hidden_states[rows], targets, num_tops)
+            s.has_nan_prompt_logprobs |= any(x != x for x in logprobs)
+            out.prompt_logprobs += logprobs
+            if out.prompt_top_logprobs is not None:
+                out.prompt_top_logprobs += tops
 
-    # --- the end ------------------------------------------------------------------------------------------------------
+    def preempt_all(self) -> None:
+        """Finishes the step in flight and makes every sequence wait, with nothing computed and nothing cached."""
+        self.finish_step()
+        prefix_cache = self._new_prefix_cache(self.state.prefix_cache.stats)
+        self.state = scheduler.preempt_all(self.state, prefix_cache, self._token_ids)
 
-    def _reset_after_error(self) -> None:
-        """After an error anywhere in a step: end everything. What was cached may never have been computed."""
-        self._in_flight = None
-        self._pending_events += [
-            s.finish("abort") for s in self._sequence_states.values() if not s.completion.finish_reason
-        ]
-        self._sequence_states.clear()
-        self.state = scheduler.State(self._new_prefix_cache(self.state.prefix_cache.stats))
+    @property
+    def last_batch(self) -> Batch | None:
+        """The last step's Batch with all its token ids; None before the first step. See `Engine.last_batch`."""
+        if self._last_step is None:
+            return None
+        plan, states, batch = self._last_step
+        first = [s.token_ids[x.start] if x.start < len(s.token_ids) else 0 for x, s in zip(plan, states, strict=True)]
+        token_ids = batch.token_ids.clone()
+        rows = batch.query_start_loc[: len(plan)].long()
+        token_ids[rows] = torch.tensor(first, dtype=token_ids.dtype, device=token_ids.device)
+        return batch._replace(token_ids=token_ids)
 
-    def _abort_all(self) -> None:
-        """Abort everything; whoever waits for it hears of it."""
-        self._abort_requests({s.output.request_id for s in self._sequence_states.values()})
+    # --- parameters ---------------------------------------------------------------------------------------------------
 
-    def _abort_silently(self, request_ids: Iterable[int]) -> None:
-        """Abort requests whose events nobody waits for."""
-        self._pending_aborts.append(frozenset(request_ids))
-        self._drain_pending_aborts()
+    @on_all_ranks()
+    def params_changed(self) -> None:
+        """Counts a new version of the parameters on every rank, and stops the use of what is cached."""
+        self.params_changed_here()
 
-    def _drain_pending_aborts(self) -> None:
-        """Abort what was dropped, unless other ranks have ended and all requests with them."""
-        if self.worker_failure:
-            self._pending_aborts.clear()
-        while self._pending_aborts:
-            gone = self._pending_aborts.popleft()
-            self._abort_requests(gone)
-            self._pending_events = [e for e in self._pending_events if e.request_id not in gone]
+    def params_changed_here(self) -> None:
+        """As `params_changed`, on this rank alone."""
+        self.weight_version += 1
+        self.mark_params_seen()
+        self.state.prefix_cache.reset()
 
-    def close(self) -> None:
-        """Abort everything and let go of cache, parameters and other ranks. Nothing is done the second time.
+    def notice_changed_params(self) -> None:
+        """Counts a new version if the parameters were written in place since the last look."""
+        if self._version_sum() != self._last_version_sum:
+            self.params_changed_here()
 
-        In a fork of the process nothing is done either: all that is the first process's.
-        """
-        if self._access_guard.pid == os.getpid() and not self._access_guard.closed:
-            self._close()
+    def mark_params_seen(self) -> None:
+        """Takes the parameters' present version counters as those of this version."""
+        self._last_version_sum = self._version_sum()
 
-    @exclusive()
-    def _close(self) -> None:
-        self._access_guard.closed = True
-        crew, self._worker_group = self._worker_group, None
-        self._abort_all()
-        self._in_flight = None
-        if "_grammar_backend" in self.__dict__:
-            self._grammar_backend.close()
-        if "_host_offload" in self.__dict__:
-            self._host_offload.close()
-        for name in (
-            "_runner",
-            "_host_offload",
-            "_cache",
-            "_adapter_manager",
-            "_params",
-            "_version_counters",
-            "_adoptions",
-        ):  # graphs first
-            self.__dict__.pop(name, None)
-        self._last_batch, self._releasable_memory = None, {}
-        if crew is not None:
-            crew.close()
+    def _version_sum(self) -> int:
+        with torch._C.DisableTorchFunction():  # a default device takes part in each look, and makes it 40 times slower
+            return sum(map(attrgetter("_version"), self._version_tensors))
+
+
+def end_token_ids(model_config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Returns the tokens that end a completion: the model's, and the tokenizer's."""
+    eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return frozenset(model_config.eos_token_ids) | frozenset(eos if isinstance(eos, list) else [eos])

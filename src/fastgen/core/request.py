@@ -12,10 +12,10 @@ import numpy as np
 
 from fastgen.config import SamplingParams, check_choice
 from fastgen.core.detokenizer import Detokenizer
+from fastgen.core.extensions import Matcher
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.tokenizer import Prompt, to_prompt_list
 from fastgen.core.types import Tokenizer
-from fastgen.structured_output.backend import GrammarMatcher
 
 FinishReason = Literal["stop", "length", "abort", "error"]  # error: the cause is in `Completion.error`
 R = TypeVar("R")
@@ -190,7 +190,7 @@ class SequenceState:
         tokenizer: Tokenizer | None,
         *,
         stream_text: bool = True,
-        matcher: GrammarMatcher | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         p = params
         self.output, self.index, self.params, self.max_length = output, index, params, max_length

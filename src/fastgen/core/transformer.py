@@ -18,8 +18,8 @@ from fastgen.core.attention import AttentionBackend, AttentionFn, sdpa
 from fastgen.core.layers import rms_norm, rope_cos_sin, swiglu
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.sampling import gather_logprobs
+from fastgen.core.torch_modes import no_autocast
 from fastgen.core.types import Batch, KVCache, Layer, Params, PartialSum, StackedAdapters, StackedLora
-from fastgen.thread_safety import no_autocast
 
 HiddenStates = Float[Tensor, "T D"]
 SublayerOutput = HiddenStates | PartialSum  # partial on one of several tensor-parallel ranks

@@ -28,6 +28,7 @@ from fastgen.checkpoint import files
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
 from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core import tokenizer as tokens
+from fastgen.core.extensions import Matcher
 from fastgen.core.model_config import shard_config
 from fastgen.core.request import Completion, Event, Output, map_prompts, max_length, rejection_events
 from fastgen.core.tokenizer import Prompt
@@ -37,8 +38,9 @@ from fastgen.distributed.replica import AddRequest, ReplicaInfo, run_replica
 from fastgen.distributed.router import RoutedRequest, Router
 from fastgen.engine import resolve_model
 from fastgen.event_stream import GenerateMethods
-from fastgen.structured_output.backend import GrammarBackend, GrammarMatcher
+from fastgen.structured_output.backend import GrammarBackend
 from fastgen.thread_safety import AccessGuard, exclusive
+from fastgen.training.sleep import EngineMemory
 
 SHUTDOWN_SECONDS = 8.0  # for replicas to end by themselves
 
@@ -84,9 +86,9 @@ class Replicas(GenerateMethods):
         self, model_path: Path, num_replicas: int, load_kwargs: dict[str, Any], config: EngineConfig, *, progress: bool
     ) -> None:
         tp_size, device_type = config.parallel.tensor_parallel, load_kwargs["device"]
-        self._access_guard = AccessGuard("these replicas", "hand requests to the thread that calls them by a queue")
-        # Requests whose events are no longer wanted, to abort with the next call.
-        self._pending_aborts = deque[frozenset[int]]()
+        self.access_guard = AccessGuard("these replicas", "hand requests to the thread that calls them by a queue")
+        self.memory = EngineMemory()  # all of it is the replicas' own
+        self.abandoned = deque[frozenset[int]]()  # ids of requests without a reader, for the next step or add to abort
         self.worker_failure = ""  # why the replicas have ended
         self.tokenizer: Tokenizer | None = load_tokenizer(model_path)
         num_threads = max(1, torch.get_num_threads() // (num_replicas * tp_size))
@@ -135,7 +137,7 @@ class Replicas(GenerateMethods):
         kv_cache = self.config.kv_cache
         prefix_tokens = kv_cache.page_size if kv_cache.prefix_cache else 0
         self._router = Router(num_replicas, self.config.schedule.max_num_seqs, prefix_tokens)
-        self._pending_events: list[Event] = []
+        self.events: list[Event] = []
 
     @classmethod
     def from_pretrained(
@@ -176,27 +178,22 @@ class Replicas(GenerateMethods):
     # --- requests -------------------------------------------------------------------------------------------------
 
     @exclusive()
-    def add(self, prompt: Prompt, sampling: SamplingParams | None = None, *, stream_text: bool = True) -> int:
-        """Queues a request, as `Engine.add`; returns its id."""
-        return self._add(prompt, sampling or SamplingParams(), stream_text=stream_text)
-
-    @exclusive()
-    def _add(
+    def add(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        sampling: SamplingParams | None = None,
         *,
-        stream_text: bool,
-        matchers: Sequence[GrammarMatcher | None] | None = None,
+        stream_text: bool = True,
+        matchers: Sequence[Matcher | None] | None = None,
     ) -> int:
-        """As `add`; `matchers` are what `_compile_grammar` returned for this request."""
-        is_checked = matchers is not None
+        """Queues a request, as `Engine.add`; returns its id."""
+        params, is_checked = sampling or SamplingParams(), matchers is not None
         request = self._prepare(prompt, params, stream_text=stream_text, final_only=False, grammar_checked=is_checked)
         return self._enqueue([request])[0]
 
-    def _compile_grammar(
+    def compile_grammar(
         self, params: SamplingParams, cancel_event: threading.Event | None = None
-    ) -> list[GrammarMatcher | None]:
+    ) -> list[Matcher | None]:
         """Checks a request's grammar, which the replica that runs the request compiles."""
         if params.grammar is not None:
             self._grammar_backend.check_grammar(params.grammar, cancel_event)
@@ -218,18 +215,19 @@ class Replicas(GenerateMethods):
         if sampling.adapter is not None:
             self._require_adapter_manager()[sampling.adapter]  # raises ValueError if there is none of that name
         if not grammar_checked:
-            self._compile_grammar(sampling)
+            self.compile_grammar(sampling)
         seed = self._seed_rng.getrandbits(63) if sampling.seed is None else sampling.seed
         return RoutedRequest(ids, replace(sampling, seed=seed, max_tokens=limit - len(ids)), stream_text, final_only)
 
     def _enqueue(self, requests: Sequence[RoutedRequest | Output]) -> list[int]:
         """Queues requests, or the outputs of rejected ones; returns their ids."""
         self._require_alive()
+        self.drain_aborts()
         ids = [next(self._next_ids) for _ in requests]
         for id, request in zip(ids, requests, strict=True):
             if isinstance(request, Output):
                 request.request_id = id
-                self._pending_events += rejection_events(request)
+                self.events += rejection_events(request)
             else:
                 self._router.add(id, request)
         self._dispatch()
@@ -259,12 +257,12 @@ class Replicas(GenerateMethods):
         completions = [Completion(finish_reason="abort") for _ in range(r.params.n)]
         events = [Event(request_id, i, [], "", finish_reason="abort") for i in range(r.params.n)]
         events[-1].output = Output(request_id, r.prompt_token_ids, completions)
-        self._pending_events += events
+        self.events += events
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether requests are unfinished, or events have not been returned."""
-        return bool(self._router.requests or self._pending_events)
+        return bool(self._router.requests or self.events)
 
     @exclusive()
     def step(self) -> list[Event]:
@@ -273,14 +271,15 @@ class Replicas(GenerateMethods):
         Raises RuntimeError with the cause once a replica has ended; then all of them have.
         """
         self._require_alive()
+        self.drain_aborts()
         self._dispatch()
-        while self._inbox.messages or (any(self._router.num_assigned_seqs) and not self._pending_events):
+        while self._inbox.messages or (any(self._router.num_assigned_seqs) and not self.events):
             self._handle_message(*self._inbox.peek())
             self._inbox.pop()
-            if not (self._pending_events or self._inbox.messages):
+            if not (self.events or self._inbox.messages):
                 break  # no event, but the caller may have other work
         self._dispatch()
-        events, self._pending_events = self._pending_events, []
+        events, self.events = self.events, []
         return events
 
     def _handle_message(self, replica_index: int, message: Any) -> None:
@@ -292,13 +291,15 @@ class Replicas(GenerateMethods):
             event = events[0]
             if (request := self._router.requests.get(event.request_id)) is not None:
                 if request.has_consumer:
-                    self._pending_events.append(event)
+                    self.events.append(event)
                 if event.output is not None:
                     self._router.remove(event.request_id)
             events.popleft()
 
-    def _require_memory(self, *memory: str) -> None:
-        """Does nothing: replicas do not sleep."""
+    @property
+    def requests(self) -> "Replicas":
+        """These replicas, for `generate`, `stream` and `as_completed`."""
+        return self
 
     def _require_alive(self) -> None:
         if self.worker_failure:
@@ -346,6 +347,7 @@ class Replicas(GenerateMethods):
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter, so that another can be added. Raises ValueError while requests use it."""
         self._require_alive()
+        self.drain_aborts()
         self._require_adapter_manager()[name]
         if using := [id for id, r in self._router.requests.items() if r.params.adapter == name]:
             raise ValueError(f"adapter {name!r} is used by requests {using[:8]}: abort them or let them end first")
@@ -362,19 +364,20 @@ class Replicas(GenerateMethods):
         for i in range(len(self._children)):
             self._outbox.put((i, ("call", (method, args))))
 
-    def _add_requests(self, prompts: Any, sampling: Any, *, stream_text: bool, on_error: str) -> list[int]:
+    def add_many(self, prompts: Any, sampling: Any, *, stream_text: bool, on_error: str) -> list[int]:
+        """Queues one or many prompts. Returns their ids."""
         prepare = partial(self._prepare, stream_text=stream_text, final_only=not stream_text)
         requests: list[RoutedRequest | Output] = map_prompts(prepare, prompts, sampling, on_error)
         return self._enqueue(requests)
 
-    def _has_events_for(self, request_ids: Collection[int]) -> bool:
+    def has_events_for(self, request_ids: Collection[int]) -> bool:
         """Returns whether any of these requests will have events."""
-        return any(id in self._router.requests for id in request_ids) or bool(self._pending_events)
+        return any(id in self._router.requests for id in request_ids) or bool(self.events)
 
-    def _drain_pending_aborts(self) -> None:
+    def drain_aborts(self) -> None:
         """Aborts requests whose events are no longer wanted."""
-        while self._pending_aborts:
-            for id in self._pending_aborts.popleft():
+        while self.abandoned:
+            for id in self.abandoned.popleft():
                 if (r := self._router.requests.get(id)) is not None and r.has_consumer:
                     r.has_consumer = False
                     if r.replica_index is not None:
@@ -384,15 +387,15 @@ class Replicas(GenerateMethods):
 
     def close(self) -> None:
         """Ends the replicas and their requests, from any thread. Does nothing in a fork of the process."""
-        if self._access_guard.pid != os.getpid():
+        if self.access_guard.pid != os.getpid():
             return
         self.worker_failure = self.worker_failure or "the replicas are closed"
         self._finalizer()
         if "_grammar_backend" in self.__dict__:
             self._grammar_backend.close()
-        if "_pending_events" in self.__dict__:
+        if "events" in self.__dict__:
             self._router.clear()
-            self._pending_events.clear()
+            self.events.clear()
 
     def __enter__(self) -> "Replicas":
         return self

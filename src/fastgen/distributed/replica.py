@@ -63,7 +63,7 @@ def _serve_replica(
     if visible_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     with Engine.from_pretrained(model_path, **options) as engine:
-        engine._grammar_backend.skip_trials = True  # the parent has tried the grammars that it sends
+        engine.grammars.backend.skip_trials = True  # the parent has tried the grammars that it sends
         e = engine
         pipe.send(ReplicaInfo(e.model_config, e.cache_capacity, e.device, e.dtype, e.config, e.stats()))
         ReplicaLoop(engine, pipe, messages).run()
@@ -105,7 +105,7 @@ class ReplicaLoop:
         self._submit([(request, None) for request in requests if request.params.grammar is None])
         for request in requests:
             if request.params.grammar is not None:
-                future = self.grammar_pool.submit(self.engine._compile_grammar, request.params)
+                future = self.grammar_pool.submit(self.engine.compile_grammar, request.params)
                 self.compilations[request.id] = future
                 future.add_done_callback(lambda _, request=request: self.messages.put(("compiled", request)))
 
@@ -134,14 +134,15 @@ class ReplicaLoop:
         """Adds requests to the engine; a request that the engine refuses ends alone."""
         prepared, accepted = [], list[AddRequest]()
         for request, matchers in requests:
-            self.engine.tokenizer = self.tokenizer if request.has_text else None
+            self.engine.core.tokenizer = self.tokenizer if request.has_text else None
             try:
                 prompt = request.prompt_token_ids
-                prepared.append(self.engine._prepare(prompt, request.params, request.stream_text, matchers))
+                options: Any = {"stream_text": request.stream_text, "matchers": matchers}
+                prepared.append(self.engine.core.prepare(prompt, request.params, **options))
                 accepted.append(request)
             except Exception as e:
                 self._fail(request, e)
-        for request, engine_id in zip(accepted, self.engine._submit(prepared), strict=True):
+        for request, engine_id in zip(accepted, self.engine.core.submit(prepared), strict=True):
             self.engine_ids[request.id], self.parent_ids[engine_id] = engine_id, request.id
             if request.final_only:
                 self.final_only_ids.add(request.id)

@@ -14,7 +14,7 @@ all engines get the same calls. A partial sum is all-reduced by the op that read
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +25,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fastgen.core import sampling
+from fastgen.core.extensions import Ranks, SingleRank, step_digest
 from fastgen.core.model_config import ModelConfig, TPShard, vocab_shard
+from fastgen.core.scheduler import SchedulerOutput
 from fastgen.core.transformer import AddLora, ModelOps
 from fastgen.core.types import PartialSum, SamplerOutput, SamplingTensors
 from fastgen.distributed.peer_memory import PeerBuffers
@@ -35,7 +37,7 @@ all_gather_into_tensor: Any = getattr(dist, "all_gather_single", None) or dist.a
 
 
 @runtime_checkable
-class TPGroup(Protocol):
+class TPGroup(Ranks, Protocol):
     """The tensor-parallel ranks of a model. Each method is a collective: all ranks must call it."""
 
     @property
@@ -49,16 +51,8 @@ class TPGroup(Protocol):
         """Returns all ranks' `x` [n, ...], stacked: [ranks, n, ...]."""
         ...
 
-    def all_reduce_min(self, n: int) -> int:
-        """Returns the smallest of all ranks' `n`."""
-        ...
 
-    def check_consistent(self, step: int, digest: int) -> None:
-        """Raises RuntimeError, one call late, unless all ranks pass the same digest."""
-        ...
-
-
-class TPProcessGroup:
+class TPProcessGroup(SingleRank):
     """TPGroup over torch.distributed: the default process group, or `group`. All ranks must construct it in order."""
 
     def __init__(self, group: Any = None) -> None:
@@ -106,13 +100,13 @@ class TPProcessGroup:
         dist.all_reduce(minimum, dist.ReduceOp.MIN, group=self._cpu_group)
         return int(minimum)
 
-    def check_consistent(self, step: int, digest: int) -> None:
+    def check_step(self, step: int, scheduled: SchedulerOutput, last_token_ids: Sequence[int]) -> None:
         if self._pending_check is not None:
             work, checked_step, digests = self._pending_check
             work.wait()
             raise_if_inconsistent(self.shard.rank, checked_step, digests.tolist())
         digests = torch.empty(self.shard.size, dtype=torch.int64, device="cpu")
-        local = torch.tensor([digest], dtype=torch.int64, device="cpu")
+        local = torch.tensor([step_digest(scheduled, last_token_ids)], dtype=torch.int64, device="cpu")
         work = all_gather_into_tensor(digests, local, group=self._cpu_group, async_op=True)
         self._pending_check = work, step, digests
 

@@ -29,13 +29,14 @@ from torch._C._distributed_c10d import FileStore
 from torch.utils._pytree import tree_map
 
 from fastgen.checkpoint.weights import shard_params
+from fastgen.core.extensions import call_rank_method
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
 from fastgen.core.types import Params, Tokenizer
 from fastgen.distributed import rendezvous
 from fastgen.distributed.processes import ChildFailure, ChildProcess, end_children, run_child
 from fastgen.distributed.rendezvous import START_TIMEOUT, TORCHRUN_VARIABLES, loopback_only, rank_device
 from fastgen.distributed.tensor_parallel import TPProcessGroup
-from fastgen.training.sleep import ReleasableMemory
+from fastgen.training.sleep import EngineMemory
 
 # Returns a rank's parameters on its device; with `allocate=`, loaded parameters lie in the memory that it returns.
 LoadShard = Callable[..., tuple[ModelConfig, Params, Tokenizer | None]]
@@ -43,8 +44,6 @@ FAILURE_REPORT_TIMEOUT = 0.5  # seconds in which other ranks may report the caus
 HUNG_CALL_TIMEOUT = 6.0  # seconds for a call to notice that a rank has ended; then this process ends too
 CLOSE_TIMEOUT = 5.0  # seconds for the other ranks to end by themselves
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Calls that refuse wrong input with a ValueError on every rank alike.
-SELF_VALIDATING_CALLS = ("fork", "restore", "score", "_write_received_params")
 SHM_DIR = "/dev/shm"
 
 
@@ -105,6 +104,7 @@ class WorkerGroup(TPProcessGroup):
     """
 
     active: "WorkerGroup | None" = None
+    has_workers = True
 
     def __init__(
         self, tp_size: int, device_type: str, load_shard: LoadShard, engine_options: dict[str, Any], engine_class: Any
@@ -143,7 +143,7 @@ class WorkerGroup(TPProcessGroup):
             raise
 
     def broadcast_call(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Makes the other ranks' engines call a method. Raises RuntimeError with the cause if a rank has ended."""
+        """Has every worker call a method that `on_all_ranks` registered. Raises RuntimeError if a worker has ended."""
         self.raise_if_failed()
         data = pickle.dumps((method, args, kwargs))  # tensors by value: by reference each takes an open file
         with self._pipe_lock:
@@ -169,14 +169,14 @@ class WorkerGroup(TPProcessGroup):
         defer = defer and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)  # a server's engine ignores it
         interrupts: list[Any] = []
         handler = signal.signal(signal.SIGINT, lambda *args: interrupts.append(args)) if defer else None
-        self._call_started_at = time.monotonic()
+        outer_call, self._call_started_at = self._call_started_at, time.monotonic()
         try:
             yield
         except BaseException as e:
             self._raise_failure_cause(e)
             raise
         finally:
-            self._call_started_at = None
+            self._call_started_at = outer_call
             if defer:
                 signal.signal(signal.SIGINT, handler)
         self.raise_if_failed()
@@ -298,20 +298,13 @@ def _serve_rank(
         store = FileStore(rendezvous_path, -1)
         rendezvous.init_process_group(device_type, rank, tp_size, store, COLLECTIVE_TIMEOUT)
         tp_group = TPProcessGroup()
-    device, memories = rank_device(device_type, rank), list[ReleasableMemory]()
-
-    def allocate(num_bytes: int) -> ReleasableMemory:
-        memories.append(ReleasableMemory(num_bytes, torch.device(device)))
-        return memories[-1]
-
+    device, memory = rank_device(device_type, rank), EngineMemory()
+    allocate = memory.params_allocator(torch.device(device))
     model_config, params, tokenizer = load_shard(tp_group.shard, device, allocate=allocate)
     with engine_class(params, model_config, tokenizer, progress=False, tp_group=tp_group, **engine_options) as engine:
-        engine._grammar_backend.skip_trials = True  # rank 0 has tried the grammars that it sends
-        if memories:
-            engine._releasable_memory["params"] = memories[0]
-        del params
+        engine.grammars.backend.skip_trials = True  # rank 0 has tried the grammars that it sends
+        engine.memory.regions |= memory.regions
+        del params, memory, allocate
         while (call := calls.get())[0] != "close":
-            method, args, kwargs = call
-            with suppress(*(ValueError,) if method in SELF_VALIDATING_CALLS else ()):
-                getattr(engine, method)(*args, **kwargs)
+            call_rank_method((engine, engine.core), *call)
     dist.destroy_process_group()

@@ -117,6 +117,10 @@ class AdapterManager:
             raise ValueError(unknown_name_message("adapter", name, [*self.loaded]))
         return self.loaded[name]
 
+    def index(self, name: str) -> int:
+        """Returns the index of an adapter among the stacked ones. Raises ValueError for an unknown name."""
+        return self[name].adapter_idx
+
     @torch.no_grad()
     def add(self, name: str, adapter: Adapter) -> LoadedAdapter:
         """Copies an unsharded adapter into free buffers. Raises ValueError if it does not fit, or is not finite."""

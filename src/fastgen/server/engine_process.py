@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import zmq
 
 from fastgen import Engine, Replicas, SamplingParams
+from fastgen.core.extensions import Matcher
 from fastgen.core.request import Event, sample_seed
 from fastgen.core.types import Adapter
 from fastgen.distributed.processes import exit_with_parent, find_stopped_descendants
 from fastgen.server.errors import APIError
 from fastgen.server.messages import EngineInfo, Reply, Sender, TokenDelta, health_address, pack_message
 from fastgen.server.metrics import MetricKey
-from fastgen.structured_output.backend import GrammarMatcher
 
 MAX_CONSECUTIVE_FAILURES = 3  # failed steps in a row after which the process exits
 STUCK_STEP_SECONDS = 120.0  # duration after which a running step counts as stuck
@@ -149,7 +149,7 @@ class EngineServer:
         cancel_event, matchers, error = compilation.cancel_event, [], None
         try:
             if not cancel_event.is_set():
-                matchers = self.engine._compile_grammar(replace(sampling, n=compilation.num_choices), cancel_event)
+                matchers = self.engine.compile_grammar(replace(sampling, n=compilation.num_choices), cancel_event)
         except Exception as e:
             error = e
 
@@ -168,7 +168,7 @@ class EngineServer:
         request_id: str,
         prompts: list[list[int]],
         sampling: SamplingParams,
-        matchers: list[GrammarMatcher | None] | None = None,
+        matchers: Sequence[Matcher | None] | None = None,
         error: Exception | None = None,
     ) -> None:
         """Adds the choices of a request to the engine; aborts all of them on an error, as after the grammar's."""
@@ -184,7 +184,7 @@ class EngineServer:
                     params = replace(sampling, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
                     choice = len(engine_ids)
                     matcher = matchers and [matchers[choice]]
-                    engine_id = self.engine._add(prompt, params, stream_text=False, matchers=matcher)
+                    engine_id = self.engine.add(prompt, params, stream_text=False, matchers=matcher)
                     self.owner_by_engine_id[engine_id] = sender.worker, request_id, choice
                     engine_ids[choice] = engine_id
         except Exception as e:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from fastgen.core.extensions import Matcher
 from fastgen.core.types import Tokenizer
 from fastgen.structured_output.trial import MAX_MASK_SECONDS, compile_grammar, run_with_stack
 from fastgen.structured_output.trial_process import TrialProcess
@@ -72,7 +73,7 @@ def parse_grammar(grammar: str) -> tuple[str, str]:
     return grammar_type, text
 
 
-class GrammarMatcher:
+class GrammarMatcher(Matcher):
     """State of one completion in its grammar."""
 
     def __init__(self, matcher: Any, memory_reservation: object = None) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastgen.core.attention import AttentionFn, sdpa
 from fastgen.core.model_config import ModelConfig
+from fastgen.core.torch_modes import no_autocast
 from fastgen.core.transformer import TORCH_OPS, ModelOps
 from fastgen.core.types import Batch
-from fastgen.thread_safety import no_autocast
 
 OPS_WITH_REFERENCE_GRADIENTS = ("add_norm_qkv", "add_norm_gate_up", "apply_qk_norm", "linear", "final_norm", "lm_head")
 

@@ -20,12 +20,13 @@ from fastgen.core.request import Output
 from fastgen.core.scheduler import Span
 from fastgen.core.step import LOGITS_PER_CHUNK
 from fastgen.core.tokenizer import encode
+from fastgen.core.torch_modes import no_autocast
 from fastgen.core.transformer import ModelOps, SublayerOutput, decoder_layer, lm_head_weight, run_layers
 from fastgen.core.types import Batch, KVCache, Layer, Params, Tokenizer
 from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
 from fastgen.kernels.batch_invariant import no_split_k
 from fastgen.kernels.select import select_scoring_ops
-from fastgen.thread_safety import check_fork, no_autocast
+from fastgen.thread_safety import check_fork
 from fastgen.training.differentiable_ops import make_differentiable
 from fastgen.training.shared_params import attach_gradients
 

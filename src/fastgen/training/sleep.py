@@ -1,31 +1,33 @@
-"""Memory that can be given back and taken again at the same address, so that captured graphs stay true.
+"""Memory that is released and reacquired at the same address, so that captured graphs stay valid.
 
 On a GPU an address is reserved once and physical memory is mapped to it by the driver's virtual memory management
-(CUDA driver API, section 6.14). What is given back is the driver's: torch's allocator, in this process or another,
-can have it. On a CPU it is a storage of torch, emptied and filled.
+(CUDA driver API, section 6.14). Released memory is the driver's: torch's allocator, in this process or another, can
+take it. On a CPU it is a torch storage, resized to nothing and back.
 """
 
 import ctypes
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ALIGNMENT_BYTES = 512  # bytes; of each tensor
+from fastgen.config import check_choice
+from fastgen.core import tensor_memory
 
 
 class _MemLocation(ctypes.Structure):
-    """CUmemLocation."""
+    """Mirrors CUmemLocation."""
 
     _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
 
 
 class _MemAllocationProp(ctypes.Structure):
-    """CUmemAllocationProp: pinned memory of a device, without handles for others."""
+    """Mirrors CUmemAllocationProp: pinned memory of a device, without handles for others."""
 
     _fields_ = (
         ("type", ctypes.c_int), ("handles", ctypes.c_int), ("place", _MemLocation), ("win32", ctypes.c_void_p),
@@ -35,7 +37,7 @@ class _MemAllocationProp(ctypes.Structure):
 
 
 class _MemAccessDesc(ctypes.Structure):
-    """CUmemAccessDesc: read and write."""
+    """Mirrors CUmemAccessDesc: read and write."""
 
     _fields_ = (("place", _MemLocation), ("flags", ctypes.c_int))
 
@@ -49,30 +51,23 @@ def _driver_call(name: str, *args: Any) -> None:
 
 
 class _MappedMemory:
-    """Bytes of a GPU behind a reserved address; `__cuda_array_interface__` makes a tensor of them."""
+    """GPU memory mapped to a reserved address; torch makes a tensor of it by `__cuda_array_interface__`."""
 
     def __init__(self, nbytes: int, device: int) -> None:
         place = _MemLocation(1, device)
         self._allocation_prop = _MemAllocationProp(type=1, place=place)
-        # Other devices, too, or copies from them would be refused.
+        # Peers have access too, or copies from them would be refused.
         peers = [i for i in range(torch.cuda.device_count()) if torch.cuda.can_device_access_peer(i, device)]
         self._access_descs = (_MemAccessDesc * (1 + len(peers)))(
             *(_MemAccessDesc(_MemLocation(1, i), 3) for i in (device, *peers))
         )
-        grain = ctypes.c_size_t()
-        _driver_call("cuMemGetAllocationGranularity", ctypes.byref(grain), ctypes.byref(self._allocation_prop), 0)
-        self.nbytes = -(-nbytes // grain.value) * grain.value
+        granularity = ctypes.c_size_t()
+        _driver_call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self._allocation_prop), 0)
+        self.nbytes = -(-nbytes // granularity.value) * granularity.value
         self._pid = os.getpid()
         self._address, self._handle = ctypes.c_uint64(), ctypes.c_uint64()
-        zero = ctypes.c_uint64(0)
-        _driver_call(
-            "cuMemAddressReserve",
-            ctypes.byref(self._address),
-            ctypes.c_size_t(self.nbytes),
-            ctypes.c_size_t(0),
-            zero,
-            zero,
-        )
+        zero, size = ctypes.c_uint64(0), ctypes.c_size_t(self.nbytes)
+        _driver_call("cuMemAddressReserve", ctypes.byref(self._address), size, ctypes.c_size_t(0), zero, zero)
         self.mapped = False
         self.map_memory()
         weakref.finalize(self, _MappedMemory._free, self._address, self.nbytes, self.__dict__).atexit = False
@@ -84,9 +79,8 @@ class _MappedMemory:
         size, none = ctypes.c_size_t(self.nbytes), ctypes.c_uint64(0)
         _driver_call("cuMemCreate", ctypes.byref(self._handle), size, ctypes.byref(self._allocation_prop), none)
         _driver_call("cuMemMap", self._address, size, ctypes.c_size_t(0), self._handle, none)
-        _driver_call(
-            "cuMemSetAccess", self._address, size, self._access_descs, ctypes.c_size_t(len(self._access_descs))
-        )
+        num_descs = ctypes.c_size_t(len(self._access_descs))
+        _driver_call("cuMemSetAccess", self._address, size, self._access_descs, num_descs)
         self.mapped = True
 
     def unmap_memory(self) -> None:
@@ -95,7 +89,7 @@ class _MappedMemory:
 
     @staticmethod
     def _free(address: ctypes.c_uint64, nbytes: int, state: dict[str, Any]) -> None:
-        if state["_pid"] != os.getpid():  # a fork has no part in it
+        if state["_pid"] != os.getpid():  # it belongs to the process that a fork came from
             return
         torch.cuda.synchronize()
         if state["mapped"]:
@@ -109,10 +103,9 @@ def _unmap_and_release(address: ctypes.c_uint64, nbytes: int, handle: ctypes.c_u
 
 
 class ReleasableMemory:
-    """Room for tensors on one device, given back and taken again as a whole; the tensors stay, at their addresses.
+    """Memory for tensors on one device, released and reacquired in one piece; the tensors stay, at their addresses.
 
-    Their values are lost where `release` does not keep them. Reading or writing them meanwhile is an error of the
-    device's.
+    Their values are lost unless `release` keeps them. Reading or writing them meanwhile is an error of the device's.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -130,29 +123,21 @@ class ReleasableMemory:
             self._buffer = torch.empty(max(1, nbytes), dtype=torch.uint8, device=device)
         self._buffer.zero_()
 
-    @staticmethod
-    def bytes_needed(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
-        """That tensors of such shapes take."""
-        return sum(-(-prod(shape) * dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for shape in shapes)
-
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of zeros, of what is left."""
-        size = prod(shape) * dtype.itemsize
-        first, self._allocated_bytes = (
-            self._allocated_bytes,
-            self._allocated_bytes + -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES,
-        )
+        """Returns a tensor of zeros in the memory that is left. Raises ValueError if that is too little."""
+        first, size = self._allocated_bytes, prod(shape) * dtype.itemsize
+        self._allocated_bytes += tensor_memory.align(size)
         if self._allocated_bytes > self.nbytes:
             raise ValueError(f"a region of {self.nbytes} bytes has no room left for {size}")
         return self._buffer[first : first + size].view(dtype).view(*shape)
 
     @property
     def releasable(self) -> bool:
-        """Whether it can be given back: a NumPy array that shares a CPU's memory keeps it."""
+        """Whether the memory can be released: a NumPy array that shares a CPU's memory keeps it allocated."""
         return self._mapping is not None or self._buffer.untyped_storage().resizable()
 
     def release(self, *, keep_contents: bool = False) -> None:
-        """Give the memory back. `keep`: what is in it goes to the host, and comes back with it."""
+        """Unmaps the memory. `keep_contents` copies what is in it to the host; `reacquire` copies it back."""
         if not self.resident:
             return
         self._host_copy = self._buffer.to("cpu", copy=True) if keep_contents else None
@@ -164,7 +149,10 @@ class ReleasableMemory:
         self.resident = False
 
     def reacquire(self) -> None:
-        """Take it again, zeros where nothing was kept. torch.OutOfMemoryError, and nothing lost, if others have it."""
+        """Maps the memory again, zeros unless its contents were kept.
+
+        Raises torch.OutOfMemoryError, and nothing is lost, if others use the device's memory.
+        """
         if self.resident:
             return
         if self._mapping is None:
@@ -173,10 +161,78 @@ class ReleasableMemory:
             try:
                 self._mapping.map_memory()
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()  # of what torch holds and does not use
+                torch.cuda.empty_cache()  # torch may cache memory that it does not use
                 self._mapping.map_memory()
         if self._host_copy is None:
             self._buffer.zero_()
         else:
             self._buffer.copy_(self._host_copy)
         self.resident, self._host_copy = True, None
+
+
+class EngineMemory:
+    """The memory that one engine can release, by what it holds: "cache", and "params" if the engine loaded them."""
+
+    def __init__(self) -> None:
+        self.regions: dict[str, ReleasableMemory] = {}
+
+    def params_allocator(self, device: torch.device) -> Callable[[int], ReleasableMemory]:
+        """Returns a function that allocates the parameters' bytes, for `weights.load` and `init`."""
+
+        def allocate(nbytes: int) -> ReleasableMemory:
+            self.regions["params"] = ReleasableMemory(nbytes, device)
+            return self.regions["params"]
+
+        return allocate
+
+    def allocate_cache(
+        self, shape: Sequence[int], num_tensors: int, dtype: torch.dtype, device: torch.device
+    ) -> Callable[[Sequence[int]], Tensor]:
+        """Allocates a cache's bytes. Returns a function that makes its tensors, of one shape and dtype."""
+        nbytes = tensor_memory.bytes_needed([shape] * num_tensors, dtype)
+        self.regions["cache"] = ReleasableMemory(nbytes, device)
+        return partial(self.regions["cache"].allocate, dtype=dtype)
+
+    @property
+    def resident(self) -> bool:
+        """Whether none of the memory is released."""
+        return all(r.resident for r in self.regions.values())
+
+    def require(self, *names: str) -> None:
+        """Raises ValueError if one of these regions is released."""
+        if gone := [name for name in names if name in self.regions and not self.regions[name].resident]:
+            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call wake_up() first")
+
+    def select(self, memory: str) -> dict[str, ReleasableMemory]:
+        """Returns the regions to release for "cache", "params" or "all". Raises ValueError if they cannot be."""
+        check_choice("memory", memory, ["cache", "params", "all"])
+        if memory == "params" and "params" not in self.regions:
+            raise ValueError("sleep: these parameters were given to the engine, and belong to the caller")
+        regions = {name: r for name, r in self.regions.items() if memory in (name, "all") and r.resident}
+        if not all(r.releasable for r in regions.values()):
+            raise ValueError(
+                "sleep: NumPy has seen this memory (`x.numpy()`) and keeps it: give it copies (`x.clone()`)"
+            )
+        return regions
+
+    def release(self, memory: str) -> int:
+        """Releases what `select` returns, and keeps the parameters in the host's memory. Returns the bytes."""
+        regions = self.select(memory)
+        for name, region in regions.items():
+            region.release(keep_contents=name == "params")
+        return sum(r.nbytes for r in regions.values())
+
+    def reacquire(self, all_reduce_min: Callable[[int], int]) -> tuple[int, torch.OutOfMemoryError | None]:
+        """Reacquires all released memory of all ranks, or of none. Returns the bytes, and the error if it failed."""
+        released = {name: r for name, r in self.regions.items() if not r.resident}
+        error = None
+        try:
+            for region in released.values():
+                region.reacquire()
+        except torch.OutOfMemoryError as e:
+            error = e
+        if not all_reduce_min(int(error is None)):
+            error = error or torch.OutOfMemoryError("wake_up: another rank's device has not enough memory left")
+            for name, region in released.items():
+                region.release(keep_contents=name == "params")
+        return sum(r.nbytes for r in released.values()), error
