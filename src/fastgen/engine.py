@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen import lora
 from fastgen import snapshot as snapshots
-from fastgen.checkpoint import hub, tokenizer, weights
+from fastgen.checkpoint import files, hub, tokenizer, weights
 from fastgen.compiled.runner import ModelRunner
 from fastgen.config import EngineConfig, SamplingParams, check_int
 from fastgen.core import scheduler
@@ -72,7 +72,7 @@ def _load_model(
         common: Any = {"progress": progress, "tp_shard": shard, "allocate": allocate}
         model_config, params = weights.load(path, device=device, dtype=dtype, **common)
     else:
-        model_config = weights.read_model_config(path)
+        model_config = files.read_model_config(path)
         params_dtype: torch.dtype = dtype or getattr(torch, model_config.dtype)
         memory = None if allocate is None else allocate(weights.param_bytes(model_config, params_dtype, shard))
         params = weights.init(model_config, seed, device=device, dtype=params_dtype, tp_shard=shard, memory=memory)
@@ -85,7 +85,7 @@ def resolve_model(model: str | Path | None, dtype: str, device: str) -> tuple[Pa
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return hub.default_model_path() if model is None else weights.resolve(model), device
+    return hub.default_model_path() if model is None else hub.resolve(model), device
 
 
 class Engine(GenerateMethods):
@@ -201,7 +201,7 @@ class Engine(GenerateMethods):
         load = partial(_load_model, path, torch_dtype, random_seed if random_weights else None)
         group = None
         if size > 1:
-            shard_config(weights.read_model_config(path), size)
+            shard_config(files.read_model_config(path), size)
             group = workers.create_tp_group(size, device.partition(":")[0], load, settings, cls)
             device = workers.rank_device(device, group.shard.rank) if device == "cuda" else device
         memory = EngineMemory()
