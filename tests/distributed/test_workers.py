@@ -120,7 +120,7 @@ def test_update_and_score() -> None:
         wrong: list[tuple[Any, str]] = [
             ({name: torch.ones(2)}, "shape"), (pairs[:3], "missing"),
             ([*pairs, ("more", torch.ones(1))], "unexpected"), (failing(ValueError("no")), "no"),
-            (failing(KeyError("gone")), "what gives the tensors failed: KeyError: 'gone'"),
+            (failing(KeyError("gone")), "the source of the tensors failed: KeyError: 'gone'"),
             (dict(pairs) | {pairs[2][0]: pairs[2][1] * math.nan}, f"in {pairs[2][0]} .*; nothing is written"),
             (iter([*pairs[:2], (pairs[2][0], pairs[2][1] * math.nan)]), "the 2 tensors before it are written"),
         ]  # fmt: skip
