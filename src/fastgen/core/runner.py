@@ -125,7 +125,7 @@ class PageCopier(Protocol):
         """Returns the keys and values of the first `num_tokens` tokens in `pages`, on the host."""
         ...
 
-    def write_pages(self, pages: Sequence[int], keys_values: Float[Tensor, "layers 2 tokens K H"]) -> None:
+    def write_pages(self, pages: Sequence[int], values: Float[Tensor, "layers 2 tokens K H"]) -> None:
         """Writes full pages of keys and values; skips those whose page number is 0."""
         ...
 
@@ -155,9 +155,9 @@ class TorchPageCopier:
         layers = [torch.stack([x[list(pages)].flatten(0, 1) for x in pair]) for pair in self._pages]
         return torch.stack(layers)[:, :, :num_tokens].cpu()
 
-    def write_pages(self, pages: Sequence[int], keys_values: Float[Tensor, "layers 2 tokens K H"]) -> None:
+    def write_pages(self, pages: Sequence[int], values: Float[Tensor, "layers 2 tokens K H"]) -> None:
         rows = [i for i, page in enumerate(pages) if page]
-        for pair, layer in zip(self._pages, keys_values, strict=True):
+        for pair, layer in zip(self._pages, values, strict=True):
             for x, value in zip(pair, layer, strict=True):
                 x[[pages[i] for i in rows]] = value.view(len(pages), *x.shape[1:])[rows].to(x)
 
