@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastgen
 from fastgen import SamplingParams, lora
 from fastgen.compiled.compiled_ops import num_compiled_graphs
-from fastgen.core import scheduler
+from fastgen.core import scheduler, scheduling_policy
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU"),
@@ -101,7 +101,7 @@ HIERARCHY = {
 @pytest.mark.parametrize("name", HIERARCHY)
 def test_hierarchy_same_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32: pages that are shared, copied, read in groups, evicted, paged out and in, or lost give the same tokens."""
-    monkeypatch.setattr(scheduler, "MIN_SAVED_KEYS", 1)
+    monkeypatch.setattr(scheduling_policy, "MIN_SAVED_KEYS", 1)
     load_ = related(3)
     with engine(compile="eager", prefix_cache=False) as e:
         wanted = e.generate(*load_, progress=False)
@@ -294,7 +294,7 @@ POISONED = {
 def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in every page, scratch among them, in the host's pages, the graphs' logits and adapters' free slots: the same
     tokens and logprobs as from zeros, alone, in groups, and from what is cached."""
-    monkeypatch.setattr(scheduler, "MIN_SAVED_KEYS", 1)
+    monkeypatch.setattr(scheduling_policy, "MIN_SAVED_KEYS", 1)
     work = [load(2, 60), related(5)]
     with engine(**POISONED[name]) as clean, engine(**POISONED[name]) as poisoned:
         shelf = [] if poisoned.adapter_manager is None else tree_leaves(poisoned.adapter_manager.adapters.layers)
