@@ -32,8 +32,8 @@ HERE = Path(__file__).parent
 PORT = 5679
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 COMMANDS = {
-    "fastgen": ["-m", "fastgen.cli.serve", "{model}", "model.random_weights=true", "model.dtype=bfloat16", "--port", "{port}",
-                "--workers", "{workers}", "--served-model-name", "it"],
+    "fastgen": ["-m", "fastgen.cli.serve", "{model}", "model.random_weights=true", "model.dtype=bfloat16",
+                "--port", "{port}", "--workers", "{workers}", "--served-model-name", "it"],
     "vllm": ["-m", "vllm.entrypoints.cli.main", "serve", "{model}", "--load-format", "dummy", "--port", "{port}",
              "--max-model-len", "4096", "--served-model-name", "it", "--dtype", "bfloat16"],
 }  # fmt: skip

@@ -31,7 +31,8 @@ from fastgen.profiling.report import (
 )
 
 SPEC = ModelConfig(
-    architecture="LlamaForCausalLM", hidden_size=64, intermediate_size=96, num_layers=3, num_q_heads=4, num_kv_heads=2, head_dim=16, vocab_size=128, context_length=64,
+    architecture="LlamaForCausalLM", hidden_size=64, intermediate_size=96, num_layers=3, num_q_heads=4,
+    num_kv_heads=2, head_dim=16, vocab_size=128, context_length=64,
     sliding_windows=(None,) * 3,
 )  # fmt: skip
 DECODE = (Span(0, 9, 10, True, (1,)), Span(1, 4, 5, True, (2,)))
@@ -39,7 +40,8 @@ MIXED = (*DECODE, Span(2, 2, 5, False, (3,)))
 NORM, ACTIVATION = "triton_red_fused_add_mm_mean_mul_0", "triton_poi_fused_mm_mul_silu_1"
 GEMM = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT"
 LAYER = [
-    (NORM, 2), (GEMM, 10), ("_rope_and_cache_kv_kernel", 2), ("_decode_shared_prefix_kernel", 1), ("_decode_kernel", 8), (GEMM, 5), (NORM, 2), (GEMM, 12),
+    (NORM, 2), (GEMM, 10), ("_rope_and_cache_kv_kernel", 2), ("_decode_shared_prefix_kernel", 1), ("_decode_kernel", 8),
+    (GEMM, 5), (NORM, 2), (GEMM, 12),
     (ACTIVATION, 2), (GEMM, 6),
 ]  # fmt: skip
 PAUSE = ""

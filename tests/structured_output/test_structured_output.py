@@ -277,8 +277,8 @@ def test_a_killed_trial_process_is_restarted(small: GrammarBackend) -> None:
 def test_fast_grammars_are_compiled_again_and_slow_ones_copied(
     small: GrammarBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow grammar is compiled once for all completions and requests, and again after its matcher failed. Its memory is
-    counted while a matcher lives."""
+    """A slow grammar is compiled once for all completions and requests, and again after its matcher failed. Its memory
+    is counted while a matcher lives."""
     calls = list[str]()
 
     def compile(*args: Any) -> Any:
@@ -340,7 +340,7 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
 
 
 def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another request runs from start to end meanwhile; cancelling a request cancels its compilation; errors are the same."""
+    """Another request runs meanwhile; cancelling a request cancels its compilation; errors are the same."""
 
     async def main(e: fastgen.AsyncEngine) -> None:
         make, stops, going = e.engine.grammars.backend.make_matchers, list[threading.Event](), threading.Event()

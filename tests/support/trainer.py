@@ -1,4 +1,4 @@
-"""A small model to train, engines of it, and a process that sends weights. Imports little, since spawned processes do too."""
+"""A small model to train, engines of it, and a process that sends weights; imports little, for spawned processes."""
 
 import random
 from typing import Any

@@ -45,7 +45,7 @@ def values(params: fastgen.Params) -> list[Tensor]:
 
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "dr_grpo"}, {"kl_coef": 0.001}], ids=["", "dr", "kl"])
 def test_rewards_rise(settings: dict[str, Any]) -> None:
-    """Rewards rise from chance to nearly 1, in one memory: the engine samples with the parameters that the optimizer wrote."""
+    """Rewards rise from chance to nearly 1: the engine samples with the parameters that the optimizer wrote."""
     t = trainer(**settings)
     addresses = [w.data_ptr() for w in tree_leaves(t.engine.params) if w is not None]
     rows = [t.step() for _ in range(25)]
@@ -98,7 +98,7 @@ def test_advantages() -> None:
 @pytest.mark.parametrize("length", [None, 5])
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_gradient_by_hand(length: int | None, kl: float) -> None:
-    """d loss / d logprob is -A * ratio where the ratio is not clipped and 0 elsewhere, plus kl * (1 - reference / new)."""
+    """d loss / d logprob is -A * ratio if the ratio is not clipped and 0 if it is, plus kl * (1 - reference / new)."""
     old = [torch.log(torch.tensor([0.5, 0.2, 0.4])), torch.log(torch.tensor([0.5, 0.3]))]
     ratios = [
         torch.tensor([1.0, 1.5, 0.5]),
@@ -221,7 +221,9 @@ def test_load_problem() -> None:
 
 
 def test_a_problem_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from fastgen.training.problems import Problem\nmine = Problem(lambda rng: [1, 2], lambda prompt, text: len(text))"
+    code = (
+        "from fastgen.training.problems import Problem\nmine = Problem(lambda rng: [1, 2], lambda _, text: len(text))"
+    )
     (tmp_path / "user_problem.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     assert load_problem("user_problem:mine").reward([1], "abc") == 3

@@ -214,8 +214,8 @@ def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.ModelConfig, 
         how = {"page_size": 16, "cache_tokens": 4096, "batch_invariant": True} | way
         with fastgen.Engine(params, spec, **how) as engine:
             outputs = engine.generate(prompts, settings)
-            parked = engine.cache_stats.num_preemptions
-        assert parked or way.get("cache_tokens") != 112
+            num_preemptions = engine.cache_stats.num_preemptions
+        assert num_preemptions or way.get("cache_tokens") != 112
         found = [(c.token_ids, c.logprobs, c.top_logprobs) for o in outputs for c in o.completions]
         wanted = wanted or found
         assert found == wanted

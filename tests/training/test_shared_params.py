@@ -49,7 +49,7 @@ def test_adopt_shares_one_memory(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("fused", [False, True])  # a fused optimizer increments no version counter by itself
 @pytest.mark.parametrize("compile", ["eager", "graphs"])
 def test_an_optimizers_step_is_the_update(model: PreTrainedModel, compile: str, fused: bool, device: str) -> None:
-    """From the next step on, tokens equal a new engine's bit for bit, despite a cache full of the old parameters' pages."""
+    """The next step's tokens equal a new engine's bit for bit, despite a cache full of the old parameters' pages."""
     if compile == "graphs" and device == "cpu":
         pytest.skip("graphs need a GPU")
     _, params = fastgen.adopt(model)
@@ -130,7 +130,7 @@ FROZEN = {
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_scores_reach_the_models_parameters(family: str, frozen: str) -> None:
-    """Parameters that require gradients, and only those, get transformers' own, accumulated over two backward passes."""
+    """Only parameters that require gradients get them: transformers' own, accumulated over two backward passes."""
     model, twin = new_model(family), new_model(family)
     adopt_first = family != "Qwen2"  # or freeze parameters first
     config, params = fastgen.adopt(model) if adopt_first else (None, None)

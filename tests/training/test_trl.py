@@ -50,7 +50,7 @@ def reward(completions: list[Any], **columns: Any) -> list[float]:
 
 
 class Calling(PreTrainedTokenizerFast):
-    """A tokenizer that parses every completion as a call of `shout`, until the prompt has a result, which begins with q."""
+    """A tokenizer that parses every completion as a call of `shout`, until the prompt has a result (with a q)."""
 
     def parse_response(self, ids: Any, prefix: Any = None, tools: Any = None) -> dict[str, Any]:
         text = self.decode(ids, skip_special_tokens=True)

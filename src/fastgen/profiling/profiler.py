@@ -219,7 +219,7 @@ class ProfileWindow:
         self._memory = profiler.memory()
 
     def _run_safely(self, fn: Callable[[], None]) -> None:
-        """Calls `fn`. An error of a background window closes the window and is logged: it must not end an engine's step."""
+        """Calls `fn`. A background window's error closes the window and is logged: it must not end an engine's step."""
         try:
             fn()
         except Exception as e:

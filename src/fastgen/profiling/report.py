@@ -1,8 +1,8 @@
 """The report on a trace: the time of a step by category of kernel, its layers and gaps, and the rates reached.
 
-Kernels that a CUDA graph replays carry no ranges of the host. A kernel's step is the one whose range contains the launch
-with the kernel's correlation id, its category follows from its name (CATEGORY_REGEXES), and its layer from counting
-attention kernels (`split_into_layers`).
+Kernels that a CUDA graph replays carry no ranges of the host. A kernel's step is the one whose range contains the
+launch with the kernel's correlation id, its category follows from its name (CATEGORY_REGEXES), and its layer from
+counting attention kernels (`split_into_layers`).
 """
 
 import re
@@ -50,7 +50,7 @@ MERGED_CATEGORIES = {"rope and cache write": "pointwise"}  # their work is one o
 
 
 def compute_step_work(plan: Plan) -> StepWork:
-    """Returns the work of a step. A span of one token is decoding and reads `stop` keys; sliding windows are ignored."""
+    """Returns the work of a step. A span of one token decodes and reads `stop` keys; sliding windows are ignored."""
     prefill, decode = ([s for s in plan if (s.stop - s.start > 1) == is_prefill] for is_prefill in (True, False))
     return StepWork(
         num_tokens=sum(s.stop - s.start for s in plan),
@@ -175,7 +175,8 @@ def split_into_layers(ks: Sequence[KernelEvent], num_layers: int) -> Iterator[tu
 
     Attention kernels without a linear kernel between them belong to one layer. A layer starts at its QKV projection: as
     many linear kernels before its attention as precede the step's first attention. It ends where the next layer starts,
-    so a norm fused with the residual belongs to the layer before. The last layer has as many linear kernels as the first.
+    so a norm fused with the residual belongs to the layer before. The last layer has as many linear kernels as the
+    first.
     """
     linear = [i for i, k in enumerate(ks) if k.category == "linear"]
     # Number of linear kernels before a layer's attention -> index of its last attention kernel.
@@ -192,7 +193,7 @@ def split_into_layers(ks: Sequence[KernelEvent], num_layers: int) -> Iterator[tu
 
 
 def find_gaps(ks: Sequence[KernelEvent]) -> tuple[float, list[tuple[float, KernelEvent, KernelEvent]]]:
-    """Returns the µs in which any kernel ran, and the gaps: (µs, the last kernel to end before it, the one after it)."""
+    """Returns the µs in which any kernel ran, and the gaps: (µs, last kernel to end before it, next kernel)."""
     busy, last = 0.0, ks[0]._replace(end=ks[0].start)
     gaps = []
     for k in ks:
@@ -291,7 +292,8 @@ class ProfileSummary:
             return textwrap.fill(f"{name}: {', '.join(values)}", 118, subsequent_indent=" " * (len(name) + 2))
 
         lines = [
-            f"{self.num_steps} steps of {self.tokens_per_step:.1f} tokens in {self.rows_per_step:.1f} rows, on {self.device}",
+            f"{self.num_steps} steps of {self.tokens_per_step:.1f} tokens in {self.rows_per_step:.1f} rows"
+            f", on {self.device}",
             f"a step takes {self.step_ms:.3f} ms by {self.source}: busy {self.busy_ms:.3f}, idle {self.idle_ms:.3f}"
             f" in {self.gaps_per_step:.1f} gaps ({self.between_steps_ms:.3f} between steps)",
             listed("host ms", (f"{name} {ms:.3f}" for name, ms in list(self.host_ms.items())[:12])),

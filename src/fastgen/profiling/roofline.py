@@ -99,9 +99,9 @@ def min_seconds(
         seconds = max(traffic, FLOPs / flops_per_second + memory_power_fraction x traffic)
 
     with steps >= output tokens, and >= tokens in use x steps / tokens that fit (0.9 of the memory, minus the weights).
-    The second term is a machine at its power limit: of an H200's 700 W about 120 are static, matmuls alone use the rest,
-    and memory-bound decoding at full bandwidth takes 180 of the 580 (arXiv 2605.11999). Its rates were measured over
-    seconds: 670 TFLOP/s in bf16 matmuls of random data, and 4.28 TB/s in copies.
+    The second term is a machine at its power limit: of an H200's 700 W about 120 are static, matmuls alone use the
+    rest, and memory-bound decoding at full bandwidth takes 180 of the 580 (arXiv 2605.11999). Its rates were measured
+    over seconds: 670 TFLOP/s in bf16 matmuls of random data, and 4.28 TB/s in copies.
 
     With `prefix_shared`, common tokens are computed, stored and read once: a prompt by its completions, and the first
     `num_shared_tokens` tokens by all requests. Raises ValueError if a sequence does not fit the memory.

@@ -161,7 +161,7 @@ class GrammarBackend:
         return ll_tokenizer
 
     def _tokenizer_info(self) -> tuple[str, int, Any]:
-        """Returns tokenizers' JSON, the vocabulary size and the EOS ids, as `llguidance.hf.from_tokenizer` reads them."""
+        """Returns tokenizers' JSON, the vocabulary size and EOS ids, as `llguidance.hf.from_tokenizer` reads them."""
         assert self.tokenizer is not None
         original: Any = self.tokenizer.backend_tokenizer
         backend = type(original).from_str(original.to_str())
@@ -170,7 +170,7 @@ class GrammarBackend:
         return backend.to_str(), self.vocab_size, sorted(self.eos_token_ids) or self.tokenizer.eos_token_id
 
     def check_grammar(self, grammar: str, cancel_event: threading.Event | None = None) -> None:
-        """Raises ValueError, with the reason, if a grammar cannot be used; GrammarCancelled after `cancel_event` is set."""
+        """Raises ValueError, with the reason, for an unusable grammar; GrammarCancelled after `cancel_event` is set."""
         grammar_type, text = self._parse(grammar)
         key = _grammar_key(grammar)
         with self._grammar_locks[key[0]]:
@@ -179,7 +179,7 @@ class GrammarBackend:
     def make_matchers(
         self, grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None
     ) -> list[GrammarMatcher]:
-        """Returns matchers in the initial state of a grammar, one for each completion. Raises as `check_grammar` does."""
+        """Returns matchers in a grammar's initial state, one for each completion. Raises as `check_grammar` does."""
         grammar_type, text = self._parse(grammar)
         key = _grammar_key(grammar)
         with self._grammar_locks[key[0]]:
@@ -309,7 +309,7 @@ class GrammarBackend:
         return bits
 
     def _fill_masks(self, active: list[tuple[GrammarMatcher, int]], bits: np.ndarray) -> None:
-        """Fills the masks of several matchers in parallel; after a slow call, one at a time to find the slow matcher."""
+        """Fills the masks of several matchers in parallel; after a slow call, one by one to find the slow one."""
         from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
         if not self._last_fill_slow and len(active) > 1:

@@ -61,7 +61,7 @@ class TrialProcess:
     def run(self, grammar_type: str, text: str, cancel_event: threading.Event | None) -> dict[str, Any]:
         """Runs a trial: {"bytes": memory of the compiled grammar} or {"error": reason}. Restarts a process that ended.
 
-        Raises GrammarCancelled soon after `cancel_event` is set, which ends the trial, and OSError if the process fails.
+        Raises GrammarCancelled soon after `cancel_event` is set, which ends the trial; OSError if the process fails.
         """
         request = json.dumps([grammar_type, text]).encode() + b"\n"
         for _ in range(2):

@@ -16,7 +16,7 @@ OPS_WITH_REFERENCE_GRADIENTS = ("add_norm_qkv", "add_norm_gate_up", "apply_qk_no
 
 
 class _ReferenceBackward(torch.autograd.Function):
-    """Runs a kernel forward; backward, recomputes its torch equivalent from the saved inputs and differentiates that."""
+    """Runs a kernel; backward, recomputes its torch equivalent from the saved inputs and differentiates that."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Callable[..., Any], reference: Callable[..., Any], *args: Any) -> Any:
@@ -41,7 +41,7 @@ class _ReferenceBackward(torch.autograd.Function):
 
 
 class _RopeAndCacheKV(torch.autograd.Function):
-    """Runs `ops.rope_and_cache_kv` and returns the caches too, so that attention's gradients flow through the caches."""
+    """Runs `ops.rope_and_cache_kv` and returns the caches too, so that attention's gradients flow through them."""
 
     @staticmethod
     def forward(
@@ -65,7 +65,7 @@ class _RopeAndCacheKV(torch.autograd.Function):
 
 
 def make_differentiable(ops: ModelOps, reference_gradients: bool) -> ModelOps:
-    """Returns ops with gradients. With `reference_gradients` each op that is not torch's gets its torch equivalent's."""
+    """Returns ops with gradients. With `reference_gradients`, kernels get the gradients of their torch equivalents."""
     if not reference_gradients:
         return ops
 

@@ -61,7 +61,9 @@ def derive_seed(seed: int, *indices: int) -> int:
 def compute_advantages(
     rewards: Float[Tensor, "prompts samples"], *, scale_by_std: bool = True
 ) -> Float[Tensor, "prompts samples"]:
-    """Returns rewards minus their group's mean, divided by the group's standard deviation unless told not to (Dr. GRPO).
+    """Returns rewards minus their group's mean, divided by the group's standard deviation if `scale_by_std`.
+
+    Dr. GRPO does not divide.
 
     Groups of equal rewards have advantages of exactly 0.
     """
@@ -83,8 +85,8 @@ def grpo_loss(
     """Returns the sum over completions of the clipped surrogate loss, from the logprobs of each completion's tokens.
 
     A completion contributes the mean over its tokens, or with `normalization_length` their sum divided by that constant
-    (Dr. GRPO, arXiv 2503.20783), so that long wrong completions are not penalized less than short ones. `kl_weight` times
-    the estimated KL divergence from the reference's logprobs is added.
+    (Dr. GRPO, arXiv 2503.20783), so that long wrong completions are not penalized less than short ones.
+    `kl_weight` times the estimated KL divergence from the reference's logprobs is added.
     """
     loss = torch.zeros((), device=logprobs[0].device)
     for i, (new, old, advantage) in enumerate(zip(logprobs, old_logprobs, advantages, strict=True)):
@@ -256,7 +258,7 @@ class Trainer:
         os.replace(temporary, path)
 
     def load(self, path: str | Path) -> None:
-        """Restores what `save` wrote, with the parameters written in place. Raises ValueError for another run's file."""
+        """Restores what `save` wrote, writing the parameters in place. Raises ValueError for another run's file."""
         state = torch.load(path, map_location=self.engine.device, weights_only=True)
         saved, current = state["curve"], self._reproducibility_settings()
         if changes := [f"{k} was {saved.get(k)}, is {v}" for k, v in current.items() if saved.get(k) != v]:
@@ -315,9 +317,9 @@ def train(
 ) -> list[StepMetrics]:
     """Runs steps until there are `settings.steps`. Returns the log's rows, also those of a resumed run's first part.
 
-    Writes log.jsonl, checkpoint.pt, curve.png (with matplotlib) and, at the end, the model to `folder`. `resume` continues
-    from the folder's checkpoint; without it a checkpoint there is a ValueError. After Ctrl-C the step is finished and
-    saved, then KeyboardInterrupt is raised.
+    Writes log.jsonl, checkpoint.pt, curve.png (with matplotlib) and, at the end, the model to `folder`. `resume`
+    continues from the folder's checkpoint; without it a checkpoint there is a ValueError. After Ctrl-C the step is
+    finished and saved, then KeyboardInterrupt is raised.
     """
     folder, s = Path(folder), trainer.settings
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pt"

@@ -50,11 +50,11 @@ def score(
     """Returns the natural-log probabilities of each sequence's tokens from index `first` on: one fp32 tensor each.
 
     `first` is one index for all sequences or one for each, at least 1: a prompt's length scores the completion. The
-    probabilities are those of logits / temperature. Sequences are not split; a batch holds as many as fit `token_budget`.
+    probabilities are those of logits / temperature. Sequences are not split; a batch has at most `token_budget` tokens.
 
     Differentiable: the results require gradients if gradients are enabled and a leaf of `params`, or a parameter of the
-    model that `params` were adopted from, requires one. `activation_checkpointing` recomputes each layer in the backward
-    pass instead of storing its activations. At most 2**24 logits exist at a time, with gradients or without.
+    model that `params` were adopted from, requires one. `activation_checkpointing` recomputes each layer backward
+    instead of storing its activations. At most 2**24 logits exist at a time, with gradients or without.
 
     `batch_invariant` uses the kernels of an engine with `compile.batch_invariant`: the results equal that engine's
     logprobs bit for bit. With `tp_group`, `params` are one rank's shard and every rank makes this call, without
@@ -197,7 +197,7 @@ def _build_batch(sequences: list[list[int]], device: torch.device) -> Batch:
 def _layer_with_own_cache(
     x: Tensor, y: SublayerOutput, layer: Layer, k_cache: Tensor, v_cache: Tensor, *args: Any
 ) -> tuple[Tensor, SublayerOutput]:
-    """Runs a decoder layer with a zeroed KV cache of the given caches' shape, which lives as long as the layer's graph."""
+    """Runs a decoder layer with a new KV cache of the given shape, which lives as long as the layer's graph."""
     k_cache, v_cache = x.new_zeros(k_cache.shape), x.new_zeros(v_cache.shape)
     return decoder_layer(x, y, layer, k_cache, v_cache, *args)
 
@@ -235,7 +235,7 @@ def logprob_mismatch(outputs: Sequence[Output], logprobs: Sequence[Tensor]) -> L
 def compare_logprobs(
     outputs: Sequence[Output], params: Params, model_config: ModelConfig, **score_kwargs: Any
 ) -> LogprobMismatch:
-    """Scores sampled outputs with `score(..., **score_kwargs)` and returns the difference from the sampler's logprobs."""
+    """Scores sampled outputs with `score(..., **score_kwargs)` and compares the scores with the sampler's logprobs."""
     pairs = [(o.prompt_token_ids, c.token_ids) for o in outputs for c in o.completions]
     with torch.no_grad():
         sequences, first = [[*p, *c] for p, c in pairs], [len(p) for p, _ in pairs]

@@ -47,7 +47,7 @@ PROBLEMS = {"addition": Problem(sample_sum_prompt, reward_sum), "sevens": Proble
 
 
 def load_problem(name: str) -> Problem:
-    """Returns a problem of `PROBLEMS` by its name, or imports "module:attribute". Raises ValueError if there is none."""
+    """Returns a problem of `PROBLEMS`, or imports "module:attribute". Raises ValueError for other names."""
     module, colon, attribute = name.partition(":")
     if not colon:
         if name not in PROBLEMS:

@@ -31,7 +31,7 @@ class AdoptedModel:
     """A model whose parameters an engine shares. `check` raises once one of the parameters was replaced or moved."""
 
     def __init__(self, model: torch.nn.Module, params: Mapping[str, torch.nn.Parameter]) -> None:
-        """Records the model's modules and the addresses of the adopted parameters, which are keyed by checkpoint name."""
+        """Records the model's modules and the addresses of the adopted parameters, keyed by checkpoint name."""
         self._model = weakref.ref(model)
         self._param_names, self._params = list(params), list(params.values())
         self._addresses = [p.data_ptr() for p in self._params]
@@ -107,15 +107,15 @@ def adopt(model: torch.nn.Module) -> tuple[ModelConfig, Params]:
 
     The model keeps its `nn.Parameter` objects, with the optimizers and hooks that refer to them. They become views of
     packed leaves: q, k and v of one, gate and up of another. A leaf made of one parameter uses its memory as it is. So
-    `optimizer.step()` is the weight update, captured CUDA graphs stay valid, and an engine detects the change by version
-    counters. Gradients of `score` with the returned parameters reach the model's parameters that require them. Repacking
-    needs free memory for one packed leaf at a time. Adopting a model again returns the same parameters while they exist.
+    `optimizer.step()` is the weight update, captured CUDA graphs stay valid, and an engine detects the change by
+    version counters. Gradients of `score` with the returned parameters reach the model's parameters that require them.
+    Repacking needs free memory for one packed leaf. Adopting a model again returns the same parameters, if they exist.
 
     If a parameter of the model is later replaced or moved, the engine's next step raises ValueError.
 
     Raises ValueError, with the reason, where memory cannot be shared: parameters that are sharded (FSDP, tensor
-    parallel), on `meta`, of several dtypes or devices, or not of a plain decoder of a supported family (wrapped by PEFT,
-    quantized). Then give an engine parameters of its own and call `Engine.update_params` after each step.
+    parallel), on `meta`, of several dtypes or devices, or not of a plain decoder of a supported family (wrapped by
+    PEFT, quantized). Then give an engine parameters of its own and call `Engine.update_params` after each step.
     """
     hf_config = getattr(model, "config", None)
     if hf_config is None:
@@ -254,7 +254,7 @@ def version_counters(params: Params) -> tuple[Tensor, ...]:
 
 @cache
 def _register_optimizer_hook() -> None:
-    """Makes optimizer steps increment version counters: fused optimizers, transformers' default, do not by themselves."""
+    """Makes optimizer steps increment version counters: fused optimizers, transformers' default, do not."""
 
     def increment_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         params = (p for group in optimizer.param_groups for p in group["params"])

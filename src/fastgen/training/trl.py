@@ -32,7 +32,7 @@ class RolloutFunc:
     """A `rollout_func`: samples a completion for each of the trainer's prompts, with logprobs.
 
     `RolloutFunc(cache_tokens=…, …)` makes an engine with these settings at the first call, in the memory of the
-    trainer's model (see `fastgen.adopt`): after `optimizer.step()` the next rollout uses the new parameters. Where memory
+    trainer's model (see `fastgen.adopt`): after `optimizer.step()` the next rollout uses the new parameters. If memory
     cannot be shared a ValueError says why. Then pass an engine with parameters of its own, `RolloutFunc(engine)`, into
     which the trainer's parameters are copied after each step. `weights(trainer)` returns the (checkpoint name, tensor)
     pairs to copy; by default those of the trainer's model, with PEFT's LoRA merged.
@@ -98,8 +98,8 @@ class RolloutFunc:
             model_config, params = adopt(model)
         except ValueError as e:
             raise ValueError(
-                f"RolloutFunc: the trainer's parameters cannot be read in place: {e}. To copy them after each step, pass "
-                "an engine with parameters of its own: RolloutFunc(fastgen.Engine.from_pretrained(…))"
+                f"RolloutFunc: the trainer's parameters cannot be read in place: {e}. To copy them after each step, "
+                "pass an engine with parameters of its own: RolloutFunc(fastgen.Engine.from_pretrained(…))"
             ) from e
         # Each process of the trainer samples its own completions.
         settings = {"seed": trainer.args.seed + trainer.accelerator.process_index} | self.settings
