@@ -23,6 +23,7 @@ from fastgen import Output, SamplingParams
 from fastgen.core.sampling import apply_token_mask
 from fastgen.structured_output import backend
 from fastgen.structured_output.backend import GrammarBackend, json_depth
+from fastgen.structured_output.rank_grammars import RankGrammars
 from fastgen.structured_output.trial import TrialLimits, compile_grammar
 from fastgen.structured_output.trial_process import GrammarCancelled
 
@@ -418,3 +419,28 @@ def test_masks_of_several_matchers(words: PreTrainedTokenizerFast) -> None:
     allowed = [{t for t in range(300) if bits[r, t // 32] >> np.uint32(t % 32) & 1} for r in range(5)]
     assert allowed[0] == allowed[2] == allowed[4] == {*range(300)}
     assert allowed[1] == {words.encode("a")[0]} and allowed[3] == {256}
+
+
+def test_ranks_agree_on_a_grammar(words: PreTrainedTokenizerFast, small: GrammarBackend) -> None:
+    """Rank 0 makes the ranks that it started compile only grammars that passed; other ranks refuse a grammar together."""
+    calls, accepted = list[tuple[str, int]](), list[bool]()
+    first = RankGrammars(small, precompile_on_ranks=lambda *call: calls.append(call), all_ranks=lambda _: False)
+    assert len(first.compile(with_grammar("regex:ab", n=2))) == 2 and first.compile(SamplingParams(n=2)) == [None] * 2
+    with pytest.raises(ValueError, match="regex grammar"):
+        first.compile(with_grammar("regex:["))
+    first.precompile(with_grammar("regex:abb", n=2), threading.Event())
+    assert calls == [("regex:ab", 2), ("regex:abb", 2)] and small.has_prebuilt("regex:abb", 2)
+    assert first.compile(with_grammar("regex:abb")) and len(calls) == 2, "the ranks have compiled it already"
+
+    other = RankGrammars(small, all_ranks=lambda accept: accepted.append(accept) or accept)
+    assert other.compile(with_grammar("regex:ab"))
+    with pytest.raises(ValueError, match="regex grammar"):
+        other.compile(with_grammar("regex:["))
+    assert accepted == [True, False]
+    with pytest.raises(ValueError, match="another rank refuses the grammar"):
+        RankGrammars(small, all_ranks=lambda _: False).compile(with_grammar("regex:ab"))
+    trusting = GrammarBackend(words, 300, frozenset([256]))
+    trusting.skip_trials = True
+    started = RankGrammars(trusting, all_ranks=lambda _: False)
+    started.precompile_here("regex:ab", 2)
+    assert len(started.compile(with_grammar("regex:ab", n=2))) == 2 and trusting._trial_process.process is None

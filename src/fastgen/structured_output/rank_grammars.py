@@ -13,8 +13,8 @@ class RankGrammars:
     """The grammars of one rank's requests, compiled in agreement with the other ranks of its engine.
 
     A single process   tries a grammar (see trial.py) and compiles it.
-    Rank 0             of ranks that it started: tries the grammar, makes the others compile it beside their steps, compiles.
-    A started rank     compiles without a trial (`backend.skip_trials`): rank 0 has tried every grammar that arrives.
+    Rank 0             of ranks that it started: tries it, makes the others compile it beside their steps, compiles it.
+    A started rank     compiles it without a trial (`backend.skip_trials`): rank 0 has tried every grammar that arrives.
     The caller's ranks (torchrun) all try it, and refuse it together if one of them does.
     """
 
@@ -36,8 +36,8 @@ class RankGrammars:
     ) -> list[GrammarMatcher | None]:
         """Returns a matcher for each completion of a request; None without a grammar.
 
-        Changes nothing but the backend's caches, so any thread may call it beside an engine's steps. Raises ValueError for a grammar
-        that cannot be used, and GrammarCancelled soon after `cancel_event` is set.
+        Changes nothing but the backend's caches, so any thread may call it beside an engine's steps. Raises ValueError
+        for a grammar that cannot be used, and GrammarCancelled soon after `cancel_event` is set.
         """
         grammar, matchers = sampling.grammar, list[GrammarMatcher | None]()
         if grammar is None:
