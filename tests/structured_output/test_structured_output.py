@@ -422,7 +422,7 @@ def test_masks_of_several_matchers(words: PreTrainedTokenizerFast) -> None:
 
 
 def test_ranks_agree_on_a_grammar(words: PreTrainedTokenizerFast, small: GrammarBackend) -> None:
-    """Rank 0 makes the ranks that it started compile only grammars that passed; other ranks refuse a grammar together."""
+    """Rank 0 makes started ranks compile only grammars that passed; the caller's ranks refuse a grammar together."""
     calls, accepted = list[tuple[str, int]](), list[bool]()
     first = RankGrammars(small, precompile_on_ranks=lambda *call: calls.append(call), all_ranks=lambda _: False)
     assert len(first.compile(with_grammar("regex:ab", n=2))) == 2 and first.compile(SamplingParams(n=2)) == [None] * 2
