@@ -45,9 +45,6 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {
 }
 
 
-# --- families -------------------------------------------------------------------------------------------------------
-
-
 def _llama(config: Json, num_layers: int) -> dict[str, Any]:
     """Returns Llama's fields: biases are optional, and no layer slides whatever the file says."""
     bias = _read_bool(config, "attention_bias")
@@ -104,9 +101,6 @@ def _parse_sliding_windows(config: Json, num_layers: int, num_full_layers: int =
     for layer_type in layer_types:
         _check_supported("layer type", layer_type, ("full_attention", "sliding_attention"))
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
-
-
-# --- config.json to ModelConfig -------------------------------------------------------------------------------------
 
 
 def from_hf_config(config: Json) -> ModelConfig:
@@ -220,7 +214,7 @@ def _yarn_attention_factor(p: Json, factor: float) -> float:
     return mscale(1.0)
 
 
-# Readers of one key: each returns `default` where the key is absent or null, and raises ValueError for another type.
+# Readers of one key return `default` where the key is absent or null, and raise ValueError for another type.
 
 
 def _check_supported(label: str, value: object, supported: tuple[str, ...]) -> str:
@@ -229,40 +223,33 @@ def _check_supported(label: str, value: object, supported: tuple[str, ...]) -> s
     return str(value)
 
 
-def _read_int(config: Json, name: str, default: int, min_value: int = 1) -> int:
+def _read(config: Json, name: str, default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
     value = config.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or not min_value <= value <= MAX_VALUES[name]:
-        expected = f"an integer from {min_value} to {MAX_VALUES[name]}"
+    if value is not None and not is_valid(value):
         raise ValueError(f"config.json: {name} must be {expected}, not {repr(value)}")
-    return value
-
-
-def _read_float(config: Json, name: str, default: float, min_value: float = 1e-30, max_value: float = 1e30) -> float:
-    value = config.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not min_value <= value <= max_value:
-        raise ValueError(f"config.json: {name} must be a number from {min_value:g} to {max_value:g}, not {repr(value)}")
-    return float(value)
-
-
-def _read_bool(config: Json, name: str, default: bool = False) -> bool:
-    value = config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"config.json: {name} must be true or false, not {repr(value)}")
     return default if value is None else value
 
 
+def _read_int(config: Json, name: str, default: int, low: int = 1) -> int:
+    high = MAX_VALUES[name]
+    expected = f"an integer from {low} to {high}"
+    return _read(config, name, default, lambda x: type(x) is int and low <= x <= high, expected)
+
+
+def _read_float(config: Json, name: str, default: float, low: float = 1e-30, high: float = 1e30) -> float:
+    def is_number(x: Any) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool) and low <= x <= high
+
+    expected = f"a number from {low:g} to {high:g}"
+    return float(_read(config, name, default, is_number, expected))
+
+
+def _read_bool(config: Json, name: str, default: bool = False) -> bool:
+    return _read(config, name, default, lambda x: isinstance(x, bool), "true or false")
+
+
 def _read_mapping(config: Json, name: str) -> Json:
-    value = config.get(name)
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"config.json: {name} must be an object, not {repr(value)}")
-    return value or {}
-
-
-# --- ModelConfig to config.json -------------------------------------------------------------------------------------
+    return _read(config, name, {}, lambda x: isinstance(x, Mapping), "an object")
 
 
 def to_hf_config(model_config: ModelConfig) -> dict[str, Any]:
