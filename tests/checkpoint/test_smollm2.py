@@ -69,19 +69,19 @@ def model(device: str) -> transformers.PreTrainedModel:
     )
 
 
-@cache  # most modes draw the same tokens
+@cache  # most modes sample the same tokens
 def disagreements(
-    model: transformers.PreTrainedModel, prompt: tuple[int, ...], drawn: tuple[int, ...]
+    model: transformers.PreTrainedModel, prompt: tuple[int, ...], sampled: tuple[int, ...]
 ) -> list[tuple[int, float]]:
-    """(step, gap) where transformers, after the same tokens, would have drawn another; gap in its own logits.
+    """(step, gap) where transformers, after the same tokens, would have sampled another; gap in its own logits.
 
-    If there is none, its greedy continuation is `drawn`, by induction over the steps.
+    If there is none, its greedy continuation is `sampled`, by induction over the steps.
     """
     with torch.no_grad():
-        ids = torch.tensor([prompt + drawn[:-1]], device=model.device)
-        logits = model(ids, logits_to_keep=len(drawn)).logits[0]
+        ids = torch.tensor([prompt + sampled[:-1]], device=model.device)
+        logits = model(ids, logits_to_keep=len(sampled)).logits[0]
     best = logits.argmax(-1)
-    token = torch.tensor(drawn, device=model.device)
+    token = torch.tensor(sampled, device=model.device)
     gap = logits.amax(-1) - logits.gather(-1, token[:, None])[:, 0]
     return [(i, gap[i].item()) for i in (best != token).nonzero()[:, 0].tolist()]
 
@@ -117,9 +117,9 @@ def test_greedy_tokens_are_those_of_transformers(
     else:
         outputs = engine.generate(prompts, sampling)
     for prompt, output in zip(prompts, outputs, strict=True):
-        drawn = output.completions[0].token_ids
-        assert len(drawn) == new
-        found = disagreements(model, tuple(prompt), tuple(drawn))
+        sampled = output.completions[0].token_ids
+        assert len(sampled) == new
+        found = disagreements(model, tuple(prompt), tuple(sampled))
         assert all(gap < 1e-5 for _, gap in found), f"prompt of {len(prompt)} tokens: (step, gap) {found}"
         if found:
             print(f"tie: prompt of {len(prompt)} tokens, (step, gap) {found}")

@@ -201,7 +201,7 @@ def test_head_in_another_dtype_than_a_tied_embedding(tmp_path: Path) -> None:
 
 
 def test_head_that_is_missing_or_has_another_shape(tmp_path: Path) -> None:
-    """Where the config says that there is one, transformers would draw it at random."""
+    """A head that the config promises and the file lacks is an error; transformers would initialize it at random."""
     theirs().save_pretrained(tmp_path)
     rewrite(tmp_path, lambda t: t.pop("lm_head.weight"))
     assert refusal(tmp_path).endswith("missing: lm_head.weight")

@@ -121,9 +121,9 @@ def test_greedy(name: str) -> None:
     with fastgen.Engine(params, spec, page_size=PAGE, cache_tokens=400, **limits) as engine:
         outputs = engine.generate(prompts, greedy)
     for out in outputs:
-        drawn = out.completions[0].token_ids
-        likely = theirs(model, out.prompt_token_ids + drawn).argmax(-1)[-65:-1]
-        assert drawn == likely.tolist() and len(drawn) == 64
+        sampled = out.completions[0].token_ids
+        likely = theirs(model, out.prompt_token_ids + sampled).argmax(-1)[-65:-1]
+        assert sampled == likely.tolist() and len(sampled) == 64
 
 
 def test_cases_cover_what_they_should() -> None:

@@ -45,7 +45,7 @@ NAMES = (None, "all", "some", "wide")
 
 
 def adapter(spec: ModelConfig, name: str, seed: int = 0) -> Adapter:
-    """Of different ranks, targets and scales; strong enough to change what is drawn."""
+    """Returns an adapter; names differ in rank, targets and scale. Strong enough to change sampled tokens."""
     how: dict[str, Any] = {
         "all": {"rank": 4, "alpha": 8},
         "some": {"rank": 3, "alpha": 3, "target_modules": ("q_proj", "v_proj", "up_proj")},
@@ -98,7 +98,7 @@ def engine(params: Params = PARAMS, adapters: dict[str, Adapter] = ADAPTERS, **s
 
 
 def load(seed: int, count: int = 16) -> list[tuple[list[int], dict[str, Any], str | None]]:
-    """Prompts that begin alike under different adapters, greedy and drawn."""
+    """Returns requests that share prefixes under different adapters, greedy and sampled."""
     r = random.Random(seed)
     stems = [[r.randrange(61) for _ in range(n)] for n in (1, 9, 21)]
     found = []
@@ -113,7 +113,7 @@ MERGED: dict[str | None, fastgen.Engine] = {}
 
 
 def merged(prompt: Sequence[int], how: dict[str, Any], name: str | None) -> Output:
-    """What the request gets alone from an engine of the merged parameters."""
+    """Returns the output of the request alone in an engine of the merged parameters."""
     if name not in MERGED:
         params = PARAMS if name is None else lora.merge(PARAMS, SPEC, ADAPTERS[name])
         MERGED[name] = fastgen.Engine(
@@ -144,7 +144,7 @@ def run(e: fastgen.Engine, work: Iterable[tuple[list[int], dict[str, Any], str |
 def logits(
     params: Params, spec: ModelConfig, tokens: list[int], adapters: fastgen.StackedAdapters | None = None, i: int = 0
 ) -> Tensor:
-    """[T, V] at once, in a cache of its own."""
+    """Returns logits [T, V] of one forward, with its own cache."""
     batch = fastgen.build_batch((Span(0, 0, len(tokens), True, (1, 2, 3, 4)),), {0: tokens}, 16)
     batch = batch._replace(adapter_idx=torch.full((len(tokens),), i) if adapters else None)
     hidden = fastgen.hidden_states(params, fastgen.new_kv_cache(spec, 80), batch, spec, reference, adapters=adapters)
@@ -153,7 +153,7 @@ def logits(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_of_several(name: str) -> None:
-    """One batch of sequences with different adapters and none: fp32 logits of merged parameters, each."""
+    """A batch of sequences under different adapters and none has the fp32 logits of merged parameters."""
     spec, params = SPECS[name], tiny.weights(SPECS[name], 1)
     trees = [adapter(spec, kind, 5) for kind in NAMES[1:]]
     stacked, r = lora.stack(trees, spec), random.Random(0)
@@ -195,7 +195,7 @@ KERNEL = [  # tokens, depth, rows of the packed matrices, rank, adapters
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("tokens", "depth", "rows", "r", "count"), KERNEL)
 def test_kernel(tokens: int, depth: int, rows: tuple[int, ...], r: int, count: int, dtype: torch.dtype) -> None:
-    """The kernels against the plain function, in mixed and in ragged rows; rows without an adapter are untouched."""
+    """The kernels equal the plain function, for mixed and ragged rows; rows without an adapter stay as they are."""
     pytest.importorskip("triton")
     from fastgen.kernels import lora
 
@@ -244,7 +244,7 @@ def separately(seed: int) -> list[Output]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_as_merged(way: str) -> None:
-    """Requests of three adapters and of none, mixed: tokens and logprobs of merged parameters."""
+    """Requests of three adapters and of none, in one batch, have the tokens and logprobs of merged parameters."""
     e, work = engine(**WAYS[way]), load(3)
     for _ in range(2):  # the second time much of it is cached
         for got, want in zip(run(e, work), separately(3), strict=True):
@@ -258,7 +258,7 @@ def test_as_merged(way: str) -> None:
 
 
 def compiled() -> None:
-    """With compiled regions; adapters that come, change and go compile nothing anew."""
+    """Checks compiled regions: adding, changing and removing adapters recompiles nothing."""
     from fastgen.compiled.compiled_ops import num_compiled_graphs
 
     e, work = engine(adapters={}, cache_tokens=1024, compile="inductor", **SMALL), load(4, 12)
@@ -284,7 +284,7 @@ def test_compiled(what: str) -> None:
 
 
 def test_off_is_as_before() -> None:
-    """Without room for adapters nothing of them is there: no buffers, no fields, no functions."""
+    """An engine without capacity for adapters has no buffers, fields or functions of them."""
     e = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256, compile="eager")
     e.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
     assert (
@@ -363,7 +363,7 @@ def test_a_change_forgets_its_own_pages_only() -> None:
 
 
 def test_a_name_given_anew() -> None:
-    """Another adapter in a removed one's place is another one: neither its values nor its pages are left."""
+    """An adapter under a removed one's name has neither its values nor its cached pages."""
     e, work = engine(cache_tokens=1024), [([5, 6, 7, 8, 9, 10, 11, 12, 13], {"temperature": 0, "max_tokens": 8}, "all")]
     same(run(e, work)[0], merged(*work[0]))
     views = e.adapter_params("all")
@@ -374,7 +374,7 @@ def test_a_name_given_anew() -> None:
 
 
 def test_fork_and_snapshot(tmp_path: Path) -> None:
-    """They go on with their adapter."""
+    """Forked and restored requests keep their adapter."""
     how: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
     e = engine(cache_tokens=1024)
     want = merged(range(7), how, "wide").completions[0].token_ids
@@ -395,7 +395,7 @@ def test_fork_and_snapshot(tmp_path: Path) -> None:
 
 
 def test_refused() -> None:
-    """What cannot be, with what to do; nothing else is disturbed."""
+    """Invalid adapters are refused with advice; other requests are not disturbed."""
     off = fastgen.Engine(PARAMS, SPEC, progress=False, cache_tokens=256, compile="eager")
 
     def one_stack(adapter: Adapter) -> object:
@@ -452,7 +452,7 @@ def test_refused() -> None:
 
 
 def test_gradients() -> None:
-    """Through stacked adapters the same as through merged parameters, in every tensor of the tree."""
+    """Gradients through stacked adapters equal those through merged parameters, in every tensor of the tree."""
     context, tree = [3, 1, 4, 1, 5, 9, 2, 6], adapter(SPEC, "all", 7)
     found = []
     for way in ("stack", "merge"):
@@ -474,7 +474,7 @@ def test_training_in_place() -> None:
 
 
 def train(compile: str) -> None:
-    """An optimizer's steps on the engine's own tensors are the update: what comes next is from the new ones."""
+    """Optimizer steps on the engine's own tensors update the adapter: later tokens are sampled from it."""
     e = engine(adapters={"other": ADAPTERS["wide"]}, cache_tokens=512, compile=compile, **SMALL)
     views = e.add_adapter("mine", lora.init(SPEC, rank=4, alpha=8, seed=1))
     where = [x.data_ptr() for x in lora.parameters(views)]
@@ -522,7 +522,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
 
 
 def test_update_by_name() -> None:
-    """From tensors as they are called in a model in memory, too."""
+    """Names of a PEFT model in memory are accepted, too."""
     mine, other = adapter(SPEC, "some", 1), adapter(SPEC, "some", 2)
     lora.update(mine, SPEC, dict(lora.named_tensors(other, SPEC)).items())
     equal(mine, other)
@@ -555,7 +555,7 @@ def test_load_refuses_by_name(option: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alpha", ["1e308", "-1e40", "NaN", "-Infinity", "1e400", "9" * 400, "9" * 5000, "true"])
 def test_load_refuses_scales_that_are_not_finite(alpha: str, tmp_path: Path) -> None:
-    """With the file, whether float32, float64 or JSON has no such number; nothing of it is added to an engine."""
+    """A scale that float32, float64 or JSON cannot represent is refused, naming the file; no engine is changed."""
     lora.save(tmp_path, SPEC, ADAPTERS["all"])
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"lora_alpha": 8.0', f'"lora_alpha": {alpha}'))
@@ -565,7 +565,7 @@ def test_load_refuses_scales_that_are_not_finite(alpha: str, tmp_path: Path) -> 
 
 
 def test_a_slot_is_clean_for_the_next_adapter() -> None:
-    """NaN that somebody writes through views of an adapter which is gone reaches none that has its place."""
+    """NaN written through views of a removed adapter does not reach the next one in its buffers."""
     one, wanted = (engine(adapters={name: ADAPTERS[name]}, max_adapters=1) for name in ("wide", "some"))
     stale = lora.parameters(one.adapter_params("wide"))
     one.remove_adapter("wide")
@@ -578,7 +578,7 @@ def test_a_slot_is_clean_for_the_next_adapter() -> None:
 
 
 def test_versions_count_changes_of_the_adapter() -> None:
-    """A token's version is the model's plus its own adapter's, in flight as well; a name given anew goes on."""
+    """A token's version is the model's plus its adapter's, in flight as well; a reused name continues its count."""
     one, how = engine(), {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
     ids = {name: one.add([1, 2, 3], SamplingParams(**how, adapter=name)) for name in NAMES}
     done: dict[int, Output] = {}
@@ -635,7 +635,7 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("default")  # PEFT has some of its own
 @pytest.mark.parametrize("name", CONFIGS)
 def test_against_peft(name: str, tmp_path: Path) -> None:
-    """PEFT's own adapter on transformers' model: read from its files, the same logits; and it reads ours."""
+    """An adapter of PEFT has the same logits here as on transformers' model, and PEFT reads what we save."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     with torch.device("cpu"):
@@ -665,7 +665,7 @@ def test_against_peft(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_against_transformers(name: str) -> None:
-    """transformers' model with the changes added to its own, unpacked matrices: the same logits."""
+    """transformers' model with b @ a added to its unpacked matrices has the same logits."""
     torch.manual_seed(0)
     spec = SPECS[name]
     with torch.device("cpu"):
@@ -688,7 +688,7 @@ def test_against_transformers(name: str) -> None:
 
 
 def test_fgrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files by name, and a request that chooses one; an adapter of another model ends the engine."""
+    """fgrun loads adapters by name and a request chooses one; an adapter of another model is an error."""
     spec = fastgen.from_hf_config(tiny.config("Mistral"))
     config_of(tmp_path)
     lora.save(tmp_path / "poet", spec, adapter(spec, "all", 3))
@@ -712,7 +712,7 @@ def config_of(folder: Path, **changes: Any) -> Path:
 
 
 def test_serve(tmp_path: Path) -> None:
-    """A request chooses an adapter as its model; the others go on without. Some come and go while it runs."""
+    """A request chooses an adapter as its model; adapters are loaded and unloaded while the server runs."""
     folder = checkpoint(tmp_path / "tiny")
     spec, params = fastgen.load(folder, device="cpu", progress=False)
     trees = {"poet": adapter(spec, "all", 3), "judge": adapter(spec, "wide", 4)}
@@ -818,7 +818,7 @@ def test_serve(tmp_path: Path) -> None:
     ],
 )
 def test_serve_refuses(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before anything starts."""
+    """Invalid options are refused before anything starts."""
     lora.save(tmp_path, SPEC, ADAPTERS["all"])
     assert serve.main(["debug", *(word.replace("FOLDER", str(tmp_path)) for word in words)]) == 2
     err = capsys.readouterr().err
@@ -826,7 +826,7 @@ def test_serve_refuses(words: list[str], said: str, tmp_path: Path, capsys: pyte
 
 
 def test_serve_makes_room(tmp_path: Path) -> None:
-    """As much as is needed, where it is not given."""
+    """The server allocates the capacity that its adapters need, unless configured."""
     lora.save(tmp_path, SPEC, ADAPTERS["wide"])
     words = ["debug", "--lora", f"x={tmp_path}"]
     assert serve.configure(serve._make_parser().parse_args(words))[0].lora == LoraConfig(max_adapters=1, max_rank=8)
@@ -836,7 +836,7 @@ def test_serve_makes_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.complex64, "meta"])
 def test_adapters_of_other_dtypes(kind: Any) -> None:
-    """Their values would be cast to what they do not mean."""
+    """Adapters of integers or booleans are refused: a cast would change their meaning."""
     spec = from_hf_config(tiny.config())
     adapter = tree_map_only(Tensor, lambda x: x.to(kind), lora.init(spec, 4))
     with fastgen.Engine(tiny.weights(spec), spec, max_adapters=1, cache_tokens=256, page_size=16) as engine:

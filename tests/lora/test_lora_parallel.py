@@ -1,4 +1,4 @@
-"""Adapters over several ranks, each of which has its share: what one alone gives. Ranks are threads or processes."""
+"""Adapters under tensor parallelism equal those on one device. Ranks are threads or processes."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def final(
     kv_heads: int,
     head: int,
 ) -> Tensor:
-    """Of the last tokens of three sequences, each under another adapter: the hidden states."""
+    """Returns the hidden states of the last tokens of three sequences, each under another adapter."""
     plan = (Span(0, 0, 9, True, (1, 2)), Span(1, 0, 5, True, (3,)), Span(2, 0, 7, True, (4,)))
     tokens = {i: [(7 * i + 3 * j) % 61 for j in range(span.stop)] for i, span in enumerate(plan)}
     batch = fastgen.build_batch(plan, tokens, 16)
@@ -55,7 +55,7 @@ def final(
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward(name: str, size: int) -> None:
-    """All families, biases and key heads fewer than ranks included."""
+    """Every family has the hidden states of one device, with biases and with fewer key heads than ranks."""
     spec = SPECS[name]
     params = fastgen.init(spec, dtype=torch.float32)
     adapters = [adapter(spec, "all"), adapter(spec, "some")]
@@ -80,7 +80,7 @@ def test_forward(name: str, size: int) -> None:
 def test_changes_are_summed_with_what_they_change(
     few: int, many: int, sums: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In memory that others read, or from which parts are pushed as soon as they are there."""
+    """Low-rank terms are part of the partial sums in peer memory, whether those are read or pushed."""
     monkeypatch.setattr(peer_memory, "PUSH_CHUNK_ROWS", 8)
     adapters, ops = [ADAPTERS["all"], ADAPTERS["wide"]], TORCH_OPS._replace(attention=reference)
     want = final(PARAMS, SPEC, ops, lora.stack(adapters, SPEC), SPEC.num_kv_heads, SPEC.head_dim)
@@ -97,7 +97,7 @@ def test_changes_are_summed_with_what_they_change(
 
 
 def test_shares() -> None:
-    """Views, which together are the whole."""
+    """The shards of an adapter are views that together are the adapter."""
     whole = ADAPTERS["all"]
     parts = [lora.shard_adapter(whole, SPEC, TPShard(rank, 2)) for rank in range(2)]
     first = whole.layers[1]
