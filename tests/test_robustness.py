@@ -37,7 +37,7 @@ from fastgen.core.tokenizer import max_prompt_chars
 from fastgen.distributed import processes
 from fastgen.server import engine_process, http_worker, log, middleware, supervisor
 from fastgen.server.errors import APIError
-from fastgen.server.messages import Sender
+from fastgen.server.messages import EngineInfo, Sender
 from fastgen.server.metrics import Metrics, render_metrics
 from fastgen.server.middleware import EXCEPTION_HANDLERS
 from fastgen.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
@@ -186,7 +186,9 @@ def test_stopped_descendants() -> None:
 
 def test_metrics_are_added_up() -> None:
     """The counts of two workers, one of which has ended, are added up in Prometheus's format."""
-    total = engine_process.EngineServer(MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), MagicMock())
+    total = engine_process.EngineServer(
+        MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), MagicMock(spec=EngineInfo)
+    )
 
     async def work(*gaps: float) -> None:
         sent: list[dict] = []

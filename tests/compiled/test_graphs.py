@@ -297,7 +297,7 @@ def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.
     monkeypatch.setattr(scheduling_policy, "MIN_SAVED_KEYS", 1)
     work = [load(2, 60), related(5)]
     with engine(**POISONED[name]) as clean, engine(**POISONED[name]) as poisoned:
-        shelf = [] if poisoned.adapter_manager is None else tree_leaves(poisoned.adapter_manager.adapters.layers)
+        shelf = [] if poisoned.runner.adapters is None else tree_leaves(poisoned.runner.adapters.layers)
         logits = [] if poisoned.runner.logits_buffer is None else [poisoned.runner.logits_buffer]
         for x in (*tree_leaves(poisoned.cache), *poisoned.page_copier.host_buffers, *logits, *(x[1:] for x in shelf)):
             x.fill_(float("nan"))

@@ -32,7 +32,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("source", [*TEMPLATES.values(), *test_tool_calls.TEMPLATES.values()])
 def test_rendered_text_is_unchanged(source: str) -> None:
     """The limited template renders the same text, with tools and without."""
-    for tools in (None, test_tool_calls.GIVEN):
+    for tools in (None, test_tool_calls.TOOL_DICTS):
         options = {"tools": tools, "tokenize": False, "add_generation_prompt": True}
         want = BYTE_LEVEL.apply_chat_template(CHAT, chat_template=source, **options)
         assert (

@@ -1287,7 +1287,7 @@ def test_a_call_that_fails_ends_its_request_alone(library: fastgen.Engine, monke
     assert [(id, error[0]) for _, id, _, error in errors] == [(str(i), 500) for i in range(5)]
     assert success == ("a", "9", None, None) and [*process.server.active_requests] == ["good"]
     with monkeypatch.context() as m:
-        m.setattr(library, "_prepare", fail)
+        m.setattr(library.core, "prepare", fail)
         process.call("a", "4", "add", "other", [[5, 6]], params)
     message = "the engine failed at this: RecursionError: too deep"
     assert process.replies() == [("a", "4", None, (500, message))]
@@ -1314,7 +1314,7 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
             raise GrammarCancelled
         return compile(params, cancel_event)
 
-    monkeypatch.setattr(library, "_compile_grammar", compile_later)
+    monkeypatch.setattr(library, "compile_grammar", compile_later)
     monkeypatch.setattr(server, "_grammar_pool", ThreadPoolExecutor(8))
     for id, worker in (("one", "a"), ("left", "a"), ("killed", "a"), ("gone", "b")):
         process.call(worker, id, "add", id, [[5, 6]], replace(params, grammar=f"regex:{id}"))

@@ -289,7 +289,7 @@ def test_fgrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with fastgen.Engine.from_pretrained("grpo/model", progress=False, cache_tokens=256) as engine:
         assert engine.generate([1, 2, 3], SamplingParams(max_tokens=2))
     for wrong, message in (
-        (("grpo.output_dir=a", "prompt=Hello"), "draws its own prompts"),
+        (("grpo.output_dir=a", "prompt=Hello"), "samples prompts from grpo.problem"),
         (("grpo.output_dir=a", "seed=null"), "needs a seed"),
         (("grpo.output_dir=a", "grpo.problem=sevns"), "did you mean sevens"),
         (("grpo.output_dir=a", "grpo.stepz=3"), "did you mean steps|did you mean grpo.steps"),
