@@ -1,4 +1,4 @@
-"""`fgserve`, as its clients see it: what it answers is what the library gives, whatever happens around it."""
+"""`fgserve` over HTTP: responses equal the library's output, also while clients, workers or the engine fail."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ GREEDY = {"temperature": 0, "max_tokens": 12}
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its template is the tokenizer's, with a place for tools, which models of Qwen's kind call."""
+    """A checkpoint whose chat template renders tools in the format of Qwen."""
     folder = checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
     names = "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}<tool_call>{% endif %}"
     said = TEMPLATE.replace("m['content']", "m['content'] or ''").replace(
@@ -60,7 +60,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def library(tiny: Path) -> Iterator[fastgen.Engine]:
-    """The engine that is not behind a server."""
+    """An engine without a server, for reference outputs."""
     settings: dict[str, Any] = dict(page_size=16, cache_tokens=4096, max_num_seqs=24, token_budget=256)
     with fastgen.Engine.from_pretrained(tiny, progress=False, **settings) as engine:
         yield engine
@@ -68,13 +68,13 @@ def library(tiny: Path) -> Iterator[fastgen.Engine]:
 
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first server may write."""
+    """The folder for traces of the server without a tokenizer."""
     return tmp_path_factory.mktemp("profiles")
 
 
 @pytest.fixture(scope="module")
 def servers(tiny: Path, profiles: Path) -> Iterator[tuple[Server, Server]]:
-    """One of two workers and one key, one whose model has no tokenizer. They start side by side."""
+    """A server with two workers and a key, and one whose model has no tokenizer, started in parallel."""
     options = ("--workers", "2", "--max-queue", "160", "--max-body", "200000", "--grace", "8")
     names = ("--served-model-name", "tiny", "--served-model-name", "alias")
     made = (
@@ -88,13 +88,13 @@ def servers(tiny: Path, profiles: Path) -> Iterator[tuple[Server, Server]]:
 
 @pytest.fixture(scope="module")
 def server(servers: tuple[Server, Server]) -> Server:
-    """The first; the test of its end is its last."""
+    """The server with a tokenizer; the last test shuts it down."""
     return servers[0].ready()
 
 
 @pytest.fixture(scope="module")
 def bare(servers: tuple[Server, Server]) -> Server:
-    """The second; the test of its engine's death is its last."""
+    """The server without a tokenizer; the last test kills its engine."""
     return servers[1].ready()
 
 
@@ -113,7 +113,7 @@ def texts(output: Output) -> list[str]:
 
 
 def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    """The values of a stream, which has to end with [DONE] or an error."""
+    """Yields the values of a stream, which must end with [DONE] or an error."""
     last = None
     for line in response.iter_lines():
         if line:
@@ -125,7 +125,7 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def quiet(server: Server) -> None:
-    """Nothing runs or waits any more, and no page is held."""
+    """Waits until no request runs or waits and no page is in use."""
 
     def idle() -> bool:
         now = server.status()
@@ -138,7 +138,7 @@ def quiet(server: Server) -> None:
 
 
 def test_chat(client: openai.OpenAI, library: fastgen.Engine) -> None:
-    """The library's text, and what it cost."""
+    """A chat returns the library's text and the token counts."""
     wanted = ask(library, QUESTION, **GREEDY)
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, **GREEDY)  # type: ignore[arg-type]
     assert answer.choices[0].message.content == texts(wanted)[0]
@@ -150,14 +150,14 @@ def test_chat(client: openai.OpenAI, library: fastgen.Engine) -> None:
 
 
 class Person(pydantic.BaseModel):
-    """What an answer has to be."""
+    """The schema of an answer."""
 
     name: Literal["Ann", "Bo"]
     age: Annotated[int, pydantic.Field(ge=0, le=99)]
 
 
 def test_answers_that_follow_a_schema(client: openai.OpenAI) -> None:
-    """A Pydantic model, through the official client."""
+    """The official client parses answers into a pydantic model."""
     parsed = []
     for seed in range(6):
         with contextlib.suppress(openai.LengthFinishReasonError):  # a random model may go on with white space
@@ -169,7 +169,7 @@ def test_answers_that_follow_a_schema(client: openai.OpenAI) -> None:
 
 
 def test_hard_grammars_are_refused_beside_others(server: Server) -> None:
-    """Each would end the engine, or keep it busy for long; other clients' tokens come meanwhile."""
+    """Grammars that would crash or stall the engine are rejected, and other clients' streams continue."""
     letters = [{"type": "string", "pattern": f".*{chr(97 + i)}.*{chr(98 + i)}.*"} for i in range(25)]
     chain = "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1}' for i in range(9000)), 'r9000: "b"'])
     hard = [
@@ -217,7 +217,7 @@ GUIDED: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
 
 @pytest.mark.parametrize("body, fits", GUIDED, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_answers_that_follow_a_grammar(server: Server, body: dict[str, Any], fits: Callable[[str], Any]) -> None:
-    """Drawn from a random model: whatever ends by itself fits; streamed, it is the same."""
+    """Finished output of a random model matches the grammar, and streams return the same text."""
     given = {"prompt": "Hello", "n": 6, "seed": 3, "max_tokens": 60} | body
     whole = server.http.post("/v1/completions", json=given).raise_for_status().json()["choices"]
     ended = [c["text"] for c in whole if c["finish_reason"] == "stop"]
@@ -230,7 +230,7 @@ def test_answers_that_follow_a_grammar(server: Server, body: dict[str, Any], fit
 
 
 def function(name: str, **more: Any) -> Any:
-    """What a client sends of a function."""
+    """Returns a tool, or a tool choice, as clients send it."""
     return {"type": "function", "function": {"name": name} | more}
 
 
@@ -239,7 +239,7 @@ FUNCTIONS = [function("meet", parameters=PARAMETERS, strict=True), function("wav
 
 
 def called(calls: Any) -> list[tuple[str, str]]:
-    """Names and arguments, which follow the schema."""
+    """Returns names and arguments of calls, after checking the arguments against the schema."""
     for call in calls:
         assert call.id.startswith("call_") and call.type == "function"
         value = json.loads(call.function.arguments)
@@ -250,8 +250,8 @@ def called(calls: Any) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("choice", ["required", function("meet")], ids=["required", "named"])
 def test_calls(client: openai.OpenAI, server: Server, choice: Any) -> None:
-    """Drawn from a random model, they follow their schemas. Streams have the same ones, and the official client's
-    helper puts them together; then their results are told."""
+    """Enforced calls of a random model follow their schemas. The official client assembles the same calls from
+    streams, and accepts the calls' results."""
     ask_for: dict[str, Any] = dict(model="tiny", messages=QUESTION, tools=FUNCTIONS, tool_choice=choice, n=2, seed=4)
     ask_for |= {"max_tokens": 300, "parallel_tool_calls": False, "logprobs": True}
     whole = client.chat.completions.create(**ask_for)
@@ -284,7 +284,7 @@ def test_calls(client: openai.OpenAI, server: Server, choice: Any) -> None:
 
 
 def test_calls_that_may_be_or_are_cut(client: openai.OpenAI) -> None:
-    """Several at once; text where they are not required; and what there is of one at the limit."""
+    """A response may have several calls, text without a call, or a call cut at the limit."""
     ask_for: dict[str, Any] = dict(model="tiny", messages=QUESTION, tools=FUNCTIONS, seed=1)
     unending: dict[str, Any] = {"logit_bias": {str(BYTE_LEVEL.eos_token_id): -100}, "max_tokens": 250}
     many = client.chat.completions.create(**ask_for, tool_choice="required", **unending).choices[0]
@@ -316,7 +316,7 @@ def test_chat_content_in_parts_and_from_a_developer(client: openai.OpenAI, libra
 
 
 def test_streams_are_what_whole_answers_are(client: openai.OpenAI, library: fastgen.Engine) -> None:
-    """Chat and completions; with a last chunk that counts, if asked for, and none else."""
+    """Streams of chats and completions join to the full text; a last chunk has token counts only if requested."""
     wanted = ask(library, QUESTION, **GREEDY)
     stream = client.chat.completions.create(
         model="tiny", messages=QUESTION, stream=True, stream_options={"include_usage": True}, **GREEDY
@@ -338,7 +338,7 @@ PROMPTS: list[Any] = ["Hello", ["Hello", "abc abc"], [41, 70, 77], [[41, 70, 77]
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["text", "texts", "tokens", "lists of tokens"])
 def test_forms_of_prompts(client: openai.OpenAI, library: fastgen.Engine, prompt: Any) -> None:
-    """Each gives the library's completions, in order; two of each here."""
+    """Each form of a prompt returns the library's completions in order."""
     many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     wanted = [t for p in many for t in texts(ask(library, p, n=2, seed=7, max_tokens=9))]
     answer = client.completions.create(model="tiny", prompt=prompt, n=2, seed=7, max_tokens=9)
@@ -366,7 +366,7 @@ SAMPLING: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=lambda s: " ".join(s))
 def test_sampling(server: Server, library: fastgen.Engine, sampling: dict[str, Any]) -> None:
-    """Each parameter does what it does in the library: the same tokens, and the same text."""
+    """Sampling parameters return the library's tokens and text."""
     given = {"max_tokens": 16} | sampling
     wanted = ask(library, [41, 70, 77], **given).completions
     for path, body in (
@@ -382,7 +382,7 @@ def test_sampling(server: Server, library: fastgen.Engine, sampling: dict[str, A
 
 
 def test_stop_strings(server: Server, client: openai.OpenAI, library: fastgen.Engine) -> None:
-    """They cut the text, alone of several completions, whole and streamed, and the engine stops computing."""
+    """Stop strings cut single completions, streamed or not, and the engine stops generating them."""
     given: dict[str, Any] = {"n": 3, "seed": 1, "max_tokens": 100}
     plain = texts(ask(library, "Hello", **given))
     stop = [plain[0][4:6], plain[1][30:32]]
@@ -401,7 +401,7 @@ def test_stop_strings(server: Server, client: openai.OpenAI, library: fastgen.En
 
 
 def test_logprobs_of_chats(client: openai.OpenAI, library: fastgen.Engine) -> None:
-    """One for each token, with the likeliest beside it; streams have the same."""
+    """Each token has its logprob and the most likely tokens; streams return the same."""
     wanted = ask(library, QUESTION, logprobs=2, seed=1, max_tokens=6).completions[0]
     ask_for: dict[str, Any] = {"messages": QUESTION, "logprobs": True, "top_logprobs": 2, "seed": 1, "max_tokens": 6}
     whole = client.chat.completions.create(model="tiny", **ask_for).choices[0].logprobs.content
@@ -417,7 +417,7 @@ def test_logprobs_of_chats(client: openai.OpenAI, library: fastgen.Engine) -> No
 
 
 def test_logprobs_of_completions_and_echo(client: openai.OpenAI, library: fastgen.Engine) -> None:
-    """The prompt's come first; the first token has none. Offsets say where tokens lie in the text."""
+    """Logprobs begin with the prompt's, None for the first token; offsets locate tokens in the text."""
     wanted = ask(library, "Hello, world!", logprobs=1, prompt_logprobs=1, temperature=0, max_tokens=6)
     answer = client.completions.create(
         model="tiny", prompt="Hello, world!", echo=True, logprobs=1, n=2, temperature=0, max_tokens=6
@@ -440,7 +440,7 @@ def test_logprobs_of_completions_and_echo(client: openai.OpenAI, library: fastge
 
 
 def test_generate_gives_tokens_and_logprobs(server: Server, library: fastgen.Engine) -> None:
-    """The library's numbers, whole and streamed; the prompt's too."""
+    """Token ids and logprobs equal the library's, streamed or not, and the prompt's too."""
     given = {"seed": 2, "max_tokens": 7, "logprobs": 0}
     wanted = ask(library, [5, 6, 7], prompt_logprobs=0, **given)
     body = {"token_ids": [5, 6, 7], "sampling_params": given | {"prompt_logprobs": 0}}
@@ -463,7 +463,7 @@ def test_generate_gives_tokens_and_logprobs(server: Server, library: fastgen.Eng
 
 
 def test_no_text_breaks_a_line() -> None:
-    """Whatever a reader takes for an end of line is escaped in JSON, and comes back."""
+    """JSON escapes all characters that split lines, and decodes to the same text."""
     text = "".join(map(chr, range(0x3000))) + "\U0001f600"
     assert len(dump_json(text).decode().splitlines()) == 1 and json.loads(dump_json(text)) == text
     assert json.loads(dump_json("a\ud800")) == "a?"
@@ -477,7 +477,7 @@ def test_cached_tokens(client: openai.OpenAI) -> None:
 
 
 def test_cached_tokens_tell_nothing_across_salts(server: Server) -> None:
-    """A guess of another client's prompt is not confirmed; one salt's requests share what they computed."""
+    """Prefix cache hits occur only between requests with the same salt."""
     http, tokens = server.http, [*range(60, 140)]
     said: list[dict[str, Any]] = [{"role": "user", "content": "My PIN is 4711. " * 4}]
     for path, body in (
@@ -498,7 +498,7 @@ def test_cached_tokens_tell_nothing_across_salts(server: Server) -> None:
 
 
 def test_fields_that_are_null_are_not_given(server: Server, library: fastgen.Engine) -> None:
-    """Clients send whole objects back, with null for what is not there."""
+    """A field that is null counts as missing."""
     messages = [{**QUESTION[0], "name": None}, {"role": "assistant", "content": None, "tool_calls": None}]
     names = ("stop", "tools", "top_p", "seed", "logit_bias", "stream_options", "max_completion_tokens", "user", "n")
     body = {"messages": messages, "response_format": {"type": "text"}, **GREEDY, **dict.fromkeys(names)}
@@ -593,7 +593,7 @@ NO_SCHEMA = {"type": "object", "properties": {"a": {"type": 3}}}
 
 
 def test_refusals_of_chats(client: openai.OpenAI) -> None:
-    """By the field's own name, also where it is far inside."""
+    """Errors name the field, also a nested one."""
     for given, param in (
         ({"max_completion_tokens": 600}, "max_completion_tokens"),
         ({"max_completion_tokens": 5, "max_tokens": 5}, "max_completion_tokens"),
@@ -628,7 +628,7 @@ def test_refusals_of_chats(client: openai.OpenAI) -> None:
 
 
 def test_other_errors(server: Server, client: openai.OpenAI) -> None:
-    """Keys, models, paths and sizes: OpenAI's form, each with its status."""
+    """Errors of keys, paths and sizes have OpenAI's form and their status."""
     for key in ("wrong", "sesam", "sesame2", "sésame"):
         reply = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
         assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
@@ -655,7 +655,7 @@ def test_other_errors(server: Server, client: openai.OpenAI) -> None:
 
 
 def test_one_model_answers_to_any_name(client: openai.OpenAI, server: Server) -> None:
-    """And says its own; an alias of it stays."""
+    """Unknown model names are answered under the model's first name, aliases under their own."""
     for asked, name in (("gpt-4o-mini", "tiny"), ("a/b c", "tiny"), ("alias", "alias")):
         assert client.completions.create(model=asked, prompt="x", max_tokens=1).model == name
         assert client.models.retrieve(asked).id == name
@@ -667,7 +667,7 @@ def test_one_model_answers_to_any_name(client: openai.OpenAI, server: Server) ->
 
 @pytest.mark.parametrize("options", [{"strict_model": True}, {}], ids=["strict", "adapters"])
 def test_names_that_must_be_known(options: dict[str, Any]) -> None:
-    """With --strict-model, and where adapters are chosen by name."""
+    """Unknown model names are rejected with --strict-model, and if adapters are supported."""
     made = app_state.AppState.__new__(app_state.AppState)
     made.options = app_state.ServerOptions(engine_address="", model_names=("tiny", "alias"), **options)
     made.supports_adapters, made.is_ready, made.model_config = not options, True, SPEC
@@ -813,13 +813,13 @@ WORDS: list[tuple[str, dict[str, str], str, str | None]] = [
 
 @pytest.mark.parametrize("message, names, said, param", WORDS, ids=lambda x: x[:20] if isinstance(x, str) else "")
 def test_errors_keep_the_words_of_the_client(message: str, names: dict[str, str], said: str, param: str) -> None:
-    """Only the field that a message begins with is called as the client calls it."""
+    """Only the field at the start of a message is renamed to the client's name."""
     error = bad_request(message, names)
     assert (error.message, error.param) == (said, param)
 
 
 def test_errors_quote_what_was_sent(server: Server) -> None:
-    """From the grammar library, and from pydantic, as JSON."""
+    """Errors of the grammar library and of pydantic quote the client's values."""
     link = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "https://example.com/a.json"}}}
     for body, words in (
         ({"response_format": link}, "https://example.com/a.json"),
@@ -832,7 +832,7 @@ def test_errors_quote_what_was_sent(server: Server) -> None:
 
 
 def test_more_than_the_queue_holds(server: Server, library: fastgen.Engine) -> None:
-    """429 with Retry-After while others run, who notice nothing; then there is room again."""
+    """A full queue returns 429 with Retry-After; running requests are unaffected, and later ones succeed."""
     body = {"prompt": "Hello", "n": 128, "seed": 1, "max_tokens": 40}
     engine = server.children()["engine"]
     with ThreadPoolExecutor(2) as pool:
@@ -875,7 +875,7 @@ JUNK = [
 
 
 def test_junk_is_refused_and_disturbs_nobody(server: Server, library: fastgen.Engine) -> None:
-    """Always a 4xx, in JSON; what runs meanwhile goes on as if alone. One client never completes its request."""
+    """Invalid bodies always get a 4xx in JSON, and a running request is unaffected, also by an incomplete request."""
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port or 80)) as slow, ThreadPoolExecutor(1) as pool:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
@@ -898,7 +898,7 @@ def test_junk_is_refused_and_disturbs_nobody(server: Server, library: fastgen.En
 
 
 def test_whatever_the_schema_allows(server: Server) -> None:
-    """Requests made from the OpenAPI schema, valid or not, never meet an error of the server's."""
+    """Requests generated from the OpenAPI schema, valid or not, never get a 5xx."""
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
 
@@ -948,7 +948,7 @@ def test_incomplete_bodies_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_client_that_leaves_takes_its_requests_along(server: Server, client: openai.OpenAI) -> None:
-    """Of a stream, and of an answer that is waited for; pages are free at once, and the log says what happened."""
+    """Streamed and other requests end when their client disconnects; pages are freed and the log has status 499."""
     started = server.status()["generation_tokens"]
     stream = client.completions.create(
         model="tiny", prompt="Hello", max_tokens=480, n=8, stream=True, extra_body={"ignore_eos": True}
@@ -970,7 +970,7 @@ def test_a_client_that_leaves_takes_its_requests_along(server: Server, client: o
 
 
 def test_profile(server: Server, bare: Server, profiles: Path) -> None:
-    """A trace of steps to come, where the server was told that it may write; one at a time."""
+    """Traces are written only with --profile-dir, one at a time."""
     assert server.http.post("/profile", json={}).status_code == 403
     assert bare.http.post("/profile", json={"steps": 0}).status_code == 400
     found = bare.http.post("/v1/profile", json={"steps": 3, "skip": 1}).raise_for_status().json()
@@ -986,7 +986,7 @@ def test_profile(server: Server, bare: Server, profiles: Path) -> None:
 
 
 def test_abort_by_id(server: Server, library: fastgen.Engine) -> None:
-    """Whichever worker is asked. The stream ends with what there was; an id is somebody's until then."""
+    """Any worker can abort a request by its id; the stream ends with its output so far. An active id is unique."""
     body = {"prompt": "Hello", "max_tokens": 300, "stream": True, "ignore_eos": True, "temperature": 0}
     with server.http.stream("POST", "/v1/completions", json=body, headers={"x-request-id": "mine"}) as stream:
         assert stream.headers["x-request-id"] == "cmpl-mine"
@@ -1005,7 +1005,7 @@ def test_abort_by_id(server: Server, library: fastgen.Engine) -> None:
 
 
 def test_a_hundred_streams_of_which_many_break_off(server: Server, library: fastgen.Engine) -> None:
-    """Each gets its own tokens, in order, none twice; those who stay get all. Afterwards nothing is left of them."""
+    """Each stream gets its own tokens in order, complete unless its client disconnects; no request remains."""
     dice = random.Random(0)
     prompts = [[dice.randrange(2, 330) for _ in range(dice.randrange(1, 60))] for _ in range(100)]
     length = 30
@@ -1171,7 +1171,7 @@ def test_the_fork_server_is_killed(bare: Server) -> None:
 
 
 def test_a_model_without_a_tokenizer(bare: Server) -> None:
-    """Tokens are served; what needs text is refused."""
+    """Without a tokenizer, token ids are accepted and requests that need text rejected."""
     given = {"temperature": 0, "max_tokens": 5}
     answer = bare.http.post("/completions", json={"prompt": [1, 2, 3]} | given).json()
     tokens = bare.http.post("/inference/v1/generate", json={"token_ids": [1, 2, 3], "sampling_params": given}).json()
