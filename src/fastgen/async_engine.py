@@ -112,8 +112,8 @@ class AsyncEngine:
     """Runs an engine in a thread, for any number of coroutines, event loops and threads.
 
     Until `close()` (or the end of `with` or `async with`) the engine belongs to this thread: `call` reaches it, and
-    every other caller gets a RuntimeError. `close` aborts unfinished requests and ends the thread. Slow consumers slow no
-    step down: events that they have not read stay in memory.
+    every other caller gets a RuntimeError. `close` aborts unfinished requests and ends the thread. Slow consumers slow
+    no step down: events that they have not read stay in memory.
     """
 
     def __init__(self, engine: Engine | Any) -> None:
@@ -121,8 +121,8 @@ class AsyncEngine:
             raise ValueError(f"AsyncEngine takes an Engine (Engine.from_pretrained(…) makes one), not {engine!r:.200}")
         if engine.tp_group is not None and not engine.ranks.has_workers:
             raise ValueError(
-                "AsyncEngine: every rank of a process group makes the same calls in the same order, which coroutines do "
-                "not; take Engine(…, tensor_parallel=N), which starts the other ranks itself"
+                "AsyncEngine: every rank of a process group makes the same calls in the same order, which coroutines "
+                "do not; take Engine(…, tensor_parallel=N), which starts the other ranks itself"
             )
         self.engine = engine
         self._owner_pid = os.getpid()
@@ -183,7 +183,7 @@ class AsyncEngine:
     async def add(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, stream_text: bool = True
     ) -> AsyncRequest:
-        """Queues a request. `stream_text` false delivers its last event only. Raises ValueError for what can never run."""
+        """Queues a request. `stream_text` false delivers its last event only. Raises ValueError if it can never run."""
         await self._precompile_grammars([prompt], sampling)
         return await self._submit_and_track(
             lambda e: [e.add(prompt, sampling, stream_text=stream_text)], final_only=not stream_text
@@ -204,7 +204,7 @@ class AsyncEngine:
             raise
 
     async def follow(self, fn: Callable[..., int | Sequence[int]], *args: Any, **kwargs: Any) -> AsyncRequest:
-        """Returns the requests whose ids fn(engine, …) returns, from their first event on: `follow(Engine.fork, id, 4)`."""
+        """Returns the requests whose ids fn(engine, …) returns, with all events: `follow(Engine.fork, id, 4)`."""
 
         def submit(engine: Engine) -> list[int]:
             result = fn(engine, *args, **kwargs)
@@ -236,7 +236,7 @@ class AsyncEngine:
         return request
 
     async def abort(self, request_id: int) -> Output | None:
-        """Ends a request now and returns its output so far, which its AsyncRequest gets, too. None if it is not running."""
+        """Ends a request now and returns its output so far, as its AsyncRequest does. None if it is not running."""
         return await self.call(Engine.abort, request_id)
 
     async def abort_all(self) -> dict[int, Output]:
@@ -260,9 +260,9 @@ class AsyncEngine:
     ) -> int:
         """Calls `Engine.update_params` with the tensors of `source`, which are received beside the steps.
 
-        For late or slow sources, such as `receive(group)`: a thread copies all tensors to `device`, by default the device
-        that each is on, before any is written between two steps. Errors of the source or its tensors are raised here; the
-        parameters then stay as they are, and requests go on.
+        For late or slow sources, such as `receive(group)`: a thread copies all tensors to `device`, by default the
+        device that each is on, before any is written between two steps. Errors of the source or its tensors are raised
+        here; the parameters then stay as they are, and requests go on.
         """
         if self._closed:
             raise RuntimeError("this AsyncEngine was closed")
@@ -294,8 +294,8 @@ class AsyncEngine:
     async def pause(self, mode: str = "keep") -> None:
         """Finishes the step in flight and starts none until `resume`.
 
-        `mode` "keep" freezes the requests, which then go on as if nothing had happened; "abort" ends them with what they
-        have. Requests may be added meanwhile, and `call` works.
+        `mode` "keep" freezes the requests, which then go on as if nothing had happened; "abort" ends them with what
+        they have. Requests may be added meanwhile, and `call` works.
         """
         if mode not in ("keep", "abort"):
             raise ValueError(unknown_name_message("mode", mode, ["keep", "abort"]))

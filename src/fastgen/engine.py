@@ -187,7 +187,7 @@ class Engine(GenerateMethods):
         progress: bool = True,
         **settings: Any,
     ) -> "Engine":
-        """Returns an engine for a Hugging Face directory, hub id, `.safetensors` or `.gguf` file; None: the default model.
+        """Returns an engine for a Hugging Face directory, hub id, `.safetensors` or `.gguf` file, or the default model.
 
         `dtype` auto is the checkpoint's on a GPU and float32 on a CPU; `device` auto takes a GPU if there is one.
         `random_weights` samples weights instead of reading them: `model` is then a config.json or its folder.
@@ -269,7 +269,7 @@ class Engine(GenerateMethods):
 
     @exclusive()
     def abort(self, request_id: int) -> Output | None:
-        """Ends a request now and returns its output so far; None if it is not running. Its last events come with a step."""
+        """Ends a request now; returns its output so far, or None if it does not run. Last events come with a step."""
         check_int("request_id", request_id, *INT64_RANGE)
         return self.core.abort({request_id}).get(request_id)
 
@@ -288,8 +288,8 @@ class Engine(GenerateMethods):
         """Continues a request from its last token in `n` further requests, each with its own seed; returns their ids.
 
         They share the computed pages and copy the partly filled one. Their events have new tokens only; their outputs
-        begin with the tokens so far. `index` chooses one of several completions. Raises ValueError if that has ended, or
-        if there are not n `seeds`.
+        begin with the tokens so far. `index` chooses one of several completions. Raises ValueError if that has ended,
+        or if there are not n `seeds`.
         """
         return self.core.fork(request_id, n, index=index, seeds=seeds)
 
@@ -418,7 +418,7 @@ class Engine(GenerateMethods):
 
     @exclusive("params")
     def score(self, sequences: Tensor | Sequence[Sequence[int] | Tensor | str], **options: Any) -> list[Tensor]:
-        """Returns `fastgen.score` of sequences with this engine's parameters, in its mode; texts are tokenized as prompts.
+        """Returns `fastgen.score` of sequences with this engine's parameters and mode; texts are tokenized as prompts.
 
         Over several ranks, all take part, and there are no gradients.
         """
@@ -496,8 +496,8 @@ class Engine(GenerateMethods):
         """Copies a LoRA adapter into the engine, for requests with `SamplingParams(adapter=name)`.
 
         Returns the engine's own tree, which an optimizer may change in place: see `update_adapter`. `scale` is the
-        adapter's unless given. `adapter` is unsharded; each of several ranks takes its shard. Raises ValueError if there
-        is no room for it.
+        adapter's unless given. `adapter` is unsharded; each of several ranks takes its shard. Raises ValueError if
+        there is no room for it.
         """
         adapter = lora.with_scale(adapter, scale)
         return self._add_adapter(name, lora.to_cpu(adapter) if self.ranks.has_workers else adapter)
@@ -578,8 +578,8 @@ class Engine(GenerateMethods):
     def last_batch(self) -> Batch | None:
         """The last step's Batch, for inspection or `fastgen.forward`. None before the first step.
 
-        Its token ids are complete, also those that were sampled while it was prepared. On a GPU the other tensors change
-        with the next step.
+        Its token ids are complete, also those that were sampled while it was prepared. On a GPU the other tensors
+        change with the next step.
         """
         self.access_guard.check()
         return self.core.last_batch
@@ -694,7 +694,7 @@ def _out_of_memory(runner: ModelRunner, problem: str) -> ValueError:
         total = torch.cuda.mem_get_info(runner.device)[1]
     weight_bytes = sum(w.nbytes for w in tree_leaves(runner.params) if w is not None)
     return ValueError(
-        f"{problem}: {pages.gpu_memory_utilization:.0%} of {total / 1e9:.1f} GB, {weight_bytes / 1e9:.1f} GB of which are "
-        f"weights. Lower schedule.token_budget ({schedule.token_budget}) or schedule.max_num_seqs "
+        f"{problem}: {pages.gpu_memory_utilization:.0%} of {total / 1e9:.1f} GB, {weight_bytes / 1e9:.1f} GB of which "
+        f"are weights. Lower schedule.token_budget ({schedule.token_budget}) or schedule.max_num_seqs "
         f"({schedule.max_num_seqs}), or raise kv_cache.gpu_memory_utilization"
     )

@@ -245,13 +245,15 @@ class Snapshot:
         completions = [
             Completion(
                 tensors[f"tokens.{i}"].tolist(), c["text"],
-                tensors[f"logprobs.{i}"].tolist() if f"logprobs.{i}" in tensors else None, _pairs_to_dicts(c["tops"]), c["finish_reason"],
+                tensors[f"logprobs.{i}"].tolist() if f"logprobs.{i}" in tensors else None, _pairs_to_dicts(c["tops"]),
+                c["finish_reason"],
                 c["versions"],
             )
             for i, c in enumerate(header["completions"])
         ]  # fmt: skip
         return cls(
-            tuple(tensors["prompt"].tolist()), SamplingParams(**params), completions, {int(i): s for i, s in header["seeds"]},
+            tuple(tensors["prompt"].tolist()), SamplingParams(**params), completions,
+            {int(i): s for i, s in header["seeds"]},
             header["prompt_logprobs"], tops and [row and {int(t): v for t, v in row} for row in tops], header["model"],
             {int(name[6:]): t for name, t in tensors.items() if name.startswith("pages.")}, header["checksum"],
         )  # fmt: skip

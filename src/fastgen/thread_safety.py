@@ -1,7 +1,7 @@
 """Who may call an engine: one thread at a time, in the process that made it, until it is closed.
 
-`exclusive` wraps every public call. It refuses misuse before anything changes or is broadcast to other ranks, and shields
-what is computed from the caller's torch modes (autocast, inference mode).
+`exclusive` wraps every public call. It refuses misuse before anything changes or is broadcast to other ranks, and
+shields what is computed from the caller's torch modes (autocast, inference mode).
 """
 
 import os
@@ -55,7 +55,7 @@ class AccessGuard:
         return RuntimeError(f"{self.name} is inside a call of another thread: {self.advice}")
 
     def acquire(self) -> None:
-        """Takes the engine for an AsyncEngine, whose thread then sets `thread_id`. Raises RuntimeError if it is taken."""
+        """Takes the engine for an AsyncEngine, whose thread sets `thread_id`. Raises RuntimeError if it is taken."""
         self.check()
         try:
             del self._free_token[0]
@@ -113,7 +113,7 @@ def exclusive(*memory: str) -> Callable[[F], F]:
 
 
 def check_fork(caller: str) -> None:
-    """Raises RuntimeError where torch would wait for threads that a fork has not copied. Notes that this process computes."""
+    """Raises RuntimeError in a fork, where torch would wait for threads that are not there; else notes this process."""
     global computing_pid
     if computing_pid not in (None, _current_pid) and torch.get_num_threads() > 1:
         raise RuntimeError(f"{caller}: this process is a fork of one that has computed: {SPAWN_ADVICE}")

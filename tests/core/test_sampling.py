@@ -99,7 +99,8 @@ def params(n: int, **changes: Any) -> SamplingTensors:
     """Settings of n rows; numbers stand for all rows."""
     values = {"temperature": 1.0, "seed": 0, "positions": 0, "processed_logprobs": False, **changes}
     for name, dtype in (
-        ("temperature", torch.float32), ("seed", torch.long), ("positions", torch.long), ("processed_logprobs", torch.bool)
+        ("temperature", torch.float32), ("seed", torch.long), ("positions", torch.long),
+        ("processed_logprobs", torch.bool)
     ):  # fmt: skip
         if values[name] is not None:
             value = torch.as_tensor(values[name], dtype=dtype)

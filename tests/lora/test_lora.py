@@ -278,7 +278,10 @@ def compiled() -> None:
 @pytest.mark.parametrize("what", ["compiled()", "train('inductor')"])
 def test_compiled(what: str) -> None:
     """In a process of its own: types that are checked at run time cannot be traced."""
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import torch; torch.set_num_threads(1); import test_lora; test_lora.{what}; print('done')"
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}; import torch; torch.set_num_threads(1); import test_lora; "
+        f"test_lora.{what}; print('done')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr[-3000:]
 

@@ -323,7 +323,7 @@ class Round:
         e = self.engine
         self.dice.choice([
             lambda: [x.sum() for x in (*e.cache.k, e.params.embed)], lambda: (e.cache_stats, e.has_unfinished_requests),
-            lambda: e.last_batch and fastgen.forward(e.params, e.cache, e.last_batch, SPEC), lambda: e.summary(), gc.collect,
+            lambda: e.last_batch and fastgen.forward(e.params, e.cache, e.last_batch, SPEC), e.summary, gc.collect,
         ])()  # fmt: skip
 
     def do_make(self) -> None:

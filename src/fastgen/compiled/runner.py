@@ -140,7 +140,8 @@ class ModelRunner(EagerRunner):
         return self._run_model(cache, batch, sampling, layer_chunk_ready, **options)
 
     def _run_model(
-        self, cache: KVCache, batch: Batch, sampling: SamplingTensors, layer_chunk_ready: Sequence[torch.cuda.Event] = (),
+        self, cache: KVCache, batch: Batch, sampling: SamplingTensors,
+        layer_chunk_ready: Sequence[torch.cuda.Event] = (),
         **options: bool,
     ) -> StepOutput:  # fmt: skip
         fused_rope = batch.shared_prefix is None and len(batch.token_ids) <= self.fused_rope_max_tokens

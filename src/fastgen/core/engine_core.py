@@ -251,7 +251,7 @@ class EngineCore:
         return new_ids
 
     def unfinished_sequences(self, request_id: int) -> dict[int, int]:
-        """Finishes the step in flight. Returns a request's running completions, index -> sequence id; else ValueError."""
+        """Finishes the step in flight; returns a request's running completions, index -> sequence id, or ValueError."""
         check_int("request_id", request_id, *INT64_RANGE)
         self.finish_step()
         ids = {s.index: id for id, s in self.sequence_states.items() if s.output.request_id == request_id}
@@ -301,7 +301,7 @@ class EngineCore:
     # --- the end of requests ------------------------------------------------------------------------------------------
 
     def abort(self, request_ids: Collection[int]) -> dict[int, Output]:
-        """Ends those of the requests that run, on every rank. Returns their outputs; the last events come with a step."""
+        """Ends running requests on every rank. Returns their outputs; their last events come with a step."""
         if self.running_request_ids.isdisjoint(request_ids):
             return {}
         return self._abort(frozenset(request_ids))
@@ -320,7 +320,7 @@ class EngineCore:
         return {s.output.request_id: s.output for s in ended.values()}
 
     def _abort_after_error(self) -> None:
-        """Aborts everything after an error in a step. Whatever is cached may never have been computed: it is dropped."""
+        """Aborts everything after an error in a step. Drops the prefix cache: its pages may not have been computed."""
         if self.ranks.has_workers and not self.ranks.failure_cause:
             self.abort(self.running_request_ids)  # an interrupt, which comes when every rank has finished the call
             return

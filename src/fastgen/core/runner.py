@@ -118,7 +118,7 @@ class PageCopier(Protocol):
     num_host_pages: int
 
     def start_copies(self, copies: PageCopies) -> Sequence[Any]:
-        """Starts a step's copies. Returns events, each of which an equal share of the layers must wait for, in order."""
+        """Starts a step's copies. Returns events, each for an equal share of the layers to wait for, in order."""
         ...
 
     def read_pages(self, pages: Sequence[int], num_tokens: int) -> Float[Tensor, "layers 2 tokens K H"]:

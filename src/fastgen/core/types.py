@@ -108,7 +108,7 @@ class KVCache(NamedTuple):
 
 
 class PartialSum(NamedTuple):
-    """What one tensor-parallel rank adds to a sublayer's output; the op that reads the output adds up all ranks' sums."""
+    """One tensor-parallel rank's part of a sublayer's output; the op that reads the output sums all ranks' parts."""
 
     local: Float[Tensor, "T D"]
     # Device addresses of all ranks' partial sums, where one rank's kernels read them; None: `local` is all-reduced.
