@@ -137,17 +137,17 @@ class Engine(GenerateMethods):
             self.model_config, self.tokenizer = model_config, tokenizer
             self.device, self.dtype = params.embed.device, params.embed.dtype
             self.config = config = config.resolve(self.device.type)
-            page_size, pages = config.kv_cache.page_size, config.offload
+            page_size, offload = config.kv_cache.page_size, config.offload
             self.adapter_manager = adapters = NoAdapters()
             if config.lora.max_adapters:
                 manager = AdapterManager(model_config, config.lora, self.device, self.dtype, tp_group)
                 self.adapter_manager = adapters = manager
             self.runner = runner = ModelRunner(params, model_config, config, tp_group, adapters.adapters)
             shard = runner.model_config
-            host_bytes = pages.host_gb * 1e9 if pages.target == "host" else 0
+            host_bytes = offload.host_gb * 1e9 if offload.target == "host" else 0
             num_host_pages = int(host_bytes // page_bytes(shard, page_size, self.dtype.itemsize))
             if host_bytes and not num_host_pages:
-                raise ValueError(f"offload.host_gb={pages.host_gb} holds not even a page: raise it")
+                raise ValueError(f"offload.host_gb={offload.host_gb} holds not even a page: raise it")
             self.page_copier = page_copier = HostOffload(shard, page_size, self.dtype, self.device, num_host_pages)
             self.memory, self._adopted_models = EngineMemory(), adopted_models(params)
             self.cache_capacity = _cache_capacity(runner, config, self.ranks)  # tokens

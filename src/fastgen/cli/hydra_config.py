@@ -26,7 +26,7 @@ TASKS = ("generate", "stream", "profile", "grpo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What fgrun does. `prompts` and `format` name a prompt file; `steps` and `trace` configure `profile`."""
+    """Task of `fgrun`. `prompts` and `format` name a prompt file; `steps` and `trace` configure `profile`."""
 
     name: str = "generate"
     prompts: str | None = None  # path, or - for standard input; grpo samples its prompts from grpo.problem instead

@@ -1,4 +1,4 @@
-"""What a runner does before its first step: compile, load kernels, capture graphs, and measure memory."""
+"""Warms a runner up before its first step: compiles, loads kernels, captures graphs, and measures memory."""
 
 from typing import TYPE_CHECKING
 

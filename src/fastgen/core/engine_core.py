@@ -410,8 +410,7 @@ class EngineCore:
         """Returns groups of decoding sequences whose shared prefix attention reads once; none if the step prefills."""
         if any(span.stop - span.start > 1 for span in plan):
             return ()
-        most = max_groups(len(plan))
-        return find_shared_prefix_groups(self.state, plan, self.runner.max_group_size, most)
+        return find_shared_prefix_groups(self.state, plan, self.runner.max_group_size, max_groups(len(plan)))
 
     def _token_mask(self, plan: scheduler.Plan) -> Tensor | None:
         """Returns the tokens that grammars allow, as bits on the device; None without grammars."""

@@ -1,4 +1,4 @@
-"""What surrounds an EngineCore: ranks, adapters, grammars and a profiler, each a protocol with a null implementation.
+"""Protocols around an EngineCore, each with a null implementation: ranks, adapters, grammars and a profiler.
 
 `fastgen.engine` injects the real ones. With the null ones a core runs one model on one device, in plain torch.
 """

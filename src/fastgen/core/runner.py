@@ -1,4 +1,4 @@
-"""What runs a step: the Runner protocol, and EagerRunner in plain torch, for any device and by itself.
+"""Runs steps: the Runner protocol, and EagerRunner in plain torch, for any device and by itself.
 
     prepare_inputs   plan -> padded Batch and sampling settings on the device
     forward          Batch -> hidden states and logits, keys and values into the cache

@@ -373,7 +373,7 @@ def _decode_kernel(
 
 
 class UnrotatedQKV(NamedTuple):
-    """What the decode kernel takes instead of rotated queries; the kernel then applies RoPE and writes the cache."""
+    """Inputs of the decode kernel in place of rotated queries: it then applies RoPE and writes the cache."""
 
     qkv: Float[Tensor, "T Q2K H"]  # query heads, key heads, value heads
     cos: Float[Tensor, "T 1 half"]

@@ -6,7 +6,7 @@ from fastgen.core.model_config import ModelConfig
 
 
 class StepWork(NamedTuple):
-    """What one step computes. Keys and pairs are means over the layers, whose sliding windows may differ."""
+    """Work of one step. Keys and pairs are means over the layers, whose sliding windows may differ."""
 
     num_tokens: int  # through the layers
     num_sampled: int = 0  # rows of logits
