@@ -38,7 +38,6 @@ from fastgen.offload.host_cache import HostOffload, page_bytes
 from fastgen.profiling.profiler import Profiler, ProfileWindow
 from fastgen.snapshot import Snapshot
 from fastgen.structured_output.backend import GrammarBackend
-from fastgen.structured_output.rank_grammars import RankGrammars
 from fastgen.thread_safety import AccessGuard, check_fork, exclusive
 from fastgen.training import logprobs, weight_sync
 from fastgen.training.shared_params import adopted_models, version_counters
@@ -160,12 +159,10 @@ class Engine(GenerateMethods):
             # A reference to this engine would keep its memory until Python looks for cycles.
             self.profiler = Profiler(shard, self.dtype, self.device, partial(_memory_usage_of, weakref.ref(self)))
             vocabulary = tokenizer, model_config.vocab_size, end_token_ids(model_config, tokenizer)
-            backend = GrammarBackend(*vocabulary, limit_mask_time=tp_group is None)
-            ranks = self.ranks  # a reference to `self` would be a cycle
-            precompile = partial(ranks.broadcast_call, Engine._precompile_grammar.__qualname__)
-            self.grammars = RankGrammars(
-                backend, precompile_on_ranks=precompile if ranks.has_workers else None,
-                all_ranks=lambda ok: bool(ranks.all_reduce_min(int(ok))),
+            precompile = partial(self.ranks.broadcast_call, Engine._precompile_grammar.__qualname__)
+            self.grammars = GrammarBackend(
+                *vocabulary, limit_mask_time=tp_group is None, all_reduce_min=self.ranks.all_reduce_min,
+                precompile_on_workers=precompile if self.ranks.has_workers else None,
             )  # fmt: skip
             self.core = EngineCore(
                 runner, config, page_copier, model_config=model_config, tokenizer=tokenizer, ranks=self.ranks,
@@ -592,7 +589,7 @@ class Engine(GenerateMethods):
     @on_all_ranks()
     def _precompile_grammar(self, grammar: str, num_matchers: int) -> None:
         """Compiles on a worker what rank 0 compiles now."""
-        self.grammars.precompile_here(grammar, num_matchers)
+        self.grammars.prebuild_matchers(grammar, num_matchers)
 
     def profile(self, num_steps: int = 8, path: str | Path | None = None, *, skip_first: int = 2) -> ProfileWindow:
         """Returns a context that traces the first `num_steps` steps inside it, after `skip_first` others.

@@ -327,7 +327,7 @@ def test_grammars_allow_only_calls(call_format: Any, name: str, parallel_calls: 
     for _ in range(4):
         matcher, tokens = backends[name].make_matchers(grammar)[0], list[int]()
         while not matcher.matcher.is_stopped():
-            bits = backends[name].compute_token_masks([(0, matcher)], 1)[0]
+            bits = backends[name].token_masks([(0, matcher)], 1)[0]
             tokens.append(rng.choice([t for t in range(len(vocabulary)) if bits[t // 32] >> t % 32 & 1]))
             matcher.accept_token(tokens[-1])
         shown = {id: text for text, id in markers.items()}

@@ -23,7 +23,6 @@ from fastgen import Output, SamplingParams
 from fastgen.core.sampling import apply_token_mask
 from fastgen.structured_output import backend
 from fastgen.structured_output.backend import GrammarBackend, json_depth
-from fastgen.structured_output.rank_grammars import RankGrammars
 from fastgen.structured_output.trial import TrialLimits, compile_grammar
 from fastgen.structured_output.trial_process import GrammarCancelled
 
@@ -344,7 +343,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
     """Another request runs meanwhile; cancelling a request cancels its compilation; errors are the same."""
 
     async def main(e: fastgen.AsyncEngine) -> None:
-        make, stops, going = e.engine.grammars.backend.make_matchers, list[threading.Event](), threading.Event()
+        make, stops, going = e.engine.grammars.make_matchers, list[threading.Event](), threading.Event()
 
         def waiting(grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None) -> Any:
             if cancel_event is None:
@@ -354,7 +353,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
                 pass
             return make(grammar, num_matchers, cancel_event)
 
-        monkeypatch.setattr(e.engine.grammars.backend, "make_matchers", waiting)
+        monkeypatch.setattr(e.engine.grammars, "make_matchers", waiting)
         one, two = (asyncio.create_task(e.add("once", with_grammar(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
         plain = [o async for _, o in e.generate(["a", "b"], SamplingParams(max_tokens=20))]
         assert len(plain) == 2 and not one.done() and not two.done()
@@ -364,10 +363,9 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
         going.set()
         output = await (await one).output()
         assert all(re.fullmatch(DATE, c.text) for c in output.completions if c.finish_reason == "stop")
-        assert [stop.is_set() for stop in stops] == [
-            False,
-            True,
-        ] and not e.engine.grammars.backend._prebuilt_matchers.get(backend._grammar_key(f"regex:{DATE}"))
+        assert [stop.is_set() for stop in stops] == [False, True] and not e.engine.grammars._prebuilt_matchers.get(
+            backend._grammar_key(f"regex:{DATE}")
+        )
         with pytest.raises(ValueError, match="prompt 1: json grammar: it is nested 501 levels"):
             await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), with_grammar("json:" + nested(500))]))
 
@@ -415,32 +413,37 @@ def test_masks_of_several_matchers(words: PreTrainedTokenizerFast) -> None:
     a, b = grammars.make_matchers("regex:a", 2)
     b.accept_token(words.encode("a")[0])
     b.accept_token(256)
-    bits = grammars.compute_token_masks([(1, a), (3, b)], 5).view(np.uint32)
+    bits = grammars.token_masks([(1, a), (3, b)], 5).view(np.uint32)
     allowed = [{t for t in range(300) if bits[r, t // 32] >> np.uint32(t % 32) & 1} for r in range(5)]
     assert allowed[0] == allowed[2] == allowed[4] == {*range(300)}
     assert allowed[1] == {words.encode("a")[0]} and allowed[3] == {256}
 
 
 def test_ranks_agree_on_a_grammar(words: PreTrainedTokenizerFast, small: GrammarBackend) -> None:
-    """Rank 0 makes started ranks compile only grammars that passed; the caller's ranks refuse a grammar together."""
+    """Rank 0 makes its workers compile only grammars that passed; the caller's ranks refuse a grammar together."""
+
+    def rank_backend(**options: Any) -> GrammarBackend:
+        grammars = GrammarBackend(words, 300, frozenset([256]), **options)
+        grammars._trial_process = small._trial_process
+        return grammars
+
     calls, accepted = list[tuple[str, int]](), list[bool]()
-    first = RankGrammars(small, precompile_on_ranks=lambda *call: calls.append(call), all_ranks=lambda _: False)
+    first = rank_backend(precompile_on_workers=lambda *call: calls.append(call), all_reduce_min=lambda _: 0)
     assert len(first.compile(with_grammar("regex:ab", n=2))) == 2 and first.compile(SamplingParams(n=2)) == [None] * 2
     with pytest.raises(ValueError, match="regex grammar"):
         first.compile(with_grammar("regex:["))
     first.precompile(with_grammar("regex:abb", n=2), threading.Event())
-    assert calls == [("regex:ab", 2), ("regex:abb", 2)] and small.has_prebuilt("regex:abb", 2)
-    assert first.compile(with_grammar("regex:abb")) and len(calls) == 2, "the ranks have compiled it already"
+    assert calls == [("regex:ab", 2), ("regex:abb", 2)] and first.has_prebuilt("regex:abb", 2)
+    assert first.compile(with_grammar("regex:abb")) and len(calls) == 2, "the workers have compiled it already"
 
-    other = RankGrammars(small, all_ranks=lambda accept: accepted.append(accept) or accept)
+    other = rank_backend(all_reduce_min=lambda accepts: accepted.append(bool(accepts)) or accepts)
     assert other.compile(with_grammar("regex:ab"))
     with pytest.raises(ValueError, match="regex grammar"):
         other.compile(with_grammar("regex:["))
     assert accepted == [True, False]
     with pytest.raises(ValueError, match="another rank refuses the grammar"):
-        RankGrammars(small, all_ranks=lambda _: False).compile(with_grammar("regex:ab"))
-    trusting = GrammarBackend(words, 300, frozenset([256]))
-    trusting.skip_trials = True
-    started = RankGrammars(trusting, all_ranks=lambda _: False)
-    started.precompile_here("regex:ab", 2)
-    assert len(started.compile(with_grammar("regex:ab", n=2))) == 2 and trusting._trial_process.process is None
+        rank_backend(all_reduce_min=lambda _: 0).compile(with_grammar("regex:ab"))
+    worker = GrammarBackend(words, 300, frozenset([256]), all_reduce_min=lambda _: 0)
+    worker.skip_trials = True
+    worker.prebuild_matchers("regex:ab", 2)
+    assert len(worker.compile(with_grammar("regex:ab", n=2))) == 2 and worker._trial_process.process is None

@@ -63,7 +63,7 @@ def _serve_replica(
     if visible_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     with Engine.from_pretrained(model_path, **options) as engine:
-        engine.grammars.backend.skip_trials = True  # the parent has tried the grammars that it sends
+        engine.grammars.skip_trials = True  # the parent has tried the grammars that it sends
         e = engine
         pipe.send(ReplicaInfo(e.model_config, e.cache_capacity, e.device, e.dtype, e.config, e.stats()))
         ReplicaLoop(engine, pipe, messages).run()

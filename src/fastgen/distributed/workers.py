@@ -302,7 +302,7 @@ def _serve_rank(
     allocate = memory.params_allocator(torch.device(device))
     model_config, params, tokenizer = load_shard(tp_group.shard, device, allocate=allocate)
     with engine_class(params, model_config, tokenizer, progress=False, tp_group=tp_group, **engine_options) as engine:
-        engine.grammars.backend.skip_trials = True  # rank 0 has tried the grammars that it sends
+        engine.grammars.skip_trials = True  # rank 0 has tried the grammars that it sends
         engine.memory.regions |= memory.regions
         del params, memory, allocate
         while (call := calls.get())[0] != "close":

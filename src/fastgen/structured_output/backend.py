@@ -15,13 +15,15 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
+from fastgen.config import SamplingParams
 from fastgen.core.extensions import Matcher
 from fastgen.core.types import Tokenizer
 from fastgen.structured_output.trial import MAX_MASK_SECONDS, compile_grammar, run_with_stack
@@ -33,14 +35,6 @@ MAX_COMPILED_BYTES = 2**31  # of all compiled grammars of running requests
 FAST_COMPILE_SECONDS = 0.01  # a grammar that compiles more slowly is compiled once and copied
 MAX_TRIAL_RESULTS, MAX_CACHED_GRAMMARS, MAX_PREBUILT_GRAMMARS = 1024, 8, 64
 MAX_PREBUILT_PER_GRAMMAR = 256
-
-
-def split_grammar(grammar: str) -> tuple[str, str]:
-    """Returns the type and the text of a grammar. Raises ValueError for an unknown type."""
-    grammar_type, colon, text = grammar.partition(":")
-    if not colon or grammar_type not in GRAMMAR_TYPES:
-        raise ValueError(f"grammar must begin with {', '.join(k + ':' for k in GRAMMAR_TYPES)}, got {grammar[:40]!r}")
-    return grammar_type, text
 
 
 def json_depth(text: str) -> int:
@@ -55,45 +49,36 @@ def json_depth(text: str) -> int:
     return max_depth
 
 
-def parse_grammar(grammar: str) -> tuple[str, str]:
-    """Returns the type and the text of a grammar as llguidance takes them.
+class ParsedGrammar(NamedTuple):
+    """A grammar as llguidance takes it; `key` is a hash of the grammar as it was given."""
 
-    Raises ValueError for a grammar that is too large or too deeply nested, or for a schema that is not JSON.
-    """
-    grammar_type, text = split_grammar(grammar)
-    if len(text) > MAX_GRAMMAR_CHARS:
-        raise ValueError(f"{grammar_type} grammar: {len(text)} characters exceed the limit of {MAX_GRAMMAR_CHARS}")
-    if grammar_type == "json":
-        if (depth := json_depth(text)) > MAX_JSON_DEPTH:
-            raise ValueError(f"json grammar: it is nested {depth} levels deep, and the limit is {MAX_JSON_DEPTH}")
-        try:
-            text = json.dumps(json.loads(text) if text.strip() else {"type": "object"})
-        except ValueError as e:
-            raise ValueError(f"json grammar: {e}") from e
-    return grammar_type, text
+    key: bytes
+    type: str  # regex, json or lark
+    text: str
+
+
+def _grammar_key(grammar: str) -> bytes:
+    return hashlib.blake2b(grammar.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class GrammarMatcher(Matcher):
-    """State of one completion in its grammar."""
+    """The state of one completion in its grammar. The grammar's memory is counted while `memory_reservation` lives."""
 
     def __init__(self, matcher: Any, memory_reservation: object = None) -> None:
-        """Wraps llguidance's matcher. The grammar's memory is counted while `memory_reservation` lives."""
+        """Wraps llguidance's matcher."""
         self.matcher, self.memory_reservation = matcher, memory_reservation
         self.error = ""  # a reason to stop that llguidance does not know
 
     def accept_token(self, token: int) -> None:
-        """Advances by a sampled token."""
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
 
     @property
     def failed(self) -> bool:
-        """Whether the grammar cannot be followed any further: llguidance gave it up, or a mask took too long."""
         return bool(self.error) or self.matcher.is_error()
 
     @property
     def failure_reason(self) -> str:
-        """The reason of the failure, as a message for the request."""
         return f"the grammar cannot be followed any further: {self.error or self.matcher.get_error().splitlines()[0]}"
 
     def copy(self) -> "GrammarMatcher":
@@ -106,19 +91,28 @@ class _MemoryReservation:
 
 
 class GrammarBackend:
-    """Compiles grammars for a tokenizer and computes token masks on all cores. Several threads may use it at once."""
+    """Compiles grammars for a tokenizer and computes token masks on all cores. Several threads may use it at once.
+
+    A single process tries a grammar (see trial.py) and compiles it. Over several ranks:
+
+    Rank 0 with workers  tries the grammar, makes the workers compile it beside their steps, and compiles it.
+    A worker             compiles it without a trial (`skip_trials`): rank 0 has tried every grammar that arrives.
+    The caller's ranks   (torchrun) all try it, and refuse it together if one of them does.
+    """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        vocab_size: int,
-        eos_token_ids: frozenset[int],
-        *,
-        limit_mask_time: bool = True,
-    ) -> None:
-        """`vocab_size` is the model's, which may exceed the tokenizer's. `limit_mask_time` fails slow matchers."""
+        self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int], *,
+        limit_mask_time: bool = True, precompile_on_workers: Callable[[str, int], object] | None = None,
+        all_reduce_min: Callable[[int], int] = int,
+    ) -> None:  # fmt: skip
+        """`vocab_size` is the model's, which may exceed the tokenizer's. `limit_mask_time` fails slow matchers.
+
+        `precompile_on_workers` calls `prebuild_matchers` on a rank's workers. `all_reduce_min` returns the smallest
+        argument of all ranks.
+        """
         self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, eos_token_ids
         self.limit_mask_time = limit_mask_time
+        self._precompile_on_workers, self._all_reduce_min = precompile_on_workers, all_reduce_min
         # True also where another process has tried every grammar that arrives.
         self.skip_trials = not hasattr(os, "fork")  # Windows
         self._ll_tokenizer: Any = None  # built at first use: it takes a second
@@ -132,33 +126,33 @@ class GrammarBackend:
         self._last_fill_slow = False
 
     def prepare(self) -> None:
-        """Reads the tokenizer and starts the trial process now, if grammars can be used at all."""
+        """Reads the tokenizer and starts the trial process now, if grammars can be used at all: a second or two."""
         with suppress(ValueError):
             if self.tokenizer is not None and find_spec("llguidance"):
-                self._ensure_tokenizer()
+                self._load_tokenizer()
 
     def close(self) -> None:
         """Ends the trial process; the next grammar starts it again."""
         self._trial_process.close()
 
-    def _ensure_tokenizer(self) -> Any:
-        with self._lock:
-            return self._ll_tokenizer or self._load_tokenizer()
-
-    def _load_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> None:
+        """Builds llguidance's tokenizer and starts the trial process, the first time."""
         from llguidance import LLExecutor
         from llguidance.hf import from_tokenizer
 
-        try:
-            ll_tokenizer = from_tokenizer(self.tokenizer, self.vocab_size, sorted(self.eos_token_ids) or None)  # type: ignore[arg-type]
-        except ValueError as e:
-            raise ValueError(f"this model's tokenizer cannot be used with grammars: {e}") from e
-        self._executor = LLExecutor(num_threads=max(1, (os.cpu_count() or 2) - 1))
-        if not self.skip_trials:
-            with suppress(OSError):  # the next trial starts it, or reports the error
-                self._trial_process.start()
-        self._ll_tokenizer = ll_tokenizer
-        return ll_tokenizer
+        with self._lock:
+            if self._ll_tokenizer is not None:
+                return
+            eos: Any = sorted(self.eos_token_ids) or None
+            try:
+                ll_tokenizer = from_tokenizer(self.tokenizer, self.vocab_size, eos)  # type: ignore[arg-type]
+            except ValueError as e:
+                raise ValueError(f"this model's tokenizer cannot be used with grammars: {e}") from e
+            self._executor = LLExecutor(num_threads=max(1, (os.cpu_count() or 2) - 1))
+            if not self.skip_trials:
+                with suppress(OSError):  # the next trial starts it, or reports the error
+                    self._trial_process.start()
+            self._ll_tokenizer = ll_tokenizer
 
     def _tokenizer_info(self) -> tuple[str, int, Any]:
         """Returns tokenizers' JSON, the vocabulary size and EOS ids, as `llguidance.hf.from_tokenizer` reads them."""
@@ -169,80 +163,119 @@ class GrammarBackend:
         backend.no_truncation()
         return backend.to_str(), self.vocab_size, sorted(self.eos_token_ids) or self.tokenizer.eos_token_id
 
+    def compile(
+        self, sampling: SamplingParams, cancel_event: threading.Event | None = None
+    ) -> list[GrammarMatcher | None]:
+        """Returns a matcher for each completion of a request; None without a grammar.
+
+        Changes nothing but caches, so any thread may call it beside an engine's steps; the caller's ranks call it in
+        step with each other. Raises ValueError for a grammar that cannot be used, and GrammarCancelled soon after
+        `cancel_event` is set.
+        """
+        grammar, matchers, error = sampling.grammar, list[GrammarMatcher | None](), None
+        if grammar is None:
+            return [None] * sampling.n
+        try:
+            if self._precompile_on_workers is not None and not self.has_prebuilt(grammar, sampling.n):
+                self.check_grammar(grammar, cancel_event)
+                self._precompile_on_workers(grammar, sampling.n)
+            matchers += self.make_matchers(grammar, sampling.n, cancel_event)
+        except ValueError as e:
+            error = e
+        if self._precompile_on_workers is None and not self.skip_trials:
+            if not self._all_reduce_min(int(error is None)):
+                error = error or ValueError("another rank refuses the grammar")
+        if error is not None:
+            raise error
+        return matchers
+
+    def precompile(self, sampling: SamplingParams, cancel_event: threading.Event) -> None:
+        """Compiles matchers for the next request with these settings. Raises as `compile` does."""
+        matchers = [m for m in self.compile(sampling, cancel_event) if m is not None]
+        if sampling.grammar is not None and not cancel_event.is_set():  # a cancelled request will not use them
+            self._store_prebuilt(sampling.grammar, matchers)
+
     def check_grammar(self, grammar: str, cancel_event: threading.Event | None = None) -> None:
         """Raises ValueError, with the reason, for an unusable grammar; GrammarCancelled after `cancel_event` is set."""
-        grammar_type, text = self._parse(grammar)
-        key = _grammar_key(grammar)
-        with self._grammar_locks[key[0]]:
-            self._run_trial(key, grammar_type, text, cancel_event)
+        parsed = self._parse(grammar)
+        with self._grammar_locks[parsed.key[0]]:
+            self._run_trial(parsed, cancel_event)
 
     def make_matchers(
         self, grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None
     ) -> list[GrammarMatcher]:
         """Returns matchers in a grammar's initial state, one for each completion. Raises as `check_grammar` does."""
-        grammar_type, text = self._parse(grammar)
-        key = _grammar_key(grammar)
-        with self._grammar_locks[key[0]]:
-            if len(self._prebuilt_matchers.get(key, ())) >= num_matchers:
-                prebuilt = self._prebuilt_matchers.pop(key)
+        parsed = self._parse(grammar)
+        with self._grammar_locks[parsed.key[0]]:
+            if self.has_prebuilt(grammar, num_matchers):
+                prebuilt = self._prebuilt_matchers.pop(parsed.key)
                 if len(prebuilt) > num_matchers:
-                    self._prebuilt_matchers[key] = prebuilt[num_matchers:]
+                    self._prebuilt_matchers[parsed.key] = prebuilt[num_matchers:]
                 return prebuilt[:num_matchers]
-            num_bytes = self._run_trial(key, grammar_type, text, cancel_event)
+            num_bytes = self._run_trial(parsed, cancel_event)
+            stack_bytes = 2 * self._trial_process.limits.stack_bytes
             try:
-                return run_with_stack(
-                    2 * self._trial_process.limits.stack_bytes,
-                    lambda: self._compile_matchers(key, grammar_type, text, num_matchers, num_bytes),
-                )
+                return run_with_stack(stack_bytes, lambda: self._compile_matchers(parsed, num_matchers, num_bytes))
             except ValueError as e:
-                raise ValueError(f"{grammar_type} grammar: {e}") from e
+                raise ValueError(f"{parsed.type} grammar: {e}") from e
 
     def prebuild_matchers(self, grammar: str, num_matchers: int) -> None:
         """Makes matchers in a thread, for the next calls of `make_matchers`."""
 
         def prebuild() -> None:
             with suppress(ValueError):
-                self.add_prebuilt(grammar, self.make_matchers(grammar, num_matchers))
+                self._store_prebuilt(grammar, self.make_matchers(grammar, num_matchers))
 
         threading.Thread(target=prebuild, daemon=True).start()
 
-    def add_prebuilt(self, grammar: str, matchers: list[GrammarMatcher]) -> None:
+    def _store_prebuilt(self, grammar: str, matchers: list[GrammarMatcher]) -> None:
         """Stores unused matchers for the next calls of `make_matchers`; keeps a bounded number of the newest."""
         key = _grammar_key(grammar)
         with self._grammar_locks[key[0]]:
             stored = [*self._prebuilt_matchers.pop(key, ()), *matchers]
-            self._prebuilt_matchers[key] = stored[-MAX_PREBUILT_PER_GRAMMAR:]
-            while len(self._prebuilt_matchers) > MAX_PREBUILT_GRAMMARS:
-                with suppress(KeyError):  # another thread was faster
-                    self._prebuilt_matchers.popitem(last=False)
+            self._remember(self._prebuilt_matchers, key, stored[-MAX_PREBUILT_PER_GRAMMAR:], MAX_PREBUILT_GRAMMARS)
 
     def has_prebuilt(self, grammar: str, num_matchers: int) -> bool:
         """Returns whether `make_matchers` has this many stored matchers."""
         return len(self._prebuilt_matchers.get(_grammar_key(grammar), ())) >= num_matchers
 
-    def _parse(self, grammar: str) -> tuple[str, str]:
-        split_grammar(grammar)
+    def _parse(self, grammar: str) -> ParsedGrammar:
+        """Parses "type:text". Raises ValueError for an unknown type, a text that is too long, too deep or not JSON.
+
+        Also raises ValueError without a tokenizer that grammars can use, or without llguidance.
+        """
+        grammar_type, colon, text = grammar.partition(":")
+        if not colon or grammar_type not in GRAMMAR_TYPES:
+            types = ", ".join(f"{t}:" for t in GRAMMAR_TYPES)
+            raise ValueError(f"grammar must begin with {types}, got {grammar[:40]!r}")
         if self.tokenizer is None:
             raise ValueError("a grammar needs a tokenizer, and this model came without one")
         if find_spec("llguidance") is None:
             raise ValueError("a grammar needs llguidance: pip install fastgen[guide]")
-        self._ensure_tokenizer()
-        return parse_grammar(grammar)
+        self._load_tokenizer()
+        if len(text) > MAX_GRAMMAR_CHARS:
+            raise ValueError(f"{grammar_type} grammar: {len(text)} characters exceed the limit of {MAX_GRAMMAR_CHARS}")
+        if grammar_type == "json":
+            if (depth := json_depth(text)) > MAX_JSON_DEPTH:
+                raise ValueError(f"json grammar: it is nested {depth} levels deep, and the limit is {MAX_JSON_DEPTH}")
+            try:
+                text = json.dumps(json.loads(text) if text.strip() else {"type": "object"})
+            except ValueError as e:
+                raise ValueError(f"json grammar: {e}") from e
+        return ParsedGrammar(_grammar_key(grammar), grammar_type, text)
 
-    def _run_trial(self, key: bytes, grammar_type: str, text: str, cancel_event: threading.Event | None) -> int:
+    def _run_trial(self, grammar: ParsedGrammar, cancel_event: threading.Event | None) -> int:
         """Returns the bytes that a compiled grammar takes. Raises ValueError, with the reason, if the trial fails."""
         if self.skip_trials:
             return 0
-        with self._lock:
-            result = self._trial_results.get(key)
-        if result is None:
+        if (result := self._trial_results.get(grammar.key)) is None:
             try:
-                result = self._trial_process.run(grammar_type, text, cancel_event)
+                result = self._trial_process.run(grammar.type, grammar.text, cancel_event)
             except OSError as e:
-                raise ValueError(f"{grammar_type} grammar: the process that tries grammars failed: {e}") from e
-        self._remember(self._trial_results, key, result, MAX_TRIAL_RESULTS)
+                raise ValueError(f"{grammar.type} grammar: the process that tries grammars failed: {e}") from e
+        self._remember(self._trial_results, grammar.key, result, MAX_TRIAL_RESULTS)
         if "error" in result:
-            raise ValueError(f"{grammar_type} grammar: {result['error']}")
+            raise ValueError(f"{grammar.type} grammar: {result['error']}")
         return result["bytes"]
 
     def _remember(self, table: OrderedDict[bytes, Any], key: bytes, value: Any, max_entries: int) -> None:
@@ -253,26 +286,22 @@ class GrammarBackend:
             if len(table) > max_entries:
                 table.popitem(last=False)
 
-    def _compile_matchers(
-        self, key: bytes, grammar_type: str, text: str, num_matchers: int, num_bytes: int
-    ) -> list[GrammarMatcher]:
+    def _compile_matchers(self, grammar: ParsedGrammar, num_matchers: int, num_bytes: int) -> list[GrammarMatcher]:
         """Compiles a grammar once for each matcher; a grammar that compiles slowly, once for all."""
-        with self._lock:
-            original = self._compiled_matchers.get(key)
+        original, matchers = self._compiled_matchers.get(grammar.key), list[GrammarMatcher]()
         original = None if original is None or original.failed else original
-        matchers = list[GrammarMatcher]()
         while len(matchers) < num_matchers:
             if original is not None:
                 matchers.append(original.copy())
                 continue
-            reservation, begin = self._reserve_memory(num_bytes), time.monotonic()
-            matcher = GrammarMatcher(compile_grammar(self._ll_tokenizer, grammar_type, text), reservation)
-            if time.monotonic() - begin < FAST_COMPILE_SECONDS:
+            reservation, start = self._reserve_memory(num_bytes), time.monotonic()
+            matcher = GrammarMatcher(compile_grammar(self._ll_tokenizer, grammar.type, grammar.text), reservation)
+            if time.monotonic() - start < FAST_COMPILE_SECONDS:
                 matchers.append(matcher)
             else:
                 original = matcher
         if original is not None:
-            self._remember(self._compiled_matchers, key, original, MAX_CACHED_GRAMMARS)
+            self._remember(self._compiled_matchers, grammar.key, original, MAX_CACHED_GRAMMARS)
         return matchers
 
     def _reserve_memory(self, num_bytes: int) -> object:
@@ -288,12 +317,10 @@ class GrammarBackend:
         weakref.finalize(reservation, lambda: total.__setitem__(0, total[0] - num_bytes)).atexit = False
         return reservation
 
-    def compute_token_masks(
-        self, rows: list[tuple[int, GrammarMatcher]], num_rows: int
-    ) -> Int32[np.ndarray, "rows words"]:
+    def token_masks(self, rows: list[tuple[int, GrammarMatcher]], num_rows: int) -> Int32[np.ndarray, "rows words"]:
         """Returns masks in which bit t % 32 of word t // 32 is set if token t may come next; all bits in other rows.
 
-        A matcher fails if its mask takes too long or llguidance gives its grammar up. The caller drops its next token.
+        A matcher fails if its mask takes too long or llguidance reports an error. The caller drops its next token.
         """
         bits = np.full((num_rows, -(-self.vocab_size // 32)), -1, np.int32)
         active = [(matcher, row) for row, matcher in rows if not (matcher.failed or matcher.matcher.is_stopped())]
@@ -305,7 +332,7 @@ class GrammarBackend:
             elif matcher.matcher.is_stopped():  # only the end may come
                 bits[row] = 0
                 for token in self.eos_token_ids:
-                    bits[row, token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
+                    bits.view(np.uint32)[row, token // 32] |= np.uint32(1 << token % 32)
         return bits
 
     def _fill_masks(self, active: list[tuple[GrammarMatcher, int]], bits: np.ndarray) -> None:
@@ -313,23 +340,19 @@ class GrammarBackend:
         from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
         if not self._last_fill_slow and len(active) > 1:
-            begin = time.monotonic()
+            start = time.monotonic()
             try:
                 fill_next_token_bitmask_par(self._executor, [(matcher.matcher, row) for matcher, row in active], bits)
-                self._last_fill_slow = self.limit_mask_time and time.monotonic() - begin > MAX_MASK_SECONDS
+                self._last_fill_slow = self.limit_mask_time and time.monotonic() - start > MAX_MASK_SECONDS
                 return
             except Exception:  # one matcher's: the loop below finds which
                 pass
         self._last_fill_slow = False
         for matcher, row in active:
-            begin = time.thread_time()
+            start = time.thread_time()
             try:
                 fill_next_token_bitmask(matcher.matcher, bits, row)
             except Exception as e:
                 matcher.error = f"{type(e).__name__}: {e}"
-            if self.limit_mask_time and time.thread_time() - begin > MAX_MASK_SECONDS:
+            if self.limit_mask_time and time.thread_time() - start > MAX_MASK_SECONDS:
                 matcher.error = f"its next tokens take longer than {MAX_MASK_SECONDS} s to find"
-
-
-def _grammar_key(grammar: str) -> bytes:
-    return hashlib.blake2b(grammar.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -6,14 +6,13 @@ trial ends:
     engine ── socket ── this file as a program, which reads the tokenizer once ── a forked process for each grammar
 
 The program imports neither torch nor the rest of fastgen and has one thread, so that it starts and forks quickly. A
-forked process answers on a socket of its own. It is killed when the other end of that socket is closed or a limit is
-reached.
+forked process answers on a socket of its own; a reached limit, or the end of the socket's other end, kills it.
 """
 
 import gc
 import json
 import os
-import selectors
+import select
 import signal
 import socket
 import struct
@@ -21,17 +20,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 MAX_MASK_SECONDS = 0.25  # of CPU time, for one mask
+REAP_SECONDS = 0.02  # between checks for trials that a signal has ended
 MASK_STACK_BYTES = 2**19  # for masks; the threads that compute an engine's masks have 2 MiB
 ALLOCATOR_ARENA_BYTES = 2**27  # of addresses that the allocator reserves for two threads
 BASELINE_BYTES = 16 * 2**20  # that any trial uses
 MAX_TRIAL_TOKENS, MAX_TRIAL_TOKENS_SECONDS = 8, 0.002  # of the grammar's first steps
-# llguidance's own limits per grammar. The fuel also bounds each mask. A grammar that needs more is refused, or ends its
-# request.
+# llguidance's own limits per grammar; the fuel also bounds each mask. A grammar that needs more is refused or fails.
 PARSER_LIMITS: dict[str, Any] = {"initial_lexer_fuel": 250_000, "max_grammar_size": 25_000, "max_lexer_states": 50_000}
 
 
@@ -50,12 +50,12 @@ def compile_grammar(ll_tokenizer: Any, grammar_type: str, text: str) -> Any:
     """
     from llguidance import LLMatcher, LLParserLimits
 
-    parse = {
-        "json": LLMatcher.grammar_from_json_schema,
-        "regex": LLMatcher.grammar_from_regex,
+    parsers = {
+        "json": LLMatcher.grammar_from_json_schema, "regex": LLMatcher.grammar_from_regex,
         "lark": LLMatcher.grammar_from_lark,
-    }[grammar_type]
-    matcher = LLMatcher(ll_tokenizer, parse(text), log_level=0, limits=LLParserLimits(**PARSER_LIMITS))
+    }  # fmt: skip
+    limits = LLParserLimits(**PARSER_LIMITS)
+    matcher = LLMatcher(ll_tokenizer, parsers[grammar_type](text), log_level=0, limits=limits)
     if error := matcher.get_error():
         raise ValueError(error.splitlines()[0])
     return matcher
@@ -63,26 +63,14 @@ def compile_grammar(ll_tokenizer: Any, grammar_type: str, text: str) -> Any:
 
 def run_with_stack(stack_bytes: int, function: Callable[[], T]) -> T:
     """Calls a function in a thread with a stack of `stack_bytes` bytes. Returns its result or raises its exception."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            results.append(function())
-        except BaseException as e:
-            errors.append(e)
-
     # The setting is the process's: another thread that starts at this moment gets a larger stack than it needs.
-    default = threading.stack_size(stack_bytes)
+    default, pool = threading.stack_size(stack_bytes), ThreadPoolExecutor(1)
     try:
-        thread = threading.Thread(target=call)
-        thread.start()
+        future = pool.submit(function)
     finally:
         threading.stack_size(default)
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+        pool.shutdown(wait=False)  # the thread ends after the call
+    return future.result()
 
 
 # --- one trial, in a forked process -----------------------------------------------------------------------------------
@@ -97,29 +85,23 @@ def _process_bytes(field: int) -> int:
 
 def _try_tokens(matcher: Any) -> None:
     """Advances a matcher by a few tokens. Raises ValueError if a mask is slow or fails."""
-    begin = time.thread_time()
+    start = time.thread_time()
     for step in range(MAX_TRIAL_TOKENS):
         if matcher.is_stopped():
             break
-        before = time.thread_time()
-        mask = matcher.compute_bitmask()
+        step_start, mask = time.thread_time(), matcher.compute_bitmask()
+        words = struct.unpack(f"<{len(mask) // 4}I", mask)
+        allowed = [32 * i + (word & -word).bit_length() - 1 for i, word in enumerate(words) if word]  # one of each word
         # The first token, or one from the middle: a string starts with other tokens than it continues with.
-        allowed = [32 * i + bit.bit_length() - 1 for i, bit in _first_allowed_per_word(mask)]
         if not matcher.is_error() and allowed:
             matcher.consume_token(allowed[step % 2 * len(allowed) // 2])
         now = time.thread_time()
-        if now - before > MAX_MASK_SECONDS:
+        if now - step_start > MAX_MASK_SECONDS:
             raise ValueError(f"finding the tokens that may come next takes longer than {MAX_MASK_SECONDS} s")
         if matcher.is_error():
             raise ValueError(f"it cannot be followed: {matcher.get_error().splitlines()[0]}")
-        if now - begin > MAX_TRIAL_TOKENS_SECONDS:
+        if now - start > MAX_TRIAL_TOKENS_SECONDS:
             break
-
-
-def _first_allowed_per_word(mask: bytes) -> list[tuple[int, int]]:
-    """Returns, for each 32-bit word of the mask with an allowed token, its index and its lowest set bit."""
-    words = struct.unpack(f"<{len(mask) // 4}I", mask)
-    return [(i, word & -word) for i, word in enumerate(words) if word]
 
 
 def _run_trial(ll_tokenizer: Any, grammar_type: str, text: str, limits: TrialLimits) -> dict[str, Any]:
@@ -157,7 +139,7 @@ def _fork_trial(ll_tokenizer: Any, connection: socket.socket, limits: TrialLimit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the system's last words about a crash
         os.closerange(3, connection.fileno())  # other trials' sockets
         os.closerange(connection.fileno() + 1, connection.fileno() + 1024)
-        for number in (signal.SIGCHLD, signal.SIGIO, signal.SIGPROF, signal.SIGALRM):
+        for number in (signal.SIGIO, signal.SIGPROF, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
         with connection.makefile("rb") as file:
@@ -193,33 +175,22 @@ def main() -> None:
         tokenizer = LLTokenizer(file.read(header["size"]).decode(), n_vocab=header["vocab"], eos_token=header["eos"])
     gc.freeze()  # otherwise the collector touches, and so copies, the memory that forks share
     control.sendall(b"r")  # ready
-    wakeup, signal_end = socket.socketpair()
-    for end in (wakeup, signal_end):
-        end.setblocking(False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(signal_end.fileno(), warn_on_full_buffer=False)
     trials: dict[int, socket.socket] = {}  # by process id
-    with selectors.DefaultSelector() as selector:
-        selector.register(control, selectors.EVENT_READ)
-        selector.register(wakeup, selectors.EVENT_READ)
-        while True:
-            for key, _ in selector.select():
-                if key.fileobj is wakeup:
-                    wakeup.recv(4096)
-                    continue
-                message, fds, _, _ = socket.recv_fds(control, 1, 1)
-                if not message:
-                    return
-                connection = socket.socket(fileno=fds[0])
-                trials[_fork_trial(tokenizer, connection, limits)] = connection
-            while trials:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
-                    break
-                with trials.pop(pid) as connection, suppress(OSError):
-                    if os.WIFSIGNALED(status):
-                        error = {"error": _failure_reason(os.WTERMSIG(status), limits)}
-                        connection.sendall((json.dumps(error) + "\n").encode())
+    while True:
+        if select.select([control], [], [], REAP_SECONDS if trials else None)[0]:
+            message, fds, _, _ = socket.recv_fds(control, 1, 1)
+            if not message:
+                return
+            connection = socket.socket(fileno=fds[0])
+            trials[_fork_trial(tokenizer, connection, limits)] = connection
+        while trials:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            with trials.pop(pid) as connection, suppress(OSError):
+                if os.WIFSIGNALED(status):
+                    error = {"error": _failure_reason(os.WTERMSIG(status), limits)}
+                    connection.sendall((json.dumps(error) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -26,37 +26,36 @@ class TrialProcess:
 
     def __init__(self, read_tokenizer: Callable[[], tuple[str, int, Any]]) -> None:
         """`read_tokenizer` returns the tokenizer as tokenizers' JSON, the vocabulary size and the EOS token ids."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._read_tokenizer, self.limits = read_tokenizer, TrialLimits()
         self.process: subprocess.Popen | None = None
-        self._control_socket: socket.socket | None = None
+        self._control_socket: socket.socket | None = None  # None while no process runs
 
-    def start(self) -> None:
-        """Starts the process if it does not run. Raises OSError on failure."""
+    def start(self) -> socket.socket:
+        """Starts the process if it does not run; returns its control socket. Raises OSError on failure."""
         with self._lock:
-            self._start_locked()
-
-    def _start_locked(self) -> None:
-        if self._control_socket is not None:
-            return
-        tokenizer, vocab_size, eos = self._read_tokenizer()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # -P keeps the program's folder off the import path.
-            command = [sys.executable, "-P", trial.__file__, str(theirs.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2)
-        self._finalizer = weakref.finalize(self, _terminate, self.process, ours)
-        try:
-            ours.settimeout(START_TIMEOUT_SECONDS)
-            text = tokenizer.encode()
-            header = {"vocab": vocab_size, "eos": eos, "size": len(text), "limits": self.limits}
-            ours.sendall(json.dumps(header).encode() + b"\n" + text)
-            if not ours.recv(1):
-                raise OSError("it ended before it was ready")
-        except OSError:
-            self._finalizer()
-            raise
-        self._control_socket = ours
+            if self._control_socket is not None:
+                return self._control_socket
+            tokenizer, vocab_size, eos = self._read_tokenizer()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                fd = theirs.fileno()
+                # -P keeps the program's folder off the import path.
+                command = [sys.executable, "-P", trial.__file__, str(fd)]
+                self.process = subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=2)
+            self._finalizer = weakref.finalize(self, _terminate, self.process, ours)
+            try:
+                ours.settimeout(START_TIMEOUT_SECONDS)
+                text = tokenizer.encode()
+                header = {"vocab": vocab_size, "eos": eos, "size": len(text), "limits": self.limits}
+                ours.sendall(json.dumps(header).encode() + b"\n" + text)
+                if not ours.recv(1):
+                    raise OSError("it ended before it was ready")
+            except OSError:
+                self._finalizer()
+                raise
+            self._control_socket = ours
+            return ours
 
     def run(self, grammar_type: str, text: str, cancel_event: threading.Event | None) -> dict[str, Any]:
         """Runs a trial: {"bytes": memory of the compiled grammar} or {"error": reason}. Restarts a process that ended.
@@ -66,28 +65,24 @@ class TrialProcess:
         request = json.dumps([grammar_type, text]).encode() + b"\n"
         for _ in range(2):
             with self._lock:
-                self._start_locked()
-                control = self._control_socket
+                control = self.start()
                 ours, theirs = socket.socketpair()
                 with theirs, suppress(OSError):
-                    socket.send_fds(control, [b"t"], [theirs.fileno()])  # type: ignore[list-item]
+                    socket.send_fds(control, [b"t"], [theirs.fileno()])
             with ours:
                 if reply := _send_and_receive_line(ours, request, cancel_event):
                     return json.loads(reply)
             with self._lock:
                 if self._control_socket is control:  # another thread may have restarted it
-                    self._close_locked()
+                    self.close()
         raise OSError("it ended in the middle of a trial, twice")
-
-    def _close_locked(self) -> None:
-        if self._control_socket is not None:
-            self._control_socket = None
-            self._finalizer()
 
     def close(self) -> None:
         """Ends the process."""
         with self._lock:
-            self._close_locked()
+            if self._control_socket is not None:
+                self._control_socket = None
+                self._finalizer()
 
 
 def _send_and_receive_line(connection: socket.socket, message: bytes, cancel_event: threading.Event | None) -> bytes:
@@ -95,11 +90,10 @@ def _send_and_receive_line(connection: socket.socket, message: bytes, cancel_eve
 
     Raises GrammarCancelled soon after `cancel_event` is set, and TimeoutError.
     """
-    reply = b""
+    reply, deadline = b"", time.monotonic() + REPLY_TIMEOUT_SECONDS
     with suppress(ConnectionError):
         connection.settimeout(REPLY_TIMEOUT_SECONDS)
         connection.sendall(message)
-        deadline = time.monotonic() + REPLY_TIMEOUT_SECONDS
         connection.settimeout(0.05)
         while not reply.endswith(b"\n"):
             try:
