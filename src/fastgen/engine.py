@@ -8,7 +8,6 @@ from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -497,7 +496,10 @@ class Engine(GenerateMethods):
         there is no room for it.
         """
         adapter = lora.with_scale(adapter, scale)
-        return self._add_adapter(name, lora.to_cpu(adapter) if self.ranks.has_workers else adapter)
+        if self.ranks.has_workers:
+            self.adapter_manager.check_new(name, adapter)  # raises ValueError before anything is broadcast
+            adapter = lora.to_cpu(adapter)
+        return self._add_adapter(name, adapter)
 
     @on_all_ranks(checks_input=True)
     def _add_adapter(self, name: str, adapter: Adapter) -> Adapter:
@@ -526,9 +528,12 @@ class Engine(GenerateMethods):
         used any more; what is cached of others, and of the model alone, is. Where this engine has started other ranks,
         `adapter` must be given: their tensors are in other processes.
         """
-        if self.ranks.has_workers and adapter is None:
-            raise ValueError(f"adapter {name!r}: other ranks have shards of it: give the tree that it has become")
-        self._update_adapter(name, lora.to_cpu(adapter) if adapter is not None and self.ranks.has_workers else adapter)
+        if self.ranks.has_workers:
+            if adapter is None:
+                raise ValueError(f"adapter {name!r}: other ranks have shards of it: give the tree that it has become")
+            self.adapter_manager.check_update(name, adapter)  # raises ValueError before anything is broadcast
+            adapter = lora.to_cpu(adapter)
+        self._update_adapter(name, adapter)
 
     @on_all_ranks(checks_input=True)
     def _update_adapter(self, name: str, adapter: Adapter | None) -> None:
@@ -640,14 +645,6 @@ class Engine(GenerateMethods):
         del self.runner, self.page_copier, self.adapter_manager
         self.memory, self._adopted_models = EngineMemory(), ()
         self.ranks.close()
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from tqdm.auto import tqdm
 
@@ -14,6 +14,7 @@ from fastgen.core.tokenizer import Prompt
 from fastgen.thread_safety import AccessGuard, exclusive
 from fastgen.training.sleep import EngineMemory
 
+T = TypeVar("T")
 OneOrManyPrompts = Prompt | Sequence[Prompt]
 OneOrManySampling = SamplingParams | Sequence[SamplingParams] | None
 
@@ -41,10 +42,20 @@ class RequestQueue(Protocol):
 
 
 class GenerateMethods:
-    """The calls for many prompts, which Engine and Replicas share."""
+    """The calls for many prompts, which Engine and Replicas share. As a context, `close` ends it."""
 
     access_guard: AccessGuard
     memory: EngineMemory
+
+    def close(self) -> None:
+        """Aborts all requests and frees everything."""
+        raise NotImplementedError
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     @property
     def requests(self) -> RequestQueue:

@@ -1,5 +1,7 @@
 """Adapters under tensor parallelism equal those on one device. Ranks are threads or processes."""
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,13 @@ def test_processes(wanted: list[Output], tmp_path: Path) -> None:
             same(got, want)
         with pytest.raises(ValueError, match="give the tree"):
             e.update_adapter("all")
+        with pytest.MonkeyPatch.context() as patch:  # wrong adapters are refused before anything is broadcast
+            patch.setattr(e.ranks, "broadcast_call", None)
+            wrong = ADAPTERS["all"]._replace(layers=ADAPTERS["all"].layers[:1])
+            for change in (partial(e.add_adapter, "more"), partial(e.update_adapter, "all")):
+                for tree in (wrong, ADAPTERS["all"]._replace(scale=math.nan)):
+                    with pytest.raises(ValueError, match="adapter"):
+                        change(tree)
     fastgen.save(tmp_path / "model", SPEC, PARAMS)
     lora.save(tmp_path / "wide", SPEC, ADAPTERS["wide"])
     settings = {k: v for k, v in SETTINGS.items() if k not in ("max_adapters", "max_rank")} | {"device": "cpu"}

@@ -149,9 +149,9 @@ class NoAdapters:
     versions, adapters, loaded, num_bytes = (0,), None, dict[str, Any](), 0
 
     def index(self, name: str, *args: Any) -> Any:
-        raise ValueError("this engine has no room for adapters: start it with max_adapters=N")
+        raise ValueError("there is no room for adapters: start with max_adapters=N or adapters={…}")
 
-    __getitem__ = add = update = remove = index
+    __getitem__ = check_new = check_update = add = update = remove = index
 
 
 class Matcher(ABC):

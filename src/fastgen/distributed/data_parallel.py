@@ -9,7 +9,7 @@ import itertools
 import multiprocessing
 import os
 import queue
-import random as random_
+import random
 import threading
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +18,6 @@ from dataclasses import fields, replace
 from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -28,25 +27,26 @@ from fastgen.checkpoint import files
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
 from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core import tokenizer as tokens
-from fastgen.core.extensions import Matcher
-from fastgen.core.model_config import shard_config
-from fastgen.core.request import Completion, Event, Output, map_prompts, max_length, rejection_events
+from fastgen.core.extensions import Matcher, NoAdapters
+from fastgen.core.model_config import ModelConfig, shard_config
+from fastgen.core.request import Event, Output, map_prompts, max_length, rejection_events
 from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Adapter, Tokenizer
 from fastgen.distributed.processes import ChildFailure, ChildProcess, end_children
-from fastgen.distributed.replica import AddRequest, ReplicaInfo, run_replica
-from fastgen.distributed.router import RoutedRequest, Router
+from fastgen.distributed.replica import ReplicaInfo, run_replica
+from fastgen.distributed.router import ReplicaRequest, Router
 from fastgen.engine import resolve_model
 from fastgen.event_stream import GenerateMethods
 from fastgen.structured_output.backend import GrammarBackend
 from fastgen.thread_safety import AccessGuard, exclusive
 from fastgen.training.sleep import EngineMemory
 
+Outbox = queue.SimpleQueue[tuple[int, Any] | None]  # (replica, message); None ends the sending thread
 SHUTDOWN_SECONDS = 8.0  # for replicas to end by themselves
 
 
 class Inbox:
-    """Messages of all replicas. The oldest stays until it is popped, so that an interrupt loses none."""
+    """Messages of all replicas. The oldest stays until the caller pops it, so that an interrupt loses none."""
 
     def __init__(self) -> None:
         self.messages = deque[tuple[int, Any]]()
@@ -62,10 +62,6 @@ class Inbox:
         while not self.messages:
             self._wakeups.get()
         return self.messages[0]
-
-    def pop(self) -> None:
-        """Removes the oldest message."""
-        self.messages.popleft()
 
 
 def visible_devices(replica_index: int, devices_per_replica: int, num_devices: int) -> str:
@@ -83,76 +79,62 @@ class Replicas(GenerateMethods):
     """
 
     def __init__(
-        self, model_path: Path, num_replicas: int, load_kwargs: dict[str, Any], config: EngineConfig, *, progress: bool
-    ) -> None:
-        tp_size, device_type = config.parallel.tensor_parallel, load_kwargs["device"]
+        self, model_path: Path, model_config: ModelConfig, load_kwargs: dict[str, Any], config: EngineConfig, *,
+        progress: bool,
+    ) -> None:  # fmt: skip
+        parallel, device_type = config.parallel, load_kwargs["device"]
+        num_replicas, tp_size = parallel.replicas, parallel.tensor_parallel
         self.access_guard = AccessGuard("these replicas", "hand requests to the thread that calls them by a queue")
-        self.memory = EngineMemory()  # all of it is the replicas' own
+        self.config, self.memory = config.resolve(device_type), EngineMemory()  # the memory is the replicas' own
         self.abandoned = deque[frozenset[int]]()  # ids of requests without a reader, for the next step or add to abort
+        self.events: list[Event] = []
         self.worker_failure = ""  # why the replicas have ended
         self.tokenizer: Tokenizer | None = load_tokenizer(model_path)
-        num_threads = max(1, torch.get_num_threads() // (num_replicas * tp_size))
-        engine_config = replace(config, parallel=replace(config.parallel, replicas=1), seed=None)
-        options = load_kwargs | {f.name: getattr(engine_config, f.name) for f in fields(EngineConfig)}
-        context = multiprocessing.get_context("spawn")
-        self._children, self._inbox = list[ChildProcess](), Inbox()
-        self._outbox: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+        vocabulary = model_config.vocab_size, frozenset(model_config.eos_token_ids)
+        self._grammar_backend = GrammarBackend(self.tokenizer, *vocabulary)
+        prefix_tokens = config.kv_cache.page_size if config.kv_cache.prefix_cache else 0
+        self._router = Router(num_replicas, config.schedule.max_num_seqs, prefix_tokens)
+        self._children, self._inbox, self._outbox = list[ChildProcess](), Inbox(), Outbox()
         # Runs before multiprocessing's own exit handler, which would wait for processes that wait for this one.
         self._finalizer = Finalize(self, _close_replicas, (self._children, self._outbox), exitpriority=10)
+        num_threads = max(1, torch.get_num_threads() // (num_replicas * tp_size))
+        engine_config = replace(config, parallel=replace(parallel, replicas=1), seed=None)
+        options = load_kwargs | {f.name: getattr(engine_config, f.name) for f in fields(EngineConfig)}
+        context, infos = multiprocessing.get_context("spawn"), dict[int, ReplicaInfo]()
         try:
             for i in range(num_replicas):
-                is_cuda = device_type == "cuda"
-                gpus = visible_devices(i, tp_size, torch.cuda.device_count()) if is_cuda else None
+                gpus = visible_devices(i, tp_size, torch.cuda.device_count()) if device_type == "cuda" else None
                 args = num_threads, gpus, model_path, options | {"progress": progress and i == 0}
                 child = ChildProcess(context, f"replica {i}", run_replica, *args)
                 self._children.append(child)
                 threading.Thread(target=_receive_messages, args=(i, child, self._inbox), daemon=True).start()
             threading.Thread(target=_send_messages, args=(self._children, self._outbox), daemon=True).start()
-            infos: dict[int, ReplicaInfo] = {}
             while len(infos) < num_replicas:
                 index, message = self._inbox.peek()
                 if not isinstance(message, ReplicaInfo):
                     self._fail(index, message)
                 infos[index] = message
-                self._inbox.pop()
+                self._inbox.messages.popleft()
         except BaseException:
             self.close()
             raise
         info = infos[0]
         self.model_config, self.device, self.dtype = info.model_config, info.device, info.dtype
         self.cache_capacity = min(i.cache_capacity for i in infos.values())  # tokens of one replica
-        self.config = replace(info.config, parallel=config.parallel, seed=config.seed)
         self.replica_stats = [infos[i].stats for i in range(num_replicas)]  # as each replica last reported
-        seed = random_.SystemRandom().getrandbits(62) if config.seed is None else config.seed
-        self._seed_rng, self._next_ids = random_.Random(seed), itertools.count()
-        eos_token_ids = frozenset(self.model_config.eos_token_ids)
-        self._grammar_backend = GrammarBackend(self.tokenizer, self.model_config.vocab_size, eos_token_ids)
+        self._seed_rng, self._next_ids = random.Random(config.seed), itertools.count()
         # Checks what every replica holds; tensors on the meta device take no memory.
-        limits, meta = self.config.lora, torch.device("meta")
-        self._adapter_manager = (
-            lora.AdapterManager(self.model_config, limits, meta, self.dtype) if limits.max_adapters else None
-        )
+        manager: Any = partial(lora.AdapterManager, self.model_config, config.lora, torch.device("meta"), self.dtype)
+        self._adapter_manager = manager() if config.lora.max_adapters else NoAdapters()
         for name, folder in load_kwargs["adapters"].items():
-            self._require_adapter_manager().add(name, lora.load(folder, self.model_config, device="cpu"))
-        kv_cache = self.config.kv_cache
-        prefix_tokens = kv_cache.page_size if kv_cache.prefix_cache else 0
-        self._router = Router(num_replicas, self.config.schedule.max_num_seqs, prefix_tokens)
-        self.events: list[Event] = []
+            self._adapter_manager.add(name, lora.load(folder, self.model_config, device="cpu"))
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: str | Path | None = None,
-        *,
-        replicas: int = 2,
-        dtype: str = "auto",
-        device: str = "auto",
-        random_weights: bool = False,
-        random_seed: int = 0,
-        adapters: Mapping[str, str | Path] | None = None,
-        progress: bool = True,
-        **settings: Any,
-    ) -> "Replicas":
+        cls, model: str | Path | None = None, *, replicas: int = 2, dtype: str = "auto", device: str = "auto",
+        random_weights: bool = False, random_seed: int = 0, adapters: Mapping[str, str | Path] | None = None,
+        progress: bool = True, **settings: Any,
+    ) -> "Replicas":  # fmt: skip
         """Creates `replicas` engines as `Engine.from_pretrained` does.
 
         With `tensor_parallel=N`, replica r uses the GPUs from r N to r N + N - 1. On a CPU, replicas share its threads.
@@ -163,33 +145,33 @@ class Replicas(GenerateMethods):
         path, device = resolve_model(model, dtype, device)
         if device not in ("cpu", "cuda"):
             raise ValueError(f"replicas have devices of their own: device must be cpu, cuda or auto, got {device!r}")
-        if variables := [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]:
-            names = " and ".join(variables)
-            raise ValueError(f"replicas are started by one process, but {names} says that torchrun started this one")
-        tp_size = config.parallel.tensor_parallel
-        shard_config(files.read_model_config(path), tp_size)
+        if variables := " and ".join(name for name in ("RANK", "WORLD_SIZE") if name in os.environ):
+            raise ValueError(f"one process starts all replicas, but {variables} says that torchrun started this one")
+        tp_size, model_config = config.parallel.tensor_parallel, files.read_model_config(path)
+        shard_config(model_config, tp_size)
         if device == "cuda" and (num_gpus := torch.cuda.device_count()) < replicas * tp_size:
             layout = f"parallel.replicas={replicas} of parallel.tensor_parallel={tp_size}"
             raise ValueError(f"{layout} need {replicas * tp_size} GPUs, and this machine shows {num_gpus}")
         load_kwargs = {"dtype": dtype, "device": device, "random_weights": random_weights, "random_seed": random_seed}
-        load_kwargs["adapters"] = dict(adapters or {})
-        return cls(path, replicas, load_kwargs, config, progress=progress)
+        return cls(path, model_config, load_kwargs | {"adapters": dict(adapters or {})}, config, progress=progress)
 
     # --- requests -------------------------------------------------------------------------------------------------
 
     @exclusive()
     def add(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams | None = None,
-        *,
-        stream_text: bool = True,
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, stream_text: bool = True,
         matchers: Sequence[Matcher | None] | None = None,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Queues a request, as `Engine.add`; returns its id."""
         params, is_checked = sampling or SamplingParams(), matchers is not None
         request = self._prepare(prompt, params, stream_text=stream_text, final_only=False, grammar_checked=is_checked)
         return self._enqueue([request])[0]
+
+    def add_many(self, prompts: Any, sampling: Any, *, stream_text: bool, on_error: str) -> list[int]:
+        """Queues one or many prompts. Returns their ids."""
+        prepare = partial(self._prepare, stream_text=stream_text, final_only=not stream_text)
+        requests: list[ReplicaRequest | Output] = map_prompts(prepare, prompts, sampling, on_error)
+        return self._enqueue(requests)
 
     def compile_grammar(
         self, params: SamplingParams, cancel_event: threading.Event | None = None
@@ -200,26 +182,22 @@ class Replicas(GenerateMethods):
         return [None] * params.n
 
     def _prepare(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        *,
-        stream_text: bool,
-        final_only: bool,
+        self, prompt: Prompt, sampling: SamplingParams, *, stream_text: bool, final_only: bool,
         grammar_checked: bool = False,
-    ) -> RoutedRequest:
+    ) -> ReplicaRequest:  # fmt: skip
         """Returns a request that is not yet queued. Raises ValueError if no replica could run it."""
-        special_tokens = self.config.special_tokens_in_content
+        special_tokens, has_text = self.config.special_tokens_in_content, self.tokenizer is not None
         ids = tokens.encode(self.tokenizer, prompt, special_tokens_in_content=special_tokens)
-        limit = max_length(ids, sampling, self.model_config, self.cache_capacity, self.tokenizer is not None)
+        limit = max_length(ids, sampling, self.model_config, self.cache_capacity, has_text)
         if sampling.adapter is not None:
-            self._require_adapter_manager()[sampling.adapter]  # raises ValueError if there is none of that name
+            self._adapter_manager[sampling.adapter]  # raises ValueError if there is none of that name
         if not grammar_checked:
             self.compile_grammar(sampling)
         seed = self._seed_rng.getrandbits(63) if sampling.seed is None else sampling.seed
-        return RoutedRequest(ids, replace(sampling, seed=seed, max_tokens=limit - len(ids)), stream_text, final_only)
+        params = replace(sampling, seed=seed, max_tokens=limit - len(ids))
+        return ReplicaRequest(ids, params, stream_text, final_only, has_text)
 
-    def _enqueue(self, requests: Sequence[RoutedRequest | Output]) -> list[int]:
+    def _enqueue(self, requests: Sequence[ReplicaRequest | Output]) -> list[int]:
         """Queues requests, or the outputs of rejected ones; returns their ids."""
         self._require_alive()
         self.drain_aborts()
@@ -229,40 +207,51 @@ class Replicas(GenerateMethods):
                 request.request_id = id
                 self.events += rejection_events(request)
             else:
-                self._router.add(id, request)
+                request.id = id
+                self._router.add(request)
         self._dispatch()
         return ids
 
     def _dispatch(self) -> None:
         """Sends waiting requests to replicas that can take them."""
-        requests = [list[AddRequest]() for _ in self._children]
-        for index, id, r in self._router.dispatch():
-            has_text = self.tokenizer is not None
-            request = AddRequest(id, r.prompt_token_ids, r.params, r.stream_text, r.final_only, has_text)
-            requests[index].append(request)
-        for index, batch in enumerate(requests):
-            if batch:
-                self._outbox.put((index, ("add", batch)))
+        batches: dict[int, list[ReplicaRequest]] = {}
+        for index, request in self._router.dispatch():
+            batches.setdefault(index, []).append(request)
+        for index, batch in batches.items():
+            self._outbox.put((index, ("add", batch)))
 
     @exclusive()
     def abort(self, request_id: int) -> None:
         """Ends a request. Its last events, with the tokens so far, come with later steps."""
-        r = self._router.requests.get(request_id)
-        if r is None:
-            return
-        if r.replica_index is not None:
-            self._outbox.put((r.replica_index, ("abort", [request_id])))
-            return
-        self._router.remove(request_id)
-        completions = [Completion(finish_reason="abort") for _ in range(r.params.n)]
-        events = [Event(request_id, i, [], "", finish_reason="abort") for i in range(r.params.n)]
-        events[-1].output = Output(request_id, r.prompt_token_ids, completions)
-        self.events += events
+        request = self._router.requests.get(request_id)
+        if request is not None and request.replica_index is not None:
+            self._outbox.put((request.replica_index, ("abort", request_id)))
+        elif request is not None:
+            self._router.remove(request_id)
+            self.events += request.end_without_tokens("abort")
+
+    def drain_aborts(self) -> None:
+        """Aborts requests whose events are no longer wanted."""
+        while self.abandoned:
+            for id in self.abandoned.popleft():
+                if (request := self._router.requests.get(id)) is not None and request.has_consumer:
+                    request.has_consumer = False
+                    if request.replica_index is not None:
+                        self._outbox.put((request.replica_index, ("abort", id)))
+
+    @property
+    def requests(self) -> "Replicas":
+        """These replicas, for `generate`, `stream` and `as_completed`."""
+        return self
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether requests are unfinished, or events have not been returned."""
         return bool(self._router.requests or self.events)
+
+    def has_events_for(self, request_ids: Collection[int]) -> bool:
+        """Returns whether any of these requests will have events."""
+        return any(id in self._router.requests for id in request_ids) or bool(self.events)
 
     @exclusive()
     def step(self) -> list[Event]:
@@ -275,7 +264,7 @@ class Replicas(GenerateMethods):
         self._dispatch()
         while self._inbox.messages or (any(self._router.num_assigned_seqs) and not self.events):
             self._handle_message(*self._inbox.peek())
-            self._inbox.pop()
+            self._inbox.messages.popleft()
             if not (self.events or self._inbox.messages):
                 break  # no event, but the caller may have other work
         self._dispatch()
@@ -296,11 +285,6 @@ class Replicas(GenerateMethods):
                     self._router.remove(event.request_id)
             events.popleft()
 
-    @property
-    def requests(self) -> "Replicas":
-        """These replicas, for `generate`, `stream` and `as_completed`."""
-        return self
-
     def _require_alive(self) -> None:
         if self.worker_failure:
             raise RuntimeError(self.worker_failure)
@@ -309,7 +293,8 @@ class Replicas(GenerateMethods):
         """Ends all replicas after one has ended; raises the cause."""
         child = self._children[replica_index]
         child.process.join(1)
-        self.worker_failure = child.describe_end(failure)
+        child.failure = failure
+        self.worker_failure = child.describe_end()
         self.close()
         raise (ValueError if failure and failure.is_value_error else RuntimeError)(self.worker_failure)
 
@@ -326,21 +311,21 @@ class Replicas(GenerateMethods):
     @property
     def adapters(self) -> frozenset[str]:
         """Names of the adapters that requests may choose."""
-        return frozenset() if self._adapter_manager is None else frozenset(self._adapter_manager.loaded)
+        return frozenset(self._adapter_manager.loaded)
 
     @exclusive()
     def add_adapter(self, name: str, adapter: Adapter, scale: float | None = None) -> None:
         """Copies a LoRA adapter into every replica, as `Engine.add_adapter`."""
         adapter = lora.with_scale(adapter, scale)
         self._require_alive()
-        self._require_adapter_manager().add(name, adapter)
+        self._adapter_manager.add(name, adapter)
         self._broadcast_call("add_adapter", name, lora.to_cpu(adapter))
 
     @exclusive()
     def update_adapter(self, name: str, adapter: Adapter) -> None:
         """Copies new tensors of the same shapes into an adapter of every replica, as `Engine.update_adapter`."""
         self._require_alive()
-        self._require_adapter_manager().update(name, adapter)
+        self._adapter_manager.update(name, adapter)
         self._broadcast_call("update_adapter", name, lora.to_cpu(adapter))
 
     @exclusive()
@@ -348,40 +333,16 @@ class Replicas(GenerateMethods):
         """Removes an adapter, so that another can be added. Raises ValueError while requests use it."""
         self._require_alive()
         self.drain_aborts()
-        self._require_adapter_manager()[name]
+        self._adapter_manager[name]
         if using := [id for id, r in self._router.requests.items() if r.params.adapter == name]:
             raise ValueError(f"adapter {name!r} is used by requests {using[:8]}: abort them or let them end first")
-        self._require_adapter_manager().remove(name)
+        self._adapter_manager.remove(name)
         self._broadcast_call("remove_adapter", name)
-
-    def _require_adapter_manager(self) -> lora.AdapterManager:
-        if self._adapter_manager is None:
-            raise ValueError("these replicas cannot load adapters: start them with max_adapters=N or adapters={…}")
-        return self._adapter_manager
 
     def _broadcast_call(self, method: str, *args: Any) -> None:
         """Makes every replica's engine call a method, in the order of all messages."""
         for i in range(len(self._children)):
             self._outbox.put((i, ("call", (method, args))))
-
-    def add_many(self, prompts: Any, sampling: Any, *, stream_text: bool, on_error: str) -> list[int]:
-        """Queues one or many prompts. Returns their ids."""
-        prepare = partial(self._prepare, stream_text=stream_text, final_only=not stream_text)
-        requests: list[RoutedRequest | Output] = map_prompts(prepare, prompts, sampling, on_error)
-        return self._enqueue(requests)
-
-    def has_events_for(self, request_ids: Collection[int]) -> bool:
-        """Returns whether any of these requests will have events."""
-        return any(id in self._router.requests for id in request_ids) or bool(self.events)
-
-    def drain_aborts(self) -> None:
-        """Aborts requests whose events are no longer wanted."""
-        while self.abandoned:
-            for id in self.abandoned.popleft():
-                if (r := self._router.requests.get(id)) is not None and r.has_consumer:
-                    r.has_consumer = False
-                    if r.replica_index is not None:
-                        self._outbox.put((r.replica_index, ("abort", [id])))
 
     # --- the end --------------------------------------------------------------------------------------------------
 
@@ -391,19 +352,9 @@ class Replicas(GenerateMethods):
             return
         self.worker_failure = self.worker_failure or "the replicas are closed"
         self._finalizer()
-        if "_grammar_backend" in self.__dict__:
-            self._grammar_backend.close()
-        if "events" in self.__dict__:
-            self._router.clear()
-            self.events.clear()
-
-    def __enter__(self) -> "Replicas":
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        self._grammar_backend.close()
+        self._router.clear()
+        self.events.clear()
 
 
 def _receive_messages(replica_index: int, child: ChildProcess, inbox: Inbox) -> None:
@@ -414,14 +365,14 @@ def _receive_messages(replica_index: int, child: ChildProcess, inbox: Inbox) -> 
     inbox.put(replica_index, None)
 
 
-def _send_messages(children: list[ChildProcess], outbox: queue.SimpleQueue[tuple[int, Any] | None]) -> None:
+def _send_messages(children: list[ChildProcess], outbox: Outbox) -> None:
     """Runs in a thread, for the same reason. A replica always reads, so that none delays the messages to the others."""
     while (message := outbox.get()) is not None:
         with suppress(OSError):  # `_receive_messages` reports the end of the replica
             children[message[0]].pipe.send(message[1])
 
 
-def _close_replicas(children: list[ChildProcess], outbox: queue.SimpleQueue[tuple[int, Any] | None]) -> None:
+def _close_replicas(children: list[ChildProcess], outbox: Outbox) -> None:
     """Ends the replicas, and kills those that take longer than SHUTDOWN_SECONDS."""
     for i in range(len(children)):
         outbox.put((i, ("close", ())))

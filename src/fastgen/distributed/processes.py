@@ -41,15 +41,14 @@ class ChildProcess:
     The child calls `target(pipe, *args)` with the other end. Forks of the parent leave the child alone when they end.
     """
 
-    def __init__(
-        self, context: Any, name: str, target: Callable[..., object], *args: Any, daemon: bool = False
-    ) -> None:
+    def __init__(self, context: Any, name: str, target: Callable[..., Any], *args: Any, daemon: bool = False) -> None:
         self.pipe, child_pipe = context.Pipe()
         self.process: BaseProcess = context.Process(target=target, args=(child_pipe, *args), name=name, daemon=daemon)
         self.process.start()
         _detached_processes.add(self.process)
         child_pipe.close()  # the child has the only copy, so that the pipe ends with the child
         self.name, self.pid, self.is_ready = name, self.process.pid or 0, False
+        self.failure: ChildFailure | None = None  # set by the parent, which reads the pipe
         self.sentinel = self.process.sentinel  # a file descriptor that is readable once the process has ended
         self._pidfd: int | None = None
         with suppress(OSError, AttributeError):  # not on every system
@@ -70,11 +69,14 @@ class ChildProcess:
             else:
                 signal.pidfd_send_signal(self._pidfd, number)
 
-    def describe_end(self, failure: ChildFailure | None = None) -> str:
+    def describe_end(self) -> str:
         """Returns why the process has ended, such as "rank 1 (process 7) was killed by SIGKILL"."""
         code = self.process.exitcode or 0
-        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"{self.name} (process {self.pid}) {f'failed: {failure.message}' if failure else cause}"
+        if code < 0:
+            cause = f"was killed by {signal.Signals(-code).name}"
+        else:
+            cause = f"failed: {self.failure.message}" if self.failure else f"ended with exit code {code}"
+        return f"{self.name} (process {self.pid}) {cause}"
 
     def wait_or_kill(self, timeout: float) -> None:
         """Waits `timeout` seconds for the process to end, then kills it."""
@@ -109,7 +111,8 @@ def run_child(
         with suppress(EOFError, OSError):
             while True:
                 messages.put(pipe.recv())
-        on_parent_exit()
+        with suppress(OSError):
+            on_parent_exit()
         os._exit(1)  # the main thread may wait for a collective that will never complete
 
     threading.Thread(target=receive, daemon=True).start()

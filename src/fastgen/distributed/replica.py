@@ -13,25 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgen.config import EngineConfig, SamplingParams
+from fastgen.core.extensions import Matcher
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.request import Completion, Event, Output
+from fastgen.core.request import Event
 from fastgen.distributed.processes import run_child
+from fastgen.distributed.router import ReplicaRequest
 from fastgen.engine import Engine
-from fastgen.structured_output.backend import GrammarMatcher
 
 REPORT_INTERVAL_SECONDS = 0.2  # after which the parent hears of the stats even where there is no event
-
-
-class AddRequest(NamedTuple):
-    """A request as the parent sends it."""
-
-    id: int
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    stream_text: bool
-    final_only: bool  # whether the parent wants the last event only
-    has_text: bool  # whether completions have text besides tokens
 
 
 class ReplicaInfo(NamedTuple):
@@ -41,7 +30,6 @@ class ReplicaInfo(NamedTuple):
     cache_capacity: int
     device: torch.device
     dtype: torch.dtype
-    config: EngineConfig
     stats: dict[str, int]
 
 
@@ -51,21 +39,17 @@ def run_replica(pipe: Connection, *args: Any) -> None:
 
 
 def _serve_replica(
-    num_threads: int,
-    visible_gpus: str | None,
-    model_path: Path,
-    options: dict[str, Any],
-    pipe: Connection,
+    num_threads: int, visible_gpus: str | None, model_path: Path, options: dict[str, Any], pipe: Connection,
     messages: queue.SimpleQueue[tuple[str, Any]],
-) -> None:
+) -> None:  # fmt: skip
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # for tensor-parallel ranks
     torch.set_num_threads(num_threads)
     if visible_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     with Engine.from_pretrained(model_path, **options) as engine:
         engine.grammars.skip_trials = True  # the parent has tried the grammars that it sends
-        e = engine
-        pipe.send(ReplicaInfo(e.model_config, e.cache_capacity, e.device, e.dtype, e.config, e.stats()))
+        info = engine.model_config, engine.cache_capacity, engine.device, engine.dtype, engine.stats()
+        pipe.send(ReplicaInfo(*info))
         ReplicaLoop(engine, pipe, messages).run()
 
 
@@ -73,11 +57,9 @@ class ReplicaLoop:
     """Makes the calls that the parent sends, steps the engine, and reports events under the parent's ids."""
 
     def __init__(self, engine: Engine, pipe: Connection, messages: queue.SimpleQueue[tuple[str, Any]]) -> None:
-        self.engine, self.pipe, self.messages = engine, pipe, messages
-        self.tokenizer = engine.tokenizer
-        self.engine_ids, self.parent_ids = dict[int, int](), dict[int, int]()  # parent's id -> engine's, and back
-        self.final_only_ids = set[int]()
-        self.compilations, self.aborted_ids = dict[int, Future](), set[int]()  # requests whose grammars are compiled
+        self.engine, self.pipe, self.messages, self.tokenizer = engine, pipe, messages, engine.tokenizer
+        self.requests, self.engine_ids = dict[int, ReplicaRequest](), dict[int, int]()  # by engine's id; parent's -> it
+        self.compiling = dict[int, bool]()  # requests whose grammars are compiled: whether the parent has aborted them
         self.grammar_pool = ThreadPoolExecutor(2, "grammar")
         self.events = deque[Event]()  # to report
 
@@ -100,70 +82,63 @@ class ReplicaLoop:
                 self.pipe.send((self.events, self.engine.stats()))
                 self.events = deque()
 
-    def on_add(self, requests: list[AddRequest]) -> None:
+    def on_add(self, requests: list[ReplicaRequest]) -> None:
         """Adds requests to the engine; those with a grammar follow once a thread has compiled the grammar."""
         self._submit([(request, None) for request in requests if request.params.grammar is None])
         for request in requests:
             if request.params.grammar is not None:
+                self.compiling[request.id] = False
                 future = self.grammar_pool.submit(self.engine.compile_grammar, request.params)
-                self.compilations[request.id] = future
-                future.add_done_callback(lambda _, request=request: self.messages.put(("compiled", request)))
+                future.add_done_callback(lambda f, request=request: self.messages.put(("compiled", (request, f))))
 
-    def on_compiled(self, request: AddRequest) -> None:
+    def on_compiled(self, compiled: tuple[ReplicaRequest, Future]) -> None:
         """Adds a request whose grammar a thread has compiled."""
+        request, future = compiled
+        is_aborted = self.compiling.pop(request.id)
         try:
-            self._submit([(request, self.compilations.pop(request.id).result())])
+            self._submit([(request, future.result())])
         except Exception as e:
-            self._fail(request, e)
-        self.aborted_ids.discard(request.id)
+            self._reject(request, e)
+        if is_aborted:
+            self.on_abort(request.id)
 
-    def on_abort(self, ids: list[int]) -> None:
-        """Aborts requests; those whose grammars are still compiled, once they are."""
-        for id in ids:
-            if id in self.engine_ids:
-                self.engine.abort(self.engine_ids[id])
-            elif id in self.compilations:
-                self.aborted_ids.add(id)
+    def on_abort(self, id: int) -> None:
+        """Aborts a request; if its grammar is still being compiled, once it is."""
+        if id in self.engine_ids:
+            self.engine.abort(self.engine_ids[id])
+        elif id in self.compiling:
+            self.compiling[id] = True
 
     def on_call(self, call: tuple[str, Sequence[Any]]) -> None:
         """Calls a method of the engine."""
         method, args = call
         getattr(self.engine, method)(*args)
 
-    def _submit(self, requests: list[tuple[AddRequest, Sequence[GrammarMatcher | None] | None]]) -> None:
+    def _submit(self, requests: list[tuple[ReplicaRequest, Sequence[Matcher | None] | None]]) -> None:
         """Adds requests to the engine; a request that the engine refuses ends alone."""
-        prepared, accepted = [], list[AddRequest]()
+        core, prepared, accepted = self.engine.core, [], list[ReplicaRequest]()
         for request, matchers in requests:
-            self.engine.core.tokenizer = self.tokenizer if request.has_text else None
+            core.tokenizer = self.tokenizer if request.has_text else None
+            options: Any = {"stream_text": request.stream_text, "matchers": matchers}
             try:
-                prompt = request.prompt_token_ids
-                options: Any = {"stream_text": request.stream_text, "matchers": matchers}
-                prepared.append(self.engine.core.prepare(prompt, request.params, **options))
+                prepared.append(core.prepare(request.prompt_token_ids, request.params, **options))
                 accepted.append(request)
             except Exception as e:
-                self._fail(request, e)
-        for request, engine_id in zip(accepted, self.engine.core.submit(prepared), strict=True):
-            self.engine_ids[request.id], self.parent_ids[engine_id] = engine_id, request.id
-            if request.final_only:
-                self.final_only_ids.add(request.id)
-            if request.id in self.aborted_ids:
-                self.engine.abort(engine_id)
+                self._reject(request, e)
+        for request, engine_id in zip(accepted, core.submit(prepared), strict=True):
+            self.engine_ids[request.id], self.requests[engine_id] = engine_id, request
 
-    def _fail(self, request: AddRequest, error: Exception) -> None:
+    def _reject(self, request: ReplicaRequest, error: Exception) -> None:
         """Reports that the engine refuses a request that the parent has accepted."""
         message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        completions = [Completion(finish_reason="error", error=message) for _ in range(request.params.n)]
-        events = [Event(request.id, i, [], "", finish_reason="error", error=message) for i in range(request.params.n)]
-        events[-1].output = Output(request.id, request.prompt_token_ids, completions)
-        self.events += events
+        self.events += request.end_without_tokens("error", message)
 
     def _step(self) -> None:
         for event in self.engine.step():
-            event.request_id = id = self.parent_ids[event.request_id]
+            request = self.requests[event.request_id]
             if event.output is not None:
-                event.output.request_id = id
-                del self.parent_ids[self.engine_ids.pop(id)]
-            if event.output is not None or id not in self.final_only_ids:
+                event.output.request_id = request.id
+                del self.requests[self.engine_ids.pop(request.id)]
+            if event.output is not None or not request.final_only:
+                event.request_id = request.id
                 self.events.append(event)
-            if event.output is not None:
-                self.final_only_ids.discard(id)

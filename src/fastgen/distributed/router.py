@@ -9,19 +9,22 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from fastgen.config import SamplingParams
+from fastgen.core.request import Completion, Event, FinishReason, Output
 
 PREFIX_AFFINITY = 4  # a cached prefix outweighs a load that is larger by this many times the request's own tokens
 MAX_PREFIXES = 2**14  # prefixes that are remembered
 
 
-@dataclass(slots=True)
-class RoutedRequest:
-    """A request that has not ended."""
+@dataclass(slots=True, eq=False)
+class ReplicaRequest:
+    """A request that has not ended, as the parent queues it and as a replica receives it."""
 
     prompt_token_ids: list[int]
     params: SamplingParams  # with a seed and max_tokens
     stream_text: bool
     final_only: bool  # whether only the last event is wanted
+    has_text: bool  # whether completions have text besides tokens
+    id: int = -1  # the parent's; -1 before the request is queued
     replica_index: int | None = None  # None while the request waits
     has_consumer: bool = True  # False once its events are no longer wanted
 
@@ -29,6 +32,14 @@ class RoutedRequest:
     def max_total_tokens(self) -> int:
         """The most tokens that prompt and completions can have together."""
         return len(self.prompt_token_ids) + self.params.n * (self.params.max_tokens or 0)
+
+    def end_without_tokens(self, reason: FinishReason, error: str = "") -> list[Event]:
+        """Returns the events of a request that ends before it runs."""
+        indices = range(self.params.n)
+        completions = [Completion(finish_reason=reason, error=error) for _ in indices]
+        events = [Event(self.id, i, [], "", finish_reason=reason, error=error) for i in indices]
+        events[-1].output = Output(self.id, self.prompt_token_ids, completions)
+        return events
 
 
 def choose_replica(
@@ -52,27 +63,24 @@ class Router:
     """The unfinished requests of several replicas, and what each replica has been assigned."""
 
     def __init__(self, num_replicas: int, max_num_seqs: int, prefix_tokens: int) -> None:
-        self.requests: dict[int, RoutedRequest] = {}  # by id
-        self.waiting: deque[int] = deque()
+        self.requests: dict[int, ReplicaRequest] = {}  # by id
+        self.waiting: deque[ReplicaRequest] = deque()
         self.assigned_tokens, self.num_assigned_seqs = [0] * num_replicas, [0] * num_replicas
-        self.max_assigned_seqs = (
-            max_num_seqs + max_num_seqs // 4
-        )  # what a replica runs at once, and a quarter to follow
+        self.max_assigned_seqs = max_num_seqs * 5 // 4  # those that a replica runs at once, and a quarter to follow
         self.prefix_tokens = prefix_tokens  # of a page, by which prompts are compared; 0: replicas cache no prefixes
         self._prefix_replicas: dict[int, set[int]] = {}  # by the hash of a prefix
 
-    def add(self, request_id: int, request: RoutedRequest) -> None:
+    def add(self, request: ReplicaRequest) -> None:
         """Queues a request."""
-        self.requests[request_id] = request
-        self.waiting.append(request_id)
+        self.requests[request.id] = request
+        self.waiting.append(request)
 
-    def dispatch(self) -> Iterator[tuple[int, int, RoutedRequest]]:
-        """Assigns waiting requests in their order while a replica accepts them; yields (replica, id, request)."""
+    def dispatch(self) -> Iterator[tuple[int, ReplicaRequest]]:
+        """Assigns waiting requests in their order while a replica accepts them; yields (replica, request)."""
         while self.waiting:
-            id = self.waiting[0]
-            request = self.requests[id]
+            request = self.waiting[0]
             if not request.has_consumer:
-                del self.requests[self.waiting.popleft()]
+                del self.requests[self.waiting.popleft().id]
                 continue
             prefix, n = self._hash_prefix(request), request.params.n
             accepts = [num_seqs == 0 or num_seqs + n <= self.max_assigned_seqs for num_seqs in self.num_assigned_seqs]
@@ -88,9 +96,9 @@ class Router:
                 self._prefix_replicas[prefix] = replicas | {index}
                 if len(self._prefix_replicas) > MAX_PREFIXES:
                     del self._prefix_replicas[next(iter(self._prefix_replicas))]
-            yield index, id, request
+            yield index, request
 
-    def _hash_prefix(self, request: RoutedRequest) -> int | None:
+    def _hash_prefix(self, request: ReplicaRequest) -> int | None:
         """Returns the hash of what the prefix cache compares of a prompt's first page; None if it has no whole page."""
         if not self.prefix_tokens or len(request.prompt_token_ids) <= self.prefix_tokens:
             return None
@@ -106,7 +114,7 @@ class Router:
         """Removes a request that has ended, or that still waits."""
         request = self.requests.pop(request_id)
         if request.replica_index is None:
-            self.waiting.remove(request_id)
+            self.waiting.remove(request)
         else:
             self.assigned_tokens[request.replica_index] -= request.max_total_tokens
             self.num_assigned_seqs[request.replica_index] -= request.params.n

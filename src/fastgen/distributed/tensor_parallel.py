@@ -31,6 +31,7 @@ from fastgen.core.scheduler import SchedulerOutput
 from fastgen.core.transformer import AddLora, ModelOps
 from fastgen.core.types import PartialSum, SamplerOutput, SamplingTensors
 from fastgen.distributed.peer_memory import PeerBuffers
+from fastgen.kernels.batch_invariant import compose_ops
 
 # The newer name of this function, and the older one.
 all_gather_into_tensor: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -114,10 +115,9 @@ class TPProcessGroup(SingleRank):
 def raise_if_inconsistent(rank: int, step: int, digests: list[int]) -> None:
     """Raises RuntimeError that names the ranks whose digest differs from this rank's."""
     if different := [i for i, x in enumerate(digests) if x != digests[rank]]:
-        raise RuntimeError(
-            f"ranks diverged at step {step}: {', '.join(map(str, different))} planned or sampled something else than "
-            f"rank {rank}. All must get the same requests, settings and seeds in the same order"
-        )
+        difference = f"{', '.join(map(str, different))} planned or sampled something else than rank {rank}"
+        advice = "All must get the same requests, settings and seeds in the same order"
+        raise RuntimeError(f"ranks diverged at step {step}: {difference}. {advice}")
 
 
 def shard_ops(
@@ -130,6 +130,7 @@ def shard_ops(
     """
     first, count = vocab_shard(model_config.vocab_size, tp_group.shard)
     rows = vocab_shard(model_config.vocab_size, TPShard(0, tp_group.shard.size))[1]  # of every rank, padding included
+    peer_ops = ops if peer_buffers is None else compose_ops(ops._replace(add_norm=peer_buffers.all_reduce_add_norm))
 
     def embed(weight: Tensor, token: Tensor, position: Tensor, local_config: ModelConfig) -> tuple[Any, ...]:
         index = token - first
@@ -158,38 +159,23 @@ def shard_ops(
 
         return partial_sum(buffer_idx, len(x), write, lambda: local(linear, x, w, bias, add_lora))
 
-    def add_norm(x: Tensor, y: PartialSum, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if peer_buffers is None or y.rank_ptrs is None:
-            return ops.add_norm(x, tp_group.all_reduce(y.local), norm, eps)
-        return peer_buffers.all_reduce_add_norm(x, y, norm, eps)
+    def all_reduced(name: str) -> Callable[..., Any]:
+        """Returns the op of that name for a partial sum `y`, all-reduced in peer memory if `y` lies there."""
+        local_op, peer_op = getattr(ops, name), getattr(peer_ops, name)
 
-    def add_norm_qkv(
-        x: Tensor, y: PartialSum, norm: Tensor, eps: float, w: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if peer_buffers is None or y.rank_ptrs is None:
-            return ops.add_norm_qkv(x, tp_group.all_reduce(y.local), norm, eps, w, bias)
-        x, h = peer_buffers.all_reduce_add_norm(x, y, norm, eps)
-        return x, ops.linear(h, w, bias)
+        def op(x: Tensor, y: PartialSum, *args: Any) -> Any:
+            return local_op(x, tp_group.all_reduce(y.local), *args) if y.rank_ptrs is None else peer_op(x, y, *args)
 
-    def add_norm_gate_up(x: Tensor, y: PartialSum, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        if peer_buffers is None or y.rank_ptrs is None:
-            return ops.add_norm_gate_up(x, tp_group.all_reduce(y.local), norm, eps, gate_up)
-        x, h = peer_buffers.all_reduce_add_norm(x, y, norm, eps)
-        return x, ops.swiglu(ops.linear(h, gate_up, None))
-
-    def final_norm(x: Tensor, y: PartialSum, norm: Tensor, eps: float) -> Tensor:
-        if peer_buffers is None or y.rank_ptrs is None:
-            return ops.final_norm(x, tp_group.all_reduce(y.local), norm, eps)
-        return peer_buffers.all_reduce_add_norm(x, y, norm, eps)[1]
+        return op
 
     def lm_head(h: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
         logits = gather_logits(ops.lm_head(h, w), tp_group, model_config.vocab_size)
         return logits if out is None else out[: len(h)].copy_(logits)
 
+    reading_ops = {name: all_reduced(name) for name in ("add_norm", "add_norm_qkv", "add_norm_gate_up", "final_norm")}
     return ops._replace(
-        embed=embed, out_proj=partial(row_parallel, ops.out_proj, PeerBuffers.ATTENTION),
-        down_proj=partial(row_parallel, ops.down_proj, PeerBuffers.MLP), add_norm=add_norm, add_norm_qkv=add_norm_qkv,
-        add_norm_gate_up=add_norm_gate_up, final_norm=final_norm, lm_head=lm_head,
+        embed=embed, out_proj=partial(row_parallel, ops.out_proj, PeerBuffers.ATTENTION), lm_head=lm_head,
+        down_proj=partial(row_parallel, ops.down_proj, PeerBuffers.MLP), **reading_ops,
     )  # fmt: skip
 
 
@@ -229,9 +215,8 @@ def sample_shard(
     top_logits, top_index = z.topk(min(num_top_logprobs or 0, z.shape[1]), -1)
     total = (z - peak).exp().sum(-1, keepdim=True)
     # Token ids below 2^24 are exact in fp32.
-    return torch.cat(
-        [best, index + vocab_start, z.gather(-1, index), peak, total, top_index + vocab_start, top_logits], -1
-    )
+    token, top_token_ids = index + vocab_start, top_index + vocab_start
+    return torch.cat([best, token, z.gather(-1, index), peak, total, top_token_ids, top_logits], -1)
 
 
 def merge_shards(
@@ -246,7 +231,5 @@ def merge_shards(
     top_logits, order = top_logits.topk(min(num_top_logprobs or 0, vocab_size), -1)
     logprob = torch.where(index == token, logit, float("-inf")).amax(0) - max_logit
     logprob = sampling.zero_or_nan(max_logit) if num_top_logprobs is None else logprob - log_total
-    top_logprobs = top_logits - (max_logit + log_total)[:, None]
-    return SamplerOutput(
-        token.clamp_max(vocab_size - 1).long(), logprob, top_index.gather(-1, order).long(), top_logprobs
-    )
+    token, top_token_ids = token.clamp_max(vocab_size - 1).long(), top_index.gather(-1, order).long()
+    return SamplerOutput(token, logprob, top_token_ids, top_logits - (max_logit + log_total)[:, None])

@@ -106,27 +106,25 @@ class WorkerGroup(TPProcessGroup):
     active: "WorkerGroup | None" = None
     has_workers = True
 
-    def __init__(
-        self, tp_size: int, device_type: str, load_shard: LoadShard, engine_options: dict[str, Any], engine_class: Any
-    ) -> None:
+    def __init__(self, tp_size: int, device_type: str, *engine_args: Any) -> None:
+        """`engine_args` are the LoadShard, the options and the class of every rank's engine."""
         self.failure_cause = ""
         self.shard = UNSHARDED  # until all ranks have met
         self._closing = threading.Event()
         self._owner_pid = os.getpid()
-        self._failures = dict[int, ChildFailure]()  # by rank
         self._call_started_at: float | None = None  # while a collective call runs
         self._pipe_lock = threading.Lock()
         # Ranks meet through a file, without a socket, that only this user can open. In a file system of memory other
         # files cannot fill the disk it lies on. If this process is killed, another rank removes the file.
         shm_dir = SHM_DIR if os.path.isdir(SHM_DIR) else None
         self._rendezvous_file = tempfile.NamedTemporaryFile(prefix="fastgen-ranks-", dir=shm_dir)
-        context = multiprocessing.get_context("spawn")
-        options = tp_size, self._rendezvous_file.name, device_type, load_shard, engine_options, engine_class
+        path, context = self._rendezvous_file.name, multiprocessing.get_context("spawn")
         self._workers = list[ChildProcess]()
         WorkerGroup.active = self
         try:
             for rank in range(1, tp_size):
-                self._workers.append(ChildProcess(context, f"rank {rank}", _worker_main, rank, *options, daemon=True))
+                options = TPShard(rank, tp_size), path, device_type, *engine_args
+                self._workers.append(ChildProcess(context, f"rank {rank}", _run_worker, *options, daemon=True))
             threading.Thread(target=self._monitor_workers, name="ranks", daemon=True).start()
             end = time.monotonic() + START_TIMEOUT
             while late := [worker.name for worker in self._workers if not worker.is_ready]:
@@ -135,8 +133,7 @@ class WorkerGroup(TPProcessGroup):
                     raise RuntimeError(f"{', '.join(late)} did not start within {START_TIMEOUT:.0f} s")
                 time.sleep(0.01)
             with self.collective_call(), loopback_only():
-                store = FileStore(self._rendezvous_file.name, -1)
-                rendezvous.init_process_group(device_type, 0, tp_size, store, COLLECTIVE_TIMEOUT)
+                _init_process_group(TPShard(0, tp_size), path, device_type)
                 super().__init__()
         except BaseException:
             self.close()
@@ -199,11 +196,11 @@ class WorkerGroup(TPProcessGroup):
 
     def _monitor_workers(self) -> None:
         """Runs in a thread: once a rank ends or fails, records the cause and ends the others."""
-        pipes = {worker.pipe: i for i, worker in enumerate(self._workers)}
+        workers = {worker.pipe: worker for worker in self._workers}
         sentinels = {worker.sentinel for worker in self._workers}
         failed_at: float | None = None
         while failed_at is None or time.monotonic() < failed_at + FAILURE_REPORT_TIMEOUT:
-            ready = wait([*pipes, *sentinels], None if failed_at is None else FAILURE_REPORT_TIMEOUT)
+            ready = wait([*workers, *sentinels], None if failed_at is None else FAILURE_REPORT_TIMEOUT)
             if self._closing.is_set():
                 return
             for source in ready:
@@ -214,13 +211,13 @@ class WorkerGroup(TPProcessGroup):
                 try:
                     message = source.recv()
                 except (EOFError, OSError):
-                    del pipes[source]
+                    del workers[source]
                     continue
                 if isinstance(message, ChildFailure):
-                    self._failures[pipes[source]] = message
+                    workers[source].failure = message
                     failed_at = failed_at or time.monotonic()
                 else:
-                    self._workers[pipes[source]].is_ready = True
+                    workers[source].is_ready = True
         self.failure_cause = self.failure_cause or self._describe_failure()
         self._kill_workers()
         if torch.cuda.is_available():  # kernels would wait for those of the ended rank forever
@@ -239,13 +236,10 @@ class WorkerGroup(TPProcessGroup):
     def _describe_failure(self) -> str:
         """Returns the first cause: a rank that was killed, otherwise the earliest error; the other errors follow it."""
         ended = [worker for worker in self._workers if worker.process.exitcode is not None]
-        for worker in ended:
-            if (worker.process.exitcode or 0) < 0:
-                return worker.describe_end()
-        if self._failures:
-            i, failure = min(self._failures.items(), key=lambda item: item[1].time)
-            return self._workers[i].describe_end(failure)
-        return "; ".join(worker.describe_end() for worker in ended)
+        killed = [worker for worker in ended if (worker.process.exitcode or 0) < 0]
+        failures = {worker.failure.time: worker for worker in self._workers if worker.failure is not None}
+        first = killed[:1] or [worker for _, worker in sorted(failures.items())[:1]]
+        return "; ".join(worker.describe_end() for worker in first or ended)
 
     def _kill_workers(self) -> None:
         for worker in self._workers:
@@ -270,35 +264,27 @@ class WorkerGroup(TPProcessGroup):
         WorkerGroup.active = None
 
 
-def _worker_main(pipe: Connection, rank: int, tp_size: int, rendezvous_path: str, *options: Any) -> None:
+def _init_process_group(tp_shard: TPShard, rendezvous_path: str, device_type: str) -> None:
+    store = FileStore(rendezvous_path, -1)
+    rendezvous.init_process_group(device_type, tp_shard.rank, tp_shard.size, store, COLLECTIVE_TIMEOUT)
+
+
+def _run_worker(pipe: Connection, tp_shard: TPShard, rendezvous_path: str, *options: Any) -> None:
     """Runs the process of a rank other than 0."""
-
-    def remove_rendezvous_file() -> None:
-        with suppress(OSError):
-            os.unlink(rendezvous_path)
-
-    serve = partial(_serve_rank, rank, tp_size, rendezvous_path, *options)
-    run_child(pipe, serve, on_parent_exit=remove_rendezvous_file)
+    serve = partial(_serve_rank, tp_shard, rendezvous_path, *options)
+    run_child(pipe, serve, on_parent_exit=lambda: os.unlink(rendezvous_path))
 
 
 def _serve_rank(
-    rank: int,
-    tp_size: int,
-    rendezvous_path: str,
-    device_type: str,
-    load_shard: LoadShard,
-    engine_options: dict[str, Any],
-    engine_class: Any,
-    pipe: Connection,
-    calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], dict[str, Any]]],
-) -> None:
+    tp_shard: TPShard, rendezvous_path: str, device_type: str, load_shard: LoadShard, engine_options: dict[str, Any],
+    engine_class: Any, pipe: Connection, calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], dict[str, Any]]],
+) -> None:  # fmt: skip
     """Creates a rank's engine, which then makes the calls that rank 0's engine makes."""
     pipe.send("ready")
     with loopback_only():
-        store = FileStore(rendezvous_path, -1)
-        rendezvous.init_process_group(device_type, rank, tp_size, store, COLLECTIVE_TIMEOUT)
+        _init_process_group(tp_shard, rendezvous_path, device_type)
         tp_group = TPProcessGroup()
-    device, memory = rank_device(device_type, rank), EngineMemory()
+    device, memory = rank_device(device_type, tp_shard.rank), EngineMemory()
     allocate = memory.params_allocator(torch.device(device))
     model_config, params, tokenizer = load_shard(tp_group.shard, device, allocate=allocate)
     with engine_class(params, model_config, tokenizer, progress=False, tp_group=tp_group, **engine_options) as engine:

@@ -167,14 +167,19 @@ def init(
     return build_adapter(model_config, pairs, scaling(rank, alpha, use_rslora=use_rslora))
 
 
-@torch.no_grad()
-def copy_adapter(target: Adapter, source: Adapter) -> None:
-    """Writes `target` in place, casting. Raises ValueError if `source` has other pairs or shapes."""
+def check_same_shapes(target: Adapter, source: Adapter) -> None:
+    """Raises ValueError if `source` has other pairs or shapes than `target`."""
     for i, layers in enumerate(zip(target.layers, source.layers, strict=True)):
         for field, pairs in zip(LayerLora._fields, zip(*layers, strict=True), strict=True):
             old, new = ([tuple(x.shape) for x in pair] if pair is not None else None for pair in pairs)
             if old != new:
                 raise ValueError(f"adapter: layer {i} {field} is {old} here and {new} in the update")
+
+
+@torch.no_grad()
+def copy_adapter(target: Adapter, source: Adapter) -> None:
+    """Writes `target` in place, casting. Raises ValueError if `source` has other pairs or shapes."""
+    check_same_shapes(target, source)
     for x, y in zip(parameters(target), parameters(source), strict=True):
         x.copy_(y)
 

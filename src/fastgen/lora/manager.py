@@ -14,6 +14,7 @@ from fastgen.lora.adapter import (
     PACKED_MODULES,
     adapter_rank,
     build_adapter,
+    check_same_shapes,
     check_structure,
     copy_adapter,
     lora_targets,
@@ -121,9 +122,11 @@ class AdapterManager:
         """Returns the index of an adapter among the stacked ones. Raises ValueError for an unknown name."""
         return self[name].adapter_idx
 
-    @torch.no_grad()
-    def add(self, name: str, adapter: Adapter) -> LoadedAdapter:
-        """Copies an unsharded adapter into free buffers. Raises ValueError if it does not fit, or is not finite."""
+    def check_new(self, name: str, adapter: Adapter) -> tuple[int, Adapter]:
+        """Returns a free index, and the rank's shard of an unsharded adapter that `add` may copy there.
+
+        Raises ValueError if the adapter does not fit, or is not finite.
+        """
         _check_name(name)
         check_structure(name, adapter)
         if not name or name in self.loaded:
@@ -137,7 +140,24 @@ class AdapterManager:
             raise ValueError(f"{problem}; remove one or raise lora.max_adapters")
         shard = shard_adapter(adapter, self.model_config, self.tp_shard)
         check_finite(name, adapter, self.dtype)
-        idx = min(free)
+        return min(free), shard
+
+    def check_update(self, name: str, adapter: Adapter) -> Adapter:
+        """Returns the rank's shard of an unsharded adapter that `update` may copy.
+
+        Raises ValueError if the adapter has other pairs or shapes than the loaded one, or is not finite.
+        """
+        loaded = self[name]
+        check_structure(name, adapter)
+        check_finite(name, adapter, self.dtype)
+        shard = shard_adapter(adapter, self.model_config, self.tp_shard)
+        check_same_shapes(loaded.adapter, shard)
+        return shard
+
+    @torch.no_grad()
+    def add(self, name: str, adapter: Adapter) -> LoadedAdapter:
+        """Copies an unsharded adapter into free buffers. Raises ValueError if it does not fit, or is not finite."""
+        idx, shard = self.check_new(name, adapter)
         # Views of the adapter that was removed from this index may still be written.
         for x in tree_leaves(self.adapters.layers):
             x[idx].zero_()
@@ -167,9 +187,7 @@ class AdapterManager:
         if adapter is None:
             check_finite(name, loaded.adapter, self.dtype, self.tp_group)
         else:
-            check_structure(name, adapter)
-            check_finite(name, adapter, self.dtype)
-            copy_adapter(loaded.adapter, shard_adapter(adapter, self.model_config, self.tp_shard))
+            copy_adapter(loaded.adapter, self.check_update(name, adapter))
             self.adapters.scale[loaded.adapter_idx] = adapter.scale
             loaded = loaded._replace(adapter=loaded.adapter._replace(scale=adapter.scale))
         return self._register(name, loaded._replace(version=loaded.version + 1))
