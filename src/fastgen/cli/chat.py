@@ -14,22 +14,21 @@ from pathlib import Path
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.shortcuts import CompleteStyle
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch.utils._pytree import tree_leaves
 
 import fastgen
 from fastgen import Engine, SamplingParams
 from fastgen.checkpoint import hub, tokenizer
-from fastgen.cli.hydra_config import RunConfig, compose, explain_error, model_override
+from fastgen.cli.hydra_config import HYDRA_ERRORS, RunConfig, compose, model_override, reject_fgrun_keys
 from fastgen.cli.run import build_engine
 from fastgen.config import unknown_name_message
 from fastgen.conversation import Conversation, ConversationTooLong, check_can_chat
@@ -64,21 +63,21 @@ MIN_SHOWN_LOGPROB = math.log(0.0005)  # lower ones would be shown as 0.0%
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would move the cursor or change colors
 
 
+HELP_TEXTS = {name: text for name, (_, text) in COMMANDS.items()}
+COMMAND_NAMES = WordCompleter([*COMMANDS, "/help"], meta_dict=HELP_TEXTS, WORD=True)
+FILE_NAMES = PathCompleter(expanduser=True)
+SETTINGS = WordCompleter([f"{name}=" for name in SamplingParams.__slots__], WORD=True)
+ARGUMENT_COMPLETERS: dict[str, Completer] = {"/s": SETTINGS, "/save": FILE_NAMES, "/load": FILE_NAMES}
+
+
 class CommandCompleter(Completer):
-    """Completer for commands, names of sampling parameters after /s, and files after /save and /load."""
+    """Completes commands, names of sampling parameters after /s, and files after /save and /load."""
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        command, space, rest = document.text_before_cursor.partition(" ")
-        if not command.startswith("/"):
-            return
-        if command in ("/save", "/load") and space:
-            yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
-            return
-        words = [f"{name}=" for name in SamplingParams.__slots__] if command == "/s" and space else []
-        word = rest.rpartition(" ")[2] if space else command
-        for option in words if space else [*COMMANDS, "/help"]:
-            if option.startswith(word):
-                yield Completion(option, -len(word), display_meta=COMMANDS.get(option, ("", ""))[1])
+        command, space, arguments = document.text_before_cursor.partition(" ")
+        completer = ARGUMENT_COMPLETERS.get(command) if space else COMMAND_NAMES
+        if command.startswith("/") and completer is not None:
+            yield from completer.get_completions(Document(arguments if space else command), complete_event)
 
 
 def stream_answer(conversation: Conversation, message: str, write: Callable[[str], None]) -> bool:
@@ -95,18 +94,17 @@ def stream_answer(conversation: Conversation, message: str, write: Callable[[str
             raise KeyboardInterrupt
         stopped = True
 
-    previous_handler, last_text = signal.signal(signal.SIGINT, stop), ""
+    previous_handler, last_text = signal.signal(signal.SIGINT, stop), "\n"
     try:
         with closing(conversation.ask(message)) as texts:
             for text in texts:
-                if text:
-                    write(text)
-                    last_text = text
+                write(text)
+                last_text = text or last_text
                 if stopped:
                     break
     finally:
         signal.signal(signal.SIGINT, previous_handler)
-        if last_text and not last_text.endswith("\n"):
+        if not last_text.endswith("\n"):
             write("\n")
     return stopped
 
@@ -116,9 +114,9 @@ def format_stats(conversation: Conversation) -> tuple[str, str]:
     last, note = conversation.turns[-1], ""
     num_tokens = len(last.answer.token_ids)
     if last.answer.finish_reason == "length":
-        is_full = len(last.prompt_token_ids) + num_tokens >= conversation.max_length
-        limit = f"max_tokens={num_tokens} ended the answer"
-        note = f"the context of {conversation.max_length} tokens is full" if is_full else limit
+        note = f"max_tokens={num_tokens} ended the answer"
+        if len(last.prompt_token_ids) + num_tokens >= conversation.max_length:
+            note = f"the context of {conversation.max_length} tokens is full"
     return f"--- [{num_tokens} tokens, {last.tokens_per_second:.3f}toks/s]", note
 
 
@@ -133,14 +131,15 @@ class TerminalChat:
             complete_style=CompleteStyle.READLINE_LIKE,  # a menu needs eight empty lines below every prompt
         )  # fmt: skip
         self.command_handlers: dict[str, Callable[[str], None]] = {
-            "/r": self._reset, "/m": self._ask_multiline, "/s": self._set_sampling, "/system": self._set_system,
+            "/r": self._rewind, "/m": self._ask_multiline, "/s": self._set_sampling, "/system": self._set_system,
             "/p": self._show_alternatives, "/save": self._save, "/load": self._load,
             "/h": self._show_help, "/help": self._show_help,
         }  # fmt: skip
 
     def run(self) -> None:
         """Reads lines until /q or the end of input. An error prints one line and ends neither chat nor conversation."""
-        self.console.print("[bold]Ready to chat![/] /r N rewind to turn N, /m several lines, /q quit, /h all commands")
+        commands = " /r N rewind to turn N, /m several lines, /q quit, /h all commands"
+        self.console.print(Text.assemble(("Ready to chat!", "bold"), commands))
         while True:
             try:
                 line = self.session.prompt(f"{len(self.conversation.turns) + 1}> ").strip()
@@ -152,9 +151,10 @@ class TerminalChat:
             except EOFError:
                 return
             except ConversationTooLong as e:
-                self._print_error(f"{e}. /r N rewinds to before turn N, /r 1 starts over, /save FILE saves it")
+                advice = "/r N rewinds to before turn N, /r 1 starts over, /save FILE saves it"
+                self.console.print(f"{e}. {advice}", style="red")
             except (ValueError, OSError, torch.OutOfMemoryError) as e:
-                self._print_error(str(e))
+                self.console.print(str(e), style="red")
 
     def _handle_line(self, line: str) -> None:
         name, _, arguments = line.partition(" ")
@@ -169,21 +169,19 @@ class TerminalChat:
     def _ask(self, message: str) -> None:
         if not message:
             return
-        num_turns = len(self.conversation.turns)
-
-        def write(text: str) -> None:
-            self.console.out(_replace_control_characters(text), end="", highlight=False)
-
-        stopped = stream_answer(self.conversation, message, write)
-        if len(self.conversation.turns) == num_turns:
+        conversation, num_turns = self.conversation, len(self.conversation.turns)
+        stopped = stream_answer(
+            conversation, message, lambda text: self.console.out(_replace_control_characters(text), end="")
+        )
+        if len(conversation.turns) == num_turns:
             return self._print_note("stopped before the first token; the message is discarded")
-        stats, note = format_stats(self.conversation)
-        self._print_note(stats)
+        stats, note = format_stats(conversation)
         if stopped:
-            self._print_note("stopped; the text so far is the answer")
+            note = "stopped; the text so far is the answer"
         elif note:
             advice = "/s max_tokens=null removes the limit" if "max_tokens" in note else "/r N rewinds to before turn N"
-            self._print_note(f"{note}: {advice}")
+            note = f"{note}: {advice}"
+        self._print_note("\n".join(filter(None, (stats, note))))
 
     def _ask_multiline(self, _: str) -> None:
         lines: list[str] = []
@@ -194,7 +192,7 @@ class TerminalChat:
             pass
         self._ask("\n".join(lines).strip())
 
-    def _reset(self, number: str) -> None:
+    def _rewind(self, number: str) -> None:
         if not number.isdecimal():
             raise ValueError("/r N: which turn? /r 1 starts over")
         self.conversation.rewind(int(number))
@@ -207,15 +205,15 @@ class TerminalChat:
         except HydraException as e:
             raise ValueError(f"/s {settings}: settings are NAME=VALUE, such as temperature=0.7 stop=[END]") from e
         items = self.conversation.notable_settings().items()
-        self.console.print(Text(" ".join(f"{name}={json.dumps(value)}" for name, value in items)))
+        self.console.print(" ".join(f"{name}={json.dumps(value)}" for name, value in items))
 
     def _set_system(self, text: str) -> None:
         if text:
             self.conversation.system = None if text == "-" else text
-        self.console.print(Text(self.conversation.system or "no system prompt; the model's template may add its own"))
+        self.console.print(self.conversation.system or "no system prompt; the model's template may add its own")
 
     def _save(self, name: str) -> None:
-        file = Path(name or _raise_missing_file("/save")).expanduser()
+        file = _parse_file("/save", name)
         if file.exists() and file != self.saved_file:
             raise ValueError(f"{file} exists already: choose another name, or remove it first")
         self.conversation.save(file)
@@ -223,44 +221,42 @@ class TerminalChat:
         self._print_note(f"saved {len(self.conversation.turns)} turns to {file}")
 
     def _load(self, name: str) -> None:
-        file = Path(name or _raise_missing_file("/load")).expanduser()
+        file = _parse_file("/load", name)
         self.conversation.load(file)
         self.saved_file = file
         for number, turn in enumerate(self.conversation.turns, 1):
-            self.console.print(Text(_replace_control_characters(f"{number}> {turn.message}\n{turn.answer.text}")))
+            self.console.print(_replace_control_characters(f"{number}> {turn.message}\n{turn.answer.text}"))
 
     def _show_alternatives(self, _: str) -> None:
         turns, tokenizer = self.conversation.turns, self.conversation.engine.tokenizer
         answer = turns[-1].answer if turns else None
         if answer is None or answer.logprobs is None or answer.top_logprobs is None or tokenizer is None:
             raise ValueError("this session has no answer yet whose tokens could be shown")
-        table = Table("token", "probability", "most likely tokens", box=None)
+        table = Table("token", "probability", Column("most likely tokens", style="dim"), box=None)
         for token, logprob, top in zip(answer.token_ids, answer.logprobs, answer.top_logprobs, strict=True):
-            top = [(tokenizer.decode([t]), math.exp(p)) for t, p in top.items() if p > MIN_SHOWN_LOGPROB]
-            style = "green" if (p := math.exp(logprob)) > 0.5 else "yellow" if p > 0.1 else "red"
-            alternatives = Text("  ".join(f"{text!r} {q:.1%}" for text, q in top), "dim")
+            p, shown = math.exp(logprob), {t: q for t, q in top.items() if q > MIN_SHOWN_LOGPROB}
+            style = "green" if p > 0.5 else "yellow" if p > 0.1 else "red"
+            alternatives = "  ".join(f"{tokenizer.decode([t])!r} {math.exp(q):.1%}" for t, q in shown.items())
             table.add_row(Text(repr(tokenizer.decode([token])), style), f"{p:.1%}", alternatives)
         self.console.print(table)
-        self._print_note(
-            f"{turns[-1].num_cached_tokens} of {len(turns[-1].prompt_token_ids)} prompt tokens were cached"
-        )
+        num_cached, num_prompt = turns[-1].num_cached_tokens, len(turns[-1].prompt_token_ids)
+        self._print_note(f"{num_cached} of {num_prompt} prompt tokens were cached")
 
     def _show_help(self, _: str) -> None:
-        table = Table(box=None, show_header=False)
+        table = Table(Column(style="bold"), Column(), box=None, show_header=False)
         for name, (arguments, text) in COMMANDS.items():
-            table.add_row(Text(f"{name} {arguments}", "bold"), Text(text))
+            table.add_row(f"{name} {arguments}", text)
         self.console.print(table)
         self._print_note("Ctrl-C stops an answer; Tab completes; ↑ recalls earlier lines")
 
     def _print_note(self, text: str) -> None:
-        self.console.print(Text(text, "dim"))
-
-    def _print_error(self, text: str) -> None:
-        self.console.print(Text(text, "red"))
+        self.console.print(text, style="dim")
 
 
-def _raise_missing_file(command: str) -> str:
-    raise ValueError(f"{command} FILE: which file?")
+def _parse_file(command: str, name: str) -> Path:
+    if not name:
+        raise ValueError(f"{command} FILE: which file?")
+    return Path(name).expanduser()
 
 
 def _replace_control_characters(text: str) -> str:
@@ -297,9 +293,7 @@ def _compose_config(args: argparse.Namespace) -> RunConfig:
     models = [w for w in args.words if w not in overrides]
     if len(models) > 1:
         raise ValueError(f"expected one model, got {' and '.join(models)}; settings are KEY=VALUE")
-    for override in overrides:
-        if re.match(r"(prompt|chat|task|out)\b", override):
-            raise ValueError(f"{override}: is a setting of fgrun; type or pipe messages, or use -p")
+    reject_fgrun_keys(overrides, "is a setting of fgrun; type or pipe messages, or use -p")
     defaults = [model_override(m) for m in models]
     for group, choice in (("sampling", "chat"), ("schedule", "latency")):
         defaults += [] if any(o.startswith(f"{group}=") for o in overrides) else [f"{group}={choice}"]
@@ -344,8 +338,8 @@ def main(argv: list[str] | None = None) -> int:
             num_bytes = sum(w.nbytes for w in tree_leaves(engine.params) if w is not None)
             name, dtype = Path(config.model.path or hub.FOLDER).name, str(engine.dtype).removeprefix("torch.")
             placement = f"{num_bytes / 1e9:.1f} GB, {dtype} on {engine.device}"
-            console = Console(highlight=False)
-            console.print(Text(f"{name}: {placement}, a context of {conversation.max_length} tokens", "dim"))
+            console = Console(highlight=False, markup=False, emoji=False)
+            console.print(f"{name}: {placement}, a context of {conversation.max_length} tokens", style="dim")
             TerminalChat(conversation, console).run()
     except KeyboardInterrupt:
         return 130
@@ -353,8 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        print(f"fgchat: {explain_error(e) if isinstance(e, HydraException) else e}", file=sys.stderr)
-        return 2 if isinstance(e.__cause__, HydraException | OmegaConfBaseException) else 1
+        print(f"fgchat: {e}", file=sys.stderr)
+        return 2 if isinstance(e.__cause__, HYDRA_ERRORS) else 1
     return 0
 
 

@@ -3,10 +3,13 @@
 The schema is made from the dataclasses of fastgen.config, so keys, types and ranges are defined once.
 """
 
+import argparse
 import difflib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,12 @@ from fastgen.cli.prompt_files import FORMATS
 from fastgen.config import EngineConfig, GrpoConfig, LoadConfig, SamplingParams, check_choice, unknown_name_message
 
 TASKS = ("generate", "stream", "profile", "grpo")
+TEXT_KEYS = ("prompt", "model.path", "sampling.grammar")  # always one text: a comma does not make a sweep
+FLAGS_WITH_VALUE = {
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+    "--info", "-i", "--experimental-rerun",
+}  # fmt: skip
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +107,7 @@ def compose(*overrides: str) -> RunConfig:
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return to_dataclass(hydra.compose("config", [quote_override(o) for o in overrides]))
-    except (HydraException, OmegaConfBaseException) as e:
+    except HYDRA_ERRORS as e:
         raise ValueError(explain_error(e)) from e
 
 
@@ -109,13 +118,34 @@ def model_override(model: str) -> str:
     return f"model.path={model}" if is_path and not is_name else f"model={model}"
 
 
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, text_options: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Parses a command line (None: the process's own) whose settings may stand anywhere, even after an option.
+
+    Appends the KEY=VALUE words to the namespace's `overrides`, except for values of `text_options`.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    is_override = [
+        option not in text_options and bool(re.match(r"[+~]{0,2}[\w.]+=", word))
+        for option, word in zip(["", *words], words, strict=False)
+    ]
+    args = parser.parse_intermixed_args([w for w, override in zip(words, is_override, strict=True) if not override])
+    args.overrides += compress(words, is_override)
+    return args
+
+
+def reject_fgrun_keys(overrides: Iterable[str], reason: str, *more_keys: str) -> None:
+    """Raises ValueError for overrides of fgrun's prompts, task and output, and of `more_keys`."""
+    for override in overrides:
+        if re.split(r"\W", expand_key(override), maxsplit=1)[0] in ("prompt", "chat", "task", "out", *more_keys):
+            raise ValueError(f"{override}: {reason}")
+
+
 def expand_key(argument: str) -> str:
     """Adds the group to the key of an override: `page_size=32` becomes `kv_cache.page_size=32`."""
     key, equals, text = argument.partition("=")
     return f"{KEY_ALIASES.get(key, key)}{equals}{text}"
-
-
-TEXT_KEYS = ("prompt", "model.path", "sampling.grammar")  # always one text: a comma does not make a sweep
 
 
 def _parses(argument: str) -> bool:
@@ -154,19 +184,12 @@ def quote_override(argument: str) -> str:
 
 def _to_hydra_list(text: str) -> str:
     """Converts a text or a list of texts, with or without quotes, to a list in Hydra's grammar."""
-    if text.startswith("["):
-        if _parses(f"x={text}"):
-            return text
-        if text.endswith("]") and not set(text) & {"'", '"'}:  # unquoted texts with special characters
-            return f"[{','.join(_quote_text(part.strip()) for part in text[1:-1].split(','))}]"
+    if text.startswith("[") and _parses(f"x={text}"):
+        return text
+    if text.startswith("[") and text.endswith("]") and not set(text) & {"'", '"'}:  # has special characters
+        return f"[{','.join(_quote_text(part.strip()) for part in text[1:-1].split(','))}]"
     is_quoted = text.startswith(("'", '"')) and _parses(f"x=[{text}]")
     return f"[{text if is_quoted else _quote_text(text)}]"
-
-
-FLAGS_WITH_VALUE = {
-    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
-    "--info", "-i", "--experimental-rerun",
-}  # fmt: skip
 
 
 def to_hydra_arguments(arguments: Sequence[str]) -> list[str]:
@@ -194,15 +217,15 @@ def to_hydra_arguments(arguments: Sequence[str]) -> list[str]:
 def _unknown_key_message(key: str) -> str:
     """Returns the error message for an unknown key. It suggests the nearest key, of this group or of another."""
     schema = OmegaConf.structured(RunConfig)
-    groups = {group: list(node) for group, node in schema.items() if isinstance(node, DictConfig)}
-    keys = [*schema, "+experiment", "+debug", *(f"{group}.{name}" for group in groups for name in groups[group])]
+    keys = [*schema, "+experiment", "+debug"]
+    keys += [f"{group}.{name}" for group, node in schema.items() if isinstance(node, DictConfig) for name in node]
     group, _, name = key.rpartition(".")
     same_name = [k for k in keys if k.endswith(f".{name}")]
     same_group = [k for k in keys if k.rpartition(".")[0] == group]
     for options in (same_name, same_group, keys):
-        names = {k.rpartition(".")[2]: k for k in options} | (
-            KEY_ALIASES if options is same_group and not group else {}
-        )
+        names = {k.rpartition(".")[2]: k for k in options}
+        if options is same_group and not group:
+            names |= KEY_ALIASES
         if close := difflib.get_close_matches(name, names, n=1):
             return unknown_name_message("key", key, [names[close[0]]])
     return unknown_name_message("key", key, same_group or keys)

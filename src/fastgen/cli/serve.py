@@ -17,7 +17,7 @@ import fastgen
 from fastgen import Engine, Replicas, lora
 from fastgen.checkpoint import hub
 from fastgen.cli import run
-from fastgen.cli.hydra_config import RunConfig, compose, expand_key, model_override
+from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_arguments, reject_fgrun_keys
 from fastgen.server.log import nonblocking_stderr, print_message
 from fastgen.server.supervisor import Supervisor, listen, temporary_folder
 
@@ -119,9 +119,7 @@ def list_allowed_hosts(host: str, address: str, names: Sequence[str]) -> tuple[s
 
 def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
     """Returns the engine's configuration and the model's name. Raises ValueError where fgrun would refuse too."""
-    for override in args.overrides:
-        if re.match(r"(prompt|chat|task|out|sampling)\b", expand_key(override)):
-            raise ValueError(f"{override}: requests bring this themselves")
+    reject_fgrun_keys(args.overrides, "requests bring this themselves", "sampling")
     parallel = {name: getattr(args, name) for name in ("tensor_parallel", "replicas")}
     overrides = [*args.overrides, *(f"parallel.{name}={n}" for name, n in parallel.items() if n is not None)]
     model_choice = [] if args.model is None else [model_override(args.model)]
@@ -162,14 +160,7 @@ def load_engine(config: RunConfig) -> tuple[Engine | Replicas, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script; returns the exit status: 2 for a wrong command, 1 for a server that failed."""
-    words = sys.argv[1:] if argv is None else argv
-    # Overrides may stand anywhere, even after an option.
-    pairs = zip(["", *words], words, strict=False)
-    is_override = [
-        before not in FREE_TEXT_OPTIONS and bool(re.match(r"[+~]{0,2}[\w.]+=", word)) for before, word in pairs
-    ]
-    args = _make_parser().parse_intermixed_args([w for w, is_one in zip(words, is_override, strict=True) if not is_one])
-    args.overrides += [w for w, is_one in zip(words, is_override, strict=True) if is_one]
+    args = parse_arguments(_make_parser(), argv, FREE_TEXT_OPTIONS)
     if missing := [name for name in REQUIRED_PACKAGES if not find_spec(name)]:
         print(f"fgserve needs {', '.join(missing)}: pip install fastgen[serve]", file=sys.stderr)
         return 1

@@ -24,7 +24,7 @@ from fastgen.checkpoint import files, hub, weights
 from fastgen.cli.bench import hardware
 from fastgen.cli.bench.results import Row, format_table, merge_rows, parse_peer_log, plot_rows, read_rows
 from fastgen.cli.bench.workload import Workload
-from fastgen.cli.hydra_config import RunConfig, compose, model_override
+from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_arguments, reject_fgrun_keys
 from fastgen.cli.prompt_files import check_output
 from fastgen.cli.run import build_engines
 from fastgen.config import ParallelConfig
@@ -220,9 +220,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _compose_config(args: argparse.Namespace) -> RunConfig:
     """Composes the model and settings. Raises ValueError for settings that fgrun refuses, and for those of its task."""
-    for override in args.overrides:
-        if re.match(r"(prompt|chat|task|out)\b", override):
-            raise ValueError(f"{override}: fgbench makes its own prompts and keeps no text")
+    reject_fgrun_keys(args.overrides, "fgbench makes its own prompts and keeps no text")
     return compose(model_override(args.model), f"sampling.temperature={args.temperature}", *args.overrides)
 
 
@@ -287,10 +285,7 @@ def run_benchmarks(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script. Returns the exit status: 2 for a wrong command, 1 for a run that failed."""
-    arguments = sys.argv[1:] if argv is None else argv
-    overrides = [a for a in arguments if re.match(r"[+~]{0,2}[\w.]+=", a)]  # anywhere, even after --workload
-    args = _make_parser().parse_intermixed_args([a for a in arguments if a not in overrides])
-    args.overrides += overrides
+    args = parse_arguments(_make_parser(), argv)
     rows, peer_rows = list[Row](), list[Row]()
     status = 2
     try:
