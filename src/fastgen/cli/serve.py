@@ -5,7 +5,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -37,42 +38,32 @@ examples:
 """
 
 
-def _parse_positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+def _option_type(convert: Callable[[str], Any], is_valid: Callable[[Any], Any], valid: str) -> Callable[[str], Any]:
+    """Returns the `type` of an option for argparse: converts a text, and rejects values that are not valid."""
 
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if is_valid(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {valid}, got {text!r}")
 
-def _parse_seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return value
-
-
-def _parse_port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be a port between 0 and 65535, got {text!r}")
-    return int(text)
-
-
-def _parse_host(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"must be a name without port or path, such as example.org, got {text!r}")
-    return text
+    return parse
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    form, count = argparse.RawDescriptionHelpFormatter, _parse_positive_int
-    p = argparse.ArgumentParser(
-        "fgserve", description="An OpenAI-compatible server.", epilog=EPILOG, formatter_class=form
-    )
+    form, description = argparse.RawDescriptionHelpFormatter, "An OpenAI-compatible server."
+    p = argparse.ArgumentParser("fgserve", description=description, epilog=EPILOG, formatter_class=form)
     add = p.add_argument
+    count = _option_type(int, lambda n: n >= 1, "a whole number of at least 1")
+    port = _option_type(int, lambda n: 0 <= n <= 65535, "a port between 0 and 65535")
+    seconds = _option_type(float, lambda s: 0 <= s < math.inf, "a number of at least 0")
+    is_host = re.compile(r"[\w.-]+", re.ASCII).fullmatch
+    host = _option_type(str, is_host, "a name without port or path, such as example.org")
     add("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
     add("model", nargs="?", metavar="MODEL")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
     add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: every address (%(default)s)")
-    add("--port", type=_parse_port, default=5678, help="the port; 0: any free port (%(default)s)")
+    add("--port", type=port, default=5678, help="the port; 0: any free port (%(default)s)")
     add("--workers", type=count, default=1, metavar="N", help="number of HTTP processes (%(default)s)")
     add("--tensor-parallel", type=count, metavar="N", help="number of GPUs per engine: parallel.tensor_parallel=N")
     add("--replicas", type=count, metavar="N", help="number of engines: parallel.replicas=N")
@@ -81,16 +72,16 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--served-model-name", **repeated, metavar="NAME", help="name for clients; may be repeated (the model's own)")
     add("--strict-model", action="store_true", help="refuse requests that name another model")
     hosts = "name that clients, and web pages, may address the server by, besides this machine's own; may be repeated"
-    add("--allowed-host", **repeated, type=_parse_host, metavar="NAME", help=hosts)
+    add("--allowed-host", **repeated, type=host, metavar="NAME", help=hosts)
     add("--lora", **repeated, metavar="NAME=PATH", help="LoRA adapter, chosen by model name; may be repeated")
-    add("--grace", type=_parse_seconds, default=30, metavar="S", help="seconds to finish after SIGTERM (%(default)s)")
+    add("--grace", type=seconds, default=30, metavar="S", help="seconds to finish after SIGTERM (%(default)s)")
     queue = "completions that may run or wait at a time (four times max_num_seqs)"
     add("--max-queue", type=count, metavar="N", help=queue)
     tools = "format of the model's tool calls (detected from its chat template)"
     add("--tool-parser", choices=("llama", "mistral", "hermes"), help=tools)
     add("--max-body", type=count, default=16 * 2**20, metavar="BYTES", help="limit of a request's body (%(default)s)")
-    add("--lora-dir", type=Path, metavar="FOLDER", help="where POST /load_lora_adapter may load from (nowhere)")
-    add("--profile-dir", type=Path, metavar="FOLDER", help="where POST /profile may write traces (nowhere)")
+    add("--lora-dir", metavar="FOLDER", help="where POST /load_lora_adapter may load from (nowhere)")
+    add("--profile-dir", metavar="FOLDER", help="where POST /profile may write traces (nowhere)")
     return p
 
 
@@ -124,7 +115,7 @@ def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
     overrides = [*args.overrides, *(f"parallel.{name}={n}" for name, n in parallel.items() if n is not None)]
     model_choice = [] if args.model is None else [model_override(args.model)]
     config = compose(*model_choice, *overrides)
-    adapters = {**config.model.adapters, **parse_adapters(args.lora)}
+    adapters = config.model.adapters | parse_adapters(args.lora)
     lora_config = lora.expand_lora_config(config.lora, adapters)
     config = replace(config, model=replace(config.model, adapters=adapters), lora=lora_config)
     if args.model is None:
@@ -166,11 +157,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         keys = collect_api_keys(args.api_key, os.environ.pop("FGSERVE_API_KEY", None))
-        if args.profile_dir and not args.profile_dir.is_dir():
-            raise ValueError(f"--profile-dir: there is no folder {args.profile_dir}")
+        for option, path in (("--profile-dir", args.profile_dir), ("--lora-dir", args.lora_dir)):
+            if path and not os.path.isdir(path):
+                raise ValueError(f"{option}: there is no folder {path}")
         config, name = configure(args)
-        if args.lora_dir and not args.lora_dir.is_dir():
-            raise ValueError(f"--lora-dir: there is no folder {args.lora_dir}")
         if args.lora_dir and not config.lora.max_adapters:
             raise ValueError("--lora-dir: no adapter can be loaded; add max_adapters=N, and max_rank=R if not 16")
         names = tuple(args.served_model_name) or (name,)
@@ -184,18 +174,12 @@ def main(argv: list[str] | None = None) -> int:
     from fastgen.server.app_state import ServerOptions  # imports packages of the extra
 
     with temporary_folder() as folder, nonblocking_stderr():
+        profile_dir, lora_dir = (path and os.path.realpath(path) for path in (args.profile_dir, args.lora_dir))
         options = ServerOptions(
-            engine_address=f"ipc://{folder}/engine",
-            model_names=names,
-            api_keys=keys,
-            grace_seconds=args.grace,
-            max_body_bytes=args.max_body,
-            tool_parser=args.tool_parser,
-            profile_dir=None if args.profile_dir is None else str(args.profile_dir.resolve()),
-            lora_dir=None if args.lora_dir is None else str(args.lora_dir.resolve()),
-            strict_model=args.strict_model,
-            allowed_hosts=hosts,
-        )
+            engine_address=f"ipc://{folder}/engine", model_names=names, api_keys=keys, grace_seconds=args.grace,
+            max_body_bytes=args.max_body, tool_parser=args.tool_parser, profile_dir=profile_dir, lora_dir=lora_dir,
+            strict_model=args.strict_model, allowed_hosts=hosts,
+        )  # fmt: skip
         host, port = listener.getsockname()[:2]
         print_message(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         return Supervisor(partial(load_engine, config), options, listener, args.workers, args.max_queue).run()
