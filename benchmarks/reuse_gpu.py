@@ -247,7 +247,7 @@ def main() -> None:
     if args.plot:
         return draw(args.trace, args.plot)
     if args.peer_log:
-        found["peer"] = parse_peer_log(args.peer_log.read_text(), args.peer_version, found["gpu"])
+        found["peer"] = parse_peer_log(args.peer_log, args.peer_version, found["gpu"])
         save()
         return
     spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{args.model}.json").read_text()))

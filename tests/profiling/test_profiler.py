@@ -219,7 +219,7 @@ def test_step_work() -> None:
 
 
 def profiler() -> Profiler:
-    return Profiler(SPEC, torch.float32, "cpu", lambda: {"params": 10, "cache": 20})
+    return Profiler(SPEC, torch.float32, torch.device("cpu"), lambda: {"params": 10, "cache": 20})
 
 
 def steps(profiler: Profiler, count: int, plan: Plan = MIXED, fail_at: int = -1) -> None:
@@ -416,6 +416,6 @@ def test_an_idle_profiler_costs_little() -> None:
 
 def test_ceilings() -> None:
     """Measured once for each device and dtype."""
-    flops, moved = measure_ceilings("cpu")
-    assert 1e8 < flops < 1e15 and 1e8 < moved < 1e13
-    assert measure_ceilings(torch.device("cpu"), torch.float32) == (flops, moved)
+    ceilings = measure_ceilings(torch.device("cpu"), torch.float32)
+    assert 1e8 < ceilings[0] < 1e15 and 1e8 < ceilings[1] < 1e13
+    assert measure_ceilings(torch.device("cpu"), torch.float32) is ceilings

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,13 +25,13 @@ from fastgen.core.scheduler import Plan
 from fastgen.profiling.report import ProfileSummary, build_category_track, measure_ceilings, read_kernels, summarize
 
 MAX_BACKGROUND_SECONDS = 60.0  # a background window ends then, with the steps so far
-NULL_CONTEXT: AbstractContextManager[None] = nullcontext()  # one object for every range while nothing is recorded
+NULL_CONTEXT: AbstractContextManager[Any] = nullcontext()  # one object for every range while nothing is recorded
 
 
 class Profiler:
     """Part of an engine, which wraps its steps in `step` and a step's stages in `range`. Idle until a window opens.
 
-    One window at a time; its steps all run in one thread.
+    One window at a time; its steps all run in one thread. `get_memory_usage` returns device memory in bytes by owner.
     """
 
     _window: "ProfileWindow | None" = None
@@ -43,12 +42,11 @@ class Profiler:
         self,
         model_config: ModelConfig,
         dtype: torch.dtype,
-        device: torch.device | str,
-        get_memory_usage: Callable[[], dict[str, int]] | None = None,
+        device: torch.device,
+        get_memory_usage: Callable[[], dict[str, int]],
     ) -> None:
-        """`get_memory_usage` returns the device memory in bytes by owner, for the summary."""
-        self.model_config, self.dtype, self.device = model_config, dtype, torch.device(device)
-        self.get_memory_usage = get_memory_usage or dict
+        self.model_config, self.dtype, self.device = model_config, dtype, device
+        self.get_memory_usage = get_memory_usage
 
     def range(self, name: str) -> AbstractContextManager[Any]:
         """Returns a context for a stage of a step, with its name in the trace and in the summary."""
@@ -64,7 +62,7 @@ class Profiler:
 
         The trace's path must end in .json or .json.gz; by default it is named by the time, in the working directory.
         """
-        return ProfileWindow(self, num_steps, skip_first, Path(path or _timestamped_name()))
+        return ProfileWindow(self, num_steps, skip_first, Path(path or _timestamped_name()), False)
 
     def profile_in_background(self, num_steps: int = 8, folder: str | Path = ".", skip_first: int = 2) -> Path:
         """Traces the next steps, called from any thread. Returns the path that the trace will have.
@@ -74,7 +72,7 @@ class Profiler:
         60 s with the steps so far. Raises ValueError while another profile is taken or written.
         """
         path = Path(folder) / _timestamped_name()
-        self._open(ProfileWindow(self, num_steps, skip_first, path, background=True))
+        self._open(ProfileWindow(self, num_steps, skip_first, path, True))
         return path
 
     def wait_until_written(self) -> None:
@@ -85,14 +83,15 @@ class Profiler:
     def _open(self, window: "ProfileWindow") -> None:
         if self._writer is not None and self._writer.is_alive():
             raise ValueError("a profile is being written: wait for its end")
-        if (old := self._window) is not None and old._torch_profiler is None and time.monotonic() > old._deadline:
+        old = self._window
+        if old is not None and old._torch_profiler is None and time.monotonic() > old._deadline:
             vars(self).pop("_window", None)  # no step has come for it
         if vars(self).setdefault("_window", window) is not window:  # atomic, for two threads at once
             raise ValueError("a profile is being taken already: wait for its end")
 
     def memory(self) -> dict[str, int]:
         """Returns bytes by owner, and on a GPU those of torch's allocator and of the device."""
-        usage = dict(self.get_memory_usage())
+        usage = self.get_memory_usage()
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             usage["torch allocated"] = torch.cuda.memory_allocated(self.device)
@@ -107,9 +106,7 @@ class ProfileWindow:
     If fewer steps ran than were asked for, those are reported. An error or interrupt inside ends the window too.
     """
 
-    def __init__(
-        self, profiler: Profiler, num_steps: int, skip_first: int, path: Path, background: bool = False
-    ) -> None:
+    def __init__(self, profiler: Profiler, num_steps: int, skip_first: int, path: Path, background: bool) -> None:
         if num_steps < 1 or skip_first < 0:
             raise ValueError(f"steps must be at least 1 and skip at least 0, got {num_steps} and {skip_first}")
         if not path.name.endswith((".json", ".json.gz")):
@@ -118,7 +115,7 @@ class ProfileWindow:
         self._skip_first, self._stop_at_step = skip_first, skip_first + num_steps
         self._deadline = time.monotonic() + MAX_BACKGROUND_SECONDS if background else math.inf
         self._torch_profiler: profile | None = None
-        self._num_steps_run, self._thread_id = 0, 0
+        self._num_steps_run = self._thread_id = 0
         self._plans: list[Plan] = []
         self._memory: dict[str, int] = {}
         self._summary: ProfileSummary | None = None
@@ -138,27 +135,24 @@ class ProfileWindow:
         self._profiler._open(self)
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, error_type: Any, error: BaseException | None, traceback: Any) -> None:
         if self._profiler._window is self and self._thread_id not in (0, threading.get_ident()):
-            self._stop_at_step = (
-                0  # torch stops a trace only in the thread that started it: at the end of its next step
-            )
+            # Torch stops a trace only in the thread that started it: at the end of its next step.
+            self._stop_at_step = 0
             return
         try:
             self._stop()
             if self._plans:
                 self._write_trace()
         except Exception as e:
-            if exc is None:
+            if error is None:
                 raise
-            exc.add_note(f"the profile could not be written: {e}")
+            error.add_note(f"the profile could not be written: {e}")
 
     @contextmanager
     def _profile_step(self, plan: Plan) -> Iterator[None]:
         self._run_safely(self._start)
-        label: AbstractContextManager[Any] = NULL_CONTEXT
+        label = NULL_CONTEXT
         if self._profiler._recording:
             num_tokens = sum(span.stop - span.start for span in plan)
             label = record_function(f"step {len(self._plans)} (tokens {num_tokens}, rows {len(plan)})")
@@ -182,8 +176,7 @@ class ProfileWindow:
     def _write(self) -> None:
         """Writes trace and summary; runs in a thread, so that neither steps nor a request wait for the files."""
         path = self._path.with_name(self._path.name.split(".json")[0] + ".txt")
-        text = f"{self.summary}\n"
-        path.write_text(text, encoding="utf-8")
+        path.write_text(f"{self.summary}\n", encoding="utf-8")
         _log_to_stderr(f"profiled {len(self._plans)} steps: {self._path} and {path}")
 
     def _start(self) -> None:
@@ -234,11 +227,11 @@ class ProfileWindow:
         """Writes the trace and summarizes it, once."""
         if self._summary is not None:
             return self._summary
-        if self._profiler._window is self or not self._plans or self._torch_profiler is None:
-            num_run = f"{self._num_steps_run} ran, of which the first {self._skip_first} are skipped"
-            problem = "the window is still open" if self._profiler._window is self else "no step was recorded"
-            raise ValueError(f"{problem} ({num_run}): run more steps inside, or skip fewer")
         profiler, model_config = self._profiler, self._profiler.model_config
+        if profiler._window is self or not self._plans or self._torch_profiler is None:
+            num_run = f"{self._num_steps_run} ran, of which the first {self._skip_first} are skipped"
+            problem = "the window is still open" if profiler._window is self else "no step was recorded"
+            raise ValueError(f"{problem} ({num_run}): run more steps inside, or skip fewer")
         with tempfile.TemporaryDirectory() as folder:
             exported = Path(folder) / "trace.json"
             self._torch_profiler.export_chrome_trace(str(exported))
@@ -250,26 +243,21 @@ class ProfileWindow:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with (gzip.open if self._path.name.endswith(".gz") else open)(self._path, "wt") as file:
             json.dump(trace, file)
-        device_name = torch.cuda.get_device_name(profiler.device) if cuda else str(profiler.device)
-        ceilings = None
+        ceilings, itemsize = None, profiler.dtype.itemsize
         if gpu or not cuda:
             with suppress(torch.OutOfMemoryError):
                 ceilings = measure_ceilings(profiler.device, profiler.dtype)
         else:
-            _log_to_stderr(
-                "no GPU kernel was recorded (CUPTI is missing, or another profiler uses it): times are the host's"
-            )
-        itemsize = profiler.dtype.itemsize
+            cause = "CUPTI is missing, or another profiler uses it"
+            _log_to_stderr(f"no GPU kernel was recorded ({cause}): times are the host's")
+        device_name = torch.cuda.get_device_name(profiler.device) if cuda else str(profiler.device)
         self._summary = summarize(events, self._plans, model_config, itemsize, ceilings, self._memory, device_name)
         self._torch_profiler = None
         return self._summary
 
 
-def profile_on_signal(profiler: Profiler, folder: str | Path, signum: int | None = None, num_steps: int = 8) -> None:
-    """Profiles the next `num_steps` steps in the background whenever the process gets a signal; None is SIGUSR2."""
-    signum = getattr(signal, "SIGUSR2", None) if signum is None else signum
-    if signum is None:
-        raise ValueError("this system has no SIGUSR2: name another signal")
+def profile_on_signal(profiler: Profiler, folder: str | Path, num_steps: int = 8) -> None:
+    """Profiles the next `num_steps` steps in the background whenever the process gets a SIGUSR2."""
 
     def handle(signum: int, frame: object) -> None:
         try:
@@ -277,7 +265,7 @@ def profile_on_signal(profiler: Profiler, folder: str | Path, signum: int | None
         except ValueError as e:
             _log_to_stderr(f"signal ignored: {e}")
 
-    signal.signal(signum, handle)
+    signal.signal(signal.SIGUSR2, handle)
 
 
 def _timestamped_name() -> str:

@@ -7,21 +7,19 @@ counting attention kernels (`split_into_layers`).
 
 import re
 import textwrap
-import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import groupby, zip_longest
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.scheduler import Plan
-from fastgen.profiling.roofline import StepWork, operation_costs
+from fastgen.profiling.roofline import StepWork, measure_peak_rates, operation_costs
 
 STEP_LABEL = re.compile(r"step (\d+) \(tokens \d+, rows \d+\)")
 CATEGORY_TRACK_PID = 1_000_000  # of the row added to the trace
@@ -61,41 +59,16 @@ def compute_step_work(plan: Plan) -> StepWork:
     )
 
 
-def measure_ceilings(device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[float, float]:
-    """Returns the (FLOP/s, bytes/s) that a device reaches in large matmuls of random numbers and in copies.
-
-    Measures once per device and dtype, in a second and up to 2.5 GB on a GPU. None is bfloat16 there, float32 on a CPU.
-    """
-    device = torch.device(device)
-    try:
-        return _measure_ceilings(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # other processes may need the memory
-
-
 @cache
-def _measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if cuda else 2**28
-    n = 512 if not cuda else 8192 if free > 2**31 else 2048
-
-    def rate(call: Callable[..., object], *args: Tensor) -> float:
-        """Returns calls per second."""
-        for seconds in (0.0, 0.5 if cuda else 0.1):  # the first round warms up
-            calls, start = 0, time.perf_counter()
-            while not calls or time.perf_counter() - start < seconds:
-                for _ in range(10):
-                    call(*args)
-                if cuda:
-                    torch.cuda.synchronize(device)
-                calls += 10
-        return calls / (time.perf_counter() - start)
-
-    a, b, out = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
-    flops = 2 * n**3 * rate(lambda a, b, out: torch.mm(a, b, out=out), a, b, out)
-    source, target = (torch.zeros(min(2**30, free // 4), device=device, dtype=torch.uint8) for _ in range(2))
-    return flops, 2 * len(source) * rate(Tensor.copy_, target, source)
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns the (FLOP/s, bytes/s) that a device reaches. Takes a second and up to 2.5 GB on a GPU, once per dtype."""
+    if device.type == "cpu":
+        return measure_peak_rates(device, dtype, gemm_size=512, copy_bytes=2**26, seconds=0.2)
+    free = torch.cuda.mem_get_info(device)[0]
+    try:
+        return measure_peak_rates(device, dtype, 8192 if free > 2**31 else 2048, min(2**30, free // 4), seconds=0.75)
+    finally:
+        torch.cuda.empty_cache()  # other processes may need the memory
 
 
 # --- reading a trace ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
@@ -78,9 +79,8 @@ def start_engine(config: RunConfig, load_weights: bool, workloads: list[Workload
         needs_files = load_weights or str(m.path).count("/") != 1
         path = hub.resolve(str(m.path)) if needs_files else Path(hf_hub_download(str(m.path), "config.json"))
     model_config = files.read_model_config(path)
-    context = model_config.context_length
     for w in workloads:
-        if w.prompt_len + w.output_len > context:
+        if w.prompt_len + w.output_len > (context := model_config.context_length):
             raise ValueError(f"workload {w}: prompt and output are longer than the context of {context}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if m.device == "auto" else m.device
     dtype_name = m.dtype if m.dtype != "auto" else "float32" if device == "cpu" else model_config.dtype
@@ -89,23 +89,19 @@ def start_engine(config: RunConfig, load_weights: bool, workloads: list[Workload
     if config.parallel != ParallelConfig():  # every process loads or creates its own weights
         model = replace(m, path=str(path), dtype=dtype_name, device=device, random_weights=not load_weights)
         engine = build_engines(replace(config, model=model), progress=progress)
-        return _time_first_token(engine, model_name, {"load_and_engine": time.perf_counter() - start})
-    if load_weights:
-        model_config, params = weights.load(path, device=device, dtype=dtype, progress=progress)
+        start_up_seconds = {"load_and_engine": time.perf_counter() - start}
     else:
-        params = weights.init(model_config, m.random_seed, device=device, dtype=dtype)
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    loaded = time.perf_counter()
-    engine = Engine(params, model_config, **{f.name: getattr(config, f.name) for f in fields(EngineConfig)})
-    engine.load_adapters(m.adapters)
-    return _time_first_token(engine, model_name, {"load": loaded - start, "engine": time.perf_counter() - loaded})
-
-
-def _time_first_token(engine: Engine | Replicas, model_name: str, start_up_seconds: dict[str, float]) -> StartedEngine:
-    """Generates one token on each replica and adds the time to the start-up times."""
-    start = time.perf_counter()
-    prompts = [[1] * 8] * engine.config.parallel.replicas
+        if load_weights:
+            model_config, params = weights.load(path, device=device, dtype=dtype, progress=progress)
+        else:
+            params = weights.init(model_config, m.random_seed, device=device, dtype=dtype)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        loaded = time.perf_counter()
+        engine = Engine(params, model_config, **{f.name: getattr(config, f.name) for f in fields(EngineConfig)})
+        engine.load_adapters(m.adapters)
+        start_up_seconds = {"load": loaded - start, "engine": time.perf_counter() - loaded}
+    start, prompts = time.perf_counter(), [[1] * 8] * config.parallel.replicas
     engine.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True), progress=False)
     start_up_seconds["first_token"] = time.perf_counter() - start
     return StartedEngine(engine, re.sub(r"\.(json|gguf|safetensors)$", "", model_name.lower()), start_up_seconds)
@@ -134,12 +130,9 @@ def measure_latency(engine: Engine | Replicas, prompts: list[list[int]], samplin
             now, key = time.perf_counter(), (event.request_id, event.index)
             (inter_token_ms if key in last else first_token_ms).append(1e3 * (now - last.get(key, start)))
             last[key] = now
-    row: Row = {}
-    for name, values in (("first_token_ms", first_token_ms), ("inter_token_ms", inter_token_ms)):
-        if values:
-            cuts = statistics.quantiles(values if len(values) > 1 else values * 2, n=100, method="inclusive")
-            row[name] = {f"p{p}": cuts[p - 1] for p in (50, 90, 99)}
-    return row
+    latencies = {"first_token_ms": first_token_ms, "inter_token_ms": inter_token_ms}
+    percentiles = {name: np.percentile(values, (50, 90, 99)).tolist() for name, values in latencies.items() if values}
+    return {name: dict(zip(("p50", "p90", "p99"), values, strict=True)) for name, values in percentiles.items()}
 
 
 def measure_throughput(
@@ -158,23 +151,20 @@ def measure_throughput(
             if num_generated != num_output_tokens:
                 raise ValueError(f"workload {w}: generated {num_generated} tokens instead of {num_output_tokens}")
     seconds, itemsize = statistics.median(all_seconds), engine.dtype.itemsize
-    row = _common_fields(started, str(w)) | {
-        "requests": w.num_requests, "prompt_len": w.prompt_len, "output_len": w.output_len, "samples": w.num_samples,
+    row = _common_fields(started, str(w)) | w.to_row() | {
         "shared_prefix": w.shared_prefix_len, "temperature": sampling.temperature,
         "seconds": seconds, "seconds_all": all_seconds, "output_tok_s": num_output_tokens / seconds,
         "total_tok_s": (num_output_tokens + w.num_requests * w.prompt_len) / seconds, "clocks": clocks,
     }  # fmt: skip
     row |= hardware.measure_peak_rates(engine.device, engine.dtype)
-    name = row["hardware"].split()[-1]
+    name, measured = row["hardware"].split()[-1], None
     known = roofline.KNOWN_MACHINES.get(name) if itemsize == 2 else None  # the constants are those of 16-bit GEMMs
-    machines = {"limit": known, "limit_measured": None}
     if row["gemm_tflops"]:
         memory_bytes = hardware.total_memory_bytes(engine.device)
         machine = known or roofline.Machine(name, 0, row["copy_tb_s"] * 1e12, memory_bytes)
-        machines["limit_measured"] = machine._replace(flops_per_second=row["gemm_tflops"] * 1e12)
-    for name, machine in machines.items():
-        layout = (engine.model_config, machine, itemsize, engine.config.parallel)
-        limit = w.max_tokens_per_second(*layout) if machine else None
+        measured = machine._replace(flops_per_second=row["gemm_tflops"] * 1e12)
+    for name, machine in (("limit", known), ("limit_measured", measured)):
+        limit = machine and w.max_tokens_per_second(engine.model_config, machine, itemsize, engine.config.parallel)
         row |= {f"{name}_tok_s": limit, f"{name}_fraction": row["output_tok_s"] / limit if limit else None}
     return row
 
@@ -200,9 +190,8 @@ def _make_parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for fgrun")
     p.add_argument("--workload", nargs="+", default=[], metavar="NxPROMPTxOUTPUT", help="workloads, run in this order")
     p.add_argument("--outputs", metavar="16,64,…", help="run each workload with each of these output lengths")
-    p.add_argument(
-        "--shared-prefix", type=int, default=0, metavar="TOKENS", help="tokens that all prompts begin with (0)"
-    )
+    shared_prefix = "tokens that all prompts begin with (0)"
+    p.add_argument("--shared-prefix", type=int, default=0, metavar="TOKENS", help=shared_prefix)
     p.add_argument("--weights", action="store_true", help="load the model's weights (default: random weights)")
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each workload, for the median (3)")
     p.add_argument("--warm-up", type=float, metavar="SECONDS", help="duration of the warm-up (one run, at most 30 s)")
@@ -218,12 +207,6 @@ def _make_parser() -> argparse.ArgumentParser:
     return p
 
 
-def _compose_config(args: argparse.Namespace) -> RunConfig:
-    """Composes the model and settings. Raises ValueError for settings that fgrun refuses, and for those of its task."""
-    reject_fgrun_keys(args.overrides, "fgbench makes its own prompts and keeps no text")
-    return compose(model_override(args.model), f"sampling.temperature={args.temperature}", *args.overrides)
-
-
 def _parse_workloads(args: argparse.Namespace) -> list[Workload]:
     workloads = [Workload.parse(text)._replace(shared_prefix_len=args.shared_prefix) for text in args.workload]
     if args.outputs:
@@ -232,28 +215,15 @@ def _parse_workloads(args: argparse.Namespace) -> list[Workload]:
         lengths = [int(n) for n in args.outputs.split(",")]
         workloads = [w._replace(output_len=n) for w in workloads for n in lengths]
     for w in workloads:
-        if not 0 <= w.shared_prefix_len < w.prompt_len:
-            shared, length = w.shared_prefix_len, w.prompt_len
-            raise ValueError(f"--shared-prefix {shared} must be less than the prompt of {length} tokens")
+        if not 0 <= (shared := w.shared_prefix_len) < w.prompt_len:
+            raise ValueError(f"--shared-prefix {shared} must be less than the prompt of {w.prompt_len} tokens")
     return workloads
-
-
-def _read_peer_log(args: argparse.Namespace, rows: list[Row]) -> list[Row]:
-    """Parses --peer-log. Raises ValueError if --hardware is missing and `rows` are not all of one machine."""
-    names = {args.hardware} if args.hardware else {r["hardware"] for r in rows}
-    if len(names) != 1:
-        raise ValueError(f"which hardware is {args.peer_log} of? --hardware NAME; known: {', '.join(sorted(names))}")
-    try:
-        return parse_peer_log(args.peer_log.read_text(), args.peer_version, *names)
-    except ValueError as e:
-        raise ValueError(f"{args.peer_log}: {e}") from e
 
 
 def run_benchmarks(
     args: argparse.Namespace, workloads: list[Workload], config: RunConfig | None, rows: list[Row]
 ) -> None:
     """Measures the workloads and parses --peer-log. Merges each new row into `rows` and saves them at once."""
-    age = _process_age_seconds()
 
     def add_rows(*new: Row) -> None:
         rows[:] = merge_rows(rows, list(new))
@@ -264,6 +234,7 @@ def run_benchmarks(
             args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
     if config is not None:
+        age = _process_age_seconds()
         started = start_engine(config, args.weights, workloads)
         started.start_up_seconds.update({} if age is None else {"process": age})
         with started.engine as engine:
@@ -271,37 +242,42 @@ def run_benchmarks(
                 add_rows(_common_fields(started, "start-up") | {"seconds": sum(started.start_up_seconds.values())})
             generator = torch.Generator().manual_seed(config.seed or 0)
             fixed_length = replace(config.sampling, min_tokens=0, ignore_eos=True)
-            for i, w in enumerate(workloads):
+            for w in workloads:
                 sampling = replace(fixed_length, max_tokens=w.output_len, n=w.num_samples)
-                if i == 0:
+                if w is workloads[0]:
                     warm_up(engine, w, sampling, args.warm_up)
                 row = measure_throughput(started, w, sampling, args.repeats, generator)
                 if args.latency:
                     row |= measure_latency(engine, w.make_prompts(engine.model_config.vocab_size, generator), sampling)
                 add_rows(row)
     if args.peer_log:
-        add_rows(*_read_peer_log(args, rows))
+        names = {args.hardware} if args.hardware else {r["hardware"] for r in rows}
+        if len(names) != 1:
+            known = ", ".join(sorted(names))
+            raise ValueError(f"which hardware is {args.peer_log} of? --hardware NAME; known: {known}")
+        add_rows(*parse_peer_log(args.peer_log, args.peer_version, *names))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script. Returns the exit status: 2 for a wrong command, 1 for a run that failed."""
     args = parse_arguments(_make_parser(), argv)
-    rows, peer_rows = list[Row](), list[Row]()
-    status = 2
+    rows, peer_rows, status = list[Row](), list[Row](), 2
     try:
         workloads = _parse_workloads(args)
         if args.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
         if bool(workloads or args.start_up) != bool(args.model) or not (args.model or args.out or args.peer):
-            raise ValueError(
-                "expected a model and a workload: fgbench MODEL --workload 512x1024x128; see fgbench --help"
-            )
+            usage = "fgbench MODEL --workload 512x1024x128; see fgbench --help"
+            raise ValueError(f"expected a model and a workload: {usage}")
         for name, path in (("--out", args.out), ("--plot", args.plot)):
             if path:
                 check_output(name, path, [args.peer_log])
         if args.plot and not find_spec("matplotlib"):
             raise ValueError("--plot needs matplotlib: pip install fastgen[notebook]")
-        config = _compose_config(args) if args.model else None
+        config = None
+        if args.model:
+            reject_fgrun_keys(args.overrides, "fgbench makes its own prompts and keeps no text")
+            config = compose(model_override(args.model), f"sampling.temperature={args.temperature}", *args.overrides)
         rows = read_rows(args.out) if args.out and args.out.is_file() else []
         peer_rows = [row for path in args.peer for row in read_rows(path)]
         status = 1

@@ -5,8 +5,7 @@ import platform
 import shutil
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import fastgen
+from fastgen.profiling import roofline
 
 
 def hardware_name(device: torch.device) -> str:
@@ -52,34 +52,14 @@ def measure_clocks(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Measures the sustained rates of a GEMM on random data in `dtype`, and of a copy (bytes read plus written)."""
-    cuda = device.type == "cuda"
-    size, num_bytes, seconds = (8192, 2**30, 3.0) if cuda else (1024, 2**26, 0.2)
+    """Returns the sustained rates of a GEMM in `dtype` and of a copy as fields of a row; see `roofline`."""
+    size, num_bytes, seconds = (8192, 2**30, 3.0) if device.type == "cuda" else (1024, 2**26, 0.2)
     try:
-        a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in "abc")
-        source, target = (torch.ones(num_bytes, device=device, dtype=torch.uint8) for _ in "ab")
+        gemm, copy = roofline.measure_peak_rates(device, dtype, size, num_bytes, seconds)
     except torch.OutOfMemoryError:
         return {"gemm_tflops": None, "copy_tb_s": None, "probe": "out of memory"}
-
-    def calls_per_second(run: Callable[[], Any], seconds: float) -> float:
-        """Repeats `run` for `seconds`. The first third is warm-up and does not count."""
-        begin = start = time.perf_counter()
-        num_calls, is_timed, calls_per_sync = 0, False, 10 if cuda else 1
-        while (now := time.perf_counter()) < begin + seconds:
-            if not is_timed and now > begin + seconds / 3:
-                start, num_calls, is_timed = now, 0, True
-            for _ in range(calls_per_sync):
-                run()
-            num_calls += calls_per_sync
-            if cuda:
-                torch.cuda.synchronize(device)
-        return num_calls / (time.perf_counter() - start)
-
-    return {
-        "gemm_tflops": 2 * size**3 * calls_per_second(lambda: torch.mm(a, b, out=out), seconds) / 1e12,
-        "copy_tb_s": 2 * num_bytes * calls_per_second(lambda: target.copy_(source), seconds / 3) / 1e12,
-        "probe": f"{size}^3 {str(dtype).removeprefix('torch.')} GEMM, {num_bytes >> 20} MiB copy",
-    }
+    probe = f"{size}^3 {str(dtype).removeprefix('torch.')} GEMM, {num_bytes >> 20} MiB copy"
+    return {"gemm_tflops": gemm / 1e12, "copy_tb_s": copy / 1e12, "probe": probe}
 
 
 def total_memory_bytes(device: torch.device) -> float:
@@ -106,17 +86,14 @@ def collect_versions(device: torch.device) -> dict[str, Any]:
             return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
         return None
 
-    try:
+    triton = None
+    with suppress(PackageNotFoundError):
         triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
     root = Path(fastgen.__file__).parents[2]
     is_checkout = (root / ".git").exists()
     return {
-        "engine_version": fastgen.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "engine_version": fastgen.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "triton": triton,
         "commit": output_of(["git", "-C", str(root), "describe", "--always", "--dirty"]) if is_checkout else None,
         "driver": output_of(_nvidia_smi_command("driver_version", device)) if device.type == "cuda" else None,
-    }
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,25 @@ def merge_rows(rows: list[Row], new: list[Row]) -> list[Row]:
     return list({tuple(get_value(row, k) for k in ROW_KEY): row for row in rows + new}.values())
 
 
-def parse_peer_log(text: str, engine_version: str, hardware: str) -> list[Row]:
+def parse_peer_log(path: Path, engine_version: str, hardware: str) -> list[Row]:
     """Parses the lines `ENGINE MODEL tpN NxPxD repK: S.SSs TOKENS out tok/s` that another engine's benchmark printed.
 
     Returns a row with the medians of each workload's repeats. Raises ValueError if no line matches.
     """
     line = re.compile(r"^(\w+) (\S+) tp(\d+) (\d+x\d+x\d+(?:x\d+)?) rep\d+: ([\d.]+)s ([\d.]+) out tok/s", re.MULTILINE)
-    repeats: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-    for *key, seconds, rate in line.findall(text):
-        repeats.setdefault(tuple(key), []).append((float(seconds), float(rate)))
+    repeats: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
+    for *key, seconds, rate in line.findall(path.read_text()):
+        repeats[tuple(key)].append((float(seconds), float(rate)))
     if not repeats:
-        raise ValueError("no line like 'vllm mistral-7b tp1 512x1024x128 rep0: 16.3s 4026 out tok/s' is in it")
+        raise ValueError(f"{path}: no line like 'vllm mistral-7b tp1 512x1024x128 rep0: 16.3s 4026 out tok/s' is in it")
     rows = []
     for (engine, model, tp, workload), measured in repeats.items():
-        w, seconds = Workload.parse(workload), [s for s, _ in measured]
-        rate = statistics.median(r for _, r in measured)
-        rows.append({
-            "engine": engine, "model": model.lower(), "workload": str(w), "hardware": hardware, "tp": int(tp),
-            "dtype": None, "engine_version": engine_version, "requests": w.num_requests, "prompt_len": w.prompt_len,
-            "output_len": w.output_len, "samples": w.num_samples, "seconds": statistics.median(seconds),
-            "seconds_all": seconds, "output_tok_s": rate,
-            "total_tok_s": rate * (1 + w.prompt_len / (w.output_len * w.num_samples)),
+        w, (seconds, rates) = Workload.parse(workload), zip(*measured, strict=True)
+        rate = statistics.median(rates)
+        rows.append(w.to_row() | {
+            "engine": engine, "model": model.lower(), "hardware": hardware, "tp": int(tp), "dtype": None,
+            "engine_version": engine_version, "seconds": statistics.median(seconds), "seconds_all": [*seconds],
+            "output_tok_s": rate, "total_tok_s": rate * (1 + w.prompt_len / (w.output_len * w.num_samples)),
         })  # fmt: skip
     return rows
 
@@ -95,11 +94,8 @@ def format_table(rows: list[Row]) -> str:
             line.append(f"{rate / peer_rate:.2f}" if rate and peer_rate and peer != row["engine"] else "")
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        [cell.ljust(w) if i < 5 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in aligned)
+    template = "  ".join(f"{{:{'<' if i < 5 else '>'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(template.format(*line).rstrip() for line in lines)
 
 
 def plot_rows(rows: list[Row], path: Path) -> None:

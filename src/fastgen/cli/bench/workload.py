@@ -1,7 +1,7 @@
 """Workloads of a benchmark: their notation, their random prompts, and the highest throughput the machine allows."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,11 @@ class Workload(NamedTuple):
         sizes = "x".join(map(str, self[:4] if self.num_samples > 1 else self[:3]))
         return f"{sizes} shared {self.shared_prefix_len}" if self.shared_prefix_len else sizes
 
+    def to_row(self) -> dict[str, Any]:
+        """Returns the fields of a result row."""
+        sizes = dict(zip(("requests", "prompt_len", "output_len", "samples"), self[:4], strict=True))
+        return {"workload": str(self)} | sizes
+
     def make_prompts(self, vocab_size: int, generator: torch.Generator) -> list[list[int]]:
         """Returns prompts of random token ids."""
         prefix = torch.randint(vocab_size, (self.shared_prefix_len,), generator=generator).tolist()
@@ -45,13 +50,9 @@ class Workload(NamedTuple):
 
         `machine` is one device; `itemsize` is the number of bytes of a weight, activation or cache element.
         """
+        num_requests = -(-self.num_requests // parallel.replicas)  # of the busiest replica
         seconds = roofline.min_seconds(
-            config,
-            -(-self.num_requests // parallel.replicas),  # requests of the busiest replica
-            *self[1:4],
-            machine=machine.scaled(parallel.tensor_parallel),
-            bytes_per_element=itemsize,
-            prefix_shared=self[3:] != (1, 0),
-            num_shared_tokens=self.shared_prefix_len,
-        )
+            config, num_requests, *self[1:4], machine=machine.scaled(parallel.tensor_parallel),
+            bytes_per_element=itemsize, prefix_shared=self[3:] != (1, 0), num_shared_tokens=self.shared_prefix_len,
+        )  # fmt: skip
         return self.num_requests * self.num_samples * self.output_len / seconds
