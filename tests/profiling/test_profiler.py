@@ -249,6 +249,12 @@ def off(profiler: Profiler) -> bool:
     return profiler._window is None and not profiler._recording and profiler.range("a") is profiler.step(MIXED)
 
 
+def wait_until_written(profiler: Profiler) -> None:
+    """Waits for the thread that writes the last background window."""
+    assert profiler._writer is not None
+    profiler._writer.join()
+
+
 @pytest.mark.parametrize(("name", "skip"), [("a/trace.json.gz", 2), ("trace.json", 0)])
 def test_a_window(tmp_path: Path, name: str, skip: int) -> None:
     """The steps after the skipped ones are traced, and later steps run without the profiler."""
@@ -365,7 +371,7 @@ def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) 
     os.kill(os.getpid(), usr2)
     assert "signal ignored: a profile is being taken already" in capfd.readouterr().err
     steps(p, 5)
-    p.wait_until_written()
+    wait_until_written(p)
     trace, summary = sorted((tmp_path / "new").iterdir())
     assert len([e for e in read(trace) if e["name"].startswith("step ")]) == 2
     assert "2 steps of 5.0 tokens" in summary.read_text() and off(p)
@@ -374,7 +380,7 @@ def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) 
     profile_on_signal(p, tmp_path / "file" / "in a file")
     os.kill(os.getpid(), usr2)
     steps(p, 11)
-    p.wait_until_written()
+    wait_until_written(p)
     assert "the profile failed" in capfd.readouterr().err and off(p)
 
 
@@ -385,7 +391,7 @@ def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     p.profile_in_background(8, tmp_path)
     p.profile_in_background(8, tmp_path, skip_first=0)  # no step has come for the first
     steps(p, 2)
-    p.wait_until_written()
+    wait_until_written(p)
     assert "profiled 1 steps" in capfd.readouterr().err and off(p)
     monkeypatch.undo()
     p.profile_in_background(1, tmp_path, skip_first=0)
@@ -395,7 +401,7 @@ def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     with pytest.raises(ValueError, match="being written: wait for its end"):
         p.profile_in_background(1, tmp_path)
     go.set()
-    p.wait_until_written()
+    wait_until_written(p)
     p.profile_in_background(1, tmp_path)
     assert not off(p)
 

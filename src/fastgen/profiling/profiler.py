@@ -67,18 +67,13 @@ class Profiler:
     def profile_in_background(self, num_steps: int = 8, folder: str | Path = ".", skip_first: int = 2) -> Path:
         """Traces the next steps, called from any thread. Returns the path that the trace will have.
 
-        A thread writes trace and summary to `folder` after the last step and their paths to stderr, which takes a few
-        seconds; see `wait_until_written`. The summary's name ends in .txt in place of .json.gz. The window ends after
+        A thread writes trace and summary to `folder` after the last step, and their paths to stderr, which takes a few
+        seconds. The summary's name ends in .txt in place of .json.gz. The window ends after
         60 s with the steps so far. Raises ValueError while another profile is taken or written.
         """
         path = Path(folder) / _timestamped_name()
         self._open(ProfileWindow(self, num_steps, skip_first, path, True))
         return path
-
-    def wait_until_written(self) -> None:
-        """Waits until the background window that was recorded last is written."""
-        if self._writer is not None:
-            self._writer.join()
 
     def _open(self, window: "ProfileWindow") -> None:
         if self._writer is not None and self._writer.is_alive():
@@ -88,16 +83,6 @@ class Profiler:
             vars(self).pop("_window", None)  # no step has come for it
         if vars(self).setdefault("_window", window) is not window:  # atomic, for two threads at once
             raise ValueError("a profile is being taken already: wait for its end")
-
-    def memory(self) -> dict[str, int]:
-        """Returns bytes by owner, and on a GPU those of torch's allocator and of the device."""
-        usage = self.get_memory_usage()
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            usage["torch allocated"] = torch.cuda.memory_allocated(self.device)
-            usage["torch reserved"] = torch.cuda.memory_reserved(self.device)
-            usage |= {"device used": total - free, "device total": total}
-        return usage
 
 
 class ProfileWindow:
@@ -209,7 +194,12 @@ class ProfileWindow:
                     torch.cuda.synchronize(profiler.device)
             finally:
                 self._torch_profiler.stop_trace()
-        self._memory = profiler.memory()
+        self._memory = profiler.get_memory_usage()
+        if profiler.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(profiler.device)
+            self._memory["torch allocated"] = torch.cuda.memory_allocated(profiler.device)
+            self._memory["torch reserved"] = torch.cuda.memory_reserved(profiler.device)
+            self._memory |= {"device used": total - free, "device total": total}
 
     def _run_safely(self, fn: Callable[[], None]) -> None:
         """Calls `fn`. A background window's error closes the window and is logged: it must not end an engine's step."""

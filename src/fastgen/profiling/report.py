@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import groupby, zip_longest
+from itertools import groupby, pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ ROOFLINE_OPS = {  # category -> operations of `roofline.operation_costs` that it
     "attention": ("prefill attention", "decode attention"),
     "pointwise": ("pointwise",),
 }
-MERGED_CATEGORIES = {"rope and cache write": "pointwise"}  # their work is one operation of the roofline
+MERGED_CATEGORIES = {"pointwise": "rope and cache write"}  # their work is one operation of the roofline
 
 
 # --- the work of a step, and the rates of the device ----------------------------------------------------------------
@@ -112,19 +112,15 @@ def read_kernels(events: Sequence[dict[str, Any]]) -> list[KernelEvent]:
         return ranges[i][2] if i >= 0 and time <= ranges[i][1] else None
 
     gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e]
-    if gpu:
-        launched = {
-            e["args"]["correlation"]: step_at(e["ts"])
-            for e in events
-            if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
-        }
-        pairs = [(e, launched.get(e["args"].get("correlation"))) for e in sorted(gpu, key=lambda e: e["ts"])]
-        if all(step is None for _, step in pairs):
-            pauses = [b["ts"] - a["ts"] - a["dur"] for (a, _), (b, _) in zip(pairs, pairs[1:], strict=False)]
-            longest = sorted(range(len(pauses)), key=lambda i: pauses[i])[len(pauses) - (len(ranges) - 1) :]
-            pairs = [(e, ranges[sum(j < i for j in longest)][2]) for i, (e, _) in enumerate(pairs)]
-    else:
+    calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
+    launched = {e["args"]["correlation"]: step_at(e["ts"]) for e in calls if "correlation" in e.get("args", {})}
+    pairs = [(e, launched.get(e["args"].get("correlation"))) for e in sorted(gpu, key=lambda e: e["ts"])]
+    if not gpu:
         pairs = [(e, step_at(e["ts"])) for e in _outermost_cpu_ops(events)]
+    elif all(step is None for _, step in pairs):
+        pauses = [b["ts"] - a["ts"] - a["dur"] for (a, _), (b, _) in pairwise(pairs)]
+        longest = sorted(range(len(pauses)), key=lambda i: pauses[i])[len(pauses) - (len(ranges) - 1) :]
+        pairs = [(e, ranges[sum(j < i for j in longest)][2]) for i, (e, _) in enumerate(pairs)]
     step: int | None = None
     kernels = []
     for e, launched_by in pairs:
@@ -187,20 +183,15 @@ def build_category_track(ks: Sequence[KernelEvent], num_layers: int) -> list[dic
     for _, run in groupby(ks, key=lambda k: (k.step, k.category)):
         first, *others = run
         tracks["parts"].append((first.category, first.start, max(k.end for k in (first, *others))))
-    row = [("process_name", {"name": "GPU parts"}), ("process_sort_index", {"sort_index": -1})]
-    events = [_metadata_event(event, 0, args) for event, args in row]
+    metadata = [(0, "process_name", {"name": "GPU parts"}), (0, "process_sort_index", {"sort_index": -1})]
+    events: list[dict[str, Any]] = []
     for tid, (name, ranges) in enumerate(tracks.items()):
-        track = [("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})]
-        events += [_metadata_event(event, tid, args) for event, args in track]
+        metadata += [(tid, "thread_name", {"name": name}), (tid, "thread_sort_index", {"sort_index": tid})]
         for (label, start, end), following in zip_longest(ranges, ranges[1:]):
             end = min(end, following[1]) if following else end  # ranges of a track may not overlap
-            common = {"ph": "X", "cat": "gpu_parts", "pid": CATEGORY_TRACK_PID, "tid": tid}
-            events.append({**common, "name": label, "ts": start, "dur": end - start})
-    return events
-
-
-def _metadata_event(event: str, tid: int, args: dict[str, Any]) -> dict[str, Any]:
-    return {"ph": "M", "name": event, "pid": CATEGORY_TRACK_PID, "tid": tid, "args": args}
+            events.append({"ph": "X", "cat": "gpu_parts", "tid": tid, "name": label, "ts": start, "dur": end - start})
+    events += [{"ph": "M", "name": name, "tid": tid, "args": args} for tid, name, args in metadata]
+    return [{"pid": CATEGORY_TRACK_PID} | e for e in events]
 
 
 # --- the summary --------------------------------------------------------------------------------------------------
@@ -281,8 +272,8 @@ class ProfileSummary:
             lines.append(f"ceilings measured here: {self.ceiling_tflops:.3g} TFLOP/s, {self.ceiling_tbps:.3g} TB/s")
         if self.largest_gaps:
             lines += ["", f"{'gaps between':92}{'count':>6}{'µs':>9}{'largest':>9}"]
-            for g in self.largest_gaps:
-                lines.append(f"{g.before + ' -> ' + g.after:92}{g.count:6}{g.us:9.1f}{g.largest_us:9.1f}")
+        for g in self.largest_gaps:
+            lines.append(f"{g.before + ' -> ' + g.after:92}{g.count:6}{g.us:9.1f}{g.largest_us:9.1f}")
         if self.memory_bytes:
             lines += ["", listed("memory GB", (f"{name} {n / 1e9:.2f}" for name, n in self.memory_bytes.items()))]
         return "\n".join(lines)
@@ -311,35 +302,26 @@ def summarize(
     costs = [operation_costs(model_config, compute_step_work(plan), bytes_per_element) for plan in plans]
     categories = {}
     for name, us in sorted(spent.items(), key=lambda item: -item[1]):
-        rates: tuple[float | None, ...] = (None, None, None)
+        rates: tuple[float, ...] = ()
         if ceilings and name in ROOFLINE_OPS and us:
             flops, moved = (sum(cost[op][i] for cost in costs for op in ROOFLINE_OPS[name]) for i in (0, 1))
-            merged = sum(spent.get(c, 0.0) for c, target in MERGED_CATEGORIES.items() if target == name)
-            s = (us + merged) / 1e6
+            s = (us + spent[MERGED_CATEGORIES.get(name, "")]) / 1e6
             rates = (flops / s / 1e12, moved / s / 1e12, max(flops / ceilings[0], moved / ceilings[1]) / s)
         categories[name] = CategoryStats(us / 1e3 / steps, us / total if total else 0.0, count[name] / steps, *rates)
     by_kernels: dict[tuple[str, str], list[float]] = defaultdict(list)
     for us, before, after in gaps:
         by_kernels[short_kernel_name(before.name), short_kernel_name(after.name)].append(us)
     largest = [KernelGap(*names, len(us), sum(us), max(us)) for names, us in by_kernels.items()]
-    host: dict[str, float] = defaultdict(float)
+    host: dict[str, float] = defaultdict(float)  # ms
     for e in sorted((e for e in events if e.get("cat") == "user_annotation"), key=lambda e: e["ts"]):
         host["step" if STEP_LABEL.fullmatch(e["name"]) else re.sub(r" \d+$", "", e["name"])] += e["dur"] / 1e3 / steps
     return ProfileSummary(
-        device=device,
-        source="GPU kernels" if any(e.get("cat") == "kernel" for e in events) else "CPU operators",
-        num_steps=steps,
-        tokens_per_step=sum(span.stop - span.start for plan in plans for span in plan) / steps,
+        device=device, source="GPU kernels" if any(e.get("cat") == "kernel" for e in events) else "CPU operators",
+        num_steps=steps, tokens_per_step=sum(span.stop - span.start for plan in plans for span in plan) / steps,
         rows_per_step=sum(len(plan) for plan in plans) / steps,
-        step_ms=total / 1e3 / steps,
-        busy_ms=busy / 1e3 / steps,
-        idle_ms=(total - busy) / 1e3 / steps,
+        step_ms=total / 1e3 / steps, busy_ms=busy / 1e3 / steps, idle_ms=(total - busy) / 1e3 / steps,
         between_steps_ms=sum(us for us, a, b in gaps if a.step != b.step) / 1e3 / steps,
-        gaps_per_step=len(gaps) / steps,
-        largest_gaps=tuple(sorted(largest, key=lambda g: -g.us)[:6]),
-        categories=categories,
-        host_ms=dict(host),
-        ceiling_tflops=ceilings[0] / 1e12 if ceilings else None,
-        ceiling_tbps=ceilings[1] / 1e12 if ceilings else None,
-        memory_bytes=memory or {},
-    )
+        gaps_per_step=len(gaps) / steps, largest_gaps=tuple(sorted(largest, key=lambda g: -g.us)[:6]),
+        categories=categories, host_ms=dict(host), memory_bytes=memory or {},
+        ceiling_tflops=ceilings[0] / 1e12 if ceilings else None, ceiling_tbps=ceilings[1] / 1e12 if ceilings else None,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -139,18 +140,15 @@ def min_seconds(
     With `prefix_shared`, common tokens are computed, stored and read once: a prompt by its completions, and the first
     `num_shared_tokens` tokens by all requests. Raises ValueError if a sequence does not fit the memory.
     """
-
-    def attended(first: int, last: int) -> float:
-        return count_attended_keys(model_config, first, last)
-
+    attended = partial(count_attended_keys, model_config)
     linear, head, kv = _count_elements(model_config)
     n, prompt, shared = num_requests * num_completions, num_prompt_tokens, num_shared_tokens
     last = prompt + num_output_tokens - 1  # the last sampled token is not computed
     decode_keys = n * attended(prompt + 1, last)
     if prefix_shared:
         total, unshared = attended(prompt + 1, last), attended(prompt + 1 - shared, last - shared)
-        own = attended(1, num_output_tokens - 1)
-        keys_read = n * own + num_requests * (unshared - own) + total - unshared
+        unique = attended(1, num_output_tokens - 1)  # keys of a completion's own tokens
+        keys_read = n * unique + num_requests * (unshared - unique) + total - unshared
         num_prefill = shared + num_requests * (prompt - shared)
         prefill_pairs = attended(1, shared) + num_requests * attended(shared + 1, prompt)
     else:
