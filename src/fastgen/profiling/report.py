@@ -7,9 +7,10 @@ counting attention kernels (`split_into_layers`).
 
 import re
 import textwrap
+import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import groupby, pairwise, zip_longest
@@ -19,7 +20,7 @@ import torch
 
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.scheduler import Plan
-from fastgen.profiling.roofline import StepWork, measure_peak_rates, operation_costs
+from fastgen.profiling.roofline import StepWork, operation_costs
 
 STEP_LABEL = re.compile(r"step (\d+) \(tokens \d+, rows \d+\)")
 CATEGORY_TRACK_PID = 1_000_000  # of the row added to the trace
@@ -57,6 +58,35 @@ def compute_step_work(plan: Plan) -> StepWork:
         num_decode_keys=sum(s.stop for s in decode),
         num_prefill_keys=sum(s.stop for s in prefill),
     )
+
+
+def measure_peak_rates(
+    device: torch.device, dtype: torch.dtype, gemm_size: int, copy_bytes: int, seconds: float
+) -> tuple[float, float]:
+    """Measures the sustained FLOP/s of a square GEMM of random numbers, and the bytes/s read plus written by a copy.
+
+    The GEMM runs for `seconds` and the copy for a third of it; the first third of each is warm-up and does not count.
+    """
+    cuda = device.type == "cuda"
+    calls_per_sync = 10 if cuda else 1
+
+    def calls_per_second(run: Callable[[], object], seconds: float) -> float:
+        begin = start = time.perf_counter()
+        num_calls, is_timed = 0, False
+        while (now := time.perf_counter()) < begin + seconds:
+            if not is_timed and now > begin + seconds / 3:
+                start, num_calls, is_timed = now, 0, True
+            for _ in range(calls_per_sync):
+                run()
+            num_calls += calls_per_sync
+            if cuda:
+                torch.cuda.synchronize(device)
+        return num_calls / (time.perf_counter() - start)
+
+    a, b, out = (torch.randn(gemm_size, gemm_size, device=device, dtype=dtype) for _ in "abc")
+    source, target = (torch.ones(copy_bytes, device=device, dtype=torch.uint8) for _ in "ab")
+    flops = 2 * gemm_size**3 * calls_per_second(lambda: torch.mm(a, b, out=out), seconds)
+    return flops, 2 * copy_bytes * calls_per_second(lambda: target.copy_(source), seconds / 3)
 
 
 @cache

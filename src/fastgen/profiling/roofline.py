@@ -1,11 +1,7 @@
 """Roofline of a machine: the work of a step or of a workload, and the least time that the machine can take for it."""
 
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
-
-import torch
 
 from fastgen.core.model_config import ModelConfig
 
@@ -37,35 +33,6 @@ class Machine(NamedTuple):
 
 # Measured; see `min_seconds`.
 KNOWN_MACHINES = {"H200": Machine("H200", 670e12, 4.28e12, 139 * 2**30, 180 / 580)}
-
-
-def measure_peak_rates(
-    device: torch.device, dtype: torch.dtype, gemm_size: int, copy_bytes: int, seconds: float
-) -> tuple[float, float]:
-    """Measures the sustained FLOP/s of a square GEMM of random numbers, and the bytes/s read plus written by a copy.
-
-    The GEMM runs for `seconds` and the copy for a third of it; the first third of each is warm-up and does not count.
-    """
-    cuda = device.type == "cuda"
-    calls_per_sync = 10 if cuda else 1
-
-    def calls_per_second(run: Callable[[], object], seconds: float) -> float:
-        begin = start = time.perf_counter()
-        num_calls, is_timed = 0, False
-        while (now := time.perf_counter()) < begin + seconds:
-            if not is_timed and now > begin + seconds / 3:
-                start, num_calls, is_timed = now, 0, True
-            for _ in range(calls_per_sync):
-                run()
-            num_calls += calls_per_sync
-            if cuda:
-                torch.cuda.synchronize(device)
-        return num_calls / (time.perf_counter() - start)
-
-    a, b, out = (torch.randn(gemm_size, gemm_size, device=device, dtype=dtype) for _ in "abc")
-    source, target = (torch.ones(copy_bytes, device=device, dtype=torch.uint8) for _ in "ab")
-    flops = 2 * gemm_size**3 * calls_per_second(lambda: torch.mm(a, b, out=out), seconds)
-    return flops, 2 * copy_bytes * calls_per_second(lambda: target.copy_(source), seconds / 3)
 
 
 def _count_elements(config: ModelConfig) -> tuple[int, int, int]:

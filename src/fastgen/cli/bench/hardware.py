@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastgen
-from fastgen.profiling import roofline
+from fastgen.profiling import report
 
 
 def hardware_name(device: torch.device) -> str:
@@ -52,10 +52,10 @@ def measure_clocks(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the sustained rates of a GEMM in `dtype` and of a copy as fields of a row; see `roofline`."""
+    """Returns the sustained rates of a GEMM in `dtype` and of a copy as fields of a row; see `profiling.report`."""
     size, num_bytes, seconds = (8192, 2**30, 3.0) if device.type == "cuda" else (1024, 2**26, 0.2)
     try:
-        gemm, copy = roofline.measure_peak_rates(device, dtype, size, num_bytes, seconds)
+        gemm, copy = report.measure_peak_rates(device, dtype, size, num_bytes, seconds)
     except torch.OutOfMemoryError:
         return {"gemm_tflops": None, "copy_tb_s": None, "probe": "out of memory"}
     probe = f"{size}^3 {str(dtype).removeprefix('torch.')} GEMM, {num_bytes >> 20} MiB copy"
