@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from fastgen.cli.run import build_engine, compose
-from fastgen.training.grpo import Trainer, train
-from fastgen.training.plot import plot_runs
+from fastgen.training.grpo import Trainer, plot_runs, train
 from fastgen.training.problems import load_problem
 
 ROOT = Path(__file__).parents[1]

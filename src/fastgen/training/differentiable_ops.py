@@ -44,11 +44,10 @@ class _RopeAndCacheKV(torch.autograd.Function):
     """Runs `ops.rope_and_cache_kv` and returns the caches too, so that attention's gradients flow through them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, kernel: Any, qkv: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, k: Tensor, v: Tensor
-    ) -> Any:
+    def forward(ctx: Any, kernel: Any, qkv: Tensor, *args: Tensor) -> Any:
+        cos, sin, slot, k, v = args
         ctx.save_for_backward(cos, sin, slot)
-        q = kernel(qkv, cos, sin, slot, k, v)
+        q = kernel(qkv, *args)
         ctx.mark_dirty(k, v)
         return q, k, v
 
@@ -83,7 +82,6 @@ def make_differentiable(ops: ModelOps, reference_gradients: bool) -> ModelOps:
         no_top = logits.new_zeros(len(logits), 0)
         return chosen(logits, token_ids), no_top.long(), no_top
 
-    fields = {
-        name: with_gradient(getattr(ops, name), getattr(TORCH_OPS, name)) for name in OPS_WITH_REFERENCE_GRADIENTS
-    }
+    names = OPS_WITH_REFERENCE_GRADIENTS
+    fields = {name: with_gradient(getattr(ops, name), getattr(TORCH_OPS, name)) for name in names}
     return ops._replace(attention=attention, rope_and_cache_kv=rope_and_cache_kv, logprobs=logprobs, **fields)

@@ -8,9 +8,7 @@
 
 A step samples prompts and a group of completions for each, compares each completion's reward with its group's, and
 raises the probability of the better ones. `fgrun +experiment=grpo_smollm2` runs `train`: steps with a log, checkpoints
-and a plot.
-
-All randomness derives from (seed, step, index of the prompt), so a resumed run equals an uninterrupted one.
+and a plot. All randomness derives from (seed, step, index of the prompt), so a resumed run equals an uninterrupted one.
 """
 
 import hashlib
@@ -21,9 +19,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +39,10 @@ from fastgen.core.tokenizer import Prompt
 from fastgen.core.types import Params
 from fastgen.engine import Engine
 from fastgen.training.logprobs import iter_weights, score
-from fastgen.training.plot import plot_runs
 from fastgen.training.problems import Problem
 
 StepMetrics = dict[str, float]  # one row of the log
+Logprobs = Sequence[Float[Tensor, " _"]]  # of each completion's tokens
 BOOKKEEPING_SETTINGS = ("steps", "save_every", "output_dir", "resume", "export")  # they do not change the numbers
 SAMPLING_SETTINGS = (  # that GRPO's gradient allows for
     "temperature", "n", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "seed", "logprobs", "logprob_mode",
@@ -63,9 +62,7 @@ def compute_advantages(
 ) -> Float[Tensor, "prompts samples"]:
     """Returns rewards minus their group's mean, divided by the group's standard deviation if `scale_by_std`.
 
-    Dr. GRPO does not divide.
-
-    Groups of equal rewards have advantages of exactly 0.
+    Dr. GRPO does not divide. Groups of equal rewards have advantages of exactly 0.
     """
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
     centered = (rewards - rewards.mean(1, keepdim=True)).masked_fill(equal, 0)
@@ -73,15 +70,9 @@ def compute_advantages(
 
 
 def grpo_loss(
-    logprobs: Sequence[Float[Tensor, " _"]],
-    old_logprobs: Sequence[Float[Tensor, " _"]],
-    advantages: Sequence[float],
-    *,
-    clip_range: float = 0.2,
-    normalization_length: int | None = None,
-    reference_logprobs: Sequence[Float[Tensor, " _"]] | None = None,
-    kl_weight: float = 0.0,
-) -> Float[Tensor, ""]:
+    logprobs: Logprobs, old_logprobs: Logprobs, advantages: Sequence[float], *, clip_range: float = 0.2,
+    normalization_length: int | None = None, reference_logprobs: Logprobs | None = None, kl_weight: float = 0.0,
+) -> Float[Tensor, ""]:  # fmt: skip
     """Returns the sum over completions of the clipped surrogate loss, from the logprobs of each completion's tokens.
 
     A completion contributes the mean over its tokens, or with `normalization_length` their sum divided by that constant
@@ -130,13 +121,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        problem: Problem,
-        settings: GrpoConfig | None = None,
-        sampling: SamplingParams | None = None,
-        seed: int = 0,
-    ) -> None:
+        self, engine: Engine, problem: Problem, settings: GrpoConfig | None = None,
+        sampling: SamplingParams | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         s = settings or GrpoConfig()
         self.engine, self.problem, self.settings, self.seed, self.num_steps_done = engine, problem, s, seed, 0
         self.sampling = _with_logprobs(sampling or SamplingParams(n=8, max_tokens=16))
@@ -145,11 +132,11 @@ class Trainer:
         self.params = make_trainable(engine.params, s.trainable_layers)
         self.trainable_weights = [w for w in iter_weights(self.params) if w.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable_weights, s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay)
-        self.reference_params: Params | None = None
-        if s.kl_coef:
-            self.reference_params = tree_map_only(
-                Tensor, lambda w: w.detach().clone() if w.requires_grad else w, self.params
-            )
+
+        def clone_trainable(w: Tensor) -> Tensor:
+            return w.detach().clone() if w.requires_grad else w
+
+        self.reference_params = tree_map_only(Tensor, clone_trainable, self.params) if s.kl_coef else None
 
     def rollout(self) -> Rollout:
         """Samples prompts and a group of completions for each. A function of the parameters, the seed and the step."""
@@ -161,8 +148,8 @@ class Trainer:
         rewards = [[self._reward(p, c) for c in o.completions] for p, o in zip(prompts, outputs, strict=True)]
         pairs = [(o.prompt_token_ids, c) for o in outputs for c in o.completions]
         logprobs = [torch.tensor(c.logprobs, device=self.engine.device) for _, c in pairs]
-        token_ids, starts = [[*p, *c.token_ids] for p, c in pairs], [len(p) for p, _ in pairs]
-        return Rollout(token_ids, starts, logprobs, torch.tensor(rewards))
+        return Rollout([[*p, *c.token_ids] for p, c in pairs], [len(p) for p, _ in pairs], logprobs,
+                       torch.tensor(rewards))  # fmt: skip
 
     def _reward(self, prompt: Prompt, completion: Completion) -> float:
         text = completion.text if self.engine.tokenizer else " ".join(map(str, completion.token_ids))
@@ -208,18 +195,15 @@ class Trainer:
         self, rollout: Rollout, advantages: list[float], reference_logprobs: list[Tensor] | None, indices: Sequence[int]
     ) -> StepMetrics | None:
         """Runs an optimizer step for a minibatch of completions; returns None if all their gradients are zero."""
-        s = self.settings
-        with_gradient = [i for i in indices if advantages[i] or reference_logprobs is not None]
+        s, scores = self.settings, reference_logprobs
+        with_gradient = [i for i in indices if advantages[i] or scores is not None]
         if not with_gradient:
             return None
-        new, old = (
-            self._score_rollout(self.params, rollout, with_gradient),
-            [rollout.old_logprobs[i] for i in with_gradient],
-        )
-        reference = None if reference_logprobs is None else [reference_logprobs[i] for i in with_gradient]
+        new, old = self._score_rollout(self.params, rollout, with_gradient), rollout.old_logprobs
+        old, reference = [old[i] for i in with_gradient], scores and [scores[i] for i in with_gradient]
+        length = None if s.loss_type == "grpo" else self.sampling.max_tokens
         loss = grpo_loss(
-            new, old, [advantages[i] for i in with_gradient], clip_range=s.clip,
-            normalization_length=None if s.loss_type == "grpo" else self.sampling.max_tokens,
+            new, old, [advantages[i] for i in with_gradient], clip_range=s.clip, normalization_length=length,
             reference_logprobs=reference, kl_weight=s.kl_coef,
         ) / len(indices)  # fmt: skip
         self.optimizer.zero_grad()
@@ -227,13 +211,14 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.trainable_weights, s.max_grad_norm, error_if_nonfinite=True)
         self.optimizer.step()
         self.optimizer.zero_grad()  # frees the gradients' memory for sampling
-        new_logprobs, log_ratio = torch.cat(new).detach(), torch.cat(new).detach() - torch.cat(old)
+        new_logprobs, old_logprobs = torch.cat(new).detach(), torch.cat(old)
+        log_ratio = new_logprobs - old_logprobs
         return {
             "loss": float(loss.detach()),
             "norm": float(norm),
             "apart": float(log_ratio.abs().mean()),
             "clipped": float(((log_ratio.exp() - 1).abs() > s.clip).float().mean()),
-            "kl": 0.0 if reference is None else float(estimate_kl(new_logprobs, torch.cat(reference)).mean()),
+            "kl": float(estimate_kl(new_logprobs, torch.cat(reference)).mean()) if reference else 0.0,
         }
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -241,12 +226,9 @@ class Trainer:
     def _reproducibility_settings(self) -> dict[str, Any]:
         """Returns everything besides the parameters that determines the numbers of a run."""
         settings = {f"grpo.{k}": v for k, v in asdict(self.settings).items() if k not in BOOKKEEPING_SETTINGS}
-        return settings | {
-            **{f"sampling.{k}": v for k, v in asdict(self.sampling).items()},
-            "seed": self.seed,
-            "the model": str(self.engine.model_config),
-            "model.dtype": str(self.engine.dtype),
-        }
+        settings |= {f"sampling.{k}": v for k, v in asdict(self.sampling).items()}
+        model = {"the model": str(self.engine.model_config), "model.dtype": str(self.engine.dtype)}
+        return settings | {"seed": self.seed} | model
 
     def save(self, path: str | Path) -> None:
         """Saves everything that the next step depends on, as one file that is replaced atomically."""
@@ -281,10 +263,8 @@ def _with_logprobs(sampling: SamplingParams) -> SamplingParams:
         raise ValueError("grpo needs sampling.temperature above 0 and a number as sampling.max_tokens")
     default = SamplingParams()
     if changed := [k for k, v in asdict(sampling).items() if k not in SAMPLING_SETTINGS and v != getattr(default, k)]:
-        raise ValueError(
-            f"grpo with sampling.{' and sampling.'.join(changed)}: the gradient would be of another distribution than "
-            "the one sampled from; leave the default"
-        )
+        problem = "the gradient would be of another distribution than the one sampled from; leave the default"
+        raise ValueError(f"grpo with sampling.{' and sampling.'.join(changed)}: {problem}")
     return replace(sampling, logprobs=0, logprob_mode="raw" if sampling.temperature == 1 else "processed", seed=None)
 
 
@@ -294,22 +274,21 @@ def _with_logprobs(sampling: SamplingParams) -> SamplingParams:
 @contextmanager
 def finish_step_on_interrupt() -> Iterator[threading.Event]:
     """Yields an event that the first Ctrl-C sets, so that a step can finish; the second Ctrl-C interrupts as usual."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
-        yield interrupted
-        return
-    default_handler = signal.getsignal(signal.SIGINT)
+    interrupted, default_handler = threading.Event(), signal.getsignal(signal.SIGINT)
+    is_main_thread = threading.current_thread() is threading.main_thread()  # no other thread handles signals
 
     def on_interrupt(*_: Any) -> None:
         interrupted.set()
         signal.signal(signal.SIGINT, default_handler)
         print("\nfinishing this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    if is_main_thread:
+        signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, default_handler)
+        if is_main_thread:
+            signal.signal(signal.SIGINT, default_handler)
 
 
 def train(
@@ -321,9 +300,8 @@ def train(
     continues from the folder's checkpoint; without it a checkpoint there is a ValueError. After Ctrl-C the step is
     finished and saved, then KeyboardInterrupt is raised.
     """
-    folder, s = Path(folder), trainer.settings
+    folder, s, rows = Path(folder), trainer.settings, list[StepMetrics]()
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pt"
-    rows: list[StepMetrics] = []
     if resume:
         if not checkpoint.is_file():
             raise ValueError(f"grpo.resume: there is no {checkpoint}; leave it out to begin")
@@ -353,3 +331,21 @@ def train(
         if trainer.engine.tokenizer is not None:
             trainer.engine.tokenizer.save_pretrained(folder / "model")  # type: ignore[attr-defined]
     return rows
+
+
+def plot_runs(runs: Mapping[str, Sequence[StepMetrics]], path: Path) -> None:
+    """Plots reward and completion length over steps to an image, one line per run; nothing without matplotlib."""
+    if not find_spec("matplotlib"):
+        print("no plot: it needs matplotlib, pip install fastgen[notebook]", file=sys.stderr)
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, name, label in ((left, "reward", "mean reward"), (right, "length", "tokens per completion")):
+        for run, rows in runs.items():
+            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=run)
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

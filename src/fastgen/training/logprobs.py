@@ -1,10 +1,10 @@
-"""Log probabilities of given tokens, computed by the functions that generate: for reference models, old policies and
-gradients."""
+"""Log probabilities of given tokens, by the ops that generate: for reference models, old policies and gradients."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -29,24 +29,18 @@ from fastgen.kernels.select import select_scoring_ops
 from fastgen.thread_safety import check_fork
 from fastgen.training.differentiable_ops import make_differentiable
 from fastgen.training.shared_params import attach_gradients
+from fastgen.training.weight_sync import split_by_size
 
 PAGE_SIZE = 64  # tokens per page of the KV cache, which exists for one layer at a time
 
 
 @no_autocast
 def score(
-    params: Params,
-    model_config: ModelConfig,
-    sequences: Tensor | Sequence[Sequence[int] | Tensor],
-    *,
-    first: int | Sequence[int] = 1,
-    temperature: float = 1.0,
-    batch_invariant: bool = False,
-    activation_checkpointing: bool = False,
-    token_budget: int = 8192,
-    ops: ModelOps | None = None,
+    params: Params, model_config: ModelConfig, sequences: Tensor | Sequence[Sequence[int] | Tensor], *,
+    first: int | Sequence[int] = 1, temperature: float = 1.0, batch_invariant: bool = False,
+    activation_checkpointing: bool = False, token_budget: int = 8192, ops: ModelOps | None = None,
     tp_group: TPGroup | None = None,
-) -> list[Float[Tensor, " n"]]:
+) -> list[Float[Tensor, " n"]]:  # fmt: skip
     """Returns the natural-log probabilities of each sequence's tokens from index `first` on: one fp32 tensor each.
 
     `first` is one index for all sequences or one for each, at least 1: a prompt's length scores the completion. The
@@ -70,19 +64,17 @@ def score(
     needs_grad = torch.is_grad_enabled() and any(w.requires_grad for w in iter_weights(params))
     if tp_group is not None and (needs_grad or batch_invariant):
         raise ValueError("score: several ranks compute no gradients and no batch-invariant sums; turn both off")
-    if ops is None:
-        ops = select_scoring_ops(device, batch_invariant=batch_invariant)
+    ops = select_scoring_ops(device, batch_invariant=batch_invariant) if ops is None else ops
     if tp_group is not None:
         ops, model_config = shard_ops(ops, tp_group, model_config), shard_config(model_config, tp_group.shard.size)
     if needs_grad:
         ops = make_differentiable(ops, batch_invariant or device.type == "cuda")
+    options: Any = {"activation_checkpointing": needs_grad and activation_checkpointing, "needs_grad": needs_grad}
     logprobs: list[Tensor] = []
     with no_split_k() if batch_invariant else nullcontext():
-        for indices in split_into_batches([len(s) for s in token_ids], token_budget):
-            logprobs += _score_batch(
-                params, model_config, [token_ids[i] for i in indices], [starts[i] for i in indices], temperature, ops,
-                activation_checkpointing=needs_grad and activation_checkpointing, needs_grad=needs_grad,
-            )  # fmt: skip
+        for batch in split_by_size(zip(token_ids, starts, strict=True), lambda pair: len(pair[0]), token_budget):
+            batch_ids, batch_starts = map(list, zip(*batch, strict=True))
+            logprobs += _score_batch(params, model_config, batch_ids, batch_starts, temperature, ops, **options)
     return logprobs
 
 
@@ -119,8 +111,8 @@ def check_scorable(sequences: list[list[int]], first: list[int], model_config: M
         raise ValueError(f"first is one index for all sequences or one for each, not {first!r:.80}")
     if len(first) != len(sequences):
         raise ValueError(f"{len(first)} values of `first` for {len(sequences)} sequences")
-    finite = isinstance(temperature, int | float) and abs(temperature) <= sys.float_info.max
-    if not finite or temperature < MIN_TEMPERATURE:
+    is_finite = isinstance(temperature, int | float) and abs(temperature) <= sys.float_info.max
+    if not is_finite or temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature must be finite and at least {MIN_TEMPERATURE}, got {temperature!r}")
     context, vocab = model_config.context_length, model_config.vocab_size
     for i, (tokens, start) in enumerate(zip(sequences, first, strict=True)):
@@ -140,19 +132,6 @@ def iter_weights(params: Params) -> Iterator[Tensor]:
     yield from (w for layer in params.layers for w in layer if w is not None)
 
 
-def split_into_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Yields lists of consecutive indices whose lengths sum to at most `token_budget`; at least one index each."""
-    batch, num_tokens = list[int](), 0
-    for i, n in enumerate(lengths):
-        if batch and num_tokens + n > token_budget:
-            yield batch
-            batch, num_tokens = [], 0
-        batch.append(i)
-        num_tokens += n
-    if batch:
-        yield batch
-
-
 def _score_batch(
     params: Params, model_config: ModelConfig, sequences: list[list[int]], first: list[int], temperature: float,
     ops: ModelOps, *, activation_checkpointing: bool, needs_grad: bool,
@@ -166,7 +145,7 @@ def _score_batch(
     layer_fn = partial(checkpoint, _layer_with_own_cache, use_reentrant=False)
     x, y = run_layers(params, KVCache(placeholder, placeholder), batch, model_config, ops,
                       layer_fn=layer_fn if activation_checkpointing else _layer_with_own_cache)  # fmt: skip
-    starts = torch.tensor([0, *(len(s) for s in sequences)], device="cpu").cumsum(0).tolist()
+    starts = list(accumulate(map(len, sequences), initial=0))
     # The hidden state of the token before predicts each target.
     rows = [i for at, f, s in zip(starts, first, sequences, strict=False) for i in range(at + f - 1, at + len(s) - 1)]
     h = ops.final_norm(x, y, params.final_norm, model_config.rms_norm_eps)

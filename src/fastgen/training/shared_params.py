@@ -32,15 +32,15 @@ class AdoptedModel:
 
     def __init__(self, model: torch.nn.Module, params: Mapping[str, torch.nn.Parameter]) -> None:
         """Records the model's modules and the addresses of the adopted parameters, keyed by checkpoint name."""
-        self._model = weakref.ref(model)
-        self._param_names, self._params = list(params), list(params.values())
-        self._addresses = [p.data_ptr() for p in self._params]
+        self._model, self._params = weakref.ref(model), dict(params)
+        self._addresses = [p.data_ptr() for p in params.values()]
         self._record_modules(model)
 
     def _record_modules(self, model: torch.nn.Module) -> None:
         """Records the parameters and submodules of every module."""
-        pairs = ((m._modules, m._parameters) for m in model.modules())
-        self._module_dicts: list[dict[str, Any]] = [d for pair in pairs for d in pair if d]
+        self._module_dicts: list[dict[str, Any]] = [
+            d for m in model.modules() for d in (m._modules, m._parameters) if d
+        ]
         self._recorded_dicts = [dict(d) for d in self._module_dicts]
 
     def check(self) -> None:
@@ -48,46 +48,37 @@ class AdoptedModel:
 
         Runs before every step, so it compares addresses, and the dictionaries of all modules in one comparison.
         """
-        with (
-            torch._C.DisableTorchFunction()
-        ):  # a default device intercepts each call, which then takes 20 times as long
-            moved = list(map(Tensor.data_ptr, self._params)) != self._addresses
+        with torch._C.DisableTorchFunction():  # a default device intercepts each call: 20 times as long
+            is_moved = list(map(Tensor.data_ptr, self._params.values())) != self._addresses
         try:  # == on identical objects returns at once; on two different tensors it compares elements, or raises
-            same = self._module_dicts == self._recorded_dicts
+            is_same = self._module_dicts == self._recorded_dicts
         except Exception:
-            same = False
-        if moved or not same:
-            self._raise_first_difference()
-
-    def _raise_first_difference(self) -> None:
-        """Raises ValueError for the first parameter, in the model's order, that differs."""
-        model = self._model()
-        if model is None:  # deleted; the engine keeps its parameters alive
-            current = dict(zip(self._param_names, self._params, strict=True))
-        else:
-            current = {checkpoint_name(name): p for name, p in model.named_parameters()}
-        problem = None
-        for name, p, address in zip(self._param_names, self._params, self._addresses, strict=True):
-            if name not in current:
-                problem = f"{name} no longer exists"
-            elif current[name] is not p:
-                problem = f"{name} was replaced by another parameter"
-            elif p.data_ptr() != address:
-                problem = f"{name} was moved to other memory"
-            if problem:
-                break
-        else:
-            new = current.keys() - set(self._param_names)
-            if name := min((name for name in new if name.startswith(("model.", "lm_head."))), default=None):
-                problem = f"it got the parameter {name}, which the engine does not have"
-        if problem:
+            is_same = False
+        if not is_moved and is_same:
+            return
+        if problem := self._first_difference():
             raise ValueError(
                 f"the adopted model and the engine no longer share their parameters: {problem} (load_state_dict with "
                 "assign=True, `.data =`, `.to()`, resizing and PEFT do this); adopt the model again and make a new "
                 "engine, or give an engine parameters of its own and call Engine.update_params after each step"
             )
-        if model is not None:
+        if (model := self._model()) is not None:
             self._record_modules(model)
+
+    def _first_difference(self) -> str:
+        """Returns what is wrong with the first parameter, in the model's order, that differs; "" if none does."""
+        current, model = self._params, self._model()
+        if model is not None:  # otherwise deleted; the engine keeps its parameters alive
+            current = {checkpoint_name(name): p for name, p in model.named_parameters()}
+        for (name, p), address in zip(self._params.items(), self._addresses, strict=True):
+            if name not in current:
+                return f"{name} no longer exists"
+            if current[name] is not p:
+                return f"{name} was replaced by another parameter"
+            if p.data_ptr() != address:
+                return f"{name} was moved to other memory"
+        new = [n for n in current if n not in self._params and n.startswith(("model.", "lm_head."))]
+        return f"it got the parameter {min(new)}, which the engine does not have" if new else ""
 
 
 class _LeafOrigin(NamedTuple):
@@ -132,10 +123,7 @@ def adopt(model: torch.nn.Module) -> tuple[ModelConfig, Params]:
     tree = weight_specs(config)
     specs = [spec for spec in tree_leaves(tree) if spec is not None]
     tensors = [tensor for spec in specs for tensor in spec.checkpoint_tensors]
-    _check_adoptable(named, [t.name for t in tensors], config)
-    for t in tensors:
-        if tuple(named[t.name].shape) != t.full_shape:
-            raise ValueError(f"{t.name} has shape {tuple(named[t.name].shape)}, the config says {t.full_shape}")
+    _check_adoptable(named, {t.name: t.full_shape for t in tensors}, config)
     sources = [tuple(named[t.name] for t in spec.checkpoint_tensors) for spec in specs]
     existing = [ref() for ref in _packed_leaves.get(model, [])] + [None] * len(specs)
     packed = [_pack_leaf(p, spec.shape, leaf) for p, spec, leaf in zip(sources, specs, existing, strict=False)]
@@ -148,27 +136,30 @@ def adopt(model: torch.nn.Module) -> tuple[ModelConfig, Params]:
     return config, tree_unflatten(leaves, tree_flatten(tree)[1])
 
 
-def _check_adoptable(model_params: dict[str, Any], required_names: Sequence[str], model_config: ModelConfig) -> None:
-    """Raises ValueError, with the reason, if an engine cannot use a model's parameters in place."""
+def _check_adoptable(
+    model_params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], model_config: ModelConfig
+) -> None:
+    """Raises ValueError, with the reason, if an engine cannot use a model's parameters, of these shapes, in place."""
     advice = "; give the engine parameters of its own and call Engine.update_params after each step"
-    if missing := [name for name in required_names if name not in model_params]:
-        raise ValueError(
-            f"the model has no parameter {missing[0]} (and {len(missing) - 1} more of {model_config.architecture}): is "
-            f"it wrapped, by PEFT, a compiler or a quantizer? It has {'; '.join(list(model_params)[:3])}, …{advice}"
-        )
-    if unused := set(model_params) - set(required_names):
+    if missing := [name for name in shapes if name not in model_params]:
+        names = f"{missing[0]} (and {len(missing) - 1} more of {model_config.architecture})"
+        others = f"is it wrapped, by PEFT, a compiler or a quantizer? It has {'; '.join(list(model_params)[:3])}, …"
+        raise ValueError(f"the model has no parameter {names}: {others}{advice}")
+    if unused := model_params.keys() - shapes.keys():
         raise ValueError(f"{model_config.architecture} does not use the parameter {min(unused)}{advice}")
-    params = {name: model_params[name] for name in required_names}
-    for name, p in params.items():
+    params = [model_params[name] for name in shapes]
+    for name, p in zip(shapes, params, strict=True):
         if hasattr(p, "full_tensor"):
             raise ValueError(f"{name} is a DTensor, sharded over {p.device_mesh}: a shard cannot be adopted{advice}")
         if p.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model first")
         if not p.is_contiguous():
             raise ValueError(f"{name} is not contiguous (strides {p.stride()}){advice}")
-    if len(dtypes := {p.dtype for p in params.values()}) > 1:
+        if tuple(p.shape) != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(p.shape)}, the config says {shapes[name]}")
+    if len(dtypes := {p.dtype for p in params}) > 1:
         raise ValueError(f"the parameters have several dtypes, {sorted(map(str, dtypes))}: an engine has one{advice}")
-    if len(devices := {p.device for p in params.values()}) > 1:
+    if len(devices := {p.device for p in params}) > 1:
         raise ValueError(f"the parameters are on several devices, {sorted(map(str, devices))}{advice}")
 
 
@@ -179,17 +170,21 @@ def _pack_leaf(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...], 
     if len(sources) == 1:
         return sources[0].detach()
     packed = torch.cat([p.detach() for p in sources]).view(shape)
-    for p, view in zip(sources, packed.split([len(p) for p in sources]), strict=True):
+    for p, view in zip(sources, _split_like(packed, sources), strict=True):
         p.data = view
     return packed
 
 
+def _split_like(leaf: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns the views of a leaf, or the parts of its gradient, that belong to the parameters it was packed from."""
+    return leaf.split([len(p) for p in sources])
+
+
 def _is_packed_from(leaf: Tensor, sources: tuple[torch.nn.Parameter, ...]) -> bool:
     """Returns whether a leaf was packed from exactly these parameters, and they are still its views."""
-    recorded = _leaf_origins[leaf].sources
-    if len(recorded) != len(sources) or any(a is not b for a, b in zip(recorded, sources, strict=True)):
+    if list(map(id, _leaf_origins[leaf].sources)) != list(map(id, sources)):
         return False
-    pairs = zip(sources, leaf.split([len(p) for p in sources]), strict=True)
+    pairs = zip(sources, _split_like(leaf, sources), strict=True)
     return all((p.data_ptr(), p.dtype, p.shape) == (v.data_ptr(), v.dtype, v.shape) for p, v in pairs)
 
 
@@ -215,11 +210,9 @@ class _SplitPackedGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         sources = ctx.saved_tensors  # raises if an optimizer has overwritten the values that forward used
-        parts = grads[0].split([len(p) for p in sources])
         leaf_needs_grad, *needs_grad = ctx.needs_input_grad
-        return grads[0] if leaf_needs_grad else None, *(
-            g if n else None for g, n in zip(parts, needs_grad, strict=True)
-        )
+        pairs = zip(_split_like(grads[0], sources), needs_grad, strict=True)
+        return grads[0] if leaf_needs_grad else None, *(grad if needed else None for grad, needed in pairs)
 
 
 def attach_gradients(params: Params) -> Params:

@@ -54,52 +54,45 @@ class _MappedMemory:
     """GPU memory mapped to a reserved address; torch makes a tensor of it by `__cuda_array_interface__`."""
 
     def __init__(self, nbytes: int, device: int) -> None:
-        place = _MemLocation(1, device)
-        self._allocation_prop = _MemAllocationProp(type=1, place=place)
+        self._allocation_prop = _MemAllocationProp(type=1, place=_MemLocation(1, device))
         # Peers have access too, or copies from them would be refused.
         peers = [i for i in range(torch.cuda.device_count()) if torch.cuda.can_device_access_peer(i, device)]
-        self._access_descs = (_MemAccessDesc * (1 + len(peers)))(
-            *(_MemAccessDesc(_MemLocation(1, i), 3) for i in (device, *peers))
-        )
-        granularity = ctypes.c_size_t()
+        access = [_MemAccessDesc(_MemLocation(1, i), 3) for i in (device, *peers)]
+        self._access_descs = (_MemAccessDesc * len(access))(*access)
+        granularity, zero = ctypes.c_size_t(), ctypes.c_uint64(0)
         _driver_call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self._allocation_prop), 0)
-        self.nbytes = -(-nbytes // granularity.value) * granularity.value
-        self._pid = os.getpid()
+        self._size = ctypes.c_size_t(-(-nbytes // granularity.value) * granularity.value)
+        self._pid, self._mapped = os.getpid(), False
         self._address, self._handle = ctypes.c_uint64(), ctypes.c_uint64()
-        zero, size = ctypes.c_uint64(0), ctypes.c_size_t(self.nbytes)
-        _driver_call("cuMemAddressReserve", ctypes.byref(self._address), size, ctypes.c_size_t(0), zero, zero)
-        self.mapped = False
+        _driver_call("cuMemAddressReserve", ctypes.byref(self._address), self._size, ctypes.c_size_t(0), zero, zero)
         self.map_memory()
-        weakref.finalize(self, _MappedMemory._free, self._address, self.nbytes, self.__dict__).atexit = False
+        weakref.finalize(self, _free, self.__dict__).atexit = False
         self.__cuda_array_interface__ = {
             "shape": (nbytes,), "typestr": "|u1", "data": (self._address.value, False), "version": 3,
         }  # fmt: skip
 
     def map_memory(self) -> None:
-        size, none = ctypes.c_size_t(self.nbytes), ctypes.c_uint64(0)
-        _driver_call("cuMemCreate", ctypes.byref(self._handle), size, ctypes.byref(self._allocation_prop), none)
-        _driver_call("cuMemMap", self._address, size, ctypes.c_size_t(0), self._handle, none)
-        num_descs = ctypes.c_size_t(len(self._access_descs))
-        _driver_call("cuMemSetAccess", self._address, size, self._access_descs, num_descs)
-        self.mapped = True
+        none, num_descs = ctypes.c_uint64(0), ctypes.c_size_t(len(self._access_descs))
+        _driver_call("cuMemCreate", ctypes.byref(self._handle), self._size, ctypes.byref(self._allocation_prop), none)
+        _driver_call("cuMemMap", self._address, self._size, ctypes.c_size_t(0), self._handle, none)
+        _driver_call("cuMemSetAccess", self._address, self._size, self._access_descs, num_descs)
+        self._mapped = True
 
     def unmap_memory(self) -> None:
-        _unmap_and_release(self._address, self.nbytes, self._handle)
-        self.mapped = False
-
-    @staticmethod
-    def _free(address: ctypes.c_uint64, nbytes: int, state: dict[str, Any]) -> None:
-        if state["_pid"] != os.getpid():  # it belongs to the process that a fork came from
-            return
-        torch.cuda.synchronize()
-        if state["mapped"]:
-            _unmap_and_release(address, nbytes, state["_handle"])
-        _driver_call("cuMemAddressFree", address, ctypes.c_size_t(nbytes))
+        _driver_call("cuMemUnmap", self._address, self._size)
+        _driver_call("cuMemRelease", self._handle)
+        self._mapped = False
 
 
-def _unmap_and_release(address: ctypes.c_uint64, nbytes: int, handle: ctypes.c_uint64) -> None:
-    _driver_call("cuMemUnmap", address, ctypes.c_size_t(nbytes))
-    _driver_call("cuMemRelease", handle)
+def _free(state: dict[str, Any]) -> None:
+    """Frees memory and address, from the attributes of a `_MappedMemory` that is gone."""
+    if state["_pid"] != os.getpid():  # it belongs to the process that a fork came from
+        return
+    torch.cuda.synchronize()
+    if state["_mapped"]:
+        _driver_call("cuMemUnmap", state["_address"], state["_size"])
+        _driver_call("cuMemRelease", state["_handle"])
+    _driver_call("cuMemAddressFree", state["_address"], state["_size"])
 
 
 class ReleasableMemory:
@@ -128,7 +121,7 @@ class ReleasableMemory:
         first, size = self._allocated_bytes, prod(shape) * dtype.itemsize
         self._allocated_bytes += tensor_memory.align(size)
         if self._allocated_bytes > self.nbytes:
-            raise ValueError(f"a region of {self.nbytes} bytes has no room left for {size}")
+            raise ValueError(f"a region of {self.nbytes} bytes has not {size} bytes left")
         return self._buffer[first : first + size].view(dtype).view(*shape)
 
     @property
@@ -210,9 +203,8 @@ class EngineMemory:
             raise ValueError("sleep: these parameters were given to the engine, and belong to the caller")
         regions = {name: r for name, r in self.regions.items() if memory in (name, "all") and r.resident}
         if not all(r.releasable for r in regions.values()):
-            raise ValueError(
-                "sleep: NumPy has seen this memory (`x.numpy()`) and keeps it: give it copies (`x.clone()`)"
-            )
+            problem = "NumPy has seen this memory (`x.numpy()`) and keeps it: give it copies (`x.clone()`)"
+            raise ValueError(f"sleep: {problem}")
         return regions
 
     def release(self, memory: str) -> int:

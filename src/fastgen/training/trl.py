@@ -7,7 +7,7 @@
 This module does not import TRL (`pip install fastgen[trl]`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -19,9 +19,8 @@ from fastgen.engine import Engine
 from fastgen.training.shared_params import adopt
 
 # Names in GRPOConfig -> names in SamplingParams. None in a GRPOConfig leaves the default.
-GRPO_CONFIG_TO_SAMPLING = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} | {
-    "max_completion_length": "max_tokens"
-}
+SAME_NAMES = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
+GRPO_CONFIG_TO_SAMPLING = {name: name for name in SAME_NAMES} | {"max_completion_length": "max_tokens"}
 # transformers' names -> names in SamplingParams.
 GENERATION_KWARGS_TO_SAMPLING = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"}
 SAMPLING_FIELDS = [f.name for f in fields(SamplingParams)]
@@ -41,13 +40,9 @@ class RolloutFunc:
     """
 
     def __init__(
-        self,
-        engine: Engine | None = None,
-        *,
-        weights: WeightSource | None = None,
-        sleep_between_rollouts: bool = True,
-        **settings: Any,
-    ) -> None:
+        self, engine: Engine | None = None, *, weights: WeightSource | None = None,
+        sleep_between_rollouts: bool = True, **settings: Any,
+    ) -> None:  # fmt: skip
         if engine is not None and settings:
             raise ValueError(f"RolloutFunc: {', '.join(settings)} are for an engine that it makes; set them on yours")
         if engine is None and weights is not None:
@@ -64,11 +59,10 @@ class RolloutFunc:
         self._sync_weights(self.engine, model, trainer)
         if trainer.tools:  # TRL does not call a rollout_func for the turn after a tool's result
             if not hasattr(trainer, "_generate_single_turn"):
-                raise ValueError(
-                    "RolloutFunc: this version of TRL generates the turn after a tool's result differently"
-                )
+                raise ValueError("RolloutFunc: this TRL generates the turn after a tool's result differently")
             trainer._generate_single_turn = lambda prompts, *_, **__: self._generate(prompts, trainer, fit_context=True)
-        prompt_ids = encode_prompts(prompts, trainer)
+        get_tokenizer(trainer)  # raises ValueError
+        prompt_ids = trainer._tokenize_prompts(list(prompts))[0]  # messages by the chat template, with tools
         completion_ids, logprobs = self._generate(prompt_ids, trainer)
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
 
@@ -97,10 +91,9 @@ class RolloutFunc:
         try:
             model_config, params = adopt(model)
         except ValueError as e:
-            raise ValueError(
-                f"RolloutFunc: the trainer's parameters cannot be read in place: {e}. To copy them after each step, "
-                "pass an engine with parameters of its own: RolloutFunc(fastgen.Engine.from_pretrained(…))"
-            ) from e
+            advice = "pass an engine with parameters of its own: RolloutFunc(fastgen.Engine.from_pretrained(…))"
+            problem = f"the trainer's parameters cannot be read in place: {e}. To copy them after each step"
+            raise ValueError(f"RolloutFunc: {problem}, {advice}") from e
         # Each process of the trainer samples its own completions.
         settings = {"seed": trainer.args.seed + trainer.accelerator.process_index} | self.settings
         return Engine(params, model_config, get_tokenizer(trainer), progress=False, **settings)
@@ -109,10 +102,11 @@ class RolloutFunc:
         """Copies the trainer's parameters to the engine once per step, unless they share memory."""
         if model.get_input_embeddings().weight.data_ptr() == engine.params.embed.data_ptr():
             if self._weights is not None or hasattr(model, "get_base_model"):
-                raise ValueError(
-                    "RolloutFunc: the engine reads the trainer's parameters in place, and copying others (weights=, or "
-                    "PEFT's merged ones) would overwrite them: pass an engine with parameters of its own"
+                problem = (
+                    "the engine reads the trainer's parameters in place, and copying others (weights=, or PEFT's merged"
                 )
+                advice = "ones) would overwrite them: pass an engine with parameters of its own"
+                raise ValueError(f"RolloutFunc: {problem} {advice}")
             return
         if self._synced_step == trainer.state.global_step:
             return
@@ -128,16 +122,8 @@ def get_tokenizer(trainer: Any) -> Any:
     """Returns the trainer's tokenizer. Raises ValueError for a processor of images."""
     processor = trainer.processing_class
     if hasattr(processor, "tokenizer"):
-        raise ValueError(
-            f"RolloutFunc: {type(processor).__name__} is for images too; fastgen generates from text alone"
-        )
+        raise ValueError(f"RolloutFunc: {type(processor).__name__} is for images too; fastgen generates from text")
     return processor
-
-
-def encode_prompts(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
-    """Returns token ids as the trainer makes them: messages through its chat template, with each prompt's tools."""
-    get_tokenizer(trainer)
-    return trainer._tokenize_prompts(list(prompts))[0]
 
 
 def sampling_params(trainer: Any) -> SamplingParams:

@@ -10,14 +10,16 @@ A trainer in the same process can share its memory instead of sending: `fastgen.
 
 import pickle
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+T = TypeVar("T")
 NamedTensors = Iterable[tuple[str, Tensor]]
 BUCKET_BYTES = 2**28  # broadcast at once
 WRAPPER_PATTERN = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)\.")
@@ -152,16 +154,17 @@ def open_cuda_ipc_handles(handles: bytes) -> Iterator[tuple[str, Tensor]]:
         yield name, rebuild(*args)
 
 
-def _split_into_buckets(tensors: NamedTensors, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Yields lists of consecutive pairs: of one dtype, and at most `bucket_bytes` bytes or one tensor."""
-    bucket: list[tuple[str, Tensor]] = []
-    for name, t in tensors:
-        if bucket and (bucket[0][1].dtype != t.dtype or sum(x.nbytes for _, x in bucket) + t.nbytes > bucket_bytes):
-            yield bucket
-            bucket = []
-        bucket.append((name, t))
-    if bucket:
-        yield bucket
+def split_by_size(items: Iterable[T], size: Callable[[T], int], max_size: int) -> Iterator[list[T]]:
+    """Yields lists of consecutive items whose sizes sum to at most `max_size`; a larger item is a list of its own."""
+    batch, total = list[T](), 0
+    for item in items:
+        if batch and total + size(item) > max_size:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size(item)
+    if batch:
+        yield batch
 
 
 def send(tensors: NamedTensors, group: Any = None, src: int = 0, *, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -171,25 +174,23 @@ def send(tensors: NamedTensors, group: Any = None, src: int = 0, *, bucket_bytes
 
 
 def broadcast_weights(
-    tensors: NamedTensors,
-    group: Any = None,
-    src: int = 0,
-    *,
-    device: torch.device | None = None,
+    tensors: NamedTensors, group: Any = None, src: int = 0, *, device: torch.device | None = None,
     bucket_bytes: int = BUCKET_BYTES,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Broadcasts pairs as `send` does, and yields those of each bucket after it is sent, for an engine on this rank.
 
     The tensors are sent from `device`, and yielded there; None keeps their device.
     """
+    pairs = ((name, _full_tensor(t)) for name, t in tensors)
     try:
-        for bucket in _split_into_buckets(((n, _full_tensor(t)) for n, t in tensors), bucket_bytes):
-            header: list[Any] = [[(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in bucket]]
-            flat = torch.cat([t.detach().flatten() for _, t in bucket]).to(device)
-            dist.broadcast_object_list(header, src, group)
-            dist.broadcast(flat, src, group)
-            for (name, t), part in zip(bucket, flat.split([t.numel() for _, t in bucket]), strict=True):
-                yield name, part.view(t.shape)
+        for dtype, group_pairs in groupby(pairs, lambda pair: pair[1].dtype):
+            for bucket in split_by_size(group_pairs, lambda pair: pair[1].nbytes, bucket_bytes):
+                header = [[(name, tuple(t.shape), str(dtype).removeprefix("torch.")) for name, t in bucket]]
+                flat = torch.cat([t.detach().flatten() for _, t in bucket]).to(device)
+                dist.broadcast_object_list(header, src, group)
+                dist.broadcast(flat, src, group)
+                for (name, t), part in zip(bucket, flat.split([t.numel() for _, t in bucket]), strict=True):
+                    yield name, part.view(t.shape)
     finally:  # None ends the transfer, also if the consumer stops early
         dist.broadcast_object_list([None], src, group)
 
