@@ -37,7 +37,6 @@ BRACE = regex.compile(r"\{")
 MEMBER = regex.compile(r'\s*+(?:\}|"(?P<key>(?:[^"\\]|\\.){0,64}+)"\s*+:\s*+(?=\S))', regex.DOTALL)
 SEPARATOR = regex.compile(r"\s*+(?:,|(?=\}))")
 SCALAR = regex.compile(r"[-+.\w]{1,64}+(?=[\s,}])")  # a number, true, false or null
-STRING = regex.compile(r'(?:[^"\\]|\\.)*+', regex.DOTALL)  # up to the closing quotation mark
 END_OF_REASONING = regex.compile("|".join(map(regex.escape, reasoning.TAGS.values())))
 
 
@@ -122,164 +121,23 @@ class _NotACall(Exception):
     """Raised when a text cannot be a call."""
 
 
-class _JsonEndFinder:
-    """Finds the end of a JSON object or array in streamed text. Counts braces only, or brackets only."""
-
-    def __init__(self, opening: str) -> None:
-        self.opening, self.closing = opening, "}" if opening == "{" else "]"
-        self.depth, self.in_string, self.escaped = 0, False, False
-
-    def find_end(self, text: str, *, strict: bool = False) -> int:
-        """Returns the index after the last character, or -1 if the end is not in `text`.
-
-        With `strict`, raises _NotACall at a character that JSON does not have outside of strings.
-        """
-        for i, c in enumerate(text):
-            if self.escaped:
-                self.escaped = False
-            elif self.in_string:
-                self.escaped, self.in_string = c == "\\", c != '"'
-            elif c == '"':
-                self.in_string = True
-            elif strict and c not in JSON_CHARACTERS:
-                raise _NotACall
-            else:
-                self.depth += (c == self.opening) - (c == self.closing)
-                if not self.depth:
-                    return i + 1
-        return -1
-
-
-class _CallObjectParser:
-    """Incremental parser of one call, `{"name": …, "arguments": {…}, …}`, whose members may come in any order.
-
-    `is_call` becomes true when the name is one of `function_names` and the arguments have begun, or the object has
-    ended without arguments. `ended` becomes true when the object ends, or turns out to be no call. `buffer` is then the
-    text after the call, or all of the text if it is no call. Invalid JSON after a call's arguments counts as text.
-    """
-
-    def __init__(self, function_names: Sequence[str], allowed_keys: Collection[str] | None) -> None:
-        """`allowed_keys` are the members that a call may have; None allows any."""
-        self.function_names, self.allowed_keys = function_names, allowed_keys
-        self.name: str | None = None
-        self.is_call = self.ended = self.has_arguments = False
-        self.buffer = ""  # text that is not parsed yet
-        self._parsed: list[str] = []  # parsed text, which returns to the buffer if this is no call
-        self._new_arguments: list[str] = []  # arguments since the last take_arguments()
-        self._steps = self._parse_members()
-
-    def push(self, text: str) -> None:
-        """Parses more text."""
-        self.buffer += text
-        try:
-            next(self._steps)
-        except StopIteration:
-            self.ended = True
-        except _NotACall:
-            self.ended, self.buffer = True, "".join(self._parsed) + self.buffer
-
-    def unconfirmed_text(self) -> str:
-        """Returns all text while it is not known to be a call, else an empty string."""
-        return "" if self.is_call else "".join(self._parsed) + self.buffer
-
-    def take_arguments(self) -> str:
-        """Returns the new part of the arguments, as the model wrote them."""
-        arguments, self._new_arguments = "".join(self._new_arguments), []
-        return arguments
-
-    def _parse_members(self) -> Generator[None, None, None]:
-        """Parses the object; yields when it needs more text."""
-        yield from self._match(BRACE)
-        while (key := (yield from self._match(MEMBER))["key"]) is not None:
-            key = self._decode_string(f'"{key}"')
-            if self.allowed_keys is not None and key not in self.allowed_keys:
-                raise _NotACall
-            value = yield from self._parse_value(is_arguments := key in ARGUMENT_KEYS and not self.has_arguments)
-            if key == "name" and self.name is None:
-                self.name = self._decode_string(value)
-                if self.name not in self.function_names:
-                    raise _NotACall
-            elif is_arguments and not self.has_arguments:  # not an object, whose text _parse_value has taken already
-                self._new_arguments.append("{}" if value == "null" else self._decode_object(value))
-                self.has_arguments = True
-            self._update_is_call()
-            yield from self._match(SEPARATOR)
-        if self.name is None:
-            raise _NotACall
-        if not self.has_arguments:
-            self._new_arguments.append("{}")
-            self.has_arguments = self.is_call = True
-
-    def _parse_value(self, is_arguments: bool) -> Generator[None, None, str]:
-        """Parses a value. Returns its text, or an empty string for an array or object."""
-        first = self.buffer[0]
-        if first == '"':
-            parts = [self._consume(1)]
-            while True:
-                parts.append(self._consume(STRING.match(self.buffer).end()))  # type: ignore[union-attr]
-                if self.buffer.startswith('"'):
-                    return "".join([*parts, self._consume(1)])
-                yield
-        if first not in "{[":
-            return (yield from self._match(SCALAR))[0]
-        if is_arguments and first != "{":
-            raise _NotACall
-        finder = _JsonEndFinder(first)
-        while True:
-            self.has_arguments |= is_arguments
-            self._update_is_call()
-            end = finder.find_end(self.buffer, strict=not self.is_call)
-            part = self._consume(len(self.buffer) if end < 0 else end)
-            if is_arguments:
-                self._new_arguments.append(part)
-            if end >= 0:
-                return ""
-            yield
-
-    def _update_is_call(self) -> None:
-        self.is_call = self.name is not None and self.has_arguments
-        if self.is_call:
-            self._parsed.clear()  # can no longer turn out to be text
-
-    def _match(self, pattern: Any) -> Generator[None, None, Any]:
-        """Consumes what the pattern matches at the start of the buffer. Returns the match."""
-        while (match := pattern.match(self.buffer, partial=True)) is None or match.partial:
-            if match is None:
-                raise _NotACall
-            yield
-        self._consume(match.end())
-        return match
-
-    def _consume(self, count: int) -> str:
-        text, self.buffer = self.buffer[:count], self.buffer[count:]
-        self._parsed.append(text)
-        return text
-
-    def _decode_string(self, value: str) -> str:
-        """Decodes a JSON string. Line breaks in it, which models write, are accepted."""
-        with suppress(ValueError):
-            if isinstance(text := json.loads(value, strict=False), str):
-                return text
-        raise _NotACall
-
-    def _decode_object(self, value: str) -> str:
-        """Returns the text of the object in a JSON string. An empty string and null are an empty object."""
-        text = self._decode_string(value)
-        with suppress(ValueError, RecursionError):
-            if (decoded := json.loads(text or "null", strict=False)) is None:
-                return "{}"
-            if isinstance(decoded, dict):
-                return text
-        raise _NotACall
+def _decode(value: str, expected_type: Any) -> Any:
+    """Decodes a JSON value. Line breaks in strings, which models write, are accepted. Raises _NotACall."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(decoded := json.loads(value, strict=False), expected_type):
+            return decoded
+    raise _NotACall
 
 
 class ToolCallParser:
     """Separates calls from text, incrementally.
 
     A text counts as a call once its function is known to be one of `function_names` and its arguments begin; until then
-    it is held back. Members may come in any order. Arguments are returned as the model wrote them. Calls beyond
-    `max_calls` are dropped; Llama's limit is one, since its templates take one call per message. Text between reasoning
-    tags is never a call.
+    it is held back. Members may come in any order. Arguments are returned as the model wrote them; invalid JSON after
+    them is text. Calls beyond `max_calls` are dropped; Llama's limit is one, since its templates take one call per
+    message. Text between reasoning tags is never a call.
+
+    The methods that return generators consume the buffer, and yield where they need more text.
     """
 
     def __init__(
@@ -300,128 +158,169 @@ class ToolCallParser:
         ends = [r"\]", TOOL_CALL_CLOSE] if call_format == "hermes" else [r"\]"]
         self.end_patterns = [regex.compile(rf"\s*+{end}") for end in ends]
         self.function_names, self.max_calls = function_names, 1 if call_format == "llama" else max_calls
-        self.state: Literal["start", "text", "reasoning", "call", "bare", "after"] = "start"
         self.buffer, self.num_calls = "", 0  # text that is not parsed yet; calls so far
-        self.remaining_end_patterns: list[Any] = []  # end patterns that may still follow the call
-        self.current_call, self.is_call_known = _CallObjectParser(function_names, None), False
-        self.call_head = (
-            "",
-            "",
-        )  # text before the object: if it is no call, the first part is text, the second is parsed
-        self.bare_arguments = _JsonEndFinder("{")  # for arguments that directly follow the function's name
+        self.held: list[str] = []  # parsed text that is text of the answer unless it turns out to be a call
+        # The call that is being parsed: whether it is known to be one, its function, and its arguments not sent yet.
+        self.is_call, self.name, self.arguments = False, None, None
         self.new_text, self.new_calls = "", dict[int, Json]()  # results of the current push
+        self._steps = self._parse()
 
     def push(self, text: str, *, is_final: bool = False) -> tuple[str, list[Json]]:
         """Parses more text. Returns new text that is no call, and the new parts of calls as OpenAI's deltas."""
         self.buffer += text
         self.new_text, self.new_calls = "", {}
-        while self.buffer and getattr(self, f"_{self.state}")():
-            pass
-        if is_final:
-            if self.state == "call" and not self.is_call_known:
-                self.buffer = "".join([*self.call_head, self.current_call.unconfirmed_text()])
-            if not self.num_calls or not self.buffer.isspace():
-                self.new_text += self.buffer
-            self.buffer = ""
+        next(self._steps)
+        if is_final and not self.is_call:
+            remaining = "".join(self.held) + self.buffer
+            self.new_text += "" if self.num_calls and remaining.isspace() else remaining
         return self.new_text, [*self.new_calls.values()]
 
-    def _consume(self, count: int) -> str:
-        text, self.buffer = self.buffer[:count], self.buffer[count:]
+    def _parse(self) -> Generator[None, None, None]:
+        """Parses an answer."""
+        if self.bare_call_pattern and (match := (yield from self._match(self.bare_call_pattern))):
+            yield from self._parse_calls(match, 0, CALL_KEYS)
+        while True:
+            match = yield from self._search(self.call_pattern)
+            if match["think"]:
+                self._emit_text(len(match[0]))
+                match = yield from self._search(END_OF_REASONING)
+                self._emit_text(len(match[0]))
+            else:
+                self._consume(len(match[0]))
+                yield from self._parse_calls(match, match.end("marker") - match.start())
+
+    def _parse_calls(
+        self, match: Any, marker_length: int, allowed_keys: Collection[str] | None = None
+    ) -> Generator[None, None, None]:
+        """Parses the call whose start has matched, then end markers, which may be missing, and calls that follow.
+
+        If it is no call, the first `marker_length` characters of the match are text, and those after them are parsed
+        again. `allowed_keys` are the members that the call may have; None allows any.
+        """
+        while match:
+            self.is_call, self.name, self.arguments = False, match.groupdict().get("name"), None
+            try:
+                yield from self._parse_call(allowed_keys) if self.name is None else self._parse_value(True)
+            except _NotACall:
+                text, self.held = "".join(self.held), []
+                if not self.is_call:
+                    self.new_text, self.buffer = (
+                        self.new_text + text[:marker_length],
+                        text[marker_length:] + self.buffer,
+                    )
+                    return
+                self.buffer = text + self.buffer
+            self.is_call, ends = False, self.end_patterns
+            self.held.clear()
+            while (match := (yield from self._match(self.next_call_pattern, *ends))) and match.re in ends:
+                self.held.clear()
+                ends = ends[ends.index(match.re) + 1 :]
+            marker_length, allowed_keys = len(match[0]) if match else 0, None
+
+    def _parse_call(self, allowed_keys: Collection[str] | None) -> Generator[None, None, None]:
+        """Parses a call of the form `{"name": …, "arguments": {…}, …}`. Raises _NotACall."""
+        yield from self._expect(BRACE)
+        while (key := (yield from self._expect(MEMBER))["key"]) is not None:
+            key = _decode(f'"{key}"', str)
+            if allowed_keys is not None and key not in allowed_keys:
+                raise _NotACall
+            value = yield from self._parse_value(key in ARGUMENT_KEYS and self.arguments is None)
+            if key == "name" and self.name is None:
+                self.name = _decode(value, str)
+                if self.name not in self.function_names:
+                    raise _NotACall
+            elif key in ARGUMENT_KEYS and self.arguments is None:  # not an object, but null or the text of an object
+                text = "null" if value == "null" else _decode(value, str) or "null"
+                self.arguments = ["{}" if _decode(text, dict | None) is None else text]
+            self._update_call()
+            yield from self._expect(SEPARATOR)
+        if self.name is None:
+            raise _NotACall
+        if self.arguments is None:
+            self.arguments = ["{}"]
+            self._update_call()
+
+    def _parse_value(self, is_arguments: bool) -> Generator[None, None, str]:
+        """Parses a JSON value; returns its text. Arguments that are an object are sent as they arrive."""
+        opening = self.buffer[0]
+        if opening not in '"{[':
+            return (yield from self._expect(SCALAR))[0]
+        if is_arguments and opening == "[":
+            raise _NotACall
+        if is_arguments := is_arguments and opening == "{":
+            self.arguments = []
+            self._update_call()
+        closing, parts, depth, in_string, is_escaped = "}" if opening == "{" else "]", list[str](), 0, False, False
+        while True:
+            end = 0
+            for end, c in enumerate(self.buffer, 1):  # noqa: B007
+                if is_escaped:
+                    is_escaped = False
+                elif in_string:
+                    is_escaped, in_string = c == "\\", c != '"'
+                elif c == '"':
+                    in_string = True
+                elif not self.is_call and c not in JSON_CHARACTERS:
+                    raise _NotACall
+                else:
+                    depth += (c == opening) - (c == closing)
+                if not (depth or in_string):
+                    break
+            parts.append(self._consume(end))
+            if is_arguments:
+                self.arguments = [*(self.arguments or ()), parts[-1]]
+                self._update_call()
+            if not (depth or in_string):
+                return "".join(parts)
+            yield
+
+    def _update_call(self) -> None:
+        """Sends new arguments once the call's function is known too. From then on it is a call and no text."""
+        if self.name is None or self.arguments is None:
+            return
+        self.held.clear()
+        function: Json = {"arguments": ""}
+        delta: Json = {"index": self.num_calls - 1, "function": function}
+        if is_new := not self.is_call:
+            self.is_call, self.num_calls, function = True, self.num_calls + 1, {"name": self.name, "arguments": ""}
+            id = f"call_{uuid.uuid4().hex[:24]}"
+            delta = {"index": self.num_calls - 1, "id": id, "type": "function", "function": function}
+        arguments, self.arguments = "".join(self.arguments), []
+        if (is_new or arguments) and (self.max_calls is None or self.num_calls <= self.max_calls):
+            self.new_calls.setdefault(delta["index"], delta)["function"]["arguments"] += arguments
+
+    def _search(self, pattern: Any) -> Generator[None, None, Any]:
+        """Finds the pattern in the buffer; sends the text before it. Returns the match, which is not consumed."""
+        while True:
+            match = pattern.search(self.buffer, partial=True)
+            self._emit_text(match.start() if match else len(self.buffer))
+            if match and not match.partial:
+                return match
+            yield
+
+    def _match(self, *patterns: Any) -> Generator[None, None, Any]:
+        """Consumes what the first pattern that fits matches at the start of the buffer; returns the match or None."""
+        while any(matches := [pattern.match(self.buffer, partial=True) for pattern in patterns]):
+            if match := next((match for match in matches if match and not match.partial), None):
+                self._consume(match.end())
+                return match
+            yield
+        return None
+
+    def _expect(self, pattern: Any) -> Generator[None, None, Any]:
+        """Consumes what the pattern matches at the start of the buffer; returns the match or raises _NotACall."""
+        if (match := (yield from self._match(pattern))) is None:
+            raise _NotACall
+        return match
+
+    def _consume(self, num_chars: int) -> str:
+        text, self.buffer = self.buffer[:num_chars], self.buffer[num_chars:]
+        self.held.append(text)
         return text
 
-    # Each state consumes what it can of the buffer. It returns whether the next state may parse the rest at once.
-
-    def _start(self) -> bool:
-        match = self.bare_call_pattern.match(self.buffer, partial=True) if self.bare_call_pattern else None
-        if match is None:
-            self.state = "text"
-            return True
-        return self._start_call(match, "", match[0], CALL_KEYS)
-
-    def _text(self) -> bool:
-        match = self.call_pattern.search(self.buffer, partial=True)
-        self.new_text += self._consume(match.start() if match else len(self.buffer))
-        if match is None or match.partial:
-            return False
-        if match["think"]:
-            self.new_text += self._consume(len(match[0]))
-            self.state = "reasoning"
-            return True
-        end = match.end("marker") - match.start()
-        return self._start_call(match, match[0][:end], match[0][end:])
-
-    def _reasoning(self) -> bool:
-        match = END_OF_REASONING.search(self.buffer, partial=True)
-        end = len(self.buffer) if match is None else match.start() if match.partial else match.end()
-        self.new_text += self._consume(end)
-        if match is None or match.partial:
-            return False
-        self.state = "text"
-        return True
-
-    def _start_call(self, match: Any, text: str, unparsed: str, allowed_keys: Collection[str] | None = None) -> bool:
-        if match.partial:
-            return False
-        self._consume(len(match[0]))
-        self.remaining_end_patterns = [*self.end_patterns]
-        if match.groupdict().get("name"):
-            self.state, self.bare_arguments = "bare", _JsonEndFinder("{")
-            self.num_calls += 1
-            self._emit_call("", match["name"])
-        else:
-            self.state, self.is_call_known, self.call_head = "call", False, (text, unparsed)
-            self.current_call = _CallObjectParser(self.function_names, allowed_keys)
-        return True
-
-    def _emit_call(self, arguments: str, name: str | None = None) -> None:
-        if self.max_calls is not None and self.num_calls > self.max_calls:
-            return
-        index = self.num_calls - 1
-        delta: Json = {"index": index, "function": {"arguments": ""}}
-        if name is not None:
-            id = f"call_{uuid.uuid4().hex[:24]}"
-            delta = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
-        self.new_calls.setdefault(index, delta)["function"]["arguments"] += arguments
-
-    def _call(self) -> bool:
-        call = self.current_call
-        call.push(self._consume(len(self.buffer)))
-        if call.is_call and not self.is_call_known:
-            self.is_call_known = True
-            self.num_calls += 1
-            self._emit_call(call.take_arguments(), call.name)
-        elif arguments := call.take_arguments() if self.is_call_known else "":
-            self._emit_call(arguments)
-        if not call.ended:
-            return False
-        self.state, self.buffer = "after", call.buffer
-        if not call.is_call:
-            self.state, self.buffer = "text", self.call_head[1] + call.buffer
-            self.new_text += self.call_head[0]
-        return True
-
-    def _bare(self) -> bool:
-        end = self.bare_arguments.find_end(self.buffer)
-        self._emit_call(self._consume(len(self.buffer) if end < 0 else end))
-        self.state = "bare" if end < 0 else "after"
-        return end >= 0
-
-    def _after(self) -> bool:
-        """Parses a separator and the start of the next call, or an end marker. Either may be missing."""
-        match = self.next_call_pattern.match(self.buffer, partial=True)
-        if match is not None and not match.partial:
-            return self._start_call(match, match[0], "")
-        needs_more = match is not None
-        for i, pattern in enumerate(self.remaining_end_patterns):
-            if end := pattern.match(self.buffer, partial=True):
-                if not end.partial:
-                    self._consume(end.end())
-                    del self.remaining_end_patterns[: i + 1]
-                    return True
-                needs_more = True
-        if not needs_more:
-            self.state = "text"
-        return not needs_more
+    def _emit_text(self, num_chars: int) -> None:
+        self.new_text += self._consume(num_chars)
+        self.held.clear()
 
 
 # --- grammars ---------------------------------------------------------------------------------------------------------
