@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -36,13 +35,18 @@ from fastgen.core.scheduler import Span
 from fastgen.core.tokenizer import max_prompt_chars
 from fastgen.distributed import processes
 from fastgen.server import engine_process, http_worker, log, middleware, supervisor
+from fastgen.server.app_state import TokenizerThread
 from fastgen.server.errors import APIError
-from fastgen.server.messages import EngineInfo, Sender
-from fastgen.server.metrics import Metrics, render_metrics
-from fastgen.server.middleware import EXCEPTION_HANDLERS
+from fastgen.server.metrics import (
+    GENERATION_TOKENS,
+    INTER_TOKEN_LATENCY,
+    REQUEST_SUCCESS,
+    TTFT,
+    Metrics,
+    render_metrics,
+)
 from fastgen.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
 from fastgen.server.sse import dump_json, iter_json_chunks
-from fastgen.server.tokenizer_thread import TokenizerThread
 
 
 def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,24 +191,24 @@ def test_stopped_descendants() -> None:
 def test_metrics_are_added_up() -> None:
     """The counts of two workers, one of which has ended, are added up in Prometheus's format."""
     total = engine_process.EngineServer(
-        MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), MagicMock(spec=EngineInfo)
+        MagicMock(spec=fastgen.Engine), MagicMock(spec=zmq.Socket), MagicMock(spec=engine_process.EngineInfo)
     )
 
     async def work(*gaps: float) -> None:
         sent: list[dict] = []
         metrics = Metrics(sent.append)
-        metrics.generation_tokens.inc(3)
+        metrics.count(GENERATION_TOKENS, 3)
         for gap in gaps:
-            metrics.inter_token_latency.observe(gap)
-        metrics.record_finished("stop")
+            metrics.observe(INTER_TOKEN_LATENCY, gap)
+        metrics.count(REQUEST_SUCCESS, label="stop")
         assert not sent
         metrics.flush()
         metrics.flush()
-        metrics.time_to_first_token.observe(1000.0)
+        metrics.observe(TTFT, 1000.0)
         while len(sent) < 2:  # by itself, a little later
             await asyncio.sleep(0.01)
         for changes in sent:
-            total.add_counts(Sender(b"", ""), changes)
+            total.add_counts(engine_process.Sender(b"", ""), changes)
 
     asyncio.run(work(0.25, 0.25, 0.5))
     asyncio.run(work(0.75))
@@ -344,7 +348,7 @@ def test_bodies_that_hold_too_much(model: type[BaseModel], body: dict[str, Any],
         model.model_validate(body)
     assert caught.value.error_count() <= 8 and time.monotonic() - began < 1
     request = RequestValidationError([e | {"loc": ("body", *e["loc"])} for e in caught.value.errors()])
-    reply = asyncio.run(EXCEPTION_HANDLERS[RequestValidationError](MagicMock(spec=Request), request))
+    reply = asyncio.run(middleware.handle_error(MagicMock(spec=Request), request))
     assert reply.status_code == 400 and len(reply.body) < 500 and time.monotonic() - began < 1
 
 
@@ -370,7 +374,7 @@ def test_short_texts_go_first() -> None:
     """Of what waits for a thread the shortest, and of equals the first; what waited long enough goes before all."""
     done, begin, free = list[str](), threading.Event(), threading.Event()
 
-    def block() -> None:
+    def block(_: Any) -> None:
         begin.set()
         free.wait(10)
 
@@ -378,16 +382,16 @@ def test_short_texts_go_first() -> None:
         thread = TokenizerThread("texts")
         tasks = [asyncio.create_task(thread.run(block))]
         await asyncio.to_thread(begin.wait, 10)
-        tasks.append(asyncio.create_task(thread.run(lambda: done.append("patient"), -(10**9))))
+        tasks.append(asyncio.create_task(thread.run(lambda _: done.append("patient"), -(10**9))))
         for name, size in (("long", 30_000), ("short", 10), ("left", 20), ("short too", 10)):
-            tasks.append(asyncio.create_task(thread.run(partial(done.append, name), size)))
+            tasks.append(asyncio.create_task(thread.run(lambda _, name=name: done.append(name), size)))
         await asyncio.sleep(0)
         tasks[4].cancel()
         await asyncio.sleep(0)
         free.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         with pytest.raises(ZeroDivisionError):
-            await thread.run(lambda: 1 // 0)
+            await thread.run(lambda _: 1 // 0)
 
     asyncio.run(run())
     assert done == ["patient", "short", "short too", "long"]

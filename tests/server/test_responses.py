@@ -15,7 +15,7 @@ from fastgen.config import SamplingParams
 from fastgen.core.detokenizer import token_to_bytes
 from fastgen.core.request import Completion, Event, Output, SequenceState
 from fastgen.server.app_state import AppState
-from fastgen.server.messages import TokenDelta
+from fastgen.server.engine_process import TokenDelta
 from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder
 
 STOP_STRINGS = ["a", "ab", "é", " H", "<|im_end|>", "b<|im_end|>", "</s>", "a</s>b"]

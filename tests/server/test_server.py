@@ -34,9 +34,8 @@ from fastgen import Output, SamplingParams
 from fastgen.cli import serve
 from fastgen.server import app_state, http_worker, middleware
 from fastgen.server.engine_client import EngineClient
-from fastgen.server.engine_process import EngineServer
+from fastgen.server.engine_process import EngineInfo, EngineServer, Reply, Sender, TokenDelta
 from fastgen.server.errors import APIError, bad_request
-from fastgen.server.messages import EngineInfo, Reply, Sender, TokenDelta, pack_message
 from fastgen.server.sse import dump_json
 from fastgen.structured_output.trial_process import GrammarCancelled
 
@@ -670,7 +669,7 @@ def test_names_that_must_be_known(options: dict[str, Any]) -> None:
     """Unknown model names are rejected with --strict-model, and if adapters are supported."""
     made = app_state.AppState.__new__(app_state.AppState)
     made.options = app_state.ServerOptions(engine_address="", model_names=("tiny", "alias"), **options)
-    made.supports_adapters, made.is_ready, made.model_config = not options, True, SPEC
+    made.engine_info = EngineInfo("", SPEC, 512, 8, "text", supports_adapters=not options)
     made.engine_client = MagicMock(
         spec=EngineClient, is_engine_dead=False, call_engine=AsyncMock(return_value=["poet"])
     )
@@ -704,14 +703,17 @@ SENDERS: list[tuple[dict[str, str], bool]] = [
 ]
 
 
-def check_head(headers: dict[str, str], method: str = "POST", **options: Any) -> None:
-    """Passes a request's head to the middleware's checks."""
+def make_middleware(**options: Any) -> middleware.Middleware:
+    """Returns the middleware of a worker without an engine or an app."""
     state = app_state.AppState.__new__(app_state.AppState)
     state.is_draining, state.options = False, app_state.ServerOptions(engine_address="", model_names=("x",), **options)
+    return middleware.Middleware(MagicMock(), state)
+
+
+def check_head(headers: dict[str, str], method: str = "POST", **options: Any) -> None:
+    """Passes a request's head to the middleware's checks."""
     raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
-    middleware.Middleware(MagicMock(), MagicMock())._check_request(
-        state, {"method": method, "path": "/v1/chat/completions"}, raw
-    )
+    make_middleware(**options)._check_head({"method": method, "path": "/v1/chat/completions"}, raw)
 
 
 @pytest.mark.parametrize("headers, is_allowed", SENDERS, ids=str)
@@ -934,13 +936,12 @@ def test_whatever_the_schema_allows(server: Server) -> None:
 def test_incomplete_bodies_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The middleware does not wait forever for a body."""
     monkeypatch.setattr(middleware, "BODY_TIMEOUT_SECONDS", 0.05)
-    app = middleware.Middleware(lambda scope, receive, send: asyncio.sleep(0), lambda: pytest.fail("it is not needed"))
 
     async def never() -> Any:
         await asyncio.sleep(60)
 
     with pytest.raises(APIError) as e:
-        asyncio.run(app._read_body({}, never, 100))
+        asyncio.run(make_middleware()._read_body({}, never))
     assert e.value.status == 408
 
 
@@ -1239,7 +1240,7 @@ class EngineProcess:
 
     def receive(self, *frames: tuple[str, str, object]) -> None:
         """Receives messages, as (worker, message id, pickled data or the message)."""
-        data = [raw if isinstance(raw, bytes) else pack_message(raw) for _, _, raw in frames]
+        data = [raw if isinstance(raw, bytes) else pickle.dumps(raw) for _, _, raw in frames]
         sources = [(worker.encode(), id.encode()) for worker, id, _ in frames]
         messages = [(*source, raw) for source, raw in zip(sources, data, strict=True)]
         self.socket.recv_multipart.side_effect = [*messages, zmq.Again()]

@@ -25,15 +25,12 @@ from fastgen import SamplingParams
 from fastgen.core import tokenizer
 from fastgen.core.detokenizer import Detokenizer
 from fastgen.server import endpoints, tool_calls
-from fastgen.server.app_state import AppState
-from fastgen.server.engine_client import EngineClient
+from fastgen.server.app_state import AppState, TokenizerThread
+from fastgen.server.engine_process import EngineInfo, TokenDelta
 from fastgen.server.errors import APIError
-from fastgen.server.messages import TokenDelta
-from fastgen.server.metrics import Metrics
 from fastgen.server.requests import ChatMessage, ChatRequest, Tool, to_template_dicts
 from fastgen.server.responses import ChatResponseBuilder, Choice, ChoiceDelta, TokenDecoder
 from fastgen.server.sse import CompletionResponse
-from fastgen.server.tokenizer_thread import TokenizerThread
 from fastgen.server.tool_calls import ToolCallParser
 
 WEATHER: dict[str, Any] = {
@@ -646,11 +643,12 @@ def test_markers_that_are_special_tokens_are_visible() -> None:
 def make_app_state(vocabulary: PreTrainedTokenizerFast | None) -> AppState:
     """Returns the application state without an engine, for a model with an unknown format of calls."""
     app_state = AppState.__new__(AppState)
-    app_state.tokenizer, app_state.token_decoder = vocabulary, TokenDecoder(vocabulary)
+    app_state.token_decoder = TokenDecoder(vocabulary)
+    app_state.engine_client = app_state.metrics = MagicMock()
     app_state.tool_call_format, app_state.marker_token_ids = None, {}
     app_state.template_supports_tools, app_state.wants_text_arguments = False, {}
-    app_state.tokenizer_thread, app_state.max_prompt_chars = TokenizerThread("texts"), 10**6
-    app_state.special_tokens_in_content = "text"
+    app_state.tokenizer_thread, app_state.max_prompt_chars = TokenizerThread("texts", vocabulary), 10**6
+    app_state.engine_info = EngineInfo("", MagicMock(), 2048, 8, "text", False)
     return app_state
 
 
@@ -660,8 +658,7 @@ def test_rendered_text_is_limited(part: str) -> None:
     coder = copy.deepcopy(TOKENIZERS["hermes"])
     coder.chat_template = "{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.tool_calls }}{% endfor %}"
     app_state = make_app_state(coder)
-    app_state.long_text_thread, app_state.long_text_tokenizer = TokenizerThread("long"), None
-    app_state.num_long_texts, app_state.context_length = 0, 2048
+    app_state.long_text_thread = TokenizerThread("long")
     call = {"id": "a", "type": "function", "function": {"name": "get", "arguments": json.dumps({"x": "y" * 100_000})}}
     body = {
         "tools": make_request(tools=[{"type": "function", "function": {"name": "get", "description": "y" * 100_000}}]),
@@ -670,7 +667,7 @@ def test_rendered_text_is_limited(part: str) -> None:
     }[part]
     with pytest.raises(APIError, match="without a tokenizer"):  # the thread for long texts has none here
         asyncio.run(app_state.encode_chat(body.messages, body.tools))
-    app_state.long_text_tokenizer, app_state.max_prompt_chars = app_state.tokenizer, 99_999
+    app_state.long_text_thread.tokenizer, app_state.max_prompt_chars = coder, 99_999
     with pytest.raises(APIError, match=r"messages: \d{6} characters are more than the 99999 ") as e:
         asyncio.run(app_state.encode_chat(body.messages, body.tools))
     assert (e.value.status, e.value.param, e.value.code) == (400, "messages", "context_length_exceeded")
@@ -746,10 +743,8 @@ def test_special_tokens_of_calls_reach_the_parser() -> None:
     body = make_request(tools=TOOL_DICTS, parallel_tool_calls=False)
     builder = endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=False)
     assert body.to_sampling_params().grammar is None
-    client, metrics = MagicMock(spec=EngineClient), MagicMock(spec=Metrics)
-    [choice] = CompletionResponse(
-        client, metrics, builder, "", "", [[1]], body.to_sampling_params(), {}, stream=False
-    ).choices
+    params = body.to_sampling_params()
+    [choice] = CompletionResponse(app_state, body, builder, "", [[1]], params, {"id": ""}).choices
     text = 'Hm.[TOOL_CALLS]get[ARGS]{"a": 1}[TOOL_CALLS]get_time[ARGS]{}'
     choice.push(TokenDelta(0, [*vocabulary(text).input_ids, 256], None, None, "stop"))
     message = builder.build_choice(choice, None)["message"]
@@ -757,6 +752,4 @@ def test_special_tokens_of_calls_reach_the_parser() -> None:
     assert message["content"] == "Hm." and call["function"] == {"name": "get", "arguments": '{"a": 1}'}
     body = make_request(tools=strict_tools())
     endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=True)
-    assert (body.to_sampling_params().grammar or "").startswith("lark:") and body.client_field_names()[
-        "lark"
-    ] == "tools"
+    assert (body.to_sampling_params().grammar or "").startswith("lark:") and body.field_names["lark"] == "tools"

@@ -5,45 +5,43 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from safetensors import SafetensorError
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
-from fastgen.server import reasoning, tool_calls
+from fastgen import lora
+from fastgen.config import SamplingParams
+from fastgen.server import reasoning, responses, tool_calls
 from fastgen.server import requests as bodies
 from fastgen.server.app_state import MAX_TOKENIZE_CHARS, AppState
 from fastgen.server.engine_process import EngineServer
 from fastgen.server.errors import APIError
-from fastgen.server.metrics import render_metrics
-from fastgen.server.middleware import EXCEPTION_HANDLERS, Middleware
-from fastgen.server.responses import (
-    ChatResponseBuilder,
-    Choice,
-    EchoedPrompt,
-    TextResponseBuilder,
-    TokenDecoder,
-    TokenResponseBuilder,
-)
-from fastgen.server.sse import json_response
+from fastgen.server.metrics import PROMPT_TOKENS, render_metrics
+from fastgen.server.middleware import HANDLED_EXCEPTIONS, Middleware, handle_error
+from fastgen.server.responses import ChatResponseBuilder, ResponseBuilder
+from fastgen.server.sse import CompletionResponse, json_response
 
 STATUS_PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 router = APIRouter()
 
 
 async def _get_app_state(request: Request) -> AppState:  # not a thread, as for a plain function
+    request.app.state.app_state.check_ready()
     return request.app.state.app_state
 
 
 State = Annotated[AppState, Depends(_get_app_state)]
 
 
-@router.post("/chat/completions", response_model=None)
+@router.post("/chat/completions")
 async def chat_completions(body: bodies.ChatRequest, request: Request, state: State) -> Response:
     """Completes a chat."""
     model = await state.resolve_model_name(body.model)
@@ -60,14 +58,29 @@ async def chat_completions(body: bodies.ChatRequest, request: Request, state: St
     is_enforced = choice in ("required", "named")
     token_ids = await state.encode_chat(body.messages, tools, calls_enforced=is_enforced)
     prompts = [state.check_token_ids(token_ids, "messages")]
-    names = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}
-    names |= body.client_field_names()
-    return await state.submit(request, builder, model, prompts, params, names, **_response_options(body))
+    return await _submit(state, request, body, builder, model, prompts, params)
 
 
-def _response_options(body: bodies.CompletionRequestBase) -> dict[str, bool]:
-    include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return dict(stream=body.stream, include_usage=include_usage, return_weight_versions=body.return_weight_versions)
+async def _submit(
+    state: AppState,
+    request: Request,
+    body: bodies.GenerationRequest,
+    builder: ResponseBuilder,
+    model_name: str,
+    prompts: list[list[int]],
+    sampling: SamplingParams,
+) -> CompletionResponse:
+    """Adds a request to the engine; returns the response, which receives the tokens as it is sent."""
+    if sampling.stop and state.token_decoder.tokenizer is None:
+        raise APIError(400, "stop: this model came without a tokenizer; use stop_token_ids", param="stop")
+    entry = request.scope["entry"]
+    id = entry["id"] = f"{builder.id_prefix}-{entry['id']}"
+    response = CompletionResponse(state, body, builder, model_name, prompts, sampling, entry)
+    # The engine knows no text: stop strings end a request from this side.
+    adapter = None if model_name in state.options.model_names else model_name
+    await state.engine_client.add(id, prompts, replace(sampling, stop=(), adapter=adapter), body.field_names)
+    state.metrics.count(PROMPT_TOKENS, sum(map(len, prompts)))
+    return response
 
 
 def _make_tool_call_builder(
@@ -96,7 +109,7 @@ def _make_tool_call_builder(
     )
 
 
-@router.post("/completions", response_model=None)
+@router.post("/completions")
 async def completions(body: bodies.CompletionRequest, request: Request, state: State) -> Response:
     """Completes one or several prompts, as text or token ids."""
     params, prompts = body.to_sampling_params(), body.prompts
@@ -105,40 +118,31 @@ async def completions(body: bodies.CompletionRequest, request: Request, state: S
     token_ids = [await state.encode_prompt(prompt, "prompt") for prompt in prompts]
     pairs = zip(prompts, token_ids, strict=True)
     echoes = [await state.echo_prompt(prompt, ids) for prompt, ids in pairs] if body.echo else []
-
-    def get_echoed_prompt(choice: Choice) -> EchoedPrompt:
-        return echoes[choice.index // params.n]
-
-    builder = TextResponseBuilder(state.token_decoder, get_echoed_prompt if body.echo else None)
-    names = body.client_field_names()
-    return await state.submit(request, builder, model, token_ids, params, names, **_response_options(body))
+    builder = responses.TextResponseBuilder(state.token_decoder, echoes)
+    return await _submit(state, request, body, builder, model, token_ids, params)
 
 
-@router.post("/inference/v1/generate", response_model=None)
+@router.post("/inference/v1/generate")
 async def generate(body: bodies.GenerateRequest, request: Request, state: State) -> Response:
     """Generates from token ids; returns token ids and logprobs."""
     params = body.to_sampling_params()
     model = await state.resolve_model_name(body.model)
     state.check_num_completions(params.n, "sampling_params.n")
     prompts = [await state.encode_prompt(body.token_ids, "token_ids")]
-    names = {n: f"sampling_params.{n}" for n in type(body.sampling_params).model_fields} | {"prompt": "token_ids"}
-    builder = TokenResponseBuilder(state.token_decoder)
-    options = {"stream": body.stream, "return_weight_versions": body.return_weight_versions}
-    return await state.submit(request, builder, model, prompts, params, names, **options)
+    builder = responses.TokenResponseBuilder(state.token_decoder)
+    return await _submit(state, request, body, builder, model, prompts, params)
 
 
-@router.post("/abort", response_model=None)
+@router.post("/abort")
 async def abort(body: bodies.AbortRequest, state: State) -> Response:
     """Aborts a request by its id, on any worker; its client receives the output so far, with finish_reason abort."""
-    state.check_ready()
     aborted = await state.engine_client.call_engine(EngineServer.abort_by_id, body.request_id)
     return json_response({"aborted": aborted})
 
 
-@router.post("/profile", response_model=None)
+@router.post("/profile")
 async def profile(body: bodies.ProfileRequest, state: State) -> Response:
     """Traces the engine's next steps. The files appear on the server's machine once these have run."""
-    state.check_ready()
     if state.options.profile_dir is None:
         raise APIError(403, "this server was not started with --profile-dir FOLDER")
     args = state.options.profile_dir, body.steps, body.skip
@@ -146,34 +150,53 @@ async def profile(body: bodies.ProfileRequest, state: State) -> Response:
     return json_response({"trace": trace, "summary": trace.removesuffix(".json.gz") + ".txt"})
 
 
-@router.post("/load_lora_adapter", response_model=None)
+@router.post("/load_lora_adapter")
 async def load_adapter(body: bodies.LoadAdapterRequest, state: State) -> Response:
     """Loads a LoRA adapter from a folder on the server's machine; requests select it as their model."""
-    await state.load_adapter(body.lora_name, body.lora_path, load_inplace=body.load_inplace)
+    root = _get_lora_dir(state, body.lora_name)
+    try:
+        folder = (root / body.lora_path).resolve()
+        if not (folder.is_relative_to(root) and folder.is_dir()):
+            raise ValueError(f"{body.lora_path!r} is no folder within that of --lora-dir")
+        adapter = await asyncio.to_thread(lora.load, folder, state.engine_info.model_config, device="cpu")
+    except (ValueError, OSError, SafetensorError) as e:
+        raise APIError(400, f"lora_path: {e}", param="lora_path") from e
+    await state.engine_client.call_engine(EngineServer.set_adapter, body.lora_name, adapter, body.load_inplace)
     return json_response(_describe_model(state, body.lora_name))
 
 
-@router.post("/unload_lora_adapter", response_model=None)
+@router.post("/unload_lora_adapter")
 async def unload_adapter(body: bodies.UnloadAdapterRequest, state: State) -> Response:
-    """Unloads a LoRA adapter."""
-    await state.unload_adapter(body.lora_name)
+    """Unloads a LoRA adapter; rejected while requests use it."""
+    _get_lora_dir(state, body.lora_name)
+    name = await state.resolve_model_name(body.lora_name)
+    await state.engine_client.call_engine(EngineServer.set_adapter, name, None, False)
     return json_response({"unloaded": body.lora_name})
 
 
-@router.get("/models", response_model=None)
+def _get_lora_dir(state: AppState, adapter_name: str) -> Path:
+    """Returns the folder of adapters; rejects the model's own names."""
+    if state.options.lora_dir is None:
+        raise APIError(403, "this server was not started with --lora-dir FOLDER")
+    if adapter_name in state.options.model_names:
+        raise APIError(400, f"lora_name: {adapter_name!r} is the model's own name", param="lora_name")
+    return Path(state.options.lora_dir)
+
+
+@router.get("/models")
 async def list_models(state: State) -> Response:
     """Lists the model, under each of its names, and its LoRA adapters."""
     models = [_describe_model(state, name) for name in await state.list_model_names()]
     return json_response({"object": "list", "data": models})
 
 
-@router.get("/models/{id:path}", response_model=None)
+@router.get("/models/{id:path}")
 async def get_model(id: str, state: State) -> Response:
     """Describes a model or LoRA adapter."""
     return json_response(_describe_model(state, await state.resolve_model_name(id)))
 
 
-@router.post("/tokenize", response_model=None)
+@router.post("/tokenize")
 async def tokenize(body: bodies.TokenizeRequest, state: State) -> Response:
     """Returns the token ids of a text or of messages."""
     await state.resolve_model_name(body.model)
@@ -185,10 +208,10 @@ async def tokenize(body: bodies.TokenizeRequest, state: State) -> Response:
         options = {"add_special_tokens": body.add_special_tokens, "return_attention_mask": False}
         limits = len(prompt), "prompt", max_chars
         tokens = await state.run_tokenizer(lambda coder: coder(prompt, **options).input_ids, *limits)
-    return json_response({"count": len(tokens), "max_model_len": state.context_length, "tokens": tokens})
+    return json_response({"count": len(tokens), "max_model_len": state.engine_info.context_length, "tokens": tokens})
 
 
-@router.post("/detokenize", response_model=None)
+@router.post("/detokenize")
 async def detokenize(body: bodies.DetokenizeRequest, state: State) -> Response:
     """Returns the text of tokens, including special tokens."""
     await state.resolve_model_name(body.model)
@@ -196,33 +219,31 @@ async def detokenize(body: bodies.DetokenizeRequest, state: State) -> Response:
     if wrong := [t for t in body.tokens if not 0 <= t < vocab_size]:
         raise APIError(400, f"tokens: {wrong[0]} is outside the tokenizer's {vocab_size}", param="tokens")
     limits = len(body.tokens), "tokens", bodies.MAX_DETOKENIZE_TOKENS
-    text = await state.run_tokenizer(lambda coder: TokenDecoder(coder).decode(body.tokens), *limits)
+    text = await state.run_tokenizer(lambda coder: responses.TokenDecoder(coder).decode(body.tokens), *limits)
     return json_response({"prompt": text})
 
 
-@router.get("/health", response_model=None)
-async def health(state: State) -> Response:
+@router.get("/health")
+async def health(request: Request) -> Response:
     """Returns 200 while the server accepts requests and the engine's process answers."""
-    if state.is_draining:
+    if request.app.state.app_state.is_draining:
         raise APIError(503, "the server is shutting down")
-    state.check_ready()
+    state = await _get_app_state(request)
     if problem := await state.engine_client.check_health():
         raise APIError(503, problem, code="engine_error")
     return json_response({"status": "ok"})
 
 
-@router.get("/metrics", response_model=None)
+@router.get("/metrics")
 async def metrics(state: State) -> Response:
     """Returns the metrics of all workers for Prometheus."""
-    state.check_ready()
     counts, stats = await state.engine_client.call_engine(EngineServer.get_metrics)
     return Response(render_metrics(counts, stats, state.options.model_names[0]), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/status.json", response_model=None)
+@router.get("/status.json")
 async def status(state: State) -> Response:
     """Returns current figures, for the page at /."""
-    state.check_ready()
     stats = await state.engine_client.call_engine(EngineServer.get_stats)
     return json_response({"model": state.options.model_names[0]} | stats)
 
@@ -235,7 +256,7 @@ async def status_page(request: Request) -> Response:
 def _describe_model(app_state: AppState, name: str) -> dict[str, Any]:
     model = {"id": name, "object": "model", "created": app_state.created, "owned_by": "fastgen"}
     model |= {} if name in app_state.options.model_names else {"parent": app_state.options.model_names[0]}
-    return model | {"max_model_len": app_state.context_length or None}
+    return model | {"max_model_len": app_state.engine_info.context_length}
 
 
 def create_app(app_state: AppState, on_ready: Callable[[], None]) -> ASGIApp:
@@ -266,6 +287,6 @@ def create_app(app_state: AppState, on_ready: Callable[[], None]) -> ASGIApp:
     app.include_router(router)
     app.include_router(router, prefix="/v1")
     app.add_route("/", status_page)
-    for exception_type, handler in EXCEPTION_HANDLERS.items():
-        app.add_exception_handler(exception_type, handler)
-    return Middleware(app, lambda: app_state)
+    for exception_type in HANDLED_EXCEPTIONS:
+        app.add_exception_handler(exception_type, handle_error)
+    return Middleware(app, app_state)

@@ -11,10 +11,8 @@ import zmq
 import zmq.asyncio
 
 from fastgen.config import SamplingParams
-from fastgen.server.engine_process import EngineServer
+from fastgen.server.engine_process import HEALTH_SUFFIX, EngineInfo, EngineServer, Reply, Sender, TokenDelta
 from fastgen.server.errors import APIError, bad_request
-from fastgen.server.messages import EngineInfo, Reply, Sender, TokenDelta, health_address, pack_message
-from fastgen.server.metrics import MetricKey
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +39,7 @@ class EngineClient:
 
     async def receive_forever(self) -> None:
         """Receives the engine's messages until cancelled."""
-        self._send("", EngineServer.hello)
+        self.notify_engine(EngineServer.hello)
         while True:
             message = pickle.loads(await self.socket.recv())
             if isinstance(message, dict):
@@ -55,9 +53,9 @@ class EngineClient:
             elif not self.engine_info.done():
                 self.engine_info.set_result(message)
 
-    def _send(self, message_id: str, method: Callable[..., object], *args: object) -> None:
-        # Sent at once: the socket's queue is unbounded.
-        self.socket.send_multipart([message_id.encode(), pack_message((method.__name__, args))])
+    def notify_engine(self, method: Callable[..., object], *args: object, message_id: str = "") -> None:
+        """Calls a method of the `EngineServer` without waiting. The socket's queue is unbounded: this sends at once."""
+        self.socket.send_multipart([message_id.encode(), pickle.dumps((method.__name__, args))])
 
     async def call_engine(
         self, method: Callable[Concatenate[EngineServer, Sender, P], R], *args: P.args, **kwargs: P.kwargs
@@ -69,15 +67,11 @@ class EngineClient:
             raise self._failure
         message_id = next(self._message_ids)
         self._pending_replies[message_id] = future = asyncio.get_running_loop().create_future()
-        self._send(message_id, method, *args)
+        self.notify_engine(method, *args, message_id=message_id)
         try:
             return await future
         finally:
             self._pending_replies.pop(message_id, None)
-
-    def send_counts(self, counts: dict[MetricKey, float]) -> None:
-        """Adds a worker's counts to the totals of all workers."""
-        self._send("", EngineServer.add_counts, counts)
 
     async def check_health(self) -> str:
         """Returns what is wrong with the engine, "" if nothing is."""
@@ -88,7 +82,7 @@ class EngineClient:
     async def _query_health(self) -> str:
         with zmq.asyncio.Context.instance().socket(zmq.REQ) as socket:
             socket.linger = 0
-            socket.connect(health_address(self.address))
+            socket.connect(self.address + HEALTH_SUFFIX)
             await socket.send(b"")
             if not await socket.poll(int(HEALTH_TIMEOUT_SECONDS * 1000)):
                 return f"the engine has not answered for {HEALTH_TIMEOUT_SECONDS:.0f} s"
@@ -116,14 +110,10 @@ class EngineClient:
             raise deltas
         return deltas
 
-    def abort_choice(self, request_id: str, choice_index: int) -> None:
-        """Ends one choice of a request after a stop string."""
-        self._send("", EngineServer.abort, request_id, choice_index)
-
     def close_request(self, request_id: str) -> None:
         """Ends a request and drops its deltas."""
         if self._delta_queues.pop(request_id, None):
-            self._send("", EngineServer.abort, request_id, None)
+            self.notify_engine(EngineServer.abort, request_id, None)
 
     def fail_all(self, error: APIError) -> None:
         """Ends all requests and calls with an error, also future ones."""

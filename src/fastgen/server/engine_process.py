@@ -4,10 +4,18 @@ The process sees token ids only; workers tokenize and detokenize. A request is w
 its choices (completions) is a request of its own to the engine, so that one choice can end at a stop string while the
 others continue; the prefix cache computes their prompt once.
 
+Messages are pickled objects over ZeroMQ:
+
+    worker -> engine   a call of a method of `EngineServer`: (method name, arguments)
+    engine -> worker   EngineInfo | Reply | {request_id: [TokenDelta, ...]}
+
+A call's first frame is its message id, so that a call that cannot be unpickled is answered too; "" asks for no reply.
+Pickle is safe here: both ends are processes of one program, on a socket in a folder that only their user can enter.
 A thread answers health checks on a second socket, independent of long steps.
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import queue
@@ -27,17 +35,63 @@ import zmq
 
 from fastgen import Engine, Replicas, SamplingParams
 from fastgen.core.extensions import Matcher
-from fastgen.core.request import Event, sample_seed
+from fastgen.core.model_config import ModelConfig
+from fastgen.core.request import sample_seed
 from fastgen.core.types import Adapter
 from fastgen.distributed.processes import exit_with_parent, find_stopped_descendants
 from fastgen.server.errors import APIError
-from fastgen.server.messages import EngineInfo, Reply, Sender, TokenDelta, health_address, pack_message
 from fastgen.server.metrics import MetricKey
 
 MAX_CONSECUTIVE_FAILURES = 3  # failed steps in a row after which the process exits
 STUCK_STEP_SECONDS = 120.0  # duration after which a running step counts as stuck
 ORPHAN_EXIT_SECONDS = 15.0  # for the engine to exit in order after its supervisor has ended
+HEALTH_SUFFIX = "-health"  # of the address of health checks, after that of the engine's own socket
 NO_REPLY = object()  # returned by methods whose reply is sent later
+
+
+class Sender(NamedTuple):
+    """The worker that sent a call, and the id of the message that the reply answers."""
+
+    worker: bytes
+    message_id: str
+
+
+class EngineInfo(NamedTuple):
+    """Facts about the engine that workers receive in reply to `EngineServer.hello`."""
+
+    path: str  # of the model
+    model_config: ModelConfig
+    context_length: int  # in tokens
+    max_completions: int  # that may run or wait at a time
+    special_tokens_in_content: str  # see `fastgen.core.tokenizer.encode`
+    supports_adapters: bool
+
+
+class Reply(NamedTuple):
+    """The result or the error of a call."""
+
+    message_id: str
+    value: Any = None
+    error: APIError | None = None
+
+
+class TokenDelta(NamedTuple):
+    """Tokens that a step added to a choice. The last delta has the number of cached tokens and the prompt's logprobs.
+
+    `finish_reason` is stop, length, abort, error (non-finite logits, or an error of the choice's grammar or text) or
+    failed (the engine failed).
+    """
+
+    choice_index: int
+    token_ids: list[int]
+    logprobs: list[float] | None
+    top_logprobs: list[dict[int, float]] | None
+    finish_reason: str | None
+    error: str = ""  # details of finish reason "error"
+    weight_version: int | None = None  # of the weights that the tokens were sampled with
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
 
 class GrammarCompilation(NamedTuple):
@@ -58,7 +112,7 @@ class EngineServer:
         self.engine, self.socket, self.info = engine, socket, info
         self.active_requests: dict[str, tuple[bytes, dict[int, int]]] = {}  # request -> worker, {choice: engine id}
         self.owner_by_engine_id: dict[int, tuple[bytes, str, int]] = {}  # engine id -> worker, request, choice
-        self.start_time, self.num_requests, self.num_prompt_tokens, self.num_generated_tokens = time.time(), 0, 0, 0
+        self.start_time, self.totals = time.time(), {"requests": 0, "prompt_tokens": 0, "generation_tokens": 0}
         self.metric_counts: Counter[Any] = Counter()  # sums over workers, by MetricKey
         self.step_start_time: float | None = None  # while a step runs
         self.grammar_compilations: dict[str, GrammarCompilation] = {}  # by request id
@@ -68,7 +122,7 @@ class EngineServer:
 
     def send(self, worker: bytes, message: object) -> None:
         """Sends a message to a worker; a worker that has ended is ignored."""
-        self.socket.send_multipart([worker, pack_message(message)])
+        self.socket.send_multipart([worker, pickle.dumps(message)])
 
     def drain_messages(self) -> None:
         """Processes all received calls. An error fails only the request of its call."""
@@ -105,19 +159,12 @@ class EngineServer:
 
     def get_stats(self, sender: Sender) -> dict[str, Any]:
         """Returns current figures, and totals since the start."""
-        stats = self.engine.stats()
-        return stats | {
-            "cache_usage": stats["held_pages"] / stats["pages"],
-            "requests": self.num_requests,
-            "prompt_tokens": self.num_prompt_tokens,
-            "generation_tokens": self.num_generated_tokens,
-            "uptime": time.time() - self.start_time,
-        }
+        stats, uptime = self.engine.stats(), time.time() - self.start_time
+        return stats | {"cache_usage": stats["held_pages"] / stats["pages"], **self.totals, "uptime": uptime}
 
     def add_counts(self, sender: Sender, counts: dict[MetricKey, float]) -> None:
         """Adds what a worker has counted since its last call."""
-        for key, count in counts.items():
-            self.metric_counts[key] += count  # type: ignore[assignment]
+        self.metric_counts.update(counts)  # type: ignore[arg-type]
 
     def get_metrics(self, sender: Sender) -> tuple[dict[MetricKey, float], dict[str, Any]]:
         """Returns the counts of all workers and the engine's figures."""
@@ -177,23 +224,20 @@ class EngineServer:
             if error is not None:
                 raise error
             self.active_requests[request_id] = sender.worker, engine_ids
-            for prompt in prompts:
-                for i in range(sampling.n):
-                    seed = None if sampling.seed is None else sample_seed(sampling.seed, i)
-                    prompt_logprobs = sampling.prompt_logprobs if i == 0 else None
-                    params = replace(sampling, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
-                    choice = len(engine_ids)
-                    matcher = matchers and [matchers[choice]]
-                    engine_id = self.engine.add(prompt, params, stream_text=False, matchers=matcher)
-                    self.owner_by_engine_id[engine_id] = sender.worker, request_id, choice
-                    engine_ids[choice] = engine_id
+            for choice, (prompt, i) in enumerate(itertools.product(prompts, range(sampling.n))):
+                seed = None if sampling.seed is None else sample_seed(sampling.seed, i)
+                prompt_logprobs = sampling.prompt_logprobs if i == 0 else None
+                params = replace(sampling, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
+                matcher = matchers and [matchers[choice]]
+                engine_ids[choice] = self.engine.add(prompt, params, stream_text=False, matchers=matcher)
+                self.owner_by_engine_id[engine_ids[choice]] = sender.worker, request_id, choice
         except Exception as e:
             self._abort_choices(request_id)
             if isinstance(e, ValueError):
                 raise APIError(400, str(e)) from e
             raise
-        self.num_requests += 1
-        self.num_prompt_tokens += sum(map(len, prompts))
+        self.totals["requests"] += 1
+        self.totals["prompt_tokens"] += sum(map(len, prompts))
 
     def abort(self, sender: Sender, request_id: str, choice_index: int | None) -> None:
         """Aborts one choice of a worker's own request, or all (None); no deltas follow."""
@@ -269,17 +313,22 @@ class EngineServer:
             events = self.engine.step()
         finally:
             self.step_start_time = None
-        for event in events:
-            if event.request_id in self.owner_by_engine_id:  # else it was aborted
-                worker, request_id, choice = self.owner_by_engine_id[event.request_id]
-                messages[worker][request_id].append(_make_token_delta(event, choice))
-                self.num_generated_tokens += len(event.token_ids)
-                if event.finish_reason:
-                    self._remove_finished(event.request_id)
+        for e in events:
+            if e.request_id not in self.owner_by_engine_id:  # it was aborted
+                continue
+            worker, request_id, choice = self.owner_by_engine_id[e.request_id]
+            tokens = choice, e.token_ids, e.logprobs, e.top_logprobs, e.finish_reason, e.error, e.weight_version
+            delta = TokenDelta(*tokens)
+            if (o := e.output) is not None:
+                delta = TokenDelta(*tokens, o.num_cached_tokens, o.prompt_logprobs, o.prompt_top_logprobs)
+            messages[worker][request_id].append(delta)
+            self.totals["generation_tokens"] += len(e.token_ids)
+            if e.finish_reason:
+                self._forget_choice(e.request_id)
         for worker, deltas in messages.items():
             self.send(worker, dict(deltas))
 
-    def _remove_finished(self, engine_id: int) -> None:
+    def _forget_choice(self, engine_id: int) -> None:
         _, request_id, choice = self.owner_by_engine_id.pop(engine_id)
         del self.active_requests[request_id][1][choice]
         if not self.active_requests[request_id][1]:
@@ -293,15 +342,6 @@ class EngineServer:
         self.active_requests.clear()
 
 
-def _make_token_delta(event: Event, choice_index: int) -> TokenDelta:
-    e, output = event, event.output
-    tokens = choice_index, e.token_ids, e.logprobs, e.top_logprobs, e.finish_reason, e.error
-    if output is None:
-        return TokenDelta(*tokens, weight_version=e.weight_version)
-    prompt = output.num_cached_tokens, output.prompt_logprobs, output.prompt_top_logprobs
-    return TokenDelta(*tokens, *prompt, e.weight_version)
-
-
 def serve_health(server: EngineServer, address: str) -> None:
     """Answers each message with what is wrong with the engine, "" if nothing is. Runs in a thread.
 
@@ -309,7 +349,7 @@ def serve_health(server: EngineServer, address: str) -> None:
     """
     socket = zmq.Context.instance().socket(zmq.REP)
     socket.linger = 0
-    socket.bind(health_address(address))
+    socket.bind(address + HEALTH_SUFFIX)
     while True:
         socket.recv()
         start = server.step_start_time

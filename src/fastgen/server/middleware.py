@@ -7,9 +7,9 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,14 +35,15 @@ MAX_JSON_VALUES = 2**21  # in a body, by its commas; a list, an object and a key
 BODY_TIMEOUT_SECONDS = 60.0  # for a client to send a request's body
 LARGE_BODY_SIZE = 2**16  # bytes; parsing such a body takes milliseconds
 LARGE_BODY_INTERVAL_SECONDS = 0.005  # at least, between the starts of requests with large bodies
+HANDLED_EXCEPTIONS = (APIError, HTTPException, RequestValidationError, Exception)  # by `handle_error`
 LARGE_BODY_BYTES_PER_SECOND = 10**8  # of large bodies that are parsed, at most: a few megabytes can take 0.3 s
 
 
 class Middleware:
     """ASGI middleware: checks a request's head and body before the app receives it, and logs the request afterwards."""
 
-    def __init__(self, app: ASGIApp, get_app_state: Callable[[], AppState]) -> None:
-        self.app, self.get_app_state = app, get_app_state
+    def __init__(self, app: ASGIApp, state: AppState) -> None:
+        self.app, self.state = app, state
         self.large_body_lock = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +51,7 @@ class Middleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        state, headers = self.get_app_state(), dict(scope["headers"])
+        headers = dict(scope["headers"])
         client_id = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = client_id if re.fullmatch(r"[\w.-]{1,64}", client_id, re.ASCII) else uuid.uuid4().hex
         entry: dict[str, Any] = {"id": request_id, "endpoint": scope["path"], "began": time.monotonic()}
@@ -65,11 +66,11 @@ class Middleware:
                 message["headers"] = [*message["headers"], (b"x-request-id", entry["id"].encode())]
             await send(message)
 
-        state.num_active_requests += 1
+        self.state.num_active_requests += 1
         try:
             try:
-                self._check_request(state, scope, headers)
-                body = await self._read_body(headers, receive, state.options.max_body_bytes)
+                self._check_head(scope, headers)
+                body = await self._read_body(headers, receive)
                 if body is not None:
                     await self._throttle_large_body(len(body))
                     await self.app(scope, _replay_body(body, receive), send_with_id)
@@ -81,7 +82,7 @@ class Middleware:
             if not has_started:
                 await error_response(APIError(500, "internal error"))(scope, receive, send_with_id)
         finally:
-            state.num_active_requests -= 1
+            self.state.num_active_requests -= 1
             _log_request(scope, entry)
 
     async def _throttle_large_body(self, num_bytes: int) -> None:
@@ -90,9 +91,9 @@ class Middleware:
             async with self.large_body_lock:
                 await asyncio.sleep(max(LARGE_BODY_INTERVAL_SECONDS, num_bytes / LARGE_BODY_BYTES_PER_SECOND))
 
-    def _check_request(self, app_state: AppState, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _check_head(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raises APIError for a request whose head is refused."""
-        options = app_state.options
+        options = self.state.options
         if options.allowed_hosts:
             _check_host_and_origin(headers, options.allowed_hosts)
         if options.api_keys and scope["path"] not in PUBLIC_PATHS:
@@ -101,15 +102,15 @@ class Middleware:
             matches = [hmac.compare_digest(api_key.encode(), key.strip()) for api_key in options.api_keys]
             if scheme.lower() != b"bearer" or not key.strip() or not any(matches):
                 raise APIError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        if app_state.is_draining and scope["method"] == "POST" and not scope["path"].endswith("/abort"):
+        if self.state.is_draining and scope["method"] == "POST" and not scope["path"].endswith("/abort"):
             raise APIError(503, "the server is shutting down", retry_after=5)
         if scope["method"] == "POST" and not JSON_CONTENT_TYPE.match(headers.get(b"content-type", b"")):
             # Pages of any site may post a body of another type, or of none, without asking the server first.
             raise APIError(400, "the body must be JSON, declared by Content-Type: application/json")
 
-    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive, max_bytes: int) -> bytes | None:
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         """Returns the body, or None if the client left before it was complete. Raises APIError beyond a limit."""
-        length = headers.get(b"content-length", b"0")
+        max_bytes, length = self.state.options.max_body_bytes, headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > max_bytes:
             raise APIError(413, f"a body of {length[:20].decode()} bytes is more than the limit of {max_bytes}")
         parts, size = list[bytes](), 0
@@ -132,10 +133,9 @@ class Middleware:
 
 def _check_num_values(body: bytes) -> bytes:
     """Returns the body. Raises APIError if it has so many values that parsing it would delay other clients."""
-    if 4 * len(body) > MAX_JSON_VALUES:
-        if body.count(b",") + 4 * sum(map(body.count, (b"[", b"{", b":"))) > MAX_JSON_VALUES:
-            limit = f"{MAX_JSON_VALUES} commas, between values or in strings; [, {{ and : count as 4"
-            raise APIError(413, f"the body has more than {limit}")
+    if body.count(b",") + 4 * sum(map(body.count, (b"[", b"{", b":"))) > MAX_JSON_VALUES:
+        limit = f"{MAX_JSON_VALUES} commas, between values or in strings; [, {{ and : count as 4"
+        raise APIError(413, f"the body has more than {limit}")
     return body
 
 
@@ -146,29 +146,23 @@ def _check_host_and_origin(headers: dict[bytes, bytes], allowed_hosts: Collectio
     to this machine (DNS rebinding), but not an address. `Origin`, which browsers add to what pages post, must be one of
     `allowed_hosts` or the same as `Host`. Programs other than browsers send no origin.
     """
+
+    def parse(url: str) -> tuple[str, bool, bool]:
+        """Returns the name of a host, whether it is allowed, and whether it is an IP address."""
+        name, address = "", None
+        with suppress(ValueError):
+            name = urlsplit(url).hostname or ""
+            address = ip_address(name)
+        is_local = name.endswith(".localhost") or (address is not None and address.is_loopback)
+        return name, name in allowed_hosts or is_local, address is not None
+
     host, origin = (headers.get(name, b"").decode("latin-1").strip().lower() for name in (b"host", b"origin"))
-    name = _parse_host_name(f"//{host}")
-    if host and not (_is_allowed_host(name, allowed_hosts) or _parse_ip_address(name)):
+    name, is_allowed, is_address = parse(f"//{host}")
+    if host and not (is_allowed or is_address):
         raise APIError(403, f"this server is not called {name!r}: start it with --allowed-host NAME")
     is_same_host = bool(host) and origin.partition("://")[2] == host
-    if origin and not (is_same_host or _is_allowed_host(_parse_host_name(origin), allowed_hosts)):
+    if origin and not (is_same_host or parse(origin)[1]):
         raise APIError(403, f"pages of {origin} may not use this server: start it with --allowed-host NAME")
-
-
-def _parse_host_name(url: str) -> str:
-    with suppress(ValueError):
-        return urlsplit(url).hostname or ""
-    return ""
-
-
-def _parse_ip_address(name: str) -> IPv4Address | IPv6Address | None:
-    with suppress(ValueError):
-        return ip_address(name)
-
-
-def _is_allowed_host(name: str, allowed_hosts: Collection[str]) -> bool:
-    address = _parse_ip_address(name)
-    return name in allowed_hosts or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
 def _replay_body(body: bytes, receive: Receive) -> Receive:
@@ -192,38 +186,39 @@ def _log_request(scope: Scope, entry: dict[str, Any]) -> None:
     log_line(json.dumps({"time": round(time.time(), 3)} | entry | {"endpoint": scope["path"][:200]}))
 
 
-async def _on_api_error(request: Request, e: Exception) -> Response:
-    assert isinstance(e, APIError)
-    return error_response(e)
-
-
-async def _on_http_exception(request: Request, e: Exception) -> Response:
-    """Responds to an unknown path or method, or to a body that is not JSON."""
-    assert isinstance(e, HTTPException)
-    path = f"{request.method} {request.url.path}"
-    messages = {404: f"there is no {path}", 405: f"{path} is not allowed", 400: "the body is not valid JSON"}
-    response = error_response(APIError(e.status_code, messages.get(e.status_code, str(e.detail))))
-    response.headers.update(e.headers or {})
+async def handle_error(request: Request, e: Exception) -> Response:
+    """Responds to an error of `HANDLED_EXCEPTIONS`; others than these three types are errors of the server."""
+    headers = {}
+    if isinstance(e, RequestValidationError):
+        e = _describe_validation_error(e)
+    elif isinstance(e, HTTPException):  # an unknown path or method, or a body that is not JSON
+        path, headers = f"{request.method} {request.url.path}", e.headers or {}
+        messages = {404: f"there is no {path}", 405: f"{path} is not allowed", 400: "the body is not valid JSON"}
+        e = APIError(e.status_code, messages.get(e.status_code, str(e.detail)))
+    response = error_response(e if isinstance(e, APIError) else APIError(500, "internal error"))
+    response.headers.update(headers)
     return response
 
 
-async def _on_validation_error(request: Request, e: Exception) -> Response:
-    """Responds with pydantic's first error and the name of the field."""
-    assert isinstance(e, RequestValidationError)
-    first = max(e.errors(), key=lambda error: len(error["loc"]))  # of a union, the error in the branch that fits best
-    loc = [str(x) for i, x in enumerate(first["loc"][1:]) if isinstance(x, int) or not i or x in REQUEST_FIELDS]
-    if first["type"] == "json_invalid":
-        return error_response(APIError(400, f"the body is not valid JSON: {first['ctx']['error']}"))
-    message = first["msg"].removeprefix("Value error, ")
-    if not loc:
-        problem = "" if first["type"] == "value_error" else "the body must be a JSON object: "
-        return error_response(APIError(400, problem + message))
-    if first["type"] == "extra_forbidden":
-        loc = [str(x) for x in first["loc"][1:]]
-    name = ".".join(loc)
-    value = "" if first["type"] == "missing" else f", got {_abbreviate(first.get('input'))}"
-    messages = {"extra_forbidden": "there is no such parameter", "missing": "is required"}
-    return error_response(APIError(400, f"{name}: {messages.get(first['type'], message + value)}", param=name))
+def _describe_validation_error(e: RequestValidationError) -> APIError:
+    """Makes the 400 for a pydantic error that names the field; of a union, for the branch that fits best."""
+    error = max(e.errors(), key=lambda error: len(error["loc"]))
+    (_, *path), message = error["loc"], error["msg"].removeprefix("Value error, ")
+    fields = [x for i, x in enumerate(path) if isinstance(x, int) or not i or x in REQUEST_FIELDS]
+    match error["type"]:
+        case "json_invalid" if isinstance(path[0], int):
+            return APIError(400, f"the body is not valid JSON: {error['ctx']['error']}")
+        case _ if not fields:
+            problem = "" if error["type"] == "value_error" else "the body must be a JSON object: "
+            return APIError(400, problem + message)
+        case "extra_forbidden":
+            fields, message = path, "there is no such parameter"
+        case "missing":
+            message = "is required"
+        case _:
+            message += f", got {_abbreviate(error.get('input'))}"
+    name = ".".join(map(str, fields))
+    return APIError(400, f"{name}: {message}", param=name)
 
 
 def _abbreviate(value: Any, max_chars: int = 60) -> str:
@@ -234,14 +229,3 @@ def _abbreviate(value: Any, max_chars: int = 60) -> str:
         if len(text) > max_chars:
             return f"{text[:max_chars]}…"
     return text
-
-
-async def _on_unexpected_error(request: Request, e: Exception) -> Response:
-    """Responds to an error of the server, which is in the log."""
-    return error_response(APIError(500, "internal error"))
-
-
-EXCEPTION_HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-    APIError: _on_api_error, HTTPException: _on_http_exception, RequestValidationError: _on_validation_error,
-    Exception: _on_unexpected_error,
-}  # fmt: skip

@@ -6,29 +6,13 @@ null counts as missing. Methods raise APIError where fields contradict each othe
 
 import json
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Json, PrivateAttr, model_validator
 
 from fastgen.config import SamplingParams
 from fastgen.server.errors import APIError, bad_request
 
-# Unsupported fields of OpenAI's and vLLM's requests, with the values that have no effect and are accepted.
-UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prompt_cache_options": ({}, {"mode": "implicit"}),
-    "prompt_cache_retention": ("in_memory",),
-    "reasoning_effort": ("medium",),
-    "service_tier": ("auto", "default"),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
 # Limits that are checked before a request's contents are processed.
 MAX_FIELDS = 256  # fields of an object with named fields
 MAX_PROMPTS = 2**14  # prompts of a request, as texts or token ids
@@ -41,32 +25,34 @@ MAX_LISTED_TOKEN_IDS = 1024  # tokens of logit_bias, and of stop_token_ids
 MAX_DETOKENIZE_TOKENS = 2**18  # tokens of /detokenize
 MAX_COMPLETIONS_PER_PROMPT = 128  # OpenAI's limit
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
+# For each field whose grammar constrains the output, the kind of the grammar.
+GRAMMAR_KINDS = {
+    "response_format": "json:", "guided_json": "json:", "guided_regex": "regex:", "guided_choice": "lark:start: ",
+    "guided_grammar": "lark:", "tools": "",
+}  # fmt: skip
 
 
 class StrictModel(BaseModel):
     """Base of all requests: validates without conversion, rejects unknown fields, reads null as the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    # Fields of OpenAI's and vLLM's requests that are unsupported, and the values that have no effect and are accepted.
+    unsupported_fields: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
+    def _drop_nulls_and_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         if len(data) > MAX_FIELDS:
             raise ValueError(f"an object of more than {MAX_FIELDS} fields")
-        return {k: v for k, v in data.items() if v is not None}
-
-
-def _limit_items(max_items: int) -> BeforeValidator:
-    """Rejects a list or dict of more than `max_items` before its items are validated."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, list | dict) and len(value) > max_items:
-            raise ValueError(f"at most {max_items} are taken, got {len(value)}")
-        return value
-
-    return BeforeValidator(check)
+        data = {name: value for name, value in data.items() if value is not None}
+        for name, accepted in cls.unsupported_fields.items():
+            if name in data and data.pop(name) not in accepted:
+                problem = f"{name} is not supported by this server"
+                problem += f", but for {' or '.join(map(json.dumps, accepted))}" if accepted else ""
+                raise APIError(400, problem, param=name, code="unsupported_parameter")
+        return data
 
 
 def _limit_message_parts(messages: Any) -> Any:
@@ -81,20 +67,31 @@ def _limit_message_parts(messages: Any) -> Any:
 
 def _check_encodable(text: str) -> str:
     """Rejects half of a surrogate pair, which JSON can escape and no tokenizer accepts."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError("this is no text: half of a surrogate pair is in it") from e
+    text.encode()  # raises UnicodeEncodeError, a ValueError
     return text
+
+
+def _parse_logit_bias(logit_bias: Any) -> Any:
+    """Converts the keys of a JSON object to token ids. int() alone would accept 1_0, spaces and other digits."""
+    if not isinstance(logit_bias, dict):
+        return logit_bias
+    if len(logit_bias) > MAX_LISTED_TOKEN_IDS:
+        raise ValueError(f"at most {MAX_LISTED_TOKEN_IDS} tokens are taken, got {len(logit_bias)}")
+    for token in logit_bias:
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise ValueError(f"{token[:20]!r} is no token id")
+    return {int(token): bias for token, bias in logit_bias.items()}
 
 
 EncodableString = Annotated[str, AfterValidator(_check_encodable)]
 NonEmptyString = Annotated[str, Field(min_length=1), AfterValidator(_check_encodable)]
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(_check_encodable)]
-TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True), _limit_items(MAX_TOKEN_IDS)]
-
-
-GuidedChoices = Annotated[list[EncodableString], Field(min_length=1, fail_fast=True), _limit_items(MAX_GUIDED_CHOICES)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), AfterValidator(_check_encodable)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+TokenIds = Annotated[list[int], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
+StopTokenIds = Annotated[list[int], Field(max_length=MAX_LISTED_TOKEN_IDS, fail_fast=True)]
+LogitBias = Annotated[dict[int, float], BeforeValidator(_parse_logit_bias)]
+NumLogprobs = Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+GuidedChoices = Annotated[list[EncodableString], Field(min_length=1, max_length=MAX_GUIDED_CHOICES, fail_fast=True)]
 
 
 class StreamOptions(StrictModel):
@@ -126,6 +123,11 @@ class ResponseFormat(StrictModel):
             raise ValueError("json_schema must be given for type json_schema, and for no other")
         return self
 
+    @property
+    def schema_dict(self) -> dict[str, Any] | None:
+        """The JSON schema of the output, or None for text."""
+        return None if self.type == "text" else (self.json_schema or JsonSchema()).schema_
+
 
 class SamplingFields(StrictModel):
     """Fields of SamplingParams under the library's names."""
@@ -138,25 +140,50 @@ class SamplingFields(StrictModel):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True), _limit_items(MAX_LISTED_TOKEN_IDS)] = []
+    stop_token_ids: StopTokenIds = []
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Annotated[dict[str, float], _limit_items(MAX_LISTED_TOKEN_IDS)] = {}
-
-    def to_sampling_kwargs(self) -> dict[str, Any]:
-        """Returns the keyword arguments of SamplingParams."""
-        fields = {name: getattr(self, name) for name in SamplingFields.model_fields}
-        return fields | {"stop_token_ids": tuple(self.stop_token_ids), "logit_bias": _parse_logit_bias(self.logit_bias)}
+    logit_bias: LogitBias = {}
 
 
-class CompletionRequestBase(SamplingFields):
-    """Fields that chat and text completions share."""
+class GenerationRequest(StrictModel):
+    """Fields of all requests that generate tokens."""
 
     model: EncodableString | None = None
-    stop: StopText | Annotated[list[StopText], Field(fail_fast=True), _limit_items(MAX_STOP_STRINGS)] = []
     stream: bool = False
+    cache_salt: EncodableString | None = None  # vLLM's
+    return_weight_versions: bool = False  # adds `weight_versions` to each choice, one per token
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Maps the library's names in error messages to the client's field names."""
+        raise NotImplementedError
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the last chunk of a stream has token counts."""
+        return False
+
+    def _make_sampling_params(self, fields: dict[str, Any]) -> SamplingParams:
+        """Makes SamplingParams. Raises APIError for a field out of range."""
+        if fields["top_k"] == -1 or fields["top_k"] > 2**31 - 1:  # at least the size of any vocabulary: no limit
+            fields["top_k"] = 0
+        if 0 <= fields["top_p"] < 1e-6:  # only the most likely token; a smaller value could leave none in float32
+            fields["top_p"] = 1e-6
+        try:
+            return SamplingParams(**fields, cache_salt=self.cache_salt)
+        except ValueError as e:
+            raise bad_request(str(e), self.field_names) from e
+
+
+class CompletionRequestBase(SamplingFields, GenerationRequest):
+    """Fields that chat and text completions share."""
+
+    unsupported_fields = {"service_tier": ("auto", "default"), "structured_outputs": ()}
+
+    stop: StopString | StopStrings = []
     stream_options: StreamOptions | None = None
     # Accepted without effect: these identify the user or control storage at OpenAI.
     user: EncodableString | None = None
@@ -165,63 +192,46 @@ class CompletionRequestBase(SamplingFields):
     store: bool = False
     prompt_cache_key: EncodableString | None = None
 
-    return_weight_versions: bool = False  # adds `weight_versions` to each choice, one per token
-    cache_salt: EncodableString | None = None  # this and the guided fields are vLLM's
     response_format: ResponseFormat | None = None
-    guided_json: EncodableString | dict[str, Any] | None = None
+    guided_json: EncodableString | dict[str, Any] | None = None  # the guided fields are vLLM's
     guided_regex: EncodableString | None = None
     guided_choice: GuidedChoices | None = None
     guided_grammar: EncodableString | None = None
-
-    # Declared to be rejected as unsupported, not as unknown; see UNSUPPORTED_FIELDS.
-    service_tier: Any = None
-    structured_outputs: Any = None
 
     _tool_call_grammar: str | None = PrivateAttr(None)  # of enforced tool calls
 
     def resolve_grammar(self) -> tuple[str, str] | None:
         """Returns the field that constrains the output and its grammar, or None. Raises APIError for several fields."""
-        grammars, response_format = dict[str, str](), self.response_format
-        if response_format is not None and response_format.type != "text":
-            json_schema = response_format.json_schema
-            schema = json_schema.schema_ if json_schema else {"type": "object"}
-            grammars["response_format"] = f"json:{json.dumps(schema)}"
-        if (schema := self.guided_json) is not None:
-            grammars["guided_json"] = f"json:{schema if isinstance(schema, str) else json.dumps(schema)}"
-        if self.guided_regex is not None:
-            grammars["guided_regex"] = f"regex:{self.guided_regex}"
-        if self.guided_choice is not None:
-            grammars["guided_choice"] = "lark:start: " + " | ".join(json.dumps(text) for text in self.guided_choice)
-        if self.guided_grammar is not None:
-            grammars["guided_grammar"] = f"lark:{self.guided_grammar}"
-        if self._tool_call_grammar is not None:
-            grammars["tools"] = self._tool_call_grammar
+        schema = self.response_format and self.response_format.schema_dict
+        choices = self.guided_choice and " | ".join(map(json.dumps, self.guided_choice))
+        values = schema, self.guided_json, self.guided_regex, choices, self.guided_grammar, self._tool_call_grammar
+        grammars = [
+            (name, kind + (value if isinstance(value, str) else json.dumps(value)))
+            for (name, kind), value in zip(GRAMMAR_KINDS.items(), values, strict=True)
+            if value is not None
+        ]
         if len(grammars) > 1:
-            names = [*grammars]
+            names = [name for name, _ in grammars]
             raise APIError(400, f"{' and '.join(names)} both say what the output follows: give one", param=names[1])
-        return next(iter(grammars.items()), None)
+        return grammars[0] if grammars else None
 
-    def client_field_names(self) -> dict[str, str]:
+    @property
+    def field_names(self) -> dict[str, str]:
         """Maps the library's names in error messages to the client's field names."""
         grammar = self.resolve_grammar()
         return dict.fromkeys(("grammar", "json", "regex", "lark"), grammar[0]) if grammar else {}
 
-    def _make_sampling_params(
-        self, max_tokens_field: tuple[str, int | None], logprobs: int | None, echo: bool = False
-    ) -> SamplingParams:
-        reject_unsupported(self)
-        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+    @property
+    def include_usage(self) -> bool:
+        """Whether the last chunk of a stream has token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _make_sampling_params(self, fields: dict[str, Any]) -> SamplingParams:
+        if self.include_usage and not self.stream:
             raise APIError(400, "stream_options needs stream=true", param="stream_options")
         grammar = self.resolve_grammar()
-        fields = self.to_sampling_kwargs() | {
-            "max_tokens": max_tokens_field[1],
-            "grammar": grammar[1] if grammar else None,
-            "cache_salt": self.cache_salt,
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            "logprobs": logprobs,
-            "prompt_logprobs": logprobs if echo else None,
-        }
-        return make_sampling_params({"max_tokens": max_tokens_field[0]} | self.client_field_names(), **fields)
+        own = self.model_dump(include={"stop", *SamplingFields.model_fields})
+        return super()._make_sampling_params(own | {"grammar": grammar and grammar[1]} | fields)
 
 
 class ContentPart(StrictModel):
@@ -233,6 +243,7 @@ class ContentPart(StrictModel):
 
 
 FunctionIdentifier = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]  # OpenAI's rule
+JsonObject = Annotated[Json[dict[str, Any]], BeforeValidator(lambda text: "{}" if text == "" else text)]
 
 
 def _check_object_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -241,20 +252,11 @@ def _check_object_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _check_json_object(text: str) -> str:
-    try:
-        if isinstance(json.loads(text or "{}"), dict):
-            return text
-    except (ValueError, RecursionError):
-        pass
-    raise ValueError("this must be the JSON text of an object")
-
-
 class FunctionDefinition(StrictModel):
     """A function that the model may call. Without `parameters`, the function has none."""
 
     name: FunctionIdentifier
-    description: EncodableString | None = None
+    description: EncodableString = ""  # templates may print it
     parameters: Annotated[dict[str, Any], AfterValidator(_check_object_schema)] = {}
     strict: bool = False
 
@@ -267,10 +269,11 @@ class Tool(StrictModel):
 
     def to_template_dict(self) -> dict[str, Any]:
         """Returns the tool in the form of chat templates, without `strict`."""
-        f = self.function
-        function: dict[str, Any] = {"name": f.name, "description": f.description or ""}  # templates may print it
-        function["parameters"] = f.parameters or {"type": "object", "properties": {}}
-        return {"type": self.type, "function": function}
+        parameters = self.function.parameters or {"type": "object", "properties": {}}
+        return {
+            "type": self.type,
+            "function": self.function.model_dump(include={"name", "description"}) | {"parameters": parameters},
+        }
 
 
 class FunctionChoice(StrictModel):
@@ -286,11 +289,10 @@ class NamedToolChoice(StrictModel):
     function: FunctionChoice
 
 
-class FunctionCall(StrictModel):
-    """Name and JSON arguments of a call."""
+class FunctionCall(FunctionChoice):
+    """Name and arguments of a call; clients send the arguments as JSON text."""
 
-    name: FunctionIdentifier
-    arguments: Annotated[EncodableString, AfterValidator(_check_json_object)]
+    arguments: JsonObject
 
 
 class ToolCall(StrictModel):
@@ -300,11 +302,6 @@ class ToolCall(StrictModel):
     index: int | None = None
     type: Literal["function"]
     function: FunctionCall
-
-    def to_template_dict(self) -> dict[str, Any]:
-        """Returns the call in the form of chat templates, with the arguments as an object."""
-        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments or "{}")}
-        return {"id": self.id, "type": self.type, "function": function}
 
 
 class ChatMessage(StrictModel):
@@ -333,18 +330,14 @@ class ChatMessage(StrictModel):
         return self
 
     def to_template_dict(self) -> dict[str, Any]:
-        """Returns the message in the form of chat templates."""
+        """Returns the message in the form of chat templates: text content, no empty fields, arguments as an object."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.reasoning_content:
-            message["reasoning_content"] = self.reasoning_content
-        if self.tool_calls:
-            message["tool_calls"] = [call.to_template_dict() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
+        optional = self.model_dump(
+            include={"name", "reasoning_content", "tool_calls", "tool_call_id"},
+            exclude={"tool_calls": {"__all__": {"index"}}},
+        )
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return message | {name: value for name, value in optional.items() if value}
 
 
 def to_template_dicts(messages: list[ChatMessage]) -> list[dict[str, Any]]:
@@ -369,39 +362,33 @@ def _check_distinct_names(tools: list[Tool]) -> list[Tool]:
 
 
 ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_limit_message_parts)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(_check_distinct_names)]
 
 
-Tools = Annotated[list[Tool], Field(fail_fast=True), _limit_items(MAX_TOOLS), AfterValidator(_check_distinct_names)]
-
-
-class RequestWithTools(StrictModel):
-    """A request with messages and tools."""
-
-    tools: Tools = []
-
-
-class ChatRequest(CompletionRequestBase, RequestWithTools):
+class ChatRequest(CompletionRequestBase):
     """Body of POST /chat/completions."""
 
+    unsupported_fields = CompletionRequestBase.unsupported_fields | {
+        "audio": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prompt_cache_options": ({}, {"mode": "implicit"}),
+        "prompt_cache_retention": ("in_memory",),
+        "reasoning_effort": ("medium",),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+
     messages: ChatMessages
+    tools: Tools = []
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = None  # the newer name of max_tokens
     logprobs: bool = False
-    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+    top_logprobs: NumLogprobs = None
     prediction: dict[str, Any] | None = None  # would only make the answer faster; no effect
-
-    # See UNSUPPORTED_FIELDS.
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    moderation: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
 
     @property
     def tool_choice_mode(self) -> str:
@@ -419,11 +406,16 @@ class ChatRequest(CompletionRequestBase, RequestWithTools):
 
     def enforce_tool_calls(self, grammar: str | None) -> None:
         """Constrains the output to a grammar of tool calls. Raises APIError beside another grammar, also for None."""
-        other = self.resolve_grammar()
-        if other is not None:
+        if (other := self.resolve_grammar()) is not None:
             problem = f"{other[0]} is the form of all output, and calls have another: leave it out, or tool_choice=none"
             raise APIError(400, problem, param=other[0])
         self._tool_call_grammar = grammar
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Maps the library's names in error messages to the client's field names."""
+        max_tokens = {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {}
+        return super().field_names | max_tokens
 
     def to_sampling_params(self) -> SamplingParams:
         """Returns the library's settings. Without a limit, output may fill the context. Raises APIError by field."""
@@ -432,24 +424,25 @@ class ChatRequest(CompletionRequestBase, RequestWithTools):
             raise APIError(400, problem, param="max_completion_tokens")
         if self.top_logprobs and not self.logprobs:
             raise APIError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._make_sampling_params((name, getattr(self, name)), logprobs)
+        return self._make_sampling_params({"max_tokens": max_tokens, "logprobs": logprobs})
 
 
-TextPrompts = Annotated[list[NonEmptyString], Field(min_length=1, fail_fast=True), _limit_items(MAX_PROMPTS)]
-TokenPrompts = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), _limit_items(MAX_PROMPTS)]
+TextPrompts = Annotated[list[NonEmptyString], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenPrompts = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 class CompletionRequest(CompletionRequestBase):
     """Body of POST /completions."""
 
-    prompt: NonEmptyString | TokenIds | TextPrompts | TokenPrompts
-    echo: bool = False
-    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
-    best_of: int | None = None
+    unsupported_fields = CompletionRequestBase.unsupported_fields | {"suffix": ("",)}
 
-    suffix: Any = None  # see UNSUPPORTED_FIELDS
+    prompt: NonEmptyString | TokenIds | TextPrompts | TokenPrompts
+    max_tokens: int | None = 16
+    echo: bool = False
+    logprobs: NumLogprobs = None
+    best_of: int | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -464,46 +457,46 @@ class CompletionRequest(CompletionRequestBase):
         if self.best_of not in (None, self.n):
             problem = f"best_of={self.best_of} is not supported by this server: leave it out, or make it n={self.n}"
             raise APIError(400, problem, param="best_of", code="unsupported_parameter")
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        return self._make_sampling_params(("max_tokens", max_tokens), self.logprobs, self.echo)
+        prompt_logprobs = self.logprobs if self.echo else None
+        return self._make_sampling_params({"logprobs": self.logprobs, "prompt_logprobs": prompt_logprobs})
 
 
 class GenerateSamplingParams(SamplingFields):
     """SamplingParams of the library without fields for text."""
 
     max_tokens: int | None = 16
-    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
-    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+    logprobs: NumLogprobs = None
+    prompt_logprobs: NumLogprobs = None
     logprob_mode: Literal["raw", "processed"] = "raw"
 
 
-class GenerateRequest(StrictModel):
+class GenerateRequest(GenerationRequest):
     """Body of POST /inference/v1/generate: token ids in, token ids out."""
 
-    model: EncodableString | None = None
     token_ids: TokenIds
     sampling_params: GenerateSamplingParams = GenerateSamplingParams()
-    cache_salt: EncodableString | None = None
-    stream: bool = False
-    return_weight_versions: bool = False
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Maps the library's names in error messages to the client's field names."""
+        names = {name: f"sampling_params.{name}" for name in GenerateSamplingParams.model_fields}
+        return names | {"prompt": "token_ids"}
 
     def to_sampling_params(self) -> SamplingParams:
         """Returns the library's settings. Raises APIError by field."""
-        params = self.sampling_params
-        if self.stream and params.prompt_logprobs is not None:
+        if self.stream and self.sampling_params.prompt_logprobs is not None:
             problem = "prompt_logprobs cannot be streamed: they come at the end"
             raise APIError(400, problem, param="sampling_params.prompt_logprobs")
-        names = {name: f"sampling_params.{name}" for name in GenerateSamplingParams.model_fields}
-        fields = params.model_dump() | params.to_sampling_kwargs()
-        return make_sampling_params(names, **fields, cache_salt=self.cache_salt)
+        return self._make_sampling_params(self.sampling_params.model_dump())
 
 
-class TokenizeRequest(RequestWithTools):
+class TokenizeRequest(StrictModel):
     """Body of POST /tokenize: a text, or messages and tools for the chat template."""
 
     model: EncodableString | None = None
     prompt: EncodableString | None = None
     messages: ChatMessages | None = None
+    tools: Tools = []
     add_special_tokens: bool = True  # to `prompt`
 
     @model_validator(mode="after")
@@ -519,7 +512,7 @@ class DetokenizeRequest(StrictModel):
     """Body of POST /detokenize."""
 
     model: EncodableString | None = None
-    tokens: Annotated[list[int], Field(fail_fast=True), _limit_items(MAX_DETOKENIZE_TOKENS)]
+    tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZE_TOKENS, fail_fast=True)]
 
 
 class AbortRequest(StrictModel):
@@ -547,33 +540,3 @@ class UnloadAdapterRequest(StrictModel):
     """Body of POST /unload_lora_adapter."""
 
     lora_name: EncodableString
-
-
-def reject_unsupported(request: CompletionRequestBase) -> None:
-    """Raises APIError for a field of `UNSUPPORTED_FIELDS` that has an effect."""
-    for name, accepted in UNSUPPORTED_FIELDS.items():
-        value = getattr(request, name, None)
-        if value is not None and value not in accepted:
-            problem = f"{name} is not supported by this server"
-            problem += f", but for {' or '.join(map(json.dumps, accepted))}" if accepted else ""
-            raise APIError(400, problem, param=name, code="unsupported_parameter")
-
-
-def make_sampling_params(field_names: dict[str, str], **fields: Any) -> SamplingParams:
-    """Makes SamplingParams. Raises APIError for a field out of range; `field_names` maps names to the client's."""
-    if fields["top_k"] == -1 or fields["top_k"] > 2**31 - 1:  # at least the size of any vocabulary: no limit
-        fields["top_k"] = 0
-    if 0 <= fields["top_p"] < 1e-6:  # only the most likely token; a smaller value could leave none in float32
-        fields["top_p"] = 1e-6
-    try:
-        return SamplingParams(**fields)
-    except ValueError as e:
-        raise bad_request(str(e), field_names) from e
-
-
-def _parse_logit_bias(logit_bias: dict[str, float]) -> dict[int, float]:
-    """Converts the keys of a JSON object to token ids. int() alone would accept 1_0, spaces and other digits."""
-    for token in logit_bias:
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
-            raise APIError(400, f"logit_bias: {token[:20]!r} is no token id", param="logit_bias")
-    return {int(token): bias for token, bias in logit_bias.items()}

@@ -1,14 +1,14 @@
 """Builds responses: text of token deltas, and the JSON of chats, completions and token-only generation."""
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgen.config import SamplingParams
 from fastgen.core.detokenizer import Detokenizer, token_to_bytes
 from fastgen.core.types import Tokenizer
-from fastgen.server.messages import TokenDelta
+from fastgen.server.engine_process import TokenDelta
 from fastgen.server.reasoning import ReasoningParser, find_open_tag
 from fastgen.server.tool_calls import ToolCallParser
 
@@ -18,8 +18,7 @@ MIN_LOGPROB = -9999.0  # JSON has no -inf
 MAX_TAG_TOKENS = 16  # tokens at the end of a prompt that are searched for a reasoning tag and line breaks
 
 
-@dataclass(slots=True, frozen=True)
-class EchoedPrompt:
+class EchoedPrompt(NamedTuple):
     """Text of a prompt that a response repeats, and the offset of each token in the text."""
 
     text: str
@@ -83,8 +82,8 @@ class ChoiceDelta:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] | None = None
-    top_logprobs: list[dict[int, float]] | None = None
+    logprobs: list[Any] | None = None  # float; None for a prompt's first token
+    top_logprobs: list[Any] | None = None  # dict[int, float]; None for a prompt's first token
     text_offsets: list[int] = field(default_factory=list)  # of each token in the choice's text
     finish_reason: str | None = None
 
@@ -93,21 +92,14 @@ class Choice:
     """A completion in progress: detokenizes token deltas and accumulates them."""
 
     def __init__(
-        self,
-        index: int,
-        token_decoder: TokenDecoder,
-        prompt_token_ids: list[int],
-        sampling: SamplingParams,
-        *,
-        stream_text: bool,
-        visible_special_tokens: dict[int, str],
+        self, index: int, decoder: TokenDecoder, prompt_token_ids: list[int], sampling: SamplingParams, **options: Any
     ) -> None:
+        """`options` are those of the `Detokenizer`."""
         self.index, self.prompt_token_ids, self.sampling = index, prompt_token_ids, sampling
         self.detokenizer: Detokenizer | None = None
-        if (tokenizer := token_decoder.tokenizer) is not None:
-            options: Json = {"min_tokens": sampling.min_tokens, "stream_text": stream_text}
-            args = tokenizer, prompt_token_ids, sampling.stop, visible_special_tokens
-            self.detokenizer = Detokenizer(*args, **options)
+        if decoder.tokenizer is not None:
+            options["min_tokens"] = sampling.min_tokens
+            self.detokenizer = Detokenizer(decoder.tokenizer, prompt_token_ids, sampling.stop, **options)
         logprobs, top_logprobs = None if sampling.logprobs is None else [], [] if sampling.logprobs else None
         self.accumulated = ChoiceDelta(logprobs=logprobs, top_logprobs=top_logprobs)
         self.final_delta: TokenDelta | None = None  # with the prompt's logprobs and the number of cached tokens
@@ -140,6 +132,10 @@ class Choice:
         total.token_ids += new.token_ids
         total.text_offsets += new.text_offsets
         return new
+
+
+def _clip(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, MIN_LOGPROB)
 
 
 class ResponseBuilder:
@@ -253,25 +249,26 @@ class ChatResponseBuilder(ResponseBuilder):
 
 
 class TextResponseBuilder(ResponseBuilder):
-    """Builds responses of /completions. With `get_echoed_prompt`, the text begins with the prompt's."""
+    """Builds responses of /completions. With `echoes`, one for each prompt, the text begins with the prompt's."""
 
     id_prefix, object_type, chunk_object_type = "cmpl", "text_completion", "text_completion"
 
-    def __init__(
-        self, token_decoder: TokenDecoder, get_echoed_prompt: Callable[[Choice], EchoedPrompt] | None = None
-    ) -> None:
+    def __init__(self, token_decoder: TokenDecoder, echoes: Sequence[EchoedPrompt] = ()) -> None:
         super().__init__(token_decoder)
-        self.get_echoed_prompt = get_echoed_prompt
+        self.echoes = echoes
+
+    def _echo(self, choice: Choice) -> EchoedPrompt:
+        return self.echoes[choice.index // choice.sampling.n] if self.echoes else EchoedPrompt("", [])
 
     def _format_logprobs(self, delta: ChoiceDelta, text_offset: int) -> Json | None:
         if delta.logprobs is None:
             return None
-        top = delta.top_logprobs if delta.top_logprobs is not None else [{} for _ in delta.token_ids]
+        top = delta.top_logprobs if delta.top_logprobs is not None else [None] * len(delta.token_ids)
         tokens = zip(delta.token_ids, delta.logprobs, top, strict=True)
         return {
             "tokens": [self.token_decoder.decode_token(t) for t in delta.token_ids],
-            "token_logprobs": [max(p, MIN_LOGPROB) for p in delta.logprobs],
-            "top_logprobs": [self._format_top_logprobs(*args) for args in tokens],
+            "token_logprobs": [_clip(p) for p in delta.logprobs],
+            "top_logprobs": [None if p is None else self._format_top_logprobs(t, p, x or {}) for t, p, x in tokens],
             "text_offset": [text_offset + i for i in delta.text_offsets or [0] * len(delta.token_ids)],
         }
 
@@ -289,37 +286,23 @@ class TextResponseBuilder(ResponseBuilder):
 
     def build_first_chunk(self, choice: Choice) -> Json | None:
         """Builds the chunk with the echoed prompt."""
-        if self.get_echoed_prompt is None:
-            return None
-        text = self.get_echoed_prompt(choice).text
-        return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None}
+        text = self._echo(choice).text
+        return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None} if self.echoes else None
 
     def build_chunk(self, choice: Choice, delta: ChoiceDelta) -> Json:
         """Builds the chunk with new text."""
-        offset = len(self.get_echoed_prompt(choice).text) if self.get_echoed_prompt else 0
-        logprobs = self._format_logprobs(delta, offset) if delta.token_ids else None
+        logprobs = self._format_logprobs(delta, len(self._echo(choice).text)) if delta.token_ids else None
         return {"index": choice.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def build_choice(self, choice: Choice, prompt_delta: TokenDelta | None) -> Json:
         """Builds the choice with the text, and with the prompt's logprobs if echoed."""
-        total, prompt = choice.accumulated, self.get_echoed_prompt(choice) if self.get_echoed_prompt else None
-        prompt_text = prompt.text if prompt else ""
-        logprobs = self._format_logprobs(total, len(prompt_text))
-        if prompt and logprobs and prompt_delta and prompt_delta.prompt_logprobs is not None:
-            token_ids, prompt_logprobs = choice.prompt_token_ids, prompt_delta.prompt_logprobs
-            top = prompt_delta.prompt_top_logprobs or [{} for _ in token_ids]
-            prompt_tokens = zip(token_ids, prompt_logprobs, top, strict=True)
-            prompt_json: Json = {
-                "tokens": [self.token_decoder.decode_token(t) for t in token_ids],
-                "token_logprobs": [p if p is None else max(p, MIN_LOGPROB) for p in prompt_logprobs],
-                "top_logprobs": [
-                    None if p is None else self._format_top_logprobs(t, p, others or {})
-                    for t, p, others in prompt_tokens
-                ],
-                "text_offset": prompt.text_offsets,
-            }
-            logprobs = {name: prompt_json[name] + values for name, values in logprobs.items()}
-        text, reason = prompt_text + total.text, total.finish_reason
+        total, prompt = choice.accumulated, self._echo(choice)
+        logprobs = self._format_logprobs(total, len(prompt.text))
+        if self.echoes and logprobs and (d := prompt_delta) and d.prompt_logprobs is not None:
+            tokens = choice.prompt_token_ids, d.prompt_logprobs, d.prompt_top_logprobs or None, prompt.text_offsets
+            prompt_logprobs = self._format_logprobs(ChoiceDelta("", *tokens), 0) or {}
+            logprobs = {name: prompt_logprobs[name] + values for name, values in logprobs.items()}
+        text, reason = prompt.text + total.text, total.finish_reason
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -341,11 +324,8 @@ class TokenResponseBuilder(ResponseBuilder):
     def build_choice(self, choice: Choice, prompt_delta: TokenDelta | None) -> Json:
         """Builds the choice with all tokens, and the prompt's logprobs if requested."""
         choice_json = self.build_chunk(choice, choice.accumulated)
-        if choice.sampling.prompt_logprobs is not None and prompt_delta and prompt_delta.prompt_logprobs is not None:
-            logprobs, top_logprobs = prompt_delta.prompt_logprobs, prompt_delta.prompt_top_logprobs
-            choice_json["prompt_logprobs"] = [p if p is None else max(p, MIN_LOGPROB) for p in logprobs]
-            if top_logprobs is not None:
-                choice_json["prompt_top_logprobs"] = [
-                    None if x is None else {str(t): max(p, MIN_LOGPROB) for t, p in x.items()} for x in top_logprobs
-                ]
+        if prompt_delta and prompt_delta.prompt_logprobs is not None:
+            choice_json["prompt_logprobs"] = [_clip(p) for p in prompt_delta.prompt_logprobs]
+            if (top := prompt_delta.prompt_top_logprobs) is not None:
+                choice_json["prompt_top_logprobs"] = [x and {str(t): _clip(p) for t, p in x.items()} for x in top]
         return choice_json

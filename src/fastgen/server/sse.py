@@ -12,9 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from fastgen.config import SamplingParams
 from fastgen.core.request import NON_FINITE_LOGITS
-from fastgen.server.engine_client import EngineClient
+from fastgen.server import metrics
+from fastgen.server.app_state import AppState
+from fastgen.server.engine_process import EngineServer
 from fastgen.server.errors import APIError
-from fastgen.server.metrics import Metrics
+from fastgen.server.requests import GenerationRequest
 from fastgen.server.responses import Choice, ChoiceDelta, Json, ResponseBuilder, TokenDecoder
 
 MAX_INLINE_LOGPROBS = 4096  # logprobs of a body that is encoded in the event loop; larger bodies use a thread
@@ -71,35 +73,31 @@ class CompletionResponse(Response):
 
     def __init__(
         self,
-        engine_client: EngineClient,
-        metrics: Metrics,
+        state: AppState,
+        body: GenerationRequest,
         builder: ResponseBuilder,
-        request_id: str,
         model_name: str,
         prompts: list[list[int]],
         sampling: SamplingParams,
         log_entry: Json,
-        *,
-        stream: bool,
-        include_usage: bool = False,
-        return_weight_versions: bool = False,
     ) -> None:
         """`log_entry` is the request's line in the log, which receives the numbers of tokens."""
         self.background = None  # Response.__init__ is not called: there is no body yet
-        self.engine_client, self.metrics, self.builder = engine_client, metrics, builder
-        self.request_id, self.model_name, self.log_entry = request_id, model_name, log_entry
-        self.prompts, self.sampling = prompts, sampling
-        self.stream, self.include_usage, self.return_weight_versions = stream, include_usage, return_weight_versions
-        self.created = int(time.time())
+        self.engine_client, self.metrics, self.builder, self.body = state.engine_client, state.metrics, builder, body
+        self.prompts, self.sampling, self.log_entry = prompts, sampling, log_entry
+        object_type = builder.chunk_object_type if body.stream else builder.object_type
+        # The fields of the body, or of each chunk, around its choices.
+        self.envelope = {"id": log_entry["id"], "object": object_type, "created": int(time.time()), "model": model_name}
         decoder = builder.token_decoder if builder.has_text else TokenDecoder(None)
-        options: Json = {"stream_text": builder.has_text and (stream or sampling.logprobs is not None)}
+        options: Json = {"stream_text": builder.has_text and (body.stream or sampling.logprobs is not None)}
         options["visible_special_tokens"] = builder.visible_special_tokens
         choices = [prompt for prompt in prompts for _ in range(sampling.n)]
         self.choices = [Choice(i, decoder, prompt, sampling, **options) for i, prompt in enumerate(choices)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response, unless the client disconnects before its end."""
-        sending = asyncio.create_task(self._send_stream(send) if self.stream else self._send_body(scope, receive, send))
+        response = self._send_stream(send) if self.body.stream else self._send_body(scope, receive, send)
+        sending = asyncio.create_task(response)
         disconnected = asyncio.create_task(_wait_for_disconnect(receive))
         try:
             await asyncio.wait({sending, disconnected}, return_when=asyncio.FIRST_COMPLETED)
@@ -111,30 +109,24 @@ class CompletionResponse(Response):
             for task in (sending, disconnected):
                 task.cancel()
             await asyncio.gather(sending, disconnected, return_exceptions=True)
-            self.engine_client.close_request(self.request_id)
+            self.engine_client.close_request(self.envelope["id"])
             self._record_totals()
-
-    def _count_tokens(self) -> tuple[int, int, int]:
-        """Counts prompt, cached and output tokens. A prompt counts once, however many completions it has."""
-        num_output_tokens = sum(len(c.accumulated.token_ids) for c in self.choices)
-        first_choices = self.choices[:: self.sampling.n]
-        num_cached_tokens = sum(c.final_delta.num_cached_tokens for c in first_choices if c.final_delta)
-        return sum(map(len, self.prompts)), num_cached_tokens, num_output_tokens
 
     def _record_totals(self) -> None:
         for choice in self.choices:
-            self.metrics.record_finished(choice.accumulated.finish_reason or "abort")
-        self.metrics.e2e_latency.observe(time.monotonic() - self.log_entry["began"])
-        names = "prompt_tokens", "cached_tokens", "output_tokens"
-        self.log_entry |= zip(names, self._count_tokens(), strict=True)
+            self.metrics.count(metrics.REQUEST_SUCCESS, label=choice.accumulated.finish_reason or "abort")
+        self.metrics.observe(metrics.E2E_LATENCY, time.monotonic() - self.log_entry["began"])
         self.metrics.flush()
+        usage = self._build_usage()
+        num_tokens = usage["prompt_tokens"], *usage["prompt_tokens_details"].values(), usage["completion_tokens"]
+        self.log_entry |= zip(("prompt_tokens", "cached_tokens", "output_tokens"), num_tokens, strict=True)
 
     async def _iter_deltas(self) -> AsyncGenerator[list[tuple[Choice, ChoiceDelta]]]:
         """Yields what each step added, until every choice has finished."""
         num_unfinished = len(self.choices)
         while num_unfinished:
             deltas = []
-            for token_delta in await self.engine_client.next_deltas(self.request_id):
+            for token_delta in await self.engine_client.next_deltas(self.envelope["id"]):
                 choice, reason = self.choices[token_delta.choice_index], token_delta.finish_reason
                 if choice.accumulated.finish_reason:
                     continue  # tokens after a stop string
@@ -144,28 +136,32 @@ class CompletionResponse(Response):
                     message = token_delta.error if has_details else ENGINE_ERROR_MESSAGES[reason]
                     raise APIError(500, message, code="engine_error")
                 delta = choice.push(token_delta)
-                if self.return_weight_versions and token_delta.weight_version is not None:
+                if self.body.return_weight_versions and token_delta.weight_version is not None:
                     choice.unsent_weight_versions += [token_delta.weight_version] * len(delta.token_ids)
                 self._record_latency(choice, len(delta.token_ids))
                 if delta.finish_reason:
                     num_unfinished -= 1
                     if not reason:  # a stop string, which the engine does not know
-                        self.engine_client.abort_choice(self.request_id, token_delta.choice_index)
+                        self.engine_client.notify_engine(EngineServer.abort, self.envelope["id"], choice.index)
                 deltas.append((choice, delta))
             yield deltas
 
     def _record_latency(self, choice: Choice, num_tokens: int) -> None:
-        now, metrics = time.monotonic(), self.metrics
-        metrics.generation_tokens.inc(num_tokens)
+        now = time.monotonic()
+        self.metrics.count(metrics.GENERATION_TOKENS, num_tokens)
         if choice.last_token_time is not None:
-            metrics.inter_token_latency.observe(now - choice.last_token_time)
+            self.metrics.observe(metrics.INTER_TOKEN_LATENCY, now - choice.last_token_time)
         elif num_tokens and "ttft" not in self.log_entry:
             self.log_entry["ttft"] = now - self.log_entry["began"]
-            metrics.time_to_first_token.observe(self.log_entry["ttft"])
+            self.metrics.observe(metrics.TTFT, self.log_entry["ttft"])
         choice.last_token_time = now if num_tokens else choice.last_token_time
 
     def _build_usage(self) -> Json:
-        num_prompt_tokens, num_cached_tokens, num_output_tokens = self._count_tokens()
+        """Counts tokens. A prompt counts once, however many completions it has."""
+        num_prompt_tokens = sum(map(len, self.prompts))
+        num_output_tokens = sum(len(c.accumulated.token_ids) for c in self.choices)
+        first_choices = self.choices[:: self.sampling.n]
+        num_cached_tokens = sum(c.final_delta.num_cached_tokens for c in first_choices if c.final_delta)
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_output_tokens,
@@ -173,13 +169,9 @@ class CompletionResponse(Response):
             "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         }
 
-    def _build_envelope(self, object_type: str) -> Json:
-        """Returns the fields of a response or chunk around its choices."""
-        return {"id": self.request_id, "object": object_type, "created": self.created, "model": self.model_name}
-
     def _add_weight_versions(self, choice: Choice, choice_json: Json) -> Json:
         """Adds the versions of the weights that sampled the tokens since the last chunk, if requested."""
-        if self.return_weight_versions:
+        if self.body.return_weight_versions:
             choice_json["weight_versions"], choice.unsent_weight_versions = choice.unsent_weight_versions, []
         return choice_json
 
@@ -191,11 +183,11 @@ class CompletionResponse(Response):
         except APIError as e:
             await error_response(e)(scope, receive, send)
             return
-        num_tokens, logprobs = sum(len(c.accumulated.token_ids) for c in self.choices), self.sampling.logprobs
-        has_logprobs = logprobs is not None
-        if self.sampling.prompt_logprobs is not None:
-            num_tokens, has_logprobs = num_tokens + sum(map(len, self.prompts)), True
-        if has_logprobs and num_tokens * (1 + (logprobs or 0)) > MAX_INLINE_LOGPROBS:
+        num_tokens, params = sum(len(c.accumulated.token_ids) for c in self.choices), self.sampling
+        if params.prompt_logprobs is not None:
+            num_tokens += sum(map(len, self.prompts))
+        has_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+        if has_logprobs and num_tokens * (1 + (params.logprobs or 0)) > MAX_INLINE_LOGPROBS:
             parts = await asyncio.to_thread(self._encode_body, lambda value: b"".join(iter_json_chunks(value)))
         else:
             parts = self._encode_body(dump_json)
@@ -207,7 +199,7 @@ class CompletionResponse(Response):
 
     def _encode_body(self, encode: Callable[[Any], bytes]) -> list[bytes]:
         """Returns the parts of the JSON body: the start, each choice, and the end."""
-        parts = [dump_json(self._build_envelope(self.builder.object_type))[:-1] + b',"choices":[']
+        parts = [dump_json(self.envelope)[:-1] + b',"choices":[']
         for i, choice in enumerate(self.choices):
             prompt_delta = self.choices[i - i % self.sampling.n].final_delta
             choice_json = self._add_weight_versions(choice, self.builder.build_choice(choice, prompt_delta))
@@ -218,8 +210,7 @@ class CompletionResponse(Response):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))  # nginx would buffer the stream
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        builder, envelope = self.builder, self._build_envelope(self.builder.chunk_object_type)
-        usage: Json = {"usage": None} if self.include_usage else {}
+        builder, usage = self.builder, {"usage": None} if self.body.include_usage else {}
 
         async def send_events(*values: Json, is_last: bool = False) -> None:
             data = b"".join(b"data: " + dump_json(v) + b"\n\n" for v in values) + b"data: [DONE]\n\n" * is_last
@@ -227,7 +218,7 @@ class CompletionResponse(Response):
 
         async def send_chunks(choices: list[Json]) -> None:
             if choices:
-                await send_events(*(envelope | {"choices": [choice]} | usage for choice in choices))
+                await send_events(*(self.envelope | {"choices": [choice]} | usage for choice in choices))
 
         try:
             await send_chunks([chunk for c in self.choices if (chunk := builder.build_first_chunk(c))])
@@ -237,7 +228,7 @@ class CompletionResponse(Response):
                         deltas = [(c, d) for c, d in deltas if d.text or d.finish_reason or d.logprobs]
                     chunks = [(c, chunk) for c, d in deltas if (chunk := builder.build_chunk(c, d))]
                     await send_chunks([self._add_weight_versions(c, chunk) for c, chunk in chunks])
-            final = [envelope | {"choices": [], "usage": self._build_usage()}] if self.include_usage else []
+            final = [self.envelope | {"choices": [], "usage": self._build_usage()}] if self.body.include_usage else []
             await send_events(*final, is_last=True)
         except APIError as e:
             self.log_entry["status"] = e.status
