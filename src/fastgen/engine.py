@@ -19,7 +19,7 @@ from fastgen import snapshot as snapshots
 from fastgen.checkpoint import files, hub, tokenizer, weights
 from fastgen.compiled.runner import ModelRunner
 from fastgen.config import EngineConfig, SamplingParams, check_int
-from fastgen.core import scheduler
+from fastgen.core import scheduler, tensor_memory
 from fastgen.core.engine_core import INT64_RANGE, EngineCore, end_token_ids
 from fastgen.core.extensions import Matcher, NoAdapters, Ranks, SingleRank, call_collectively, on_all_ranks
 from fastgen.core.kv_cache import new_kv_cache
@@ -151,7 +151,8 @@ class Engine(GenerateMethods):
             self.cache_capacity = _cache_capacity(runner, config, self.ranks)  # tokens
             num_slots = self.cache_capacity + page_size
             shape = num_slots, shard.num_kv_heads, shard.head_dim
-            allocate = self.memory.allocate_cache(shape, 2 * shard.num_layers, self.dtype, self.device)
+            num_bytes = tensor_memory.bytes_needed([shape] * 2 * shard.num_layers, self.dtype)
+            allocate = partial(self.memory.allocate("cache", self.device, num_bytes).allocate, dtype=self.dtype)
             runner.attach_cache(new_kv_cache(shard, num_slots, allocate=allocate))
             page_copier.attach_cache(runner.cache)
             runner.warm_up(runner.cache, progress=progress)
@@ -203,7 +204,7 @@ class Engine(GenerateMethods):
         memory = EngineMemory()
         with workers.close_workers_on_error(group):
             shard = UNSHARDED if group is None else group.shard
-            allocate = memory.params_allocator(torch.device(device))
+            allocate = partial(memory.allocate, "params", torch.device(device))
             model_config, params, words = load(shard, device, progress=progress, allocate=allocate)
         engine = cls(params, model_config, words, progress=progress, tp_group=group, **settings)
         engine.memory.regions |= memory.regions

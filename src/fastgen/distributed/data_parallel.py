@@ -45,25 +45,6 @@ Outbox = queue.SimpleQueue[tuple[int, Any] | None]  # (replica, message); None e
 SHUTDOWN_SECONDS = 8.0  # for replicas to end by themselves
 
 
-class Inbox:
-    """Messages of all replicas. The oldest stays until the caller pops it, so that an interrupt loses none."""
-
-    def __init__(self) -> None:
-        self.messages = deque[tuple[int, Any]]()
-        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def put(self, replica_index: int, message: Any) -> None:
-        """Adds a message."""
-        self.messages.append((replica_index, message))
-        self._wakeups.put(None)
-
-    def peek(self) -> tuple[int, Any]:
-        """Waits for a message; returns the oldest one."""
-        while not self.messages:
-            self._wakeups.get()
-        return self.messages[0]
-
-
 def visible_devices(replica_index: int, devices_per_replica: int, num_devices: int) -> str:
     """Returns CUDA_VISIBLE_DEVICES for a replica, out of the `num_devices` GPUs that this process sees."""
     names = [n.strip() for n in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n.strip()]
@@ -94,7 +75,9 @@ class Replicas(GenerateMethods):
         self._grammar_backend = GrammarBackend(self.tokenizer, *vocabulary)
         prefix_tokens = config.kv_cache.page_size if config.kv_cache.prefix_cache else 0
         self._router = Router(num_replicas, config.schedule.max_num_seqs, prefix_tokens)
-        self._children, self._inbox, self._outbox = list[ChildProcess](), Inbox(), Outbox()
+        # Messages of all replicas; the oldest stays until it is handled, so that an interrupt loses none.
+        self._inbox, self._has_received = deque[tuple[int, Any]](), threading.Event()
+        self._children, self._outbox = list[ChildProcess](), Outbox()
         # Runs before multiprocessing's own exit handler, which would wait for processes that wait for this one.
         self._finalizer = Finalize(self, _close_replicas, (self._children, self._outbox), exitpriority=10)
         num_threads = max(1, torch.get_num_threads() // (num_replicas * tp_size))
@@ -104,17 +87,18 @@ class Replicas(GenerateMethods):
         try:
             for i in range(num_replicas):
                 gpus = visible_devices(i, tp_size, torch.cuda.device_count()) if device_type == "cuda" else None
-                args = num_threads, gpus, model_path, options | {"progress": progress and i == 0}
+                args: Any = num_threads, gpus, model_path, options | {"progress": progress and i == 0}
                 child = ChildProcess(context, f"replica {i}", run_replica, *args)
                 self._children.append(child)
-                threading.Thread(target=_receive_messages, args=(i, child, self._inbox), daemon=True).start()
+                args = i, child, self._inbox, self._has_received
+                threading.Thread(target=_receive_messages, args=args, daemon=True).start()
             threading.Thread(target=_send_messages, args=(self._children, self._outbox), daemon=True).start()
             while len(infos) < num_replicas:
-                index, message = self._inbox.peek()
+                index, message = self._peek_message()
                 if not isinstance(message, ReplicaInfo):
                     self._fail(index, message)
                 infos[index] = message
-                self._inbox.messages.popleft()
+                self._inbox.popleft()
         except BaseException:
             self.close()
             raise
@@ -262,14 +246,21 @@ class Replicas(GenerateMethods):
         self._require_alive()
         self.drain_aborts()
         self._dispatch()
-        while self._inbox.messages or (any(self._router.num_assigned_seqs) and not self.events):
-            self._handle_message(*self._inbox.peek())
-            self._inbox.messages.popleft()
-            if not (self.events or self._inbox.messages):
+        while self._inbox or (any(self._router.num_assigned_seqs) and not self.events):
+            self._handle_message(*self._peek_message())
+            self._inbox.popleft()
+            if not (self.events or self._inbox):
                 break  # no event, but the caller may have other work
         self._dispatch()
         events, self.events = self.events, []
         return events
+
+    def _peek_message(self) -> tuple[int, Any]:
+        """Waits for a message; returns the oldest one and its replica."""
+        while not self._inbox:
+            self._has_received.wait()
+            self._has_received.clear()
+        return self._inbox[0]
 
     def _handle_message(self, replica_index: int, message: Any) -> None:
         """Takes a replica's events and stats. Raises RuntimeError if the message is that the replica has ended."""
@@ -357,12 +348,18 @@ class Replicas(GenerateMethods):
         self.events.clear()
 
 
-def _receive_messages(replica_index: int, child: ChildProcess, inbox: Inbox) -> None:
+def _receive_messages(
+    replica_index: int, child: ChildProcess, inbox: deque[tuple[int, Any]], has_received: threading.Event
+) -> None:
     """Runs in a thread: an interrupt in the caller's thread would leave half of a message in the pipe."""
-    with suppress(EOFError, OSError):
-        while True:
-            inbox.put(replica_index, child.pipe.recv())
-    inbox.put(replica_index, None)
+    message: Any = ()
+    while message is not None:
+        try:
+            message = child.pipe.recv()
+        except (EOFError, OSError):
+            message = None  # the replica has ended
+        inbox.append((replica_index, message))
+        has_received.set()
 
 
 def _send_messages(children: list[ChildProcess], outbox: Outbox) -> None:

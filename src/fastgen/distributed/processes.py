@@ -93,11 +93,9 @@ def end_children(children: Iterable[ChildProcess], timeout: float) -> None:
 
 
 def run_child(
-    pipe: Connection,
-    serve: Callable[[Connection, queue.SimpleQueue[Any]], None],
-    self_explanatory: tuple[type[Exception], ...] = (ValueError,),
-    on_parent_exit: Callable[[], object] = lambda: None,
-) -> NoReturn:
+    pipe: Connection, serve: Callable[[Connection, queue.SimpleQueue[Any]], None],
+    self_explanatory: tuple[type[Exception], ...] = (ValueError,), on_parent_exit: Callable[[], object] = lambda: None,
+) -> NoReturn:  # fmt: skip
     """Runs `serve` with the queue of the parent's messages, then ends this process; ends it at once with the parent.
 
     An error of `serve` is sent to the parent as a `ChildFailure`: its message if its type is one of `self_explanatory`,

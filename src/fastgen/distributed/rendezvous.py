@@ -16,6 +16,7 @@ from fastgen.distributed.tensor_parallel import TPProcessGroup
 
 START_TIMEOUT = 120.0  # seconds in which all ranks must have started
 CONNECT_TIMEOUT = 7.0  # seconds in which MASTER_ADDR must accept a connection
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -66,7 +67,7 @@ def join_torchrun_group(tp_size: int, device_type: str) -> TPProcessGroup:
         raise ValueError(f"{source} as LOCAL_RANK={local_rank}, and this machine shows {num_gpus} GPUs")
     try:
         store = _connect_store(int(rank), tp_size, host, int(port))
-        with loopback_only() if _is_loopback(host) else nullcontext():
+        with loopback_only() if host in LOOPBACK_HOSTS else nullcontext():
             init_process_group(device_type, int(rank), tp_size, store, timedelta(seconds=START_TIMEOUT))
             return TPProcessGroup()
     except (dist.DistError, RuntimeError, OSError, TimeoutError, ValueError) as e:
@@ -92,7 +93,7 @@ def _connect_store(rank: int, world_size: int, host: str, port: int) -> Any:
                 raise
             time.sleep(0.1)
     # By itself the store would listen on all interfaces.
-    listener = socket.create_server((host, port)).detach() if is_master and _is_loopback(host) else None
+    listener = socket.create_server((host, port)).detach() if is_master and host in LOOPBACK_HOSTS else None
     options: dict[str, Any] = {"is_master": is_master, "wait_for_workers": False, "master_listen_fd": listener}
     timeout = timedelta(seconds=CONNECT_TIMEOUT / 3)  # the client tries twice
     store = TCPStore(host, port, world_size, timeout=timeout, **options)
@@ -104,7 +105,3 @@ def _connect_store(rank: int, world_size: int, host: str, port: int) -> Any:
             raise TimeoutError(f"rank {', '.join(missing)} did not come within {START_TIMEOUT:.0f} s")
         time.sleep(0.05)
     return store
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "127.0.0.1")

@@ -285,7 +285,7 @@ def _serve_rank(
         _init_process_group(tp_shard, rendezvous_path, device_type)
         tp_group = TPProcessGroup()
     device, memory = rank_device(device_type, tp_shard.rank), EngineMemory()
-    allocate = memory.params_allocator(torch.device(device))
+    allocate = partial(memory.allocate, "params", torch.device(device))
     model_config, params, tokenizer = load_shard(tp_group.shard, device, allocate=allocate)
     with engine_class(params, model_config, tokenizer, progress=False, tp_group=tp_group, **engine_options) as engine:
         engine.grammars.skip_trials = True  # rank 0 has tried the grammars that it sends

@@ -148,8 +148,8 @@ class Trainer:
         rewards = [[self._reward(p, c) for c in o.completions] for p, o in zip(prompts, outputs, strict=True)]
         pairs = [(o.prompt_token_ids, c) for o in outputs for c in o.completions]
         logprobs = [torch.tensor(c.logprobs, device=self.engine.device) for _, c in pairs]
-        return Rollout([[*p, *c.token_ids] for p, c in pairs], [len(p) for p, _ in pairs], logprobs,
-                       torch.tensor(rewards))  # fmt: skip
+        token_ids, starts = [[*p, *c.token_ids] for p, c in pairs], [len(p) for p, _ in pairs]
+        return Rollout(token_ids, starts, logprobs, torch.tensor(rewards))
 
     def _reward(self, prompt: Prompt, completion: Completion) -> float:
         text = completion.text if self.engine.tokenizer else " ".join(map(str, completion.token_ids))

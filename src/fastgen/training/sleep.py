@@ -9,7 +9,6 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -169,22 +168,10 @@ class EngineMemory:
     def __init__(self) -> None:
         self.regions: dict[str, ReleasableMemory] = {}
 
-    def params_allocator(self, device: torch.device) -> Callable[[int], ReleasableMemory]:
-        """Returns a function that allocates the parameters' bytes, for `weights.load` and `init`."""
-
-        def allocate(nbytes: int) -> ReleasableMemory:
-            self.regions["params"] = ReleasableMemory(nbytes, device)
-            return self.regions["params"]
-
-        return allocate
-
-    def allocate_cache(
-        self, shape: Sequence[int], num_tensors: int, dtype: torch.dtype, device: torch.device
-    ) -> Callable[[Sequence[int]], Tensor]:
-        """Allocates a cache's bytes. Returns a function that makes its tensors, of one shape and dtype."""
-        nbytes = tensor_memory.bytes_needed([shape] * num_tensors, dtype)
-        self.regions["cache"] = ReleasableMemory(nbytes, device)
-        return partial(self.regions["cache"].allocate, dtype=dtype)
+    def allocate(self, name: str, device: torch.device, nbytes: int) -> ReleasableMemory:
+        """Allocates the bytes of "cache" or "params" on a device."""
+        self.regions[name] = ReleasableMemory(nbytes, device)
+        return self.regions[name]
 
     @property
     def resident(self) -> bool:
@@ -193,8 +180,8 @@ class EngineMemory:
 
     def require(self, *names: str) -> None:
         """Raises ValueError if one of these regions is released."""
-        if gone := [name for name in names if name in self.regions and not self.regions[name].resident]:
-            raise ValueError(f"the memory of {' and '.join(gone)} was given back: call wake_up() first")
+        if released := [name for name in names if name in self.regions and not self.regions[name].resident]:
+            raise ValueError(f"the memory of {' and '.join(released)} was given back: call wake_up() first")
 
     def select(self, memory: str) -> dict[str, ReleasableMemory]:
         """Returns the regions to release for "cache", "params" or "all". Raises ValueError if they cannot be."""
@@ -216,8 +203,7 @@ class EngineMemory:
 
     def reacquire(self, all_reduce_min: Callable[[int], int]) -> tuple[int, torch.OutOfMemoryError | None]:
         """Reacquires all released memory of all ranks, or of none. Returns the bytes, and the error if it failed."""
-        released = {name: r for name, r in self.regions.items() if not r.resident}
-        error = None
+        released, error = {name: r for name, r in self.regions.items() if not r.resident}, None
         try:
             for region in released.values():
                 region.reacquire()

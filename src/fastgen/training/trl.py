@@ -102,11 +102,9 @@ class RolloutFunc:
         """Copies the trainer's parameters to the engine once per step, unless they share memory."""
         if model.get_input_embeddings().weight.data_ptr() == engine.params.embed.data_ptr():
             if self._weights is not None or hasattr(model, "get_base_model"):
-                problem = (
-                    "the engine reads the trainer's parameters in place, and copying others (weights=, or PEFT's merged"
-                )
-                advice = "ones) would overwrite them: pass an engine with parameters of its own"
-                raise ValueError(f"RolloutFunc: {problem} {advice}")
+                problem = "the engine reads the trainer's parameters in place, and copying others would overwrite them"
+                advice = "pass an engine with parameters of its own"
+                raise ValueError(f"RolloutFunc: {problem} (weights=, or PEFT's merged ones): {advice}")
             return
         if self._synced_step == trainer.state.global_step:
             return
