@@ -275,13 +275,9 @@ class AsyncEngine:
                     torch.cuda.set_device(engine.device)  # each thread has its own
                 pairs = weights.named_weights(source, engine.model_config) if isinstance(source, Params) else source
                 tensors, error = weight_sync.stage_named_tensors(pairs, device), None
-                weights.check_tensors(
-                    tensors, engine.model_config, engine.dtype, source="update_params", partial=partial
-                )
-                if check_finite:
-                    weights.check_finite_update(
-                        engine.params, engine.model_config, tensors, engine.tp_shard, "update_params"
-                    )
+                options: Any = {"partial": partial, "check_finite": check_finite, "tp_shard": engine.tp_shard}
+                config, name = engine.model_config, "update_params"
+                weights.check_update(engine.params, config, tensors, source=name, **options)
             except BaseException as e:
                 tensors, error = [], e
             with suppress(RuntimeError):  # the loop was closed

@@ -372,11 +372,9 @@ class Engine(GenerateMethods):
         config, is_tree = self.model_config, isinstance(source, Params)
         pairs = list(weights.named_weights(source, config)) if is_tree else weight_sync.named_tensors(source)
         if isinstance(pairs, list):
-            weights.check_tensors(pairs, config, self.dtype, source="update_params", partial=partial)
-            if check_finite:
-                shard = self.tp_shard
-                weights.check_finite_update(self.runner.params, config, pairs, shard, "update_params")
-                check_finite = False
+            checks: Any = {"partial": partial, "check_finite": check_finite, "tp_shard": self.tp_shard}
+            weights.check_update(self.runner.params, config, pairs, source="update_params", **checks)
+            check_finite = False
         options = partial, recompute, check_finite
         if not self.ranks.has_workers:
             self._write_params(source if is_tree and self.tp_group is None else pairs, *options)

@@ -117,8 +117,8 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
 def test_reads_what_was_written(tmp_path: Path, arch: str, options: dict, extra: dict) -> None:
     ids = {f"tokenizer.ggml.{name}_token_id": i for name, i in (("bos", 1), ("eos", 2), ("eot", 2))}
     expected = write(tmp_path / "m.gguf", arch, model(**options), **extra, **ids)
-    config, tensors = gguf.read(tmp_path / "m.gguf")
-    same(dict(tensors), expected)
+    config, checkpoint = gguf.read(tmp_path / "m.gguf")
+    same(dict(checkpoint.iter_tensors()), expected)
     assert config == {
         "architectures": [f"{arch.title()}ForCausalLM"],
         "model_type": arch,
@@ -155,9 +155,9 @@ def test_dtype_and_end_tokens(tmp_path: Path) -> None:
 def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
     big = {f"blk.{i}.ffn_up.weight": np.ones((1024, 1024), np.float32) for i in range(8)}
     write(tmp_path / "m.gguf", "llama", model() | big, types={"ffn_up": Q.Q8_0}, block_count=8)
-    _, tensors = gguf.read(tmp_path / "m.gguf")
+    _, checkpoint = gguf.read(tmp_path / "m.gguf")
     tracemalloc.start()
-    total = sum(tensor.nbytes for _, tensor in tensors)
+    total = sum(tensor.nbytes for _, tensor in checkpoint.iter_tensors())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total > 32 * 2**20 > 16 * 2**20 > peak
@@ -178,8 +178,8 @@ def test_rope_scaling(tmp_path: Path) -> None:
     def scaling(tensors: dict | None = None, **extra: object) -> dict | None:
         extra["attention.key_length"] = 32
         write(tmp_path / "m.gguf", "llama", model(32) | (tensors or {}), **extra)
-        config, pairs = gguf.read(tmp_path / "m.gguf")
-        assert "rope_freqs.weight" not in dict(pairs)
+        config, checkpoint = gguf.read(tmp_path / "m.gguf")
+        assert "rope_freqs.weight" not in checkpoint.shapes
         return config["rope_scaling"]
 
     kind, factor = "rope.scaling.type", "rope.scaling.factor"
@@ -225,7 +225,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         gguf.read(path)
     write(path, "llama", model() | {"blk.0.ffn_gate_exps.weight": np.ones((2, 4), np.float32)})
     with pytest.raises(ValueError, match="blk.0.ffn_gate_exps.weight"):
-        dict(gguf.read(path)[1])
+        gguf.read(path)
     with pytest.raises(ValueError, match="no tokenizer"):
         gguf.read_tokenizer(path)
     whole = path.read_bytes()

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +42,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     Raises ValueError, naming the file, for one that is missing or damaged.
     """
     if path.suffix == ".gguf":
-        from fastgen.checkpoint import gguf  # the reader takes a while to import
-
-        return gguf.read(path)[0]
+        return read_checkpoint(path)[0]
     file = _config_file(path)
     if not file.is_file():
         is_adapter = (file.parent / "adapter_config.json").is_file()
@@ -80,7 +78,7 @@ def _config_file(path: Path) -> Path:
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """Maps a safetensors file. Raises ValueError, naming the file, if it or a tensor read from it is damaged."""
+    """Maps a safetensors file. Raises ValueError, naming the file, if the file or a tensor read from it is damaged."""
     try:
         with safe_open(file, "pt") as f:
             yield f
@@ -103,9 +101,14 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def first_names(names: Sequence[str]) -> str:
+    """Returns the first eight of the names in an error message, and the number of the others."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """The safetensors files of a checkpoint: the shape of each tensor, and the file that holds it."""
+    """The weight files of a model: the shape of each tensor, and the file that holds it. Here, safetensors files."""
 
     shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, Path]
@@ -116,10 +119,7 @@ class Checkpoint:
         return sum(file.stat().st_size for file in set(self.files.values()))
 
     def iter_tensors(self, *, as_slices: bool = False) -> Iterator[tuple[str, Any]]:
-        """Yields (name, tensor) of every tensor, mapping one file at a time.
-
-        With `as_slices` the tensors are safetensors slices, of which indexing reads only what it selects.
-        """
+        """Yields (name, tensor) of every tensor, mapping one file at a time. Indexing a slice reads only that part."""
         for file in sorted(set(self.files.values())):
             with open_safetensors(file) as f:
                 for name in f.keys():
@@ -133,13 +133,22 @@ class Checkpoint:
             yield f.get_slice(name)
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], Checkpoint]:
+    """Returns the Hugging Face config of a resolved model, and its weight files."""
+    if path.suffix == ".gguf":
+        from fastgen.checkpoint import gguf  # the reader takes a while to import
+
+        return gguf.read(path)
+    hf_config = read_hf_config(path)
+    return hf_config, open_checkpoint(path, hf_config)
+
+
 def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """Finds the files that transformers would load, and reads their headers.
+    """Finds the files that transformers would load and reads their headers. Raises ValueError for none or damaged ones.
 
     `path` is a folder, its config.json, an index or a `.safetensors` file. In a folder these are, in this order: the
     file that config.json names as `transformers_weights`; model.safetensors; the shards of its index. A folder with
     none of them, which transformers rejects, may have files under other names, as long as no two hold the same tensor.
-    Raises ValueError for a folder without any, and for damaged files.
     """
     files, unique = _find_weight_files(path, config)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -147,11 +156,9 @@ def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
     for file in files:
         new = read_shapes(file)
         if unique and (duplicates := new.keys() & shapes.keys()):
-            name = min(duplicates)
-            raise ValueError(
-                f"{file.parent}: {file_of[name].name} and {file.name} both hold {name}, and there is no {INDEX_FILE} "
-                "to say which is the checkpoint: remove one, or name the file"
-            )
+            problem = f"{file_of[name := min(duplicates)].name} and {file.name} both hold {name}"
+            advice = f"there is no {INDEX_FILE} to say which is the checkpoint: remove one, or name the file"
+            raise ValueError(f"{file.parent}: {problem}, and {advice}")
         shapes |= new
         file_of |= dict.fromkeys(new, file)
     return Checkpoint(shapes, file_of)
@@ -159,12 +166,10 @@ def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
 
 def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], bool]:
     """Returns the files of a checkpoint, of which later ones win, and whether no two may hold the same tensor."""
-    if path.name.endswith(".index.json"):
-        return _read_shard_index(path), False
-    if path.is_file() and path.suffix != ".json":
-        if path.suffix != ".safetensors":
+    if path.is_file() and (path.suffix != ".json" or path.name.endswith(".index.json")):
+        if path.suffix not in (".safetensors", ".json"):
             raise ValueError(f"{path}: weights are read from .safetensors and .gguf files only")
-        return [path], False
+        return _list_shards(path), False
     folder = path if path.is_dir() else path.parent
     if (explicit := config.get("transformers_weights")) is not None:
         problem = f"{folder}: config.json names {explicit!r} as transformers_weights"
@@ -173,11 +178,10 @@ def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path
         file = folder / explicit
         if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
             raise ValueError(f"{problem}, outside of its folder")
-        return (_read_shard_index(file) if explicit.endswith(".json") else [file]), False
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE], False
-    if (folder / INDEX_FILE).is_file():
-        return _read_shard_index(folder / INDEX_FILE), False
+        return _list_shards(file), False
+    for file in (folder / WEIGHTS_FILE, folder / INDEX_FILE):
+        if file.is_file():
+            return _list_shards(file), False
     if files := sorted(folder.glob("*.safetensors")):
         return files, True
     names = sorted(file.name for pattern in UNSUPPORTED_FORMATS for file in folder.glob(pattern))
@@ -185,8 +189,10 @@ def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path
     raise ValueError(f"{folder}: no .safetensors file{advice}")
 
 
-def _read_shard_index(index: Path) -> list[Path]:
-    """Returns the files that an index names."""
+def _list_shards(index: Path) -> list[Path]:
+    """Returns the files that an index names, or the safetensors file itself."""
+    if index.suffix != ".json":
+        return [index]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index}: damaged, no weight_map from names of tensors to names of files")
@@ -195,6 +201,5 @@ def _read_shard_index(index: Path) -> list[Path]:
         raise ValueError(f"{index}: {bad[0]!r} is no safetensors file")
     files = [index.parent / name for name in names]
     if absent := [file.name for file in files if not file.is_file()]:
-        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
-        raise ValueError(f"{index.parent}: the index names {', '.join(absent[:8])}{more}, which are not there")
+        raise ValueError(f"{index.parent}: the index names {first_names(absent)}, which are not there")
     return files

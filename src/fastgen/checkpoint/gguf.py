@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from fastgen.checkpoint.files import Checkpoint
 from fastgen.core.types import Tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -139,55 +140,62 @@ def _build_hf_config(reader: GGUFReader, meta: dict) -> dict:
     }  # fmt: skip
 
 
-class GGUFTensors:
-    """The tensors of a GGUF file by their Hugging Face names, converted one at a time while iterating.
+def _hf_name(tensor_name: str, num_layers: int) -> str | None:
+    """Returns the Hugging Face name of a tensor; None if a model of `num_layers` layers has no such tensor."""
+    stem, _, suffix = tensor_name.rpartition(".")
+    if block := re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)", stem):
+        name = LAYER_TENSOR_NAMES.get(block[2]) if int(block[1]) < num_layers else None
+        return name and f"model.layers.{block[1]}.{name}.{suffix}"
+    name = GLOBAL_TENSOR_NAMES.get(stem)
+    return name and f"{name}.{suffix}"
 
-    Raises ValueError, naming the tensor, if one is not part of the model.
-    """
 
-    def __init__(self, path: str | Path, reader: GGUFReader, config: dict) -> None:
-        self.path, self.config = path, config
-        names = {}
-        for t in (t for t in reader.tensors if t.name != "rope_freqs.weight"):
-            stem, _, kind = t.name.rpartition(".")
-            block = re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)", stem)
-            name = GLOBAL_TENSOR_NAMES.get(stem) if block is None else LAYER_TENSOR_NAMES.get(block[2])
-            if name is None or (block is not None and int(block[1]) >= config["num_hidden_layers"]):
-                raise ValueError(f"{path}: {t.name} is not part of a {config['model_type']} model")
-            names[f"{name}.{kind}" if block is None else f"model.layers.{int(block[1])}.{name}.{kind}"] = t
-        self.tensors = names
-        self.shapes = {name: _torch_shape(t) for name, t in names.items()}
+@dataclass(frozen=True)
+class GGUFCheckpoint(Checkpoint):
+    """The tensors of a GGUF file by their Hugging Face names, converted one at a time while iterating."""
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (name, tensor), one in memory at a time."""
-        config = self.config
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    tensors: Mapping[str, ReaderTensor]
+    permuted_heads: Mapping[str, int]  # heads of the modules whose rows llama.cpp permutes
+
+    def iter_tensors(self, *, as_slices: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (name, tensor), one in memory at a time; `as_slices` has no effect."""
         for name, t in self.tensors.items():
             stored = UNQUANTIZED_DTYPES.get(t.tensor_type.name)
             try:
                 with np.errstate(all="ignore"):  # `weights.load` reports values that are not finite
                     array = np.array(t.data) if stored else dequantize(t.data, t.tensor_type)
             except NotImplementedError as e:
-                raise ValueError(f"{self.path}: {t.name} is {t.tensor_type.name}, which is not supported: {e}") from e
+                raise ValueError(
+                    f"{self.files[name]}: {t.name} is {t.tensor_type.name}, which is not supported: {e}"
+                ) from e
             x = torch.from_numpy(array).view(stored or torch.float32)  # bfloat16 comes as bytes
-            if config["model_type"] == "llama" and (n := heads.get(name.split(".")[-2])):
+            if n := self.permuted_heads.get(name.split(".")[-2]):
                 # llama.cpp rotates rows (2i, 2i + 1) of a head, Hugging Face rows (i, i + head_dim / 2).
                 x = rearrange(x, "(heads pair two) ... -> (heads two pair) ...", heads=n, two=2)
             yield name, x
 
 
-def read(path: str | Path) -> tuple[dict, GGUFTensors]:
+def read(path: Path) -> tuple[dict, GGUFCheckpoint]:
     """Returns the config, with Hugging Face's keys, and tensors of a GGUF file of llama (or Mistral), qwen2 or qwen3.
 
     Quantized tensors become float32; others are float32, float16 or bfloat16 as stored. Raises ValueError for a file
-    that is missing, damaged or not supported.
+    that is missing, damaged or not supported, and for a tensor that is not part of the model.
     """
     reader, meta = _open(path)
     try:
         config = _build_hf_config(reader, meta)
     except (KeyError, ValueError) as e:
         raise ValueError(f"{path}: {'needs a single ' * isinstance(e, KeyError)}{e}") from e
-    return config, GGUFTensors(path, reader, config)
+    tensors = {}
+    for t in reader.tensors:
+        if t.name != "rope_freqs.weight":
+            if (name := _hf_name(t.name, config["num_hidden_layers"])) is None:
+                raise ValueError(f"{path}: {t.name} is not part of a {config['model_type']} model")
+            tensors[name] = t
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    shapes = {name: _torch_shape(t) for name, t in tensors.items()}
+    permuted = heads if config["model_type"] == "llama" else {}
+    return config, GGUFCheckpoint(shapes, dict.fromkeys(tensors, path), tensors, permuted)
 
 
 @dataclass(frozen=True, slots=True)

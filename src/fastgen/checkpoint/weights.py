@@ -9,13 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub  # names are imported where they are used, since most load much more
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
-from fastgen.checkpoint.files import Checkpoint, open_checkpoint, read_hf_config, read_model_config
+from fastgen.checkpoint.files import Checkpoint, first_names, read_checkpoint, read_model_config
 from fastgen.checkpoint.hub import resolve
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
 from fastgen.core.model_families import to_hf_config
@@ -140,23 +141,35 @@ def init(
     `memory`, of `param_bytes` at least, the parameters lie there.
     """
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
-    param_dtype = dtype or getattr(torch, model_config.dtype)
+    params = _allocate(model_config, dtype or getattr(torch, model_config.dtype), device, tp_shard, memory)
 
-    def init_weight(full_spec: WeightSpec, shard_spec: WeightSpec) -> Tensor:
-        """Generates the full weight on every rank, so that the values are those of one device."""
-        if memory is None or tp_shard != UNSHARDED:
-            weight = torch.empty(full_spec.shape, device=device, dtype=param_dtype)
-        else:
-            weight = memory.allocate(full_spec.shape, param_dtype)
-        if full_spec.fill_value is None:
-            weight.normal_(0, 0.02, generator=generator)
-        else:
-            weight.fill_(full_spec.fill_value)
-        return weight if tp_shard == UNSHARDED else _copy_shard(full_spec, shard_spec, weight, memory)
+    def init_weights() -> Iterator[tuple[str, Tensor]]:
+        """Fills the parameters, or yields full weights, so that a rank's values are those of one device."""
+        for spec, weight in zip(_leaf_specs(model_config), tree_leaves(params), strict=True):
+            if spec is not None:
+                weight = weight if tp_shard == UNSHARDED else weight.new_empty(spec.shape)
+                if spec.fill_value is None:
+                    weight.normal_(0, 0.02, generator=generator)
+                else:
+                    weight.fill_(spec.fill_value)
+                yield from ((tensor.name, view) for tensor, view in _weight_views(spec, weight))
 
-    shard_specs, tree = tree_flatten(weight_specs(model_config, tp_shard))
-    specs = zip(_leaf_specs(model_config), shard_specs, strict=True)
-    return tree_unflatten([full and init_weight(full, shard) for full, shard in specs], tree)
+    update(params, model_config, init_weights(), tp_shard=tp_shard, check_finite=False)
+    return params
+
+
+def _allocate(
+    model_config: ModelConfig, dtype: torch.dtype, device: torch.device | str | None, tp_shard: TPShard,
+    memory: TensorMemory | None = None,
+) -> Params:  # fmt: skip
+    """Returns zeros in the place of a model's parameters, or of a rank's shards, in `memory` if there is one."""
+
+    def zeros(spec: WeightSpec) -> Tensor:
+        if memory is None:
+            return torch.zeros(spec.shape, device=device, dtype=dtype)
+        return memory.allocate(spec.shape, dtype)
+
+    return tree_map_only(WeightSpec, zeros, weight_specs(model_config, tp_shard))
 
 
 def param_bytes(model_config: ModelConfig, dtype: torch.dtype, tp_shard: TPShard = UNSHARDED) -> int:
@@ -165,21 +178,11 @@ def param_bytes(model_config: ModelConfig, dtype: torch.dtype, tp_shard: TPShard
     return bytes_needed([spec.shape for spec in specs if spec is not None], dtype)
 
 
-@torch.no_grad()
 def shard_params(params: Params, model_config: ModelConfig, tp_shard: TPShard) -> Params:
     """Returns a copy of a rank's shards of parameters."""
-    specs = zip(_leaf_specs(model_config), _leaf_specs(model_config, tp_shard), tree_leaves(params), strict=True)
-    leaves = [full and _copy_shard(full, shard, weight) for full, shard, weight in specs]
-    return tree_unflatten(leaves, tree_flatten(params)[1])
-
-
-def _copy_shard(full_spec: Any, shard_spec: Any, weight: Tensor, memory: TensorMemory | None = None) -> Tensor:
-    shape = shard_spec.shape
-    shard = weight.new_zeros(shape) if memory is None else memory.allocate(shape, weight.dtype)
-    views = zip(_weight_views(full_spec, weight), _weight_views(shard_spec, shard), strict=True)
-    for (_, source), (tensor, target) in views:
-        target.copy_(tensor.extract_shard(source))
-    return shard
+    shards = _allocate(model_config, params.embed.dtype, params.embed.device, tp_shard)
+    update(shards, model_config, named_weights(params, model_config), tp_shard=tp_shard, check_finite=False)
+    return shards
 
 
 def _weight_views(weight_spec: WeightSpec, weight: Tensor) -> Iterator[tuple[CheckpointTensor, Tensor]]:
@@ -214,8 +217,7 @@ def _param_views(
 
 def named_weights(params: Params, model_config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yields (checkpoint name, tensor) of every weight; those of a packed weight are views of it."""
-    for tensor, view in _param_views(params, model_config):
-        yield tensor.name, view
+    return ((tensor.name, view) for tensor, view in _param_views(params, model_config))
 
 
 @torch.no_grad()
@@ -234,10 +236,9 @@ def update(
     pairs, and for two heads that differ.
     """
     targets = {tensor.name: (tensor, view) for tensor, view in _param_views(params, model_config, tp_shard)}
-    missing, total, unexpected, seen = set(targets), len(targets), [], set[str]()
+    missing, total, unexpected, seen = set(targets), len(targets), list[str](), set[str]()
     if model_config.tie_word_embeddings:
         targets[LM_HEAD_NAME] = targets[EMBED_NAME]
-    head_name = ""  # the first of the two names of a tied head
     for name, tensor in tensors:
         if name not in targets:
             if not IGNORED_TENSORS.search(name):
@@ -249,30 +250,23 @@ def update(
         target, view = targets[name]
         if (shape := _checked_shape(source, name, tensor)) != target.full_shape:
             raise ValueError(f"{source}: {name} has shape {shape}, the config says {target.full_shape}")
-        if model_config.tie_word_embeddings and target.name == EMBED_NAME and head_name not in ("", name):
-            if not _equal(view, target.extract_shard(tensor), view.dtype):
-                raise ValueError(_untied_message(source))
+        if target.name not in missing:  # a tied head, written by its other name
+            _check_heads_equal(view, target.extract_shard(tensor), view.dtype, source)
             continue
         if check_finite:
             values = tensor if isinstance(tensor, Tensor) else target.extract_shard(tensor)
-            written = total - len(missing)
-            state = f"the {written} tensors before it are written" if written else "nothing is written"
+            num_written = total - len(missing)
+            state = f"the {num_written} tensors before it are written" if num_written else "nothing is written"
             raise_if_not_finite([(name, values, view.dtype)], source, f"{state}. {FINITE_HINT}")
         view.copy_(target.extract_shard(tensor))
-        missing.discard(target.name)
-        head_name = name if target.name == EMBED_NAME else head_name
+        missing.remove(target.name)
     _raise_on_mismatch(source, model_config, set() if partial else missing, unexpected)
 
 
-def _raise_on_mismatch(
-    source: str, model_config: ModelConfig, missing: Iterable[str], unexpected: Iterable[str]
-) -> None:
+def _raise_on_mismatch(source: str, model_config: ModelConfig, missing: set[str], unexpected: list[str]) -> None:
     """Raises ValueError, with the first eight of each, if there are missing or unexpected names."""
-    missing, unexpected, problems = sorted(missing), [*unexpected], []
-    for label, names in (("missing", missing), ("unexpected", sorted(unexpected))):
-        if names:
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            problems.append(f"{label}: {', '.join(names[:8])}{more}")
+    kinds = ("missing", missing), ("unexpected", unexpected)
+    problems = [f"{label}: {first_names(sorted(names))}" for label, names in kinds if names]
     prefixes = [n.removesuffix(FINAL_NORM_NAME) for n in unexpected if n.endswith("." + FINAL_NORM_NAME)]
     if FINAL_NORM_NAME in missing and prefixes:
         problems.append(f"leave {prefixes[0]!r} out of the names")
@@ -282,19 +276,24 @@ def _raise_on_mismatch(
         raise ValueError(f"{source}: tensors do not match {model_config.architecture}; {'; '.join(problems)}")
 
 
-def check_tensors(
-    named_tensors: Sequence[tuple[str, Any]], model_config: ModelConfig, dtype: torch.dtype, *, source: str = "update",
-    partial: bool = False,
+def check_update(
+    params: Params, model_config: ModelConfig, tensors: Sequence[tuple[str, Any]], *, source: str = "update",
+    tp_shard: TPShard = UNSHARDED, partial: bool = False, check_finite: bool = True,
 ) -> None:  # fmt: skip
-    """Raises the ValueError that `update` would raise with parameters of `dtype`, before anything is written."""
-    tensors = dict(named_tensors)
-    if len(tensors) < len(named_tensors):
-        raise ValueError(f"{source}: {Counter(name for name, _ in named_tensors).most_common(1)[0][0]} is given twice")
-    shapes = {name: _checked_shape(source, name, tensor) for name, tensor in named_tensors}
-    _check_shapes(shapes, model_config, source, partial=partial)
-    two_heads = model_config.tie_word_embeddings and {EMBED_NAME, LM_HEAD_NAME} <= shapes.keys()
-    if two_heads and not _equal(tensors[EMBED_NAME], tensors[LM_HEAD_NAME], dtype):
-        raise ValueError(_untied_message(source))
+    """Raises the ValueError that `update` with the same arguments would raise, before anything is written."""
+    by_name = dict(tensors)
+    if len(by_name) < len(tensors):
+        raise ValueError(f"{source}: {Counter(name for name, _ in tensors).most_common(1)[0][0]} is given twice")
+    _check_shapes({n: _checked_shape(source, n, t) for n, t in tensors}, model_config, source, partial=partial)
+    dtypes = {tensor.name: view.dtype for tensor, view in _param_views(params, model_config, tp_shard)}
+    if model_config.tie_word_embeddings:
+        dtypes[LM_HEAD_NAME] = dtypes[EMBED_NAME]
+        heads = [by_name[name] for name in (EMBED_NAME, LM_HEAD_NAME) if name in by_name]
+        if len(heads) == 2:
+            _check_heads_equal(*heads, dtypes[EMBED_NAME], source)
+    if check_finite:
+        known = [(n, t, dtypes[n]) for n, t in tensors if n in dtypes]
+        raise_if_not_finite(known, source, f"nothing is written. {FINITE_HINT}")
 
 
 def _checked_shape(source: str, name: str, tensor: Any) -> tuple[int, ...]:
@@ -310,10 +309,12 @@ def _checked_shape(source: str, name: str, tensor: Any) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _untied_message(source: str) -> str:
-    problem = f"{EMBED_NAME} and {LM_HEAD_NAME} differ, but this model's head is tied to its embedding"
-    advice = "load the model with tie_word_embeddings false, or from a checkpoint in which they differ"
-    return f"{source}: {problem}: {advice}"
+def _check_heads_equal(a: Any, b: Any, dtype: torch.dtype, source: str) -> None:
+    """Raises ValueError if the two tensors that an update has for one tied head differ."""
+    if not _equal(a, b, dtype):
+        problem = f"{EMBED_NAME} and {LM_HEAD_NAME} differ, but this model's head is tied to its embedding"
+        advice = "load the model with tie_word_embeddings false, or from a checkpoint in which they differ"
+        raise ValueError(f"{source}: {problem}: {advice}")
 
 
 def _check_shapes(
@@ -322,7 +323,7 @@ def _check_shapes(
     """Raises ValueError, as `update` would, if these are not the names and shapes of the model's tensors."""
     specs = [spec for spec in _leaf_specs(model_config) if spec is not None]
     expected = {tensor.name: tensor.full_shape for spec in specs for tensor in spec.checkpoint_tensors}
-    missing = set() if partial else expected.keys() - shapes.keys()
+    missing = set[str]() if partial else expected.keys() - shapes.keys()
     if model_config.tie_word_embeddings:
         expected[LM_HEAD_NAME] = expected[EMBED_NAME]
         missing -= {EMBED_NAME} if LM_HEAD_NAME in shapes else set()
@@ -363,35 +364,19 @@ def raise_if_not_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], sour
             if not (-torch.finfo(dtype).max <= low and high <= torch.finfo(dtype).max):
                 bad.append(f"{name} ({dtype})".replace("torch.", ""))
     if bad:
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        problem = f"{source}: NaN or infinite values, or ones beyond the dtype, in {', '.join(bad[:8])}{more}"
-        raise ValueError(f"{problem}; {advice}")
-
-
-def check_finite_update(
-    params: Params, model_config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tp_shard: TPShard, source: str
-) -> None:
-    """Raises ValueError, as `raise_if_not_finite`, for tensors by checkpoint name that `update` would write."""
-    dtypes = {tensor.name: view.dtype for tensor, view in _param_views(params, model_config, tp_shard)}
-    if model_config.tie_word_embeddings:
-        dtypes[LM_HEAD_NAME] = dtypes[EMBED_NAME]
-    for name, tensor in tensors:
-        _checked_shape(source, name, tensor)
-    known = [(n, t, dtypes[n]) for n, t in tensors if n in dtypes]
-    raise_if_not_finite(known, source, f"nothing is written. {FINITE_HINT}")
+        problem = f"NaN or infinite values, or ones beyond the dtype, in {first_names(bad)}"
+        raise ValueError(f"{source}: {problem}; {advice}")
 
 
 @torch.no_grad()
 def copy_params(params: Params, source: Params) -> None:
     """Writes `params` in place from a tree of the same shapes and any dtype and device, else raises ValueError."""
-    pairs = list(zip(tree_leaves(params), tree_leaves(source), strict=False))
-    if tree_flatten(params)[1] != tree_flatten(source)[1] or any(
-        (a is None) != (b is None) or (a is not None and a.shape != b.shape) for a, b in pairs
-    ):
+    shapes = [tree_map_only(Tensor, lambda w: w.shape, tree) for tree in (params, source)]
+    if shapes[0] != shapes[1]:
         raise ValueError("the parameters to copy are another model's: their tree or their shapes are not the same")
-    for a, b in pairs:
-        if a is not None:
-            a.copy_(b, non_blocking=True)
+    for target, weight in zip(tree_leaves(params), tree_leaves(source), strict=True):
+        if target is not None:
+            target.copy_(weight, non_blocking=True)
 
 
 def _untie_if_heads_differ(model_config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
@@ -407,16 +392,15 @@ def _untie_if_heads_differ(model_config: ModelConfig, checkpoint: Checkpoint) ->
     return model_config
 
 
-def _with_progress(
-    pairs: Iterable[tuple[str, Any]], shapes: Mapping[str, tuple[int, ...]], num_bytes: int, bar: tqdm
-) -> Iterator[tuple[str, Any]]:
-    """Yields the pairs, while a bar shows the share of `num_bytes` that has been read."""
-    total, done = sum(map(prod, shapes.values())) or 1, 0
+def _read_with_progress(checkpoint: Checkpoint, tp_shard: TPShard, bar: tqdm) -> Iterator[tuple[str, Any]]:
+    """Yields (name, tensor or safetensors slice) of a checkpoint, while a bar shows the bytes that a rank has read."""
+    total, num_read = sum(map(prod, checkpoint.shapes.values())) or 1, 0
+    num_bytes = checkpoint.num_bytes // tp_shard.size
     bar.reset(total=num_bytes)
-    for name, tensor in pairs:
+    for name, tensor in checkpoint.iter_tensors(as_slices=tp_shard != UNSHARDED):
         yield name, tensor
-        done += prod(shapes[name])
-        bar.update(num_bytes * done // total - bar.n)
+        num_read += prod(checkpoint.shapes[name])
+        bar.update(num_bytes * num_read // total - bar.n)
 
 
 def load(
@@ -438,30 +422,14 @@ def load(
     path = resolve(model)
     bar = tqdm(desc=f"loading {path.stem}", unit="B", unit_scale=True, leave=False, disable=None if progress else True)
     with bar:
-        tensors: Iterable[tuple[str, Any]]
-        if path.suffix == ".gguf":
-            from fastgen.checkpoint import gguf  # the reader takes a while to import
-
-            hf_config, tensors = gguf.read(path)
-            model_config, shapes, num_bytes = read_model_config(path, hf_config), tensors.shapes, path.stat().st_size
-        else:
-            hf_config = read_hf_config(path)
-            checkpoint = open_checkpoint(path, hf_config)
-            model_config = _untie_if_heads_differ(read_model_config(path, hf_config), checkpoint)
-            tensors = checkpoint.iter_tensors(as_slices=tp_shard != UNSHARDED)
-            shapes, num_bytes = checkpoint.shapes, checkpoint.num_bytes
-        _check_shapes(shapes, model_config, str(path))
+        hf_config, checkpoint = read_checkpoint(path)
+        model_config = _untie_if_heads_differ(read_model_config(path, hf_config), checkpoint)
+        _check_shapes(checkpoint.shapes, model_config, str(path))
         param_dtype = dtype or getattr(torch, model_config.dtype)
         memory = None if allocate is None else allocate(param_bytes(model_config, param_dtype, tp_shard))
-
-        def empty(spec: WeightSpec) -> Tensor:
-            if memory is None:
-                return torch.zeros(spec.shape, device=device, dtype=param_dtype)
-            return memory.allocate(spec.shape, param_dtype)
-
-        params = tree_map_only(WeightSpec, empty, weight_specs(model_config, tp_shard))
-        pairs = _with_progress(tensors, shapes, num_bytes // tp_shard.size, bar)
-        update(params, model_config, pairs, source=str(path), tp_shard=tp_shard, check_finite=False)
+        params = _allocate(model_config, param_dtype, device, tp_shard, memory)
+        tensors = _read_with_progress(checkpoint, tp_shard, bar)
+        update(params, model_config, tensors, source=str(path), tp_shard=tp_shard, check_finite=False)
         if check_finite:  # on the device, where a reduction is fastest
             views = ((tensor.name, view, view.dtype) for tensor, view in _param_views(params, model_config, tp_shard))
             raise_if_not_finite(views, str(path), f"is the file damaged, or the dtype too narrow? {FINITE_HINT}")
@@ -480,17 +448,14 @@ def save(folder: str | Path, model_config: ModelConfig, params: Params, *, shard
     index_file = folder / "model.safetensors.index.json"
     for old in (*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors", index_file):
         old.unlink(missing_ok=True)
-    shards: list[list[tuple[str, Tensor]]] = [[]]
-    for name, tensor in named_weights(params, model_config):
-        if shards[-1] and sum(t.nbytes for _, t in shards[-1]) + tensor.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append((name, tensor))
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({n: t.detach().cpu().contiguous().clone() for n, t in shard}, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys((n for n, _ in shard), file)
-    if len(shards) > 1:
-        total = sum(t.nbytes for shard in shards for _, t in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    tensors = dict(named_weights(params, model_config))
+    shards = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda t: t.nbytes, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )  # fmt: skip
+    for file, names in shards.filename_to_tensors.items():
+        contents = {name: tensors[name].detach().cpu().contiguous().clone() for name in names}
+        save_file(contents, folder / file, {"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         index_file.write_text(json.dumps(index, indent=2))
