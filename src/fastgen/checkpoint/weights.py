@@ -288,9 +288,8 @@ def check_update(
     dtypes = {tensor.name: view.dtype for tensor, view in _param_views(params, model_config, tp_shard)}
     if model_config.tie_word_embeddings:
         dtypes[LM_HEAD_NAME] = dtypes[EMBED_NAME]
-        heads = [by_name[name] for name in (EMBED_NAME, LM_HEAD_NAME) if name in by_name]
-        if len(heads) == 2:
-            _check_heads_equal(*heads, dtypes[EMBED_NAME], source)
+        if {EMBED_NAME, LM_HEAD_NAME} <= by_name.keys():
+            _check_heads_equal(by_name[EMBED_NAME], by_name[LM_HEAD_NAME], dtypes[EMBED_NAME], source)
     if check_finite:
         known = [(n, t, dtypes[n]) for n, t in tensors if n in dtypes]
         raise_if_not_finite(known, source, f"nothing is written. {FINITE_HINT}")

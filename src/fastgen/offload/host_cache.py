@@ -17,12 +17,12 @@ from itertools import count, groupby
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.prefix_cache import PageCopies
+from fastgen.core.prefix_cache import PageCopies, PagePairs
+from fastgen.core.runner import TorchPageCopier
 from fastgen.core.types import KVCache
 
 STAGING_BYTES = 2**28  # of each of the two staging buffers
@@ -46,7 +46,7 @@ def consecutive_runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 def alloc_pinned(num_bytes: int) -> tuple[UInt8[Tensor, " bytes"], mmap.mmap]:
     """Allocates pinned host memory with all cores; returns it with the mapping that keeps it alive.
 
-    MemoryError if the driver refuses to pin it.
+    Raises MemoryError if the driver refuses to pin the memory.
     """
     mapping = mmap.mmap(-1, -(-num_bytes // HOST_ALIGNMENT) * HOST_ALIGNMENT)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -67,18 +67,18 @@ def alloc_pinned(num_bytes: int) -> tuple[UInt8[Tensor, " bytes"], mmap.mmap]:
     return memory[:num_bytes], mapping
 
 
-class HostOffload:
+class HostOffload(TorchPageCopier):
     """Copies the pages of one engine's KV cache: within the device, to host pages and back."""
 
     def __init__(
         self, model_config: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device, num_host_pages: int
     ) -> None:
-        self.model_config, self.page_size, self.num_host_pages = model_config, page_size, num_host_pages
-        self.device, self.cuda, num_layers = device, device.type == "cuda", model_config.num_layers
+        self.page_size, self.num_host_pages, num_layers = page_size, num_host_pages, model_config.num_layers
+        self.device, self.cuda = device, device.type == "cuda"
         self.elements_per_page = page_size * model_config.num_kv_heads * model_config.head_dim  # of one tensor
-        self.layers_per_chunk = max(n for n in range(1, MAX_LAYERS_PER_CHUNK + 1) if num_layers % n == 0)
-        self.num_layer_chunks, self.tensors_per_chunk = num_layers // self.layers_per_chunk, 2 * self.layers_per_chunk
-        self.alloc_seconds = 0.0
+        layers_per_chunk = max(n for n in range(1, MAX_LAYERS_PER_CHUNK + 1) if num_layers % n == 0)
+        self.num_layer_chunks, self.tensors_per_chunk = num_layers // layers_per_chunk, 2 * layers_per_chunk
+        self.alloc_seconds, self._prefetch_event = 0.0, None  # the next step waits for the event
         # Of each layer chunk [pages, tensors, elements]; tensors are k, v of the first layer, k, v of the second, ….
         self.host_buffers: tuple[Float[Tensor, "pages tensors elements"], ...] = ()
         self._host_mapping: mmap.mmap | None = None
@@ -90,36 +90,29 @@ class HostOffload:
             self.host_buffers = tuple(memory.view(dtype).view(shape))
             self.alloc_seconds = time.perf_counter() - start
         if self.cuda:
-            page_of_chunk = self.tensors_per_chunk * self.elements_per_page * dtype.itemsize  # bytes
-            self.num_staging_pages = max(1, STAGING_BYTES // page_of_chunk)
+            slot_bytes = self.tensors_per_chunk * self.elements_per_page * dtype.itemsize
+            self.num_staging_pages = max(1, STAGING_BYTES // slot_bytes)
             shape = self.num_staging_pages if num_host_pages else 0, self.tensors_per_chunk, self.elements_per_page
             self._ring_buffer, self._fetch_buffer = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
             self._ring_position = 0  # slot after the last reserved one
             self._ring_in_use: list[tuple[int, int, Any]] = []  # (first slot, end, event after the copy)
-            self._gather_stream, self._to_host_stream, self._to_device_stream = (
-                torch.cuda.Stream(device) for _ in range(3)
-            )
-            self._prefetch_event: torch.cuda.Event | None = None  # the next step waits for it
+            streams = (torch.cuda.Stream(device) for _ in range(3))
+            self._gather_stream, self._to_host_stream, self._to_device_stream = streams
             self._host_page_events: dict[int, Any] = {}  # after the last copy to or from a host page
 
     def attach_cache(self, cache: KVCache) -> None:
-        """Sets the cache whose pages are copied. ValueError if a page is not a multiple of 8 bytes."""
-        self.kv_tensors = tuple(zip(cache.k, cache.v, strict=True))
-        tensors, n = [x for pair in self.kv_tensors for x in pair], self.tensors_per_chunk
-        self._chunk_tensors = [tensors[i : i + n] for i in range(0, len(tensors), n)]
+        """Sets the cache whose pages are copied. Raises ValueError if a page is not a multiple of 8 bytes."""
+        super().__init__(cache, self.page_size)
+        tensors, n = [x for pair in self._pages for x in pair], self.tensors_per_chunk
         if self.cuda:
-            tensor_page = self.elements_per_page * cache.k[0].itemsize  # bytes
-            if tensor_page % 8:
+            size = tensors[0][0].nbytes  # of a page of one tensor
+            if size % 8:
                 raise ValueError("a page must be a multiple of 8 bytes: raise kv_cache.page_size")
-            self._words_per_page, self._words_per_slot = tensor_page // 8, n * tensor_page // 8
-            self._tensor_ptrs = self._ptr_tensor([x.data_ptr() for x in tensors])
-            self._ring_ptrs, self._fetch_ptrs = (
-                self._ptr_tensor([x.data_ptr() + tensor_page * i for i in range(n)])
-                for x in (self._ring_buffer, self._fetch_buffer)
-            )
-
-    def _ptr_tensor(self, ptrs: list[int]) -> Int[Tensor, " tensors"]:
-        return torch.tensor(ptrs, dtype=torch.int64, device=self.device)
+            self._words_per_page, self._words_per_slot = size // 8, n * size // 8
+            ptrs = [[x.data_ptr() for x in tensors]]  # device addresses
+            ptrs += ([x.data_ptr() + size * i for i in range(n)] for x in (self._ring_buffer, self._fetch_buffer))
+            self._tensor_ptrs, self._ring_ptrs, self._fetch_ptrs = (torch.tensor(x, device=self.device) for x in ptrs)
+            self._chunk_ptrs = self._tensor_ptrs.split(n)
 
     @property
     def staging_bytes(self) -> int:
@@ -143,8 +136,8 @@ class HostOffload:
         if copies.on_device:
             if gathered:
                 compute_stream.wait_event(gathered[-1])  # the last chunk is gathered last
-            pairs = self._page_index_tensor(list(zip(*copies.on_device, strict=True)))
-            self._launch_copy(self._tensor_ptrs, self._tensor_ptrs, pairs, self._words_per_page, self._words_per_page)
+            pairs, stride = self._page_index_tensor(list(zip(*copies.on_device, strict=True))), self._words_per_page
+            self._launch_copy(self._tensor_ptrs, self._tensor_ptrs, pairs, stride, stride)
         arrived = self._copy_to_device(copies.to_device, compute_stream, gathered) if copies.to_device else []
         if arrived and not copies.prefetch:
             return arrived
@@ -157,38 +150,28 @@ class HostOffload:
 
     def _wait_for_prefetch(self) -> None:
         """Lets the current stream wait for the pages that were prefetched during the previous step."""
-        if self.cuda and self._prefetch_event is not None:
+        if self._prefetch_event is not None:
             torch.cuda.current_stream(self.device).wait_event(self._prefetch_event)
             self._prefetch_event = None
 
     def _copy_synchronously(self, copies: PageCopies) -> None:
-        for chunk, tensors in enumerate(self._chunk_tensors):
-            for i, tensor in enumerate(tensors):
-                pages = tensor.view(-1, self.elements_per_page)
-                if copies.to_host:
-                    source, target = map(list, zip(*copies.to_host, strict=True))
-                    self.host_buffers[chunk][target, i] = pages[source]
-                if copies.on_device:
-                    source, target = map(list, zip(*copies.on_device, strict=True))
-                    pages[target] = pages[source]
-                if copies.to_device:
-                    source, target = map(list, zip(*copies.to_device, strict=True))
-                    pages[target] = self.host_buffers[chunk][source, i]
+        cache = [x.flatten(1) for pair in self._pages for x in pair]
+        host = [x for buffer in self.host_buffers for x in buffer.unbind(1)]
+        for pairs, sources, targets in (
+            (copies.to_host, cache, host), (copies.on_device, cache, cache), (copies.to_device, host, cache)
+        ):  # fmt: skip
+            if pairs:
+                source, target = map(list, zip(*pairs, strict=True))
+                for x, y in zip(sources, targets, strict=True):
+                    y[target] = x[source]
 
     def _page_index_tensor(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "2 pairs"]:
         return torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory().to(self.device, non_blocking=True)
 
     def _launch_copy(self, source_ptrs: Tensor, target_ptrs: Tensor, page_pairs: Tensor, *strides: int) -> None:
-        from fastgen.kernels.page_copy import (
-            copy_pages,
-        )  # Triton comes with the GPU builds of torch, and not with others
+        from fastgen.kernels.page_copy import copy_pages  # Triton comes with the GPU builds of torch alone
 
         copy_pages(source_ptrs, target_ptrs, page_pairs, self._words_per_page, *strides)
-
-    def _chunk_ptrs(self, layer_chunk: int) -> Int[Tensor, " tensors"]:
-        """Returns the device addresses of a layer chunk's tensors."""
-        n = self.tensors_per_chunk
-        return self._tensor_ptrs[layer_chunk * n : layer_chunk * n + n]
 
     def _wait_for_host_pages(self, stream: torch.cuda.Stream, host_pages: Sequence[int]) -> None:
         """Lets a stream wait for earlier copies to and from these host pages."""
@@ -209,23 +192,20 @@ class HostOffload:
         self._ring_in_use = in_use
         return first
 
-    def _copy_to_host(
-        self, to_host: Sequence[tuple[int, int]], compute_stream: torch.cuda.Stream
-    ) -> list[torch.cuda.Event]:
+    def _copy_to_host(self, to_host: PagePairs, compute_stream: torch.cuda.Stream) -> list[torch.cuda.Event]:
         """Starts copies of (page, host page) pairs. Returns an event per layer chunk: after it, pages may change."""
-        to_host = sorted(to_host, key=lambda pair: pair[1])
-        host_pages, gathered_events = [host for _, host in to_host], []
+        pages, host_pages = zip(*sorted(to_host, key=lambda pair: pair[1]), strict=True)
+        gathered_events = []
         self._gather_stream.wait_stream(compute_stream)
         self._wait_for_host_pages(self._to_host_stream, host_pages)
         with torch.cuda.stream(self._gather_stream):
-            pages = self._page_index_tensor(([page for page, _ in to_host], list(range(len(to_host)))))
-        for chunk in range(self.num_layer_chunks):
-            source_ptrs = self._chunk_ptrs(chunk)
-            for first in range(0, len(to_host), self.num_staging_pages):
+            index = self._page_index_tensor((pages, range(len(pages))))
+        for chunk, source_ptrs in enumerate(self._chunk_ptrs):
+            for first in range(0, len(pages), self.num_staging_pages):
                 hosts = host_pages[first : first + self.num_staging_pages]
                 slot, n = self._reserve_ring_slots(len(hosts)), len(hosts)
                 with torch.cuda.stream(self._gather_stream):
-                    pairs = torch.stack((pages[0, first : first + n], pages[1, :n] + slot))
+                    pairs = torch.stack((index[0, first : first + n], index[1, :n] + slot))
                     self._launch_copy(source_ptrs, self._ring_ptrs, pairs, self._words_per_page, self._words_per_slot)
                     gathered = self._gather_stream.record_event()
                 self._to_host_stream.wait_event(gathered)
@@ -239,54 +219,39 @@ class HostOffload:
         return gathered_events
 
     def _copy_to_device(
-        self, to_device: Sequence[tuple[int, int]], compute_stream: torch.cuda.Stream,
-        gathered_events: list[torch.cuda.Event],
-    ) -> list[torch.cuda.Event]:  # fmt: skip
+        self, to_device: PagePairs, compute_stream: torch.cuda.Stream, gathered_events: list[torch.cuda.Event]
+    ) -> list[torch.cuda.Event]:
         """Starts copies of (host page, page) pairs. Returns an event per layer chunk: after it, pages are valid."""
-        to_device = sorted(to_device)
-        host_pages, arrived_events = [host for host, _ in to_device], []
+        host_pages, pages = zip(*sorted(to_device), strict=True)
+        arrived_events = []
         self._to_device_stream.wait_stream(compute_stream)  # until now, other sequences may have used the pages
         self._wait_for_host_pages(self._to_device_stream, host_pages)
         with torch.cuda.stream(self._to_device_stream):
-            pages = self._page_index_tensor((list(range(len(to_device))), [page for _, page in to_device]))
-            for chunk in range(self.num_layer_chunks):
+            index = self._page_index_tensor((range(len(pages)), pages))
+            for chunk, target_ptrs in enumerate(self._chunk_ptrs):
                 if gathered_events:
                     self._to_device_stream.wait_event(gathered_events[chunk])
-                for first in range(0, len(to_device), self.num_staging_pages):
+                for first in range(0, len(pages), self.num_staging_pages):
                     hosts = host_pages[first : first + self.num_staging_pages]
                     for i, host, length in consecutive_runs(hosts):
                         source = self.host_buffers[chunk][host : host + length]
                         self._fetch_buffer[i : i + length].copy_(source, non_blocking=True)
-                    pairs = torch.stack((pages[0, : len(hosts)], pages[1, first : first + len(hosts)]))
-                    self._launch_copy(
-                        self._fetch_ptrs, self._chunk_ptrs(chunk), pairs, self._words_per_slot, self._words_per_page
-                    )
+                    pairs = torch.stack((index[0, : len(hosts)], index[1, first : first + len(hosts)]))
+                    self._launch_copy(self._fetch_ptrs, target_ptrs, pairs, self._words_per_slot, self._words_per_page)
                 arrived_events.append(self._to_device_stream.record_event())
         self._host_page_events |= dict.fromkeys(host_pages, arrived_events[-1])
         return arrived_events
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
-    def read_pages(self, pages: Sequence[int], num_tokens: int) -> Float[Tensor, "L 2 T K H"]:
+    def read_pages(self, pages: Sequence[int], num_tokens: int) -> Float[Tensor, "layers 2 tokens K H"]:
         """Returns keys and values of the first `num_tokens` tokens in these pages, in host memory."""
         self._wait_for_prefetch()
-        index, heads = torch.tensor(pages, device=self.device), self.model_config.num_kv_heads
-        layers = [torch.stack([x.view(-1, self.elements_per_page)[index] for x in pair]) for pair in self.kv_tensors]
-        tokens = rearrange(torch.stack(layers), "l kv p (t k h) -> l kv (p t) k h", t=self.page_size, k=heads)
-        return tokens[:, :, :num_tokens].cpu()
-
-    def write_pages(self, pages: Sequence[int], values: Float[Tensor, "L 2 T K H"]) -> None:
-        """Writes the tokens of full pages, as `read_pages` returns them; page 0 is skipped."""
-        page_ids = torch.tensor(pages, device="cpu")
-        used = page_ids.nonzero()[:, 0]
-        target = page_ids[used].to(self.device)
-        paged = rearrange(values, "l kv (p t) k h -> l kv p (t k h)", t=self.page_size)
-        for pair, layer in zip(self.kv_tensors, paged, strict=True):
-            for tensor, source in zip(pair, layer, strict=True):
-                tensor.view(-1, self.elements_per_page).index_copy_(0, target, source[used].to(tensor))
+        return super().read_pages(pages, num_tokens)
 
     def close(self) -> None:
         """Releases the host pages."""
+        super().close()
         if self._host_mapping is not None and self.cuda:
             torch.cuda.synchronize(self.device)
             driver: Any = torch.cuda.cudart()
