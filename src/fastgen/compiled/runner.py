@@ -7,8 +7,7 @@ graphs     the same, and steps of few tokens are captured (`cuda_graphs`)
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -37,20 +36,6 @@ def _set_triton_cache_dir() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
 
 
-@contextmanager
-def _prefer_blas_library(library: str) -> Iterator[None]:
-    """Lets this library compute the matmuls; docs/performance.md says why cuBLASLt."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library(library)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.preferred_blas_library(before)
-
-
 class ModelRunner(EagerRunner):
     """Runs the steps of one engine. `model_config` is the full model's; the attribute is that of this rank's shard."""
 
@@ -75,7 +60,7 @@ class ModelRunner(EagerRunner):
         if self.mode != "eager":
             plain, self._fill_pending_tokens = compiled.compile_ops(plain), compiled(fill_pending_tokens)
         self.ops = select.select_ops(config.compile, self.device, plain)
-        self._sample_fn = select.select_sample_fn(config.compile, self.ops)
+        self._sample_fn = select.select_sample_fn(config.compile, self.device, self.ops)
         self.fused_sampler = select.select_fused_sampler(config.compile, self.device)
         # One logits buffer for all graphs, which would otherwise each have their own.
         self.logits_buffer = None
@@ -156,7 +141,7 @@ class ModelRunner(EagerRunner):
 
             inner, ops = ops.rope_and_cache_kv, ops._replace(rope_and_cache_kv=rope_and_cache_kv)
         last_token_ids = self.input_buffers.last_token_ids
-        with batch_invariant.no_split_k() if self.config.compile.batch_invariant else _prefer_blas_library("cublaslt"):
+        with batch_invariant.prefer_cublaslt(split_k=not self.config.compile.batch_invariant):
             batch = batch._replace(token_ids=self._fill_pending_tokens(batch.token_ids, last_token_ids))
             inputs = self.params, cache, last_token_ids, batch, sampling, self.model_config
             return forward_and_sample(*inputs, ops, self.fused_sampler, self.logits_buffer, self.adapters, **options)

@@ -9,8 +9,7 @@ as high as its own: nothing is reset, and a captured kernel can be replayed. A p
 next all-reduce, because a rank signals there only after it has read this one.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false
 from typing import no_type_check
 
 import torch

@@ -12,8 +12,7 @@ are read once for all of them.
 Sequences of one token are decoded, longer ones prefilled; each kernel skips the other's sequences.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -106,7 +105,7 @@ def _online_softmax_step(
 @triton.jit
 @no_type_check
 def _attend_key_range(
-    q, k_cache, v_cache, k_tiles, v_tiles, page_table, key_start, key_end, query_pos, window, kv_head, m, l, acc, scale,
+    q, k_cache, v_cache, k_tiles, v_tiles, table, key_start, key_end, query_pos, window, kv_head, m, l, acc, scale,
     KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, FULL_TILE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -117,13 +116,11 @@ def _attend_key_range(
     """
     for tile_start in tl.range(key_start, key_end, N):
         if TMA:
-            slot = tl.load(page_table + tile_start // PAGE).to(tl.int32) * PAGE + tile_start % PAGE
+            slot = tl.load(table + tile_start // PAGE).to(tl.int32) * PAGE + tile_start % PAGE
             k = k_tiles.load([slot, kv_head * H])
             v = v_tiles.load([slot, kv_head * H])
         else:
-            k, v = _load_kv_tile(
-                k_cache, v_cache, page_table, tile_start, key_end, kv_head, KV, H, D, PAGE, N, FULL_TILE
-            )
+            k, v = _load_kv_tile(k_cache, v_cache, table, tile_start, key_end, kv_head, KV, H, D, PAGE, N, FULL_TILE)
         m, l, acc = _online_softmax_step(
             q, k, v, tile_start, key_end, query_pos, window, m, l, acc, scale, N, WINDOW, EXACT, MASKED, FULL_TILE
         )
@@ -155,9 +152,7 @@ def _prefill_kernel(
         key_start = first_pos * 0
         if WINDOW:
             key_start = tl.maximum(first_pos - window + 1, 0) // N * N
-        m = tl.full([M], INITIAL_MAX, tl.float32)
-        l = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, D], tl.float32)
+        m, l, acc = tl.full([M], INITIAL_MAX, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
         full_end = tl.minimum(tl.cdiv(key_end, N), seq_len // N) * N
         if not WINDOW:  # the tiles that the first row sees fully, as all rows do
             unmasked_end = (first_pos + 1) // N * N
@@ -216,9 +211,7 @@ def _decode_shared_prefix_kernel(
         mask = valid[:, None] & (d < H)[None, :]
         x = tl.load(q + ((token * Q + head) * H)[:, None] + d[None, :], mask=mask, other=0.0)
         query_pos = tl.load(length + r, mask=valid, other=0).to(tl.int32) - 1
-        m = tl.full([M], INITIAL_MAX, tl.float32)
-        l = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, D], tl.float32)
+        m, l, acc = tl.full([M], INITIAL_MAX, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
         key_end = tl.minimum(split_start + split_size, num_keys)
         key_start = split_start
         if WINDOW:  # the first key that any member sees, rounded down to a tile
@@ -305,9 +298,7 @@ def _decode_kernel(
             valid = g < G
             mask = valid[:, None] & (d < H)[None, :]
             query_pos = seq_len - 1 + g * 0
-            m = tl.full([M], INITIAL_MAX, tl.float32)
-            l = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, D], tl.float32)
+            m, l, acc = tl.full([M], INITIAL_MAX, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
             table = page_table + tl.load(req_idx + r).to(tl.int64) * page_table_stride
             if FUSED_ROPE:
                 has_new_key = key_end == seq_len
@@ -388,9 +379,7 @@ def defer_rope_and_cache_kv(
     return UnrotatedQKV(qkv, cos, sin, slot)
 
 
-def _build_query_blocks(
-    batch: Batch, tokens_per_block: int, num_blocks: int, longer_than: int
-) -> Int[Tensor, "blocks 5"]:
+def _build_query_blocks(batch: Batch, tokens_per_block: int, longer_than: int) -> Int[Tensor, "blocks 5"]:
     """Splits sequences of more than `longer_than` new tokens into blocks for the prefill kernel.
 
     A block is its first token, number of tokens, first token's position, the sequence's req_idx and number of keys.
@@ -398,7 +387,7 @@ def _build_query_blocks(
     """
     count = batch.query_start_loc.diff()
     block_ends = torch.where(count > longer_than, (count + tokens_per_block - 1) // tokens_per_block, 0).cumsum(0)
-    block = torch.arange(num_blocks, device=count.device)
+    block = torch.arange(len(batch.token_ids) // tokens_per_block + len(count), device=count.device)
     row = torch.searchsorted(block_ends, block, right=True).clamp_max(len(count) - 1)
     start = (block - torch.where(row > 0, block_ends[row - 1], 0)) * tokens_per_block
     num_tokens = torch.where(block < block_ends[-1], (count[row] - start).clamp_max(tokens_per_block), 0)
@@ -453,15 +442,13 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
     def attend(q: Tensor | UnrotatedQKV, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         unrotated, q = (q, q.qkv) if isinstance(q, UnrotatedQKV) else (None, q)
         assert unrotated is None or (decode and not batch_invariant and shared is None), "for steps that only decode"
-        q = q.contiguous()
+        q, exact = q.contiguous(), q.dtype == torch.float32
         out = q.new_empty(tokens, num_q_heads, head_dim)
-        exact = q.dtype == torch.float32
         sizes = {
             "Q": num_q_heads, "KV": num_kv_heads, "H": head_dim, "D": max(16, triton.next_power_of_2(head_dim)),
             "PAGE": page, "WINDOW": window is not None, "EXACT": exact,
         }  # fmt: skip
-        scale = head_dim**-0.5 * LOG2E
-        pages = (batch.page_table, table_width, window or 0)
+        scale, pages = head_dim**-0.5 * LOG2E, (batch.page_table, table_width, window or 0)
         if batch_invariant or not decode:
             tile_in_page = USE_TMA and sizes["D"] == head_dim and page % PREFILL_TILE["N"] == 0
             many_keys = tokens >= 2048 * rows and page % LONG_PREFILL_TILE["N"] == 0
@@ -472,9 +459,7 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
                 tile = LONG_PREFILL_TILE
             size = tile["M"] // group
             if not query_blocks:
-                query_blocks.append(
-                    _build_query_blocks(batch, size, tokens // size + rows, 0 if batch_invariant else 1)
-                )
+                query_blocks.append(_build_query_blocks(batch, size, longer_than=int(not batch_invariant)))
             tma = tile_in_page and (tile is not SMALL_PREFILL_TILE or device.type == "cpu")  # Hopper or later
             kv_tiles = (_tma_descriptor(x, tile["N"]) for x in (k_cache, v_cache)) if tma else (None, None)
             _prefill_kernel[(len(query_blocks[0]), num_kv_heads)](

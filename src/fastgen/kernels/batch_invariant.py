@@ -1,12 +1,12 @@
 """Batch-invariant ops: a token's result depends on its own sequence alone, bit for bit, on no batch or chunk around it.
 
 Libraries choose the order of a sum by the number of rows, and split the sums of few rows. Here each sum has one order.
-GEMMs of half precision are the library's without split-K (`no_split_k`), which leaves all its tiles the same order;
+Half-precision GEMMs are the library's without split-K (`prefer_cublaslt`), which leaves all its tiles the same order;
 fp32 GEMMs are a kernel's, a few rows at a time, which is slow. Attention has one tile shape and no splits; norms,
 activations and logprobs are kernels with a program per row.
 
-On a CPU, GEMMs have `ROW_BLOCK_SIZE` rows, padded, and functions with a transcendental one row: vectorized code and the
-scalar code for the remainder of a vector differ in the last bit.
+On a CPU, GEMMs have `ROW_BLOCK_SIZE` rows, padded, and attention and functions with a transcendental one row:
+vectorized code and the scalar code for the remainder of a vector differ in the last bit.
 """
 
 from collections.abc import Iterator
@@ -21,25 +21,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgen.core import layers, sampling
-from fastgen.core.attention import AttentionFn, causal_mask
+from fastgen.core.attention import AttentionFn
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.transformer import TORCH_OPS, ModelOps, lm_head_weight
-from fastgen.core.types import Batch, Params, SamplerOutput, SamplingTensors
+from fastgen.core.types import Batch, Params
 
 ROW_BLOCK_SIZE = 16  # rows of a GEMM on a CPU, and of a call of the general sampler on a GPU
 VERIFIED_BATCH_SIZES = (1, 2, 8, 15, 16, 17, 24, 40, 64, 72, 128, 200, 256, 384, 512, 768, 1023)
-TILE_TOKENS, TILE_KEYS = 8, 64  # of attention on a CPU
 
 
 @contextmanager
-def no_split_k() -> Iterator[None]:
-    """Lets cuBLASLt compute matmuls of half precision without split-K."""
+def prefer_cublaslt(*, split_k: bool = True) -> Iterator[None]:
+    """Lets cuBLASLt compute the matmuls (docs/performance.md says why), and without `split_k`, none with split-K."""
     if not torch.cuda.is_available():
         yield
         return
     cuda: Any = torch.backends.cuda
     library, matmul = cuda.preferred_blas_library(), cuda.matmul
-    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    names = [] if split_k else [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
     before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
     cuda.preferred_blas_library("cublaslt")
     for name in names:
@@ -55,7 +54,7 @@ def no_split_k() -> Iterator[None]:
 def batch_invariant_ops(device: torch.device | str) -> ModelOps:
     """Returns the batch-invariant ops for a kind of device.
 
-    On a GPU they must be called within `no_split_k`; `verify_batch_invariance` checks whether that suffices.
+    On a GPU they must be called without split-K; `verify_batch_invariance` checks whether that suffices.
     """
     return _cuda_ops() if torch.device(device).type == "cuda" else CPU_OPS
 
@@ -90,7 +89,7 @@ def _cuda_ops() -> ModelOps:
     from fastgen.kernels.pdl import SMALL_BATCH
 
     def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """x @ w.T + bias, rounded before the bias is added: a library would do so for some sizes only."""
+        """Returns x @ w.T + bias, rounded before the bias is added: a library would do so for some sizes only."""
         if x.dtype == torch.float32 and w.is_contiguous():  # libraries choose the order by the size
             y = x.new_empty(len(x), len(w)) if out is None else out
             for rows, out_rows in zip(x.split(SMALL_BATCH), y.split(SMALL_BATCH), strict=True):
@@ -102,8 +101,8 @@ def _cuda_ops() -> ModelOps:
         return y if bias is None else y + bias
 
     def apply_qk_norm(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, model_config: ModelConfig) -> Tensor:
-        heads, eps = (model_config.num_q_heads, model_config.num_kv_heads), model_config.rms_norm_eps
-        q, k, v = qkv.split((*heads, heads[1]), 1)
+        num_kv_heads, eps = model_config.num_kv_heads, model_config.rms_norm_eps
+        q, k, v = qkv.split((model_config.num_q_heads, num_kv_heads, num_kv_heads), 1)
         pairs = ((q, q_norm), (k, k_norm))
         normed = (small_batch.rms_norm(rearrange(x, "t h d -> (t h) d"), w, eps).view(x.shape) for x, w in pairs)
         return torch.cat((*normed, v), 1)
@@ -122,24 +121,13 @@ def verify_batch_invariance(params: Params) -> None:
     weights = {name: getattr(layer, name) for name in ("qkv", "out", "gate_up", "down")}
     for name, w in (weights | {"lm_head": lm_head_weight(params)}).items():
         x = torch.rand(1024, w.shape[1], device=w.device, dtype=torch.float32).sub_(0.5).to(w.dtype)
-        with no_split_k():
+        with prefer_cublaslt(split_k=False):
             expected = ops.linear(x, w)
-            for n in VERIFIED_BATCH_SIZES:
-                if not torch.equal(ops.linear(x[-n:], w), expected[-n:]):
-                    device = torch.cuda.get_device_name(w.device) if w.is_cuda else "this CPU"
-                    raise RuntimeError(
-                        f"compile.batch_invariant=true cannot hold on {device}: the matmul by {name} {tuple(w.shape)} "
-                        f"in {w.dtype} has other bits for {n} rows than for {len(x)}"
-                    )
-
-
-def sample_row_blocks(
-    logits: Float[Tensor, "N V"], s: SamplingTensors, num_top_logprobs: int | None = None, *,
-    logprobs_fn: sampling.LogprobsFn,
-) -> SamplerOutput:  # fmt: skip
-    """Samples as `sampling.sample`, always with as many rows at once: one on a CPU, `ROW_BLOCK_SIZE` on a GPU."""
-    rows = ROW_BLOCK_SIZE if logits.is_cuda else 1
-    return sampling.sample(logits, s, num_top_logprobs, logprobs_fn, rows_per_call=rows)
+            unequal = [n for n in VERIFIED_BATCH_SIZES if not torch.equal(ops.linear(x[-n:], w), expected[-n:])]
+        if unequal:
+            device = torch.cuda.get_device_name(w.device) if w.is_cuda else "this CPU"
+            problem = f"the matmul by {name} {tuple(w.shape)} in {w.dtype} has other bits for {unequal[0]} rows"
+            raise RuntimeError(f"compile.batch_invariant=true cannot hold on {device}: {problem} than for {len(x)}")
 
 
 # --- on a CPU -------------------------------------------------------------------------------------------------------
@@ -149,7 +137,7 @@ def _linear(
     x: Float[Tensor, "T D"], w: Float[Tensor, "N D"], bias: Float[Tensor, " N"] | None = None,
     out: Float[Tensor, "T N"] | None = None,
 ) -> Float[Tensor, "T N"]:  # fmt: skip
-    """x @ w.T + bias, `ROW_BLOCK_SIZE` rows at a time."""
+    """Returns x @ w.T + bias, computed `ROW_BLOCK_SIZE` rows at a time."""
     blocks = F.pad(x, (0, 0, 0, -len(x) % ROW_BLOCK_SIZE)).split(ROW_BLOCK_SIZE)
     y = torch.cat([F.linear(block, w, bias) for block in blocks])[: len(x)]
     return y if out is None else out.copy_(y)
@@ -174,35 +162,22 @@ def _logprobs(
 
 
 def attention(batch: Batch, model_config: ModelConfig) -> AttentionFn:
-    """Paged attention on a CPU by an online softmax over tiles of `TILE_KEYS` keys from position 0 on, `TILE_TOKENS`
-    tokens at a time: the same tiles for a token in every batch."""
+    """Returns paged attention on a CPU, one token at a time: the shapes depend on its position and window alone."""
     page, tokens = batch.page_size, torch.arange(len(batch.token_ids))
-    row = torch.searchsorted(batch.query_start_loc[1:], tokens, right=True)
-    req_idx, num_kv_heads = batch.req_idx[row], model_config.num_kv_heads
+    req_idx = batch.req_idx[torch.searchsorted(batch.query_start_loc[1:], tokens, right=True)]
+    keys = [torch.arange(position + 1) for position in batch.positions.tolist()]
+    tables = zip(batch.page_table[req_idx].long(), keys, strict=True)
+    slots = [table[key // page] * page + key % page for table, key in tables]
 
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         out = []
-        for start in range(0, len(q), TILE_TOKENS):
-            index = torch.arange(start, start + TILE_TOKENS).clamp_max(len(q) - 1)
-            position = batch.positions[index]
-            x = rearrange(q[index], "t (k g) h -> t k g h", k=num_kv_heads).float()
-            m, total, acc = torch.full_like(x[..., :1], -1e30), torch.zeros_like(x[..., :1]), torch.zeros_like(x)
-            first = 0 if window is None else max(0, int(position.min()) - window + 1) // TILE_KEYS * TILE_KEYS
-            for tile in range(first, int(position.max()) + 1, TILE_KEYS):
-                key = tile + torch.arange(TILE_KEYS)
-                column = (key // page).clamp_max(batch.page_table.shape[1] - 1)
-                seen = causal_mask(position[:, None], key, window)
-                pages = batch.page_table[req_idx[index][:, None], column].long()
-                slot = torch.where(seen, pages * page + key % page, 0)
-                k, v = (rearrange(cache[slot], "t n k h -> t k n h").float() for cache in (k_cache, v_cache))
-                v = v.masked_fill(~seen[:, None, :, None], 0)  # scratch may hold NaN, which a weight of 0 keeps
-                score = (x @ k.transpose(-1, -2)) * model_config.head_dim**-0.5
-                score = score.masked_fill(~seen[:, None, None], float("-inf"))
-                m_new = torch.maximum(m, score.amax(-1, keepdim=True).clamp_min(-1e30))  # all keys may be masked
-                decay, p = (m - m_new).exp(), (score - m_new).exp()
-                m, total, acc = m_new, total * decay + p.sum(-1, keepdim=True), acc * decay + p @ v
-            out.append(rearrange(acc / total, "t k g h -> t (k g) h").to(q.dtype))
-        return torch.cat(out)[: len(q)]
+        for query, token_slots in zip(q.split(1), slots, strict=True):
+            visible = token_slots if window is None else token_slots[-window:]
+            k, v = (rearrange(cache[visible], "n k h -> k n h").float() for cache in (k_cache, v_cache))
+            x = rearrange(query, "1 (k g) h -> k g h", k=model_config.num_kv_heads).float().clone()  # aligned
+            weight = (x @ k.mT * model_config.head_dim**-0.5).softmax(-1)
+            out.append(rearrange(weight @ v, "k g h -> 1 (k g) h"))
+        return torch.cat(out).to(q.dtype)
 
     return attend
 

@@ -8,8 +8,6 @@ all have the same. Nothing is sorted and all indices are read on the device, so 
 an adapter cost reading their index. The order of every sum depends on shapes alone.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 from typing import no_type_check
 
 import torch
@@ -46,10 +44,8 @@ def _lora_shrink_kernel(
         for k_start in tl.range(split * SPLIT_K_SIZE, tl.minimum((split + 1) * SPLIT_K_SIZE, in_features), K):
             column = k_start + k
             inside = column < in_features
-            x_tile = tl.load(
-                x + t.to(tl.int64)[:, None] * in_features + column[None, :],
-                mask=selected[:, None] & inside[None, :], other=0,
-            )  # fmt: skip
+            x_ptr = x + t.to(tl.int64)[:, None] * in_features + column[None, :]
+            x_tile = tl.load(x_ptr, mask=selected[:, None] & inside[None, :], other=0)
             a_tile = tl.load(a_row[:, None] + column[None, :], mask=(r < R)[:, None] & inside[None, :], other=0)
             acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision=precision)
         target = ((split * num_tokens + t.to(tl.int64)) * NUM_SLICES + slice_idx) * R
@@ -68,9 +64,8 @@ def _lora_expand_kernel(
     The columns of slices 0 and 1 end at `slice_end0` and `slice_end1`.
     """
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    slice_idx = tl.program_id(2)
+    slice_idx, end = tl.program_id(2), out_features
     start = tl.where(slice_idx == 0, 0, tl.where(slice_idx == 1, slice_end0, slice_end1))
-    end = out_features
     if NUM_SLICES > 1:
         end = tl.where(slice_idx == 0, slice_end0, tl.where(slice_idx == 1, slice_end1, out_features))
     t, r, n = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, B), start + tl.program_id(1) * N + tl.arange(0, N)
@@ -106,10 +101,8 @@ def apply_lora(
     """
     (tokens, in_features), (_, out_features, r), num_slices = x.shape, b.shape, len(slice_widths)
     if num_slices > 3 or sum(slice_widths) != out_features or a.shape[1] != num_slices * r:
-        raise ValueError(
-            f"{num_slices} packed matrices (at most 3) of {slice_widths} rows do not fit b with {out_features} rows "
-            f"and a with {a.shape[1]}"
-        )
+        problem = f"{num_slices} packed matrices (at most 3) of {slice_widths} rows"
+        raise ValueError(f"{problem} do not fit b with {out_features} rows and a with {a.shape[1]}")
     if not (y.is_contiguous() and a.is_contiguous() and b.is_contiguous()):
         raise ValueError("y and the stacked adapters must be contiguous")
     x, splits = x.contiguous(), triton.cdiv(in_features, SPLIT_K_SIZE)

@@ -3,8 +3,7 @@
 A kernel also writes small tensors to pinned host memory: a copy engine would start some microseconds later.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false
 from typing import no_type_check
 
 import triton

@@ -1,7 +1,6 @@
 """RoPE and the KV cache write in one kernel, for the steps in which the attention kernel does neither."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false
 from typing import no_type_check
 
 import triton

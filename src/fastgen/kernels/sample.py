@@ -4,8 +4,7 @@ Each row's vocabulary is split over several programs, and a second kernel merges
 by (seed, position, token), so that a sampled token depends on no split, batch or rank.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false
 from collections.abc import Callable
 from typing import no_type_check
 
@@ -52,14 +51,14 @@ def _log_exponential_noise(token, key0, key1):
 
 @triton.jit
 @no_type_check
-def _gumbel_max_of_range(
+def _gumbel_max(
     logits, start, end, temperature, processed, key0, key1, vocab_size, vocab_start,
     B: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """Reads the logits [start, end), B at a time.
+    """Reads the logits [start, end), B at a time. The first logit is token `vocab_start`.
 
     Returns, per lane, the best score and its index, the maximum logit and the sum of exponentials relative to it.
-    The first logit is token `vocab_start`. NOISE: scores are logits / temperature plus Gumbel noise.
+    NOISE: scores are logits / temperature plus Gumbel noise.
     """
     lane = tl.arange(0, B)
     best = tl.full([B], float("-inf"), tl.float32)
@@ -98,7 +97,7 @@ def _sample_splits_kernel(
     row, split = tl.program_id(0), tl.program_id(1)
     start = split * chunks_per_split * B
     end = tl.minimum(start + chunks_per_split * B, vocab_size)
-    row_logits = logits + row.to(tl.int64) * row_stride
+    x = logits + row.to(tl.int64) * row_stride
     temp = tl.load(temperature + row)
     temp = tl.where(temp < MIN_SAMPLING_TEMPERATURE, 0.0, temp)
     scaled = tl.load(processed + row) != 0
@@ -107,24 +106,19 @@ def _sample_splits_kernel(
     key0 = _mix(low ^ _mix(high + p))
     key1 = _mix((low + p * 0x9E3779B9) ^ high)
     if temp == 0:
-        best, index, m, l = _gumbel_max_of_range(
-            row_logits, start, end, temp, scaled, key0, key1, vocab_size, vocab_start, B, NOISE=False
-        )
+        best, index, m, l = _gumbel_max(x, start, end, temp, scaled, key0, key1, vocab_size, vocab_start, B, False)
     else:
-        best, index, m, l = _gumbel_max_of_range(
-            row_logits, start, end, temp, scaled, key0, key1, vocab_size, vocab_start, B, NOISE=True
-        )
-    best_score = tl.max(best, 0)
-    peak = tl.max(m, 0)
+        best, index, m, l = _gumbel_max(x, start, end, temp, scaled, key0, key1, vocab_size, vocab_start, B, True)
+    best_score, peak = tl.max(best, 0), tl.max(m, 0)
     choice = tl.min(tl.where(best == best_score, index, vocab_size), 0)
     # Clamped into the row: a row of NaN has no best score, and a rank may have no tokens.
-    x = tl.load(row_logits + tl.maximum(tl.minimum(choice, vocab_size - 1), 0)).to(tl.float32)
-    x = tl.where(scaled & (temp != 0), tl.div_rn(x, tl.where(temp == 0, 1.0, temp)), x)
+    logit = tl.load(x + tl.maximum(tl.minimum(choice, vocab_size - 1), 0)).to(tl.float32)
+    logit = tl.where(scaled & (temp != 0), tl.div_rn(logit, tl.where(temp == 0, 1.0, temp)), logit)
     field = tl.num_programs(0) * num_splits
     stats = split_stats + row * num_splits + split
     tl.store(stats, best_score)
     tl.store(stats + field, (vocab_start + choice).to(tl.float32))  # exact below 2^24
-    tl.store(stats + 2 * field, x)
+    tl.store(stats + 2 * field, logit)
     tl.store(stats + 3 * field, peak)
     tl.store(stats + 4 * field, tl.sum(l * tl.exp(m - peak), 0))
 
@@ -170,30 +164,34 @@ def sample_tokens(
     `vocab_size` tokens. `all_gather` [...] -> [ranks, ...] exchanges a few numbers per row.
     """
     rows, width = logits.shape
-    first, count = vocab_shard or (0, width)
-    logits, num_chunks = logits.contiguous(), triton.cdiv(width, VOCAB_CHUNK)
-    splits, chunks_per_split = _vocab_splits(rows, num_chunks, batch_invariant)
-    token = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    stats = torch.empty(5, rows, splits, dtype=torch.float32, device=logits.device)
-    _sample_splits_kernel[(rows, splits)](
-        logits, temperature, seed, position, processed, stats, width, count, first, chunks_per_split, splits,
-        B=VOCAB_CHUNK, num_warps=4,
-    )  # fmt: skip
+    settings = temperature, seed, position, processed
+    stats, block = _sample_splits(logits.contiguous(), settings, vocab_shard or (0, width), batch_invariant)
+    token, logprob = (torch.empty(rows, dtype=dtype, device=logits.device) for dtype in (torch.int32, torch.float32))
     all_stats = stats[None] if all_gather is None else all_gather(stats)
     ranks = len(all_stats)
     _merge_sample_splits_kernel[(rows,)](
-        all_stats, token, logprob, last_token_ids, req_idx, vocab_size or width, splits,
-        NUM_RANKS=ranks, BLOCK=triton.next_power_of_2(ranks * min(TARGET_PROGRAMS, num_chunks)), num_warps=1,
+        all_stats, token, logprob, last_token_ids, req_idx, vocab_size or width, stats.shape[2],
+        NUM_RANKS=ranks, BLOCK=triton.next_power_of_2(ranks * block), num_warps=1,
     )  # fmt: skip
     return token, logprob
 
 
-def _vocab_splits(num_rows: int, num_chunks: int, batch_invariant: bool) -> tuple[int, int]:
-    """Returns the number of programs per row, a power of two, and of chunks per program."""
-    target = BATCH_INVARIANT_SPLITS if batch_invariant else TARGET_PROGRAMS // max(1, num_rows)
+def _sample_splits(
+    logits: Tensor, settings: tuple[Tensor, ...], vocab_shard: tuple[int, int], batch_invariant: bool
+) -> tuple[Float[Tensor, "5 N splits"], int]:
+    """Returns the statistics of `_sample_splits_kernel`, and the most splits that a row may have.
+
+    `settings`: temperature, seed, position and whether logprobs are processed, of each row.
+    """
+    (rows, width), (first, count) = logits.shape, vocab_shard
+    num_chunks = triton.cdiv(width, VOCAB_CHUNK)
+    target = BATCH_INVARIANT_SPLITS if batch_invariant else TARGET_PROGRAMS // max(1, rows)
     splits = triton.next_power_of_2(max(1, min(target, num_chunks)))
-    return splits, triton.cdiv(num_chunks, splits)
+    stats, chunks_per_split = logits.new_empty(5, rows, splits, dtype=torch.float32), triton.cdiv(num_chunks, splits)
+    _sample_splits_kernel[(rows, splits)](
+        logits, *settings, stats, width, count, first, chunks_per_split, splits, B=VOCAB_CHUNK, num_warps=4
+    )
+    return stats, min(TARGET_PROGRAMS, num_chunks)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -219,21 +217,16 @@ def logprobs(
 
     Batch-invariant: bit for bit the logprob that `sample_tokens` with `batch_invariant` returns.
     """
-    (rows, vocab), device = logits.shape, logits.device
-    logits, num_chunks = logits.contiguous(), triton.cdiv(vocab, VOCAB_CHUNK)
-    splits, chunks_per_split = _vocab_splits(rows, num_chunks, batch_invariant=True)
+    (rows, vocab), logits = logits.shape, logits.contiguous()
     top = logits.topk(min(num_top_logprobs, vocab), -1).indices
     candidates = torch.cat((token[:, None].long(), top), 1).contiguous()
-    logprob = torch.empty(candidates.shape, dtype=torch.float32, device=device)
-    stats = torch.empty(5, rows, splits, dtype=torch.float32, device=device)
-    zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+    logprob = torch.empty(candidates.shape, dtype=torch.float32, device=logits.device)
+    zeros = torch.zeros(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        _sample_splits_kernel[(rows, splits)](
-            logits, zeros.float(), zeros, zeros.int(), zeros.int(), stats, vocab, vocab, 0, chunks_per_split, splits,
-            B=VOCAB_CHUNK, num_warps=4,
-        )  # fmt: skip
+        greedy = zeros.float(), zeros, zeros.int(), zeros.int()
+        stats, block = _sample_splits(logits, greedy, (0, vocab), batch_invariant=True)
         _token_logprobs_kernel[candidates.shape](
-            logits, candidates, stats[3], stats[4], logprob, vocab, splits, candidates.shape[1],
-            BLOCK=triton.next_power_of_2(min(TARGET_PROGRAMS, num_chunks)), num_warps=1,
+            logits, candidates, stats[3], stats[4], logprob, vocab, stats.shape[2], candidates.shape[1],
+            BLOCK=triton.next_power_of_2(block), num_warps=1,
         )  # fmt: skip
     return logprob[:, 0], top, logprob[:, 1:]

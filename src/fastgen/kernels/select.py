@@ -14,7 +14,7 @@ from fastgen.core.attention import AttentionBackend, reference, sdpa
 from fastgen.core.sampling import sample
 from fastgen.core.step import FusedSampler
 from fastgen.core.transformer import TORCH_OPS, ModelOps
-from fastgen.kernels.batch_invariant import batch_invariant_ops, compose_ops, sample_row_blocks
+from fastgen.kernels.batch_invariant import ROW_BLOCK_SIZE, batch_invariant_ops, compose_ops
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "triton")
 
@@ -92,6 +92,8 @@ def select_fused_sampler(config: CompileConfig, device: torch.device) -> FusedSa
     return partial(sample_tokens, batch_invariant=True) if config.batch_invariant else sample_tokens
 
 
-def select_sample_fn(config: CompileConfig, ops: ModelOps) -> Callable[..., Any]:
-    """Returns `sampling.sample`, or its batch-invariant form, which computes logprobs by `ops.logprobs`."""
-    return partial(sample_row_blocks, logprobs_fn=ops.logprobs) if config.batch_invariant else sample
+def select_sample_fn(config: CompileConfig, device: torch.device, ops: ModelOps) -> Callable[..., Any]:
+    """Returns `sampling.sample`, or its batch-invariant form: always as many rows at once, logprobs by `ops`."""
+    if not config.batch_invariant:
+        return sample
+    return partial(sample, logprobs_fn=ops.logprobs, rows_per_call=ROW_BLOCK_SIZE if device.type == "cuda" else 1)

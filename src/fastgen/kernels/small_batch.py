@@ -5,8 +5,7 @@ a few stages of shared memory; activations come from L2. The order of every sum 
 result does not depend on the other rows.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false
 from typing import no_type_check
 
 import torch

@@ -24,7 +24,7 @@ from fastgen.core.torch_modes import no_autocast
 from fastgen.core.transformer import ModelOps, SublayerOutput, decoder_layer, lm_head_weight, run_layers
 from fastgen.core.types import Batch, KVCache, Layer, Params, Tokenizer
 from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
-from fastgen.kernels.batch_invariant import no_split_k
+from fastgen.kernels.batch_invariant import prefer_cublaslt
 from fastgen.kernels.select import select_scoring_ops
 from fastgen.thread_safety import check_fork
 from fastgen.training.differentiable_ops import make_differentiable
@@ -71,7 +71,7 @@ def score(
         ops = make_differentiable(ops, batch_invariant or device.type == "cuda")
     options: Any = {"activation_checkpointing": needs_grad and activation_checkpointing, "needs_grad": needs_grad}
     logprobs: list[Tensor] = []
-    with no_split_k() if batch_invariant else nullcontext():
+    with prefer_cublaslt(split_k=False) if batch_invariant else nullcontext():
         for batch in split_by_size(zip(token_ids, starts, strict=True), lambda pair: len(pair[0]), token_budget):
             batch_ids, batch_starts = map(list, zip(*batch, strict=True))
             logprobs += _score_batch(params, model_config, batch_ids, batch_starts, temperature, ops, **options)
