@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fastgen import lora
 from fastgen import snapshot as snapshots
 from fastgen.checkpoint import files, hub, tokenizer, weights
+from fastgen.compiled import warm_up
 from fastgen.compiled.runner import ModelRunner
 from fastgen.config import EngineConfig, SamplingParams, check_int
 from fastgen.core import scheduler, tensor_memory
@@ -155,7 +156,7 @@ class Engine(GenerateMethods):
             allocate = partial(self.memory.allocate("cache", self.device, num_bytes).allocate, dtype=self.dtype)
             runner.attach_cache(new_kv_cache(shard, num_slots, allocate=allocate))
             page_copier.attach_cache(runner.cache)
-            runner.warm_up(runner.cache, progress=progress)
+            warm_up.warm_up(runner, progress=progress)
             # A reference to this engine would keep its memory until Python looks for cycles.
             self.profiler = Profiler(shard, self.dtype, self.device, partial(_memory_usage_of, weakref.ref(self)))
             vocabulary = tokenizer, model_config.vocab_size, end_token_ids(model_config, tokenizer)
@@ -670,7 +671,7 @@ def _cache_capacity(runner: ModelRunner, config: EngineConfig, ranks: Ranks) -> 
         if runner.device.type == "cuda":
             scratch = new_kv_cache(shard, pages.page_size, device=runner.device, dtype=runner.dtype)
             try:
-                used = runner.profile_peak_memory(scratch)
+                used = warm_up.profile_peak_memory(runner, scratch)
             except torch.OutOfMemoryError as e:
                 raise _out_of_memory(runner, "the activations of the largest step do not fit") from e
             num_bytes = pages.gpu_memory_utilization * torch.cuda.mem_get_info(runner.device)[1] - used

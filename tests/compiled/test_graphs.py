@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from dynamo import num_compiled_graphs
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import SamplingParams, lora
-from fastgen.compiled.compiled_ops import num_compiled_graphs
 from fastgen.core import scheduler, scheduling_policy
 
 pytestmark = [

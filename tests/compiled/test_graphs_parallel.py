@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from dynamo import num_compiled_graphs
 from test_graphs import CONFIG, SETTINGS, SPEC, load, rounding
 from test_workers import check_error, check_kill, no_leftover_ranks  # noqa: F401, the last is a fixture
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.compiled.compiled_ops import num_compiled_graphs
 from fastgen.core import scheduler
 
 pytestmark = [

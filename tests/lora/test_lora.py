@@ -259,7 +259,7 @@ def test_as_merged(way: str) -> None:
 
 def compiled() -> None:
     """Checks compiled regions: adding, changing and removing adapters recompiles nothing."""
-    from fastgen.compiled.compiled_ops import num_compiled_graphs
+    from dynamo import num_compiled_graphs
 
     e, work = engine(adapters={}, cache_tokens=1024, compile="inductor", **SMALL), load(4, 12)
     before = num_compiled_graphs()

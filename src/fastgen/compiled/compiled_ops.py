@@ -59,10 +59,3 @@ class CompiledOps:
             return compiled(*args)
 
         return call
-
-
-def num_compiled_graphs() -> int:
-    """Returns the number of graphs that torch.compile has compiled in this process."""
-    from torch._dynamo.utils import counters  # takes more than a second to import
-
-    return counters["stats"]["unique_graphs"]

@@ -5,7 +5,6 @@ inductor   whatever lies between two matmuls or attentions is one kernel (`compi
 graphs     the same, and steps of few tokens are captured (`cuda_graphs`)
 """
 
-import itertools
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastgen.compiled import cuda_graphs, warm_up
+from fastgen.compiled import cuda_graphs
 from fastgen.compiled.compiled_ops import CompiledOps
 from fastgen.compiled.cuda_graphs import CudaGraphs, largest_shape
 from fastgen.config import EngineConfig
@@ -21,19 +20,11 @@ from fastgen.core.model_config import ModelConfig, shard_config, vocab_shard
 from fastgen.core.runner import EagerRunner, StepInputs, StepShape
 from fastgen.core.step import StepOutput, fill_pending_tokens, forward_and_sample
 from fastgen.core.transformer import TORCH_OPS, lm_head_weight
-from fastgen.core.types import Batch, KVCache, Params, SamplerOutput, SamplingTensors, StackedAdapters
+from fastgen.core.types import KVCache, Params, SamplerOutput, SamplingTensors, StackedAdapters
 from fastgen.distributed import tensor_parallel
 from fastgen.distributed.peer_memory import PeerBuffers
 from fastgen.distributed.tensor_parallel import TPGroup, TPProcessGroup, shard_ops
 from fastgen.kernels import batch_invariant, select
-
-
-def _set_triton_cache_dir() -> None:
-    """Sets TRITON_CACHE_DIR. Inductor sets it too, but only when it has something to compile: a process that finds
-    everything compiled would look for Triton's kernels elsewhere and compile them again."""
-    from triton import knobs  # Triton comes with the GPU builds of torch, and not with others
-
-    os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
 
 
 class ModelRunner(EagerRunner):
@@ -49,9 +40,13 @@ class ModelRunner(EagerRunner):
             from fastgen.kernels.page_copy import copy_concatenated as copy_buffer  # Triton comes with GPU builds alone
         super().__init__(params, shard, config, adapters=adapters, largest=largest, copy_buffer=copy_buffer)
         self.mode, self.tp_group, self.vocab_size = config.compile.mode, tp_group, model_config.vocab_size
-        self.graphs, self._profiled = CudaGraphs(self.device), False
+        self.graphs, self.kernels_loaded = CudaGraphs(self.device), False
         if self.device.type == "cuda":
-            _set_triton_cache_dir()
+            from triton import knobs  # Triton comes with the GPU builds of torch, and not with others
+
+            # Inductor sets it too, but only when it has something to compile: a process that finds everything compiled
+            # would look for Triton's kernels elsewhere and compile them again.
+            os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
         if config.compile.batch_invariant:
             if tp_group is not None and tp_group.shard.size > 1:
                 raise ValueError("compile.batch_invariant=true needs one device: all-reduces have no fixed order")
@@ -101,50 +96,39 @@ class ModelRunner(EagerRunner):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: StepInputs, layer_chunk_ready: Sequence[Any] = ()) -> StepOutput:
-        batch, sampling, shape, _, scored = inputs
-        options: Any = {"needs_prompt_logprobs": scored, "layer_chunk_ready": layer_chunk_ready}
-        return self.run(self.cache, batch, sampling, shape, **options)
-
-    def run(
-        self, cache: KVCache, batch: Batch, sampling: SamplingTensors, shape: StepShape, *,
-        needs_prompt_logprobs: bool = False, layer_chunk_ready: Sequence[torch.cuda.Event] = (),
-    ) -> StepOutput:  # fmt: skip
         """Runs a step whose inputs are in the input buffers. The output is valid until the next call.
 
-        With `needs_prompt_logprobs` the output has the hidden states of all tokens. `layer_chunk_ready`: an event for
-        each chunk of as many layers, which these layers wait for before they use the cache; empty: nothing to wait for.
+        `layer_chunk_ready`: an event for each chunk of as many layers, which these layers wait for before they use the
+        cache; empty: nothing to wait for.
         """
-        captured = None if needs_prompt_logprobs else self.graphs.captured.get(shape)
-        if captured is not None and (shape.decode or not layer_chunk_ready):
-            if layer_chunk_ready:
-                torch.cuda.current_stream(self.device).wait_event(layer_chunk_ready[-1])
-            graph, output = captured
-            graph.replay()
-            return output
-        options = {"decode": shape.decode, "return_hidden_states": needs_prompt_logprobs}
-        return self._run_model(cache, batch, sampling, layer_chunk_ready, **options)
-
-    def _run_model(
-        self, cache: KVCache, batch: Batch, sampling: SamplingTensors,
-        layer_chunk_ready: Sequence[torch.cuda.Event] = (),
-        **options: bool,
-    ) -> StepOutput:  # fmt: skip
-        fused_rope = batch.shared_prefix is None and len(batch.token_ids) <= self.fused_rope_max_tokens
-        ops = self._fused_rope_ops if options["decode"] and fused_rope else self._step_ops
+        captured = None if inputs.needs_prompt_logprobs else self.graphs.captured.get(inputs.shape)
+        if captured is None or (layer_chunk_ready and not inputs.shape.decode):
+            return self._run_model(self.cache, inputs, layer_chunk_ready)
         if layer_chunk_ready:
-            layers, stream = itertools.count(), torch.cuda.current_stream(self.device)
+            torch.cuda.current_stream(self.device).wait_event(layer_chunk_ready[-1])
+        graph, output = captured
+        graph.replay()
+        return output
 
-            def rope_and_cache_kv(*args: Any) -> Any:
-                chunk = next(layers) * len(layer_chunk_ready) // self.model_config.num_layers
-                stream.wait_event(layer_chunk_ready[chunk])
+    def _run_model(self, cache: KVCache, inputs: StepInputs, layer_chunk_ready: Sequence[Any] = ()) -> StepOutput:
+        batch, sampling, shape, _, scored = inputs
+        fused_rope = shape.decode and batch.shared_prefix is None and shape.num_tokens <= self.fused_rope_max_tokens
+        ops = self._fused_rope_ops if fused_rope else self._step_ops
+        if layer_chunk_ready:
+            num_layers, stream = self.model_config.num_layers, torch.cuda.current_stream(self.device)
+            layer_events = (layer_chunk_ready[i * len(layer_chunk_ready) // num_layers] for i in range(num_layers))
+
+            def rope_and_cache_kv(*args: Any) -> Any:  # called once by each layer, in order
+                stream.wait_event(next(layer_events))
                 return inner(*args)
 
             inner, ops = ops.rope_and_cache_kv, ops._replace(rope_and_cache_kv=rope_and_cache_kv)
         last_token_ids = self.input_buffers.last_token_ids
         with batch_invariant.prefer_cublaslt(split_k=not self.config.compile.batch_invariant):
             batch = batch._replace(token_ids=self._fill_pending_tokens(batch.token_ids, last_token_ids))
-            inputs = self.params, cache, last_token_ids, batch, sampling, self.model_config
-            return forward_and_sample(*inputs, ops, self.fused_sampler, self.logits_buffer, self.adapters, **options)
+            step = self.params, cache, last_token_ids, batch, sampling, self.model_config, ops
+            outputs = self.fused_sampler, self.logits_buffer, self.adapters
+            return forward_and_sample(*step, *outputs, decode=shape.decode, return_hidden_states=scored)
 
     def sample_logits(
         self, logits: torch.Tensor, sampling: SamplingTensors, num_top_logprobs: int | None
@@ -156,28 +140,19 @@ class ModelRunner(EagerRunner):
 
     # --- start-up ---------------------------------------------------------------------------------------------------
 
-    def profile_peak_memory(self, cache: KVCache) -> int:
-        """Compiles, and returns the bytes of device memory in use after the largest steps; see `warm_up`."""
-        used = warm_up.profile_peak_memory(self, cache)
-        self._profiled = True
-        return used
-
-    def warm_up(self, cache: KVCache, *, progress: bool = True) -> None:
-        """Compiles and captures everything that steps will need."""
-        if self.mode != "eager":
-            warm_up.warm_up(self, cache, kernels_loaded=self._profiled, progress=progress)
-
     def run_padding(self, cache: KVCache, shape: StepShape) -> None:
         """Runs a step of padding alone."""
-        self._run_model(cache, *self._padding_inputs(shape), decode=shape.decode)
+        self._run_model(cache, self._padding_inputs(shape))
 
     def capture(self, cache: KVCache, shape: StepShape) -> None:
         """Captures the graph of a shape."""
         inputs = self._padding_inputs(shape)
-        self.graphs.capture(shape, lambda: self._run_model(cache, *inputs, decode=shape.decode))
+        self.graphs.capture(shape, lambda: self._run_model(cache, inputs))
 
-    def _padding_inputs(self, shape: StepShape) -> tuple[Batch, SamplingTensors]:
-        return self.input_buffers.fill((), {}, shape.num_tokens, shape.num_seqs, 0, () if shape.shared_prefix else None)
+    def _padding_inputs(self, shape: StepShape) -> StepInputs:
+        groups = () if shape.shared_prefix else None
+        batch, sampling = self.input_buffers.fill((), {}, shape.num_tokens, shape.num_seqs, 0, groups)
+        return StepInputs(batch, sampling, shape, 0, needs_prompt_logprobs=False)
 
     def device_bytes(self) -> dict[str, int]:
         """Returns the bytes of device memory that buffers and graphs take, by what takes them."""

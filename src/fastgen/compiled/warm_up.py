@@ -1,17 +1,13 @@
 """Warms a runner up before its first step: compiles, loads kernels, captures graphs, and measures memory."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from tqdm.auto import tqdm
 
 from fastgen.compiled.cuda_graphs import decode_graph_sizes, largest_shape
+from fastgen.compiled.runner import ModelRunner
 from fastgen.config import SchedulerConfig
 from fastgen.core.runner import StepShape
 from fastgen.core.types import KVCache
-
-if TYPE_CHECKING:
-    from fastgen.compiled.runner import ModelRunner
 
 
 def warm_up_shapes(schedule: SchedulerConfig, *, cuda: bool) -> list[StepShape]:
@@ -25,19 +21,19 @@ def warm_up_shapes(schedule: SchedulerConfig, *, cuda: bool) -> list[StepShape]:
     return [*mixed, *(StepShape(n, num_seqs, False) for n in tokens), StepShape(24, 24, True)]
 
 
-def run_warm_up_steps(runner: "ModelRunner", cache: KVCache) -> None:
+def _run_warm_up_steps(runner: ModelRunner, cache: KVCache) -> None:
     """Runs a padding-only step of each warm-up shape."""
     for shape in warm_up_shapes(runner.config.schedule, cuda=runner.fused_sampler is not None):
         runner.run_padding(cache, shape)
 
 
 @torch.no_grad()
-def profile_peak_memory(runner: "ModelRunner", cache: KVCache) -> int:
+def profile_peak_memory(runner: ModelRunner, cache: KVCache) -> int:
     """Returns the bytes of device memory in use after the largest step and the largest graphs of each kind.
 
     `cache` needs no more than the scratch page. The graphs are freed again; what was compiled and loaded stays.
     """
-    run_warm_up_steps(runner, cache)
+    _run_warm_up_steps(runner, cache)
     runner.run_padding(cache, largest_shape(runner.config.schedule))
     largest_graphs = {(shape.decode, shape.shared_prefix): shape for shape in reversed(runner.graph_shapes())}
     for shape in largest_graphs.values():
@@ -45,17 +41,20 @@ def profile_peak_memory(runner: "ModelRunner", cache: KVCache) -> int:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info(runner.device)
     runner.graphs.free()
+    runner.kernels_loaded = True
     return total - free
 
 
 @torch.no_grad()
-def warm_up(runner: "ModelRunner", cache: KVCache, *, kernels_loaded: bool, progress: bool = True) -> None:
-    """Compiles and captures everything that steps will need; `kernels_loaded`: after `profile_peak_memory`."""
-    shapes = runner.graph_shapes()
+def warm_up(runner: ModelRunner, *, progress: bool = True) -> None:
+    """Compiles and captures everything that steps will need."""
+    if runner.mode == "eager":
+        return
+    shapes, cache = runner.graph_shapes(), runner.cache
     disable = None if progress else True
     with tqdm(total=len(shapes) + 1, desc="warm-up", unit="graph", delay=1, leave=False, disable=disable) as bar:
-        if not kernels_loaded:
-            run_warm_up_steps(runner, cache)
+        if not runner.kernels_loaded:
+            _run_warm_up_steps(runner, cache)
         bar.update()
         for shape in shapes:
             runner.capture(cache, shape)
