@@ -16,28 +16,30 @@ import fastgen
 from fastgen import SamplingParams, lora
 
 HERE = Path(__file__).parent
-WAYS: dict[str, tuple[int, int]] = {  # adapter slots, and adapters that requests use in turn
+VARIANTS: dict[str, tuple[int, int]] = {  # adapter slots, and adapters that requests use in turn
     "no room": (0, 0), "room for 8, none used": (8, 0), "one used": (8, 1), "8 used": (8, 8),
 }  # fmt: skip
 
 
-def random_adapter(spec: fastgen.ModelConfig, rank: int, seed: int) -> fastgen.Adapter:
+def random_adapter(model_config: fastgen.ModelConfig, rank: int, seed: int) -> fastgen.Adapter:
     """Returns an adapter of all matrices with random weights."""
-    dice = torch.Generator().manual_seed(seed)
-    adapter = lora.init(spec, rank, 2 * rank, seed=seed, device="cpu")
+    rng = torch.Generator().manual_seed(seed)
+    adapter = lora.init(model_config, rank, 2 * rank, seed=seed, device="cpu")
     for x in lora.parameters(adapter):
-        x.copy_(torch.randn(x.shape, generator=dice) * 0.01)
+        x.copy_(torch.randn(x.shape, generator=rng) * 0.01)
     return adapter
 
 
-def rate(engine: fastgen.Engine, used: int, requests: int, prompt: int, output: int) -> float:
+def measure_rate(
+    engine: fastgen.Engine, num_adapters: int, num_requests: int, prompt_len: int, output_len: int
+) -> float:
     """Returns output tokens/s of one run."""
-    prompts = torch.randint(engine.model_config.vocab_size, (requests, prompt)).tolist()
-    names = [f"{i % used}" if used else None for i in range(requests)]
-    sampling = [SamplingParams(max_tokens=output, ignore_eos=True, adapter=name) for name in names]
-    began = time.perf_counter()
+    prompts = torch.randint(engine.model_config.vocab_size, (num_requests, prompt_len)).tolist()
+    names = [f"{i % num_adapters}" if num_adapters else None for i in range(num_requests)]
+    sampling = [SamplingParams(max_tokens=output_len, ignore_eos=True, adapter=name) for name in names]
+    start = time.perf_counter()
     engine.generate(prompts, sampling, progress=False)
-    return requests * output / (time.perf_counter() - began)
+    return num_requests * output_len / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -49,20 +51,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "adapters_gpu.json")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "model": args.config.stem,
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "model": args.config.stem,
                              "rank": args.rank, "output_tok_s": {}}  # fmt: skip
-    for way, (num_slots, used) in WAYS.items():
-        settings = {"max_adapters": num_slots, "max_rank": args.rank, "gpu_memory_utilization": 0.6}
+    for variant, (max_adapters, num_adapters) in VARIANTS.items():
+        settings = {"max_adapters": max_adapters, "max_rank": args.rank, "gpu_memory_utilization": 0.6}
         with fastgen.Engine.from_pretrained(args.config, random_weights=True, progress=False, **settings) as engine:
-            for i in range(num_slots):
+            for i in range(max_adapters):
                 engine.add_adapter(f"{i}", random_adapter(engine.model_config, args.rank, i))
             for workload in args.workloads:
                 shape = tuple(map(int, workload.split("x")))
-                rate(engine, used, *shape)
-                runs = [rate(engine, used, *shape) for _ in range(args.repeats)]
-                found["output_tok_s"].setdefault(workload, {})[way] = {"median": statistics.median(runs), "runs": runs}
-                print(f"{workload}, {way}: {statistics.median(runs):,.0f} output tokens/s", flush=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+                measure_rate(engine, num_adapters, *shape)
+                rates = [measure_rate(engine, num_adapters, *shape) for _ in range(args.repeats)]
+                results["output_tok_s"].setdefault(workload, {})[variant] = {
+                    "median": statistics.median(rates),
+                    "runs": rates,
+                }
+                print(f"{workload}, {variant}: {statistics.median(rates):,.0f} output tokens/s", flush=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from fastgen.core.types import SharedPrefix
 from fastgen.kernels import attention
 
 HERE = Path(__file__).parent
-SPEC = fastgen.from_hf_config(json.loads((HERE / "configs" / "llama-3.1-8b-instruct.json").read_text()))
+CONFIG = fastgen.from_hf_config(json.loads((HERE / "configs" / "llama-3.1-8b-instruct.json").read_text()))
 DECODE = {"512 x 1088": [1088] * 512, "64 x 4096": [4096] * 64, "8 x 32768": [32768] * 8, "1 x 8192": [8192]}
 PREFILL = {  # (all tokens, new tokens)
     "16 x 1024": [(1024, 1024)] * 16,
@@ -40,7 +40,7 @@ PREFILL = {  # (all tokens, new tokens)
     "4096 after 28672": [(32768, 4096)],
 }
 RAGGED = [(300, 300), (129, 129), (500, 100), (640, 128), (700, 60), (513, 2), (200, 1), (1, 1)]
-OWN = (attention.PREFILL_TILE, attention.LONG_PREFILL_TILE)  # the backend's tiles
+DEFAULT_TILES = (attention.PREFILL_TILE, attention.LONG_PREFILL_TILE)  # the backend's tiles
 Variant = tuple[int, dict[str, int] | None, bool]  # page size, tile (None: the backend's choice), TMA
 VARIANTS: list[Variant] = [
     (16, {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2}, False),
@@ -57,46 +57,48 @@ VARIANTS: list[Variant] = [
 Case = tuple[fastgen.Batch, Tensor, Tensor, Tensor]
 
 
-def case(shapes: list[tuple[int, int]], page: int, *, groups: int = 0, shared: int = 0) -> Case:
+def make_case(shapes: list[tuple[int, int]], page_size: int, *, groups: int = 0, shared: int = 0) -> Case:
     """Returns a batch of sequences of (all, new) tokens in `groups` with a prefix of `shared` tokens; q, k, v."""
-    needed = [-(-(n - shared) // page) for n, _ in shapes]
-    ids = list(range(1, sum(needed) + groups * (shared // page) + 1))
+    num_pages = [-(-(n - shared) // page_size) for n, _ in shapes]
+    ids = list(range(1, sum(num_pages) + groups * (shared // page_size) + 1))
     random.Random(0).shuffle(ids)
-    common = [tuple(ids.pop() for _ in range(shared // page)) for _ in range(groups)]
+    shared_pages = [tuple(ids.pop() for _ in range(shared // page_size)) for _ in range(groups)]
     plan = []
-    for i, ((n, new), count) in enumerate(zip(shapes, needed, strict=True)):
-        first = common[i * groups // len(shapes)] if groups else ()
+    for i, ((n, new), count) in enumerate(zip(shapes, num_pages, strict=True)):
+        first = shared_pages[i * groups // len(shapes)] if groups else ()
         plan.append(Span(i, n - new, n, True, first + tuple(ids.pop() for _ in range(count))))
-    batch = fastgen.build_batch(tuple(plan), {i: [0] * n for i, (n, _) in enumerate(shapes)}, page, "cuda")
-    kind = {"device": "cuda", "dtype": torch.bfloat16}
-    slots = (sum(needed) + groups * (shared // page) + 1) * page
-    k, v = (torch.randn(slots, SPEC.num_kv_heads, SPEC.head_dim, **kind) for _ in "kv")
+    batch = fastgen.build_batch(tuple(plan), {i: [0] * n for i, (n, _) in enumerate(shapes)}, page_size, "cuda")
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    slots = (sum(num_pages) + groups * (shared // page_size) + 1) * page_size
+    k, v = (torch.randn(slots, CONFIG.num_kv_heads, CONFIG.head_dim, **options) for _ in "kv")
     if groups:
-        member = torch.arange(len(shapes), device="cuda", dtype=torch.int32).view(groups, -1)
+        group_rows = torch.arange(len(shapes), device="cuda", dtype=torch.int32).view(groups, -1)
         keys, skip = (torch.full((n,), shared, device="cuda", dtype=torch.int32) for n in (groups, len(shapes)))
-        batch = batch._replace(shared_prefix=SharedPrefix(member, keys, skip))
-    return batch, torch.randn(len(batch.token_ids), SPEC.num_q_heads, SPEC.head_dim, **kind), k, v
+        batch = batch._replace(shared_prefix=SharedPrefix(group_rows, keys, skip))
+    return batch, torch.randn(len(batch.token_ids), CONFIG.num_q_heads, CONFIG.head_dim, **options), k, v
 
 
-def use(tile: dict[str, int] | None, tma: bool) -> None:
+def set_tile(tile: dict[str, int] | None, tma: bool) -> None:
     """Sets the tile that the backend prefills with."""
-    attention.PREFILL_TILE, attention.LONG_PREFILL_TILE = (tile, tile) if tile else OWN
+    attention.PREFILL_TILE, attention.LONG_PREFILL_TILE = (tile, tile) if tile else DEFAULT_TILES
     attention.USE_TMA = tma
 
 
-def check(page: int, tile: dict[str, int] | None, tma: bool) -> str:
+def check(page_size: int, tile: dict[str, int] | None, tma: bool) -> str:
     """Returns what is wrong with a variant's attention of a ragged batch, or "". Compiles, in its own process."""
-    use(tile, tma)
+    set_tile(tile, tma)
     torch.manual_seed(0)
-    batch, q, k, v = case(RAGGED, page)
+    batch, q, k, v = make_case(RAGGED, page_size)
     worst = 0.0
     for window in (None, 100):
         try:
-            ours = attention.paged_attention(batch, SPEC)(q, k, v, window).float()
+            output = attention.paged_attention(batch, CONFIG)(q, k, v, window).float()
         except Exception as error:  # a tile that does not compile is a result
             return f"{type(error).__name__}: {str(error)[:200]}"
-        exact = reference(batch, SPEC)(q, k, v, window).float()
-        worst = max(worst, float((ours - exact).norm() / exact.norm()), float((ours - exact).abs().max()) / 4)
+        expected = reference(batch, CONFIG)(q, k, v, window).float()
+        worst = max(
+            worst, float((output - expected).norm() / expected.norm()), float((output - expected).abs().max()) / 4
+        )
     return "" if worst < 1e-2 else f"differs from the reference by {worst}"
 
 
@@ -121,71 +123,73 @@ def host_seconds(f: Callable[[], object]) -> float:
 
 
 def flops(shapes: list[tuple[int, int]]) -> float:
-    return sum(4 * (new * (n - new) + new * new / 2) * SPEC.num_q_heads * SPEC.head_dim for n, new in shapes)
+    return sum(4 * (new * (n - new) + new * new / 2) * CONFIG.num_q_heads * CONFIG.head_dim for n, new in shapes)
 
 
-def peers(shapes: list[tuple[int, int]]) -> dict[str, float]:
+def measure_peers(shapes: list[tuple[int, int]]) -> dict[str, float]:
     """Returns the FLOP/s of torch's kernels, if all tokens are new."""
     n, count = shapes[0][0], len(shapes)
-    x, y = (torch.randn(count, h, n, SPEC.head_dim, device="cuda", dtype=torch.bfloat16)
-            for h in (SPEC.num_q_heads, SPEC.num_kv_heads))  # fmt: skip
+    x, y = (torch.randn(count, h, n, CONFIG.head_dim, device="cuda", dtype=torch.bfloat16)
+            for h in (CONFIG.num_q_heads, CONFIG.num_kv_heads))  # fmt: skip
     rates = {}
-    for key, peer in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash2", SDPBackend.FLASH_ATTENTION)):
-        with sdpa_kernel(peer):
-            taken = seconds(
+    for key, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash2", SDPBackend.FLASH_ATTENTION)):
+        with sdpa_kernel(backend):
+            elapsed = seconds(
                 lambda: torch.nn.functional.scaled_dot_product_attention(x, y, y, is_causal=True, enable_gqa=True)
             )
-        rates[f"{key}_tflop_s"] = flops(shapes) / taken / 1e12
+        rates[f"{key}_tflop_s"] = flops(shapes) / elapsed / 1e12
     return rates
 
 
 def prefill(variants: list[Variant]) -> list[dict[str, Any]]:
     """Returns a row for each variant, with its FLOP/s at each shape if it is correct."""
     with ProcessPoolExecutor(len(variants), multiprocessing.get_context("spawn")) as pool:
-        wrong = list(pool.map(check, *zip(*variants, strict=True)))
+        errors = list(pool.map(check, *zip(*variants, strict=True)))
     rows: list[dict[str, Any]] = [
-        {"kind": "prefill", "page": page, "tma": tma, **(tile or {"tile": "own"})} | ({"wrong": error} if error else {})
-        for (page, tile, tma), error in zip(variants, wrong, strict=True)
+        {"kind": "prefill", "page": page_size, "tma": tma, **(tile or {"tile": "own"})}
+        | ({"wrong": error} if error else {})
+        for (page_size, tile, tma), error in zip(variants, errors, strict=True)
     ]
-    for page in sorted({page for page, *_ in variants}):
+    for page_size in sorted({page_size for page_size, *_ in variants}):
         for name, shapes in PREFILL.items():
-            batch, q, k, v = case(shapes, page)
-            for (of, tile, tma), row in zip(variants, rows, strict=True):
-                if of != page or "wrong" in row:
+            batch, q, k, v = make_case(shapes, page_size)
+            for (tile_page, tile, tma), row in zip(variants, rows, strict=True):
+                if tile_page != page_size or "wrong" in row:
                     continue
-                use(tile, tma)
-                attend = attention.paged_attention(batch, SPEC)
+                set_tile(tile, tma)
+                attend = attention.paged_attention(batch, CONFIG)
                 row[name] = flops(shapes) / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
                 if name == "8 x 1024":
                     row["host_us"] = host_seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023
-    use(None, True)
+    set_tile(None, True)
     return rows
 
 
-def decode(page: int, copy: float) -> list[dict[str, Any]]:
+def decode(page_size: int, copy: float) -> list[dict[str, Any]]:
     rows = []
     for name, lengths in DECODE.items():
-        batch, q, k, v = case([(n, 1) for n in lengths], page)
-        attend = attention.paged_attention(batch, SPEC)
-        rate = sum(lengths) * 2 * SPEC.num_kv_heads * SPEC.head_dim * 2 / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
-        rows.append({"kind": "decode", "shape": name, "page": page, "triton_tb_s": rate, "of_copy": rate / copy})
+        batch, q, k, v = make_case([(n, 1) for n in lengths], page_size)
+        attend = attention.paged_attention(batch, CONFIG)
+        num_bytes = sum(lengths) * 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 2
+        rate = num_bytes / seconds(lambda: attend(q, k, v, None)) / 1e12  # noqa: B023
+        rows.append({"kind": "decode", "shape": name, "page": page_size, "triton_tb_s": rate, "of_copy": rate / copy})
     return rows
 
 
-def shared(page: int) -> list[dict[str, Any]]:
+def shared(page_size: int) -> list[dict[str, Any]]:
     """Times decoding sequences with 1024 shared keys and 128 of their own, with and without groups."""
     rows = []
-    for groups, each in ((32, 16), (8, 16), (4, 8)):
-        batch, q, k, v = case([(1152, 1)] * (groups * each), page, groups=groups, shared=1024)
-        together, alone = (
-            attention.paged_attention(batch._replace(shared_prefix=shared), SPEC)
+    for groups, group_size in ((32, 16), (8, 16), (4, 8)):
+        batch, q, k, v = make_case([(1152, 1)] * (groups * group_size), page_size, groups=groups, shared=1024)
+        grouped, ungrouped = (
+            attention.paged_attention(batch._replace(shared_prefix=shared), CONFIG)
             for shared in (batch.shared_prefix, None)
         )
-        x, y = (attend(q, k, v, None).float() for attend in (together, alone))
+        x, y = (attend(q, k, v, None).float() for attend in (grouped, ungrouped))
         error = float((x - y).norm() / y.norm())
         times = {name: seconds(lambda: attend(q, k, v, None)) * 1e6  # noqa: B023
-                 for name, attend in (("together_us", together), ("alone_us", alone))}  # fmt: skip
-        rows.append({"kind": "shared", "shape": f"{groups} x {each}", "page": page, "error": error, **times})
+                 for name, attend in (("together_us", grouped), ("alone_us", ungrouped))}  # fmt: skip
+        rows.append({"kind": "shared", "shape": f"{groups} x {group_size}", "page": page_size, "error": error, **times})
     return rows
 
 
@@ -198,13 +202,13 @@ def main() -> None:
     copy = 2 * big.nbytes / triton.testing.do_bench(big.clone, return_mode="median") / 1e9
     del big
     rows: list[dict[str, Any]] = [
-        {"kind": "peers", "shape": name, **peers(shapes)}
+        {"kind": "peers", "shape": name, **measure_peers(shapes)}
         for name, shapes in PREFILL.items()
         if shapes[0][0] == shapes[0][1]
     ]
-    rows += prefill([(page, None, True) for page in (16, 64, 128)] + (VARIANTS if args.variants else []))
-    for page in (16, 64, 128):
-        rows += decode(page, copy)
+    rows += prefill([(page_size, None, True) for page_size in (16, 64, 128)] + (VARIANTS if args.variants else []))
+    for page_size in (16, 64, 128):
+        rows += decode(page_size, copy)
     rows += shared(64)
     result = {"gpu": torch.cuda.get_device_name(), "copy_tb_s": copy, "rows": rows,
               "torch": torch.__version__, "triton": triton.__version__, "fastgen": fastgen.__version__}  # fmt: skip

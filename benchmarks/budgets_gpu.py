@@ -1,4 +1,4 @@
-"""How the token budget of mixed steps and the number of running requests move the headline workload.
+"""Throughput of the headline workload over the token budget and the prefill chunk of mixed steps.
 
 python benchmarks/budgets_gpu.py mistral-7b-instruct-v0.3 512x1024x128 --budget 2048 4096 8192
 """
@@ -28,16 +28,16 @@ def main() -> None:
         HERE / "configs" / f"{args.model}.json", random_weights=True, dtype="bfloat16", progress=False,
         max_num_seqs=512, token_budget=max(args.budget),
     )  # fmt: skip
-    limits, generator, results = engine.config.schedule, torch.Generator().manual_seed(0), []
+    schedule, generator, results = engine.config.schedule, torch.Generator().manual_seed(0), []
     for workload in args.workload:
-        count, length, output = map(int, workload.split("x"))
-        sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=output, ignore_eos=True)
+        num_requests, prompt_len, output_len = map(int, workload.split("x"))
+        sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=output_len, ignore_eos=True)
         for budget in (max(args.budget), *args.budget):  # the first is the warm-up
             for chunk in args.chunk:
-                changed = replace(limits, token_budget=budget, prefill_chunk=chunk or None)
-                engine.config = replace(engine.config, schedule=changed)
+                variant = replace(schedule, token_budget=budget, prefill_chunk=chunk or None)
+                engine.core.config = replace(engine.config, schedule=variant)
                 prompts = torch.randint(
-                    100, engine.model_config.vocab_size, (count, length), generator=generator
+                    100, engine.model_config.vocab_size, (num_requests, prompt_len), generator=generator
                 ).tolist()
                 torch.cuda.synchronize()
                 start, steps = time.perf_counter(), engine.num_steps
@@ -45,7 +45,7 @@ def main() -> None:
                 seconds = time.perf_counter() - start
                 row = {
                     "model": args.model, "workload": workload, "budget": budget, "chunk": chunk, "seconds": seconds,
-                    "output_tok_s": count * output / seconds, "steps": engine.num_steps - steps,
+                    "output_tok_s": num_requests * output_len / seconds, "steps": engine.num_steps - steps,
                 }  # fmt: skip
                 results.append(row)
                 print(json.dumps(row), flush=True)

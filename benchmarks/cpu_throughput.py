@@ -40,35 +40,40 @@ def main() -> None:
     lengths = torch.randint(16, 65, (args.requests,), generator=generator).tolist()
     prompts = [torch.randint(100, engine.model_config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     sampling = fastgen.SamplingParams(temperature=0, max_tokens=args.output_len, ignore_eos=True)
-    exact = {"max_new_tokens": args.output_len, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generate_kwargs = {"max_new_tokens": args.output_len, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def ours() -> list[list[int]]:
+    def run_fastgen() -> list[list[int]]:
         return [o.completions[0].token_ids for o in engine.generate(prompts, sampling, progress=False)]
 
-    def batched() -> list[list[int]]:
-        longest = max(lengths)
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        return model.generate(input_ids=ids, attention_mask=mask, **exact)[:, longest:].tolist()
+    def run_batched() -> list[list[int]]:
+        max_length = max(lengths)
+        ids = torch.tensor([[0] * (max_length - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (max_length - len(p)) + [1] * len(p) for p in prompts])
+        return model.generate(input_ids=ids, attention_mask=mask, **generate_kwargs)[:, max_length:].tolist()
 
-    def single() -> list[list[int]]:
+    def run_single() -> list[list[int]]:
         rows = [
-            model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(), **exact) for p in prompts[:4]
+            model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(), **generate_kwargs)
+            for p in prompts[:4]
         ]
         return [row[0, len(p) :].tolist() for row, p in zip(rows, prompts[:4], strict=True)]
 
-    runs: dict[str, Callable[[], list[list[int]]]] = {"fastgen": ours, "batched": batched, "single": single}
+    runs: dict[str, Callable[[], list[list[int]]]] = {
+        "fastgen": run_fastgen,
+        "batched": run_batched,
+        "single": run_single,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     tokens: dict[str, list[list[int]]] = {}
-    ours()
-    batched()
+    run_fastgen()
+    run_batched()
     for _ in range(args.rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             tokens[name] = run()
             seconds[name].append(time.perf_counter() - start)
             print(f"{name:8} {seconds[name][-1]:.2f} s")
-    rate = {name: len(tokens[name]) * args.output_len / statistics.median(values) for name, values in seconds.items()}
+    rates = {name: len(tokens[name]) * args.output_len / statistics.median(values) for name, values in seconds.items()}
     result = {
         "model": "SmolLM2-135M-Instruct",
         "dtype": "float32",
@@ -76,9 +81,9 @@ def main() -> None:
         "prompt_lengths": lengths,
         "output_len": args.output_len,
         "seconds": seconds,
-        "output_tok_s": rate,
-        "ratio_to_batched": rate["fastgen"] / rate["batched"],
-        "ratio_to_single": rate["fastgen"] / rate["single"],
+        "output_tok_s": rates,
+        "ratio_to_batched": rates["fastgen"] / rates["batched"],
+        "ratio_to_single": rates["fastgen"] / rates["single"],
         "prompts_equal_to_batched": sum(a == b for a, b in zip(tokens["fastgen"], tokens["batched"], strict=True)),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""Sampler's against scorer's logprobs, by default and batch-invariant, and the cost of that mode and of logprobs.
+"""Compares logprobs of the sampler and the scorer, by default and batch-invariant; measures the cost of both.
 
 python benchmarks/deterministic_gpu.py llama-3.2-1b-instruct --out deterministic.json
 """
@@ -19,10 +19,10 @@ from fastgen import SamplingParams
 HERE = Path(__file__).parent
 
 
-def requests(n: int, vocab: int, dice: random.Random) -> tuple[list[list[int]], list[SamplingParams]]:
-    common = [dice.randrange(vocab) for _ in range(300)]
-    prompts = [common[: dice.choice((0, 0, 130, 300))] + [dice.randrange(vocab) for _ in range(dice.randint(1, 700))]
-               for _ in range(n)]  # fmt: skip
+def make_requests(num_requests: int, vocab: int, rng: random.Random) -> tuple[list[list[int]], list[SamplingParams]]:
+    common = [rng.randrange(vocab) for _ in range(300)]
+    prompts = [common[: rng.choice((0, 0, 130, 300))] + [rng.randrange(vocab) for _ in range(rng.randint(1, 700))]
+               for _ in range(num_requests)]  # fmt: skip
     choices: list[dict[str, Any]] = [
         {},
         {"temperature": 0.0},
@@ -32,21 +32,19 @@ def requests(n: int, vocab: int, dice: random.Random) -> tuple[list[list[int]], 
         {},
     ]
     return prompts, [
-        SamplingParams(
-            seed=i, logprobs=0, max_tokens=dice.randint(1, 120), ignore_eos=True, **choices[i % len(choices)]
-        )
-        for i in range(n)
+        SamplingParams(seed=i, logprobs=0, max_tokens=rng.randint(1, 120), ignore_eos=True, **choices[i % len(choices)])
+        for i in range(num_requests)
     ]
 
 
-def rate(engine: fastgen.Engine, logprobs: int | None, shape: tuple[int, int, int]) -> float:
+def measure_rate(engine: fastgen.Engine, logprobs: int | None, shape: tuple[int, int, int]) -> float:
     """Returns output tokens/s."""
-    n, prompt, output = shape
-    prompts = torch.randint(100, engine.model_config.vocab_size, (n, prompt)).tolist()
-    sampling = SamplingParams(max_tokens=output, ignore_eos=True, logprobs=logprobs)
+    num_requests, prompt_len, output_len = shape
+    prompts = torch.randint(100, engine.model_config.vocab_size, (num_requests, prompt_len)).tolist()
+    sampling = SamplingParams(max_tokens=output_len, ignore_eos=True, logprobs=logprobs)
     start = time.perf_counter()
     engine.generate(prompts, sampling, progress=False)
-    return n * output / (time.perf_counter() - start)
+    return num_requests * output_len / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -58,9 +56,9 @@ def main() -> None:
     parser.add_argument("--no-rates", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "deterministic_gpu.json")
     args = parser.parse_args()
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     config = HERE / "configs" / f"{args.model}.json"
-    row = found.setdefault(args.model, {})  # keeps the other mode's results
+    row = results.setdefault(args.model, {})  # keeps the other mode's results
     row["device"] = torch.cuda.get_device_name()
     for mode in args.modes:
         engine = fastgen.Engine.from_pretrained(
@@ -70,28 +68,30 @@ def main() -> None:
             batch_invariant=mode == "deterministic",
             gpu_memory_utilization=0.6,
         )
-        one = row[mode] = {}
-        prompts, sampling = requests(args.requests, engine.model_config.vocab_size, random.Random(0))
+        result = row[mode] = {}
+        prompts, sampling = make_requests(args.requests, engine.model_config.vocab_size, random.Random(0))
         outputs = engine.generate(prompts, sampling, progress=False)
         # In other batches, and with prefix cache hits.
-        again = engine.generate(prompts[::-1], sampling[::-1], progress=False)[::-1]
-        pairs = zip(outputs, again, strict=True)
-        one["other tokens or logprobs in other company"] = sum(
+        reordered = engine.generate(prompts[::-1], sampling[::-1], progress=False)[::-1]
+        pairs = zip(outputs, reordered, strict=True)
+        result["other tokens or logprobs in other company"] = sum(
             (a.completions[0].token_ids, a.completions[0].logprobs)
             != (b.completions[0].token_ids, b.completions[0].logprobs) for a, b in pairs
         )  # fmt: skip
-        one["sampler and scorer"] = fastgen.compare_logprobs(
+        result["sampler and scorer"] = fastgen.compare_logprobs(
             outputs, engine.params, engine.model_config, batch_invariant=mode == "deterministic"
         )._asdict()
-        print(mode, one, flush=True)
+        print(mode, result, flush=True)
         if not args.no_rates:
             for name, shape in (("512x1024x128", (512, 1024, 128)), ("1x128x256", (1, 128, 256))):
-                rate(engine, None, shape)
-                turns = [(k, rate(engine, k, shape)) for _ in range(args.repeats) for k in (None, 0)]  # alternately
-                runs = {f"logprobs={k}": [x for other, x in turns if other == k] for k in (None, 0)}
-                one[name] = {k: {"median": statistics.median(v), "runs": v} for k, v in runs.items()}
+                measure_rate(engine, None, shape)
+                measured = [
+                    (k, measure_rate(engine, k, shape)) for _ in range(args.repeats) for k in (None, 0)
+                ]  # alternately
+                runs = {f"logprobs={k}": [x for k_measured, x in measured if k_measured == k] for k in (None, 0)}
+                result[name] = {k: {"median": statistics.median(v), "runs": v} for k, v in runs.items()}
                 print(mode, name, {k: round(statistics.median(v), 1) for k, v in runs.items()}, flush=True)
-        args.out.write_text(json.dumps(found, indent=1))
+        args.out.write_text(json.dumps(results, indent=1))
         engine.close()
         del engine
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
-"""The loop that learns, for several seeds: `fgrun +experiment=grpo_smollm2`, its curves and its wall time.
+"""Trains with GRPO for several seeds, as `fgrun +experiment=grpo_smollm2`; plots the curves and records the wall time.
 
     OMP_NUM_THREADS=1 python benchmarks/grpo.py --seeds 0 1 2     # results/grpo.json and docs/grpo.png
 
-A seed's folder that has a run already is gone on with, so that an interrupted call can be made again. Further
-arguments are overrides, as of fgrun.
+A run that exists in a seed's folder is resumed, so that an interrupted call can be repeated. Further arguments are
+overrides, as for fgrun.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Can a decode step hide its attention, bound by memory, behind its matmuls, bound by arithmetic?
+"""Overlaps the memory-bound attention of a decode step with its compute-bound matmuls, to see whether it pays.
 
     python benchmarks/lanes_gpu.py --out lanes.json
 
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 PAGE = 16
 
 
-def carve(processors: int) -> None:
+def reserve_sms(processors: int) -> None:
     """Makes matmuls leave this many multiprocessors free."""
     torch._C._set_sm_carveout_experimental(processors or None)
 
@@ -45,47 +45,55 @@ def batch(rows: int, context: int, first: int, table: Tensor) -> Batch:
     return Batch(n + 5, position, slot, start, position + 1, req_idx, table, n, PAGE)
 
 
-def one(params: Params, cache: KVCache, b: Batch, spec: fastgen.ModelConfig, ops: Any) -> Tensor:
-    x, y = transformer.run_layers(params, cache, b, spec, ops)
-    return ops.final_norm(x, y, params.final_norm, spec.rms_norm_eps)
+def run_batch(params: Params, cache: KVCache, b: Batch, model_config: fastgen.ModelConfig, ops: Any) -> Tensor:
+    hidden, residual = transformer.run_layers(params, cache, b, model_config, ops)
+    return ops.final_norm(hidden, residual, params.final_norm, model_config.rms_norm_eps)
 
 
-def lanes(
-    params: Params, cache: KVCache, halves: list[Batch], spec: fastgen.ModelConfig, ops: Any, side: Any
+def run_halves(
+    params: Params, cache: KVCache, halves: list[Batch], model_config: fastgen.ModelConfig, ops: Any, side: Any
 ) -> list[Tensor]:
     """Runs both halves at once: matmuls on the current stream, attention on `side`."""
     main = torch.cuda.current_stream()
-    x, y, turn, attend, q, o, ready = [[None] * 2 for _ in range(7)]
+    hidden, residual, rotations, attend, q, o, ready = [[None] * 2 for _ in range(7)]
     for i, b in enumerate(halves):
-        x[i], y[i], *turn[i] = ops.embed(params.embed, b.token_ids, b.positions, spec)
-        attend[i] = ops.attention(b, spec)
+        hidden[i], residual[i], *rotations[i] = ops.embed(params.embed, b.token_ids, b.positions, model_config)
+        attend[i] = ops.attention(b, model_config)
 
-    def begin(i: int, n: int) -> None:
+    def begin_layer(i: int, n: int) -> None:
         layer = params.layers[n]
-        x[i], qkv = ops.add_norm_qkv(x[i], y[i], layer.attn_norm, spec.rms_norm_eps, layer.qkv, layer.qkv_bias)
+        hidden[i], qkv = ops.add_norm_qkv(
+            hidden[i], residual[i], layer.attn_norm, model_config.rms_norm_eps, layer.qkv, layer.qkv_bias
+        )
         q[i] = ops.rope_and_cache_kv(
-            qkv.unflatten(-1, (-1, spec.head_dim)), *turn[i], halves[i].slot_mapping, cache.k[n], cache.v[n]
+            qkv.unflatten(-1, (-1, model_config.head_dim)),
+            *rotations[i],
+            halves[i].slot_mapping,
+            cache.k[n],
+            cache.v[n],
         )
         side.wait_event(main.record_event())
         with torch.cuda.stream(side):
             o[i] = attend[i](q[i], cache.k[n], cache.v[n], None)
             ready[i] = side.record_event()
 
-    def end(i: int, n: int) -> None:
+    def end_layer(i: int, n: int) -> None:
         layer = params.layers[n]
         main.wait_event(ready[i])
-        y[i] = ops.linear(o[i].flatten(1), layer.out, layer.out_bias)
-        x[i], gated = ops.add_norm_gate_up(x[i], y[i], layer.ffn_norm, spec.rms_norm_eps, layer.gate_up)
-        y[i] = ops.linear(gated, layer.down)
+        residual[i] = ops.linear(o[i].flatten(1), layer.out, layer.out_bias)
+        hidden[i], gated = ops.add_norm_gate_up(
+            hidden[i], residual[i], layer.ffn_norm, model_config.rms_norm_eps, layer.gate_up
+        )
+        residual[i] = ops.linear(gated, layer.down)
 
     for i in range(2):
-        begin(i, 0)
-    for n in range(spec.num_layers):
+        begin_layer(i, 0)
+    for n in range(model_config.num_layers):
         for i in range(2):
-            end(i, n)
-            if n + 1 < spec.num_layers:
-                begin(i, n + 1)
-    return [ops.final_norm(x[i], y[i], params.final_norm, spec.rms_norm_eps) for i in range(2)]
+            end_layer(i, n)
+            if n + 1 < model_config.num_layers:
+                begin_layer(i, n + 1)
+    return [ops.final_norm(hidden[i], residual[i], params.final_norm, model_config.rms_norm_eps) for i in range(2)]
 
 
 def graph_ms(f: Any, priority: int = 0, seconds: float = 1.5) -> float:
@@ -118,51 +126,57 @@ def main() -> None:
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
 
-    def note(**row: Any) -> None:
+    def record(**row: Any) -> None:
         results.append(row)
         print(row, flush=True)
 
     torch.backends.cuda.preferred_blas_library("cublaslt")
-    spec = fastgen.from_hf_config(files.read_hf_config(HERE / "configs" / f"{args.model}.json"))
-    params = fastgen.init(spec, device="cuda", dtype=torch.bfloat16)
-    wide = -(-args.context // PAGE)
-    most = max(args.rows)
-    cache = fastgen.new_kv_cache(spec, (most * wide + 1) * PAGE, device="cuda", dtype=torch.bfloat16)
+    model_config = fastgen.from_hf_config(files.read_hf_config(HERE / "configs" / f"{args.model}.json"))
+    params = fastgen.init(model_config, device="cuda", dtype=torch.bfloat16)
+    pages_per_seq = -(-args.context // PAGE)
+    max_rows = max(args.rows)
+    cache = fastgen.new_kv_cache(
+        model_config, (max_rows * pages_per_seq + 1) * PAGE, device="cuda", dtype=torch.bfloat16
+    )
     for leaf in (*cache.k, *cache.v):
         leaf.normal_()
-    table = torch.cat((torch.zeros(1, wide), torch.randperm(most * wide).view(most, wide) + 1)).int().cuda()
-    region = CompiledOps()
+    pages = torch.randperm(max_rows * pages_per_seq).view(max_rows, pages_per_seq) + 1
+    table = torch.cat((torch.zeros(1, pages_per_seq), pages)).int().cuda()
+    compiled = CompiledOps()
     ops = TORCH_OPS._replace(
-        attention=paged_attention, embed=region(transformer.embed), final_norm=region(transformer.final_norm),
-        add_norm_qkv=region(transformer.add_norm_qkv), add_norm_gate_up=region(transformer.add_norm_gate_up),
+        attention=paged_attention, embed=compiled(transformer.embed), final_norm=compiled(transformer.final_norm),
+        add_norm_qkv=compiled(transformer.add_norm_qkv), add_norm_gate_up=compiled(transformer.add_norm_gate_up),
         rope_and_cache_kv=rope_cache.rope_and_cache_kv,
     )  # fmt: skip
     with torch.no_grad():
-        one(params, cache, batch(40, args.context, 1, table), spec, ops)
+        run_batch(params, cache, batch(40, args.context, 1, table), model_config, ops)
         for rows in args.rows:
-            whole = batch(rows, args.context, 1, table)
+            full_batch = batch(rows, args.context, 1, table)
             halves = [batch(rows // 2, args.context, 1 + i * rows // 2, table) for i in range(2)]
-            carve(0)
-            want = one(params, cache, whole, spec, ops)
-            note(rows=rows, lanes=1, ms=graph_ms(partial(one, params, cache, whole, spec, ops)))
-            note(rows=rows // 2, lanes=1, ms=graph_ms(partial(one, params, cache, halves[0], spec, ops)))
-            for free in (0, 24, 36, 48, 60):
+            reserve_sms(0)
+            expected = run_batch(params, cache, full_batch, model_config, ops)
+            record(rows=rows, lanes=1, ms=graph_ms(partial(run_batch, params, cache, full_batch, model_config, ops)))
+            record(
+                rows=rows // 2, lanes=1, ms=graph_ms(partial(run_batch, params, cache, halves[0], model_config, ops))
+            )
+            for num_free in (0, 24, 36, 48, 60):
                 for low in (0, -1):
                     side = torch.cuda.Stream(priority=0)
-                    carve(free)
-                    ms = graph_ms(partial(lanes, params, cache, halves, spec, ops, side), priority=low)
-                    off = max((a - b).abs().max().item() for a, b in zip(
-                        lanes(params, cache, halves, spec, ops, side), want.split(rows // 2), strict=True))  # fmt: skip
-                    note(rows=rows, lanes=2, free=free, priority=low, ms=ms, off=off)
-        carve(0)
+                    reserve_sms(num_free)
+                    ms = graph_ms(partial(run_halves, params, cache, halves, model_config, ops, side), priority=low)
+                    outputs = run_halves(params, cache, halves, model_config, ops, side)
+                    pairs = zip(outputs, expected.split(rows // 2), strict=True)
+                    max_error = max((a - b).abs().max().item() for a, b in pairs)
+                    record(rows=rows, lanes=2, free=num_free, priority=low, ms=ms, off=max_error)
+        reserve_sms(0)
         layer = params.layers[0]
         for tokens in (8192, 512, 256):
-            x = torch.randn(tokens, spec.hidden_size, device="cuda", dtype=torch.bfloat16)
-            for free in (0, 16, 32, 48):
-                carve(free)
+            x = torch.randn(tokens, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
+            for num_free in (0, 16, 32, 48):
+                reserve_sms(num_free)
                 ms = graph_ms(lambda: [x @ layer.gate_up.T for _ in range(4)], seconds=2.5)  # noqa: B023
                 rate = 4 * 2 * tokens * layer.gate_up.numel() / ms / 1e9
-                note(product=[tokens, *layer.gate_up.shape], free=free, tflops=rate)
+                record(product=[tokens, *layer.gate_up.shape], free=num_free, tflops=rate)
     args.out.write_text(json.dumps(results, indent=1))
 
 

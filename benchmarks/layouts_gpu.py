@@ -44,13 +44,13 @@ def collective_fraction(trace: Path) -> float | None:
     with gzip.open(trace, "rt") as f:
         kernels = [e for e in json.load(f)["traceEvents"] if e.get("cat") == "kernel"]
     names = ("nccl", "_all_reduce_add_norm")  # the latter with residual addition and norm
-    taken = sum(e["dur"] for e in kernels if any(name in e["name"] for name in names))
-    return taken / sum(e["dur"] for e in kernels) if kernels else None
+    elapsed = sum(e["dur"] for e in kernels if any(name in e["name"] for name in names))
+    return elapsed / sum(e["dur"] for e in kernels) if kernels else None
 
 
-def profiled(engine: Any) -> dict[str, float | None]:
+def profile_fractions(engine: Any) -> dict[str, float | None]:
     """Returns the fractions for prefill steps, decode steps of 512 sequences, and a single request's steps."""
-    found: dict[str, float | None] = {}
+    results: dict[str, float | None] = {}
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, requests, length, skip in (
@@ -63,43 +63,46 @@ def profiled(engine: Any) -> dict[str, float | None]:
             for _ in range(skip):
                 engine.step()
             trace = Path(folder) / f"{name}.json.gz"
-            with engine.profile(steps=3, path=trace, skip=1) as profile:
+            with engine.profile(num_steps=3, path=trace, skip_first=1) as profile:
                 while engine.has_unfinished_requests:
                     engine.step()
             print(name, profile.summary, sep="\n", flush=True)
-            found[name] = collective_fraction(trace)
-    return found
+            results[name] = collective_fraction(trace)
+    return results
 
 
-def layout(args: argparse.Namespace) -> dict[str, Any]:
+def measure_layout(args: argparse.Namespace) -> dict[str, Any]:
     """Returns fgbench's rows of one layout, and a profile of an engine of its ranks."""
     replicas, size = map(int, args.layouts[0].split("x"))
-    where = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
-    config = compose(model_override(str(args.config)), "sampling.temperature=0.7", *args.settings, *where)
-    works, sampling = [benchmark.Workload.parse(x) for x in args.workloads], replace(config.sampling, ignore_eos=True)
-    started, generator = benchmark.start_engine(config, False, works), torch.Generator().manual_seed(0)
-    found: dict[str, Any] = {"rows": [], "profile": None}
+    parallel = [f"parallel.replicas={replicas}", f"parallel.tensor_parallel={size}"]
+    config = compose(model_override(str(args.config)), "sampling.temperature=0.7", *args.settings, *parallel)
+    workloads, sampling = (
+        [benchmark.Workload.parse(x) for x in args.workloads],
+        replace(config.sampling, ignore_eos=True),
+    )
+    started, generator = benchmark.start_engine(config, False, workloads), torch.Generator().manual_seed(0)
+    results: dict[str, Any] = {"rows": [], "profile": None}
     with started.engine as engine:
-        for work in works:
+        for workload in workloads:
             row = benchmark.measure_throughput(
-                started, work, replace(sampling, max_tokens=work.output_len), args.repeats, generator
+                started, workload, replace(sampling, max_tokens=workload.output_len), args.repeats, generator
             )
-            one = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
-            found["rows"].append(row | one)
-            print(f"{replicas} x TP{size}, {work}: {row['output_tok_s']:,.0f} output tokens/s", flush=True)
+            extra = {"one_stream_ms": 1e3 * row["seconds"] / row["output_len"]} if row["requests"] == 1 else {}
+            results["rows"].append(row | extra)
+            print(f"{replicas} x TP{size}, {workload}: {row['output_tok_s']:,.0f} output tokens/s", flush=True)
         if size > 1 and replicas == 1 and not args.no_profile:
-            found["profile"] = profiled(engine)
-    return found
+            results["profile"] = profile_fractions(engine)
+    return results
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
     """Returns the time of a call, captured as a step's are on a GPU."""
     call()
     if device.type != "cuda":
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(CALLS):
             call()
-        return (time.perf_counter() - began) / CALLS
+        return (time.perf_counter() - start) / CALLS
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -115,7 +118,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return events[0].elapsed_time(events[1]) / 5e3 / CALLS
 
 
-def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
+def symmetric_all_reduces(x: Tensor) -> dict[str, Callable[[], Any]]:
     """Returns all-reduces by torch's symmetric memory; raises where this machine has none."""
     import torch.distributed._symmetric_memory as symmetric
 
@@ -129,63 +132,65 @@ def shots(x: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
-def normed(group: tensor_parallel.TPProcessGroup, read: PeerBuffers, pushed: PeerBuffers, x: Tensor) -> dict[str, Any]:
+def all_reduces_with_norm(
+    group: tensor_parallel.TPProcessGroup, read: PeerBuffers, pushed: PeerBuffers, x: Tensor
+) -> dict[str, Any]:
     """Returns ways to all-reduce rows x, add them to others, and normalize."""
     from fastgen.kernels import small_batch
 
     other, norm = torch.zeros_like(x), torch.ones(WIDTH, dtype=x.dtype, device=x.device)
 
-    def one(peers: PeerBuffers) -> Any:
+    def all_reduce_add_norm(peers: PeerBuffers) -> Any:
         partial = peers.write_partial(peers.ATTENTION, len(x), lambda rows, out: None)
         assert partial is not None
         return peers.all_reduce_add_norm(other, partial, norm, 1e-5)
 
-    ways: dict[str, Callable[[], Any]] = {
+    variants: dict[str, Callable[[], Any]] = {
         "nccl, norm": lambda: small_batch.add_norm(other, group.all_reduce(x), norm, 1e-5),
-        "read": lambda: one(read),
-        "pushed": lambda: one(pushed),
+        "read": lambda: all_reduce_add_norm(read),
+        "pushed": lambda: all_reduce_add_norm(pushed),
     }
-    return ways if group.shard.size == 2 else {k: v for k, v in ways.items() if k != "pushed"}
+    return variants if group.shard.size == 2 else {k: v for k, v in variants.items() if k != "pushed"}
 
 
-def rank(index: int, size: int, file: str, kind: str, out: str) -> None:
+def time_rank(index: int, size: int, file: str, device_type: str, out: str) -> None:
     """Times all-reduces alone, as one rank's process."""
-    device = torch.device(kind, index if kind == "cuda" else None)
-    if kind == "cuda":
+    device = torch.device(device_type, index if device_type == "cuda" else None)
+    if device_type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if kind == "cuda" else "gloo"
+    backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=index, world_size=size)
     group = tensor_parallel.TPProcessGroup()
     peers = list[PeerBuffers]()
-    if kind == "cuda":
-        most = SIZES[-1] // 2 // WIDTH
-        peers = [PeerBuffers(group, WIDTH, most, torch.bfloat16, device, read) for read in (2**62, 0)]
+    if device_type == "cuda":
+        max_rows = SIZES[-1] // 2 // WIDTH
+        peers = [PeerBuffers(group, WIDTH, max_rows, torch.bfloat16, device, read) for read in (2**62, 0)]
     rows = list[dict[str, Any]]()
     for n in SIZES:
         x = torch.zeros(n // 2 // WIDTH, WIDTH, dtype=torch.bfloat16, device=device)
-        ways: dict[str, Callable[[], Any]] = {backend: lambda x=x: dist.all_reduce(x)}
+        variants: dict[str, Callable[[], Any]] = {backend: lambda x=x: dist.all_reduce(x)}
         row: dict[str, Any] = {"bytes": n, "ranks": size}
         if peers:
-            ways |= normed(group, *peers, x)
+            variants |= all_reduces_with_norm(group, *peers, x)
             try:
-                ways |= shots(x)
+                variants |= symmetric_all_reduces(x)
             except Exception as e:
                 row["symmetric memory"] = str(e).splitlines()[0]
-        for name, call in ways.items():
+        for name, call in variants.items():
             if name != "one-shot" or n <= 2**25:  # it reads all ranks' data
-                taken = seconds(call, device)
-                row[name] = {"us": 1e6 * taken, "bus_gb_s": 2 * (size - 1) / size * n / taken / 1e9}
+                elapsed = seconds(call, device)
+                row[name] = {"us": 1e6 * elapsed, "bus_gb_s": 2 * (size - 1) / size * n / elapsed / 1e9}
         rows.append(row)
         if index == 0:
             Path(out).write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
-def all_reduces(size: int, kind: str) -> list[dict[str, Any]]:
+def measure_all_reduces(size: int, device_type: str) -> list[dict[str, Any]]:
     """Returns microseconds and bus bandwidth by message size."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/rows.json"
-        mp.spawn(rank, (size, f"{folder}/group", kind, out), nprocs=size)  # type: ignore[attr-defined]
+        mp.spawn(time_rank, (size, f"{folder}/group", device_type, out), nprocs=size)  # type: ignore[attr-defined]
         return json.loads(Path(out).read_text())
 
 
@@ -202,25 +207,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "layouts_gpu.json")
     args = parser.parse_args()
     if args.one:
-        args.out.write_text(json.dumps(layout(args)))
+        args.out.write_text(json.dumps(measure_layout(args)))
         return
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    found: dict[str, Any] = {"torch": torch.__version__, "layouts": [], "profile": {}, "all_reduce": []}
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    results: dict[str, Any] = {"torch": torch.__version__, "layouts": [], "profile": {}, "all_reduce": []}
     sizes = sorted({int(x.partition("x")[2]) for x in args.layouts} - {1})
     for size in [] if args.no_all_reduces else sizes:
-        found["all_reduce"] += all_reduces(size, kind)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        results["all_reduce"] += measure_all_reduces(size, device_type)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
     for name in args.layouts if args.workloads else ():
         with tempfile.TemporaryDirectory() as folder:  # in its own process, whose end frees the memory
             out = Path(folder) / "one.json"
-            given = ["--config", args.config, "--layouts", name, "--repeats", args.repeats, "--one", "--out", out]
-            given += ["--workloads", *args.workloads, "--settings", *args.settings]
-            given += ["--no-profile"] if args.no_profile else []
-            subprocess.run([sys.executable, __file__, *map(str, given)], check=True)
-            one = json.loads(out.read_text())
-        found["layouts"] += one["rows"]
-        found["profile"][name] = one["profile"]
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+            arguments = ["--config", args.config, "--layouts", name, "--repeats", args.repeats, "--one", "--out", out]
+            arguments += ["--workloads", *args.workloads, "--settings", *args.settings]
+            arguments += ["--no-profile"] if args.no_profile else []
+            subprocess.run([sys.executable, __file__, *map(str, arguments)], check=True)
+            result = json.loads(out.read_text())
+        results["layouts"] += result["rows"]
+        results["profile"][name] = result["profile"]
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ HERE = Path(__file__).parent
 def step_us(engine: fastgen.Engine, rows: int) -> float:
     """Returns the microseconds of a captured step of `rows` sequences at one token of context."""
     shape = StepShape(rows, rows, True)
-    stepper = engine.runner
-    stepper.graphs.captured.pop(shape, None)
-    stepper.capture(engine.cache, shape)
-    graph = stepper.graphs.captured[shape][0]
+    runner = engine.runner
+    runner.graphs.captured.pop(shape, None)
+    runner.capture(engine.cache, shape)
+    graph = runner.graphs.captured[shape][0]
     times = []
     for _ in range(8):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -59,9 +59,9 @@ def main() -> None:
                 max_num_seqs=8, token_budget=512, cache_tokens=65536,
             )  # fmt: skip
             for rows in (2, 8):
-                for name, v in variants:
-                    pdl.USE_PDL, pdl.SMALL_BATCH = v["dependent"], v.get("rows", 16)
-                    engine.runner.fused_rope_max_tokens = 16 if "fresh" in v else 0
+                for name, options in variants:
+                    pdl.USE_PDL, pdl.SMALL_BATCH = options["dependent"], options.get("rows", 16)
+                    engine.runner.fused_rope_max_tokens = 16 if "fresh" in options else 0
                     us = step_us(engine, rows)
                     results.append({"model": model, "rows": rows, "variant": name, "us": us})
                     print(f"{model} {rows} rows, {name}: {us:.0f} us, {1e6 / us:.0f} steps/s", flush=True)

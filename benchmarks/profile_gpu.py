@@ -1,4 +1,4 @@
-"""Where the headline workload's time goes: summaries of steps that prefill and of steps that only decode.
+"""Profiles the headline workload: summaries of steps that prefill and of steps that only decode.
 
 python benchmarks/profile_gpu.py mistral-7b-instruct-v0.3 --out profile.json
 """
@@ -29,9 +29,9 @@ def main() -> None:
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=80, ignore_eos=True)
     for prompt in torch.randint(100, engine.model_config.vocab_size, (args.prompts, args.length)).tolist():
         engine.add(prompt, sampling)
-    found = {}
-    for name, skip in (("mixed", 20), ("decode", 2)):
-        for _ in range(skip):
+    results = {}
+    for name, num_skipped in (("mixed", 20), ("decode", 2)):
+        for _ in range(num_skipped):
             engine.step()
         while name == "decode" and any(
             s.num_tokens - s.num_computed_tokens > 1 for s in (*engine.state.running, *engine.state.waiting)
@@ -40,9 +40,9 @@ def main() -> None:
         with engine.profile(num_steps=4, path=args.out.with_name(f"{name}.json.gz"), skip_first=2) as p:
             for _ in range(8):
                 engine.step()
-        found[name] = p.summary.to_dict()
+        results[name] = p.summary.to_dict()
         print(f"## {name}\n{p.summary}", flush=True)
-    args.out.write_text(json.dumps({"model": args.model, "gpu": torch.cuda.get_device_name()} | found, indent=1))
+    args.out.write_text(json.dumps({"model": args.model, "gpu": torch.cuda.get_device_name()} | results, indent=1))
 
 
 if __name__ == "__main__":

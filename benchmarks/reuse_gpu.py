@@ -75,42 +75,43 @@ def replay(
     """Runs all turns of all conversations, at most `args.together` at once. `watch` is called before each step."""
     generator = torch.Generator().manual_seed(0)
 
-    def words(n: int) -> list[int]:
+    def random_tokens(n: int) -> list[int]:
         return torch.randint(100, engine.model_config.vocab_size, (n,), generator=generator).tolist()
 
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=args.answer, ignore_eos=True, seed=1)
-    talks = [words(args.system) for _ in range(args.conversations)]
-    due = [(turn, i) for turn in range(args.turns) for i in range(args.conversations)]
+    conversations = [random_tokens(args.system) for _ in range(args.conversations)]
+    pending = [(turn, i) for turn in range(args.turns) for i in range(args.conversations)]
     added: dict[int, tuple[int, int, float]] = {}
-    first: dict[int, float] = {}
-    waits: list[list[float]] = [[] for _ in range(args.turns)]
-    start, made, prompt, reused = time.perf_counter(), 0, 0, 0
-    while due or engine.has_unfinished_requests:
-        while due and len(added) < args.together:
-            turn, i = due.pop(0)
-            talks[i] += words(args.turn)
-            added[engine.add(talks[i], sampling, stream_text=False)] = turn, i, time.perf_counter()
-            prompt += len(talks[i])
+    first_seconds: dict[int, float] = {}
+    first_token_seconds: list[list[float]] = [[] for _ in range(args.turns)]
+    start, num_generated, num_prompt, num_cached = time.perf_counter(), 0, 0, 0
+    while pending or engine.has_unfinished_requests:
+        while pending and len(added) < args.together:
+            turn, i = pending.pop(0)
+            conversations[i] += random_tokens(args.turn)
+            added[engine.add(conversations[i], sampling, stream_text=False)] = turn, i, time.perf_counter()
+            num_prompt += len(conversations[i])
         watch()
         for event in engine.step():
-            turn, i, asked = added[event.request_id]
-            if event.request_id not in first:
-                first[event.request_id] = time.perf_counter() - asked
-                waits[turn].append(first[event.request_id])
+            turn, i, added_at = added[event.request_id]
+            if event.request_id not in first_seconds:
+                first_seconds[event.request_id] = time.perf_counter() - added_at
+                first_token_seconds[turn].append(first_seconds[event.request_id])
             if event.output is not None:
-                talks[i] += event.output.completions[0].token_ids
-                made += len(event.output.completions[0].token_ids)
-                reused += event.output.num_cached_tokens
+                conversations[i] += event.output.completions[0].token_ids
+                num_generated += len(event.output.completions[0].token_ids)
+                num_cached += event.output.num_cached_tokens
                 del added[event.request_id]
     seconds = time.perf_counter() - start
     return {
-        "seconds": seconds, "output_tok_s": made / seconds, "total_tok_s": (made + prompt) / seconds,
-        "first_token_ms": [1e3 * statistics.median(x) for x in waits], "prompt_tokens": prompt, "reused": reused,
+        "seconds": seconds, "output_tok_s": num_generated / seconds, "prompt_tokens": num_prompt, "reused": num_cached,
+        "total_tok_s": (num_generated + num_prompt) / seconds,
+        "first_token_ms": [1e3 * statistics.median(x) for x in first_token_seconds],
     }  # fmt: skip
 
 
 def intervals(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """When the GPU computed and when pages travelled, µs of a trace."""
+    """Returns the (start, end) times in µs at which a trace's kernels ran and pages were copied."""
     with gzip.open(path) as file:
         events = json.load(file)["traceEvents"]
     rows = {"pages come back": [], "pages go": [], "kernels": []}
@@ -124,7 +125,7 @@ def intervals(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def draw(trace: Path, path: Path, milliseconds: float = 100) -> None:
-    """The first part of a trace as bars."""
+    """Plots the first `milliseconds` of a trace as bars."""
     from matplotlib.figure import Figure
 
     rows = intervals(trace)
@@ -139,7 +140,7 @@ def draw(trace: Path, path: Path, milliseconds: float = 100) -> None:
 
 
 def trace(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
-    """A trace of steps while pages come back, and the part of the copies' time in which the GPU computed."""
+    """Traces steps while pages are loaded from the host. Returns the fraction of the copies that kernels overlap."""
     before, windows = engine.cache_stats.num_loaded_pages, list[Any]()
     engine.params_changed()  # the same conversations again, from nothing
     with ExitStack() as stack:
@@ -152,75 +153,86 @@ def trace(engine: fastgen.Engine, args: argparse.Namespace) -> dict[str, Any]:
     summary = windows[0].summary
     rows = intervals(args.trace)
     copies, kernels = rows["pages come back"], rows["kernels"]
-    both, at = 0.0, 0
+    overlap, first_kernel = 0.0, 0
     for begin, end in copies:
-        while at < len(kernels) and kernels[at][1] <= begin:
-            at += 1
-        covered, i = begin, at
+        while first_kernel < len(kernels) and kernels[first_kernel][1] <= begin:
+            first_kernel += 1
+        covered, i = begin, first_kernel
         while i < len(kernels) and kernels[i][0] < end:
-            both += max(0.0, min(end, kernels[i][1]) - max(covered, kernels[i][0]))
+            overlap += max(0.0, min(end, kernels[i][1]) - max(covered, kernels[i][0]))
             covered, i = max(covered, kernels[i][1]), i + 1
     total = sum(end - begin for begin, end in copies)
     print(summary)
-    return {"summary": str(summary), "copies_ms": total / 1e3, "copies_beside_kernels": both / total}
+    return {"summary": str(summary), "copies_ms": total / 1e3, "copies_beside_kernels": overlap / total}
 
 
-def run(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats: int) -> list[float]:
+def measure_rates(engine: fastgen.Engine, prompts: int, output: int, samples: int, repeats: int) -> list[float]:
     """Returns output tokens/s of each repeat, with new random prompts of 1,024 tokens."""
     rates = []
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=output, n=samples, ignore_eos=True)
     for _ in range(repeats):
-        asked = torch.randint(100, engine.model_config.vocab_size, (prompts, 1024)).tolist()
+        batch = torch.randint(100, engine.model_config.vocab_size, (prompts, 1024)).tolist()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        engine.generate(asked, sampling, progress=False)
+        engine.generate(batch, sampling, progress=False)
         rates.append(prompts * samples * output / (time.perf_counter() - start))
     return rates
 
 
-def share(engine: fastgen.Engine) -> dict[str, Any]:
+def measure_sharing(engine: fastgen.Engine) -> dict[str, Any]:
     """Measures several samples per prompt, and distinct prompts."""
-    settings, found = engine.config, {}
-    run(engine, 32, 256, 16, 1)  # warm
-    for name, on in (("shared attention", True), ("each by itself", False)):
-        engine.config = replace(settings, kv_cache=replace(settings.kv_cache, shared_prefix_attention=on))
-        found[name] = run(engine, 32, 256, 16, 4 if on else 2)
-        print("32 x 1024, 16 samples -> 256,", name, found[name], flush=True)
-    engine.config = settings
-    tree, rates = engine.state.prefix_cache, {"without": [], "with": []}
+    settings, results = engine.config, {}
+    measure_rates(engine, 32, 256, 16, 1)  # warm
+    for name, enabled in (("shared attention", True), ("each by itself", False)):
+        engine.core.config = replace(settings, kv_cache=replace(settings.kv_cache, shared_prefix_attention=enabled))
+        results[name] = measure_rates(engine, 32, 256, 16, 4 if enabled else 2)
+        print("32 x 1024, 16 samples -> 256,", name, results[name], flush=True)
+    engine.core.config = settings
+    prefix_cache, rates = engine.state.prefix_cache, {"without": [], "with": []}
     for name in ("without", "with", "with", "without") * 2:
-        engine.state = engine.state._replace(
-            prefix_cache=type(tree)(tree.page_size, tree.num_device_pages, enable_prefix_caching=name == "with")
+        engine.core.state = engine.state._replace(
+            prefix_cache=type(prefix_cache)(
+                prefix_cache.page_size, prefix_cache.num_device_pages, enable_prefix_caching=name == "with"
+            )
         )
-        rates[name] += run(engine, 256, 128, 1, 1)
+        rates[name] += measure_rates(engine, 256, 128, 1, 1)
     print("256 x 1024 -> 128, without and with the tree of prefixes", rates, flush=True)
-    return found | {f"distinct prompts, {name} the tree": x for name, x in rates.items()}
+    return results | {f"distinct prompts, {name} the tree": x for name, x in rates.items()}
 
 
-def converse(params: fastgen.Params, spec: fastgen.ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
+def measure_conversations(
+    params: fastgen.Params, model_config: fastgen.ModelConfig, args: argparse.Namespace
+) -> dict[str, Any]:
     """Runs the conversations in each mode."""
     tokens = args.conversations * (args.system + args.turns * (args.turn + args.answer)) // 4
-    per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
-    found: dict[str, Any] = {"copies": copy_rates(), "cache_tokens": tokens}
-    found["settings"] = {k: v for k, v in vars(args).items() if isinstance(v, int)}
+    per_token = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim * 2
+    results: dict[str, Any] = {"copies": copy_rates(), "cache_tokens": tokens}
+    results["settings"] = {k: v for k, v in vars(args).items() if isinstance(v, int)}
     for name in args.modes:
         host = {"host_gb": 5 * tokens * per_token / 1e9} if "offload" in MODES[name] else {}
         with fastgen.Engine(
-            params, spec, progress=False, max_num_seqs=64, token_budget=4096, cache_tokens=tokens, **MODES[name], **host
+            params,
+            model_config,
+            progress=False,
+            max_num_seqs=64,
+            token_budget=4096,
+            cache_tokens=tokens,
+            **MODES[name],
+            **host,
         ) as engine:
             if host:
-                found["host"] = {"gb": host["host_gb"], "seconds": engine.page_copier.alloc_seconds}
-                found["page_in_gb_s"] = page_in_rate(engine)
-            found[name] = replay(engine, args)
+                results["host"] = {"gb": host["host_gb"], "seconds": engine.page_copier.alloc_seconds}
+                results["page_in_gb_s"] = page_in_rate(engine)
+            results[name] = replay(engine, args)
             c = engine.cache_stats
-            found[name]["counts"] = {k: getattr(c, k) for k in c.__slots__}
-            print(name, json.dumps(found[name]), flush=True)
+            results[name]["counts"] = {k: getattr(c, k) for k in c.__slots__}
+            print(name, json.dumps(results[name]), flush=True)
             if host and args.trace:
-                found["trace"] = trace(engine, args)
-                print({k: v for k, v in found["trace"].items() if k != "summary"}, flush=True)
-    found["speedup"] = {name: found[args.modes[0]]["seconds"] / found[name]["seconds"] for name in args.modes}
-    print(json.dumps({k: found.get(k) for k in ("speedup", "copies", "page_in_gb_s", "host")}, indent=1), flush=True)
-    return found
+                results["trace"] = trace(engine, args)
+                print({k: v for k, v in results["trace"].items() if k != "summary"}, flush=True)
+    results["speedup"] = {name: results[args.modes[0]]["seconds"] / results[name]["seconds"] for name in args.modes}
+    print(json.dumps({k: results.get(k) for k in ("speedup", "copies", "page_in_gb_s", "host")}, indent=1), flush=True)
+    return results
 
 
 def main() -> None:
@@ -239,25 +251,25 @@ def main() -> None:
     parser.add_argument("--peer-version", default="unknown")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "reuse_gpu.json")
     args = parser.parse_args()
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
 
     def save() -> None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
     if args.plot:
         return draw(args.trace, args.plot)
     if args.peer_log:
-        found["peer"] = parse_peer_log(args.peer_log, args.peer_version, found["gpu"])
+        results["peer"] = parse_peer_log(args.peer_log, args.peer_version, results["gpu"])
         save()
         return
-    spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{args.model}.json").read_text()))
+    model_config = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{args.model}.json").read_text()))
     with torch.no_grad():
-        params = fastgen.init(spec, 0, device="cuda", dtype=torch.bfloat16)
-    found = {"model": args.model, "gpu": torch.cuda.get_device_name()}
-    with fastgen.Engine(params, spec, progress=False) as engine:
-        found["share"] = share(engine)
+        params = fastgen.init(model_config, 0, device="cuda", dtype=torch.bfloat16)
+    results = {"model": args.model, "gpu": torch.cuda.get_device_name()}
+    with fastgen.Engine(params, model_config, progress=False) as engine:
+        results["share"] = measure_sharing(engine)
     save()
-    found["conversations"] = converse(params, spec, args)
+    results["conversations"] = measure_conversations(params, model_config, args)
     save()
 
 

@@ -4,10 +4,10 @@
     python benchmarks/serve_gpu.py mistral-7b-instruct-v0.3 --engine vllm --env PYTHONPATH=/tmp/peer/site
     python benchmarks/serve_gpu.py mistral-7b-instruct-v0.3 --plot serve.png              # measures nothing
 
-Rates: chats that are all sent at once and answered whole. Latency: so many clients that each send a chat, read its
-stream, and send the next. Weights and prompts are random; a tokenizer of made-up words makes a prompt's length exact.
-The server is a process of its own, and so are the clients, which take turns on no interpreter with it. Another
-engine's server gets the same folder and the same requests. Rows of an engine replace those it had in --out.
+Rates: all chats are sent at once and answered whole. Latency: each client sends a chat, reads its stream, and sends the
+next. Weights and prompts are random; a tokenizer with one token per word makes the length of a prompt exact. Server
+and clients run in separate processes. Another engine's server gets the same folder and the same requests. Rows replace
+those of the same engine and model in --out.
 """
 
 import argparse
@@ -41,12 +41,12 @@ Load = tuple[int, int, int]  # requests, tokens of a prompt, tokens of an answer
 
 
 def words(n: int, rng: random.Random, vocab: int) -> str:
-    """A text of n tokens."""
+    """Returns a text of n tokens."""
     return " ".join(f"w{rng.randrange(10, vocab)}" for _ in range(n))
 
 
-def make(folder: Path, config: Path) -> int:
-    """A model's folder without weights, with a tokenizer in which each word is a token; the vocabulary's size."""
+def make_model(folder: Path, config: Path) -> int:
+    """Writes a model folder without weights, whose tokenizer has one token per word. Returns the vocabulary size."""
     import tokenizers  # here, since clients read this file too
     from transformers import PreTrainedTokenizerFast
 
@@ -67,19 +67,19 @@ def chat(prompt: str, output: int, **more: Any) -> dict[str, Any]:
 
 
 def client(task: tuple[str, list[str], int, float | None, float]) -> list[dict[str, Any]]:
-    """A process of clients: sends its chats at `start`, or, for `seconds`, one after another and streamed."""
+    """Runs clients in one process: all chats at once at `start`, or, for `seconds`, streamed one after another."""
     url, prompts, output, seconds, start = task
 
-    async def whole(http: httpx.AsyncClient, prompt: str) -> dict[str, Any]:
+    async def send_chat(http: httpx.AsyncClient, prompt: str) -> dict[str, Any]:
         answer = await http.post(f"{url}/v1/chat/completions", json=chat(prompt, output))
         return {"tokens": answer.raise_for_status().json()["usage"]["completion_tokens"], "end": time.time()}
 
-    async def stream(http: httpx.AsyncClient, prompt: str, seed: int, until: float) -> list[dict[str, Any]]:
-        rows, rng, parts = [], random.Random(seed), prompt.split()
-        while time.time() < until:
-            rng.shuffle(parts)  # a prompt of its own each time
+    async def stream_chats(http: httpx.AsyncClient, prompt: str, seed: int, end: float) -> list[dict[str, Any]]:
+        rows, rng, prompt_words = [], random.Random(seed), prompt.split()
+        while time.time() < end:
+            rng.shuffle(prompt_words)  # a prompt of its own each time
             times = [time.perf_counter()]
-            body = chat(" ".join(parts), output, stream=True)
+            body = chat(" ".join(prompt_words), output, stream=True)
             async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
                 answer.raise_for_status()
                 async for line in answer.aiter_lines():
@@ -95,16 +95,16 @@ def client(task: tuple[str, list[str], int, float | None, float]) -> list[dict[s
         async with httpx.AsyncClient(timeout=None, limits=limits) as http:
             await asyncio.sleep(max(0.0, start - time.time()))
             if seconds is None:
-                return await asyncio.gather(*(whole(http, prompt) for prompt in prompts))
-            until = start + seconds
-            found = await asyncio.gather(*(stream(http, p, hash(p), until) for p in prompts))
-            return [row for rows in found for row in rows]
+                return await asyncio.gather(*(send_chat(http, prompt) for prompt in prompts))
+            end = start + seconds
+            results = await asyncio.gather(*(stream_chats(http, p, hash(p), end) for p in prompts))
+            return [row for rows in results for row in rows]
 
     return asyncio.run(run())
 
 
 class Clients:
-    """Processes that send requests, all there before the first is sent."""
+    """Client processes, which have all started before the first request is sent."""
 
     def __init__(self, url: str, vocab: int, processes: int):
         self.url, self.vocab, self.processes = url, vocab, processes
@@ -112,14 +112,14 @@ class Clients:
         self.pool.map(time.sleep, [1] * processes, chunksize=1)
 
     def send(self, load: Load, seconds: float | None, seed: int) -> tuple[float, list[dict[str, Any]]]:
-        """Seconds from the first request to the last answer, and what the clients saw."""
+        """Sends a load. Returns the seconds from the first request to the last answer, and a row for each answer."""
         count, length, output = load
         rng = random.Random(seed)
         prompts = [words(length, rng, self.vocab) for _ in range(count)]
         used = min(self.processes, count)
         start = time.time() + 1
         tasks = [(self.url, prompts[i::used], output, seconds, start) for i in range(used)]
-        rows = [row for found in self.pool.map(client, tasks, chunksize=1) for row in found]
+        rows = [row for results in self.pool.map(client, tasks, chunksize=1) for row in results]
         return max(row["end"] for row in rows) - start, rows
 
 
@@ -154,26 +154,26 @@ def measure(url: str, vocab: int, args: argparse.Namespace) -> list[dict[str, An
 
 
 def serve(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Start the server, measure, stop it."""
+    """Starts the server, measures it and stops it. Returns the rows."""
     with tempfile.TemporaryDirectory() as name:
-        vocab = make(Path(name), HERE / "configs" / f"{args.model}.json")
+        vocab = make_model(Path(name), HERE / "configs" / f"{args.model}.json")
         values = {"model": name, "port": str(PORT), "workers": str(args.workers)}
         command = [sys.executable, *(part.format(**values) for part in COMMANDS[args.engine]), *args.extra]
         environment = os.environ | dict(pair.split("=", 1) for pair in args.env)
-        url, begun = f"http://127.0.0.1:{PORT}", time.time()
+        url, start = f"http://127.0.0.1:{PORT}", time.time()
         with open(args.log, "w") as log:
             server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             while True:
-                if server.poll() is not None or time.time() > begun + 300:
+                if server.poll() is not None or time.time() > start + 300:
                     raise SystemExit(f"the server did not start: {Path(args.log).read_text()[-2000:]}")
                 try:
                     if httpx.get(f"{url}/health").status_code == 200:
                         break
                 except httpx.TransportError:
                     time.sleep(0.5)
-            started = time.time() - begun
-            print(f"{args.engine} took {started:.0f} s to start", flush=True)
+            start_up_seconds = time.time() - start
+            print(f"{args.engine} took {start_up_seconds:.0f} s to start", flush=True)
             rows = measure(url, vocab, args)
         finally:
             server.terminate()
@@ -181,11 +181,11 @@ def serve(args: argparse.Namespace) -> list[dict[str, Any]]:
                 server.wait(30)
             except subprocess.TimeoutExpired:
                 server.kill()
-    common = {"engine": args.engine, "model": args.model, "workers": args.workers, "start_up": started}
+    common = {"engine": args.engine, "model": args.model, "workers": args.workers, "start_up": start_up_seconds}
     return [common | row for row in rows]
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -227,16 +227,16 @@ def main() -> None:
     args = p.parse_args()
     rows = json.loads(args.out.read_text()) if args.out.is_file() else []
     if args.plot:
-        return draw(rows, args.plot)
-    found = serve(args)
+        return plot(rows, args.plot)
+    results = serve(args)
     if args.offline:
         rates = {r["workload"]: r["output_tok_s"] for r in json.loads(args.offline.read_text())
                  if r["engine"] == "fastgen" and r["model"] == args.model and "output_tok_s" in r}  # fmt: skip
-        for row in found:
+        for row in results:
             if row["kind"] == "rate" and row["workload"] in rates:
                 row["of_offline"] = row["output_tok_s"] / rates[row["workload"]]
                 print(row["workload"], f"{row['of_offline']:.1%} of the engine alone")
-    rows = [r for r in rows if (r["engine"], r["model"]) != (args.engine, args.model)] + found
+    rows = [r for r in rows if (r["engine"], r["model"]) != (args.engine, args.model)] + results
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 

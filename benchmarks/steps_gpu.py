@@ -20,12 +20,12 @@ import fastgen
 HERE = Path(__file__).parent
 
 
-def prompts(count: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
+def make_prompts(num_seqs: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(100, vocab, (count, length), generator=generator).tolist()
+    return torch.randint(100, vocab, (num_seqs, length), generator=generator).tolist()
 
 
-def kernels(engine: fastgen.Engine, steps: int) -> list[tuple[str, int, float]]:
+def slowest_kernels(engine: fastgen.Engine, steps: int) -> list[tuple[str, int, float]]:
     """Returns (name, calls per step, microseconds per step) of the kernels that take longest."""
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as p:
         for _ in range(steps):
@@ -35,10 +35,12 @@ def kernels(engine: fastgen.Engine, steps: int) -> list[tuple[str, int, float]]:
     return sorted((r for r in rows if r[2] > 0), key=lambda r: -r[2])[:16]
 
 
-def decode(engine: fastgen.Engine, count: int, context: int, steps: int = 24, *, table: bool = False) -> dict:
+def measure_decode(
+    engine: fastgen.Engine, num_seqs: int, context: int, steps: int = 24, *, table: bool = False
+) -> dict:
     """Times steps in which `count` sequences decode at `context` tokens."""
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=steps + 80, ignore_eos=True)
-    ids = [engine.add(p, sampling) for p in prompts(count, context, engine.model_config.vocab_size)]
+    request_ids = [engine.add(p, sampling) for p in make_prompts(num_seqs, context, engine.model_config.vocab_size)]
     while any(s.num_tokens - s.num_computed_tokens > 1 for s in engine.state.running) or engine.state.waiting:
         engine.step()
     for _ in range(5):
@@ -49,48 +51,48 @@ def decode(engine: fastgen.Engine, count: int, context: int, steps: int = 24, *,
     waited = [0.0]
 
     def timed() -> None:
-        at = time.perf_counter()
+        call_start = time.perf_counter()
         if engine.core._in_flight is not None and engine.core._in_flight.done_event is not None:
             engine.core._in_flight.done_event.synchronize()
-        waited[0] += time.perf_counter() - at
+        waited[0] += time.perf_counter() - call_start
         wait()
 
     engine.core.finish_step = timed
     for _ in range(steps):
-        at, before = time.perf_counter(), waited[0]
+        call_start, before = time.perf_counter(), waited[0]
         engine.step()
-        busy.append(time.perf_counter() - at - (waited[0] - before))
+        busy.append(time.perf_counter() - call_start - (waited[0] - before))
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / steps
     del engine.core.finish_step
-    found = kernels(engine, 10) if table else []
-    for id in ids:
+    kernels = slowest_kernels(engine, 10) if table else []
+    for id in request_ids:
         engine.abort(id)
     while engine.has_unfinished_requests:
         engine.step()
     return {
-        "sequences": count, "context": context, "step_ms": 1e3 * seconds, "host_ms": 1e3 * statistics.median(busy),
-        "kernels": found,
+        "sequences": num_seqs, "context": context, "step_ms": 1e3 * seconds, "host_ms": 1e3 * statistics.median(busy),
+        "kernels": kernels,
     }  # fmt: skip
 
 
-def prefill(engine: fastgen.Engine, count: int, length: int, *, table: bool = False) -> dict:
+def measure_prefill(engine: fastgen.Engine, num_seqs: int, length: int, *, table: bool = False) -> dict:
     """Times `count` prompts with one sampled token each."""
     sampling = fastgen.SamplingParams(temperature=0.7, max_tokens=1)
-    seconds, found = [], []
+    seconds, kernels = [], []
     for repeat in range(3):
-        for p in prompts(count, length, engine.model_config.vocab_size, repeat):
+        for p in make_prompts(num_seqs, length, engine.model_config.vocab_size, repeat):
             engine.add(p, sampling)
         torch.cuda.synchronize()
         start = time.perf_counter()
         if table and repeat == 2:
-            found = kernels(engine, 1)
+            kernels = slowest_kernels(engine, 1)
         while engine.has_unfinished_requests:
             engine.step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     best = statistics.median(seconds[:2] if table else seconds)
-    return {"prompts": count, "length": length, "tok_s": count * length / best, "kernels": found}
+    return {"prompts": num_seqs, "length": length, "tok_s": num_seqs * length / best, "kernels": kernels}
 
 
 def main() -> None:
@@ -113,12 +115,12 @@ def main() -> None:
         row = {"model": model, "compile": args.compile, "start_s": time.perf_counter() - start}
         row |= {"capacity": engine.cache_capacity, "memory_gb": torch.cuda.memory_reserved() / 1e9, "steps": []}
         print(json.dumps(row), flush=True)
-        for what, loads in ((decode, args.decode), (prefill, args.prefill)):
+        for measure, loads in ((measure_decode, args.decode), (measure_prefill, args.prefill)):
             for load in loads:
-                count, length = map(int, load.split("x"))
-                result = what(engine, count, length, table=args.tables)
+                num_seqs, length = map(int, load.split("x"))
+                result = measure(engine, num_seqs, length, table=args.tables)
                 row["steps"].append(result)
-                print(what.__name__, *(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
+                print(measure.__name__, *(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
                                        for k, v in result.items() if k != "kernels"), flush=True)  # fmt: skip
                 for name, calls, us in result["kernels"]:
                     print(f"    {us:10.1f} us {calls:5d} x  {name}")

@@ -1,4 +1,4 @@
-"""Matmuls of one row by the matrices of the supported models, in every tile: which are the fastest?
+"""Finds the fastest tile for matmuls of one row by each matrix of the supported models.
 
     python benchmarks/tiles_gpu.py --out tiles.json
 
@@ -33,18 +33,18 @@ SHARED = 200 * 1024  # bytes of shared memory that a program may use
 
 def shapes() -> dict[tuple[int, int], list[str]]:
     """Returns the matrices' shapes [out_features, in_features], and which matrices have them."""
-    found = dict[tuple[int, int], list[str]]()
-    for name, most in MODELS.items():
-        spec = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{name}.json").read_text()))
-        for size in {1, most}:
-            s = shard_config(spec, size)
-            q, both = s.num_q_heads * s.head_dim, (s.num_q_heads + 2 * s.num_kv_heads) * s.head_dim
-            d, f = s.hidden_size, s.intermediate_size
-            parts = {"qkv": (both, d), "out": (d, q), "gate_up": (2 * f, d), "down": (d, f),
-                     "head": (-(-spec.vocab_size // size), d)}  # fmt: skip
-            for part, shape in parts.items():
-                found.setdefault(shape, []).append(f"{name} / {size}: {part}")
-    return found
+    owners_by_shape = dict[tuple[int, int], list[str]]()
+    for name, max_ranks in MODELS.items():
+        model_config = fastgen.from_hf_config(json.loads((HERE / "configs" / f"{name}.json").read_text()))
+        for size in {1, max_ranks}:
+            shard = shard_config(model_config, size)
+            q_width, kv_width = shard.num_q_heads * shard.head_dim, shard.num_kv_heads * shard.head_dim
+            d, f, vocab = shard.hidden_size, shard.intermediate_size, -(-model_config.vocab_size // size)
+            matrices = {"qkv": (q_width + 2 * kv_width, d), "out": (d, q_width), "gate_up": (2 * f, d), "down": (d, f),
+                        "head": (vocab, d)}  # fmt: skip
+            for part, shape in matrices.items():
+                owners_by_shape.setdefault(shape, []).append(f"{name} / {size}: {part}")
+    return owners_by_shape
 
 
 def microseconds(weights: list[Tensor]) -> float:
@@ -58,13 +58,13 @@ def microseconds(weights: list[Tensor]) -> float:
             small_batch.linear(x, w)
     graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    times = max(3, 2 * 10**9 // sum(w.nbytes for w in weights))
+    num_replays = max(3, 2 * 10**9 // sum(w.nbytes for w in weights))
     events[0].record()
-    for _ in range(times):
+    for _ in range(num_replays):
         graph.replay()
     events[1].record()
     torch.cuda.synchronize()
-    return 1e3 * events[0].elapsed_time(events[1]) / times / len(weights)
+    return 1e3 * events[0].elapsed_time(events[1]) / num_replays / len(weights)
 
 
 def main() -> None:
@@ -72,9 +72,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "tiles_gpu.json")
     args = parser.parse_args()
     memory = torch.randn(2**30, device="cuda", dtype=torch.bfloat16).mul_(0.02)
-    variants = [(n, k, w, s) for (n, k), warps in WARPS.items() for w in warps for s in (3, 4, 5, 6)
-                if 2 * n * k * s <= SHARED]  # fmt: skip
-    chosen, rows = small_batch.select_linear_tile, dict[str, dict[str, Any]]()
+    variants = [(n, k, w, stages) for (n, k), warps in WARPS.items() for w in warps for stages in (3, 4, 5, 6)
+                if 2 * n * k * stages <= SHARED]  # fmt: skip
+    select_tile, rows = small_batch.select_linear_tile, dict[str, dict[str, Any]]()
     for shape, owners in shapes().items():
         rows[f"{shape[0]} x {shape[1]}"] = {"of": owners, "chosen": None, "us": {}}
     for variant in tqdm([None, *variants], unit="tile"):
@@ -88,12 +88,12 @@ def main() -> None:
             count = max(1, min(24, len(memory) // (n * k)))
             weights = [memory[i * n * k : (i + 1) * n * k].view(n, k) for i in range(count)]
             row = rows[f"{n} x {k}"]
-            taken = round(microseconds(weights), 2)
+            elapsed = round(microseconds(weights), 2)
             if variant is None:
-                row["chosen"] = [*chosen(n, k, 1, torch.bfloat16).values(), taken]
+                row["chosen"] = [*select_tile(n, k, 1, torch.bfloat16).values(), elapsed]
             else:
-                row["us"][" ".join(map(str, variant))] = taken
-    small_batch.select_linear_tile = chosen
+                row["us"][" ".join(map(str, variant))] = elapsed
+    small_batch.select_linear_tile = select_tile
     args.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "shapes": rows}, indent=1) + "\n")
     for name, row in rows.items():
         best = min(row["us"], key=row["us"].get)

@@ -20,9 +20,7 @@ from fastgen.core.tokenizer import Message
 from fastgen.core.types import Tokenizer
 from fastgen.engine import Engine
 
-UNSUPPORTED_SETTINGS = ("n", "prompt_logprobs")  # meaningless in a conversation
 COMMON_SETTINGS = ("temperature", "top_p", "max_tokens")
-DEFAULT_SAMPLING = SamplingParams()
 NUM_TOP_LOGPROBS = 5  # most likely tokens recorded with each token of an answer
 
 
@@ -56,8 +54,8 @@ def check_can_chat(tokenizer: Tokenizer | None, model_name: str, sampling: Sampl
 
 
 def _check_supported(settings: dict[str, Any]) -> None:
-    for name in UNSUPPORTED_SETTINGS:
-        if (value := settings.get(name, getattr(DEFAULT_SAMPLING, name))) != getattr(DEFAULT_SAMPLING, name):
+    for name, default in (("n", 1), ("prompt_logprobs", None)):  # meaningless in a conversation
+        if (value := settings.get(name, default)) != default:
             raise ValueError(f"{name}={value}: is not supported in conversations, which have one answer per message")
 
 
@@ -73,17 +71,16 @@ class Conversation:
 
     def __init__(self, engine: Engine, sampling: SamplingParams | None = None, system: str | None = None) -> None:
         self.engine, self.system = engine, system
-        self.sampling = SamplingParams(max_tokens=None)
-        self.update_sampling(**(asdict(sampling) if sampling else {}))
+        self.sampling = sampling or SamplingParams(max_tokens=None)
         self.turns: list[Turn] = []
+        _check_supported(asdict(self.sampling))
 
     @property
     def messages(self) -> list[Message]:
         """Returns the conversation so far as chat messages."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
-            messages.append({"role": "user", "content": turn.message})
-            messages.append({"role": "assistant", "content": turn.answer.text})
+            messages += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.answer.text}]
         return messages
 
     @property
@@ -99,16 +96,15 @@ class Conversation:
         tokens, or one whose step failed, is not added. Raises ConversationTooLong if no answer can fit.
         """
         rendered, prompt = self.render_prompt(message)
-        s, max_answer = self.sampling, self.max_length - len(prompt)
-        if max_answer < 1:
+        s, limit = self.sampling, self.max_length - len(prompt)
+        if limit < 1:
             raise ConversationTooLong(
                 f"the conversation is too long: {len(prompt)} tokens with this message; the context and the KV cache "
                 f"allow {self.max_length}, including the answer"
             )
-        max_tokens, min_tokens = s.max_tokens and min(s.max_tokens, max_answer), min(s.min_tokens, max_answer)
-        num_logprobs = max(NUM_TOP_LOGPROBS, s.logprobs or 0)
+        max_tokens, num_logprobs = s.max_tokens and min(s.max_tokens, limit), max(NUM_TOP_LOGPROBS, s.logprobs or 0)
+        params = replace(s, logprobs=num_logprobs, max_tokens=max_tokens, min_tokens=min(s.min_tokens, limit))
         start, output = perf_counter(), None
-        params = replace(s, logprobs=num_logprobs, max_tokens=max_tokens, min_tokens=min_tokens)
         request_id = self.engine.add(prompt, params)
         try:
             while output is None:
@@ -132,28 +128,25 @@ class Conversation:
         coder, content = self.engine.tokenizer, self.engine.config.special_tokens_in_content
         rendered = tokenizer.render(coder, messages, special_tokens_in_content=content)
         assert coder is not None
-        token_ids = self._extend_last_prompt(rendered)
-        return rendered, tokenizer.encode_rendered(coder, rendered) if token_ids is None else token_ids
+        return rendered, self._extend_last_prompt(rendered) or tokenizer.encode_rendered(coder, rendered)
 
     def _extend_last_prompt(self, rendered: str) -> list[int] | None:
         """Returns the last turn's tokens and those of the new text. None unless `rendered` extends the last turn."""
         last, coder = self.turns[-1] if self.turns else None, self.engine.tokenizer
         if last is None or coder is None or not last.prompt_token_ids or not rendered.startswith(last.rendered_prompt):
             return None
-        suffix, stripped = rendered[len(last.rendered_prompt) :], last.answer.text.strip()
-        answer_texts = last.answer.text, stripped
-        if self.engine.config.special_tokens_in_content == "text":
-            answer_texts = map(ControlTokens.for_tokenizer(coder).escape, answer_texts)
-        answer, stripped_answer = answer_texts  # as the template renders them
+        suffix, answer = rendered[len(last.rendered_prompt) :], last.answer.text
+        if self.engine.config.special_tokens_in_content == "text":  # as the template renders it
+            answer = ControlTokens.for_tokenizer(coder).escape(answer)
         if suffix.startswith(answer):
             new_text = suffix[len(answer) :]
-        elif suffix.lstrip().startswith(stripped_answer):  # the template strips answers; the tokens need not change
-            new_text = suffix.lstrip()[len(stripped_answer) :] if stripped else suffix
+        elif suffix.lstrip().startswith(answer.strip()):  # the template strips answers; the tokens need not change
+            new_text = suffix.lstrip().removeprefix(answer.strip()) if answer.strip() else suffix
         else:
             return None
         answer_ids = [*last.answer.token_ids]
         if last.answer.finish_reason == "stop":
-            if self._decode(answer_ids).strip() != stripped:
+            if self._decode(answer_ids).strip() != last.answer.text.strip():
                 return None  # a stop string was cut from the text, but not from the tokens
             if not self._decode(answer_ids[-1:]):
                 answer_ids.pop()  # the EOS token: the template itself ends the answer
@@ -167,9 +160,8 @@ class Conversation:
         """Changes sampling settings. Raises ValueError for unknown, unsupported and invalid ones."""
         _check_supported(settings)
         names = [f.name for f in fields(SamplingParams)]
-        for name in settings:
-            if name not in names:
-                raise ValueError(unknown_name_message("sampling setting", name, names))
+        for name in settings.keys() - names:
+            raise ValueError(unknown_name_message("sampling setting", name, names))
         try:
             self.sampling = replace(self.sampling, **settings)
         except TypeError as e:
@@ -177,7 +169,7 @@ class Conversation:
 
     def notable_settings(self) -> dict[str, Any]:
         """Returns the most common sampling settings, and all that differ from the defaults of SamplingParams."""
-        defaults = asdict(DEFAULT_SAMPLING)
+        defaults = asdict(SamplingParams())
         return {k: v for k, v in asdict(self.sampling).items() if k in COMMON_SETTINGS or v != defaults[k]}
 
     def rewind(self, turn_number: int) -> None:

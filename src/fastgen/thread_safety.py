@@ -1,4 +1,4 @@
-"""Who may call an engine: one thread at a time, in the process that made it, until it is closed.
+"""Restricts calls of an engine to one thread at a time, in the process that made it, until it is closed.
 
 `exclusive` wraps every public call. It refuses misuse before anything changes or is broadcast to other ranks, and
 shields what is computed from the caller's torch modes (autocast, inference mode).
@@ -70,23 +70,23 @@ class AccessGuard:
 
 
 def exclusive(*memory: str) -> Callable[[F], F]:
-    """Makes a method one that a single thread at a time may be inside of; see the module's docstring.
+    """Returns a decorator for methods that one thread at a time may run; see the module's docstring.
 
-    The object has an `access_guard`. `memory`: the parts of the engine's memory that the method reads or writes; it
-    raises the ValueError of the object's `memory.require` while they are released.
+    The object has an `access_guard`. `memory` names the parts of the engine's memory that the method reads or writes:
+    while they are released, calls raise the ValueError of the object's `memory.require`.
     """
 
     def decorate(method: Any) -> Any:
         @wraps(method)
         def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
             guard, thread_id = self.access_guard, threading.get_ident()
-            mine = guard.thread_id == thread_id
-            if mine and guard.in_call and guard.pid == _current_pid:  # within another call
+            is_owner = guard.thread_id == thread_id
+            if is_owner and guard.in_call and guard.pid == _current_pid:  # within another call
                 if memory:
                     self.memory.require(*memory)
                 return method(self, *args, **kwargs)
             guard.check()
-            if not mine:
+            if not is_owner:
                 # Succeeds in one thread only; no interrupt can come between it and the next `try`.
                 try:
                     del guard._free_token[0]
@@ -101,7 +101,7 @@ def exclusive(*memory: str) -> Callable[[F], F]:
                     return method(self, *args, **kwargs)
             finally:
                 guard.in_call = False
-                if not mine:
+                if not is_owner:
                     guard.thread_id, guard._free_token = None, [None]
 
         return guarded

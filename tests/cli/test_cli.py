@@ -220,10 +220,10 @@ def test_bad_prompt_files(name: str, content: str | bytes, message: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
-def test_prompts_from_standard_input(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "piped").write_text('"a"\n[1]\n')
-    monkeypatch.setattr(prompt_files, "_open_binary", lambda file: (tmp_path / "piped").open("rb"))
-    assert read_prompts(name) == ['"a"', "[1]"] and read_prompts(name, "jsonl") == ["a", [1]]
+def test_prompts_from_standard_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for format, prompts in ((None, ['"a"', "[1]"]), ("jsonl", ["a", [1]])):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'"a"\n[1]\n')))
+        assert read_prompts(name, format) == prompts
 
 
 @pytest.mark.parametrize(

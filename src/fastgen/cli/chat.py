@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,15 +60,13 @@ COMMANDS = {  # command -> (arguments, help)
     "/h": ("", "show this list; also /help"),
     "/q": ("", "quit; also Ctrl-D"),
 }
-MIN_SHOWN_LOGPROB = math.log(0.0005)  # lower ones would be shown as 0.0%
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would move the cursor or change colors
-
-
 HELP_TEXTS = {name: text for name, (_, text) in COMMANDS.items()}
 COMMAND_NAMES = WordCompleter([*COMMANDS, "/help"], meta_dict=HELP_TEXTS, WORD=True)
 FILE_NAMES = PathCompleter(expanduser=True)
 SETTINGS = WordCompleter([f"{name}=" for name in SamplingParams.__slots__], WORD=True)
 ARGUMENT_COMPLETERS: dict[str, Completer] = {"/s": SETTINGS, "/save": FILE_NAMES, "/load": FILE_NAMES}
+MIN_SHOWN_LOGPROB = math.log(0.0005)  # lower ones would be shown as 0.0%
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would move the cursor or change colors
 
 
 class CommandCompleter(Completer):
@@ -170,9 +169,8 @@ class TerminalChat:
         if not message:
             return
         conversation, num_turns = self.conversation, len(self.conversation.turns)
-        stopped = stream_answer(
-            conversation, message, lambda text: self.console.out(_replace_control_characters(text), end="")
-        )
+        write = partial(self.console.out, end="")
+        stopped = stream_answer(conversation, message, lambda text: write(_replace_control_characters(text)))
         if len(conversation.turns) == num_turns:
             return self._print_note("stopped before the first token; the message is discarded")
         stats, note = format_stats(conversation)
@@ -234,9 +232,9 @@ class TerminalChat:
             raise ValueError("this session has no answer yet whose tokens could be shown")
         table = Table("token", "probability", Column("most likely tokens", style="dim"), box=None)
         for token, logprob, top in zip(answer.token_ids, answer.logprobs, answer.top_logprobs, strict=True):
-            p, shown = math.exp(logprob), {t: q for t, q in top.items() if q > MIN_SHOWN_LOGPROB}
-            style = "green" if p > 0.5 else "yellow" if p > 0.1 else "red"
-            alternatives = "  ".join(f"{tokenizer.decode([t])!r} {math.exp(q):.1%}" for t, q in shown.items())
+            shown = [(tokenizer.decode([t]), math.exp(p)) for t, p in top.items() if p > MIN_SHOWN_LOGPROB]
+            alternatives = "  ".join(f"{text!r} {p:.1%}" for text, p in shown)
+            style = "green" if (p := math.exp(logprob)) > 0.5 else "yellow" if p > 0.1 else "red"
             table.add_row(Text(repr(tokenizer.decode([token])), style), f"{p:.1%}", alternatives)
         self.console.print(table)
         num_cached, num_prompt = turns[-1].num_cached_tokens, len(turns[-1].prompt_token_ids)

@@ -7,22 +7,22 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastgen.core.tokenizer import Prompt
 
-FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
-SUFFIXES = {".txt": "text", ".ndjson": "jsonl", "": "text"} | {f".{name}": name for name in FORMATS[1:]}
 ACCEPTED_ROWS = (
     "a text, a list of token ids, a list of messages, or an object with 'prompt', 'prompt_token_ids' or 'messages'"
 )
 STANDARD_INPUT, STANDARD_OUTPUT = ("-", "/dev/stdin"), ("-", "/dev/stdout")
 GZIP_MAGIC = b"\x1f\x8b"  # the first bytes of gzip files, which are no valid UTF-8
+Rows = Iterator[tuple[str, Any]]  # the location of each row for error messages, and its value
 
 
 def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
@@ -32,20 +32,18 @@ def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
     prompt per line. Gzip files are decompressed. Text must be UTF-8, with or without a byte order mark. CSV and Parquet
     files need a column `prompt` or `messages` (JSON, in CSV). Errors are ValueErrors that name the file and line.
     """
-    if file not in STANDARD_INPUT:
-        file = os.path.expanduser(file)
-    suffix = "" if file in STANDARD_INPUT else Path(file.lower().removesuffix(".gz")).suffix
+    is_stdin = file in STANDARD_INPUT
+    file = file if is_stdin else os.path.expanduser(file)
+    suffix = "" if is_stdin else Path(file.lower().removesuffix(".gz")).suffix
     if format is None and (format := SUFFIXES.get(suffix)) is None:
         known = ", ".join(s for s in SUFFIXES if s)
         raise ValueError(f"{file}: unknown suffix {suffix!r} (known: {known}); set task.format")
-    if file not in STANDARD_INPUT:
-        if os.path.isdir(file):
-            raise ValueError(f"task.prompts: {file} is a folder")
-        if not os.path.exists(file):
-            raise ValueError(f"task.prompts: file {file} does not exist")
+    if not is_stdin and os.path.isdir(file):
+        raise ValueError(f"task.prompts: {file} is a folder")
+    if not is_stdin and not os.path.exists(file):
+        raise ValueError(f"task.prompts: file {file} does not exist")
     try:
-        with _open_binary(file) as raw:
-            content = raw.read()
+        content = sys.stdin.buffer.read() if is_stdin else Path(file).read_bytes()
         if file.lower().endswith(".gz") or content.startswith(GZIP_MAGIC):
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as e:
@@ -63,9 +61,8 @@ def check_output(key: str, path: Path, inputs: Iterable[str | Path | None]) -> N
     if os.path.isdir(path):
         raise ValueError(f"{key}: {path} is a folder")
     exists = os.path.exists(path)
-    for file in inputs:
-        if file is not None and exists and os.path.exists(file) and path.samefile(file):
-            raise ValueError(f"{key}: {path} is the input file, which would be overwritten; choose another file")
+    if exists and any(file is not None and os.path.exists(file) and path.samefile(file) for file in inputs):
+        raise ValueError(f"{key}: {path} is the input file, which would be overwritten; choose another file")
     try:
         if exists and not path.is_file():  # opening a pipe would wait for its reader
             if not os.access(path, os.W_OK):
@@ -79,15 +76,10 @@ def check_output(key: str, path: Path, inputs: Iterable[str | Path | None]) -> N
         raise ValueError(f"{key}: {path} cannot be written: {getattr(e, 'strerror', None) or e}") from e
 
 
-def _open_binary(file: str) -> BinaryIO:
-    """Opens a file, or standard input, whose file descriptor stays open when the returned file is closed."""
-    return open(sys.stdin.fileno(), "rb", closefd=False) if file in STANDARD_INPUT else open(file, "rb")
-
-
 def _check_prompt(value: Any, location: str) -> Prompt:
     """Returns the prompt of a row: text, token ids or messages, bare or in an object. Raises ValueError otherwise."""
     if isinstance(value, dict):
-        if (name := _find_prompt_key(value, lambda name: value.get(name) is not None)) is None:
+        if (name := _find_prompt_key([key for key, x in value.items() if x is not None])) is None:
             keys = ", ".join(map(repr, value)) or "nothing"
             raise ValueError(f"{location}: must be {ACCEPTED_ROWS}, got an object with {keys}")
         value = value[name]
@@ -98,7 +90,7 @@ def _check_prompt(value: Any, location: str) -> Prompt:
         raise ValueError(f"{location}: must be {ACCEPTED_ROWS}, got {repr(value)[:60]}")
     messages: Any = value
     for text in [x for message in messages for x in message.values()] if is_chat else [value]:
-        if isinstance(text, str) and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
             raise ValueError(f"{location}: contains half of a surrogate pair, which is not valid text")
     return value
 
@@ -121,7 +113,7 @@ def _parse_json(text: str, location: str) -> Any:
         raise ValueError(f"{location}: must be {ACCEPTED_ROWS}, got {text[:60]!r} ({e})") from e
 
 
-def _read_lines(content: bytes, file: str) -> Iterator[tuple[str, str]]:
+def _read_lines(content: bytes, file: str) -> Rows:
     """Yields the location and text of each line that is not blank. Only "\\n" ends a line, as in other tools."""
     for number, line in enumerate(_decode_utf8(content, file).split("\n"), 1):
         if "\0" in line:
@@ -130,12 +122,12 @@ def _read_lines(content: bytes, file: str) -> Iterator[tuple[str, str]]:
             yield f"line {number}", line
 
 
-def _read_jsonl(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(content: bytes, file: str) -> Rows:
     for location, line in _read_lines(content, file):
         yield location, _parse_json(line, f"{file}, {location}")
 
 
-def _read_json(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
+def _read_json(content: bytes, file: str) -> Rows:
     """Yields the location and value of each element of one JSON array."""
     values = _parse_json(_decode_utf8(content, file), file)
     if not isinstance(values, list):
@@ -145,7 +137,7 @@ def _read_json(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
         yield f"element {i}", value
 
 
-def _read_csv(content: bytes, file: str, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
+def _read_csv(content: bytes, file: str, delimiter: str = ",") -> Rows:
     reader = csv.DictReader(io.StringIO(_decode_utf8(content, file), newline=""), delimiter=delimiter, strict=True)
     csv.field_size_limit(2**31 - 1)  # for the process; long prompts exceed the default of 128 KiB
     try:
@@ -164,7 +156,7 @@ def _read_csv(content: bytes, file: str, delimiter: str = ",") -> Iterator[tuple
         raise ValueError(f"{file}, line {reader.line_num}: {e}") from e
 
 
-def _read_parquet(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
+def _read_parquet(content: bytes, file: str) -> Rows:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -178,9 +170,9 @@ def _read_parquet(content: bytes, file: str) -> Iterator[tuple[str, Any]]:
         yield f"row {i}", value
 
 
-def _find_prompt_key(names: Iterable[str], has_value: Callable[[str], bool] = lambda _: True) -> str | None:
+def _find_prompt_key(names: Collection[str]) -> str | None:
     """Returns which key of an object or column of a table is the prompt: messages, else token ids, else text."""
-    return next((n for n in ("messages", "prompt_token_ids", "prompt") if n in names and has_value(n)), None)
+    return next((name for name in ("messages", "prompt_token_ids", "prompt") if name in names), None)
 
 
 def _find_prompt_column(names: Sequence[str], file: str) -> str:
@@ -190,11 +182,9 @@ def _find_prompt_column(names: Sequence[str], file: str) -> str:
     return name
 
 
-READERS: dict[str, Callable[[bytes, str], Iterator[tuple[str, Any]]]] = {
-    "text": _read_lines,
-    "jsonl": _read_jsonl,
-    "json": _read_json,
-    "csv": _read_csv,
-    "tsv": partial(_read_csv, delimiter="\t"),
-    "parquet": _read_parquet,
-}
+READERS: dict[str, Callable[[bytes, str], Rows]] = {
+    "text": _read_lines, "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv,
+    "tsv": partial(_read_csv, delimiter="\t"), "parquet": _read_parquet,
+}  # fmt: skip
+FORMATS = tuple(READERS)
+SUFFIXES = {".txt": "text", ".ndjson": "jsonl", "": "text"} | {f".{name}": name for name in FORMATS if name != "text"}

@@ -22,15 +22,21 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import Engine, EngineConfig, Output, Replicas
-from fastgen.cli.hydra_config import RunConfig, compose, conf_dir, explain_error, to_dataclass, to_hydra_arguments
+from fastgen.cli.hydra_config import (
+    HYDRA_ERRORS,
+    RunConfig,
+    compose,
+    conf_dir,
+    explain_error,
+    to_dataclass,
+    to_hydra_arguments,
+)
 from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
 from fastgen.core.tokenizer import Prompt, is_single_prompt
 from fastgen.profiling.profiler import profile_on_signal
@@ -76,16 +82,15 @@ class PromptRun:
         """Generates while profiling `task.steps` steps. Prints the profile's summary and the path of its trace."""
         assert isinstance(self.engine, Engine)
         with self.engine.profile(self.task.steps, self.task.trace) as p:
-            self.outputs |= enumerate(self.engine.generate(self.requests, self.sampling))
-        print(p.summary)
-        print(f"trace: {p.trace}")
+            self.generate()
+        print(p.summary, f"trace: {p.trace}", sep="\n")
 
-    def print_completions(self) -> None:
-        """Prints the completions in the order of their prompts."""
+    def format_completions(self) -> Iterator[str]:
+        """Yields the completions, in the order of their prompts, as lines to print."""
         for i, output in sorted(self.outputs.items()):
             for j, c in enumerate(output.completions):
                 text = str(c.token_ids) if self.engine.tokenizer is None else c.text
-                print(text if self.is_single else f"[{i}.{j}] {text}")
+                yield f"{text}\n" if self.is_single else f"[{i}.{j}] {text}\n"
 
     def json_lines(self) -> Iterator[str]:
         """Yields a JSON line for each prompt that has an output, in order."""
@@ -96,8 +101,8 @@ class PromptRun:
 def grpo(config: RunConfig, folder: Path = Path()) -> None:
     """Trains with GRPO (see `fastgen.training.grpo`), and prints the mean reward at the first and the last step."""
     if config.prompt is not None or config.task.prompts is not None or config.out is not None:
-        raise ValueError("task=grpo samples prompts from grpo.problem and writes to grpo.output_dir: leave out prompt, "
-                         "task.prompts and out")  # fmt: skip
+        advice = "leave out prompt, task.prompts and out"
+        raise ValueError(f"task=grpo samples prompts from grpo.problem and writes to grpo.output_dir: {advice}")
     if config.seed is None:
         raise ValueError("task=grpo needs a seed, so that it can be repeated and resumed: seed=0")
     g, problem, start = config.grpo, load_problem(config.grpo.problem), time.perf_counter()
@@ -111,20 +116,21 @@ def grpo(config: RunConfig, folder: Path = Path()) -> None:
 
 def build_engine(config: RunConfig, *, progress: bool = True) -> Engine:
     """Loads the configured model and builds its engine."""
-    return Engine.from_pretrained(**_from_pretrained_kwargs(config, progress))
+    return Engine.from_pretrained(config.model.path, progress=progress, **_collect_settings(config))
 
 
 def build_engines(config: RunConfig, *, progress: bool = True) -> Engine | Replicas:
     """Builds the configured engine, or Replicas if `parallel.replicas` is above 1."""
-    if (num_replicas := config.parallel.replicas) == 1:
+    path, replicas = config.model.path, config.parallel.replicas
+    if replicas == 1:
         return build_engine(config, progress=progress)
-    return Replicas.from_pretrained(replicas=num_replicas, **_from_pretrained_kwargs(config, progress))
+    return Replicas.from_pretrained(path, replicas=replicas, progress=progress, **_collect_settings(config))
 
 
-def _from_pretrained_kwargs(config: RunConfig, progress: bool) -> dict[str, Any]:
-    load = {f.name: getattr(config.model, f.name) for f in fields(config.model)}
-    settings = {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
-    return {"model": load.pop("path"), "progress": progress, **load, **settings}
+def _collect_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns the keyword arguments of `from_pretrained`."""
+    load = {f.name: getattr(config.model, f.name) for f in fields(config.model) if f.name != "path"}
+    return load | {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
 
 
 def _collect_prompts(config: RunConfig) -> list[Prompt]:
@@ -178,14 +184,13 @@ def run(config: RunConfig, folder: Path = Path()) -> list[Output]:
     if to_stdout:
         sys.stdout.writelines(prompt_run.json_lines())
     elif config.task.name == "generate":
-        prompt_run.print_completions()
+        sys.stdout.writelines(prompt_run.format_completions())
     outputs = [output for _, output in sorted(prompt_run.outputs.items())]
-    num_prompt = sum(len(o.prompt_token_ids) for o in outputs)
-    num_output = sum(len(c.token_ids) for o in outputs for c in o.completions)
     if failure is not None:
         saved = f"; they are in {out}" if out and outputs else ""
-        finished = f"{len(outputs)} of {len(prompts)} requests had finished{saved}"
-        print(f"fgrun: ended early: {finished}", file=sys.stderr)
+        print(f"fgrun: ended early: {len(outputs)} of {len(prompts)} requests had finished{saved}", file=sys.stderr)
+    num_prompt = sum(len(o.prompt_token_ids) for o in outputs)
+    num_output = sum(len(c.token_ids) for o in outputs for c in o.completions)
     rate = f"{seconds:.2f} s, {num_output / seconds:.1f} tokens/s"
     print(f"{num_prompt} prompt tokens, {num_output} output tokens, {rate}", file=sys.stderr, flush=True)
     if failure is not None:
@@ -204,7 +209,7 @@ def _on_sigterm(*_: Any) -> None:
 
 def _report_error(e: Exception) -> int:
     """Prints an error that the user can fix. Returns the exit status: 2 for Hydra's errors, 1 for all others."""
-    is_hydra = isinstance(e, HydraException | OmegaConfBaseException)
+    is_hydra = isinstance(e, HYDRA_ERRORS)
     print(f"fgrun: {explain_error(e) if is_hydra else e}", file=sys.stderr)
     return 2 if is_hydra else 1
 
@@ -242,13 +247,11 @@ def main() -> int:
         sys.argv[1:] = to_hydra_arguments(sys.argv[1:])
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
         sys.stdout.flush()
-    except Terminated:
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as e:
+        return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
     except BrokenPipeError:
         return _handle_closed_stdout()
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as e:
+    except (*HYDRA_ERRORS, ValueError, OSError) as e:
         if full_error == "1":
             raise
         return _report_error(e)
