@@ -9,10 +9,9 @@ SCRIPT = Path(__file__).parent / "support" / "fuzz_library.py"
 
 
 def test_fuzz() -> None:
-    """FUZZ_CALLS and FUZZ_SEED say how many and which. In a process of its own: a crash is a result, and there the
-    library alone checks the types of arguments."""
+    """FUZZ_CALLS and FUZZ_SEED choose the calls. They run in a process that may crash and has no type checks."""
     calls, seed = os.environ.get("FUZZ_CALLS", "250"), os.environ.get("FUZZ_SEED", "0")
     command = [sys.executable, str(SCRIPT), calls, seed]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert process.returncode == 0, f"{process.stdout}\n{process.stderr[-4000:]}"

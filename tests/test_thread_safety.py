@@ -1,4 +1,4 @@
-"""Who may call an engine, and when: refusals that change nothing, in every public call."""
+"""Every public call is refused in the wrong thread, process or state, and a refused call changes nothing."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ SPEC = fastgen.from_hf_config(tiny.config())
 PARAMS = tiny.weights(SPEC)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = [[1, 2, 3], [4, 5] * 9]
-CALLS: dict[str, Callable[[Engine], Any]] = {  # that need an engine of one's own
+CALLS: dict[str, Callable[[Engine], Any]] = {  # calls that need an engine to themselves
     "add": lambda e: e.add(PROMPTS[0], GREEDY),
     "step": lambda e: e.step(),
     "generate": lambda e: e.generate(PROMPTS, GREEDY),
@@ -68,29 +68,29 @@ def tokens(e: Engine) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def wanted() -> list[list[int]]:
+def expected() -> list[list[int]]:
     with engine() as e:
         return tokens(e)
 
 
 def run(call: Callable[[], Any]) -> list[Any]:
-    """What a call in another thread returned, or raised."""
-    found: list[Any] = []
+    """Returns what calls in another thread returned or raised."""
+    results: list[Any] = []
 
     def inner() -> None:
         try:
-            found.append(call())
+            results.append(call())
         except BaseException as e:
-            found.append(e)
+            results.append(e)
 
     thread = threading.Thread(target=inner)
     thread.start()
     thread.join()
-    return found
+    return results
 
 
 def test_every_public_call_is_tried() -> None:
-    """A new one must say here how it is refused."""
+    """A new public call must be added here."""
     public = {name for name, _ in inspect.getmembers(Engine) if not name.startswith("_")}
     assert public == CALLS.keys() | READS.keys() | ALWAYS
 
@@ -104,33 +104,33 @@ def test_closed(name: str) -> None:
         (CALLS | READS)[name](e)
 
 
-def test_held_by_an_async_engine(wanted: list[list[int]]) -> None:
-    """Every call from outside is refused, another AsyncEngine and `close` too; its own requests lose nothing."""
+def test_held_by_an_async_engine(expected: list[list[int]]) -> None:
+    """While an AsyncEngine holds the engine, direct calls, `close` and a second AsyncEngine are refused."""
 
-    async def use(a: fastgen.AsyncEngine) -> dict[int, list[int]]:
-        found = {}
+    async def use_async(a: fastgen.AsyncEngine) -> dict[int, list[int]]:
+        results = {}
         async for i, output in a.generate(PROMPTS, GREEDY):
-            found[i] = output.completions[0].token_ids
+            results[i] = output.completions[0].token_ids
             for name, call in CALLS.items():
                 with pytest.raises(RuntimeError, match="held by an AsyncEngine"):
                     call(e)
                 assert not isinstance(await a.call(lambda _: 0), BaseException), name
-            for wrong in (e.close, lambda: fastgen.AsyncEngine(e)):
+            for call in (e.close, lambda: fastgen.AsyncEngine(e)):
                 with pytest.raises(RuntimeError, match="held by an AsyncEngine"):
-                    wrong()
-        return found
+                    call()
+        return results
 
     with engine() as e:
         with fastgen.AsyncEngine(e) as a:
-            assert asyncio.run(use(a)) == dict(enumerate(wanted))
-        assert tokens(e) == wanted, "it is its owner's again"
+            assert asyncio.run(use_async(a)) == dict(enumerate(expected))
+        assert tokens(e) == expected, "it is its owner's again"
         e.close()
         with pytest.raises(RuntimeError, match="closed"):
             fastgen.AsyncEngine(e)
 
 
-def test_two_threads(wanted: list[list[int]]) -> None:
-    """A thread inside a call has the engine: all calls of others are refused; one after the other, they may."""
+def test_two_threads(expected: list[list[int]]) -> None:
+    """While one thread is inside a call, calls of other threads are refused; afterwards they are not."""
     with engine() as e:
         seen: list[Any] = []
 
@@ -144,15 +144,15 @@ def test_two_threads(wanted: list[list[int]]) -> None:
         e.update_params(source(), partial=True)
         assert len(seen) == len(CALLS) + 2
         assert all(isinstance(x, RuntimeError) and "AsyncEngine serves any number of threads" in str(x) for x in seen)
-        (there,) = run(lambda: tokens(e))
-        assert there == tokens(e) == wanted
+        (other_tokens,) = run(lambda: tokens(e))
+        assert other_tokens == tokens(e) == expected
 
 
-def test_a_stream_that_is_refused_goes_on(wanted: list[list[int]]) -> None:
-    """Iterated while another thread is inside a call, it loses nothing."""
+def test_a_stream_that_is_refused_goes_on(expected: list[list[int]]) -> None:
+    """A stream that is iterated while another thread is inside a call loses no events."""
     with engine() as e:
         stream = e.stream(PROMPTS[0], GREEDY)
-        found = [next(stream)]
+        results = [next(stream)]
 
         def source() -> Iterator[tuple[str, Any]]:
             (refused,) = run(lambda: next(stream))
@@ -160,18 +160,18 @@ def test_a_stream_that_is_refused_goes_on(wanted: list[list[int]]) -> None:
             yield "model.norm.weight", PARAMS.final_norm
 
         e.update_params(source(), partial=True)
-        found += [*stream]
-        assert [t for x in found for t in x.token_ids] == wanted[0]
+        results += [*stream]
+        assert [t for x in results for t in x.token_ids] == expected[0]
 
 
 def test_a_stream_whose_events_step_has_given_ends() -> None:
-    """Who calls `step` himself has all events of that step: a stream that waits for them waits for ever."""
+    """A stream does not hang if its events were returned by a direct call of `step`."""
     with engine() as e:
         stream = e.stream([7, 8], GREEDY)
-        first, rest = next(stream), list[fastgen.Event]()
+        first, later_events = next(stream), list[fastgen.Event]()
         while e.has_unfinished_requests:
-            rest += e.step()
-        assert first.token_ids + [t for x in rest for t in x.token_ids] == tokens_of(e, [7, 8])
+            later_events += e.step()
+        assert first.token_ids + [t for x in later_events for t in x.token_ids] == tokens_of(e, [7, 8])
         assert [*stream] == []
 
 
@@ -179,8 +179,8 @@ def tokens_of(e: Engine, prompt: list[int]) -> list[int]:
     return e.generate(prompt, GREEDY)[0].completions[0].token_ids
 
 
-def test_a_dropped_stream_never_aborts_inside_a_call(wanted: list[list[int]]) -> None:
-    """The garbage collector finds it in another thread, in the middle of a call: the next call aborts its requests."""
+def test_a_dropped_stream_never_aborts_inside_a_call(expected: list[list[int]]) -> None:
+    """A stream that is garbage-collected in another thread during a call is aborted by the next call."""
     with engine() as e:
         streams = [e.stream([7, 8], GREEDY)]
         next(streams[0])
@@ -193,7 +193,7 @@ def test_a_dropped_stream_never_aborts_inside_a_call(wanted: list[list[int]]) ->
 
         e.update_params(source(), partial=True)
         assert e.step() == [] and not e.state.running and not e.state.waiting
-        assert tokens(e) == wanted
+        assert tokens(e) == expected
 
 
 @contextlib.contextmanager
@@ -204,99 +204,100 @@ def bf16() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")
 @pytest.mark.parametrize("mode", [bf16, torch.inference_mode, torch.enable_grad], ids=["bf16", "inference", "grad"])
-def test_modes_of_torch(mode: Any, wanted: list[list[int]]) -> None:
-    """Autocast and inference mode around making, using and scoring change nothing, then or later."""
+def test_modes_of_torch(mode: Any, expected: list[list[int]]) -> None:
+    """Autocast and inference mode around the constructor, calls and `score` change no result."""
     score = fastgen.score(PARAMS, SPEC, PROMPTS)
     with mode():
         e = engine()
-        assert tokens(e) == wanted
-        for got in (e.score(PROMPTS), fastgen.score(PARAMS, SPEC, PROMPTS)):
-            assert all(map(torch.equal, got, score))
+        assert tokens(e) == expected
+        for logprobs in (e.score(PROMPTS), fastgen.score(PARAMS, SPEC, PROMPTS)):
+            assert all(map(torch.equal, logprobs, score))
         logits = fastgen.forward(e.params, e.cache, e.last_batch, SPEC)
         e.params_changed()
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, fastgen.forward(e.params, e.cache, e.last_batch, SPEC))
     e.params_changed()
-    assert tokens(e) == wanted
+    assert tokens(e) == expected
     e.close()
 
 
 @pytest.fixture
-def own(tmp_path: Any) -> Iterator[Engine]:
-    """One whose memory is all its own."""
+def own_memory(tmp_path: Any) -> Iterator[Engine]:
+    """An engine that owns its parameters and cache, so that all memory can be released."""
     fastgen.save(tmp_path, SPEC, PARAMS)
     with Engine.from_pretrained(tmp_path, progress=False, cache_tokens=512, max_adapters=1) as e:
         yield e
 
 
-def test_released(own: Engine, wanted: list[list[int]]) -> None:
-    """What touches memory that is given back says so; nothing is lost, counted or queued."""
-    id = own.add(PROMPTS[0], GREEDY)
+def test_released(own_memory: Engine, expected: list[list[int]]) -> None:
+    """Calls that need released memory raise ValueError, and change no state."""
+    e = own_memory
+    id = e.add(PROMPTS[0], GREEDY)
     for _ in range(3):
-        own.step()
-    snapshot = own.snapshot(id, include_pages=True)
+        e.step()
+    snapshot = e.snapshot(id, include_pages=True)
     assert snapshot.pages
-    stream = own.stream(PROMPTS[1], GREEDY)
-    own.sleep("all")
+    stream = e.stream(PROMPTS[1], GREEDY)
+    e.sleep("all")
     touching: list[Callable[[], Any]] = [
-        lambda: own.params, lambda: own.cache, lambda: own.step(), lambda: own.generate(PROMPTS, GREEDY),
-        lambda: own.stream(PROMPTS, GREEDY), lambda: own.as_completed(PROMPTS, GREEDY), lambda: own.score(PROMPTS),
-        lambda: own.update_params(PARAMS), lambda: own.snapshot(id, include_pages=True), lambda: own.restore(snapshot),
-        lambda: next(stream), lambda: fastgen.forward(own.params, own.cache, own.last_batch, SPEC),
+        lambda: e.params, lambda: e.cache, lambda: e.step(), lambda: e.generate(PROMPTS, GREEDY),
+        lambda: e.stream(PROMPTS, GREEDY), lambda: e.as_completed(PROMPTS, GREEDY), lambda: e.score(PROMPTS),
+        lambda: e.update_params(PARAMS), lambda: e.snapshot(id, include_pages=True), lambda: e.restore(snapshot),
+        lambda: next(stream), lambda: fastgen.forward(e.params, e.cache, e.last_batch, SPEC),
     ]  # fmt: skip
     for call in touching:
         with pytest.raises(ValueError, match=r"was given back: call wake_up\(\)"):
             call()
-    assert own.weight_version == 0 and len(own.state.waiting) == 2
-    assert own.summary() and own.snapshot(id).completions[0].token_ids == snapshot.completions[0].token_ids
-    own.wake_up()
-    assert [t for x in stream for t in x.token_ids] == wanted[1]
-    done = {x.request_id: x.output for x in own.step() if x.output} | {0: None}
-    assert done.keys() == {0}
-    assert tokens(own) == wanted
-    own.sleep("cache")  # a trainer's turn: the parameters are there
-    assert own.update_params(PARAMS) == 1 and len(own.score(PROMPTS)) == 2
-    own.wake_up()
-    assert tokens(own) == wanted
-    own.params.final_norm.numpy()
+    assert e.weight_version == 0 and len(e.state.waiting) == 2
+    assert e.summary() and e.snapshot(id).completions[0].token_ids == snapshot.completions[0].token_ids
+    e.wake_up()
+    assert [t for x in stream for t in x.token_ids] == expected[1]
+    outputs = {x.request_id: x.output for x in e.step() if x.output} | {0: None}
+    assert outputs.keys() == {0}
+    assert tokens(e) == expected
+    e.sleep("cache")  # as during training: the parameters stay
+    assert e.update_params(PARAMS) == 1 and len(e.score(PROMPTS)) == 2
+    e.wake_up()
+    assert tokens(e) == expected
+    e.params.final_norm.numpy()
     with pytest.raises(ValueError, match="NumPy"):
-        own.sleep("all")
-    assert own.sleep("cache") > 0 and own.wake_up() > 0
-    assert tokens(own) == wanted
+        e.sleep("all")
+    assert e.sleep("cache") > 0 and e.wake_up() > 0
+    assert tokens(e) == expected
 
 
-@pytest.mark.parametrize("wrong", ["some/model", None, torch.nn.Linear(2, 2), PARAMS])
-def test_what_is_no_engine(wrong: Any) -> None:
+@pytest.mark.parametrize("argument", ["some/model", None, torch.nn.Linear(2, 2), PARAMS])
+def test_what_is_no_engine(argument: Any) -> None:
     with pytest.raises(ValueError, match="from_pretrained"):
-        Engine(wrong)
+        Engine(argument)
     with pytest.raises(ValueError, match="AsyncEngine takes an Engine"):
-        fastgen.AsyncEngine(wrong)
+        fastgen.AsyncEngine(argument)
 
 
 LONG, OUTSIDE = [1] * 80, [3, 61]
 
 
-def test_prompts_that_cannot_run(wanted: list[list[int]]) -> None:
-    """Skipped, each has its reason in its place, and the others their tokens; else all are refused, with the first."""
+def test_prompts_that_cannot_run(expected: list[list[int]]) -> None:
+    """With `on_error="skip"`, invalid prompts get outputs with errors and the others run; otherwise all are refused."""
     prompts: list[Any] = [LONG, PROMPTS[0], OUTSIDE, [], PROMPTS[1]]
     reasons = ["the prompt alone is too long", None, "token 61 is outside", "empty", None]
 
-    def right(outputs: list[fastgen.Output]) -> None:
-        assert [o.completions[0].token_ids for o in outputs] == [[], wanted[0], [], [], wanted[1]]
+    def check_outputs(outputs: list[fastgen.Output]) -> None:
+        assert [o.completions[0].token_ids for o in outputs] == [[], expected[0], [], [], expected[1]]
         for o, reason in zip(outputs, reasons, strict=True):
             assert (o.error is None) if reason is None else (o.error is not None and reason in o.error)
             assert {c.finish_reason for c in o.completions} == {"length" if reason is None else "error"} and o.finished
 
     async def all_of(a: fastgen.AsyncEngine) -> list[fastgen.Output]:
-        found = {i: o async for i, o in a.generate(prompts, GREEDY, on_error="skip")}
-        return [found[i] for i in range(len(prompts))]
+        results = {i: o async for i, o in a.generate(prompts, GREEDY, on_error="skip")}
+        return [results[i] for i in range(len(prompts))]
 
     with engine() as e:
-        right(e.generate(prompts, GREEDY, on_error="skip"))
-        found = dict(e.as_completed(prompts, GREEDY, on_error="skip"))
-        right([found[i] for i in range(len(prompts))])
+        check_outputs(e.generate(prompts, GREEDY, on_error="skip"))
+        results = dict(e.as_completed(prompts, GREEDY, on_error="skip"))
+        check_outputs([results[i] for i in range(len(prompts))])
         events = [x for x in e.stream(prompts, GREEDY, on_error="skip") if x.output]
-        right([x.output for x in sorted(events, key=lambda x: x.request_id) if x.output])
+        check_outputs([x.output for x in sorted(events, key=lambda x: x.request_id) if x.output])
         both = replace(GREEDY, n=2)
         assert [len(o.completions) for o in e.generate([LONG, PROMPTS[0]], both, on_error="skip")] == [2, 2]
         assert all(o.error for o in e.generate([LONG, OUTSIDE], GREEDY, on_error="skip"))
@@ -305,13 +306,13 @@ def test_prompts_that_cannot_run(wanted: list[list[int]]) -> None:
                 call([*PROMPTS, OUTSIDE, LONG], GREEDY)
             with pytest.raises(ValueError, match="on_error"):
                 call(PROMPTS, GREEDY, on_error="ignore")
-        assert not e.has_unfinished_requests and tokens(e) == wanted
+        assert not e.has_unfinished_requests and tokens(e) == expected
         with fastgen.AsyncEngine(e) as a:
-            right(asyncio.run(all_of(a)))
+            check_outputs(asyncio.run(all_of(a)))
 
 
 def forked(check: Callable[[], Any], *, leave: bool = True) -> int:
-    """The exit status of a fork that makes a check; `leave`: with what Python does at its end. Killed after a while."""
+    """Runs a check in a forked child and returns its exit status. `leave` runs Python's exit handlers in the child."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -323,8 +324,8 @@ def forked(check: Callable[[], Any], *, leave: bool = True) -> int:
         raise SystemExit(code)
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
@@ -340,8 +341,8 @@ def refused(call: Callable[[], Any]) -> bool:
     return False
 
 
-def test_a_fork_is_refused(wanted: list[list[int]]) -> None:
-    """In every call, from inside a call as well, of an AsyncEngine too; `close` does nothing there."""
+def test_a_fork_is_refused(expected: list[list[int]]) -> None:
+    """In a forked child every call is refused, also inside a call and with an AsyncEngine; `close` does nothing."""
     with engine() as e:
         calls = [lambda call=call: call(e) for call in CALLS.values()]
         assert forked(lambda: all(map(refused, calls)), leave=False) == 0
@@ -359,7 +360,7 @@ def test_a_fork_is_refused(wanted: list[list[int]]) -> None:
             ]
             assert forked(lambda: all(map(refused, ask)) and a.close() is None, leave=False) == 0
         assert forked(lambda: e.close() is None, leave=False) == 0
-        assert tokens(e) == wanted
+        assert tokens(e) == expected
         torch.set_num_threads(2)
         try:
             alone: list[Callable[[], Any]] = [lambda: fastgen.score(PARAMS, SPEC, PROMPTS), engine]
@@ -392,12 +393,12 @@ else:
 
 
 def test_the_end_of_a_fork_leaves_ranks_alone() -> None:
-    """Finalizers in the child end the parent's ranks, or wait for its threads for ever."""
+    """Finalizers in a forked child neither end the parent's ranks nor hang."""
     import subprocess
 
     here = os.path.dirname(__file__)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, check=False, env=environment
     )
-    assert done.stdout == "went on\n", done.stderr
+    assert process.stdout == "went on\n", process.stderr

@@ -137,8 +137,8 @@ def test_limit_by_hand() -> None:
         flops
     )
     slow, kv = Machine("two", flops_per_second=1e30, bytes_per_second=1.0, memory_bytes=1e9), 2 * 2 * 4
-    own = 6 * (1 + 2 + 3)
-    traffic = 4 * (matrices + 80) + kv * (own + 3 * (2 * 4 + 2) + 2 + 2 * 4 + 6 * 3)
+    unique_keys = 6 * (1 + 2 + 3)
+    traffic = 4 * (matrices + 80) + kv * (unique_keys + 3 * (2 * 4 + 2) + 2 + 2 * 4 + 6 * 3)
     assert min_seconds(
         config, 2, 6, 4, 3, machine=slow, bytes_per_element=1, prefix_shared=True, num_shared_tokens=2
     ) == pytest.approx(traffic)
@@ -195,9 +195,9 @@ def test_replicas(fgbench: Run) -> None:
     common = ("--workload", "6x6x4", "--repeats", "1", "--out", "rows.json", *settings)
     assert fgbench("tiny.json", *common)[0] == 0
     code, out, _ = fgbench("tiny.json", *common, "parallel=replicas")
-    one, two = rows()
-    assert code == 0 and (one["tp"], one["replicas"], two["tp"], two["replicas"]) == (1, 1, 1, 2)
-    assert two["settings"]["parallel"]["replicas"] == 2 and two["output_tok_s"] > 0
+    single, replicas = rows()
+    assert code == 0 and (single["tp"], single["replicas"], replicas["tp"], replicas["replicas"]) == (1, 1, 1, 2)
+    assert replicas["settings"]["parallel"]["replicas"] == 2 and replicas["output_tok_s"] > 0
     assert " 2 x 1 " in out.splitlines()[2] and " x 1 " not in out.splitlines()[1]
     machine = KNOWN_MACHINES["H200"]
     work, half = Workload.parse("512x1024x128"), Workload.parse("256x1024x128")

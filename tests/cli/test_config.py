@@ -1,4 +1,4 @@
-"""Settings refuse what they cannot do, and every file in conf/ is one of them."""
+"""Tests that settings reject invalid values, and that every file in conf/ composes."""
 
 import subprocess
 import sys
@@ -95,22 +95,24 @@ GROUPS = {
     for name in sorted(d.name for d in conf_dir().iterdir() if d.is_dir() and d.name != "hydra")
     if list((conf_dir() / name).glob("*.yaml"))
 }
-CASES = [(kind, name, value, allowed) for kind, name, values, allowed in BAD for value in values]
+CASES = [(config_class, name, value, allowed) for config_class, name, values, allowed in BAD for value in values]
 
 
-@pytest.mark.parametrize(("kind", "name", "value", "allowed"), CASES, ids=lambda x: getattr(x, "__name__", None))
-def test_bad_value(kind: type, name: str, value: Any, allowed: str) -> None:
-    """The message has the field, the value (or the part of it that is wrong), and what is allowed."""
+@pytest.mark.parametrize(
+    ("config_class", "name", "value", "allowed"), CASES, ids=lambda x: getattr(x, "__name__", None)
+)
+def test_bad_value(config_class: type, name: str, value: Any, allowed: str) -> None:
+    """The message has the field, the value (or its wrong part), and what is allowed."""
     with pytest.raises(ValueError, match=rf"{name}.*({allowed}|number)") as error:
-        kind(**{name: value})
+        config_class(**{name: value})
     inner = [*value.items()][0] if isinstance(value, dict) else value if isinstance(value, list) else [value]
     assert any(repr(part) in str(error.value) for part in inner) or "model.random_weights" in str(error.value)
 
 
 def test_every_field_is_tested_or_free() -> None:
-    """A new knob without a bad value here is noticed."""
+    """Every setting has a bad value above."""
     free = {"path", "device", "random_seed", "grammar"}
-    kinds = (
+    config_classes = (
         SamplingParams,
         LoadConfig,
         SchedulerConfig,
@@ -121,26 +123,32 @@ def test_every_field_is_tested_or_free() -> None:
         CompileConfig,
         GrpoConfig,
     )
-    assert {f.name for kind in kinds for f in fields(kind)} == {name for _, name, _, _ in BAD} | free
+    assert {f.name for config_class in config_classes for f in fields(config_class)} == {
+        name for _, name, _, _ in BAD
+    } | free
 
 
 @pytest.mark.parametrize("name", ["stop", "stop_token_ids", "logit_bias"])
 @pytest.mark.parametrize("value", [5, 1.5, True, object(), b"x", np.array(3)])
-def test_what_is_no_collection(name: str, value: Any) -> None:
-    """A lone number, bytes and anything else that cannot be listed are refused in a sentence."""
+def test_not_a_list(name: str, value: Any) -> None:
+    """A single number, bytes and other values that are no lists are rejected with the type that is expected."""
     with pytest.raises(ValueError, match=rf"SamplingParams\.{name} must (be a list of|map token ids)"):
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("one", [np.int64(1), np.int8(1), np.float32(1), torch.tensor(1)])
-def test_numbers_of_numpy_and_torch(one: Any) -> None:
-    """Become Python's own, which can be saved with a snapshot."""
-    params = SamplingParams(temperature=one, top_p=one, repetition_penalty=one)
+@pytest.mark.parametrize("number", [np.int64(1), np.int8(1), np.float32(1), torch.tensor(1)])
+def test_numbers_of_numpy_and_torch(number: Any) -> None:
+    """NumPy and torch scalars become Python numbers, which a snapshot can save."""
+    params = SamplingParams(temperature=number, top_p=number, repetition_penalty=number)
     assert params == SamplingParams(temperature=1, top_p=1, repetition_penalty=1)
     assert {type(x) for x in (params.temperature, params.top_p)} <= {int, float}
-    if not isinstance(one, np.floating):
-        lists = {"stop_token_ids": np.array([1, 7]), "logit_bias": {one: np.float32(2)}, "stop": np.array(["a", "b"])}
-        params = SamplingParams(max_tokens=one, n=one, seed=one, logprobs=one, **lists)
+    if not isinstance(number, np.floating):
+        lists = {
+            "stop_token_ids": np.array([1, 7]),
+            "logit_bias": {number: np.float32(2)},
+            "stop": np.array(["a", "b"]),
+        }
+        params = SamplingParams(max_tokens=number, n=number, seed=number, logprobs=number, **lists)
         assert [type(x) for x in (params.max_tokens, params.seed, *params.stop_token_ids)] == [int] * 4
         assert (params.stop_token_ids, params.stop, params.logit_bias) == ((1, 7), ("a", "b"), {1: 2.0})
     with pytest.raises(ValueError, match=r"max_tokens must be a whole number, got True"):
@@ -152,14 +160,14 @@ def test_stop_is_a_tuple_of_texts() -> None:
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # pyright: ignore[reportArgumentType]
 
 
-def test_settings_of() -> None:
+def test_from_flat() -> None:
     flat = EngineConfig.from_flat(token_budget=600, page_size=32, attention="reference", seed=3)
     assert flat.schedule == SchedulerConfig(token_budget=600)
     assert flat.kv_cache == KVCacheConfig(page_size=32)
     assert flat.compile.attention == "reference"
     assert flat.seed == 3
-    whole = EngineConfig.from_flat(schedule=SchedulerConfig(max_num_seqs=8), token_budget=64)
-    assert whole.schedule == SchedulerConfig(max_num_seqs=8, token_budget=64)
+    nested = EngineConfig.from_flat(schedule=SchedulerConfig(max_num_seqs=8), token_budget=64)
+    assert nested.schedule == SchedulerConfig(max_num_seqs=8, token_budget=64)
     assert EngineConfig.from_flat() == EngineConfig() and EngineConfig.from_flat().special_tokens_in_content == "text"
     assert EngineConfig.from_flat(special_tokens_in_content="control") == EngineConfig(
         special_tokens_in_content="control"
@@ -171,12 +179,12 @@ def test_settings_of() -> None:
 @pytest.mark.parametrize(
     ("name", "nearest"), [("token_bugdet", "token_budget"), ("page_sise", "page_size"), ("atention", "attention")]
 )
-def test_settings_of_typo(name: str, nearest: str) -> None:
+def test_from_flat_typo(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown setting '{name}'; did you mean.* {nearest}"):
         EngineConfig.from_flat(**{name: 1})
 
 
-def test_settings_of_keeps_checking() -> None:
+def test_from_flat_checks_values() -> None:
     with pytest.raises(ValueError, match="schedule.token_budget must be at least 1, got -1"):
         EngineConfig.from_flat(token_budget=-1)
     with pytest.raises(ValueError, match="unknown setting 'schedule'"):
@@ -215,14 +223,14 @@ def test_experiment(group: str, option: str) -> None:
 
 def test_all_engine_options_fit_together() -> None:
     """Any option of one group composes with any option of another."""
-    names, tried = ("schedule", "compile", "kv_cache", "parallel", "offload"), list[tuple[str, ...]]()
+    names, composed = ("schedule", "compile", "kv_cache", "parallel", "offload"), list[tuple[str, ...]]()
     for a, b in product(range(4), repeat=2):
         turns = zip(names, (a, b, a + b, a + 2 * b, a + b // 2), strict=True)
         options = tuple(GROUPS[name][turn % len(GROUPS[name])] for name, turn in turns)
         compose(*(f"{name}={option}" for name, option in zip(names, options, strict=True)))
-        tried.append(options)
+        composed.append(options)
     for i, j in combinations(range(len(names)), 2):
-        assert {(x[i], x[j]) for x in tried} == {*product(GROUPS[names[i]], GROUPS[names[j]])}
+        assert {(x[i], x[j]) for x in composed} == {*product(GROUPS[names[i]], GROUPS[names[j]])}
 
 
 def test_debug_model_is_there() -> None:
@@ -259,7 +267,7 @@ def test_wrong_override(override: str, message: str) -> None:
 
 
 def test_keys_without_their_group() -> None:
-    """The library's keywords; `parallel.size` as well; what a group or the whole is called stays that."""
+    """The group of a key may be left out, as in the library's keywords; names of groups keep their meaning."""
     short = compose("page_size=32", "temperature=0", "device=cpu", "path=a b", "max_adapters=2", "stop=[x]", "seed=3")
     long = compose("kv_cache.page_size=32", "sampling.temperature=0", "model.device=cpu", "model.path=a b",
                    "lora.max_adapters=2", "sampling.stop=[x]", "seed=3")  # fmt: skip
@@ -270,7 +278,7 @@ def test_keys_without_their_group() -> None:
     with pytest.raises(ValueError, match=r"page_sise.*did you mean.*kv_cache\.page_size"):
         compose("page_sise=1")
     keywords = {f.name for f in fields(EngineConfig)} | {f.name for f in fields(RunConfig)}
-    for kind in (
+    for config_class in (
         SamplingParams,
         LoadConfig,
         SchedulerConfig,
@@ -280,7 +288,7 @@ def test_keys_without_their_group() -> None:
         LoraConfig,
         CompileConfig,
     ):
-        assert all(f.name in KEY_ALIASES or f.name in keywords for f in fields(kind))
+        assert all(f.name in KEY_ALIASES or f.name in keywords for f in fields(config_class))
 
 
 def test_values_reach_the_dataclasses() -> None:
@@ -295,7 +303,7 @@ def test_values_reach_the_dataclasses() -> None:
     st.text(st.characters(exclude_categories=["Cs"])),
 )
 def test_any_text_is_a_prompt(start: str, text: str) -> None:
-    """What a shell passes on is what the model is asked, whatever Hydra's grammar makes of such characters."""
+    """Any text is a prompt, whatever it means in Hydra's grammar."""
     prompt = compose(f"prompt={start}{text}").prompt
     assert prompt == start + text or start in ("[", "{", "'", '"')  # those may be lists and quoted texts
 
@@ -339,7 +347,7 @@ def test_importing_fastgen_does_not_import_hydra() -> None:
 
 
 def test_a_grammar_and_where_it_ends() -> None:
-    """A grammar decides where the output ends; what is no number is named as everywhere."""
+    """A grammar excludes settings that decide where the output ends; errors name fields that are no numbers."""
     for others in ({"min_tokens": 1}, {"ignore_eos": True}):
         with pytest.raises(ValueError, match="grammar decides where the output ends"):
             SamplingParams(grammar="regex:a", **others)

@@ -30,7 +30,7 @@ from fastgen.profiling.report import (
     summarize,
 )
 
-SPEC = ModelConfig(
+CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", hidden_size=64, intermediate_size=96, num_layers=3, num_q_heads=4,
     num_kv_heads=2, head_dim=16, vocab_size=128, context_length=64,
     sliding_windows=(None,) * 3,
@@ -87,7 +87,7 @@ def test_a_gpu_trace(correlated: bool) -> None:
     assert list(split_into_layers(first, 3)) == [(0, 53, 103), (1, 103, 153), (2, 153, 201)]
     assert list(split_into_layers(second, 3)) == [(0, 243, 293), (1, 293, 343), (2, 343, 391)]
 
-    s = summarize(events, [DECODE, DECODE], SPEC, 2, (1e12, 1e11), {"params": 2_000_000_000}, "a GPU")
+    s = summarize(events, [DECODE, DECODE], CONFIG, 2, (1e12, 1e11), {"params": 2_000_000_000}, "a GPU")
     assert (s.source, s.num_steps, s.tokens_per_step, s.rows_per_step) == ("GPU kernels", 2, 2, 2)
     assert (s.step_ms, s.busy_ms, s.idle_ms, s.between_steps_ms) == pytest.approx((0.185, 0.176, 0.009, 0.005))
     assert s.gaps_per_step == 1.5
@@ -100,7 +100,7 @@ def test_a_gpu_trace(correlated: bool) -> None:
     }  # fmt: skip
     assert sum(p.time_fraction for p in s.categories.values()) == pytest.approx(352 / 370)
     assert s.host_ms == pytest.approx({"step": 0.09, "forward": 0.03})
-    costs = roofline.operation_costs(SPEC, compute_step_work(DECODE), 2)
+    costs = roofline.operation_costs(CONFIG, compute_step_work(DECODE), 2)
     flops, moved = (costs["linear"][i] + costs["head"][i] for i in (0, 1))
     linear, pointwise = s.categories["linear"], s.categories["pointwise"]
     assert (linear.tflops, linear.tbps) == pytest.approx((flops / 119e-6 / 1e12, moved / 119e-6 / 1e12))
@@ -141,7 +141,7 @@ def test_overlapping_kernels_and_kernels_without_a_launch() -> None:
         event("kernel", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 15, 10, correlation=2),
         event("kernel", "whatever", 16, 1, correlation=7),
     ]
-    s = summarize(events, [DECODE], SPEC, 2)
+    s = summarize(events, [DECODE], CONFIG, 2)
     assert (s.step_ms, s.busy_ms, s.gaps_per_step) == (0.015, 0.015, 0)
     assert {name: p.num_kernels for name, p in s.categories.items()} == {"linear": 1, "collective": 1, "other": 1}
     assert s.categories["linear"].fraction_of_ceiling is None
@@ -219,7 +219,7 @@ def test_step_work() -> None:
 
 
 def profiler() -> Profiler:
-    return Profiler(SPEC, torch.float32, torch.device("cpu"), lambda: {"params": 10, "cache": 20})
+    return Profiler(CONFIG, torch.float32, torch.device("cpu"), lambda: {"params": 10, "cache": 20})
 
 
 def steps(profiler: Profiler, count: int, plan: Plan = MIXED, fail_at: int = -1) -> None:
@@ -231,7 +231,7 @@ def steps(profiler: Profiler, count: int, plan: Plan = MIXED, fail_at: int = -1)
             time.sleep(0.001)
         with profiler.step(plan):
             with profiler.range("forward"):
-                for _ in range(SPEC.num_layers):
+                for _ in range(CONFIG.num_layers):
                     F.scaled_dot_product_attention(heads, heads, heads)
                     x = F.linear(x, w).tanh()
                 if i == fail_at:
@@ -245,7 +245,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
 
 
-def off(profiler: Profiler) -> bool:
+def is_idle(profiler: Profiler) -> bool:
     return profiler._window is None and not profiler._recording and profiler.range("a") is profiler.step(MIXED)
 
 
@@ -263,7 +263,7 @@ def test_a_window(tmp_path: Path, name: str, skip: int) -> None:
         with pytest.raises(ValueError, match="still open"):
             _ = window.summary
         steps(p, 7)
-        assert off(p)
+        assert is_idle(p)
     s = window.summary
     assert isinstance(s, ProfileSummary) and window.trace == tmp_path / name and s is window.summary
     assert (s.num_steps, s.tokens_per_step, s.rows_per_step, s.source) == (3, 5, 3, "CPU operators")
@@ -288,13 +288,13 @@ def test_fewer_steps_than_asked_for(tmp_path: Path) -> None:
     p = profiler()
     with p.window(num_steps=9, skip_first=1, path=tmp_path / "a.json") as window:
         steps(p, 3)
-    assert off(p) and window.summary.num_steps == 2
+    assert is_idle(p) and window.summary.num_steps == 2
     with p.window(skip_first=3, path=tmp_path / "b.json") as window:
         steps(p, 2)
     for name in ("summary", "trace"):
         with pytest.raises(ValueError, match=r"no step was recorded \(2 ran, of which the first 3 are skipped\)"):
             getattr(window, name)
-    assert off(p) and not (tmp_path / "b.json").exists()
+    assert is_idle(p) and not (tmp_path / "b.json").exists()
 
 
 def test_an_interrupt(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_an_interrupt(tmp_path: Path) -> None:
         window = p.window(skip_first=skip, path=tmp_path / f"{skip}.json")
         with pytest.raises(KeyboardInterrupt), window:
             steps(p, 9, fail_at=2)
-        assert off(p) and (tmp_path / f"{skip}.json").exists() == bool(recorded)
+        assert is_idle(p) and (tmp_path / f"{skip}.json").exists() == bool(recorded)
         if recorded:
             assert window.summary.num_steps == recorded
     with p.window(num_steps=1, skip_first=0, path=tmp_path / "next.json") as window:
@@ -320,7 +320,7 @@ def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
         steps(p, 1)
     with pytest.raises(KeyboardInterrupt) as caught, p.window(skip_first=0, path=tmp_path / "file" / "a.json"):
         steps(p, 1, fail_at=0)
-    assert "could not be written" in caught.value.__notes__[0] and off(p)
+    assert "could not be written" in caught.value.__notes__[0] and is_idle(p)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_refusals(tmp_path: Path) -> None:
             pass
         with pytest.raises(ValueError, match="already"):
             p.profile_in_background()
-    assert off(p)
+    assert is_idle(p)
     for steps, skip, name in ((0, 2, "a.json"), (8, -1, "a.json"), (8, 2, "a.txt")):
         with pytest.raises(ValueError, match="must"):
             p.window(steps, tmp_path / name, skip)
@@ -339,11 +339,11 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_an_engine_in_another_thread(tmp_path: Path) -> None:
     """The engine's next step ends the window that another thread has left."""
-    p, go = profiler(), threading.Event()
+    p, resume = profiler(), threading.Event()
 
     def run() -> None:
         steps(p, 1)
-        go.wait(10)
+        resume.wait(10)
         steps(p, 1)
 
     thread = threading.Thread(target=run)
@@ -351,9 +351,9 @@ def test_an_engine_in_another_thread(tmp_path: Path) -> None:
         thread.start()
         while not p._recording or window._num_steps_run < 1:
             time.sleep(0.001)
-    go.set()
+    resume.set()
     thread.join()
-    assert off(p) and window.summary.num_steps == 2
+    assert is_idle(p) and window.summary.num_steps == 2
 
 
 @pytest.fixture
@@ -374,14 +374,14 @@ def test_a_signal(tmp_path: Path, usr2: int, capfd: pytest.CaptureFixture[str]) 
     wait_until_written(p)
     trace, summary = sorted((tmp_path / "new").iterdir())
     assert len([e for e in read(trace) if e["name"].startswith("step ")]) == 2
-    assert "2 steps of 5.0 tokens" in summary.read_text() and off(p)
+    assert "2 steps of 5.0 tokens" in summary.read_text() and is_idle(p)
     assert f"fastgen: profiled 2 steps: {trace} and {summary}" in capfd.readouterr().err
     (tmp_path / "file").touch()
     profile_on_signal(p, tmp_path / "file" / "in a file")
     os.kill(os.getpid(), usr2)
     steps(p, 11)
     wait_until_written(p)
-    assert "the profile failed" in capfd.readouterr().err and off(p)
+    assert "the profile failed" in capfd.readouterr().err and is_idle(p)
 
 
 def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -392,18 +392,18 @@ def test_a_late_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     p.profile_in_background(8, tmp_path, skip_first=0)  # no step has come for the first
     steps(p, 2)
     wait_until_written(p)
-    assert "profiled 1 steps" in capfd.readouterr().err and off(p)
+    assert "profiled 1 steps" in capfd.readouterr().err and is_idle(p)
     monkeypatch.undo()
     p.profile_in_background(1, tmp_path, skip_first=0)
-    go = threading.Event()
-    monkeypatch.setattr(ProfileWindow, "_write", lambda self: go.wait(10))
+    resume = threading.Event()
+    monkeypatch.setattr(ProfileWindow, "_write", lambda self: resume.wait(10))
     steps(p, 2)
     with pytest.raises(ValueError, match="being written: wait for its end"):
         p.profile_in_background(1, tmp_path)
-    go.set()
+    resume.set()
     wait_until_written(p)
     p.profile_in_background(1, tmp_path)
-    assert not off(p)
+    assert not is_idle(p)
 
 
 def test_an_idle_profiler_costs_little() -> None:

@@ -1,4 +1,4 @@
-"""The models that most tests run: small, with weights by which every token of the context matters for the next one."""
+"""Small models for tests, with weights large enough that every token of the context affects the next one."""
 
 from typing import Any
 
@@ -16,14 +16,16 @@ WINDOWED = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_atte
 
 
 def config(family: str = "Llama", **changes: Any) -> dict[str, Any]:
-    """A Hugging Face config, with `vocab` and `context` for the longer names."""
-    names = {"vocab": "vocab_size", "context": "max_position_embeddings"}
-    named = {names.get(name, name): value for name, value in changes.items()}
-    return {"architectures": [f"{family}ForCausalLM"]} | SIZES | named
+    """Returns a Hugging Face config. `vocab` and `context` stand for the longer names."""
+    long_names = {"vocab": "vocab_size", "context": "max_position_embeddings"}
+    renamed = {long_names.get(name, name): value for name, value in changes.items()}
+    return {"architectures": [f"{family}ForCausalLM"]} | SIZES | renamed
 
 
-def weights(spec: fastgen.ModelConfig, seed: int = 0, times: float = 10, device: str | None = None) -> fastgen.Params:
-    """Drawn on the CPU, so that they are the same wherever tests run; matrices are `times` as large as usual."""
-    drawn = fastgen.init(spec, seed, device="cpu")
-    where = torch.get_default_device() if device is None else device
-    return tree_map_only(Tensor, lambda w: (w * times if w.ndim == 2 else w).to(where), drawn)
+def weights(
+    model_config: fastgen.ModelConfig, seed: int = 0, times: float = 10, device: str | None = None
+) -> fastgen.Params:
+    """Returns random parameters, made on the CPU to be the same everywhere; matrices are scaled by `times`."""
+    params = fastgen.init(model_config, seed, device="cpu")
+    target = torch.get_default_device() if device is None else device
+    return tree_map_only(Tensor, lambda w: (w * times if w.ndim == 2 else w).to(target), params)
