@@ -239,10 +239,7 @@ class Replicas(GenerateMethods):
 
     @exclusive()
     def step(self) -> list[Event]:
-        """Waits until replicas have added to requests; returns the events.
-
-        Raises RuntimeError with the cause once a replica has ended; then all of them have.
-        """
+        """Waits until replicas have added to requests; returns the events. RuntimeError once a replica has ended."""
         self._require_alive()
         self.drain_aborts()
         self._dispatch()

@@ -91,18 +91,15 @@ class PeerBuffers:
             remote = handle.get_buffer(1 - self.rank, (self.buffer.numel(),), torch.uint8, buffer_offset)
             pushed = range(NUM_READ_BUFFERS, NUM_READ_BUFFERS + 2)
             self._push_buffers = [(partial_view(self.buffer, i), partial_view(remote, i)) for i in pushed]
-            self._rank_ptrs += [
-                rank_ptrs[i].fill_(local.data_ptr()) for i, (local, _) in zip(pushed, self._push_buffers, strict=True)
-            ]
+            for i, (local, _) in zip(pushed, self._push_buffers, strict=True):
+                self._rank_ptrs.append(rank_ptrs[i].fill_(local.data_ptr()))
         self._abort_flag = self.buffer[offsets[-1] :].view(torch.int32)[-1:]
         self._abort_value = torch.ones(1, dtype=torch.int32, device="cpu").pin_memory()
         self._push_stream, self._abort_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def write_partial(self, i: int, num_rows: int, write: Callable[[slice, Tensor], Any]) -> PartialSum | None:
-        """Returns the partial sum that `write(rows, out)` writes, in peer memory; None if the rows do not fit.
-
-        `i` is ATTENTION, MLP or EMBEDDING. `write` is called for consecutive slices of rows.
-        """
+        """Returns the partial sum that `write(rows, out)` writes, in peer memory; None if the rows do not fit. `i` is
+        ATTENTION, MLP or EMBEDDING. `write` is called for consecutive slices of rows."""
         if num_rows <= len(self._partials[i]):
             y, rank_ptrs = self._partials[i][:num_rows], self._rank_ptrs[i]
             write(slice(num_rows), y)

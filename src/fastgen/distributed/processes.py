@@ -71,11 +71,9 @@ class ChildProcess:
 
     def describe_end(self) -> str:
         """Returns why the process has ended, such as "rank 1 (process 7) was killed by SIGKILL"."""
-        code = self.process.exitcode or 0
-        if code < 0:
-            cause = f"was killed by {signal.Signals(-code).name}"
-        else:
-            cause = f"failed: {self.failure.message}" if self.failure else f"ended with exit code {code}"
+        code, failure = self.process.exitcode or 0, self.failure
+        cause = f"failed: {failure.message}" if failure else f"ended with exit code {code}"
+        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else cause
         return f"{self.name} (process {self.pid}) {cause}"
 
     def wait_or_kill(self, timeout: float) -> None:
@@ -125,10 +123,7 @@ def run_child(
 
 
 def exit_with_parent(grace_seconds: Callable[[], float]) -> None:
-    """Starts a thread that ends this process once its parent has ended and the grace period since then is over.
-
-    The thread calls `grace_seconds` when the parent ends. A process that hangs ends too.
-    """
+    """Starts a thread that ends this process, even one that hangs, `grace_seconds()` after its parent has ended."""
 
     def watch(parent: BaseProcess) -> None:
         wait([parent.sentinel])

@@ -76,11 +76,8 @@ def join_torchrun_group(tp_size: int, device_type: str) -> TPProcessGroup:
 
 
 def _connect_store(rank: int, world_size: int, host: str, port: int) -> Any:
-    """Returns the store at torchrun's address once all ranks have connected.
-
-    Raises OSError if nothing accepts a connection within CONNECT_TIMEOUT, and TimeoutError if a rank is missing after
-    START_TIMEOUT.
-    """
+    """Returns the store at torchrun's address once all ranks have connected. Raises OSError if nothing accepts a
+    connection within CONNECT_TIMEOUT, and TimeoutError if a rank is missing after START_TIMEOUT."""
     # Otherwise torchrun itself runs the store.
     is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     end = time.monotonic() + CONNECT_TIMEOUT

@@ -106,10 +106,7 @@ class GrammarBackend:
         all_reduce_min: Callable[[int], int] = int,
     ) -> None:  # fmt: skip
         """`vocab_size` is the model's, which may exceed the tokenizer's. `limit_mask_time` fails slow matchers.
-
-        `precompile_on_workers` calls `prebuild_matchers` on a rank's workers. `all_reduce_min` returns the smallest
-        argument of all ranks.
-        """
+        `precompile_on_workers` calls `prebuild_matchers` on the workers; `all_reduce_min` is that of the ranks."""
         self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, eos_token_ids
         self.limit_mask_time = limit_mask_time
         self._precompile_on_workers, self._all_reduce_min = precompile_on_workers, all_reduce_min
@@ -240,10 +237,8 @@ class GrammarBackend:
         return len(self._prebuilt_matchers.get(_grammar_key(grammar), ())) >= num_matchers
 
     def _parse(self, grammar: str) -> ParsedGrammar:
-        """Parses "type:text". Raises ValueError for an unknown type, a text that is too long, too deep or not JSON.
-
-        Also raises ValueError without a tokenizer that grammars can use, or without llguidance.
-        """
+        """Parses "type:text". Raises ValueError for an unknown type, a text that is too long, too deep or not JSON, and
+        without a tokenizer that grammars can use, or llguidance."""
         grammar_type, colon, text = grammar.partition(":")
         if not colon or grammar_type not in GRAMMAR_TYPES:
             types = ", ".join(f"{t}:" for t in GRAMMAR_TYPES)

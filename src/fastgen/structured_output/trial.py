@@ -44,10 +44,7 @@ class TrialLimits(NamedTuple):
 
 
 def compile_grammar(ll_tokenizer: Any, grammar_type: str, text: str) -> Any:
-    """Returns the LLMatcher of a grammar of type regex, json or lark, for llguidance's LLTokenizer.
-
-    Raises ValueError, with llguidance's reason, for a grammar that cannot be used.
-    """
+    """Returns the LLMatcher of a grammar of type regex, json or lark. Raises ValueError with llguidance's reason."""
     from llguidance import LLMatcher, LLParserLimits
 
     parsers = {

@@ -86,10 +86,8 @@ class TrialProcess:
 
 
 def _send_and_receive_line(connection: socket.socket, message: bytes, cancel_event: threading.Event | None) -> bytes:
-    """Sends a message and returns the line that replies to it; empty if the other end is closed.
-
-    Raises GrammarCancelled soon after `cancel_event` is set, and TimeoutError.
-    """
+    """Sends a message and returns the line that replies to it; empty if the other end is closed. Raises TimeoutError,
+    and GrammarCancelled soon after `cancel_event` is set."""
     reply, deadline = b"", time.monotonic() + REPLY_TIMEOUT_SECONDS
     with suppress(ConnectionError):
         connection.settimeout(REPLY_TIMEOUT_SECONDS)

@@ -60,10 +60,8 @@ def derive_seed(seed: int, *indices: int) -> int:
 def compute_advantages(
     rewards: Float[Tensor, "prompts samples"], *, scale_by_std: bool = True
 ) -> Float[Tensor, "prompts samples"]:
-    """Returns rewards minus their group's mean, divided by the group's standard deviation if `scale_by_std`.
-
-    Dr. GRPO does not divide. Groups of equal rewards have advantages of exactly 0.
-    """
+    """Returns rewards minus their group's mean, divided by the group's standard deviation if `scale_by_std` (Dr. GRPO
+    does not divide). Groups of equal rewards have advantages of exactly 0."""
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
     centered = (rewards - rewards.mean(1, keepdim=True)).masked_fill(equal, 0)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale_by_std else centered
@@ -253,10 +251,8 @@ class Trainer:
 
 
 def _with_logprobs(sampling: SamplingParams) -> SamplingParams:
-    """Returns the settings with the logprobs that the loss needs.
-
-    Raises ValueError for groups of one, and for settings that sample from another distribution than the softmax.
-    """
+    """Returns the settings with the logprobs that the loss needs. Raises ValueError for groups of one, and for settings
+    that sample from another distribution than the softmax."""
     if sampling.n < 2:
         raise ValueError(f"sampling.n={sampling.n}: a completion is compared with others of its prompt, 2 at least")
     if sampling.temperature <= 0 or sampling.max_tokens is None:

@@ -79,10 +79,7 @@ def score(
 
 
 def to_token_ids(sequences: Any, tokenizer: Tokenizer | None = None) -> list[list[int]]:
-    """Converts lists, arrays, tensors and, with a tokenizer, texts to lists of token ids.
-
-    Raises ValueError for anything else.
-    """
+    """Converts lists, arrays, tensors and, with a tokenizer, texts to lists of token ids; else raises ValueError."""
     not_a_list = isinstance(sequences, str | bytes | Mapping) or getattr(sequences, "ndim", 1) == 0
     if not_a_list or not isinstance(sequences, Iterable):
         raise ValueError(f"score takes a list of sequences, each a list of token ids, not {type(sequences).__name__}")

@@ -11,10 +11,7 @@ from fastgen.core.tokenizer import Prompt
 
 
 class Problem(NamedTuple):
-    """A generator of prompts, and the reward of a completion's text.
-
-    Without a tokenizer, a completion's text is its token ids, separated by spaces.
-    """
+    """Prompts, and the reward of a completion's text: without a tokenizer, its token ids separated by spaces."""
 
     sample_prompt: Callable[[random.Random], Prompt]
     reward: Callable[[Prompt, str], float]
@@ -49,11 +46,11 @@ PROBLEMS = {"addition": Problem(sample_sum_prompt, reward_sum), "sevens": Proble
 def load_problem(name: str) -> Problem:
     """Returns a problem of `PROBLEMS`, or imports "module:attribute". Raises ValueError for other names."""
     module, colon, attribute = name.partition(":")
-    if not colon:
-        if name not in PROBLEMS:
-            advice = "; or module:attribute, of a fastgen.training.problems.Problem"
-            raise ValueError(unknown_name_message("grpo.problem", name, PROBLEMS) + advice)
+    if not colon and name in PROBLEMS:
         return PROBLEMS[name]
+    if not colon:
+        advice = "; or module:attribute, of a fastgen.training.problems.Problem"
+        raise ValueError(unknown_name_message("grpo.problem", name, PROBLEMS) + advice)
     try:
         problem = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as e:

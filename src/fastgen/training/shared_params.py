@@ -38,16 +38,13 @@ class AdoptedModel:
 
     def _record_modules(self, model: torch.nn.Module) -> None:
         """Records the parameters and submodules of every module."""
-        self._module_dicts: list[dict[str, Any]] = [
-            d for m in model.modules() for d in (m._modules, m._parameters) if d
-        ]
+        pairs = ((m._modules, m._parameters) for m in model.modules())
+        self._module_dicts: list[dict[str, Any]] = [d for pair in pairs for d in pair if d]
         self._recorded_dicts = [dict(d) for d in self._module_dicts]
 
     def check(self) -> None:
-        """Raises ValueError, with the parameter's name, if a parameter of the model was replaced or moved.
-
-        Runs before every step, so it compares addresses, and the dictionaries of all modules in one comparison.
-        """
+        """Raises ValueError, with the parameter's name, if a parameter of the model was replaced or moved. Runs before
+        every step, so it compares addresses, and the dictionaries of all modules in one comparison."""
         with torch._C.DisableTorchFunction():  # a default device intercepts each call: 20 times as long
             is_moved = list(map(Tensor.data_ptr, self._params.values())) != self._addresses
         try:  # == on identical objects returns at once; on two different tensors it compares elements, or raises
@@ -218,7 +215,7 @@ class _SplitPackedGrad(torch.autograd.Function):
 def attach_gradients(params: Params) -> Params:
     """Returns `params` as differentiable functions of the model's parameters that they were adopted from.
 
-    The result shares the leaves' memory. Parameters that do not require gradients get none. Raises ValueError if the
+    The result shares the leaves' memory; only parameters that require gradients get them. Raises ValueError if the
     model has other parameters now.
     """
     for adopted in adopted_models(params):

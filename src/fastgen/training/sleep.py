@@ -20,7 +20,7 @@ from fastgen.core import tensor_memory
 
 
 class _MemLocation(ctypes.Structure):
-    """Mirrors CUmemLocation."""
+    """Mirrors CUmemLocation: a device."""
 
     _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
 
@@ -29,16 +29,15 @@ class _MemAllocationProp(ctypes.Structure):
     """Mirrors CUmemAllocationProp: pinned memory of a device, without handles for others."""
 
     _fields_ = (
-        ("type", ctypes.c_int), ("handles", ctypes.c_int), ("place", _MemLocation), ("win32", ctypes.c_void_p),
-        ("compression", ctypes.c_ubyte), ("rdma", ctypes.c_ubyte), ("usage", ctypes.c_ushort),
-        ("reserved", ctypes.c_ubyte * 4),
+        ("type", ctypes.c_int), ("handles", ctypes.c_int), ("location", _MemLocation), ("win32", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
     )  # fmt: skip
 
 
 class _MemAccessDesc(ctypes.Structure):
     """Mirrors CUmemAccessDesc: read and write."""
 
-    _fields_ = (("place", _MemLocation), ("flags", ctypes.c_int))
+    _fields_ = (("location", _MemLocation), ("flags", ctypes.c_int))
 
 
 def _driver_call(name: str, *args: Any) -> None:
@@ -53,7 +52,7 @@ class _MappedMemory:
     """GPU memory mapped to a reserved address; torch makes a tensor of it by `__cuda_array_interface__`."""
 
     def __init__(self, nbytes: int, device: int) -> None:
-        self._allocation_prop = _MemAllocationProp(type=1, place=_MemLocation(1, device))
+        self._allocation_prop = _MemAllocationProp(type=1, location=_MemLocation(1, device))
         # Peers have access too, or copies from them would be refused.
         peers = [i for i in range(torch.cuda.device_count()) if torch.cuda.can_device_access_peer(i, device)]
         access = [_MemAccessDesc(_MemLocation(1, i), 3) for i in (device, *peers)]
@@ -141,10 +140,7 @@ class ReleasableMemory:
         self.resident = False
 
     def reacquire(self) -> None:
-        """Maps the memory again, zeros unless its contents were kept.
-
-        Raises torch.OutOfMemoryError, and nothing is lost, if others use the device's memory.
-        """
+        """Maps the memory again, zeros unless its contents were kept. Nothing is lost if it raises OutOfMemoryError."""
         if self.resident:
             return
         if self._mapping is None:

@@ -34,9 +34,8 @@ class RolloutFunc:
     trainer's model (see `fastgen.adopt`): after `optimizer.step()` the next rollout uses the new parameters. If memory
     cannot be shared a ValueError says why. Then pass an engine with parameters of its own, `RolloutFunc(engine)`, into
     which the trainer's parameters are copied after each step. `weights(trainer)` returns the (checkpoint name, tensor)
-    pairs to copy; by default those of the trainer's model, with PEFT's LoRA merged.
-
-    `sleep_between_rollouts` frees the cache's memory for the trainer between rollouts.
+    pairs to copy; by default those of the trainer's model, with PEFT's LoRA merged. `sleep_between_rollouts` frees the
+    cache's memory for the trainer between rollouts.
     """
 
     def __init__(
@@ -69,10 +68,8 @@ class RolloutFunc:
     def _generate(
         self, prompts: list[list[int]], trainer: Any, *, fit_context: bool = False
     ) -> tuple[list[list[int]], list[Any]]:
-        """Returns token ids and logprobs of a completion for each prompt.
-
-        `fit_context` limits a completion's length to the space after its prompt in the context and the cache.
-        """
+        """Returns token ids and logprobs of a completion for each prompt. `fit_context` limits a completion's length to
+        the space after its prompt in the context and the cache."""
         engine, sampling = self.engine, sampling_params(trainer)
         assert engine is not None
         engine.wake_up()

@@ -178,9 +178,7 @@ def broadcast_weights(
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Broadcasts pairs as `send` does, and yields those of each bucket after it is sent, for an engine on this rank.
-
-    The tensors are sent from `device`, and yielded there; None keeps their device.
-    """
+    The tensors are sent from `device`, and yielded there; None keeps their device."""
     pairs = ((name, _full_tensor(t)) for name, t in tensors)
     try:
         for dtype, group_pairs in groupby(pairs, lambda pair: pair[1].dtype):
@@ -201,23 +199,18 @@ def receive(group: Any = None, src: int = 0, *, device: torch.device | str = "cp
     Receives everything that is sent, even if the consumer stops early: otherwise `src` would block forever.
     """
 
-    def receive_bucket() -> Iterator[tuple[str, Tensor]] | None:
-        header: list[Any] = [None]
+    header: list[Any] = [None]
+    is_closed = False
+    while True:
         dist.broadcast_object_list(header, src, group)
-        if header[0] is None:
-            return None
-        sizes = [torch.Size(shape).numel() for _, shape, _ in header[0]]
-        flat = torch.empty(sum(sizes), dtype=getattr(torch, header[0][0][2]), device=device)
+        if (bucket := header[0]) is None:
+            return
+        sizes = [torch.Size(shape).numel() for _, shape, _ in bucket]
+        flat = torch.empty(sum(sizes), dtype=getattr(torch, bucket[0][2]), device=device)
         dist.broadcast(flat, src, group)
-        parts = zip(header[0], flat.split(sizes), strict=True)
-        return ((name, part.view(shape)) for (name, shape, _), part in parts)
-
-    bucket = receive_bucket()
-    try:
-        while bucket is not None:
-            yield from bucket
-            bucket = receive_bucket()
-    except GeneratorExit:
-        while receive_bucket() is not None:
-            pass
-        raise
+        for (name, shape, _), part in zip(bucket, flat.split(sizes), strict=True):
+            try:
+                if not is_closed:
+                    yield name, part.view(shape)
+            except GeneratorExit:
+                is_closed = True
