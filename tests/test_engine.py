@@ -417,7 +417,7 @@ def test_generate_beside_single_steps() -> None:
 PLACES = (
     "fastgen.compiled.runner.forward_and_sample",
     "fastgen.core.batch.InputBuffers.fill",
-    "fastgen.core.runner.EagerRunner.sample",
+    "fastgen.compiled.runner.ModelRunner.sample",
     "fastgen.core.request.SequenceState.append_token",
     "fastgen.core.scheduler.commit",
 )

@@ -29,10 +29,8 @@ from test_tokenizer import BYTE_LEVEL
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.core.batch import build_logit_edits
-from fastgen.core.detokenizer import StopString
 from fastgen.core.request import Completion, SequenceState
 from fastgen.core.scheduler import Span
-from fastgen.core.tokenizer import max_prompt_chars
 from fastgen.distributed import processes
 from fastgen.server import engine_process, http_worker, log, middleware, supervisor
 from fastgen.server.app_state import TokenizerThread
@@ -47,6 +45,8 @@ from fastgen.server.metrics import (
 )
 from fastgen.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
 from fastgen.server.sse import dump_json, iter_json_chunks
+from fastgen.text.detokenizer import StopString
+from fastgen.text.tokenizer import max_prompt_chars
 
 
 def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,16 @@
 
 from fastgen import lora
 from fastgen.async_engine import AsyncEngine
+from fastgen.checkpoint.model_families import from_hf_config
 from fastgen.checkpoint.weights import init, load, save
 from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core.batch import build_batch
 from fastgen.core.kv_cache import new_kv_cache
 from fastgen.core.model_config import ModelConfig, RopeConfig
-from fastgen.core.model_families import from_hf_config
 from fastgen.core.prefix_cache import CacheStats
 from fastgen.core.request import Completion, Event, Output
 from fastgen.core.transformer import compute_logits, forward, hidden_states
 from fastgen.core.types import (
-    Adapter,
     Batch,
     KVCache,
     Layer,
@@ -26,6 +25,7 @@ from fastgen.core.types import (
 )
 from fastgen.distributed.data_parallel import Replicas
 from fastgen.engine import Engine
+from fastgen.lora import Adapter
 from fastgen.snapshot import Snapshot
 from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score
 from fastgen.training.shared_params import adopt

@@ -21,11 +21,11 @@ import torch
 
 from fastgen.checkpoint import weights
 from fastgen.config import SamplingParams, unknown_name_message
-from fastgen.core.request import Event, Output, pair_prompts
-from fastgen.core.tokenizer import Prompt
+from fastgen.core.request import Event, Output
 from fastgen.core.types import Params
 from fastgen.engine import Engine
-from fastgen.event_stream import OneOrManyPrompts, OneOrManySampling
+from fastgen.event_stream import OneOrManyPrompts, OneOrManySampling, pair_prompts
+from fastgen.text.tokenizer import Prompt
 from fastgen.training import weight_sync
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class AsyncEngine:
         """
         await self._precompile_grammars(prompts, sampling)
         request = await self._submit_and_track(
-            lambda e: e.core.add_many(prompts, sampling, stream_text=False, on_error=on_error), final_only=True
+            lambda e: e.add_many(prompts, sampling, stream_text=False, on_error=on_error), final_only=True
         )
         index = {id: i for i, id in enumerate(request.request_ids)}
         try:
@@ -172,7 +172,7 @@ class AsyncEngine:
         """
         await self._precompile_grammars(prompts, sampling)
         request = await self._submit_and_track(
-            lambda e: e.core.add_many(prompts, sampling, stream_text=True, on_error=on_error)
+            lambda e: e.add_many(prompts, sampling, stream_text=True, on_error=on_error)
         )
         try:
             async for event in request:

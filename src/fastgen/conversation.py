@@ -13,12 +13,11 @@ from time import perf_counter
 from typing import Any
 
 from fastgen.config import SamplingParams, unknown_name_message
-from fastgen.core import tokenizer
-from fastgen.core.control_tokens import ControlTokens
 from fastgen.core.request import Completion
-from fastgen.core.tokenizer import Message
-from fastgen.core.types import Tokenizer
 from fastgen.engine import Engine
+from fastgen.text import Tokenizer, tokenizer
+from fastgen.text.control_tokens import ControlTokens
+from fastgen.text.tokenizer import Message
 
 COMMON_SETTINGS = ("temperature", "top_p", "max_tokens")
 NUM_TOP_LOGPROBS = 5  # most likely tokens recorded with each token of an answer

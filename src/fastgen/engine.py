@@ -16,29 +16,30 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen import lora
 from fastgen import snapshot as snapshots
-from fastgen.checkpoint import files, hub, tokenizer, weights
+from fastgen.checkpoint import files, hub, tensor_memory, tokenizer, weights
 from fastgen.compiled import warm_up
 from fastgen.compiled.runner import ModelRunner
 from fastgen.config import EngineConfig, SamplingParams, check_int
-from fastgen.core import scheduler, tensor_memory
-from fastgen.core.engine_core import INT64_RANGE, EngineCore, end_token_ids
-from fastgen.core.extensions import Matcher, NoAdapters, Ranks, SingleRank, call_collectively, on_all_ranks
+from fastgen.core import scheduler
+from fastgen.core.engine_core import INT64_RANGE, EngineCore
+from fastgen.core.extensions import Adapters, Matcher, Ranks, call_collectively, on_all_ranks
 from fastgen.core.kv_cache import new_kv_cache
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config
 from fastgen.core.prefix_cache import CacheStats
 from fastgen.core.request import Event, Output
-from fastgen.core.tokenizer import Prompt
-from fastgen.core.torch_modes import no_torch_modes
-from fastgen.core.types import Adapter, Batch, KVCache, Params, Tokenizer
+from fastgen.core.types import Batch, KVCache, Params
 from fastgen.distributed import workers
 from fastgen.distributed.tensor_parallel import TPGroup
-from fastgen.event_stream import GenerateMethods
-from fastgen.lora import AdapterManager, LoadedAdapter
+from fastgen.event_stream import GenerateMethods, OneOrManyPrompts, OneOrManySampling, map_prompts
+from fastgen.lora import Adapter, AdapterManager, LoadedAdapter
 from fastgen.offload.host_cache import HostOffload, page_bytes
 from fastgen.profiling.profiler import Profiler, ProfileWindow
 from fastgen.snapshot import Snapshot
 from fastgen.structured_output.backend import GrammarBackend
-from fastgen.thread_safety import AccessGuard, check_fork, exclusive
+from fastgen.text import Tokenizer
+from fastgen.text.text_processor import TextProcessor
+from fastgen.text.tokenizer import Prompt
+from fastgen.thread_safety import AccessGuard, check_fork, disable_torch_modes, exclusive
 from fastgen.training import logprobs, weight_sync
 from fastgen.training.shared_params import adopted_models, version_counters
 from fastgen.training.sleep import EngineMemory, ReleasableMemory
@@ -102,7 +103,7 @@ class Engine(GenerateMethods):
     `with`) frees the cache. `core` is the EngineCore; whoever calls it must hold the engine.
     """
 
-    @no_torch_modes
+    @disable_torch_modes()
     def __init__(
         self,
         params: Params | Any,
@@ -130,14 +131,14 @@ class Engine(GenerateMethods):
             load = workers.shard_loader(params, model_config, tokenizer, size)
             tp_group = workers.create_tp_group(size, params.embed.device.type, load, settings, type(self))
             params = load(tp_group.shard, str(params.embed.device))[1]
-        self.tp_group, self.ranks = tp_group, tp_group or SingleRank()
+        self.tp_group, self.ranks = tp_group, tp_group or Ranks()
         weakref.finalize(self, self.ranks.close)
         with workers.close_workers_on_error(tp_group):
-            self.model_config, self.tokenizer = model_config, tokenizer
-            self.device, self.dtype = params.embed.device, params.embed.dtype
+            self.model_config, self.device, self.dtype = model_config, params.embed.device, params.embed.dtype
             self.config = config = config.resolve(self.device.type)
+            self._text = TextProcessor(tokenizer, special_tokens_in_content=config.special_tokens_in_content)
             page_size, offload = config.kv_cache.page_size, config.offload
-            self.adapter_manager = adapters = NoAdapters()
+            self.adapter_manager = adapters = Adapters()
             if config.lora.max_adapters:
                 manager = AdapterManager(model_config, config.lora, self.device, self.dtype, tp_group)
                 self.adapter_manager = adapters = manager
@@ -159,20 +160,21 @@ class Engine(GenerateMethods):
             warm_up.warm_up(runner, progress=progress)
             # A reference to this engine would keep its memory until Python looks for cycles.
             self.profiler = Profiler(shard, self.dtype, self.device, partial(_memory_usage_of, weakref.ref(self)))
-            vocabulary = tokenizer, model_config.vocab_size, end_token_ids(model_config, tokenizer)
+            end_token_ids = self._text.end_token_ids(model_config.eos_token_ids)
             precompile = partial(self.ranks.broadcast_call, Engine._precompile_grammar.__qualname__)
             self.grammars = GrammarBackend(
-                *vocabulary, limit_mask_time=tp_group is None, all_reduce_min=self.ranks.all_reduce_min,
+                tokenizer, model_config.vocab_size, end_token_ids, limit_mask_time=tp_group is None,
+                all_reduce_min=self.ranks.all_reduce_min,
                 precompile_on_workers=precompile if self.ranks.has_workers else None,
             )  # fmt: skip
             self.core = EngineCore(
-                runner, config, page_copier, model_config=model_config, tokenizer=tokenizer, ranks=self.ranks,
+                runner, config, page_copier, model_config=model_config, text=self._text, ranks=self.ranks,
                 adapters=adapters, grammars=self.grammars, profiler=self.profiler,
                 version_tensors=version_counters(params),
             )  # fmt: skip
 
     @classmethod
-    @no_torch_modes
+    @disable_torch_modes()
     def from_pretrained(
         cls,
         model: str | Path | None = None,
@@ -224,6 +226,24 @@ class Engine(GenerateMethods):
     def requests(self) -> EngineCore:
         """The core, for `generate`, `stream` and `as_completed`."""
         return self.core
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer. With None, prompts are token ids, and outputs have no text."""
+        return self._text.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        self._text.tokenizer = tokenizer
+
+    @exclusive()
+    def add_many(
+        self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, stream_text: bool = True,
+        on_error: str = "raise",
+    ) -> list[int]:  # fmt: skip
+        """Queues one or many prompts at once and returns their ids; the options are as for `add` and `generate`."""
+        prepare = partial(self.core.prepare, stream_text=stream_text)
+        return self.core.submit(map_prompts(prepare, prompts, sampling, on_error))
 
     @exclusive()
     def add(

@@ -2,19 +2,20 @@
 
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Protocol, TypeVar, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from fastgen.config import SamplingParams
-from fastgen.core.request import Event, Output
-from fastgen.core.tokenizer import Prompt
+from fastgen.config import SamplingParams, check_choice
+from fastgen.core.request import Event, Output, rejected_output
+from fastgen.text.tokenizer import Prompt, to_prompt_list
 from fastgen.thread_safety import AccessGuard, exclusive
 from fastgen.training.sleep import EngineMemory
 
 T = TypeVar("T")
+R = TypeVar("R")
 OneOrManyPrompts = Prompt | Sequence[Prompt]
 OneOrManySampling = SamplingParams | Sequence[SamplingParams] | None
 
@@ -25,12 +26,6 @@ class RequestQueue(Protocol):
 
     events: list[Event]  # that no call has returned yet
     abandoned: deque[frozenset[int]]  # ids of requests whose streams were dropped; the next step or submit aborts them
-
-    def add_many(
-        self, prompts: OneOrManyPrompts, sampling: OneOrManySampling, *, stream_text: bool, on_error: str
-    ) -> list[int]:
-        """Adds a request per prompt. Returns their ids."""
-        ...
 
     def has_events_for(self, request_ids: Collection[int]) -> bool:
         """Returns whether there are, or will be, events of any of these requests."""
@@ -62,6 +57,13 @@ class GenerateMethods:
         """Where the requests wait and run, and their events are."""
         raise NotImplementedError
 
+    def add_many(
+        self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, stream_text: bool = True,
+        on_error: str = "raise",
+    ) -> list[int]:  # fmt: skip
+        """Queues one or many prompts at once and returns their ids; the options are as for `add` and `generate`."""
+        raise NotImplementedError
+
     def step(self) -> list[Event]:
         """Returns the events of one step, or of all messages of replicas."""
         raise NotImplementedError
@@ -75,7 +77,7 @@ class GenerateMethods:
         `on_error`: what to do about prompts that cannot run, as for `generate`.
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        return EventStream(self, self.requests.add_many(prompts, sampling, stream_text=True, on_error=on_error))
+        return EventStream(self, self.add_many(prompts, sampling, stream_text=True, on_error=on_error))
 
     @exclusive("params", "cache")
     def as_completed(
@@ -86,7 +88,7 @@ class GenerateMethods:
         `on_error`: what to do about prompts that cannot run, as for `generate`.
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
-        ids = self.requests.add_many(prompts, sampling, stream_text=False, on_error=on_error)
+        ids = self.add_many(prompts, sampling, stream_text=False, on_error=on_error)
         return _outputs_as_completed(ids, EventStream(self, ids))
 
     @exclusive("params", "cache")
@@ -106,7 +108,7 @@ class GenerateMethods:
         of the prompts run. "skip": the others run, and the prompt's Output has the cause in `error` and finish reasons
         "error".
         """
-        ids = self.requests.add_many(prompts, sampling, stream_text=False, on_error=on_error)
+        ids = self.add_many(prompts, sampling, stream_text=False, on_error=on_error)
         with closing(EventStream(self, ids)) as events:
             return _collect_outputs(ids, events, progress)
 
@@ -169,6 +171,46 @@ class EventStream(Iterator[Event]):
             self._finalizer()
             with suppress(RuntimeError):
                 self._drain_aborts()
+
+
+def pair_prompts(prompts: OneOrManyPrompts, sampling: OneOrManySampling) -> list[tuple[Prompt, SamplingParams]]:
+    """Pairs prompts with their settings: one for all prompts, or one for each. Raises ValueError otherwise."""
+    prompt_list, expected = to_prompt_list(prompts), "sampling is one SamplingParams or a list of them"
+    settings: list[SamplingParams | None]
+    if sampling is None or isinstance(sampling, SamplingParams):
+        settings = [sampling] * len(prompt_list)
+    else:
+        is_scalar = isinstance(sampling, str | bytes | Mapping) or getattr(sampling, "ndim", 1) == 0
+        if is_scalar or not isinstance(sampling, Iterable):
+            raise ValueError(f"{expected}, got {type(sampling).__name__}")
+        settings = list(sampling)
+    if (wrong := next((s for s in settings if not isinstance(s, SamplingParams | None)), None)) is not None:
+        raise ValueError(f"{expected}, got a list with {type(wrong).__name__}")
+    if len(settings) != len(prompt_list):
+        raise ValueError(f"{len(settings)} sampling settings for {len(prompt_list)} prompts")
+    return [(prompt, params or SamplingParams()) for prompt, params in zip(prompt_list, settings, strict=True)]
+
+
+def map_prompts(
+    build: Callable[[Prompt, SamplingParams], R], prompts: OneOrManyPrompts, sampling: OneOrManySampling, on_error: str
+) -> list[R | Output]:
+    """Returns `build(prompt, params)` for each prompt.
+
+    A ValueError becomes an Output with the error (`on_error` "skip") or is raised with the prompt's index ("raise").
+    """
+    check_choice("on_error", on_error, ["raise", "skip"])
+    results, pairs = list[R | Output](), pair_prompts(prompts, sampling)
+    for i, (prompt, params) in enumerate(pairs):
+        try:
+            results.append(build(prompt, params))
+        except ValueError as e:
+            if on_error == "skip":
+                results.append(rejected_output(str(e), params.n))
+            elif len(pairs) > 1:
+                raise ValueError(f"prompt {i}: {e}") from e
+            else:
+                raise
+    return results
 
 
 def _outputs_as_completed(request_ids: Sequence[int], events: Iterable[Event]) -> Iterator[tuple[int, Output]]:

@@ -147,7 +147,7 @@ class Snapshot:
     def rebuild_request(self, core: EngineCore, max_length: int) -> tuple[Output, list[SequenceState]]:
         """Returns the request and its unfinished completions. `max_length` counts the tokens of prompt and output."""
         matchers = core.grammars.compile(self.sampling)[: len(self.seeds)]
-        common = (self.sampling, 0, max_length, core.eos_token_ids, core.tokenizer)
+        common = (self.sampling, 0, max_length, core.eos_token_ids)
         output = Output(-1, [*self.prompt_token_ids], [_copy_completion(c) for c in self.completions])
         if (num_top := self.sampling.prompt_logprobs) is not None:
             output.prompt_logprobs = copy(self.prompt_logprobs) or [None]
@@ -155,7 +155,8 @@ class Snapshot:
         states = []
         for (i, seed), matcher in zip(self.seeds.items(), matchers, strict=True):
             output.completions[i] = Completion()
-            state = SequenceState(output, i, *common, matcher=matcher)
+            detokenizer = core.text.new_detokenizer(output.prompt_token_ids, self.sampling, stream_text=True)
+            state = SequenceState(output, i, *common, detokenizer, matcher)
             state.seed = seed
             state.needs_prompt_logprobs &= self.prompt_logprobs is None
             state.resume(_copy_completion(self.completions[i]))

@@ -6,14 +6,14 @@ shields what is computed from the caller's torch modes (autocast, inference mode
 
 import os
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 
-from fastgen.core.torch_modes import disable_torch_modes, torch_modes_off
+from fastgen.core.autocast import disable_autocast
 
 F = TypeVar("F", bound=Callable[..., Any])
 SPAWN_ADVICE = "start processes with spawn: multiprocessing.get_context('spawn')"
@@ -67,6 +67,22 @@ class AccessGuard:
         """Frees the engine after `acquire`, once that thread has ended."""
         self.thread_id, self.held_by_async_engine = None, False
         self._free_token = [None]
+
+
+def torch_modes_off() -> bool:
+    """Returns whether torch is in none of the modes that would change what is computed."""
+    return not (torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled())
+
+
+@contextmanager
+def disable_torch_modes() -> Iterator[None]:
+    """Switches autocast and inference mode off: the cache would become a tensor that no later step may write."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+            stack.enter_context(torch.no_grad())
+        stack.enter_context(disable_autocast())
+        yield
 
 
 def exclusive(*memory: str) -> Callable[[F], F]:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 import fastgen
 from fastgen import lora
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
-from fastgen.core import tokenizer
+from fastgen.text import tokenizer
 
 CASES = int(os.environ.get("FASTGEN_DAMAGED_FILES", "6"))  # of each kind of file
 SECONDS, MEMORY = 5, 500e6  # that a case may take at most; bytes

@@ -7,7 +7,7 @@ import pytest
 from test_tokenizer import BYTE_LEVEL, MESSAGES
 
 from fastgen.checkpoint import tokenizer
-from fastgen.core.tokenizer import encode
+from fastgen.text.tokenizer import encode
 
 
 def test_load(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ from fastgen.checkpoint import weights
 from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core.engine_core import EngineCore
 from fastgen.core.kv_cache import new_kv_cache
-from fastgen.core.model_families import from_hf_config
-from fastgen.core.runner import EagerRunner, TorchPageCopier
+from fastgen.checkpoint.model_families import from_hf_config
+from fastgen.core.runner import EagerRunner, PageCopier
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -44,7 +44,7 @@ params = tree_map_only(Tensor, lambda w: w * 10 if w.ndim == 2 else w, params)
 config = EngineConfig.from_flat(**{SETTINGS!r}).resolve("cpu")
 runner = EagerRunner(params, model_config, config)
 runner.attach_cache(new_kv_cache(model_config, 96 + 8, dtype=torch.float32))
-core = EngineCore(runner, config, TorchPageCopier(runner.cache, 8))
+core = EngineCore(runner, config, PageCopier(runner.cache, 8))
 ids = [core.add(p, SamplingParams(**s)) for p, s in zip({PROMPTS!r}, {SAMPLING!r})]
 outputs = {{}}
 while core.has_unfinished_requests:

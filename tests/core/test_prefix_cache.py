@@ -702,7 +702,7 @@ def test_touch(given: dict[str, Any]) -> None:
     ("place", "given"),
     [
         ("fastgen.compiled.runner.forward_and_sample", {}),
-        ("fastgen.core.runner.EagerRunner.sample", {"overlap": True, "host": 30}),
+        ("fastgen.compiled.runner.ModelRunner.sample", {"overlap": True, "host": 30}),
         ("fastgen.offload.host_cache.HostOffload.start_copies", {"overlap": True, "host": 30, **OFF}),
     ],
 )

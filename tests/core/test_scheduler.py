@@ -155,9 +155,7 @@ class Run:
         most = self.limits.max_num_seqs
         self.seats = [0] * (most + 1)
         wide = self.load.capacity
-        self.stager = InputBuffers(
-            most, self.limits.token_budget + 8, most + 1, wide, self.load.page, 9, torch.device("cpu")
-        )
+        self.stager = InputBuffers(most, wide, self.load.page, 9, torch.device("cpu"))
 
     def check(self) -> None:
         scheduler.check(self.state, self.limits)

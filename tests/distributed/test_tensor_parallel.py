@@ -24,14 +24,13 @@ from fastgen.checkpoint import files
 from fastgen.checkpoint.weights import named_weights, update
 from fastgen.core import sampling, scheduler
 from fastgen.core.attention import reference
-from fastgen.core.extensions import SingleRank, step_digest
 from fastgen.core.layers import rms_norm
 from fastgen.core.model_config import ModelConfig, TPShard, shard_config
 from fastgen.core.scheduler import SchedulerOutput, Span
 from fastgen.core.transformer import TORCH_OPS, run_layers
 from fastgen.core.types import PartialSum
 from fastgen.distributed import peer_memory, tensor_parallel
-from fastgen.distributed.tensor_parallel import TPProcessGroup, raise_if_inconsistent, shard_ops
+from fastgen.distributed.tensor_parallel import TPGroup, TPProcessGroup, raise_if_inconsistent, shard_ops, step_digest
 
 
 class Meeting:
@@ -41,7 +40,7 @@ class Meeting:
         self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=120), [None] * size
 
 
-class Rank(SingleRank):
+class Rank(TPGroup):
     """A TPGroup whose ranks are threads."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 import fastgen
 from fastgen import Adapter, Event, Output, SamplingParams, Snapshot, lora
+from fastgen.checkpoint.model_families import from_hf_config
 from fastgen.checkpoint.weights import named_weights
 from fastgen.cli import run as command
 from fastgen.cli import serve
@@ -29,7 +30,6 @@ from fastgen.core import scheduler
 from fastgen.core.attention import reference
 from fastgen.core.layers import apply_lora
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.model_families import from_hf_config
 from fastgen.core.scheduler import Span
 from fastgen.core.types import LayerLora, Params
 

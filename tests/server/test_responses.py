@@ -12,11 +12,12 @@ from test_detokenizer import RUNS
 from test_tokenizer import BYTE_FALLBACK, KINDS, QUICK, byte_tokens
 
 from fastgen.config import SamplingParams
-from fastgen.core.detokenizer import token_to_bytes
 from fastgen.core.request import Completion, Event, Output, SequenceState
 from fastgen.server.app_state import AppState
 from fastgen.server.engine_process import TokenDelta
 from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder
+from fastgen.text.detokenizer import token_to_bytes
+from fastgen.text.text_processor import TextProcessor
 
 STOP_STRINGS = ["a", "ab", "é", " H", "<|im_end|>", "b<|im_end|>", "</s>", "a</s>b"]
 DECODERS = {kind: TokenDecoder(tokenizer) for kind, tokenizer in KINDS.items()}
@@ -83,18 +84,19 @@ def test_library_and_server_return_the_same_text(
     min_tokens = data.draw(st.integers(0, len(tokens)))
     params = SamplingParams(stop=tuple(stop), min_tokens=min_tokens, max_tokens=len(tokens))
 
-    def events(params: SamplingParams, *args: Any, **options: Any) -> tuple[list[Event], Completion]:
+    def events(params: SamplingParams, text: TextProcessor) -> tuple[list[Event], Completion]:
         """Returns the library's events until the completion finishes."""
-        state = SequenceState(Output(0, prompt, [Completion()]), 0, params, 0, max_length, eos, *args, **options)
+        detokenizer = text.new_detokenizer(prompt, params, stream_text=stream_text)
+        state = SequenceState(Output(0, prompt, [Completion()]), 0, params, 0, max_length, eos, detokenizer)
         events = list[Event]()
         while not events or not events[-1].finish_reason:
             events.append(state.append_token(tokens[len(events)], -1.0, ()))
         return events, state.completion
 
-    library, completion = events(params, tokenizer, stream_text=stream_text)
+    library, completion = events(params, TextProcessor(tokenizer))
     assert "".join(e.text for e in library) == completion.text
     # The engine behind a server has neither a tokenizer nor stop strings.
-    engine, _ = events(replace(params, stop=()), None)
+    engine, _ = events(replace(params, stop=()), TextProcessor(None))
     options: Any = {"stream_text": stream_text, "visible_special_tokens": {}}
     served, text = Choice(0, DECODERS[kind], prompt, params, **options), ""
     while not served.accumulated.finish_reason:

@@ -22,8 +22,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastgen import SamplingParams
-from fastgen.core import tokenizer
-from fastgen.core.detokenizer import Detokenizer
 from fastgen.server import endpoints, tool_calls
 from fastgen.server.app_state import AppState, TokenizerThread
 from fastgen.server.engine_process import EngineInfo, TokenDelta
@@ -32,6 +30,8 @@ from fastgen.server.requests import ChatMessage, ChatRequest, Tool, to_template_
 from fastgen.server.responses import ChatResponseBuilder, Choice, ChoiceDelta, TokenDecoder
 from fastgen.server.sse import CompletionResponse
 from fastgen.server.tool_calls import ToolCallParser
+from fastgen.text import tokenizer
+from fastgen.text.detokenizer import Detokenizer
 
 WEATHER: dict[str, Any] = {
     "type": "object",

@@ -21,7 +21,7 @@ from transformers_models import FAMILIES, Wrapper, new_model
 
 import fastgen
 from fastgen.checkpoint import weights
-from fastgen.core.model_families import to_hf_config
+from fastgen.checkpoint.model_families import to_hf_config
 from fastgen.training import logprobs, shared_params
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler warns

@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fastgen.checkpoint.model_families import from_hf_config, parse_eos_token_ids
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.model_families import from_hf_config, parse_eos_token_ids
 
 MAX_JSON_BYTES = 2**28  # larger than any tokenizer.json
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # integers and float8 would be read without their scales

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastgen.core.types import Tokenizer
+from fastgen.text import Tokenizer
 
 
 def load(path: Path) -> Tokenizer | None:

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from fastgen.checkpoint.files import Checkpoint, first_names, read_checkpoint, read_model_config
 from fastgen.checkpoint.hub import resolve
+from fastgen.checkpoint.model_families import to_hf_config
+from fastgen.checkpoint.tensor_memory import TensorMemory, bytes_needed
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
-from fastgen.core.model_families import to_hf_config
-from fastgen.core.tensor_memory import TensorMemory, bytes_needed
 from fastgen.core.types import Layer, Params
 
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")  # buffers of old checkpoints

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastgen.core.tokenizer import Prompt
+from fastgen.text.tokenizer import Prompt
 
 ACCEPTED_ROWS = (
     "a text, a list of token ids, a list of messages, or an object with 'prompt', 'prompt_token_ids' or 'messages'"

@@ -38,8 +38,8 @@ from fastgen.cli.hydra_config import (
     to_hydra_arguments,
 )
 from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
-from fastgen.core.tokenizer import Prompt, is_single_prompt
 from fastgen.profiling.profiler import profile_on_signal
+from fastgen.text.tokenizer import Prompt, is_single_prompt
 from fastgen.training.grpo import Trainer, train
 from fastgen.training.problems import load_problem
 

@@ -6,18 +6,24 @@ graphs     the same, and steps of few tokens are captured (`cuda_graphs`)
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from fastgen.compiled import cuda_graphs
 from fastgen.compiled.compiled_ops import CompiledOps
 from fastgen.compiled.cuda_graphs import CudaGraphs, largest_shape
+from fastgen.compiled.input_buffers import GPUInputBuffers
 from fastgen.config import EngineConfig
+from fastgen.core.batch import InputBuffers
 from fastgen.core.model_config import ModelConfig, shard_config, vocab_shard
-from fastgen.core.runner import EagerRunner, StepInputs, StepShape
+from fastgen.core.request import SequenceState
+from fastgen.core.runner import EagerRunner, StepInputs, StepShape, sampled_states
+from fastgen.core.scheduler import Plan
 from fastgen.core.step import StepOutput, fill_pending_tokens, forward_and_sample
 from fastgen.core.transformer import TORCH_OPS, lm_head_weight
 from fastgen.core.types import KVCache, Params, SamplerOutput, SamplingTensors, StackedAdapters
@@ -35,10 +41,8 @@ class ModelRunner(EagerRunner):
         tp_group: TPGroup | None = None, adapters: StackedAdapters | None = None,
     ) -> None:  # fmt: skip
         shard = model_config if tp_group is None else shard_config(model_config, tp_group.shard.size)
-        largest, copy_buffer = largest_shape(config.schedule), None
-        if params.embed.device.type == "cuda" and config.compile.mode != "eager":
-            from fastgen.kernels.page_copy import copy_concatenated as copy_buffer  # Triton comes with GPU builds alone
-        super().__init__(params, shard, config, adapters=adapters, largest=largest, copy_buffer=copy_buffer)
+        largest = largest_shape(config.schedule)
+        super().__init__(params, shard, config, adapters=adapters)
         self.mode, self.tp_group, self.vocab_size = config.compile.mode, tp_group, model_config.vocab_size
         self.graphs, self.kernels_loaded = CudaGraphs(self.device), False
         if self.device.type == "cuda":
@@ -77,6 +81,16 @@ class ModelRunner(EagerRunner):
         # In a step, each rank keeps the logits of its vocabulary shard; `ops`, for prompt logprobs, gathers them.
         self._step_ops = self.ops._replace(lm_head=local_lm_head)
         self.fused_rope_max_tokens, self._fused_rope_ops = select.select_fused_rope(config.compile, self._step_ops)
+
+    def new_input_buffers(self, *sizes: Any, **options: Any) -> InputBuffers:
+        if self.device.type != "cuda":
+            return InputBuffers(*sizes, **options)
+        if self.config.compile.mode != "eager":
+            from fastgen.kernels.page_copy import copy_concatenated  # Triton comes with GPU builds alone
+
+            options["copy_buffer"] = copy_concatenated
+        largest = largest_shape(self.config.schedule)
+        return GPUInputBuffers(*sizes, max_tokens=largest.num_tokens, max_rows=largest.num_seqs, **options)
 
     # --- shapes -----------------------------------------------------------------------------------------------------
 
@@ -129,6 +143,25 @@ class ModelRunner(EagerRunner):
             step = self.params, cache, last_token_ids, batch, sampling, self.model_config, ops
             outputs = self.fused_sampler, self.logits_buffer, self.adapters
             return forward_and_sample(*step, *outputs, decode=shape.decode, return_hidden_states=scored)
+
+    def sample(
+        self, plan: Plan, states: Mapping[int, SequenceState], inputs: StepInputs, output: StepOutput,
+        token_mask: Int[Tensor, "N words"] | None = None,
+    ) -> tuple[tuple[Tensor, ...], Any]:  # fmt: skip
+        if not isinstance(self.input_buffers, GPUInputBuffers):
+            return super().sample(plan, states, inputs, output, token_mask)
+        n, sampled = len(plan), sampled_states(plan, states)
+        if output.token_ids is not None and not any(s.needs_general_sampler for s in sampled):
+            sampled_rows = output.token_ids[:n], output.logprobs[:n]  # type: ignore[index]
+            no_tops = torch.empty(n, 0, device="cpu")
+            results = *self.input_buffers.copy_sampled_to_host(*sampled_rows, inputs.step), no_tops, no_tops
+        else:
+            on_device = self.sample_general(plan, states, sampled, inputs, output, token_mask)
+            pinned = [torch.empty_like(t, device="cpu", pin_memory=True) for t in on_device]
+            results = tuple(host.copy_(t, non_blocking=True) for host, t in zip(pinned, on_device, strict=True))
+        done_event = torch.cuda.Event()
+        done_event.record()
+        return results, done_event
 
     def sample_logits(
         self, logits: torch.Tensor, sampling: SamplingTensors, num_top_logprobs: int | None

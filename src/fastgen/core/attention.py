@@ -124,3 +124,6 @@ def sdpa(batch: Batch, model_config: ModelConfig) -> AttentionFn:
         return out
 
     return attend
+
+
+BACKENDS: dict[str, AttentionBackend] = {"reference": reference, "sdpa": sdpa}

@@ -1,11 +1,11 @@
 """From a plan, in ints, to the tensors of a step."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from fastgen.core.request import SequenceState
@@ -14,26 +14,16 @@ from fastgen.core.scheduling_policy import SharedPrefixGroup
 from fastgen.core.types import Batch, LogitEdits, SamplingTensors, SharedPrefix, TopKTopP
 
 TOKEN_FIELDS = ("token_ids", "positions", "slot_mapping")  # one value for each token of a step
-SAMPLING_FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "processed",
-)  # one value for each sequence, from its request
+# One value for each sequence, from its request.
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "processed")
 SEQUENCE_FIELDS = ("seq_lens", "req_idx", "logits_indices", *SAMPLING_FIELDS)  # one value for each sequence
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")
 
 
 def build_arrays(
-    plan: Plan,
-    tokens_by_id: Mapping[int, Sequence[int]],
-    req_idx: Int[np.ndarray, " spans"],
-    page_table: Int[np.ndarray, "E P"],
-    page_size: int,
-    num_tokens: int,
-    num_rows: int,
-) -> dict[str, np.ndarray]:
+    plan: Plan, tokens_by_id: Mapping[int, Sequence[int]], req_idx: Int[np.ndarray, " spans"],
+    page_table: Int[np.ndarray, "E P"], page_size: int, num_tokens: int, num_rows: int,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Returns the int64 arrays of a Batch of `num_tokens` tokens and `num_rows` sequences, by field.
 
     Row r is span r of the plan, with row `req_idx[r]` of the page table. Tokens beyond the plan's are padding, spread
@@ -64,24 +54,15 @@ def build_arrays(
         if span.stop <= len(known):
             token[i:j] = known[span.start : span.stop]
     return {
-        "token_ids": token,
-        "positions": position,
-        "slot_mapping": slot,
-        "query_start_loc": start,
-        "seq_lens": length,
-        "req_idx": req_rows,
-        "logits_indices": np.maximum(start[1:] - 1, 0),
-    }
+        "token_ids": token, "positions": position, "slot_mapping": slot, "query_start_loc": start,
+        "seq_lens": length, "req_idx": req_rows, "logits_indices": np.maximum(start[1:] - 1, 0),
+    }  # fmt: skip
 
 
 def build_batch(
-    plan: Plan,
-    tokens_by_id: Mapping[int, Sequence[int]],
-    page_size: int,
-    device: torch.device | str | None = None,
-    *,
+    plan: Plan, tokens_by_id: Mapping[int, Sequence[int]], page_size: int, device: torch.device | str | None = None, *,
     pad_to: int = 0,
-) -> Batch:
+) -> Batch:  # fmt: skip
     """Returns the Batch of a single plan, with a page table of its own, on `device` (None: torch's default device).
 
     `tokens_by_id` maps a sequence's id to all its tokens. If the plan has fewer than `pad_to` tokens, rows of one token
@@ -123,75 +104,36 @@ def max_groups(num_rows: int) -> int:
     return max(1, num_rows // 4)
 
 
-def _torch_copy(
-    target: Shaped[Tensor, " N"], first: Shaped[Tensor, " n"], second: Shaped[Tensor, " m"] | None = None
-) -> None:
-    """Writes `first`, and `second` after it, to the beginning of `target`."""
-    for x, offset in ((first, 0), (second, len(first))):
-        if x is not None:
-            target[offset : offset + len(x)].copy_(x, non_blocking=True)
-
-
 class InputBuffers:
-    """Device memory for the inputs of steps, and tables of each running sequence's settings and pages by req_idx.
+    """Builds the inputs of steps, from tables of each running sequence's settings and pages by req_idx.
 
-    On a GPU the tensors of a Batch are views of one buffer, the same views for the same shape, so that captured CUDA
-    graphs can read them; the next step overwrites them. Each step copies its inputs once, from pinned memory, on a
-    stream of its own, while the step before still runs.
-
-    A step has at most `max_tokens` tokens and `max_rows` sequences, padding included; a sequence at most
-    `max_pages_per_seq` pages; a shared-prefix group at most `max_group_size` sequences. With `use_adapters`, batches
-    name the LoRA adapter of each token. `copy_buffer(target, first, second)` replaces torch's copies on the stream of
-    the steps: a kernel starts earlier than a copy engine.
+    A sequence has at most `max_pages_per_seq` pages, a shared-prefix group at most `max_group_size` sequences. With
+    `use_adapters`, batches name the LoRA adapter of each token.
     """
 
     def __init__(
-        self,
-        max_num_seqs: int,
-        max_tokens: int,
-        max_rows: int,
-        max_pages_per_seq: int,
-        page_size: int,
-        vocab_size: int,
-        device: torch.device,
-        max_group_size: int = 16,
-        *,
-        use_adapters: bool = False,
-        copy_buffer: Callable[..., Any] | None = None,
-    ) -> None:
+        self, max_num_seqs: int, max_pages_per_seq: int, page_size: int, vocab_size: int, device: torch.device,
+        max_group_size: int = 16, *, use_adapters: bool = False,
+    ) -> None:  # fmt: skip
         self.page_size, self.vocab_size, self.device = page_size, vocab_size, device
-        self.max_group_size, self._copy, num_req_rows = max_group_size, copy_buffer or _torch_copy, max_num_seqs + 1
+        self.max_group_size, num_req_rows = max_group_size, max_num_seqs + 1
         # Tables by req_idx. Row 0 is padding's.
         self.adapter_idx = np.zeros(num_req_rows, np.int32) if use_adapters else None
         self.page_table_cpu = np.zeros((num_req_rows, max_pages_per_seq), np.int32)
-        self.seq_at_req_idx: dict[
-            int, tuple[int, tuple[int, ...]]
-        ] = {}  # id of the sequence, and its pages in the table
+        self.seq_at_req_idx: dict[int, tuple[int, tuple[int, ...]]] = {}  # sequence id, and its pages in the table
         types = {name: np.float32 if name in FLOAT_FIELDS else np.int32 for name in SAMPLING_FIELDS}
         self.sampling_tables = {name: np.zeros(num_req_rows, dtype) for name, dtype in types.items()}
         self.seeds = np.zeros(num_req_rows, np.int64)
         self.page_table = torch.zeros(num_req_rows, max_pages_per_seq, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_req_rows, dtype=torch.int32, device=device)  # last sampled tokens
-        self.is_cuda = device.type == "cuda"
-        if self.is_cuda:
-            # Two of each buffer of the host: one is filled while the step that reads the other one may still run.
-            sizes = self._field_sizes(max_tokens, max_rows, shared_prefix=True)
-            words = torch.zeros(sum(sizes.values()), dtype=torch.int32, device="cpu")
-            sampled = torch.zeros(2 * max_rows, dtype=torch.int32, device="cpu")
-            self._pinned_buffers = [words.pin_memory() for _ in range(2)]
-            self._staging_buffers = [torch.zeros_like(words, device=device) for _ in range(2)]
-            self._staging_read_events = [torch.cuda.Event() for _ in range(2)]
-            self._copy_stream = torch.cuda.Stream(device)
-            self._buffer = torch.zeros_like(words, device=device)
-            self._sampled_host_buffers = [sampled.clone().pin_memory() for _ in range(2)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return self.page_table.nbytes + self.last_token_ids.nbytes + (3 * self._buffer.nbytes if self.is_cuda else 0)
+        return self.page_table.nbytes + self.last_token_ids.nbytes
 
-    def _field_sizes(self, num_tokens: int, num_rows: int, *, shared_prefix: bool) -> dict[str, int]:
-        """Returns the size of each field of the buffer, in 32-bit words. The 64-bit seeds come first, aligned."""
+    def field_sizes(self, num_tokens: int, num_rows: int, *, shared_prefix: bool) -> dict[str, int]:
+        """Returns the size of each field of a step's inputs, in 32-bit words. The 64-bit seeds come first, aligned."""
         sizes = {"seed": 2 * num_rows} | dict.fromkeys(TOKEN_FIELDS, num_tokens)
         sizes |= {"query_start_loc": num_rows + 1} | dict.fromkeys(SEQUENCE_FIELDS, num_rows)
         if self.adapter_idx is not None:
@@ -200,6 +142,43 @@ class InputBuffers:
             n = max_groups(num_rows)
             sizes |= {"group_rows": n * self.max_group_size, "num_shared_tokens": n, "num_skipped_tokens": num_rows}
         return sizes
+
+    def fill(
+        self, plan: Plan, sequences: Mapping[int, SequenceState], num_tokens: int, num_rows: int, step_idx: int,
+        groups: Sequence[SharedPrefixGroup] | None = None,
+    ) -> tuple[Batch, SamplingTensors]:  # fmt: skip
+        """Returns a plan's batch and sampling settings, padded to `num_tokens` tokens and `num_rows` sequences.
+
+        `step_idx` counts steps. If `groups` is None, the batch has no SharedPrefix.
+        """
+        self._update_tables(plan, sequences)
+        req_idx = np.fromiter((span.req_idx for span in plan), np.int64, len(plan))
+        tokens = {span.id: sequences[span.id].token_ids for span in plan}
+        arrays = build_arrays(plan, tokens, req_idx, self.page_table_cpu, self.page_size, num_tokens, num_rows)
+        req_idx = arrays["req_idx"]
+        arrays["seed"] = self.seeds[req_idx]
+        arrays |= {name: table[req_idx] for name, table in self.sampling_tables.items()}
+        if self.adapter_idx is not None:
+            arrays["adapter_idx"] = np.repeat(self.adapter_idx[req_idx], np.diff(arrays["query_start_loc"]))
+        if groups is not None:
+            arrays |= shared_prefix_arrays(groups, num_rows, self.max_group_size)
+        sizes = self.field_sizes(num_tokens, num_rows, shared_prefix=groups is not None)
+        words = self.host_words(sum(sizes.values()), step_idx)
+        for name, field in _split_words(words, sizes).items():
+            field.numpy()[:] = arrays[name]
+        return self._build_batch(_split_words(self.copy_to_device(words, step_idx), sizes))
+
+    def host_words(self, num_words: int, step_idx: int) -> Int[Tensor, " words"]:
+        """Returns int32 host memory for the inputs of a step."""
+        return torch.empty(num_words, dtype=torch.int32, device="cpu")
+
+    def copy_to_device(self, words: Int[Tensor, " words"], step_idx: int) -> Int[Tensor, " words"]:
+        """Returns the inputs of a step on the device."""
+        return words.to(self.device)
+
+    def copy_updates(self, updates: Int[Tensor, "2 n"]) -> Int[Tensor, "2 n"]:
+        """Returns updates of the page table on the device."""
+        return updates.to(self.device)
 
     def _update_tables(self, plan: Plan, sequences: Mapping[int, SequenceState]) -> None:
         """Updates the tables for newly admitted sequences and newly allocated pages."""
@@ -225,94 +204,27 @@ class InputBuffers:
             indices += range(offset + num_same, offset + len(span.pages))
             values += span.pages[num_same:]
             self.seq_at_req_idx[req_idx] = span.id, span.pages
-        if not indices:
-            return
-        words = torch.tensor([indices, values], device="cpu")
-        if self.is_cuda:
-            compute_stream = torch.cuda.current_stream(self.device)
-            with torch.cuda.stream(self._copy_stream):
-                words = to_device(words, self.device)
-            compute_stream.wait_stream(self._copy_stream)
-            words.record_stream(compute_stream)
-        self.page_table.view(-1).index_copy_(0, words[0], words[1].int())
+        if indices:
+            updates = self.copy_updates(torch.tensor([indices, values], device="cpu"))
+            self.page_table.view(-1).index_copy_(0, updates[0], updates[1].int())
 
-    def _split_buffer(
-        self, buffer: Int[Tensor, " words"], num_tokens: int, num_rows: int, *, shared_prefix: bool
-    ) -> dict[str, Tensor]:
-        """Returns the fields of a buffer as views, by name."""
-        sizes = self._field_sizes(num_tokens, num_rows, shared_prefix=shared_prefix)
-        fields = dict(zip(sizes, buffer[: sum(sizes.values())].split(list(sizes.values())), strict=True))
-        fields["seed"] = fields["seed"].view(torch.int64)
-        return fields | {name: fields[name].view(torch.float32) for name in FLOAT_FIELDS}
-
-    def _build_batch(self, fields: dict[str, Tensor]) -> tuple[Batch, SamplingTensors]:
-        f, shared_prefix = fields, None
+    def _build_batch(self, f: dict[str, Tensor]) -> tuple[Batch, SamplingTensors]:
+        shared_prefix = None
         if "group_rows" in f:
             group_rows = f["group_rows"].view(-1, self.max_group_size)
             shared_prefix = SharedPrefix(group_rows, f["num_shared_tokens"], f["num_skipped_tokens"])
-        batch = Batch(
-            **{name: f[name] for name in (*TOKEN_FIELDS, "query_start_loc", *SEQUENCE_FIELDS[:3])},
-            page_table=self.page_table,
-            page_size=self.page_size,
-            shared_prefix=shared_prefix,
-            adapter_idx=f.get("adapter_idx"),
-        )
+        fields = {name: f[name] for name in (*TOKEN_FIELDS, "query_start_loc", *SEQUENCE_FIELDS[:3])}
+        options: Any = {"shared_prefix": shared_prefix, "adapter_idx": f.get("adapter_idx")}
+        batch = Batch(**fields, page_table=self.page_table, page_size=self.page_size, **options)
         top_k_top_p = TopKTopP(f["top_k"], f["top_p"], f["min_p"])
-        sampling = SamplingTensors(f["temperature"], f["seed"], f["seq_lens"], f["processed"], top_k_top_p, None)
-        return batch, sampling
+        return batch, SamplingTensors(f["temperature"], f["seed"], f["seq_lens"], f["processed"], top_k_top_p, None)
 
-    def fill(
-        self,
-        plan: Plan,
-        sequences: Mapping[int, SequenceState],
-        num_tokens: int,
-        num_rows: int,
-        step_idx: int,
-        groups: Sequence[SharedPrefixGroup] | None = None,
-    ) -> tuple[Batch, SamplingTensors]:
-        """Returns a plan's batch and sampling settings, padded to `num_tokens` tokens and `num_rows` sequences.
 
-        `step_idx` counts steps. If `groups` is None, the batch has no SharedPrefix.
-        """
-        self._update_tables(plan, sequences)
-        req_idx = np.fromiter((span.req_idx for span in plan), np.int64, len(plan))
-        tokens = {span.id: sequences[span.id].token_ids for span in plan}
-        arrays = build_arrays(plan, tokens, req_idx, self.page_table_cpu, self.page_size, num_tokens, num_rows)
-        req_idx, shared_prefix = arrays["req_idx"], groups is not None
-        arrays["seed"] = self.seeds[req_idx]
-        arrays |= {name: table[req_idx] for name, table in self.sampling_tables.items()}
-        if self.adapter_idx is not None:
-            arrays["adapter_idx"] = np.repeat(self.adapter_idx[req_idx], np.diff(arrays["query_start_loc"]))
-        if groups is not None:
-            arrays |= shared_prefix_arrays(groups, num_rows, self.max_group_size)
-        num_words = sum(self._field_sizes(num_tokens, num_rows, shared_prefix=shared_prefix).values())
-        buffer_idx = step_idx % 2
-        if self.is_cuda:
-            self._staging_read_events[buffer_idx].synchronize()  # the step before last has read its inputs
-            host_buffer = self._pinned_buffers[buffer_idx]
-        else:
-            host_buffer = torch.empty(num_words, dtype=torch.int32, device="cpu")
-        fields = self._split_buffer(host_buffer, num_tokens, num_rows, shared_prefix=shared_prefix)
-        for name, field in fields.items():
-            field.numpy()[:] = arrays[name]
-        if not self.is_cuda:
-            return self._build_batch(fields)
-        staged = self._staging_buffers[buffer_idx][:num_words]
-        with torch.cuda.stream(self._copy_stream):
-            staged.copy_(host_buffer[:num_words], non_blocking=True)
-        torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
-        self._copy(self._buffer, staged)
-        self._staging_read_events[buffer_idx].record()
-        return self._build_batch(self._split_buffer(self._buffer, num_tokens, num_rows, shared_prefix=shared_prefix))
-
-    def copy_sampled_to_host(
-        self, token_ids: Int[Tensor, " N"], logprobs: Float[Tensor, " N"], step_idx: int
-    ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-        """Starts copying a step's tokens (int32) and logprobs (fp32) to pinned memory; returns the copies, which last
-        until the step after next."""
-        n, host_buffer = len(token_ids), self._sampled_host_buffers[step_idx % 2]
-        self._copy(host_buffer, token_ids, logprobs.view(torch.int32))
-        return host_buffer[:n], host_buffer[n : 2 * n].view(torch.float32)
+def _split_words(words: Int[Tensor, " words"], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Returns the fields of a step's inputs as views, by name."""
+    fields = dict(zip(sizes, words.split(list(sizes.values())), strict=True))
+    fields["seed"] = fields["seed"].view(torch.int64)
+    return fields | {name: fields[name].view(torch.float32) for name in FLOAT_FIELDS}
 
 
 def build_logit_edits(plan: Plan, sequences: Mapping[int, SequenceState], device: torch.device) -> LogitEdits | None:
@@ -333,11 +245,8 @@ def build_logit_edits(plan: Plan, sequences: Mapping[int, SequenceState], device
         return tensor(np.repeat(np.array([*values], dtype), num_entries))
 
     return LogitEdits(
-        rows=repeat(rows, np.int64),
-        token_ids=tensor(token_ids),
-        bias=tensor(bias),
-        output_counts=tensor(output_counts),
-        seen=tensor(seen),
+        repeat(rows, np.int64),
+        *map(tensor, (token_ids, bias, output_counts, seen)),
         presence_penalty=repeat((p.presence_penalty for p in params), np.float32),
         frequency_penalty=repeat((p.frequency_penalty for p in params), np.float32),
         repetition_penalty=repeat((p.repetition_penalty for p in params), np.float32),

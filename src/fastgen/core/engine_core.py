@@ -12,7 +12,7 @@ With `overlap` the step before is read while the new one runs on the device, so 
 import itertools
 import random
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -22,48 +22,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastgen.config import EngineConfig, SamplingParams, check_int
-from fastgen.core import extensions, scheduler, tokenizer
+from fastgen.core import extensions, scheduler
 from fastgen.core.batch import max_groups, to_device
-from fastgen.core.extensions import Adapters, Grammars, Matcher, Profiler, Ranks, on_all_ranks
+from fastgen.core.extensions import Adapters, Grammars, Matcher, Profiler, Ranks, TextProcessor, on_all_ranks
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.prefix_cache import CacheStats, PrefixCache, make_namespace
-from fastgen.core.request import (
-    Completion,
-    Event,
-    Output,
-    SequenceState,
-    map_prompts,
-    max_length,
-    rejected_output,
-    rejection_events,
-)
-from fastgen.core.runner import InFlightStep, PageCopier, Runner
+from fastgen.core.request import Completion, Event, Output, SequenceState, max_length, rejected_output, rejection_events
+from fastgen.core.runner import EagerRunner, InFlightStep, PageCopier
 from fastgen.core.scheduling_policy import POLICIES, SharedPrefixGroup, find_shared_prefix_groups
-from fastgen.core.tokenizer import Prompt
-from fastgen.core.types import Batch, Tokenizer
+from fastgen.core.types import Batch
 
 INT64_RANGE = -(2**63), 2**63 - 1  # of request ids and seeds
 Prepared = list[SequenceState] | Output  # the completions of a request, or the output of one that cannot run
 
 
-class _TokensBySequence(Mapping[int, Sequence[int]]):
-    """The known tokens of each sequence, by its id."""
-
-    def __init__(self, states: dict[int, SequenceState]) -> None:
-        self._states = states
-
-    def __getitem__(self, id: int) -> Sequence[int]:
-        return self._states[id].token_ids
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-
 class EngineCore:
-    """Runs many requests on one Runner. For one thread at a time; `fastgen.Engine` is what one calls.
+    """Runs many requests on one runner. For one thread at a time; `fastgen.Engine` is what one calls.
 
     `model_config` is the full model's, where the runner's is a rank's shard. `version_tensors`: their version counters
     move when the parameters are written in place; by default those of the parameters themselves.
@@ -71,29 +45,27 @@ class EngineCore:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: EagerRunner,
         config: EngineConfig,
         page_copier: PageCopier,
         *,
         model_config: ModelConfig | None = None,
-        tokenizer: Tokenizer | None = None,
+        text: TextProcessor | None = None,
         ranks: Ranks | None = None,
         adapters: Adapters | None = None,
         grammars: Grammars | None = None,
         profiler: Profiler | None = None,
         version_tensors: Sequence[Tensor] | None = None,
     ) -> None:
-        self.runner, self.config, self.page_copier, self.tokenizer = runner, config, page_copier, tokenizer
+        self.runner, self.config, self.page_copier = runner, config, page_copier
         self.model_config, self.policy = model_config or runner.model_config, POLICIES[config.schedule.policy]
-        self.ranks: Ranks = ranks or extensions.SingleRank()
-        self.adapters: Adapters = adapters or extensions.NoAdapters()
-        self.grammars: Grammars = grammars or extensions.NoGrammars()
-        self.profiler: Profiler = profiler or extensions.NullProfiler()
+        self.text, self.ranks, self.adapters = text or TextProcessor(), ranks or Ranks(), adapters or Adapters()
+        self.grammars, self.profiler = grammars or Grammars(), profiler or Profiler()
         page_size = config.kv_cache.page_size
         self.cache_capacity = len(runner.cache.k[0]) - page_size  # tokens; page 0 is scratch
         self.state = scheduler.State(self._new_prefix_cache())
         self.sequence_states: dict[int, SequenceState] = {}  # by sequence id
-        self._token_ids = _TokensBySequence(self.sequence_states)
+        self._token_ids: dict[int, list[int]] = {}  # the same lists as in `sequence_states`
         self.events: list[Event] = []  # of no step's result yet
         # Ids of requests whose events have no reader any more. Finalizers append, in any thread and in the middle of
         # anything; `step` and `submit` abort them.
@@ -107,7 +79,7 @@ class EngineCore:
         self._sequence_ids, self._request_ids = itertools.count(), itertools.count()
         seed = random.SystemRandom().getrandbits(62) if config.seed is None else config.seed
         self._seeds = random.Random(self.ranks.all_reduce_min(seed))
-        self.eos_token_ids = end_token_ids(self.model_config, tokenizer)
+        self.eos_token_ids = self.text.end_token_ids(self.model_config.eos_token_ids)
         leaves = tree_leaves(runner.params) if version_tensors is None else version_tensors
         self._version_tensors = [x for x in leaves if x is not None]
         self._last_version_sum = self._version_sum()
@@ -126,7 +98,7 @@ class EngineCore:
 
     def add(
         self,
-        prompt: Prompt,
+        prompt: Any,
         sampling: SamplingParams,
         *,
         stream_text: bool = True,
@@ -135,25 +107,9 @@ class EngineCore:
         """Queues a request and returns its id; see `Engine.add`."""
         return self.submit([self.prepare(prompt, sampling, stream_text=stream_text, matchers=matchers)])[0]
 
-    def add_many(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        *,
-        stream_text: bool,
-        on_error: str = "raise",
-    ) -> list[int]:
-        """Queues one or many prompts, all of them or, with `on_error` "skip", those that can run. Returns all ids."""
-
-        def prepare(prompt: Prompt, params: SamplingParams) -> list[SequenceState]:
-            return self.prepare(prompt, params, stream_text=stream_text)
-
-        prepared: list[Prepared] = map_prompts(prepare, prompts, sampling, on_error)
-        return self.submit(prepared)
-
     def prepare(
         self,
-        prompt: Prompt,
+        prompt: Any,
         sampling: SamplingParams,
         *,
         stream_text: bool = True,
@@ -165,8 +121,7 @@ class EngineCore:
         """
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, got {sampling!r:.100}")
-        words, content = self.tokenizer, self.config.special_tokens_in_content
-        prompt_ids = tokenizer.encode(words, prompt, special_tokens_in_content=content)
+        prompt_ids = self.text.encode(prompt)
         limit = self.max_length(prompt_ids, sampling)
         seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
         output = Output(-1, prompt_ids, [Completion() for _ in range(sampling.n)])
@@ -174,16 +129,18 @@ class EngineCore:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if sampling.prompt_logprobs else None
         self.adapter_index(sampling)
-        common: Any = sampling, seed, limit, self.eos_token_ids, words
+        common, new_detokenizer = (sampling, seed, limit, self.eos_token_ids), self.text.new_detokenizer
         return [
-            SequenceState(output, index, *common, stream_text=stream_text, matcher=matcher)
+            SequenceState(
+                output, index, *common, new_detokenizer(prompt_ids, sampling, stream_text=stream_text), matcher
+            )
             for index, matcher in enumerate(self.grammars.compile(sampling) if matchers is None else matchers)
         ]
 
     def max_length(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> int:
         """Returns the most tokens of a sequence, prompt included. Raises ValueError for what can never run."""
-        has_tokenizer = self.tokenizer is not None
-        return max_length(prompt_token_ids, sampling, self.model_config, self.cache_capacity, has_tokenizer)
+        has_text = self.text.tokenizer is not None
+        return max_length(prompt_token_ids, sampling, self.model_config, self.cache_capacity, has_text)
 
     def adapter_index(self, sampling: SamplingParams) -> int:
         """Returns the index of a request's adapter, 0 for none. Raises ValueError for an unknown one."""
@@ -193,13 +150,10 @@ class EngineCore:
         """Queues prepared requests on every rank, and reports those that cannot run. Returns all ids."""
         self.drain_aborts()
         if self.ranks.has_workers:  # a worker takes no state of rank 0, and checking hundreds of settings takes a while
-            prompts = [None if isinstance(r, Output) else self._for_workers(r[0]) for r in requests]
+            first = (None if isinstance(r, Output) else r[0] for r in requests)
+            prompts = [s and (s.output.prompt_token_ids, replace(s.params, seed=s.seed)) for s in first]
             self.ranks.broadcast_call(EngineCore._add_from_rank0.__qualname__, prompts)
         return self.enqueue(requests)
-
-    @staticmethod
-    def _for_workers(state: SequenceState) -> tuple[list[int], SamplingParams]:
-        return state.output.prompt_token_ids, replace(state.params, seed=state.seed)
 
     @on_all_ranks()
     def _add_from_rank0(self, prompts: Sequence[tuple[list[int], SamplingParams] | None]) -> None:
@@ -217,6 +171,7 @@ class EngineCore:
             s.adapter_idx = self.adapter_index(s.params)
         new = {next(self._sequence_ids): s for s in states}
         self.sequence_states |= new
+        self._token_ids |= {id: s.token_ids for id, s in new.items()}
         self.state = scheduler.add(self.state, *(self._new_sequence(id, s) for id, s in new.items()))
         return [output.request_id for output in outputs]
 
@@ -245,7 +200,7 @@ class EngineCore:
         source, new_ids = running[index], list[int]()
         for seed in seeds:
             id, copy = next(self._sequence_ids), self.sequence_states[source].fork(next(self._request_ids), seed)
-            self.sequence_states[id] = copy
+            self.sequence_states[id], self._token_ids[id] = copy, copy.token_ids
             self.state = scheduler.fork(self.state, source, self._new_sequence(id, copy), self._token_ids)
             new_ids.append(copy.output.request_id)
         return new_ids
@@ -314,7 +269,7 @@ class EngineCore:
         ended = {id: s for id, s in self.sequence_states.items() if s.output.request_id in request_ids}
         self.state = scheduler.remove(self.state, ended.keys(), self._token_ids)
         for id, s in ended.items():
-            del self.sequence_states[id]
+            del self.sequence_states[id], self._token_ids[id]
             if not s.completion.finish_reason:
                 self.events.append(s.finish("abort"))
         return {s.output.request_id: s.output for s in ended.values()}
@@ -344,7 +299,7 @@ class EngineCore:
         self.grammars.close()
         self.page_copier.close()
         del self.runner, self.page_copier, self._version_tensors  # graphs first
-        self.adapters = extensions.NoAdapters()
+        self.adapters = Adapters()
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -457,7 +412,7 @@ class EngineCore:
                     stopped.add(span.id)
         self.state = scheduler.remove(self.state, stopped, self._token_ids)
         for id in stopped:
-            del self.sequence_states[id]
+            del self.sequence_states[id], self._token_ids[id]
 
     def _append_prompt_logprobs(self, plan: scheduler.Plan, hidden_states: Tensor) -> None:
         """Appends the prompt logprobs of a plan's spans, from the hidden states [T, D] of all its tokens."""
@@ -472,11 +427,9 @@ class EngineCore:
             stop = min(span.stop, len(out.prompt_token_ids) - 1)  # the last token predicts no prompt token
             if first >= stop:
                 continue
-            targets, rows = (
-                out.prompt_token_ids[first + 1 : stop + 1],
-                slice(row + first - span.start, row + stop - span.start),
-            )
-            logprobs, tops = self.runner.prompt_logprobs(hidden_states[rows], targets, num_tops)
+            offset, targets = row - span.start, out.prompt_token_ids[first + 1 : stop + 1]
+            rows = hidden_states[offset + first : offset + stop]
+            logprobs, tops = self.runner.prompt_logprobs(rows, targets, num_tops)
             s.has_nan_prompt_logprobs |= any(x != x for x in logprobs)
             out.prompt_logprobs += logprobs
             if out.prompt_top_logprobs is not None:
@@ -525,9 +478,3 @@ class EngineCore:
     def _version_sum(self) -> int:
         with torch._C.DisableTorchFunction():  # a default device takes part in each look, and makes it 40 times slower
             return sum(map(attrgetter("_version"), self._version_tensors))
-
-
-def end_token_ids(model_config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Returns the tokens that end a completion: the model's, and the tokenizer's."""
-    eos: Any = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    return frozenset(model_config.eos_token_ids) | frozenset(eos if isinstance(eos, list) else [eos])

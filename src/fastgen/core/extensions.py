@@ -1,11 +1,12 @@
-"""Protocols around an EngineCore, each with a null implementation: ranks, adapters, grammars and a profiler.
+"""What an EngineCore works with: text, ranks, adapters, grammars and a profiler, as base classes.
 
-`fastgen.engine` injects the real ones. With the null ones a core runs one model on one device, in plain torch.
+Each base class is also its null implementation: with them alone a core runs token ids through one model on one device.
+`fastgen.engine` passes subclasses.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from threading import Event
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -15,62 +16,34 @@ import numpy as np
 from fastgen.config import SamplingParams
 from fastgen.core.scheduler import Plan, SchedulerOutput
 
-T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 NULL_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Ranks(Protocol):
-    """The ranks that compute one model together; each has an engine, and all engines make the same calls."""
+class Ranks:
+    """The ranks that compute one model together: each has an engine, and all engines make the same calls. Here: one."""
 
-    has_workers: bool  # whether this rank started the others, whose engines make the calls that it broadcasts
-    failure_cause: str  # why the other ranks have ended; empty while they run
+    has_workers = False  # whether this rank started the others, whose engines make the calls that it broadcasts
+    failure_cause = ""  # why the other ranks have ended; empty while they run
 
     def broadcast_call(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Has every worker's engine call a method that `on_all_ranks` registered, by its qualified name."""
-        ...
+        """Makes every worker's engine call a method that `on_all_ranks` registered, by its qualified name."""
 
     def collective_call(self) -> AbstractContextManager[Any]:
         """Returns the context of a call that all ranks make together: an error in it ends all ranks."""
-        ...
+        return NULL_CONTEXT
 
     def close(self) -> None:
         """Ends the workers."""
-        ...
 
     def all_reduce_min(self, n: int) -> int:
         """Returns the smallest n of all ranks."""
-        ...
+        return n
 
     def check_step(self, step: int, scheduled: SchedulerOutput, last_token_ids: Sequence[int]) -> None:
         """Raises RuntimeError, at the latest in the next step, if ranks planned or sampled different things."""
-        ...
-
-
-class SingleRank:
-    """One rank, which has nobody to agree with: the null implementation, and the defaults of groups without workers."""
-
-    has_workers, failure_cause = False, ""
-
-    def broadcast_call(self, method: str, *args: Any, **kwargs: Any) -> None: ...
-
-    def collective_call(self) -> AbstractContextManager[Any]:
-        return NULL_CONTEXT
-
-    def close(self) -> None: ...
-
-    def all_reduce_min(self, n: int) -> int:
-        return n
-
-    def check_step(self, step: int, scheduled: SchedulerOutput, last_token_ids: Sequence[int]) -> None: ...
-
-
-def step_digest(scheduled: SchedulerOutput, last_token_ids: Sequence[int]) -> int:
-    """Returns a hash of what a rank plans in a step and sampled in the step before, equal on all ranks."""
-    return hash((scheduled.plan, scheduled.page_copies, scheduled.preempted, tuple(last_token_ids)))
 
 
 class RankMethod(NamedTuple):
@@ -106,7 +79,7 @@ def on_all_ranks(*, checks_input: bool = False) -> Callable[[F], F]:
     return decorate
 
 
-def call_collectively(ranks: Ranks, call: Callable[[], T], *, checks_input: bool = False) -> T:
+def call_collectively(ranks: Ranks, call: Callable[[], Any], *, checks_input: bool = False) -> Any:
     """Makes this rank's part of a call that all ranks make. Errors end all ranks, but for ValueError of wrong input."""
     with ranks.collective_call():
         try:
@@ -118,44 +91,69 @@ def call_collectively(ranks: Ranks, call: Callable[[], T], *, checks_input: bool
     raise error
 
 
-def call_rank_method(owners: Iterable[Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Makes a call that rank 0 broadcast, on the owner whose class defines the method."""
-    function, checks_input = RANK_METHODS[name]
-    owner = next(x for x in owners if any(c.__name__ == name.partition(".")[0] for c in type(x).__mro__))
-    with suppress(*(ValueError,) if checks_input else ()):
-        function(owner, *args, **kwargs)
-
-
-# --- adapters, grammars, profiler -------------------------------------------------------------------------------------
+# --- text, adapters, grammars, profiler -------------------------------------------------------------------------------
 
 
 @runtime_checkable
-class Adapters(Protocol):
-    """LoRA adapters that requests may choose by name."""
+class Detokenizer(Protocol):
+    """Converts the tokens of one completion to text, which ends before the first stop string."""
 
-    @property
-    def versions(self) -> Sequence[int]:
-        """How often each adapter was updated, by its index; index 0 is no adapter."""
+    text: str
+
+    def push(self, token_id: int, *, allow_stop: bool = True) -> tuple[str, bool]:
+        """Adds a token; returns the text that became certain, and whether a stop string has cut the text."""
         ...
 
-    def index(self, name: str) -> int:
-        """Returns an adapter's index in the runner's stacked adapters. Raises ValueError for an unknown name."""
+    def flush(self) -> str:
+        """Returns the text that was held back, when no token follows."""
+        ...
+
+    def copy(self) -> "Detokenizer":
+        """Returns an independent copy, for a fork of the sequence."""
         ...
 
 
-class NoAdapters:
-    """No adapters: refuses every request that names one, and every change to them."""
+class TextProcessor:
+    """Encodes prompts, and makes the detokenizers of outputs. Here: token ids alone."""
 
-    versions, adapters, loaded, num_bytes = (0,), None, dict[str, Any](), 0
+    tokenizer: Any = None
+
+    def end_token_ids(self, model_eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """Returns the tokens that end a completion: the model's, and the tokenizer's."""
+        return frozenset(model_eos_token_ids)
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Returns the token ids of a prompt. Raises ValueError for anything that is not a prompt."""
+        return list(prompt)
+
+    def new_detokenizer(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, stream_text: bool
+    ) -> Detokenizer | None:
+        """Returns the detokenizer of a completion; None: its output has no text.
+
+        Without `stream_text` the text is decoded at the end only: decoding every token of hundreds of requests takes
+        the host longer than a step takes the GPU.
+        """
+        return None
+
+
+class Adapters:
+    """LoRA adapters that requests may choose by name. Here: none."""
+
+    versions: Any = (0,)  # how often each adapter was updated, by its index; index 0 is no adapter
+    adapters: Any = None  # StackedAdapters
+    loaded: dict[str, Any] = {}
+    num_bytes = 0
 
     def index(self, name: str, *args: Any) -> Any:
+        """Returns an adapter's index in the runner's stacked adapters. Raises ValueError for an unknown name."""
         raise ValueError("there is no room for adapters: start with max_adapters=N or adapters={…}")
 
     __getitem__ = check_new = check_update = add = update = remove = index
 
 
 class Matcher(ABC):
-    """Where one completion is in its grammar. A class, no protocol, whose checks would evaluate the properties."""
+    """Tracks where one completion is in its grammar."""
 
     @property
     @abstractmethod
@@ -176,58 +174,33 @@ class Matcher(ABC):
         """Returns a matcher at the same place."""
 
 
-@runtime_checkable
-class Grammars(Protocol):
-    """Compiles the grammars that outputs follow, and computes which tokens they allow next."""
+class Grammars:
+    """Compiles the grammars that outputs follow, and computes which tokens they allow next. Here: none."""
 
     def compile(self, sampling: SamplingParams, cancel_event: Event | None = None) -> Sequence[Matcher | None]:
-        """Returns a matcher for each completion of a request, None without a grammar.
+        """Returns a matcher for each completion of a request, None without a grammar. Any thread may call this.
 
-        Raises ValueError for a grammar that cannot be used. Any thread may call this beside the steps.
+        Raises ValueError for a grammar that cannot be used.
         """
-        ...
-
-    def token_masks(self, rows: list[tuple[int, Any]], num_rows: int) -> np.ndarray:
-        """Returns the allowed tokens as bits, int32 [num_rows, ceil(vocabulary / 32)]; `rows`: (row, matcher)."""
-        ...
-
-    def close(self) -> None:
-        """Frees what was compiled."""
-        ...
-
-
-class NoGrammars:
-    """No grammars: every request that brings one is refused."""
-
-    def compile(self, sampling: SamplingParams, cancel_event: Event | None = None) -> Sequence[Matcher | None]:
         if sampling.grammar is not None:
             raise ValueError("this engine follows no grammars")
         return [None] * sampling.n
 
     def token_masks(self, rows: list[tuple[int, Any]], num_rows: int) -> np.ndarray:
+        """Returns the allowed tokens as bits, int32 [num_rows, ceil(vocabulary / 32)]; `rows`: (row, matcher)."""
         raise NotImplementedError
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Frees what was compiled."""
 
 
-@runtime_checkable
-class Profiler(Protocol):
-    """Labels the stages of a step for a trace."""
+class Profiler:
+    """Labels the stages of a step for a trace. Here: records nothing."""
 
     def range(self, name: str) -> AbstractContextManager[Any]:
         """Returns the context of one stage."""
-        ...
-
-    def step(self, plan: Plan) -> AbstractContextManager[Any]:
-        """Returns the context of one step."""
-        ...
-
-
-class NullProfiler:
-    """Records nothing."""
-
-    def range(self, name: str) -> AbstractContextManager[Any]:
         return NULL_CONTEXT
 
     def step(self, plan: Plan) -> AbstractContextManager[Any]:
+        """Returns the context of one step."""
         return NULL_CONTEXT

@@ -2,23 +2,19 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
-from fastgen.config import SamplingParams, check_choice
-from fastgen.core.detokenizer import Detokenizer
-from fastgen.core.extensions import Matcher
+from fastgen.config import SamplingParams
+from fastgen.core.extensions import Detokenizer, Matcher
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.tokenizer import Prompt, to_prompt_list
-from fastgen.core.types import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]  # error: the cause is in `Completion.error`
-R = TypeVar("R")
 EMPTY_TOKEN_IDS = np.zeros(0, np.int64)
 NON_FINITE_LOGITS = "the logits are NaN or infinite"
 TopLogprobs = dict[int, float]  # token -> logprob, most likely first
@@ -71,63 +67,12 @@ class Event:
     weight_version: int | None = None  # of the weights that computed the token
 
 
-def raise_on_non_finite_logits(outputs: Sequence[Output]) -> None:
-    """Raises RuntimeError if NaN or infinite logits ended a completion: training cannot continue with these weights."""
-    if count := sum(c.error == NON_FINITE_LOGITS for o in outputs for c in o.completions):
-        raise RuntimeError(f"the logits of {count} completions are NaN or infinite: the parameters have diverged")
-
-
 def sample_seed(seed: int, index: int) -> int:
     """Returns the seed of a request's completion: the request's own seed for index 0, else a hash of seed and index."""
     if index == 0:
         return seed
     digest = hashlib.blake2b(f"{seed},{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def pair_prompts(
-    prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
-) -> list[tuple[Prompt, SamplingParams]]:
-    """Pairs prompts with their settings: one for all prompts, or one for each. Raises ValueError otherwise."""
-    prompt_list, expected = to_prompt_list(prompts), "sampling is one SamplingParams or a list of them"
-    settings: list[SamplingParams | None]
-    if sampling is None or isinstance(sampling, SamplingParams):
-        settings = [sampling] * len(prompt_list)
-    else:
-        is_scalar = isinstance(sampling, str | bytes | Mapping) or getattr(sampling, "ndim", 1) == 0
-        if is_scalar or not isinstance(sampling, Iterable):
-            raise ValueError(f"{expected}, got {type(sampling).__name__}")
-        settings = list(sampling)
-    if (wrong := next((s for s in settings if not isinstance(s, SamplingParams | None)), None)) is not None:
-        raise ValueError(f"{expected}, got a list with {type(wrong).__name__}")
-    if len(settings) != len(prompt_list):
-        raise ValueError(f"{len(settings)} sampling settings for {len(prompt_list)} prompts")
-    return [(prompt, params or SamplingParams()) for prompt, params in zip(prompt_list, settings, strict=True)]
-
-
-def map_prompts(
-    build: Callable[[Prompt, SamplingParams], R],
-    prompts: Prompt | Sequence[Prompt],
-    sampling: SamplingParams | Sequence[SamplingParams] | None,
-    on_error: str,
-) -> list[R | Output]:
-    """Returns `build(prompt, params)` for each prompt.
-
-    A ValueError becomes an Output with the error (`on_error` "skip") or is raised with the prompt's index ("raise").
-    """
-    check_choice("on_error", on_error, ["raise", "skip"])
-    results, pairs = list[R | Output](), pair_prompts(prompts, sampling)
-    for i, (prompt, params) in enumerate(pairs):
-        try:
-            results.append(build(prompt, params))
-        except ValueError as e:
-            if on_error == "skip":
-                results.append(rejected_output(str(e), params.n))
-            elif len(pairs) > 1:
-                raise ValueError(f"prompt {i}: {e}") from e
-            else:
-                raise
-    return results
 
 
 def rejected_output(error: str, num_completions: int) -> Output:
@@ -173,11 +118,7 @@ def max_length(
 
 
 class SequenceState:
-    """One completion in flight: its tokens, its text, and its stop rules. `max_length` counts prompt and output tokens.
-
-    Without `stream_text` the text is decoded at the end only: decoding every token of hundreds of requests takes the
-    host longer than a step takes the GPU.
-    """
+    """One completion in flight: tokens, text, and stop rules. `max_length` counts prompt and output tokens."""
 
     def __init__(
         self,
@@ -187,14 +128,12 @@ class SequenceState:
         seed: int,
         max_length: int,
         eos_token_ids: frozenset[int],
-        tokenizer: Tokenizer | None,
-        *,
-        stream_text: bool = True,
+        detokenizer: Detokenizer | None = None,
         matcher: Matcher | None = None,
     ) -> None:
         p = params
         self.output, self.index, self.params, self.max_length = output, index, params, max_length
-        self.matcher = matcher  # of the request's grammar
+        self.detokenizer, self.matcher = detokenizer, matcher  # None: no text, no grammar
         self.adapter_idx = 0  # index of its LoRA adapter in the engine; 0: none
         self.num_prompt_tokens = len(output.prompt_token_ids)
         self.token_ids = list(output.prompt_token_ids)
@@ -210,11 +149,6 @@ class SequenceState:
         )
         self.needs_prompt_logprobs = p.prompt_logprobs is not None and index == 0
         self.has_nan_prompt_logprobs = False
-        self.detokenizer: Detokenizer | None = None
-        if tokenizer is not None:
-            self.detokenizer = Detokenizer(
-                tokenizer, self.token_ids, p.stop, min_tokens=p.min_tokens, stream_text=stream_text
-            )
         self.output_token_counts: Counter[int] = Counter()
         bias, banned = p.logit_bias, self.end_token_ids if p.min_tokens else ()
         self._logit_bias = np.fromiter(bias, np.int64, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))

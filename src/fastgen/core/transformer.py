@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastgen.core import layers
 from fastgen.core.attention import AttentionBackend, AttentionFn, sdpa
+from fastgen.core.autocast import no_autocast
 from fastgen.core.layers import rms_norm, rope_cos_sin, swiglu
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.sampling import gather_logprobs
-from fastgen.core.torch_modes import no_autocast
 from fastgen.core.types import Batch, KVCache, Layer, Params, PartialSum, StackedAdapters, StackedLora
 
 HiddenStates = Float[Tensor, "T D"]

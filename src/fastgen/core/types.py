@@ -10,15 +10,10 @@ Legend of the axes in all annotations of the package:
     A  LoRA adapters, the first of which is none; r their rank
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-else:
-    Tokenizer = object  # importing transformers takes as long as importing torch, and only text needs it
 
 
 class Layer(NamedTuple):
@@ -43,32 +38,6 @@ class Params(NamedTuple):
     layers: tuple[Layer, ...]
     final_norm: Float[Tensor, " D"]
     lm_head: Float[Tensor, "V D"] | None
-
-
-class LoraAB(NamedTuple):
-    """The low-rank update b @ a of a weight matrix."""
-
-    a: Float[Tensor, "r D"]
-    b: Float[Tensor, "N r"]
-
-
-class LayerLora(NamedTuple):
-    """LoRA updates of one decoder layer. Matrices that the adapter leaves unchanged are None."""
-
-    q: LoraAB | None = None
-    k: LoraAB | None = None
-    v: LoraAB | None = None
-    out: LoraAB | None = None
-    gate: LoraAB | None = None
-    up: LoraAB | None = None
-    down: LoraAB | None = None
-
-
-class Adapter(NamedTuple):
-    """A LoRA adapter (arXiv 2106.09685): `scale * b @ a` is added to each matrix of a model that has an update."""
-
-    layers: tuple[LayerLora, ...]
-    scale: float
 
 
 class StackedLora(NamedTuple):

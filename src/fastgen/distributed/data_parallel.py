@@ -26,18 +26,19 @@ from fastgen import lora
 from fastgen.checkpoint import files
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
 from fastgen.config import EngineConfig, SamplingParams
-from fastgen.core import tokenizer as tokens
-from fastgen.core.extensions import Matcher, NoAdapters
+from fastgen.core.extensions import Adapters, Matcher
 from fastgen.core.model_config import ModelConfig, shard_config
-from fastgen.core.request import Event, Output, map_prompts, max_length, rejection_events
-from fastgen.core.tokenizer import Prompt
-from fastgen.core.types import Adapter, Tokenizer
+from fastgen.core.request import Event, Output, max_length, rejection_events
 from fastgen.distributed.processes import ChildFailure, ChildProcess, end_children
 from fastgen.distributed.replica import ReplicaInfo, run_replica
 from fastgen.distributed.router import ReplicaRequest, Router
 from fastgen.engine import resolve_model
-from fastgen.event_stream import GenerateMethods
+from fastgen.event_stream import GenerateMethods, OneOrManyPrompts, OneOrManySampling, map_prompts
+from fastgen.lora.adapter import Adapter
 from fastgen.structured_output.backend import GrammarBackend
+from fastgen.text import Tokenizer
+from fastgen.text import tokenizer as tokens
+from fastgen.text.tokenizer import Prompt
 from fastgen.thread_safety import AccessGuard, exclusive
 from fastgen.training.sleep import EngineMemory
 
@@ -109,7 +110,7 @@ class Replicas(GenerateMethods):
         self._seed_rng, self._next_ids = random.Random(config.seed), itertools.count()
         # Checks what every replica holds; tensors on the meta device take no memory.
         manager: Any = partial(lora.AdapterManager, self.model_config, config.lora, torch.device("meta"), self.dtype)
-        self._adapter_manager = manager() if config.lora.max_adapters else NoAdapters()
+        self._adapter_manager = manager() if config.lora.max_adapters else Adapters()
         for name, folder in load_kwargs["adapters"].items():
             self._adapter_manager.add(name, lora.load(folder, self.model_config, device="cpu"))
 
@@ -151,8 +152,11 @@ class Replicas(GenerateMethods):
         request = self._prepare(prompt, params, stream_text=stream_text, final_only=False, grammar_checked=is_checked)
         return self._enqueue([request])[0]
 
-    def add_many(self, prompts: Any, sampling: Any, *, stream_text: bool, on_error: str) -> list[int]:
-        """Queues one or many prompts. Returns their ids."""
+    def add_many(
+        self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, stream_text: bool = True,
+        on_error: str = "raise",
+    ) -> list[int]:  # fmt: skip
+        """Queues one or many prompts at once and returns their ids; the options are as for `add` and `generate`."""
         prepare = partial(self._prepare, stream_text=stream_text, final_only=not stream_text)
         requests: list[ReplicaRequest | Output] = map_prompts(prepare, prompts, sampling, on_error)
         return self._enqueue(requests)

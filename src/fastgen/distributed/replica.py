@@ -118,7 +118,7 @@ class ReplicaLoop:
         """Adds requests to the engine; a request that the engine refuses ends alone."""
         core, prepared, accepted = self.engine.core, [], list[ReplicaRequest]()
         for request, matchers in requests:
-            core.tokenizer = self.tokenizer if request.has_text else None
+            self.engine.tokenizer = self.tokenizer if request.has_text else None
             options: Any = {"stream_text": request.stream_text, "matchers": matchers}
             try:
                 prepared.append(core.prepare(request.prompt_token_ids, request.params, **options))

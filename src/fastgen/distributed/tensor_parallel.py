@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fastgen.core import sampling
-from fastgen.core.extensions import Ranks, SingleRank, step_digest
+from fastgen.core.extensions import Ranks
 from fastgen.core.model_config import ModelConfig, TPShard, vocab_shard
 from fastgen.core.scheduler import SchedulerOutput
 from fastgen.core.transformer import AddLora, ModelOps
@@ -37,24 +37,22 @@ from fastgen.kernels.batch_invariant import compose_ops
 all_gather_into_tensor: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-@runtime_checkable
-class TPGroup(Ranks, Protocol):
+class TPGroup(Ranks):
     """The tensor-parallel ranks of a model. Each method is a collective: all ranks must call it."""
 
-    @property
-    def shard(self) -> TPShard: ...
+    shard: TPShard
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums `x` over the ranks, in place."""
-        ...
+        raise NotImplementedError
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Returns all ranks' `x` [n, ...], stacked: [ranks, n, ...]."""
-        ...
+    def all_gather(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "ranks n ..."]:
+        """Returns all ranks' `x`, stacked."""
+        raise NotImplementedError
 
 
-class TPProcessGroup(SingleRank):
-    """TPGroup over torch.distributed: the default process group, or `group`. All ranks must construct it in order."""
+class TPProcessGroup(TPGroup):
+    """Ranks over torch.distributed: the default process group, or `group`. All ranks must construct it in order."""
 
     def __init__(self, group: Any = None) -> None:
         if not dist.is_initialized():
@@ -110,6 +108,11 @@ class TPProcessGroup(SingleRank):
         local = torch.tensor([step_digest(scheduled, last_token_ids)], dtype=torch.int64, device="cpu")
         work = all_gather_into_tensor(digests, local, group=self._cpu_group, async_op=True)
         self._pending_check = work, step, digests
+
+
+def step_digest(scheduled: SchedulerOutput, last_token_ids: Sequence[int]) -> int:
+    """Returns a hash of what a rank plans in a step and sampled in the step before, equal on all ranks."""
+    return hash((scheduled.plan, scheduled.page_copies, scheduled.preempted, tuple(last_token_ids)))
 
 
 def raise_if_inconsistent(rank: int, step: int, digests: list[int]) -> None:

@@ -29,13 +29,14 @@ from torch._C._distributed_c10d import FileStore
 from torch.utils._pytree import tree_map
 
 from fastgen.checkpoint.weights import shard_params
-from fastgen.core.extensions import call_rank_method
+from fastgen.core.extensions import RANK_METHODS
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
-from fastgen.core.types import Params, Tokenizer
+from fastgen.core.types import Params
 from fastgen.distributed import rendezvous
 from fastgen.distributed.processes import ChildFailure, ChildProcess, end_children, run_child
 from fastgen.distributed.rendezvous import START_TIMEOUT, TORCHRUN_VARIABLES, loopback_only, rank_device
 from fastgen.distributed.tensor_parallel import TPProcessGroup
+from fastgen.text import Tokenizer
 from fastgen.training.sleep import EngineMemory
 
 # Returns a rank's parameters on its device; with `allocate=`, loaded parameters lie in the memory that it returns.
@@ -292,5 +293,9 @@ def _serve_rank(
         engine.memory.regions |= memory.regions
         del params, memory, allocate
         while (call := calls.get())[0] != "close":
-            call_rank_method((engine, engine.core), *call)
+            name, args, kwargs = call
+            function, checks_input = RANK_METHODS[name]
+            owner = engine.core if name.startswith("EngineCore.") else engine
+            with suppress(*(ValueError,) if checks_input else ()):
+                function(owner, *args, **kwargs)
     dist.destroy_process_group()

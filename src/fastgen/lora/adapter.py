@@ -11,17 +11,46 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.checkpoint.weights import DimShard, weight_specs
 from fastgen.config import check_int, unknown_name_message
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
-from fastgen.core.types import Adapter, LayerLora, LayerStackedLora, LoraAB, Params, StackedAdapters, StackedLora
+from fastgen.core.types import LayerStackedLora, Params, StackedAdapters, StackedLora
 
 PACKED_MODULES = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # PEFT's names
 MAX_RANK = 2**16  # a higher rank means a damaged file
+
+
+class LoraAB(NamedTuple):
+    """The low-rank update b @ a of a weight matrix."""
+
+    a: Float[Tensor, "r D"]
+    b: Float[Tensor, "N r"]
+
+
+class LayerLora(NamedTuple):
+    """LoRA updates of one decoder layer. Matrices that the adapter leaves unchanged are None."""
+
+    q: LoraAB | None = None
+    k: LoraAB | None = None
+    v: LoraAB | None = None
+    out: LoraAB | None = None
+    gate: LoraAB | None = None
+    up: LoraAB | None = None
+    down: LoraAB | None = None
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter (arXiv 2106.09685): `scale * b @ a` is added to each matrix of a model that has an update."""
+
+    layers: tuple[LayerLora, ...]
+    scale: float
+
+
 Pairs = Mapping[tuple[int, str], LoraAB]  # by layer index and field of `LayerLora`
 
 

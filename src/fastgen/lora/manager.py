@@ -7,11 +7,15 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.checkpoint.weights import raise_if_not_finite, weight_specs
 from fastgen.config import LoraConfig, unknown_name_message
+from fastgen.core.extensions import Adapters
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
-from fastgen.core.types import Adapter, LayerLora, LayerStackedLora, LoraAB, StackedAdapters, StackedLora
+from fastgen.core.types import LayerStackedLora, StackedAdapters, StackedLora
 from fastgen.distributed.tensor_parallel import TPGroup
 from fastgen.lora.adapter import (
     PACKED_MODULES,
+    Adapter,
+    LayerLora,
+    LoraAB,
     adapter_rank,
     build_adapter,
     check_same_shapes,
@@ -94,7 +98,7 @@ class LoadedAdapter(NamedTuple):
     version: int
 
 
-class AdapterManager:
+class AdapterManager(Adapters):
     """The adapters of one engine by name, in stacked buffers that never move: captured CUDA graphs read them."""
 
     def __init__(

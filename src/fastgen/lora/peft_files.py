@@ -15,10 +15,11 @@ from fastgen.checkpoint.files import open_safetensors, read_json, read_shapes
 from fastgen.checkpoint.hub import resolve
 from fastgen.config import LoraConfig
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.types import Adapter, LoraAB
 from fastgen.lora.adapter import (
     MAX_RANK,
     TARGET_MODULES,
+    Adapter,
+    LoraAB,
     LoraTarget,
     build_adapter,
     copy_adapter,

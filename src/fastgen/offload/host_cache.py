@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.prefix_cache import PageCopies, PagePairs
-from fastgen.core.runner import TorchPageCopier
+from fastgen.core.runner import PageCopier
 from fastgen.core.types import KVCache
 
 STAGING_BYTES = 2**28  # of each of the two staging buffers
@@ -67,7 +67,7 @@ def alloc_pinned(num_bytes: int) -> tuple[UInt8[Tensor, " bytes"], mmap.mmap]:
     return memory[:num_bytes], mapping
 
 
-class HostOffload(TorchPageCopier):
+class HostOffload(PageCopier):
     """Copies the pages of one engine's KV cache: within the device, to host pages and back."""
 
     def __init__(
@@ -103,7 +103,7 @@ class HostOffload(TorchPageCopier):
     def attach_cache(self, cache: KVCache) -> None:
         """Sets the cache whose pages are copied. Raises ValueError if a page is not a multiple of 8 bytes."""
         super().__init__(cache, self.page_size)
-        tensors, n = [x for pair in self._pages for x in pair], self.tensors_per_chunk
+        tensors, n = [x for pair in self.pages for x in pair], self.tensors_per_chunk
         if self.cuda:
             size = tensors[0][0].nbytes  # of a page of one tensor
             if size % 8:
@@ -155,7 +155,7 @@ class HostOffload(TorchPageCopier):
             self._prefetch_event = None
 
     def _copy_synchronously(self, copies: PageCopies) -> None:
-        cache = [x.flatten(1) for pair in self._pages for x in pair]
+        cache = [x.flatten(1) for pair in self.pages for x in pair]
         host = [x for buffer in self.host_buffers for x in buffer.unbind(1)]
         for pairs, sources, targets in (
             (copies.to_host, cache, host), (copies.on_device, cache, cache), (copies.to_device, host, cache)

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastgen.core import extensions
+from fastgen.core.extensions import NULL_CONTEXT
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.scheduler import Plan
 from fastgen.profiling.report import ProfileSummary, build_category_track, measure_ceilings, read_kernels, summarize
 
 MAX_BACKGROUND_SECONDS = 60.0  # a background window ends then, with the steps so far
-NULL_CONTEXT: AbstractContextManager[Any] = nullcontext()  # one object for every range while nothing is recorded
 
 
-class Profiler:
+class Profiler(extensions.Profiler):
     """Part of an engine, which wraps its steps in `step` and a step's stages in `range`. Idle until a window opens.
 
     One window at a time; its steps all run in one thread. `get_memory_usage` returns device memory in bytes by owner.

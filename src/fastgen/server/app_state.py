@@ -14,7 +14,6 @@ from queue import PriorityQueue
 from typing import Any, TypeVar
 
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
-from fastgen.core import tokenizer
 from fastgen.server import tool_calls
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.engine_process import EngineInfo, EngineServer
@@ -22,6 +21,7 @@ from fastgen.server.errors import APIError
 from fastgen.server.metrics import Metrics
 from fastgen.server.requests import ChatMessage, Tool, to_template_dicts
 from fastgen.server.responses import EchoedPrompt, TokenDecoder
+from fastgen.text import tokenizer
 
 T = TypeVar("T")
 LONG_TEXT_CHARS = 2**15  # characters above which a text is long, and tokenized in a thread of its own

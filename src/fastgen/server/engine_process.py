@@ -37,8 +37,8 @@ from fastgen import Engine, Replicas, SamplingParams
 from fastgen.core.extensions import Matcher
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.request import sample_seed
-from fastgen.core.types import Adapter
 from fastgen.distributed.processes import exit_with_parent, find_stopped_descendants
+from fastgen.lora import Adapter
 from fastgen.server.errors import APIError
 from fastgen.server.metrics import MetricKey
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastgen.config import SamplingParams
-from fastgen.core.detokenizer import Detokenizer, token_to_bytes
-from fastgen.core.types import Tokenizer
 from fastgen.server.engine_process import TokenDelta
 from fastgen.server.reasoning import ReasoningParser, find_open_tag
 from fastgen.server.tool_calls import ToolCallParser
+from fastgen.text import Tokenizer
+from fastgen.text.detokenizer import Detokenizer, token_to_bytes
 
 Json = dict[str, Any]
 Parsers = tuple[ReasoningParser | None, ToolCallParser | None]

@@ -24,10 +24,10 @@ import numpy as np
 from jaxtyping import Int32
 
 from fastgen.config import SamplingParams
-from fastgen.core.extensions import Matcher
-from fastgen.core.types import Tokenizer
+from fastgen.core.extensions import Grammars, Matcher
 from fastgen.structured_output.trial import MAX_MASK_SECONDS, compile_grammar, run_with_stack
 from fastgen.structured_output.trial_process import TrialProcess
+from fastgen.text import Tokenizer
 
 GRAMMAR_TYPES = ("regex", "json", "lark")
 MAX_GRAMMAR_CHARS, MAX_JSON_DEPTH = 2**20, 128
@@ -90,7 +90,7 @@ class _MemoryReservation:
     """Memory of a compiled grammar, counted while this object lives; see `GrammarBackend._reserve_memory`."""
 
 
-class GrammarBackend:
+class GrammarBackend(Grammars):
     """Compiles grammars for a tokenizer and computes token masks on all cores. Several threads may use it at once.
 
     A single process tries a grammar (see trial.py) and compiles it. Over several ranks:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastgen.core.attention import AttentionFn, sdpa
+from fastgen.core.autocast import no_autocast
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.torch_modes import no_autocast
 from fastgen.core.transformer import TORCH_OPS, ModelOps
 from fastgen.core.types import Batch
 

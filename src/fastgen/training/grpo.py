@@ -34,11 +34,11 @@ from tqdm.auto import tqdm
 
 from fastgen.checkpoint.weights import save
 from fastgen.config import GrpoConfig, SamplingParams
-from fastgen.core.request import Completion, raise_on_non_finite_logits
-from fastgen.core.tokenizer import Prompt
+from fastgen.core.request import Completion
 from fastgen.core.types import Params
 from fastgen.engine import Engine
-from fastgen.training.logprobs import iter_weights, score
+from fastgen.text.tokenizer import Prompt
+from fastgen.training.logprobs import iter_weights, raise_on_non_finite_logits, score
 from fastgen.training.problems import Problem
 
 StepMetrics = dict[str, float]  # one row of the log

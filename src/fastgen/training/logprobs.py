@@ -14,18 +14,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.config import MIN_TEMPERATURE, check_int
+from fastgen.core.autocast import no_autocast
 from fastgen.core.batch import build_batch
 from fastgen.core.model_config import ModelConfig, shard_config
-from fastgen.core.request import Output
+from fastgen.core.request import NON_FINITE_LOGITS, Output
 from fastgen.core.scheduler import Span
 from fastgen.core.step import LOGITS_PER_CHUNK
-from fastgen.core.tokenizer import encode
-from fastgen.core.torch_modes import no_autocast
 from fastgen.core.transformer import ModelOps, SublayerOutput, decoder_layer, lm_head_weight, run_layers
-from fastgen.core.types import Batch, KVCache, Layer, Params, Tokenizer
+from fastgen.core.types import Batch, KVCache, Layer, Params
 from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
 from fastgen.kernels.batch_invariant import prefer_cublaslt
 from fastgen.kernels.select import select_scoring_ops
+from fastgen.text import Tokenizer
+from fastgen.text.tokenizer import encode
 from fastgen.thread_safety import check_fork
 from fastgen.training.differentiable_ops import make_differentiable
 from fastgen.training.shared_params import attach_gradients
@@ -216,3 +217,9 @@ def compare_logprobs(
     with torch.no_grad():
         sequences, first = [[*p, *c] for p, c in pairs], [len(p) for p, _ in pairs]
         return logprob_mismatch(outputs, score(params, model_config, sequences, first=first, **score_kwargs))
+
+
+def raise_on_non_finite_logits(outputs: Sequence[Output]) -> None:
+    """Raises RuntimeError if NaN or infinite logits ended a completion: training cannot continue with these weights."""
+    if count := sum(c.error == NON_FINITE_LOGITS for o in outputs for c in o.completions):
+        raise RuntimeError(f"the logits of {count} completions are NaN or infinite: the parameters have diverged")

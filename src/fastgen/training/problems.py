@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from fastgen.config import unknown_name_message
-from fastgen.core.tokenizer import Prompt
+from fastgen.text.tokenizer import Prompt
 
 
 class Problem(NamedTuple):

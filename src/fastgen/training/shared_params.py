@@ -18,9 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from fastgen.checkpoint.model_families import from_hf_config
 from fastgen.checkpoint.weights import EMBED_NAME, LM_HEAD_NAME, weight_specs
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.model_families import from_hf_config
 from fastgen.core.types import Params
 from fastgen.training.weight_sync import checkpoint_name
 

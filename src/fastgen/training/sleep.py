@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.checkpoint import tensor_memory
 from fastgen.config import check_choice
-from fastgen.core import tensor_memory
 
 
 class _MemLocation(ctypes.Structure):

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from fastgen.config import SamplingParams, unknown_name_message
-from fastgen.core.request import raise_on_non_finite_logits
 from fastgen.engine import Engine
+from fastgen.training.logprobs import raise_on_non_finite_logits
 from fastgen.training.shared_params import adopt
 
 # Names in GRPOConfig -> names in SamplingParams. None in a GRPOConfig leaves the default.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from fastgen.core.types import Tokenizer
+from fastgen.text import Tokenizer
 
 # Digits survive JSON and changes of case. Random, so that no content can contain them.
 ESCAPE, ALIAS_PREFIX = ("".join(secrets.choice("0123456789") for _ in range(24)) for _ in range(2))

@@ -6,9 +6,8 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from fastgen.core import chat_template
-from fastgen.core.control_tokens import ESCAPE, ControlTokens
-from fastgen.core.types import Tokenizer
+from fastgen.text import Tokenizer, chat_template
+from fastgen.text.control_tokens import ESCAPE, ControlTokens
 
 Message = dict[str, Any]
 # A text, token ids (also an array), chat messages, or a mapping with a text or token ids (`_prompt_from_mapping`).
@@ -153,7 +152,7 @@ def render(
     """Renders messages with the chat template, up to the assistant's turn; `encode_rendered` tokenizes the result.
 
     With `special_tokens_in_content="text"`, special tokens spelled in the content are escaped in the rendered text
-    (`fastgen.core.control_tokens`).
+    (`fastgen.text.control_tokens`).
     """
     if tokenizer is None:
         raise ValueError(NO_TOKENIZER)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_tokenizer import BYTE_FALLBACK, BYTE_LEVEL, KINDS, QUICK, TEXT, TEXTS, byte_tokens
 from transformers import PreTrainedTokenizerFast
 
-from fastgen.core.detokenizer import MAX_PENDING_TOKENS, Detokenizer
+from fastgen.text.detokenizer import MAX_PENDING_TOKENS, Detokenizer
 
 
 def decode_at_once(detokenizer: Detokenizer, tokens: list[int]) -> str:

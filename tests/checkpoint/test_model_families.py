@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
+from fastgen.checkpoint.model_families import FAMILIES, from_hf_config, to_hf_config
 from fastgen.core.model_config import ModelConfig, RopeConfig
-from fastgen.core.model_families import FAMILIES, from_hf_config, to_hf_config
 
 LLAMA3 = {
     "factor": 8.0,

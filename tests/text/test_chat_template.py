@@ -6,7 +6,7 @@ from jinja2 import TemplateError
 from test_damaged_files import TEMPLATE
 from test_tokenizer import BYTE_LEVEL
 
-from fastgen.core import chat_template, tokenizer
+from fastgen.text import chat_template, tokenizer
 
 CHAT = [{"role": "system", "content": " a "}, {"role": "user", "content": "b\n"}, {"role": "assistant", "content": "c"}]
 # White space that tags strip or keep, and every statement that is counted or checked.

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastgen.core.request import pair_prompts
-from fastgen.core.tokenizer import encode, is_single_prompt, to_prompt_list
+from fastgen.event_stream import pair_prompts
+from fastgen.text.tokenizer import encode, is_single_prompt, to_prompt_list
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 TEXT = st.text(st.one_of(st.sampled_from("ab é€😀👍🏽\ufffd"), st.characters(codec="utf-8")), max_size=20)

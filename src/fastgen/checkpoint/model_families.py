@@ -8,8 +8,8 @@ To add a family of dense decoders (RMSNorm, rotary embedding, gated SiLU feed-fo
 3. If the family has weights under other names or of other shapes: a leaf of `types.Layer`, declared in
    `checkpoint.weights.weight_specs`. Loading, saving, updating and tensor parallelism follow from that declaration.
 4. To read it from GGUF files: `ARCHITECTURES` and the names of tensors in `checkpoint.gguf`.
-5. Tests: a published config in `tests/core/test_model_config.py`, and the family in `tests/core/test_transformer.py`,
-   where its logits are compared with those of transformers.
+5. Tests: a published config in `tests/checkpoint/test_model_families.py`, and the family in
+   `tests/core/test_transformer.py`, where its logits are compared with those of transformers.
 """
 
 import math

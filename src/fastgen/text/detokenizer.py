@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from fastgen.core.types import Tokenizer
+from fastgen.text import Tokenizer
 
 NUM_REDECODED_TOKENS = 6  # minimum number of earlier tokens decoded again with each new token
 REPLACEMENT_CHARACTER = "\ufffd"  # stands for bytes that are not UTF-8
