@@ -31,7 +31,8 @@ from fastgen.core.attention import reference
 from fastgen.core.layers import apply_lora
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.scheduler import Span
-from fastgen.core.types import LayerLora, Params
+from fastgen.core.types import Params
+from fastgen.lora.adapter import LayerLora
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 8},
