@@ -74,10 +74,6 @@ class PageCopier:
     num_host_pages = 0
 
     def __init__(self, cache: KVCache, page_size: int) -> None:
-        self.attach_pages(cache, page_size)
-
-    def attach_pages(self, cache: KVCache, page_size: int) -> None:
-        """Sets the cache whose pages are copied."""
         # [pages, page_size, kv heads, head_dim], a view of each layer's keys and of its values
         pairs = zip(cache.k, cache.v, strict=True)
         self.pages = [[rearrange(x, "(p t) k h -> p t k h", t=page_size) for x in pair] for pair in pairs]
