@@ -1,4 +1,4 @@
-"""Snapshots: a running request as a value that survives the process, taken from one engine and restored by another."""
+"""Snapshots: running requests as values that outlive the process, taken from one engine and restored in another."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def _from_pairs(rows: Any) -> Any:
 
 
 def _copy_completion(completion: Completion) -> Completion:
-    """Returns a copy with lists of its own: the running request appends to its lists."""
+    """Returns a copy that shares no lists with the original, to which a running request appends."""
     return replace(completion, **{f.name: copy(getattr(completion, f.name)) for f in fields(completion)})
 
 
@@ -91,7 +91,7 @@ class Snapshot:
     checksum: str = ""  # of the pages; empty without them
 
     def compute_pages_checksum(self) -> str:
-        """Returns what `checksum` must be."""
+        """Returns the checksum that valid pages must have."""
         if not self.pages:
             return ""
         token_ids = [[*self.prompt_token_ids, *c.token_ids] for c in self.completions]

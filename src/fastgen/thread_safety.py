@@ -1,7 +1,7 @@
 """Restricts calls of an engine to one thread at a time, in the process that made it, until it is closed.
 
-`exclusive` wraps every public call. It refuses misuse before anything changes or is broadcast to other ranks, and
-shields what is computed from the caller's torch modes (autocast, inference mode).
+`exclusive` wraps every public call. It rejects misuse before anything changes or is broadcast to other ranks, and
+switches off the caller's torch modes (autocast, inference mode) during the call.
 """
 
 import os
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SPAWN_ADVICE = "start processes with spawn: multiprocessing.get_context('spawn')"
 NULL_CONTEXT = nullcontext()
 _current_pid = os.getpid()  # asking the system takes longer than everything else that a call checks
-computing_pid: int | None = None  # of the process in which an engine was made, or sequences were scored
+computing_pid: int | None = None  # process that made an engine or scored sequences
 
 
 class AccessGuard:
@@ -129,7 +129,7 @@ def exclusive(*memory: str) -> Callable[[F], F]:
 
 
 def check_fork(caller: str) -> None:
-    """Raises RuntimeError in a fork, where torch would wait for threads that are not there; else notes this process."""
+    """Raises RuntimeError in a fork, where torch would wait for threads of its parent; else records this process."""
     global computing_pid
     if computing_pid not in (None, _current_pid) and torch.get_num_threads() > 1:
         raise RuntimeError(f"{caller}: this process is a fork of one that has computed: {SPAWN_ADVICE}")

@@ -1,6 +1,6 @@
 """Hydra configuration of the command line: the schema, composing overrides, quoting arguments, error messages.
 
-The schema is made from the dataclasses of fastgen.config, so keys, types and ranges are defined once.
+The schema is built from the dataclasses of fastgen.config, so keys, types and ranges are defined once.
 """
 
 import argparse
@@ -121,9 +121,9 @@ def model_override(model: str) -> str:
 def parse_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, text_options: Sequence[str] = ()
 ) -> argparse.Namespace:
-    """Parses a command line (None: the process's own) whose settings may stand anywhere, even after an option.
+    """Parses a command line (None: sys.argv) in which settings may stand anywhere, even after an option.
 
-    Appends the KEY=VALUE words to the namespace's `overrides`, except for values of `text_options`.
+    Appends the KEY=VALUE words to the namespace's `overrides`, except for the values of `text_options`.
     """
     words = sys.argv[1:] if arguments is None else arguments
     is_override = [

@@ -98,10 +98,9 @@ def collect_api_keys(arguments: Sequence[str], environment_key: str | None) -> t
 
 
 def list_allowed_hosts(host: str, address: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names by which clients may address a server that listens at `address`; () allows every name.
+    """Returns the host names that requests to a server at `address` may name; () allows every name.
 
-    Names are checked if only this machine reaches the server, which must not answer pages of other sites then, or if
-    `names` are given.
+    Names are checked if `names` are given, and on a loopback address, so that pages of other sites get no answers.
     """
     if not (names or ip_address(address.partition("%")[0]).is_loopback):
         return ()
@@ -109,7 +108,7 @@ def list_allowed_hosts(host: str, address: str, names: Sequence[str]) -> tuple[s
 
 
 def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
-    """Returns the engine's configuration and the model's name. Raises ValueError where fgrun would refuse too."""
+    """Returns the engine's configuration and the model's name. Raises ValueError for settings that fgrun rejects."""
     reject_fgrun_keys(args.overrides, "requests bring this themselves", "sampling")
     parallel = {name: getattr(args, name) for name in ("tensor_parallel", "replicas")}
     overrides = [*args.overrides, *(f"parallel.{name}={n}" for name, n in parallel.items() if n is not None)]
@@ -130,7 +129,7 @@ def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
 
 
 def parse_adapters(arguments: Sequence[str]) -> dict[str, str]:
-    """Returns paths by adapter name. Raises ValueError for what is not NAME=PATH, or a name that is given twice."""
+    """Returns paths by adapter name. Raises ValueError for texts that are not NAME=PATH, and for duplicate names."""
     adapters: dict[str, str] = {}
     for text in arguments:
         name, _, path = text.partition("=")

@@ -170,7 +170,7 @@ def measure_throughput(
 
 
 def _common_fields(started: StartedEngine, workload: str) -> Row:
-    """Returns the fields that all rows of this process have in common."""
+    """Returns the fields that all rows of a process share."""
     engine, parallel, device = started.engine, started.engine.config.parallel, started.engine.device
     return {
         "engine": "fastgen", "model": started.model_name, "workload": workload,
