@@ -137,14 +137,14 @@ def test_logits(name: str, size: int) -> None:
     tokens = {0: prompt(30, 1), 1: prompt(9, 2)}
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
     batch = fastgen.build_batch(plan, tokens, PAGE)
-    want = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
+    expected = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
 
     def run(rank: Rank) -> Tensor:
         local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
         return fastgen.forward(shard_params(params, spec, rank.shard), empty(local, 23), batch, local, reference, ops)
 
-    for got in together(size, run):
-        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+    for actual in together(size, run):
+        torch.testing.assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_peer_memory(
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
     batch = fastgen.build_batch(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
     ops = TORCH_OPS._replace(attention=reference)
-    want = run_layers(params, empty(spec, 23), batch, spec, ops, last_token_only=True)
-    want = ops.final_norm(*want, params.final_norm, spec.rms_norm_eps)
+    expected = run_layers(params, empty(spec, 23), batch, spec, ops, last_token_only=True)
+    expected = ops.final_norm(*expected, params.final_norm, spec.rms_norm_eps)
 
     def run(rank: Rank) -> tuple[Tensor, list[int]]:
         local, buffers = shard_config(spec, 2), ThreadBuffers(rank, spec.hidden_size, read_rows, push_rows)
@@ -179,9 +179,9 @@ def test_peer_memory(
         x, y = run_layers(local_params, empty(local, 23), batch, local, local_ops, last_token_only=True)
         return local_ops.final_norm(x, y, params.final_norm, spec.rms_norm_eps), [buffers.num_read, buffers.num_pushed]
 
-    for got, done in together(2, run):
-        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
-        assert done == num_sums
+    for actual, counts in together(2, run):
+        torch.testing.assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+        assert counts == num_sums
 
 
 def test_all_reduce_kernel_over_processes(tmp_path: Path) -> None:
@@ -213,22 +213,22 @@ def test_many_heads(size: int) -> None:
     params = tree_map(lambda x: x if x is None or x.ndim == 1 else x * 15, fastgen.init(spec, dtype=torch.float32))
     plan = (Span(0, 0, 30, True, tuple(range(20, 12, -1))), Span(1, 0, 9, True, (1, 22, 2)))
     batch = fastgen.build_batch(plan, {0: prompt(30, 1), 1: prompt(9, 2)}, PAGE)
-    want = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
+    expected = fastgen.forward(params, empty(spec, 23), batch, spec, reference)
 
     def run(rank: Rank) -> Tensor:
         local, ops = shard_config(spec, size), shard_ops(TORCH_OPS, rank, spec)
         assert (local.num_q_heads, local.num_kv_heads) == (64 // size, 8 // size)
         return fastgen.forward(shard_params(params, spec, rank.shard), empty(local, 23), batch, local, reference, ops)
 
-    for got in together(size, run):
-        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
+    for actual in together(size, run):
+        torch.testing.assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_outputs(size: int) -> None:
     """Engines with shared prefixes, host pages and preemption generate what one rank generates."""
     with fastgen.Engine(weights_of(), SPEC, **SETTINGS) as engine:
-        want = 2 * engine.generate(*load(1, 12), progress=False)
+        expected = 2 * engine.generate(*load(1, 12), progress=False)
 
     def run(rank: Rank) -> tuple[list[fastgen.Output], fastgen.CacheStats]:
         with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
@@ -240,7 +240,7 @@ def test_outputs(size: int) -> None:
         assert (
             counts.num_hit_tokens and counts.num_offloaded_pages and counts.num_loaded_pages and counts.num_preemptions
         )
-        for a, b in zip(outputs, want, strict=True):
+        for a, b in zip(outputs, expected, strict=True):
             assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
             for x, y in zip(a.completions, b.completions, strict=True):
                 assert x.logprobs == (None if y.logprobs is None else pytest.approx(y.logprobs, abs=1e-4))
@@ -264,7 +264,7 @@ def test_samples(vocab: int, size: int) -> None:
     padded[:, :vocab] = logits
     for seeds, top in ((seed, None), (seed, 0), (seed, 3), (None, 0), (None, vocab)):
         s = SamplingTensors(temperature, seeds, torch.arange(rows), torch.arange(rows) % 3 == 1, None, None)
-        want = sampling.sample(logits, s, top)
+        expected = sampling.sample(logits, s, top)
         words = -(-vocab // 32)
         special = s._replace(token_mask=torch.full((rows, words), 5))  # tokens 0 and 2
 
@@ -274,13 +274,14 @@ def test_samples(vocab: int, size: int) -> None:
             shard = padded[:, rank.shard.rank * width :][:, :width]
             return [tensor_parallel.sample_from_shards(shard, x, top, rank, vocab) for x in (s, special)]
 
-        for got, other in together(size, run):
-            assert torch.equal(got.token_ids, want.token_ids) and got.token_ids.dtype == want.token_ids.dtype
-            for a, b in zip(got, want, strict=True):
+        for actual, special_actual in together(size, run):
+            assert torch.equal(actual.token_ids, expected.token_ids)
+            assert actual.token_ids.dtype == expected.token_ids.dtype
+            for a, b in zip(actual, expected, strict=True):
                 assert a.shape == b.shape
-            torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(got.top_logprobs, want.top_logprobs, atol=1e-5, rtol=1e-5)
-            assert torch.equal(other.token_ids, sampling.sample(logits, special, top).token_ids)
+            torch.testing.assert_close(actual.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(actual.top_logprobs, expected.top_logprobs, atol=1e-5, rtol=1e-5)
+            assert torch.equal(special_actual.token_ids, sampling.sample(logits, special, top).token_ids)
 
 
 def test_only_statistics_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,14 +322,14 @@ def test_wake_up_succeeds_on_all_ranks_or_none() -> None:
             assert after == before
             return after
 
-    one, other = together(2, run)
-    assert one == other
+    first, second = together(2, run)
+    assert first == second
 
 
 def test_scores() -> None:
     """Scores equal one rank's; gradients, which would be of one shard, are refused."""
     sequences, first = load(4, 5)[0], [1, 3, 2, 1, 5]
-    want = fastgen.score(weights_of(), SPEC, sequences, first=first, temperature=0.7, token_budget=50)
+    expected = fastgen.score(weights_of(), SPEC, sequences, first=first, temperature=0.7, token_budget=50)
 
     def run(rank: Rank) -> list[Tensor]:
         params = weights_of(tp_shard=rank.shard)
@@ -340,8 +341,8 @@ def test_scores() -> None:
             fastgen.score(params, SPEC, sequences, tp_group=rank, batch_invariant=True)
         return fastgen.score(params, SPEC, sequences, first=first, temperature=0.7, token_budget=50, tp_group=rank)
 
-    for got in together(2, run):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for actual in together(2, run):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_thousand_steps() -> None:
@@ -363,8 +364,8 @@ def test_a_thousand_steps() -> None:
             assert rank.steps == 1000 and engine.cache_stats.num_preemptions and engine.cache_stats.num_loaded_pages
             return seen, (engine.state.prefix_cache.stats.num_queried_tokens, [s[:4] for s in engine.state.running])
 
-    one, other = together(2, run)
-    assert one == other and len(one[0]) > 1000
+    first, second = together(2, run)
+    assert first == second and len(first[0]) > 1000
 
 
 def test_diverged_ranks() -> None:

@@ -29,9 +29,8 @@ from fastgen.structured_output.trial_process import GrammarCancelled
 pytest.importorskip("llguidance")
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = {c: i for i, c in enumerate(BYTES)} | {"</s>": 256, "ab": 257, "12": 258}
-SPEC = fastgen.from_hf_config(
-    tiny.config(vocab=300, context=256, eos_token_id=256)
-)  # more tokens than the tokenizer has
+# More tokens than the tokenizer has.
+SPEC = fastgen.from_hf_config(tiny.config(vocab=300, context=256, eos_token_id=256))
 PARAMS = tiny.weights(SPEC, times=1)
 SCHEMA = {
     "type": "object",
@@ -104,10 +103,10 @@ def test_masks_leave_other_rows_alone(words: PreTrainedTokenizerFast) -> None:
 
 
 def finish(e: fastgen.Engine) -> dict[int, Output]:
-    done = {}
+    outputs = {}
     while e.has_unfinished_requests:
-        done |= {event.request_id: event.output for event in e.step() if event.output is not None}
-    return done
+        outputs |= {event.request_id: event.output for event in e.step() if event.output is not None}
+    return outputs
 
 
 def test_forks_and_snapshots_stay_within_the_grammar(words: PreTrainedTokenizerFast) -> None:
@@ -117,10 +116,10 @@ def test_forks_and_snapshots_stay_within_the_grammar(words: PreTrainedTokenizerF
         for _ in range(4):
             e.step()
         copies, saved = e.fork(id, 3, seeds=[1, 2, 3]), e.snapshot(id)
-        done = finish(e)
+        outputs = finish(e)
         again = other.restore(saved)
-        assert finish(other)[again].completions[0].text == done[id].completions[0].text
-    texts = [done[i].completions[0].text for i in (id, *copies)]
+        assert finish(other)[again].completions[0].text == outputs[id].completions[0].text
+    texts = [outputs[i].completions[0].text for i in (id, *copies)]
     assert texts[0] == texts[1] and all(re.fullmatch(DATE, t) and t[:2] == texts[0][:2] for t in texts)
 
 
@@ -170,15 +169,15 @@ def test_what_a_grammar_needs(words: PreTrainedTokenizerFast, monkeypatch: pytes
 def test_a_grammar_that_fails_ends_its_request_alone(words: PreTrainedTokenizerFast) -> None:
     """A parser that gives up does not end the step of other requests."""
     with engine(words) as e:
-        one, two = (e.add("once", with_grammar(f"regex:{DATE}", seed=i)) for i in range(2))
+        failing, following = (e.add("once", with_grammar(f"regex:{DATE}", seed=i)) for i in range(2))
         e.step()
-        sample = next(s for s in e.core.sequence_states.values() if s.output.request_id == one)
-        assert sample.matcher is not None
-        sample.matcher.matcher.consume_token(words.encode("z")[0])  # no digit
-        done = finish(e)
-    failed = done[one].completions[0]
+        state = next(s for s in e.core.sequence_states.values() if s.output.request_id == failing)
+        assert state.matcher is not None
+        state.matcher.matcher.consume_token(words.encode("z")[0])  # no digit
+        outputs = finish(e)
+    failed = outputs[failing].completions[0]
     assert failed.finish_reason == "error" and "the grammar cannot be followed any further" in failed.error
-    assert re.fullmatch(DATE, done[two].completions[0].text)
+    assert re.fullmatch(DATE, outputs[following].completions[0].text)
 
 
 def nested(depth: int) -> str:
@@ -186,13 +185,13 @@ def nested(depth: int) -> str:
 
 
 def refs(count: int) -> str:
-    """A schema with a chain of references."""
+    """Returns a schema with a chain of references."""
     chain = {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(count)}
     return json.dumps({"$ref": "#/$defs/d0", "$defs": chain | {f"d{count}": {}}})
 
 
 def rules(count: int) -> str:
-    """A grammar with a chain of rules."""
+    """Returns a grammar with a chain of rules."""
     return "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1}' for i in range(count)), f'r{count}: "b"'])
 
 
@@ -219,7 +218,7 @@ HARD = {
 
 @pytest.fixture(scope="module")
 def small(words: PreTrainedTokenizerFast) -> Iterator[GrammarBackend]:
-    """A backend whose trials have small limits, which are reached soon."""
+    """Returns a backend whose trials reach their limits soon."""
     grammars = GrammarBackend(words, 300, frozenset([256]))
     grammars._trial_process.limits = TrialLimits(cpu_seconds=0.6, memory_bytes=2**26, stack_bytes=2**19)
     yield grammars
@@ -228,7 +227,7 @@ def small(words: PreTrainedTokenizerFast) -> Iterator[GrammarBackend]:
 
 @pytest.mark.parametrize("number", range(len(HARD)))
 def test_grammars_that_would_end_or_stop_the_process(number: int, small: GrammarBackend) -> None:
-    """Each is refused with its reason, the second time too, and the next grammar is compiled."""
+    """Each grammar is refused with its reason, the second time too, and the next grammar is compiled."""
     grammar, message = [*HARD.items()][number]
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
@@ -277,8 +276,8 @@ def test_a_killed_trial_process_is_restarted(small: GrammarBackend) -> None:
 def test_fast_grammars_are_compiled_again_and_slow_ones_copied(
     small: GrammarBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow grammar is compiled once for all completions and requests, and again after its matcher failed. Its memory
-    is counted while a matcher lives."""
+    """A slow grammar is compiled once for all completions and requests, and again after its matcher failed; its memory
+    counts while a matcher lives."""
     calls = list[str]()
 
     def compile(*args: Any) -> Any:
@@ -306,10 +305,10 @@ def test_fast_grammars_are_compiled_again_and_slow_ones_copied(
 
 
 def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step after a slow one finds the matcher that is slow."""
+    """The step after a slow step computes masks one by one, and fails the slow matcher alone."""
     from llguidance import numpy
 
-    par, one, slow = numpy.fill_next_token_bitmask_par, numpy.fill_next_token_bitmask, list[Any]()
+    fill_all, fill_row, slow = numpy.fill_next_token_bitmask_par, numpy.fill_next_token_bitmask, list[Any]()
 
     def burn(matchers: list[Any]) -> None:
         end = time.thread_time() + 0.1 * any(m is s for m in matchers for s in slow)
@@ -318,11 +317,11 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
 
     def slow_par(pool: Any, matchers: Any, bits: Any) -> None:
         burn([m for m, _ in matchers])
-        par(pool, matchers, bits)
+        fill_all(pool, matchers, bits)
 
     def slow_one(matcher: Any, bits: Any, row: int) -> None:
         burn([matcher])
-        one(matcher, bits, row)
+        fill_row(matcher, bits, row)
 
     monkeypatch.setattr(numpy, "fill_next_token_bitmask_par", slow_par)
     monkeypatch.setattr(numpy, "fill_next_token_bitmask", slow_one)
@@ -330,42 +329,44 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
     with engine(words) as e:
         ids = [e.add("once", with_grammar(f"regex:{DATE}", seed=i)) for i in range(3)]
         e.step()
-        sample = next(s for s in e.core.sequence_states.values() if s.output.request_id == ids[1])
-        assert sample.matcher is not None
-        slow.append(sample.matcher.matcher)
-        done = finish(e)
-    c = done[ids[1]].completions[0]
+        state = next(s for s in e.core.sequence_states.values() if s.output.request_id == ids[1])
+        assert state.matcher is not None
+        slow.append(state.matcher.matcher)
+        outputs = finish(e)
+    c = outputs[ids[1]].completions[0]
     assert c.finish_reason == "error" and "its next tokens take longer than 0.09 s to find" in c.error
-    assert re.fullmatch(DATE, done[ids[0]].completions[0].text) and re.fullmatch(DATE, done[ids[2]].completions[0].text)
+    assert re.fullmatch(DATE, outputs[ids[0]].completions[0].text) and re.fullmatch(
+        DATE, outputs[ids[2]].completions[0].text
+    )
 
 
 def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another request runs meanwhile; cancelling a request cancels its compilation; errors are the same."""
+    """Requests run while grammars compile; cancelling a request cancels its compilation; errors name the prompt."""
 
     async def main(e: fastgen.AsyncEngine) -> None:
-        make, stops, going = e.engine.grammars.make_matchers, list[threading.Event](), threading.Event()
+        make, cancel_events, is_released = e.engine.grammars.make_matchers, list[threading.Event](), threading.Event()
 
         def waiting(grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None) -> Any:
             if cancel_event is None:
                 return make(grammar, num_matchers)
-            stops.append(cancel_event)
-            while not (cancel_event.wait(0.005) or going.is_set()):
+            cancel_events.append(cancel_event)
+            while not (cancel_event.wait(0.005) or is_released.is_set()):
                 pass
             return make(grammar, num_matchers, cancel_event)
 
         monkeypatch.setattr(e.engine.grammars, "make_matchers", waiting)
-        one, two = (asyncio.create_task(e.add("once", with_grammar(f"regex:{DATE}", seed=i, n=2))) for i in range(2))
+        params = [with_grammar(f"regex:{DATE}", seed=i, n=2) for i in range(2)]
+        running, cancelled = (asyncio.create_task(e.add("once", p)) for p in params)
         plain = [o async for _, o in e.generate(["a", "b"], SamplingParams(max_tokens=20))]
-        assert len(plain) == 2 and not one.done() and not two.done()
-        two.cancel()
+        assert len(plain) == 2 and not running.done() and not cancelled.done()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await two
-        going.set()
-        output = await (await one).output()
+            await cancelled
+        is_released.set()
+        output = await (await running).output()
         assert all(re.fullmatch(DATE, c.text) for c in output.completions if c.finish_reason == "stop")
-        assert [stop.is_set() for stop in stops] == [False, True] and not e.engine.grammars._prebuilt_matchers.get(
-            backend._grammar_key(f"regex:{DATE}")
-        )
+        assert [cancel_event.is_set() for cancel_event in cancel_events] == [False, True]
+        assert not e.engine.grammars._prebuilt_matchers.get(backend._grammar_key(f"regex:{DATE}"))
         with pytest.raises(ValueError, match="prompt 1: json grammar: it is nested 501 levels"):
             await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), with_grammar("json:" + nested(500))]))
 
@@ -381,16 +382,16 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(
     """An error in one request's detokenization, in the middle or at the end, leaves other requests' texts alone."""
     params = [SamplingParams(max_tokens=6, seed=i, ignore_eos=True) for i in range(3)]
     with engine(words, overlap=overlap) as e:
-        wanted = [o.completions[0] for o in e.generate(["a", "b", "c"], params)]
+        expected = [o.completions[0] for o in e.generate(["a", "b", "c"], params)]
         ids = [e.add(p, s) for p, s in zip("abc", params, strict=True)]
-        sample = next(s for s in e.core.sequence_states.values() if s.output.request_id == ids[1])
-        monkeypatch.setattr(sample.detokenizer, where, lambda *_, **__: 1 / 0)
-        done = finish(e)
-        assert not e.core.sequence_states and e.generate("a", params[0])[0].completions[0] == wanted[0]
-    failed = done[ids[1]].completions[0]
+        state = next(s for s in e.core.sequence_states.values() if s.output.request_id == ids[1])
+        monkeypatch.setattr(state.detokenizer, where, lambda *_, **__: 1 / 0)
+        outputs = finish(e)
+        assert not e.core.sequence_states and e.generate("a", params[0])[0].completions[0] == expected[0]
+    failed = outputs[ids[1]].completions[0]
     assert failed.finish_reason == "error" and failed.error == "ZeroDivisionError: division by zero"
-    assert failed.token_ids == wanted[1].token_ids[: 1 if where == "push" else 6]
-    assert [done[i].completions[0] for i in (ids[0], ids[2])] == [wanted[0], wanted[2]]
+    assert failed.token_ids == expected[1].token_ids[: 1 if where == "push" else 6]
+    assert [outputs[i].completions[0] for i in (ids[0], ids[2])] == [expected[0], expected[2]]
 
 
 @settings(deadline=None, max_examples=50)
@@ -401,10 +402,10 @@ def test_token_masks_are_applied(allowed: list[int], rows: int) -> None:
     for t in allowed:
         bits[0, t // 32] |= np.uint32(1 << t % 32)
     logits = torch.randn(rows, 100)
-    got = apply_token_mask(logits, torch.from_numpy(bits.view(np.int32)).to(logits.device))
-    wanted = torch.full_like(logits, float("-inf"))
-    wanted[0, allowed] = logits[0, allowed]
-    assert torch.equal(got, wanted)
+    actual = apply_token_mask(logits, torch.from_numpy(bits.view(np.int32)).to(logits.device))
+    expected = torch.full_like(logits, float("-inf"))
+    expected[0, allowed] = logits[0, allowed]
+    assert torch.equal(actual, expected)
 
 
 def test_masks_of_several_matchers(words: PreTrainedTokenizerFast) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgen.checkpoint.model_families import from_hf_config
 from fastgen.checkpoint.weights import EMBED_NAME, LM_HEAD_NAME, weight_specs
@@ -85,9 +85,8 @@ class _LeafOrigin(NamedTuple):
     sources: tuple[torch.nn.Parameter, ...]  # views of the leaf, consecutive along its first dimension
 
 
-# Tables beside the leaves, not attributes of them: a copy of a leaf must not keep the model alive.
+# A table beside the leaves, not attributes of them: a copy of a leaf must not keep the model alive.
 _leaf_origins: MutableMapping[Tensor, _LeafOrigin] = WeakTensorKeyDictionary()
-_packed_leaves: MutableMapping[torch.nn.Module, list[TensorWeakRef]] = weakref.WeakKeyDictionary()  # in tree order
 
 
 def adopt(model: torch.nn.Module) -> tuple[ModelConfig, Params]:
@@ -122,15 +121,13 @@ def adopt(model: torch.nn.Module) -> tuple[ModelConfig, Params]:
     tensors = [tensor for spec in specs for tensor in spec.checkpoint_tensors]
     _check_adoptable(named, {t.name: t.full_shape for t in tensors}, config)
     sources = [tuple(named[t.name] for t in spec.checkpoint_tensors) for spec in specs]
-    existing = [ref() for ref in _packed_leaves.get(model, [])] + [None] * len(specs)
-    packed = [_pack_leaf(p, spec.shape, leaf) for p, spec, leaf in zip(sources, specs, existing, strict=False)]
+    existing = {tuple(map(id, origin.sources)): leaf for leaf, origin in _leaf_origins.items()}
+    packed = [_pack_leaf(p, s.shape, existing.get(tuple(map(id, p)))) for p, s in zip(sources, specs, strict=True)]
     adopted = AdoptedModel(model, {t.name: named[t.name] for t in tensors})
     for leaf, params in zip(packed, sources, strict=True):
         _leaf_origins[leaf] = _LeafOrigin(adopted, params)
-    _packed_leaves[model] = list(map(TensorWeakRef, packed))
-    next_leaf = iter(packed)
-    leaves = [None if spec is None else next(next_leaf) for spec in tree_leaves(tree)]
-    return config, tree_unflatten(leaves, tree_flatten(tree)[1])
+    leaves = iter(packed)
+    return config, tree_map(lambda spec: None if spec is None else next(leaves), tree)
 
 
 def _check_adoptable(
@@ -161,9 +158,11 @@ def _check_adoptable(
 
 
 def _pack_leaf(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...], existing: Tensor | None) -> Tensor:
-    """Returns the leaf that the parameters are views of: `existing` if they are its views, else a new one."""
-    if existing is not None and _is_packed_from(existing, sources):
-        return existing
+    """Returns the leaf that the parameters are views of: `existing` if they are still its views, else a new one."""
+    if existing is not None:
+        pairs = zip(sources, _split_like(existing, sources), strict=True)
+        if all((p.data_ptr(), p.dtype, p.shape) == (v.data_ptr(), v.dtype, v.shape) for p, v in pairs):
+            return existing
     if len(sources) == 1:
         return sources[0].detach()
     packed = torch.cat([p.detach() for p in sources]).view(shape)
@@ -175,14 +174,6 @@ def _pack_leaf(sources: tuple[torch.nn.Parameter, ...], shape: tuple[int, ...], 
 def _split_like(leaf: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns the views of a leaf, or the parts of its gradient, that belong to the parameters it was packed from."""
     return leaf.split([len(p) for p in sources])
-
-
-def _is_packed_from(leaf: Tensor, sources: tuple[torch.nn.Parameter, ...]) -> bool:
-    """Returns whether a leaf was packed from exactly these parameters, and they are still its views."""
-    if list(map(id, _leaf_origins[leaf].sources)) != list(map(id, sources)):
-        return False
-    pairs = zip(sources, _split_like(leaf, sources), strict=True)
-    return all((p.data_ptr(), p.dtype, p.shape) == (v.data_ptr(), v.dtype, v.shape) for p, v in pairs)
 
 
 def _get_leaf_origins(params: Params) -> list[_LeafOrigin]:
