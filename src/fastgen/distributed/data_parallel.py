@@ -23,8 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastgen import lora
-from fastgen.checkpoint import files
-from fastgen.checkpoint.tokenizer import load as load_tokenizer
+from fastgen.checkpoint import files, tokenizer
 from fastgen.config import EngineConfig, SamplingParams
 from fastgen.core.extensions import Adapters, Matcher
 from fastgen.core.model_config import ModelConfig, shard_config
@@ -37,11 +36,11 @@ from fastgen.event_stream import GenerateMethods, OneOrManyPrompts, OneOrManySam
 from fastgen.lora.adapter import Adapter
 from fastgen.structured_output.backend import GrammarBackend
 from fastgen.text import Tokenizer
-from fastgen.text import tokenizer as tokens
-from fastgen.text.tokenizer import Prompt
+from fastgen.text.tokenizer import Prompt, encode
 from fastgen.thread_safety import AccessGuard, exclusive
 from fastgen.training.sleep import EngineMemory
 
+Inbox = deque[tuple[int, Any]]  # (replica, message); None says that the replica has ended
 Outbox = queue.SimpleQueue[tuple[int, Any] | None]  # (replica, message); None ends the sending thread
 SHUTDOWN_SECONDS = 8.0  # for replicas to end by themselves
 
@@ -71,13 +70,13 @@ class Replicas(GenerateMethods):
         self.abandoned = deque[frozenset[int]]()  # ids of requests without a reader, for the next step or add to abort
         self.events: list[Event] = []
         self.worker_failure = ""  # why the replicas have ended
-        self.tokenizer: Tokenizer | None = load_tokenizer(model_path)
+        self.tokenizer: Tokenizer | None = tokenizer.load(model_path)
         vocabulary = model_config.vocab_size, frozenset(model_config.eos_token_ids)
         self._grammar_backend = GrammarBackend(self.tokenizer, *vocabulary)
         prefix_tokens = config.kv_cache.page_size if config.kv_cache.prefix_cache else 0
         self._router = Router(num_replicas, config.schedule.max_num_seqs, prefix_tokens)
         # Messages of all replicas; the oldest stays until it is handled, so that an interrupt loses none.
-        self._inbox, self._has_received = deque[tuple[int, Any]](), threading.Event()
+        self._inbox, self._has_received = Inbox(), threading.Event()
         self._children, self._outbox = list[ChildProcess](), Outbox()
         # Runs before multiprocessing's own exit handler, which would wait for processes that wait for this one.
         self._finalizer = Finalize(self, _close_replicas, (self._children, self._outbox), exitpriority=10)
@@ -175,7 +174,7 @@ class Replicas(GenerateMethods):
     ) -> ReplicaRequest:  # fmt: skip
         """Returns a request that is not yet queued. Raises ValueError if no replica could run it."""
         special_tokens, has_text = self.config.special_tokens_in_content, self.tokenizer is not None
-        ids = tokens.encode(self.tokenizer, prompt, special_tokens_in_content=special_tokens)
+        ids = encode(self.tokenizer, prompt, special_tokens_in_content=special_tokens)
         limit = max_length(ids, sampling, self.model_config, self.cache_capacity, has_text)
         if sampling.adapter is not None:
             self._adapter_manager[sampling.adapter]  # raises ValueError if there is none of that name
@@ -349,17 +348,15 @@ class Replicas(GenerateMethods):
         self.events.clear()
 
 
-def _receive_messages(
-    replica_index: int, child: ChildProcess, inbox: deque[tuple[int, Any]], has_received: threading.Event
-) -> None:
+def _receive_messages(index: int, child: ChildProcess, inbox: Inbox, has_received: threading.Event) -> None:
     """Runs in a thread: an interrupt in the caller's thread would leave half of a message in the pipe."""
     message: Any = ()
     while message is not None:
         try:
             message = child.pipe.recv()
         except (EOFError, OSError):
-            message = None  # the replica has ended
-        inbox.append((replica_index, message))
+            message = None
+        inbox.append((index, message))
         has_received.set()
 
 

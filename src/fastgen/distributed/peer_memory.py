@@ -20,6 +20,8 @@ from fastgen.core.types import PartialSum
 if TYPE_CHECKING:
     from fastgen.distributed.tensor_parallel import TPProcessGroup
 
+Rows = Float[Tensor, "T D"]
+WriteRows = Callable[[slice, Tensor], Any]  # writes rows of a partial sum to a tensor
 # Bytes that a rank reads from all others for one all-reduce. Above it, partial sums are pushed, or NCCL's all-reduce is
 # faster (`benchmarks/layouts_gpu.py`).
 ONE_SHOT_MAX_BYTES = 2**24
@@ -97,7 +99,7 @@ class PeerBuffers:
         self._abort_value = torch.ones(1, dtype=torch.int32, device="cpu").pin_memory()
         self._push_stream, self._abort_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def write_partial(self, i: int, num_rows: int, write: Callable[[slice, Tensor], Any]) -> PartialSum | None:
+    def write_partial(self, i: int, num_rows: int, write: WriteRows) -> PartialSum | None:
         """Returns the partial sum that `write(rows, out)` writes, in peer memory; None if the rows do not fit. `i` is
         ATTENTION, MLP or EMBEDDING. `write` is called for consecutive slices of rows."""
         if num_rows <= len(self._partials[i]):
@@ -124,9 +126,7 @@ class PeerBuffers:
     def _wait_for_push(self) -> None:
         torch.cuda.current_stream().wait_stream(self._push_stream)
 
-    def all_reduce_add_norm(
-        self, x: Float[Tensor, "T D"], y: PartialSum, norm: Float[Tensor, " D"], eps: float
-    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+    def all_reduce_add_norm(self, x: Rows, y: PartialSum, norm: Float[Tensor, " D"], eps: float) -> tuple[Rows, Rows]:
         """Returns x plus the sum of all ranks' partial sums, and the RMS norm of that. `y` must be in peer memory."""
         from fastgen.kernels.all_reduce_norm import all_reduce_add_norm
 

@@ -30,7 +30,7 @@ from fastgen.core.model_config import ModelConfig, TPShard, vocab_shard
 from fastgen.core.scheduler import SchedulerOutput
 from fastgen.core.transformer import AddLora, ModelOps
 from fastgen.core.types import PartialSum, SamplerOutput, SamplingTensors
-from fastgen.distributed.peer_memory import PeerBuffers
+from fastgen.distributed.peer_memory import PeerBuffers, WriteRows
 from fastgen.kernels.batch_invariant import compose_ops
 
 # The newer name of this function, and the older one.
@@ -141,9 +141,7 @@ def shard_ops(
         y = torch.where(((index >= 0) & (index < count))[:, None], x, 0)
         return zero, partial_sum(PeerBuffers.EMBEDDING, len(y), lambda _, out: out.copy_(y), lambda: y), *rope
 
-    def partial_sum(
-        buffer_idx: int, num_rows: int, write: Callable[[slice, Tensor], Any], compute: Callable[[], Tensor]
-    ) -> PartialSum:
+    def partial_sum(buffer_idx: int, num_rows: int, write: WriteRows, compute: Callable[[], Tensor]) -> PartialSum:
         y = None if peer_buffers is None else peer_buffers.write_partial(buffer_idx, num_rows, write)
         return PartialSum(compute()) if y is None else y
 

@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
+from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,9 +113,9 @@ class GrammarBackend(Grammars):
         # True also where another process has tried every grammar that arrives.
         self.skip_trials = not hasattr(os, "fork")  # Windows
         self._ll_tokenizer: Any = None  # built at first use: it takes a second
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._trial_process = TrialProcess(self._tokenizer_info)
-        self._grammar_locks = [threading.Lock() for _ in range(256)]  # by grammar: each is compiled once at a time
+        self._grammar_locks = [Lock() for _ in range(256)]  # by grammar: each is compiled once at a time
         self._trial_results: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
         self._compiled_matchers: OrderedDict[bytes, GrammarMatcher] = OrderedDict()  # initial states, to copy
         self._prebuilt_matchers: OrderedDict[bytes, list[GrammarMatcher]] = OrderedDict()
@@ -160,14 +160,11 @@ class GrammarBackend(Grammars):
         backend.no_truncation()
         return backend.to_str(), self.vocab_size, sorted(self.eos_token_ids) or self.tokenizer.eos_token_id
 
-    def compile(
-        self, sampling: SamplingParams, cancel_event: threading.Event | None = None
-    ) -> list[GrammarMatcher | None]:
+    def compile(self, sampling: SamplingParams, cancel_event: Event | None = None) -> list[GrammarMatcher | None]:
         """Returns a matcher for each completion of a request; None without a grammar.
 
         Changes nothing but caches, so any thread may call it beside an engine's steps; the caller's ranks call it in
-        step with each other. Raises ValueError for a grammar that cannot be used, and GrammarCancelled soon after
-        `cancel_event` is set.
+        step with each other. Raises ValueError for an unusable grammar, GrammarCancelled once `cancel_event` is set.
         """
         grammar, matchers, error = sampling.grammar, list[GrammarMatcher | None](), None
         if grammar is None:
@@ -186,20 +183,20 @@ class GrammarBackend(Grammars):
             raise error
         return matchers
 
-    def precompile(self, sampling: SamplingParams, cancel_event: threading.Event) -> None:
+    def precompile(self, sampling: SamplingParams, cancel_event: Event) -> None:
         """Compiles matchers for the next request with these settings. Raises as `compile` does."""
         matchers = [m for m in self.compile(sampling, cancel_event) if m is not None]
         if sampling.grammar is not None and not cancel_event.is_set():  # a cancelled request will not use them
             self._store_prebuilt(sampling.grammar, matchers)
 
-    def check_grammar(self, grammar: str, cancel_event: threading.Event | None = None) -> None:
+    def check_grammar(self, grammar: str, cancel_event: Event | None = None) -> None:
         """Raises ValueError, with the reason, for an unusable grammar; GrammarCancelled after `cancel_event` is set."""
         parsed = self._parse(grammar)
         with self._grammar_locks[parsed.key[0]]:
             self._run_trial(parsed, cancel_event)
 
     def make_matchers(
-        self, grammar: str, num_matchers: int = 1, cancel_event: threading.Event | None = None
+        self, grammar: str, num_matchers: int = 1, cancel_event: Event | None = None
     ) -> list[GrammarMatcher]:
         """Returns matchers in a grammar's initial state, one for each completion. Raises as `check_grammar` does."""
         parsed = self._parse(grammar)
@@ -223,7 +220,7 @@ class GrammarBackend(Grammars):
             with suppress(ValueError):
                 self._store_prebuilt(grammar, self.make_matchers(grammar, num_matchers))
 
-        threading.Thread(target=prebuild, daemon=True).start()
+        Thread(target=prebuild, daemon=True).start()
 
     def _store_prebuilt(self, grammar: str, matchers: list[GrammarMatcher]) -> None:
         """Stores unused matchers for the next calls of `make_matchers`; keeps a bounded number of the newest."""
@@ -259,7 +256,7 @@ class GrammarBackend(Grammars):
                 raise ValueError(f"json grammar: {e}") from e
         return ParsedGrammar(_grammar_key(grammar), grammar_type, text)
 
-    def _run_trial(self, grammar: ParsedGrammar, cancel_event: threading.Event | None) -> int:
+    def _run_trial(self, grammar: ParsedGrammar, cancel_event: Event | None) -> int:
         """Returns the bytes that a compiled grammar takes. Raises ValueError, with the reason, if the trial fails."""
         if self.skip_trials:
             return 0

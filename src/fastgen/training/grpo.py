@@ -42,6 +42,7 @@ from fastgen.training.logprobs import iter_weights, raise_on_non_finite_logits, 
 from fastgen.training.problems import Problem
 
 StepMetrics = dict[str, float]  # one row of the log
+Rewards = Float[Tensor, "prompts samples"]
 Logprobs = Sequence[Float[Tensor, " _"]]  # of each completion's tokens
 BOOKKEEPING_SETTINGS = ("steps", "save_every", "output_dir", "resume", "export")  # they do not change the numbers
 SAMPLING_SETTINGS = (  # that GRPO's gradient allows for
@@ -57,9 +58,7 @@ def derive_seed(seed: int, *indices: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def compute_advantages(
-    rewards: Float[Tensor, "prompts samples"], *, scale_by_std: bool = True
-) -> Float[Tensor, "prompts samples"]:
+def compute_advantages(rewards: Rewards, *, scale_by_std: bool = True) -> Rewards:
     """Returns rewards minus their group's mean, divided by the group's standard deviation if `scale_by_std` (Dr. GRPO
     does not divide). Groups of equal rewards have advantages of exactly 0."""
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
@@ -109,7 +108,7 @@ class Rollout(NamedTuple):
     token_ids: list[list[int]]  # prompt and completion
     completion_starts: list[int]  # the prompts' lengths
     old_logprobs: list[Tensor]  # the sampler's, of the completion's tokens
-    rewards: Float[Tensor, "prompts samples"]
+    rewards: Rewards
 
 
 class Trainer:

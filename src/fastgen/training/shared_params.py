@@ -130,18 +130,16 @@ def adopt(model: torch.nn.Module) -> tuple[ModelConfig, Params]:
     return config, tree_map(lambda spec: None if spec is None else next(leaves), tree)
 
 
-def _check_adoptable(
-    model_params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], model_config: ModelConfig
-) -> None:
+def _check_adoptable(named: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], model_config: ModelConfig) -> None:
     """Raises ValueError, with the reason, if an engine cannot use a model's parameters, of these shapes, in place."""
     advice = "; give the engine parameters of its own and call Engine.update_params after each step"
-    if missing := [name for name in shapes if name not in model_params]:
+    if missing := [name for name in shapes if name not in named]:
         names = f"{missing[0]} (and {len(missing) - 1} more of {model_config.architecture})"
-        others = f"is it wrapped, by PEFT, a compiler or a quantizer? It has {'; '.join(list(model_params)[:3])}, …"
+        others = f"is it wrapped, by PEFT, a compiler or a quantizer? It has {'; '.join(list(named)[:3])}, …"
         raise ValueError(f"the model has no parameter {names}: {others}{advice}")
-    if unused := model_params.keys() - shapes.keys():
+    if unused := named.keys() - shapes.keys():
         raise ValueError(f"{model_config.architecture} does not use the parameter {min(unused)}{advice}")
-    params = [model_params[name] for name in shapes]
+    params = [named[name] for name in shapes]
     for name, p in zip(shapes, params, strict=True):
         if hasattr(p, "full_tensor"):
             raise ValueError(f"{name} is a DTensor, sharded over {p.device_mesh}: a shard cannot be adopted{advice}")

@@ -114,8 +114,7 @@ def stage_named_tensors(source: Any, device: torch.device | str | None = None) -
     Meant for a thread beside an engine's: copies from and to a GPU run on a stream of their own and are complete when
     this returns.
     """
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    stream = torch.cuda.Stream() if on_gpu else None
+    stream = torch.cuda.Stream() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     with torch.no_grad(), torch.cuda.stream(stream):
         pairs = ((name, t if isinstance(t, Tensor) else torch.as_tensor(t)) for name, t in named_tensors(source))
         staged = [(name, t.to(device or t.device, copy=True)) for name, t in pairs]
