@@ -141,15 +141,28 @@ def test_matches_the_formula(backend: str, ratio: int, head: int, page: int, kin
 
 @pytest.mark.parametrize("seed", range(12))
 def test_backends_agree(seed: int, device: str) -> None:
-    """All backends agree with the reference on ragged mixed batches, padding included."""
+    """All backends agree with the reference on ragged mixed batches, and leave padding finite.
+
+    Padding tokens attend to the scratch page, which holds GARBAGE here: values near 1000, which are rounded to 6e-5.
+    Nothing reads their rows.
+    """
     r = random.Random(seed)
     page = r.choice([1, 2, 16, 128])
     spec = shape(*r.choice([(3, 3), (6, 2), (4, 1), (10, 2), (7, 1), (8, 1)]), r.choice([16, 64, 96, 128]))
-    batch, q, k, v, _ = make(seed, "mixed", spec, page, device, sequences=r.randint(1, 20), pad=r.choice([0, 1, 9]))
+    num_seqs, pad = r.randint(1, 20), r.choice([0, 1, 9])
+    batch, q, k, v, _ = make(seed, "mixed", spec, page, device, sequences=num_seqs, pad=pad)
     reference, *others = (BACKENDS[name](batch, spec) for name in ATTENTION_BACKENDS)
     for window in two_windows(seed) if device == "cpu" else WINDOWS:
+        expected = reference(q, k, v, window)
         for other in others:
-            torch.testing.assert_close(other(q, k, v, window), reference(q, k, v, window), atol=1e-5, rtol=0)
+            assert_close_but_for_padding(other(q, k, v, window), expected, pad)
+
+
+def assert_close_but_for_padding(out: Tensor, expected: Tensor, pad: int) -> None:
+    """Asserts that all rows but the last `pad` are equal up to 1e-5, and that those are finite."""
+    num_tokens = len(out) - pad
+    torch.testing.assert_close(out[:num_tokens], expected[:num_tokens], atol=1e-5, rtol=0)
+    assert torch.isfinite(out).all()
 
 
 BATCH_INVARIANT = {
@@ -187,17 +200,17 @@ def test_batch_invariance(seed: int, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_shared_prefix(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every backend computes the same with groups that share a prefix as without."""
+    """Every backend computes the same with groups that share a prefix as without; padding rows are finite."""
     r = random.Random(seed)
     monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "MIN_TILES", r.choice([1, 8]))  # 1: several splits of few keys
     ratio, kv_heads, head = ((1, 2, 64), (4, 1, 128), (5, 1, 96), (7, 2, 16), (8, 1, 64), (3, 1, 64))[seed % 6]
     page, spec = (1, 16, 64, 128)[seed % 4], shape(ratio * kv_heads, kv_heads, head)
     batch, q, k, v = make_shared(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
-    alone = batch._replace(shared_prefix=None)
+    alone, pad = batch._replace(shared_prefix=None), int((batch.req_idx == 0).sum())
     for window in (None, r.choice([1, r.randint(2, 90), 300])):
         exact = reference(alone, spec)(q, k, v, window)
         for backend in BACKENDS.values():
-            torch.testing.assert_close(backend(batch, spec)(q, k, v, window), exact, atol=1e-5, rtol=0)
+            assert_close_but_for_padding(backend(batch, spec)(q, k, v, window), exact, pad)
 
 
 def test_unused_groups_are_not_read(device: str) -> None:
