@@ -64,11 +64,15 @@ class LoraTarget(NamedTuple):
     columns: DimShard
 
     @property
+    def key(self) -> tuple[int, str]:
+        return self.layer_idx, self.field
+
+    @property
     def target_module(self) -> str:
         return self.name.rpartition(".")[2]
 
 
-def lora_targets(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> Iterator[LoraTarget]:
+def iter_targets(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> Iterator[LoraTarget]:
     """Yields the matrices of a model that adapters may change, from the declaration of its weights."""
     for i, layer in enumerate(weight_specs(model_config, tp_shard).layers):
         for packed, fields in PACKED_MODULES.items():
@@ -93,7 +97,7 @@ def target_pairs(
     check_scale(adapter.scale, "scale")
     if len(adapter.layers) != model_config.num_layers:
         raise ValueError(f"an adapter of {len(adapter.layers)} layers for a model of {model_config.num_layers}")
-    for target in lora_targets(model_config, tp_shard):
+    for target in iter_targets(model_config, tp_shard):
         pair: LoraAB | None = getattr(adapter.layers[target.layer_idx], target.field)
         if pair is None:
             continue
@@ -107,7 +111,7 @@ def target_pairs(
 def shard_adapter(adapter: Adapter, model_config: ModelConfig, tp_shard: TPShard) -> Adapter:
     """Returns a rank's shard of an adapter, as views: the rank's columns of each a and rows of each b."""
     pairs = {
-        (target.layer_idx, target.field): LoraAB(pair.a[:, target.columns.slice], pair.b[target.rows.slice])
+        target.key: LoraAB(pair.a[:, target.columns.slice], pair.b[target.rows.slice])
         for target, pair in target_pairs(adapter, model_config, tp_shard)
     }
     return build_adapter(model_config, pairs, adapter.scale)
@@ -154,7 +158,7 @@ def scaling(rank: int, alpha: float, *, use_rslora: bool = False) -> float:
     """
     try:
         scale = alpha / (math.sqrt(rank) if use_rslora else rank)
-    except (OverflowError, ZeroDivisionError):  # integers may exceed every float
+    except OverflowError:  # integers may exceed every float
         scale = math.inf
     return check_scale(scale, "lora_alpha / r")
 
@@ -188,11 +192,11 @@ def init(
         raise ValueError(f"an adapter of rank {rank} with {len(target_modules)} targets: both must be at least 1")
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
     dtype, pairs = dtype or getattr(torch, model_config.dtype), {}
-    for target in (x for x in lora_targets(model_config) if x.target_module in target_modules):
+    for target in (x for x in iter_targets(model_config) if x.target_module in target_modules):
         rows, columns = target.rows.full_size, target.columns.full_size
         a = torch.empty(rank, columns, device=device, dtype=dtype)
         a.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
-        pairs[target.layer_idx, target.field] = LoraAB(a, torch.zeros(rows, rank, device=device, dtype=dtype))
+        pairs[target.key] = LoraAB(a, torch.zeros(rows, rank, device=device, dtype=dtype))
     return build_adapter(model_config, pairs, scaling(rank, alpha, use_rslora=use_rslora))
 
 
@@ -218,23 +222,24 @@ def merge(params: Params, model_config: ModelConfig, adapter: Adapter) -> Params
 
     Differentiable in both.
     """
-    pairs = {(target.layer_idx, target.field): pair for target, pair in target_pairs(adapter, model_config)}
-    num_rows = {(target.layer_idx, target.field): target.rows.full_size for target in lora_targets(model_config)}
+    pairs = {target.key: pair for target, pair in target_pairs(adapter, model_config)}
+    num_rows = {target.key: target.rows.full_size for target in iter_targets(model_config)}
+
+    def add_update(weight: Tensor, pair: LoraAB | None) -> Tensor:
+        if pair is None:
+            return weight
+        return (weight.float() + adapter.scale * (pair.b.float() @ pair.a.float())).to(weight.dtype)
 
     def merged(i: int, weight: Tensor, fields: tuple[str, ...]) -> Tensor:
         if not any((i, field) in pairs for field in fields):
             return weight
-        slices = []
-        for field, w in zip(fields, weight.split([num_rows[i, field] for field in fields]), strict=True):
-            pair = pairs.get((i, field))
-            delta = 0 if pair is None else adapter.scale * (pair.b.float() @ pair.a.float())
-            slices.append((w.float() + delta).to(w.dtype))
-        return torch.cat(slices)
+        slices = zip(weight.split([num_rows[i, field] for field in fields]), fields, strict=True)
+        return torch.cat([add_update(x, pairs.get((i, field))) for x, field in slices])
 
-    layers = (
-        layer._replace(**{packed: merged(i, getattr(layer, packed), names) for packed, names in PACKED_MODULES.items()})
+    layers = [
+        layer._replace(**{name: merged(i, getattr(layer, name), fields) for name, fields in PACKED_MODULES.items()})
         for i, layer in enumerate(params.layers)
-    )
+    ]
     return params._replace(layers=tuple(layers))
 
 
@@ -243,27 +248,24 @@ def stack(adapters: Sequence[Adapter], model_config: ModelConfig, tp_shard: TPSh
 
     Differentiable. With `tp_shard`, the tensors are the rank's shards of the adapters.
     """
-    adapters = [shard_adapter(adapter, model_config, tp_shard) for adapter in adapters]
+    num_layers = model_config.num_layers
+    adapters = [build_adapter(model_config, {}, 0.0), *(shard_adapter(x, model_config, tp_shard) for x in adapters)]
     like = next((x for adapter in adapters for x in parameters(adapter)), None)
     if like is None:
         raise ValueError("stack: none of the adapters changes anything")
     max_rank = max(map(adapter_rank, adapters))
-    sizes = {(t.layer_idx, t.field): (t.rows.size, t.columns.size) for t in lora_targets(model_config, tp_shard)}
+    sizes = {target.key: (target.rows.size, target.columns.size) for target in iter_targets(model_config, tp_shard)}
 
-    def padded(adapter: Adapter | None, i: int, field: str) -> LoraAB:
+    def padded(adapter: Adapter, i: int, field: str) -> LoraAB:
         rows, columns = sizes[i, field]
-        pair = None if adapter is None else getattr(adapter.layers[i], field)
-        a, b = pair or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
+        a, b = getattr(adapter.layers[i], field) or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
         return LoraAB(F.pad(a, (0, 0, 0, max_rank - len(a))), F.pad(b, (0, max_rank - b.shape[1])))
 
     def stacked(i: int, fields: tuple[str, ...]) -> StackedLora:
-        packs = [[padded(adapter, i, field) for field in fields] for adapter in (None, *adapters)]
+        packs = [[padded(adapter, i, field) for field in fields] for adapter in adapters]
         a = [rearrange([pair.a for pair in pack], "part r d -> (part r) d") for pack in packs]
         b = [torch.cat([pair.b for pair in pack]) for pack in packs]
         return StackedLora(torch.stack(a), torch.stack(b))
 
-    layers = (
-        LayerStackedLora(**{packed: stacked(i, fields) for packed, fields in PACKED_MODULES.items()})
-        for i in range(model_config.num_layers)
-    )
-    return StackedAdapters(tuple(layers), torch.tensor([0.0, *(x.scale for x in adapters)], device=like.device))
+    layers = (LayerStackedLora(*(stacked(i, fields) for fields in PACKED_MODULES.values())) for i in range(num_layers))
+    return StackedAdapters(tuple(layers), torch.tensor([float(x.scale) for x in adapters], device=like.device))

@@ -15,18 +15,8 @@ from fastgen.checkpoint.files import open_safetensors, read_json, read_shapes
 from fastgen.checkpoint.hub import resolve
 from fastgen.config import LoraConfig
 from fastgen.core.model_config import ModelConfig
-from fastgen.lora.adapter import (
-    MAX_RANK,
-    TARGET_MODULES,
-    Adapter,
-    LoraAB,
-    LoraTarget,
-    build_adapter,
-    copy_adapter,
-    lora_targets,
-    scaling,
-    target_pairs,
-)
+from fastgen.lora import adapter as lora
+from fastgen.lora.adapter import Adapter, LoraAB
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # A PEFT model in memory adds the name of the adapter before ".weight".
@@ -46,7 +36,7 @@ UNSUPPORTED_OPTIONS = (
 
 def named_tensors(adapter: Adapter, model_config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yields (PEFT's name, tensor) of every tensor of an adapter."""
-    for target, pair in target_pairs(adapter, model_config):
+    for target, pair in lora.target_pairs(adapter, model_config):
         for letter, tensor in zip("AB", pair, strict=True):
             yield f"base_model.model.{target.name}.lora_{letter}.weight", tensor
 
@@ -58,26 +48,24 @@ def update(
 
     Raises ValueError, starting with `source`, for other names, for shapes that differ and for halves of pairs.
     """
-    copy_adapter(adapter, build_adapter(model_config, _pairs_from_peft(tensors, model_config, source), adapter.scale))
+    pairs = _pairs_from_peft(tensors, model_config, source)
+    lora.copy_adapter(adapter, lora.build_adapter(model_config, pairs, adapter.scale))
 
 
-def _pairs_from_peft(
-    tensors: Iterable[tuple[str, Tensor]], model_config: ModelConfig, source: str
-) -> dict[tuple[int, str], LoraAB]:
-    targets = {target.name: target for target in lora_targets(model_config)}
-    pairs: dict[LoraTarget, dict[str, Tensor]] = {}
+def _pairs_from_peft(tensors: Iterable[tuple[str, Tensor]], model_config: ModelConfig, source: str) -> lora.Pairs:
+    targets = {target.name: target for target in lora.iter_targets(model_config)}
+    pairs: dict[lora.LoraTarget, dict[str, Tensor]] = {}
     for name, tensor in tensors:
         match = PEFT_TENSOR_NAME.fullmatch(name)
-        target = targets.get(match[1]) if match else None
-        if match is None or target is None:
-            supported = f"{', '.join(TARGET_MODULES)} of {model_config.num_layers} layers"
+        if match is None or match[1] not in targets:
+            supported = f"{', '.join(lora.TARGET_MODULES)} of {model_config.num_layers} layers"
             raise ValueError(f"{source}: {name} changes nothing that can be: {supported}")
-        pairs.setdefault(target, {})[match[2]] = tensor
+        pairs.setdefault(targets[match[1]], {})[match[2]] = tensor
     if incomplete := [target.name for target, pair in pairs.items() if len(pair) < 2]:
         raise ValueError(f"{source}: one of lora_A and lora_B is missing for {', '.join(incomplete[:8])}")
     if not pairs:
         raise ValueError(f"{source}: no tensors of an adapter")
-    return {(target.layer_idx, target.field): LoraAB(pair["A"], pair["B"]) for target, pair in pairs.items()}
+    return {target.key: LoraAB(pair["A"], pair["B"]) for target, pair in pairs.items()}
 
 
 def read_peft_config(folder: str | Path) -> dict[str, Any]:
@@ -90,13 +78,13 @@ def read_peft_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not an adapter: there must be {CONFIG_FILE} and {WEIGHTS_FILE}")
     config, file = read_json(path / CONFIG_FILE), f"{path}: {CONFIG_FILE}"
     r, alpha, use_rslora = (config.get(name) for name in ("r", "lora_alpha", "use_rslora"))
-    if type(r) is not int or not 1 <= r <= MAX_RANK or type(alpha) not in (int, float):
-        expected = f"where numbers are expected, r an integer from 1 to {MAX_RANK}"
+    if type(r) is not int or not 1 <= r <= lora.MAX_RANK or type(alpha) not in (int, float):
+        expected = f"where numbers are expected, r an integer from 1 to {lora.MAX_RANK}"
         raise ValueError(f"{file} has r={repr(r)} and lora_alpha={repr(alpha)}, {expected}")
     if use_rslora not in (None, False, True):
         raise ValueError(f"{file} has use_rslora={repr(use_rslora)}: true or false")
     try:
-        scaling(r, cast(float, alpha), use_rslora=bool(use_rslora))
+        lora.scaling(r, cast(float, alpha), use_rslora=bool(use_rslora))
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from e
     for name, allowed in SUPPORTED_OPTIONS.items():
@@ -133,10 +121,10 @@ def load(
     with open_safetensors(path / WEIGHTS_FILE) as f:
         tensors = ((name, f.get_tensor(name).to(device or torch.get_default_device(), dtype)) for name in f.keys())
         pairs = _pairs_from_peft(tensors, model_config, str(path))
-    scale = scaling(config["r"], config["lora_alpha"], use_rslora=bool(config.get("use_rslora")))
-    adapter = build_adapter(model_config, pairs, scale)
+    scale = lora.scaling(config["r"], config["lora_alpha"], use_rslora=bool(config.get("use_rslora")))
+    adapter = lora.build_adapter(model_config, pairs, scale)
     try:
-        list(target_pairs(adapter, model_config))
+        list(lora.target_pairs(adapter, model_config))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
     return adapter
@@ -147,7 +135,7 @@ def save(folder: str | Path, model_config: ModelConfig, adapter: Adapter, *, bas
 
     Raises ValueError if the pairs differ in rank.
     """
-    pairs = [*target_pairs(adapter, model_config)]
+    pairs = [*lora.target_pairs(adapter, model_config)]
     ranks, targets = sorted({len(pair.a) for _, pair in pairs}), {target.target_module for target, _ in pairs}
     if len(ranks) != 1:
         raise ValueError(f"save: changes of ranks {ranks or 'none'}, where PEFT's files have one for all")
@@ -156,7 +144,7 @@ def save(folder: str | Path, model_config: ModelConfig, adapter: Adapter, *, bas
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
         "r": ranks[0], "lora_alpha": adapter.scale * ranks[0], "lora_dropout": 0.0, "use_rslora": False,
-        "bias": "none", "fan_in_fan_out": False, "target_modules": [x for x in TARGET_MODULES if x in targets],
+        "bias": "none", "fan_in_fan_out": False, "target_modules": [x for x in lora.TARGET_MODULES if x in targets],
     }  # fmt: skip
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named_tensors(adapter, model_config)}
