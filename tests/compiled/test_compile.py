@@ -31,18 +31,19 @@ def test_decode_graph_sizes(max_size: int) -> None:
         assert min(s for s in sizes if s >= n) <= max(2, n + 7, n * 1.25)
 
 
-def stepper(limits: SchedulerConfig) -> ModelRunner:
+def new_runner(limits: SchedulerConfig) -> ModelRunner:
+    """Returns a compiled runner on a CPU."""
     settings = EngineConfig.from_flat(compile="inductor", schedule=limits).resolve("cpu")
     params = fastgen.init(SPEC, device="cpu")
     return ModelRunner(params, SPEC, settings)
 
 
-@given(data=st.data(), most=st.integers(1, 600), extra=st.integers(0, 3000))
-def test_a_plan_fits_its_shape(data: st.DataObject, most: int, extra: int) -> None:
+@given(data=st.data(), max_num_seqs=st.integers(1, 600), extra=st.integers(0, 3000))
+def test_a_plan_fits_its_shape(data: st.DataObject, max_num_seqs: int, extra: int) -> None:
     """Every plan fits its shape, with a row for the padding, and every shape fits the buffers."""
-    limits = SchedulerConfig(max_num_seqs=most, token_budget=most + extra)
-    run = STEPPERS.setdefault(limits, stepper(limits))
-    rows = data.draw(st.integers(1, most))
+    limits = SchedulerConfig(max_num_seqs=max_num_seqs, token_budget=max_num_seqs + extra)
+    run = RUNNERS.setdefault(limits, new_runner(limits))
+    rows = data.draw(st.integers(1, max_num_seqs))
     tokens = data.draw(st.one_of(st.just(rows), st.integers(rows, limits.token_budget)))
     shape = run.padded_shape(tokens, rows, needs_prompt_logprobs=False)
     assert shape.num_tokens >= tokens and shape.decode == (tokens == rows)
@@ -51,12 +52,12 @@ def test_a_plan_fits_its_shape(data: st.DataObject, most: int, extra: int) -> No
     assert shape.num_tokens <= largest_shape(limits).num_tokens and shape.num_seqs <= largest_shape(limits).num_seqs
 
 
-STEPPERS: dict[SchedulerConfig, ModelRunner] = {}
+RUNNERS: dict[SchedulerConfig, ModelRunner] = {}
 
 
 def test_graph_shapes() -> None:
     """Every number of decoding sequences has a graph, largest first: later graphs fit into its memory."""
-    run = stepper(SchedulerConfig(max_num_seqs=100, token_budget=600))
+    run = new_runner(SchedulerConfig(max_num_seqs=100, token_budget=600))
     run.mode = "graphs"
     shapes = run.graph_shapes()
     assert list(shapes) == sorted(shapes, reverse=True)

@@ -38,7 +38,7 @@ def engine(**settings: Any) -> fastgen.Engine:
 
 
 def load(seed: int, count: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts and settings of all kinds: greedy, drawn, filtered, penalised, with logprobs."""
+    """Returns prompts and settings of all types: greedy, sampled, filtered, penalized, with logprobs."""
     r = random.Random(seed)
     prompts = [[r.randrange(5003) for _ in range(r.choice((1, 3, 40, 200, 700)))] for _ in range(count)]
     kinds: list[dict[str, Any]] = [
@@ -57,14 +57,15 @@ def load(seed: int, count: int) -> tuple[list[list[int]], list[SamplingParams]]:
 
 @pytest.fixture(scope="module")
 def wanted() -> list[fastgen.Output]:
-    """What plain eager steps give."""
+    """Returns the outputs of plain eager steps."""
     with engine(compile="eager") as e:
         return e.generate(*load(0, 150), progress=False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"compile": "inductor"}, {"overlap": False}, {"token_budget": 200}], ids=str)
 def test_same_as_eager(settings: dict[str, Any], wanted: list[fastgen.Output]) -> None:
-    """fp32: compiled, captured, overlapped or not, in any chunks, tokens are equal and logprobs nearly."""
+    """In fp32, compiled and captured steps, overlapped or not, in any chunks, have equal tokens and nearly equal
+    logprobs."""
     with engine(**settings) as e:
         compiled, captured = num_compiled_graphs(), e.runner.graphs.num_captures
         got = e.generate(*load(0, 150), progress=False)
@@ -79,7 +80,7 @@ def test_same_as_eager(settings: dict[str, Any], wanted: list[fastgen.Output]) -
 
 
 def related(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts that begin alike, each with several samples: pages are shared, copied, and read in groups."""
+    """Returns prompts that begin alike, each with several samples: pages are shared, copied, and read in groups."""
     r = random.Random(seed)
     stems = [[r.randrange(5003) for _ in range(n)] for n in (64, 256, 700)]
     prompts = [[*r.choice(stems), *(r.randrange(5003) for _ in range(r.choice((0, 1, 30))))] for _ in range(24)]
@@ -100,7 +101,7 @@ HIERARCHY = {
 
 @pytest.mark.parametrize("name", HIERARCHY)
 def test_hierarchy_same_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32: pages that are shared, copied, read in groups, evicted, paged out and in, or lost give the same tokens."""
+    """In fp32, pages shared, copied, read in groups, evicted, offloaded, loaded or lost give the same tokens."""
     monkeypatch.setattr(scheduling_policy, "MIN_SAVED_KEYS", 1)
     load_ = related(3)
     with engine(compile="eager", prefix_cache=False) as e:
@@ -129,8 +130,7 @@ def test_hierarchy_same_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def rounding(spec: fastgen.ModelConfig, ways: dict[str, dict[str, Any]]) -> None:
-    """Greedy tokens of engines in bf16, of these settings: all are as far from fp32 as the first, and part only where
-    fp32 has a tie."""
+    """Asserts that bf16 engines of several settings are as far from fp32 as the first, and part only at an fp32 tie."""
     params = fastgen.init(spec, 1, device="cuda")
     for w in (params.embed, params.lm_head, *(w for layer in params.layers for w in layer)):
         if w is not None and w.ndim == 2:
@@ -186,7 +186,7 @@ def adapter(seed: int, **how: Any) -> fastgen.Adapter:
     "settings", [{}, {"token_budget": 200}, {"compile": "inductor"}, {"cache_tokens": 6144}], ids=str
 )
 def test_adapters_same_as_merged(settings: dict[str, Any]) -> None:
-    """fp32: mixed requests of adapters, added, trained and replaced after the capture, get what merged weights give."""
+    """In fp32, requests of adapters added, trained and replaced after the capture have merged weights' outputs."""
     params, (prompts, sampling) = fastgen.init(SPEC, 1, device="cuda"), load(5, 96)
     for w in (params.embed, params.lm_head, *(w for layer in params.layers for w in layer)):
         if w is not None and w.ndim == 2:
@@ -233,7 +233,8 @@ def approx(x: float | None) -> Any:
 
 
 def test_many_mixed_steps() -> None:
-    """Thousands of steps with random arrivals, lengths and aborts: every token as in eager, no page or byte lost."""
+    """Through thousands of steps with random arrivals, lengths and aborts, every token is eager's, and no page or byte
+    is lost."""
     steps, r = 10_000, random.Random(1)
     with engine(cache_tokens=16384) as e:
         started, done, aborted = dict[int, tuple[list[int], SamplingParams]](), list[fastgen.Output](), set[int]()
@@ -271,7 +272,7 @@ def test_many_mixed_steps() -> None:
 
 
 def test_memory_fits_the_fraction() -> None:
-    """The cache takes what is left of the fraction, and the largest steps still fit."""
+    """The cache takes the rest of the memory fraction, and the largest steps still fit."""
     with engine(cache_tokens=None, gpu_memory_utilization=0.5) as e:
         e.generate([[1] * 2000] * 96, SamplingParams(max_tokens=20, ignore_eos=True), progress=False)
         free, total = torch.cuda.mem_get_info()
@@ -292,8 +293,8 @@ POISONED = {
 
 @pytest.mark.parametrize("name", POISONED)
 def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in every page, scratch among them, in the host's pages, the graphs' logits and adapters' free slots: the same
-    tokens and logprobs as from zeros, alone, in groups, and from what is cached."""
+    """With NaN in every page, scratch included, in host pages, the graphs' logits and adapters' free slots, tokens and
+    logprobs are the same as with zeros: alone, in groups, and from cached pages."""
     monkeypatch.setattr(scheduling_policy, "MIN_SAVED_KEYS", 1)
     work = [load(2, 60), related(5)]
     with engine(**POISONED[name]) as clean, engine(**POISONED[name]) as poisoned:
@@ -311,7 +312,7 @@ def test_what_memory_held_before_does_not_matter(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("settings", [{}, {"batch_invariant": True}, {"overlap": False}], ids=str)
 def test_parameters_of_nan_and_then_good_ones(settings: dict[str, Any]) -> None:
-    """Requests of every kind end with an error under parameters of NaN; after good ones all is as before."""
+    """Requests of every type end with an error under parameters of NaN; after an update to good ones all is well."""
     work = load(4, 60)
     with engine(**settings) as one:
         wanted = one.generate(*work, progress=False)

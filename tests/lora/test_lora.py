@@ -46,7 +46,7 @@ NAMES = (None, "all", "some", "wide")
 
 
 def adapter(spec: ModelConfig, name: str, seed: int = 0) -> Adapter:
-    """Returns an adapter; names differ in rank, targets and scale. Strong enough to change sampled tokens."""
+    """Returns an adapter by name: names differ in rank, targets and scale. Strong enough to change sampled tokens."""
     how: dict[str, Any] = {
         "all": {"rank": 4, "alpha": 8},
         "some": {"rank": 3, "alpha": 3, "target_modules": ("q_proj", "v_proj", "up_proj")},
@@ -87,6 +87,7 @@ class Engine(fastgen.Engine):
 
 
 def engine(params: Params = PARAMS, adapters: dict[str, Adapter] = ADAPTERS, **settings: Any) -> Engine:
+    """Returns an engine with capacity for three adapters."""
     e = Engine(
         params,
         SPEC,
@@ -102,12 +103,12 @@ def load(seed: int, count: int = 16) -> list[tuple[list[int], dict[str, Any], st
     """Returns requests that share prefixes under different adapters, greedy and sampled."""
     r = random.Random(seed)
     stems = [[r.randrange(61) for _ in range(n)] for n in (1, 9, 21)]
-    found = []
+    requests = []
     for i in range(count):
         prompt = [*r.choice(stems), *(r.randrange(61) for _ in range(r.choice((0, 1, 7))))]
         how = {"temperature": r.choice((0, 0.8)), "seed": i, "max_tokens": r.randrange(1, 14), "logprobs": 0}
-        found.append((prompt, how | ({"prompt_logprobs": 0} if r.random() < 0.2 else {}), r.choice(NAMES)))
-    return found
+        requests.append((prompt, how | ({"prompt_logprobs": 0} if r.random() < 0.2 else {}), r.choice(NAMES)))
+    return requests
 
 
 MERGED: dict[str | None, fastgen.Engine] = {}
@@ -124,6 +125,7 @@ def merged(prompt: Sequence[int], how: dict[str, Any], name: str | None) -> Outp
 
 
 def same(got: Output, want: Output) -> None:
+    """Asserts that tokens are equal and logprobs nearly."""
     for a, b in zip(got.completions, want.completions, strict=True):
         assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
@@ -131,6 +133,7 @@ def same(got: Output, want: Output) -> None:
 
 
 def run(e: fastgen.Engine, work: Iterable[tuple[list[int], dict[str, Any], str | None]]) -> list[Output]:
+    """Generates the outputs of (prompt, settings, adapter name) requests."""
     work = list(work)
     ids = [e.add(prompt, SamplingParams(**how, adapter=name)) for prompt, how, name in work]
     done: dict[int, Output] = {}
@@ -174,6 +177,7 @@ def test_forward_of_several(name: str) -> None:
 
 
 def test_merge_shares_what_it_does_not_change() -> None:
+    """merge() changes only matrices with an update, and leaves the given parameters as they are."""
     got = lora.merge(PARAMS, SPEC, ADAPTERS["some"])
     assert got.embed is PARAMS.embed and got.layers[0].down is PARAMS.layers[0].down
     d, (q, _, v) = SPEC.hidden_size, got.layers[1].qkv.split((32, 16, 16))
@@ -213,7 +217,7 @@ def test_kernel(tokens: int, depth: int, rows: tuple[int, ...], r: int, count: i
 
 
 def test_kernel_rows_do_not_depend_on_their_company(device: str) -> None:
-    """A row is the same alone, among others and in any place: bitwise on a GPU, where a place does not change sums."""
+    """A row is the same alone, among others and at any index: bitwise on a GPU, where an index does not change sums."""
     pytest.importorskip("triton")
     from fastgen.kernels import lora
 
@@ -278,7 +282,7 @@ def compiled() -> None:
 @pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="test_graphs compares on GPUs")
 @pytest.mark.parametrize("what", ["compiled()", "train('inductor')"])
 def test_compiled(what: str) -> None:
-    """In a process of its own: types that are checked at run time cannot be traced."""
+    """Runs `compiled` in a process of its own: types that are checked at run time cannot be traced."""
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}; import torch; torch.set_num_threads(1); import test_lora; "
         f"test_lora.{what}; print('done')"
@@ -301,9 +305,9 @@ def test_off_is_as_before() -> None:
 
 
 def test_any_operations() -> None:
-    """Adapters added, changed in place, copied over and removed while requests of all kinds come, fork and end.
+    """Adapters added, changed in place, copied over and removed while requests of all kinds arrive, fork and end.
 
-    A request that was admitted after the last change gets exactly what the parameters of now give; pages are checked
+    A request that was admitted after the last change gets exactly what the current parameters give; pages are checked
     after every step.
     """
     r, e = random.Random(0), engine(adapters={}, cache_tokens=160, max_adapters=2, max_num_seqs=6)
@@ -351,6 +355,7 @@ def test_any_operations() -> None:
 
 
 def test_a_change_forgets_its_own_pages_only() -> None:
+    """An update of an adapter drops the cached pages of that adapter alone."""
     how: dict[str, Any] = {"temperature": 0, "max_tokens": 1}
     e, prompt = engine(cache_tokens=1024), [*range(20)]
 
@@ -458,7 +463,7 @@ def test_refused() -> None:
 def test_gradients() -> None:
     """Gradients through stacked adapters equal those through merged parameters, in every tensor of the tree."""
     context, tree = [3, 1, 4, 1, 5, 9, 2, 6], adapter(SPEC, "all", 7)
-    found = []
+    grads = []
     for way in ("stack", "merge"):
         mine = tree_map_only(Tensor, lambda x: x.clone().requires_grad_(), tree)
         if way == "stack":
@@ -466,14 +471,15 @@ def test_gradients() -> None:
         else:
             out = logits(lora.merge(PARAMS, SPEC, mine), SPEC, context)
         out.log_softmax(-1)[:-1].gather(1, torch.tensor(context[1:])[:, None]).sum().backward()
-        found.append([x.grad for x in lora.parameters(mine)])
-    assert len(found[0]) == 2 * 7 * SPEC.num_layers
-    for a, b in zip(*found, strict=True):
+        grads.append([x.grad for x in lora.parameters(mine)])
+    assert len(grads[0]) == 2 * 7 * SPEC.num_layers
+    for a, b in zip(*grads, strict=True):
         assert a is not None and a.abs().max() > 1e-6
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_training_in_place() -> None:
+    """Runs `train` on an engine's adapter."""
     train("eager")
 
 
@@ -519,6 +525,7 @@ def equal(a: Adapter, b: Adapter) -> None:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_save_and_load(name: str, tmp_path: Path) -> None:
+    """A saved adapter loads bit for bit."""
     lora.save(tmp_path, SPEC, ADAPTERS[name], base_model="mine")
     equal(lora.load(tmp_path, SPEC), ADAPTERS[name])
     names = load_file(tmp_path / "adapter_model.safetensors")
@@ -550,6 +557,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("option", REFUSED)
 def test_load_refuses_by_name(option: str, tmp_path: Path) -> None:
+    """Options that are not supported are errors by their name."""
     lora.save(tmp_path, SPEC, ADAPTERS["all"])
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: REFUSED[option]}))

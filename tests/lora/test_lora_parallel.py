@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def double(x: Adapter) -> Adapter:
+    """Returns an adapter with every b doubled."""
     return tree_map_only(Tensor, lambda t: 2 * t, x)
 
 
@@ -90,8 +91,8 @@ def test_changes_are_summed_with_what_they_change(
     def one(rank: Rank) -> tuple[Tensor, list[int]]:
         local, read = shard_config(SPEC, 2), ThreadBuffers(rank, SPEC.hidden_size, few, many)
         over, mine = shard_ops(ops, rank, SPEC, read), lora.stack(adapters, SPEC, rank.shard)
-        found = final(shard_params(PARAMS, SPEC, rank.shard), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
-        return found, [read.num_read, read.num_pushed]
+        hidden = final(shard_params(PARAMS, SPEC, rank.shard), local, over, mine, SPEC.num_kv_heads // 2, SPEC.head_dim)
+        return hidden, [read.num_read, read.num_pushed]
 
     for got, done in together(2, one):
         torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=0)
@@ -113,14 +114,14 @@ def test_shares() -> None:
 
 
 def calls(e: fastgen.Engine) -> list[Output]:
-    """Whatever may be done with adapters, and requests between."""
+    """Makes all calls about adapters, with requests between them; returns the outputs."""
     for name, x in ADAPTERS.items():
         e.add_adapter(name, x)
-    found = run(e, load(1))
+    outputs = run(e, load(1))
     with pytest.raises(ValueError, match="raise lora.max_adapters"):
         e.add_adapter("more", ADAPTERS["all"])
     e.update_adapter("some", double(ADAPTERS["some"]))
-    found += run(e, load(2))
+    outputs += run(e, load(2))
     id = e.add([1, 2, 3], SamplingParams(adapter="wide", max_tokens=9))
     with pytest.raises(ValueError, match="used by"):
         e.remove_adapter("wide")
@@ -131,9 +132,9 @@ def calls(e: fastgen.Engine) -> list[Output]:
     e.abort(id)
     e.remove_adapter("wide")
     e.add_adapter("wide", ADAPTERS["all"], scale=0.5)
-    found += run(e, load(3))
+    outputs += run(e, load(3))
     assert e.cache_stats.num_hit_tokens
-    return found
+    return outputs
 
 
 def weights(group: TPGroup) -> fastgen.Params:
@@ -147,7 +148,7 @@ def wanted() -> list[Output]:
 
 
 def test_outputs(wanted: list[Output]) -> None:
-    """Of ranks that all make the calls, as a trainer's processes do."""
+    """Ranks that all make the calls, as a trainer's processes do, generate one device's outputs."""
 
     def one(rank: Rank) -> list[Output]:
         with fastgen.Engine(weights(rank), SPEC, tp_group=rank, **SETTINGS) as e:
@@ -159,7 +160,7 @@ def test_outputs(wanted: list[Output]) -> None:
 
 
 def test_changed_in_place() -> None:
-    """Every rank's views by itself; a value that is not finite on one is an error on all."""
+    """Every rank changes its own views; a value that is not finite on one rank is an error on all."""
     with fastgen.Engine(PARAMS, SPEC, **SETTINGS) as e:
         e.add_adapter("all", double(ADAPTERS["all"]))
         wanted = run(e, [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, "all")])
@@ -170,19 +171,19 @@ def test_changed_in_place() -> None:
             for x in lora.parameters(views):
                 x.mul_(2)
             e.update_adapter("all")
-            found = run(e, [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, "all")])
+            outputs = run(e, [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, "all")])
             if rank.shard.rank:
                 lora.parameters(views)[0].fill_(float("inf"))
             with pytest.raises(ValueError, match="NaN or infinite"):
                 e.update_adapter("all")
-            return found
+            return outputs
 
     for (got,) in together(2, one):
         same(got, wanted[0])
 
 
 def test_processes(wanted: list[Output], tmp_path: Path) -> None:
-    """Those that an engine starts: what is called on it, they do as well; folders are loaded with the model."""
+    """The ranks that an engine starts make its calls, too; folders are loaded with the model."""
     with fastgen.Engine(PARAMS, SPEC, tensor_parallel=2, **SETTINGS) as e:
         for got, want in zip(calls(e), wanted, strict=True):
             same(got, want)
@@ -199,12 +200,12 @@ def test_processes(wanted: list[Output], tmp_path: Path) -> None:
     lora.save(tmp_path / "wide", SPEC, ADAPTERS["wide"])
     settings = {k: v for k, v in SETTINGS.items() if k not in ("max_adapters", "max_rank")} | {"device": "cpu"}
     work = [([1, 2, 3], {"max_tokens": 9, "temperature": 0}, name) for name in ("wide", None)]
-    found = []
+    outputs = []
     for size in (1, 2):
         with fastgen.Engine.from_pretrained(
             tmp_path / "model", adapters={"wide": tmp_path / "wide"}, tensor_parallel=size, **settings
         ) as e:
-            found.append(run(e, work))
-    for got, want in zip(*found, strict=True):
+            outputs.append(run(e, work))
+    for got, want in zip(*outputs, strict=True):
         same(got, want)
-    assert found[0][0].completions[0].token_ids != found[0][1].completions[0].token_ids
+    assert outputs[0][0].completions[0].token_ids != outputs[0][1].completions[0].token_ids
