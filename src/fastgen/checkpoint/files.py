@@ -126,31 +126,21 @@ class Checkpoint:
                     if self.files[name] == file:
                         yield name, f.get_slice(name) if as_slices else f.get_tensor(name)
 
-    @contextmanager
-    def open_slice(self, name: str) -> Iterator[Any]:
-        """Opens the slice of one tensor."""
-        with open_safetensors(self.files[name]) as f:
-            yield f.get_slice(name)
-
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], Checkpoint]:
-    """Returns the Hugging Face config of a resolved model, and its weight files."""
+    """Returns the Hugging Face config of a resolved model, and the weight files that transformers would load.
+
+    `path` is a folder, its config.json, an index, a `.safetensors` or a `.gguf` file. In a folder the weight files are,
+    in this order: the file that config.json names as `transformers_weights`; model.safetensors; the shards of its
+    index. A folder with none of them, which transformers rejects, may have files under other names, as long as no two
+    hold the same tensor. Raises ValueError if there are none, or damaged ones.
+    """
     if path.suffix == ".gguf":
         from fastgen.checkpoint import gguf  # the reader takes a while to import
 
         return gguf.read(path)
     hf_config = read_hf_config(path)
-    return hf_config, open_checkpoint(path, hf_config)
-
-
-def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """Finds the files that transformers would load and reads their headers. Raises ValueError for none or damaged ones.
-
-    `path` is a folder, its config.json, an index or a `.safetensors` file. In a folder these are, in this order: the
-    file that config.json names as `transformers_weights`; model.safetensors; the shards of its index. A folder with
-    none of them, which transformers rejects, may have files under other names, as long as no two hold the same tensor.
-    """
-    files, unique = _find_weight_files(path, config)
+    files, unique = _find_weight_files(path, hf_config)
     shapes: dict[str, tuple[int, ...]] = {}
     file_of: dict[str, Path] = {}
     for file in files:
@@ -161,7 +151,7 @@ def open_checkpoint(path: Path, config: Mapping[str, Any]) -> Checkpoint:
             raise ValueError(f"{file.parent}: {problem}, and {advice}")
         shapes |= new
         file_of |= dict.fromkeys(new, file)
-    return Checkpoint(shapes, file_of)
+    return hf_config, Checkpoint(shapes, file_of)
 
 
 def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], bool]:

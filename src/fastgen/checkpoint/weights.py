@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
-from fastgen.checkpoint.files import Checkpoint, first_names, read_checkpoint, read_model_config
+from fastgen.checkpoint.files import Checkpoint, first_names, open_safetensors, read_checkpoint, read_model_config
 from fastgen.checkpoint.hub import resolve
 from fastgen.checkpoint.model_families import to_hf_config
 from fastgen.checkpoint.tensor_memory import TensorMemory, bytes_needed
@@ -379,14 +379,11 @@ def copy_params(params: Params, source: Params) -> None:
 
 
 def _untie_if_heads_differ(model_config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Returns the config with an untied head if the checkpoint has a head that differs from the embedding.
-
-    transformers loads such a checkpoint the same way.
-    """
-    shapes = checkpoint.shapes
-    if model_config.tie_word_embeddings and {EMBED_NAME, LM_HEAD_NAME} <= shapes.keys():
-        with checkpoint.open_slice(EMBED_NAME) as embed, checkpoint.open_slice(LM_HEAD_NAME) as head:
-            if shapes[EMBED_NAME] != shapes[LM_HEAD_NAME] or not _equal(embed, head):
+    """Returns the config, untied as in transformers if the checkpoint's head differs from the embedding."""
+    files = checkpoint.files
+    if model_config.tie_word_embeddings and {EMBED_NAME, LM_HEAD_NAME} <= files.keys():
+        with open_safetensors(files[EMBED_NAME]) as f, open_safetensors(files[LM_HEAD_NAME]) as g:
+            if not _equal(f.get_slice(EMBED_NAME), g.get_slice(LM_HEAD_NAME)):
                 return replace(model_config, tie_word_embeddings=False)
     return model_config
 
@@ -394,12 +391,11 @@ def _untie_if_heads_differ(model_config: ModelConfig, checkpoint: Checkpoint) ->
 def _read_with_progress(checkpoint: Checkpoint, tp_shard: TPShard, bar: tqdm) -> Iterator[tuple[str, Any]]:
     """Yields (name, tensor or safetensors slice) of a checkpoint, while a bar shows the bytes that a rank has read."""
     total, num_read = sum(map(prod, checkpoint.shapes.values())) or 1, 0
-    num_bytes = checkpoint.num_bytes // tp_shard.size
-    bar.reset(total=num_bytes)
+    bar.reset(total=checkpoint.num_bytes // tp_shard.size)
     for name, tensor in checkpoint.iter_tensors(as_slices=tp_shard != UNSHARDED):
         yield name, tensor
         num_read += prod(checkpoint.shapes[name])
-        bar.update(num_bytes * num_read // total - bar.n)
+        bar.update(bar.total * num_read // total - bar.n)
 
 
 def load(

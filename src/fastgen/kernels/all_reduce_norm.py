@@ -85,6 +85,6 @@ def all_reduce_add_norm(
     _all_reduce_add_norm_kernel[(min(rows, MAX_PROGRAMS),)](
         own_partial, partial_ptrs, flag_ptrs, x, norm, residual, out, rows, eps, RANK=rank,
         WORLD_SIZE=len(partial_ptrs), MAX_PROGRAMS=MAX_PROGRAMS, D=width, B=triton.next_power_of_2(width), num_warps=8,
-        **pdl.pdl_launch_options(x),
+        **pdl.launch_options(x),
     )  # fmt: skip
     return residual, out

@@ -436,7 +436,7 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
     if shared is not None:
         min_keys = SHARED_PREFIX_TILE["MIN_TILES"] * SHARED_PREFIX_TILE["N"]
         prefix_splits = num_splits(len(shared.num_shared_tokens), min_keys, 16, waves=2)
-    launch_options = pdl.pdl_launch_options(batch.token_ids)
+    launch_options = pdl.launch_options(batch.token_ids)
     query_blocks, num_splits_done = list[Tensor](), list[Tensor]()  # computed by the first layer, for all layers
 
     def attend(q: Tensor | UnrotatedQKV, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:

@@ -112,11 +112,11 @@ def apply_lora(
     tile = {"M": 16 if tokens <= 512 or padded_rank > 64 else 64, "B": padded_rank, "num_warps": 4}
     options = {"NUM_SLICES": num_slices, "R": r, "EXACT": exact, **tile}
     row_tiles = triton.cdiv(tokens, tile["M"])
+    tile_k = {"K": k, "SPLIT_K_SIZE": SPLIT_K_SIZE}
     _lora_shrink_kernel[(row_tiles, num_slices, splits)](
-        x, a, adapter_idx, inner, tokens, in_features, K=k, SPLIT_K_SIZE=SPLIT_K_SIZE, **options
+        x, a, adapter_idx, inner, tokens, in_features, **tile_k, **options
     )
-    _lora_expand_kernel[(row_tiles, triton.cdiv(max(slice_widths), n), num_slices)](
-        y, inner, b, scale, adapter_idx, tokens, out_features, splits, slice_widths[0], sum(slice_widths[:2]), N=n,
-        **options,
-    )  # fmt: skip
+    sizes = tokens, out_features, splits, slice_widths[0], sum(slice_widths[:2])
+    grid = row_tiles, triton.cdiv(max(slice_widths), n), num_slices
+    _lora_expand_kernel[grid](y, inner, b, scale, adapter_idx, *sizes, N=n, **options)
     return y

@@ -37,10 +37,9 @@ def copy_pages(
     from one page to the next. No page may be both read and written.
     """
     num_pairs = page_pairs.shape[1]
-    _copy_pages_kernel[(num_pairs, len(source_ptrs), triton.cdiv(num_words, WORDS_PER_PROGRAM))](
-        source_ptrs, target_ptrs, page_pairs, num_pairs, num_words, source_stride, target_stride, B=WORDS_PER_PROGRAM,
-        num_warps=8,
-    )  # fmt: skip
+    sizes, block = (num_pairs, num_words, source_stride, target_stride), WORDS_PER_PROGRAM
+    grid = num_pairs, len(source_ptrs), triton.cdiv(num_words, block)
+    _copy_pages_kernel[grid](source_ptrs, target_ptrs, page_pairs, *sizes, B=block, num_warps=8)
 
 
 @triton.jit(do_not_specialize=["n", "m"], do_not_specialize_on_alignment=["first", "second", "target"])

@@ -13,7 +13,7 @@ SMALL_BATCH = 16  # steps of up to this many tokens run the kernels of `small_ba
 USE_PDL = True
 
 
-def pdl_launch_options(x: Tensor) -> dict[str, bool]:
+def launch_options(x: Tensor) -> dict[str, bool]:
     """Returns the launch options of a kernel with a constexpr PDL, for an input x with one row per token."""
     cuda = x.device.type == "cuda"
     if USE_PDL and cuda and len(x) <= SMALL_BATCH and torch.cuda.get_device_capability(x.device) >= (9, 0):

@@ -67,7 +67,7 @@ def rope_and_cache_kv(
     _rope_and_cache_kv_kernel[(tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, k_cache, v_cache, out,
         Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), HEADS=HEADS_PER_PROGRAM, num_warps=4,
-        **pdl.pdl_launch_options(qkv),
+        **pdl.launch_options(qkv),
         enable_fp_fusion=False,  # each multiplication and addition is rounded, as in torch
     )  # fmt: skip
     return out

@@ -93,7 +93,7 @@ def linear(
     _linear_kernel[(triton.cdiv(out_features, tile["N"]),)](
         x.contiguous(), w, x if bias is None else bias, out, rows, out_features, in_features,
         T=8 if rows <= 8 else SMALL_BATCH, BIAS=bias is not None, EVEN=in_features % tile["K"] == 0,
-        EXACT=x.dtype == torch.float32, **pdl.pdl_launch_options(x), **tile,
+        EXACT=x.dtype == torch.float32, **pdl.launch_options(x), **tile,
     )  # fmt: skip
     return out
 
@@ -122,18 +122,16 @@ def add_norm(
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
     """Returns x + y and its RMS norm."""
     (rows, width), residual, out = x.shape, torch.empty_like(x), torch.empty_like(x)
-    _add_norm_kernel[(rows,)](
-        x, y, norm, residual, out, eps, D=width, B=triton.next_power_of_2(width), ADD=True, num_warps=8,
-        **pdl.pdl_launch_options(x),
-    )  # fmt: skip
+    shape = {"D": width, "B": triton.next_power_of_2(width)}
+    _add_norm_kernel[(rows,)](x, y, norm, residual, out, eps, **shape, ADD=True, num_warps=8, **pdl.launch_options(x))
     return residual, out
 
 
 def rms_norm(x: Float[Tensor, "T D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "T D"]:
     """Returns the RMS norm of each row; for heads, where D is a few hundred."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    size = triton.next_power_of_2(x.shape[1])
-    _add_norm_kernel[(len(x),)](x, x, weight, x, out, eps, D=x.shape[1], B=size, ADD=False, num_warps=1, PDL=False)
+    shape = {"D": x.shape[1], "B": triton.next_power_of_2(x.shape[1])}
+    _add_norm_kernel[(len(x),)](x, x, weight, x, out, eps, **shape, ADD=False, num_warps=1, PDL=False)
     return out
 
 
@@ -153,5 +151,5 @@ def swiglu(x: Float[Tensor, "T F2"]) -> Float[Tensor, "T F"]:
     """Returns silu(gate) * up, where gate and up are the halves of x."""
     rows, width = len(x), x.shape[1] // 2
     out = x.new_empty(rows, width)
-    _swiglu_kernel[(rows, triton.cdiv(width, 1024))](x, out, width, B=1024, num_warps=4, **pdl.pdl_launch_options(x))
+    _swiglu_kernel[(rows, triton.cdiv(width, 1024))](x, out, width, B=1024, num_warps=4, **pdl.launch_options(x))
     return out

@@ -132,13 +132,13 @@ class HostOffload(PageCopier):
             return []
         compute_stream = torch.cuda.current_stream(self.device)
         self._wait_for_prefetch()
-        gathered = self._copy_to_host(copies.to_host, compute_stream) if copies.to_host else []
+        gathered = self._copy_to_host(copies.to_host) if copies.to_host else []
         if copies.on_device:
             if gathered:
                 compute_stream.wait_event(gathered[-1])  # the last chunk is gathered last
             pairs, stride = self._page_index_tensor(list(zip(*copies.on_device, strict=True))), self._words_per_page
             self._launch_copy(self._tensor_ptrs, self._tensor_ptrs, pairs, stride, stride)
-        arrived = self._copy_to_device(copies.to_device, compute_stream, gathered) if copies.to_device else []
+        arrived = self._copy_to_device(copies.to_device, gathered) if copies.to_device else []
         if arrived and not copies.prefetch:
             return arrived
         if arrived:
@@ -192,11 +192,11 @@ class HostOffload(PageCopier):
         self._ring_in_use = in_use
         return first
 
-    def _copy_to_host(self, to_host: PagePairs, compute_stream: torch.cuda.Stream) -> list[torch.cuda.Event]:
+    def _copy_to_host(self, to_host: PagePairs) -> list[torch.cuda.Event]:
         """Starts copies of (page, host page) pairs. Returns an event per layer chunk: after it, pages may change."""
         pages, host_pages = zip(*sorted(to_host, key=lambda pair: pair[1]), strict=True)
         gathered_events = []
-        self._gather_stream.wait_stream(compute_stream)
+        self._gather_stream.wait_stream(torch.cuda.current_stream(self.device))
         self._wait_for_host_pages(self._to_host_stream, host_pages)
         with torch.cuda.stream(self._gather_stream):
             index = self._page_index_tensor((pages, range(len(pages))))
@@ -218,13 +218,12 @@ class HostOffload(PageCopier):
         self._host_page_events |= dict.fromkeys(host_pages, self._to_host_stream.record_event())
         return gathered_events
 
-    def _copy_to_device(
-        self, to_device: PagePairs, compute_stream: torch.cuda.Stream, gathered_events: list[torch.cuda.Event]
-    ) -> list[torch.cuda.Event]:
+    def _copy_to_device(self, to_device: PagePairs, gathered_events: list[torch.cuda.Event]) -> list[torch.cuda.Event]:
         """Starts copies of (host page, page) pairs. Returns an event per layer chunk: after it, pages are valid."""
         host_pages, pages = zip(*sorted(to_device), strict=True)
         arrived_events = []
-        self._to_device_stream.wait_stream(compute_stream)  # until now, other sequences may have used the pages
+        # Until now, other sequences may have used the pages.
+        self._to_device_stream.wait_stream(torch.cuda.current_stream(self.device))
         self._wait_for_host_pages(self._to_device_stream, host_pages)
         with torch.cuda.stream(self._to_device_stream):
             index = self._page_index_tensor((range(len(pages)), pages))
