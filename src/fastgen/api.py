@@ -20,12 +20,12 @@ from fastgen.core.types import (
     SamplerOutput,
     SamplingTensors,
     SharedPrefix,
-    StackedAdapters,
     TopKTopP,
 )
 from fastgen.distributed.data_parallel import Replicas
 from fastgen.engine import Engine
 from fastgen.lora import Adapter
+from fastgen.lora.stacked import StackedAdapters
 from fastgen.snapshot import Snapshot
 from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score
 from fastgen.training.shared_params import adopt

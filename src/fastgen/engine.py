@@ -309,7 +309,16 @@ class Engine(GenerateMethods):
         begin with the tokens so far. `index` chooses one of several completions. Raises ValueError if that has ended,
         or if there are not n `seeds`.
         """
-        return self.core.fork(request_id, n, index=index, seeds=seeds)
+        check_int("fork: n", n, 1, 4096)
+        check_int("fork: index", index, 0, 4095)
+        if seeds is not None and not isinstance(seeds, Sequence):
+            raise ValueError(f"fork: seeds must be a list, got {seeds!r:.100}")
+        if seeds is not None and len(seeds) != n:
+            raise ValueError(f"fork of request {request_id}: n={n} copies and {len(seeds)} seeds")
+        for seed in seeds or ():
+            check_int("fork: a seed", seed, *INT64_RANGE)
+        new_seeds = [self.core.new_seed() for _ in range(n)] if seeds is None else list(seeds)
+        return self.core.fork(request_id, index, new_seeds)
 
     @exclusive()
     @torch.no_grad()

@@ -28,11 +28,11 @@ from fastgen.cli.bench import benchmark
 from fastgen.config import LoraConfig
 from fastgen.core import scheduler
 from fastgen.core.attention import reference
-from fastgen.core.layers import apply_lora
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.scheduler import Span
 from fastgen.core.types import Params
 from fastgen.lora.adapter import LayerLora
+from fastgen.lora.stacked import apply_lora
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 8},

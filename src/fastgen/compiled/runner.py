@@ -25,8 +25,8 @@ from fastgen.core.request import SequenceState
 from fastgen.core.runner import EagerRunner, StepInputs, StepShape, sampled_states
 from fastgen.core.scheduler import Plan
 from fastgen.core.step import StepOutput, fill_pending_tokens, forward_and_sample
-from fastgen.core.transformer import TORCH_OPS, lm_head_weight
-from fastgen.core.types import KVCache, Params, SamplerOutput, SamplingTensors, StackedAdapters
+from fastgen.core.transformer import TORCH_OPS, LoraAdapters, lm_head_weight
+from fastgen.core.types import KVCache, Params, SamplerOutput, SamplingTensors
 from fastgen.distributed import tensor_parallel
 from fastgen.distributed.peer_memory import PeerBuffers
 from fastgen.distributed.tensor_parallel import TPGroup, TPProcessGroup, shard_ops
@@ -38,7 +38,7 @@ class ModelRunner(EagerRunner):
 
     def __init__(
         self, params: Params, model_config: ModelConfig, config: EngineConfig,
-        tp_group: TPGroup | None = None, adapters: StackedAdapters | None = None,
+        tp_group: TPGroup | None = None, adapters: LoraAdapters | None = None,
     ) -> None:  # fmt: skip
         shard = model_config if tp_group is None else shard_config(model_config, tp_group.shard.size)
         largest = largest_shape(config.schedule)

@@ -44,19 +44,11 @@ class EngineCore:
     """
 
     def __init__(
-        self,
-        runner: EagerRunner,
-        config: EngineConfig,
-        page_copier: PageCopier,
-        *,
-        model_config: ModelConfig | None = None,
-        text: TextProcessor | None = None,
-        ranks: Ranks | None = None,
-        adapters: Adapters | None = None,
-        grammars: Grammars | None = None,
-        profiler: Profiler | None = None,
-        version_tensors: Sequence[Tensor] | None = None,
-    ) -> None:
+        self, runner: EagerRunner, config: EngineConfig, page_copier: PageCopier, *,
+        model_config: ModelConfig | None = None, version_tensors: Sequence[Tensor] | None = None,
+        text: TextProcessor | None = None, ranks: Ranks | None = None, adapters: Adapters | None = None,
+        grammars: Grammars | None = None, profiler: Profiler | None = None,
+    ) -> None:  # fmt: skip
         self.runner, self.config, self.page_copier = runner, config, page_copier
         self.model_config, self.policy = model_config or runner.model_config, POLICIES[config.schedule.policy]
         self.text, self.ranks, self.adapters = text or TextProcessor(), ranks or Ranks(), adapters or Adapters()
@@ -97,24 +89,16 @@ class EngineCore:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def add(
-        self,
-        prompt: Any,
-        sampling: SamplingParams,
-        *,
-        stream_text: bool = True,
+        self, prompt: Any, sampling: SamplingParams, *, stream_text: bool = True,
         matchers: Sequence[Matcher | None] | None = None,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Queues a request and returns its id; see `Engine.add`."""
         return self.submit([self.prepare(prompt, sampling, stream_text=stream_text, matchers=matchers)])[0]
 
     def prepare(
-        self,
-        prompt: Any,
-        sampling: SamplingParams,
-        *,
-        stream_text: bool = True,
+        self, prompt: Any, sampling: SamplingParams, *, stream_text: bool = True,
         matchers: Sequence[Matcher | None] | None = None,
-    ) -> list[SequenceState]:
+    ) -> list[SequenceState]:  # fmt: skip
         """Returns a request's completions, not yet queued. Raises ValueError for what can never run.
 
         `matchers` are what `grammars.compile` returned for these settings.
@@ -123,7 +107,7 @@ class EngineCore:
             raise ValueError(f"sampling must be SamplingParams, got {sampling!r:.100}")
         prompt_ids = self.text.encode(prompt)
         limit = self.max_length(prompt_ids, sampling)
-        seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
+        seed = self.new_seed() if sampling.seed is None else sampling.seed
         output = Output(-1, prompt_ids, [Completion() for _ in range(sampling.n)])
         if sampling.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
@@ -179,21 +163,13 @@ class EngineCore:
         namespace = make_namespace(s.adapter_idx, s.params.cache_salt)
         return scheduler.Sequence(id, len(s.token_ids), s.max_length, s.needs_prompt_logprobs, namespace=namespace)
 
-    def fork(self, request_id: int, n: int = 1, *, index: int = 0, seeds: Sequence[int] | None = None) -> list[int]:
-        """Continues a completion in `n` further requests from its last token; see `Engine.fork`."""
-        check_int("fork: n", n, 1, 4096)
-        check_int("fork: index", index, 0, 4095)
-        if seeds is not None and not isinstance(seeds, Sequence):
-            raise ValueError(f"fork: seeds must be a list, got {seeds!r:.100}")
-        if seeds is not None and len(seeds) != n:
-            raise ValueError(f"fork of request {request_id}: n={n} copies and {len(seeds)} seeds")
-        for seed in seeds or ():
-            check_int("fork: a seed", seed, *INT64_RANGE)
-        seeds = [self._seeds.getrandbits(63) for _ in range(n)] if seeds is None else list(seeds)
-        return self._fork(request_id, index, seeds)
+    def new_seed(self) -> int:
+        """Returns a random seed for a request that has none."""
+        return self._seeds.getrandbits(63)
 
     @on_all_ranks(checks_input=True)
-    def _fork(self, request_id: int, index: int, seeds: Sequence[int]) -> list[int]:
+    def fork(self, request_id: int, index: int, seeds: Sequence[int]) -> list[int]:
+        """Continues a completion from its last token in a further request for each seed; see `Engine.fork`."""
         running = self.unfinished_sequences(request_id)
         if index not in running:
             raise ValueError(f"fork of request {request_id}: completion {index} has ended; {[*running]} go on")
@@ -216,8 +192,7 @@ class EngineCore:
 
     def has_events_for(self, request_ids: Collection[int]) -> bool:
         """Returns whether there are, or will be, events of any of these requests."""
-        running = (s.output.request_id for s in self.sequence_states.values())
-        return any(id in request_ids for id in itertools.chain(running, (e.request_id for e in self.events)))
+        return not (self.running_request_ids | {e.request_id for e in self.events}).isdisjoint(request_ids)
 
     @property
     def running_request_ids(self) -> set[int]:
@@ -236,16 +211,12 @@ class EngineCore:
         """Returns the present load, and totals since the start."""
         state, prefix_cache = self.state, self.state.prefix_cache
         num_pages = prefix_cache.num_device_pages - 1
+        held, counts = num_pages - prefix_cache.num_available_pages(), prefix_cache.stats
         return {
-            "running": len(state.running),
-            "waiting": len(state.waiting),
-            "pages": num_pages,
-            "held_pages": num_pages - prefix_cache.num_available_pages(),
-            "prefix_queries": prefix_cache.stats.num_queried_tokens,
-            "prefix_hits": prefix_cache.stats.num_hit_tokens,
-            "preemptions": prefix_cache.stats.num_preemptions,
-            "steps": self.num_steps,
-        }
+            "running": len(state.running), "waiting": len(state.waiting), "pages": num_pages, "held_pages": held,
+            "prefix_queries": counts.num_queried_tokens, "prefix_hits": counts.num_hit_tokens,
+            "preemptions": counts.num_preemptions, "steps": self.num_steps,
+        }  # fmt: skip
 
     def drain_events(self) -> list[Event]:
         """Aborts abandoned requests. Returns the events that no call has returned yet."""

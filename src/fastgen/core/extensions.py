@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from threading import Event
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -46,14 +46,8 @@ class Ranks:
         """Raises RuntimeError, at the latest in the next step, if ranks planned or sampled different things."""
 
 
-class RankMethod(NamedTuple):
-    """A method that workers may be asked to call."""
-
-    function: Callable[..., Any]
-    checks_input: bool  # whether it raises ValueError on every rank alike, before it changes anything
-
-
-RANK_METHODS: dict[str, RankMethod] = {}  # by qualified name, such as "EngineCore._abort"
+# The methods that workers may be asked to call, and their `checks_input`, by qualified name: "EngineCore._abort".
+RANK_METHODS: dict[str, tuple[Callable[..., Any], bool]] = {}
 
 
 def on_all_ranks(*, checks_input: bool = False) -> Callable[[F], F]:
@@ -65,7 +59,7 @@ def on_all_ranks(*, checks_input: bool = False) -> Callable[[F], F]:
 
     def decorate(method: Any) -> Any:
         name = method.__qualname__
-        RANK_METHODS[name] = RankMethod(method, checks_input)
+        RANK_METHODS[name] = method, checks_input
 
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,13 +10,9 @@ from fastgen.core.types import KVCache
 
 
 def new_kv_cache(
-    model_config: ModelConfig,
-    num_slots: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    allocate: Callable[[tuple[int, int, int]], Tensor] | None = None,
-) -> KVCache:
+    model_config: ModelConfig, num_slots: int, *, device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None, allocate: Callable[[tuple[int, int, int]], Tensor] | None = None,
+) -> KVCache:  # fmt: skip
     """Returns a cache of `num_slots` tokens. Page p is slots [p * page_size, (p + 1) * page_size).
 
     `allocate` makes each tensor from its shape; by default it is zeros of `dtype` on `device`.

@@ -22,23 +22,6 @@ def swiglu(x: Float[Tensor, "... F2"]) -> Float[Tensor, "... F"]:
     return F.silu(gate) * up
 
 
-def apply_lora(
-    y: Float[Tensor, "T N"], x: Float[Tensor, "T D"], a: Float[Tensor, "A pr D"], b: Float[Tensor, "A N r"],
-    scale: Float[Tensor, " A"], adapter_idx: Int[Tensor, " T"], output_sizes: tuple[int, ...],
-) -> Float[Tensor, "T N"]:  # fmt: skip
-    """Returns y + scale * b (a x), with a, b and scale of each row's adapter; rows of adapter 0 stay as they are.
-
-    `output_sizes` splits the N outputs into those of the p matrices that were packed into one; each has r rows of a.
-    """
-    for i in adapter_idx.unique().tolist():
-        if i:
-            rows = (adapter_idx == i).nonzero().squeeze(1)
-            inner = F.linear(x[rows], a[i]).chunk(len(output_sizes), -1)
-            deltas = [F.linear(h, w) for h, w in zip(inner, b[i].split(output_sizes), strict=True)]
-            y = y.index_add(0, rows, (scale[i] * torch.cat(deltas, -1)).to(y.dtype))
-    return y
-
-
 def rope_inv_freq(rope: RopeConfig, head_dim: int, device: torch.device) -> Float[Tensor, " half"]:
     """Returns the rotation per position of each pair of dimensions, fp32, radians.
 

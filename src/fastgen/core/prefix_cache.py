@@ -111,14 +111,9 @@ class PrefixCache:
     """Radix tree of cached pages, with the pools of free pages. The functions of `scheduler` change it in place."""
 
     def __init__(
-        self,
-        page_size: int,
-        num_device_pages: int,
-        num_host_pages: int = 0,
-        *,
-        enable_prefix_caching: bool = True,
+        self, page_size: int, num_device_pages: int, num_host_pages: int = 0, *, enable_prefix_caching: bool = True,
         offload_preempted_only: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Makes an empty tree. `num_device_pages` counts the scratch page.
 
         Without `enable_prefix_caching`, idle pages leave the device at once. With `offload_preempted_only`, only pages

@@ -121,16 +121,9 @@ class SequenceState:
     """One completion in flight: tokens, text, and stop rules. `max_length` counts prompt and output tokens."""
 
     def __init__(
-        self,
-        output: Output,
-        index: int,
-        params: SamplingParams,
-        seed: int,
-        max_length: int,
-        eos_token_ids: frozenset[int],
-        detokenizer: Detokenizer | None = None,
-        matcher: Matcher | None = None,
-    ) -> None:
+        self, output: Output, index: int, params: SamplingParams, seed: int, max_length: int,
+        eos_token_ids: frozenset[int], detokenizer: Detokenizer | None = None, matcher: Matcher | None = None,
+    ) -> None:  # fmt: skip
         p = params
         self.output, self.index, self.params, self.max_length = output, index, params, max_length
         self.detokenizer, self.matcher = detokenizer, matcher  # None: no text, no grammar

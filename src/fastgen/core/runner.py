@@ -26,8 +26,8 @@ from fastgen.core.sampling import sample
 from fastgen.core.scheduler import Plan
 from fastgen.core.scheduling_policy import SharedPrefixGroup
 from fastgen.core.step import StepOutput, compute_target_logprobs, fill_pending_tokens, forward_and_sample
-from fastgen.core.transformer import TORCH_OPS, ModelOps
-from fastgen.core.types import Batch, KVCache, Params, SamplerOutput, SamplingTensors, StackedAdapters, TopKTopP
+from fastgen.core.transformer import TORCH_OPS, LoraAdapters, ModelOps
+from fastgen.core.types import Batch, KVCache, Params, SamplerOutput, SamplingTensors, TopKTopP
 
 SampledRow = tuple[int, float, list[tuple[int, float]]]  # token, logprob, (token, logprob) of the most likely tokens
 
@@ -112,7 +112,7 @@ class EagerRunner:
     cache: KVCache
 
     def __init__(
-        self, params: Params, model_config: ModelConfig, config: EngineConfig, adapters: StackedAdapters | None = None
+        self, params: Params, model_config: ModelConfig, config: EngineConfig, adapters: LoraAdapters | None = None
     ) -> None:
         self.params, self.model_config, self.config, self.adapters = params, model_config, config, adapters
         self.device, self.dtype = params.embed.device, params.embed.dtype

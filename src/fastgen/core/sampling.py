@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from fastgen.config import MIN_TEMPERATURE
 from fastgen.core.types import LogitEdits, SamplerOutput, SamplingTensors, TopKTopP
@@ -92,45 +91,29 @@ def filter_top_k_top_p(logits: Float[Tensor, "N V"], filters: TopKTopP) -> Float
     return logits.masked_fill(~(allowed | off | max_prob.isnan()), float("-inf"))
 
 
-def sample(
-    logits: Float[Tensor, "N V"],
-    s: SamplingTensors,
-    num_top_logprobs: int | None = None,
-    logprobs_fn: LogprobsFn | None = None,
-    *,
-    rows_per_call: int | None = None,
-) -> SamplerOutput:
+def sample(logits: Float[Tensor, "N V"], s: SamplingTensors, num_top_logprobs: int | None = None) -> SamplerOutput:
     """Samples one token for each row of fp32 logits.
 
     `num_top_logprobs` None skips logprobs, which are returned as 0; k adds the k most likely tokens. A row with NaN or
     infinite logits has a NaN or infinite logprob in any case, and any token of the vocabulary.
-
-    `logprobs_fn` computes the logprobs instead of `gather_logprobs`. With `rows_per_call`, rows are sampled in calls of
-    exactly so many, padded if need be, so that results do not depend on N.
     """
-    logprobs_fn = logprobs_fn or gather_logprobs
+    return sample_rows(edit_logits(logits, s), logits, s, num_top_logprobs)
+
+
+def edit_logits(logits: Float[Tensor, "N V"], s: SamplingTensors) -> Float[Tensor, "N V"]:
+    """Returns the logits with token mask, penalties and biases applied; the same tensor if there are none."""
     z = logits if s.token_mask is None else apply_token_mask(logits, s.token_mask)
-    z = z if s.logit_edits is None else apply_penalties(z, s.logit_edits)
-    if rows_per_call is None:
-        return _sample_rows(z, logits, s, num_top_logprobs, logprobs_fn)
-    outputs, s = [], s._replace(logit_edits=None, token_mask=None)
-    for i in range(0, len(z), rows_per_call):
-        rows = torch.arange(i, i + rows_per_call, device=z.device).clamp_max(len(z) - 1)
-        row_settings = tree_map_only(Tensor, lambda x, rows=rows: x[rows], s)
-        outputs.append(_sample_rows(z[rows], logits[rows], row_settings, num_top_logprobs, logprobs_fn))
-    return SamplerOutput(*(torch.cat(x)[: len(z)] for x in zip(*outputs, strict=True)))
+    return z if s.logit_edits is None else apply_penalties(z, s.logit_edits)
 
 
-def _sample_rows(
-    z: Float[Tensor, "N V"],
-    logits: Float[Tensor, "N V"],
-    s: SamplingTensors,
-    num_top_logprobs: int | None,
-    logprobs_fn: LogprobsFn,
-) -> SamplerOutput:
+def sample_rows(
+    z: Float[Tensor, "N V"], logits: Float[Tensor, "N V"], s: SamplingTensors, num_top_logprobs: int | None,
+    logprobs_fn: LogprobsFn | None = None,
+) -> SamplerOutput:  # fmt: skip
     """Samples one token for each row of edited logits z; `logits` are the model's own.
 
-    argmax(p / E) with exponential noise E is a sample of p: the Gumbel-max trick, in linear form.
+    argmax(p / E) with exponential noise E is a sample of p: the Gumbel-max trick, in linear form. `logprobs_fn`
+    computes the logprobs instead of `gather_logprobs`.
     """
     edited = z is not logits
     z, scores = gumbel_scores(z, s)
@@ -140,7 +123,7 @@ def _sample_rows(
         best = best + logits.amax(-1) if edited else best  # a banned logit may be NaN as well
         return SamplerOutput(token, zero_or_nan(best), empty.long(), empty)
     z = torch.where(s.processed_logprobs[:, None], z, logits)
-    return SamplerOutput(token, *logprobs_fn(z, token, num_top_logprobs))
+    return SamplerOutput(token, *(logprobs_fn or gather_logprobs)(z, token, num_top_logprobs))
 
 
 def zero_or_nan(x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

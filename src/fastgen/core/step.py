@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgen.core.model_config import ModelConfig
-from fastgen.core.transformer import TORCH_OPS, ModelOps, compute_logits, lm_head_weight, run_layers
-from fastgen.core.types import Batch, KVCache, Params, SamplingTensors, StackedAdapters
+from fastgen.core.transformer import TORCH_OPS, LoraAdapters, ModelOps, compute_logits, lm_head_weight, run_layers
+from fastgen.core.types import Batch, KVCache, Params, SamplingTensors
 
 # (logits, temperature, seed, positions, processed_logprobs, last_token_ids, req_idx) -> token ids, logprobs: as
 # `sampling.sample` without filters or logit edits; also writes the tokens to `last_token_ids` at `req_idx`
@@ -32,20 +32,11 @@ def fill_pending_tokens(token_ids: Int[Tensor, " T"], last_token_ids: Int[Tensor
 
 
 def forward_and_sample(
-    params: Params,
-    cache: KVCache,
-    last_token_ids: Int[Tensor, " E"],
-    batch: Batch,
-    sampling: SamplingTensors,
-    model_config: ModelConfig,
-    ops: ModelOps = TORCH_OPS,
-    fused_sampler: FusedSampler | None = None,
-    logits_out: Float[Tensor, "M V"] | None = None,
-    adapters: StackedAdapters | None = None,
-    *,
-    decode: bool = False,
+    params: Params, cache: KVCache, last_token_ids: Int[Tensor, " E"], batch: Batch, sampling: SamplingTensors,
+    model_config: ModelConfig, ops: ModelOps = TORCH_OPS, fused_sampler: FusedSampler | None = None,
+    logits_out: Float[Tensor, "M V"] | None = None, adapters: LoraAdapters | None = None, *, decode: bool = False,
     return_hidden_states: bool = False,
-) -> StepOutput:
+) -> StepOutput:  # fmt: skip
     """Computes a step: writes the cache at `batch.slot_mapping`, and sampled tokens to `last_token_ids` at `req_idx`.
 
     `decode`: token r is all of sequence r. Logits are of the sequences' last tokens, written to `logits_out` if given.
@@ -63,12 +54,9 @@ def forward_and_sample(
 
 
 def compute_target_logprobs(
-    params: Params,
-    hidden_states: Float[Tensor, "T D"],
-    target_ids: list[int],
-    num_top_logprobs: int,
+    params: Params, hidden_states: Float[Tensor, "T D"], target_ids: list[int], num_top_logprobs: int,
     ops: ModelOps = TORCH_OPS,
-) -> tuple[list[float], list[dict[int, float]]]:
+) -> tuple[list[float], list[dict[int, float]]]:  # fmt: skip
     """Returns each row's logprob of its target token, and its most likely tokens with their logprobs.
 
     Computes the logits of LOGITS_PER_CHUNK // V rows at a time.

@@ -5,8 +5,7 @@ output of the last sublayer: the op that reads y adds it to x, so that the sum c
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from fastgen.core.autocast import no_autocast
 from fastgen.core.layers import rms_norm, rope_cos_sin, swiglu
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.sampling import gather_logprobs
-from fastgen.core.types import Batch, KVCache, Layer, Params, PartialSum, StackedAdapters, StackedLora
+from fastgen.core.types import Batch, KVCache, Layer, Params, PartialSum
 
 HiddenStates = Float[Tensor, "T D"]
 SublayerOutput = HiddenStates | PartialSum  # partial on one of several tensor-parallel ranks
@@ -105,10 +104,10 @@ class ModelOps(NamedTuple):
     linear: Callable[..., Tensor] = F.linear
     out_proj: Callable[..., Any] = row_parallel  # -> SublayerOutput
     down_proj: Callable[..., Any] = row_parallel
-    # The parts of `add_norm_qkv` and `add_norm_gate_up`: with adapters, `lora_ops` adds to the matmuls between them.
+    # The parts of `add_norm_qkv` and `add_norm_gate_up`: adapters add to the matmuls between them.
     add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
     swiglu: Callable[..., Tensor] = swiglu
-    apply_lora: Callable[..., Tensor] = layers.apply_lora
+    apply_lora: Callable[..., Tensor] | None = None  # a kernel in place of `lora.stacked.apply_lora`
     final_norm: Callable[..., Tensor] = final_norm
     lm_head: Callable[..., Tensor] = lm_head
     logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = gather_logprobs
@@ -117,40 +116,16 @@ class ModelOps(NamedTuple):
 TORCH_OPS = ModelOps()
 
 
-def lora_ops(
-    ops: ModelOps, adapters: StackedAdapters, layer_idx: int, model_config: ModelConfig,
-    adapter_idx: Int[Tensor, " T"] | None, output_adapter_idx: Int[Tensor, " out"] | None,
-) -> ModelOps:  # fmt: skip
-    """Returns `ops` whose projections in one layer add the low-rank terms of each token's adapter.
+@runtime_checkable
+class LoraAdapters(Protocol):
+    """LoRA adapters of a batch, which wrap the ops of each layer; see `lora.stacked.StackedAdapters`."""
 
-    `adapter_idx` holds the adapter of every row before attention, `output_adapter_idx` of every row after it. Raises
-    ValueError if the batch has no adapter indices.
-    """
-    if adapter_idx is None or output_adapter_idx is None:
-        raise ValueError("adapters need batch.adapter_idx, the index of each token's adapter")
-    layer, scale, head_dim = adapters.layers[layer_idx], adapters.scale, model_config.head_dim
-    q_size, kv_size = model_config.num_q_heads * head_dim, model_config.num_kv_heads * head_dim
-
-    def low_rank_term(lora: StackedLora, output_sizes: tuple[int, ...], idx: Tensor) -> AddLora:
-        return lambda y, x, rows: ops.apply_lora(y, x, *lora, scale, idx[rows], output_sizes)
-
-    add_qkv = low_rank_term(layer.qkv, (q_size, kv_size, kv_size), adapter_idx)
-    add_out = low_rank_term(layer.out, (model_config.hidden_size,), output_adapter_idx)
-    add_gate_up = low_rank_term(layer.gate_up, (model_config.intermediate_size,) * 2, output_adapter_idx)
-    add_down = low_rank_term(layer.down, (model_config.hidden_size,), output_adapter_idx)
-
-    def add_norm_qkv(x: Tensor, y: Tensor, norm: Tensor, eps: float, w: Tensor, bias: Any) -> tuple[Tensor, Tensor]:
-        x, h = ops.add_norm(x, y, norm, eps)
-        return x, add_qkv(ops.linear(h, w, bias), h, slice(None))
-
-    def add_norm_gate_up(x: Tensor, y: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        x, h = ops.add_norm(x, y, norm, eps)
-        return x, ops.swiglu(add_gate_up(ops.linear(h, gate_up, None), h, slice(None)))
-
-    out_proj, down_proj = partial(ops.out_proj, add_lora=add_out), partial(ops.down_proj, add_lora=add_down)
-    return ops._replace(
-        add_norm_qkv=add_norm_qkv, add_norm_gate_up=add_norm_gate_up, out_proj=out_proj, down_proj=down_proj
-    )
+    def layer_ops(
+        self, ops: ModelOps, layer_idx: int, model_config: ModelConfig, adapter_idx: Int[Tensor, " T"] | None,
+        output_adapter_idx: Int[Tensor, " out"] | None,
+    ) -> ModelOps:  # fmt: skip
+        """Returns `ops` whose projections add the low-rank terms of each token's adapter."""
+        ...
 
 
 def last_token_batch(batch: Batch) -> Batch:
@@ -190,7 +165,7 @@ def decoder_layer(
 
 def run_layers(
     params: Params, cache: KVCache, batch: Batch, model_config: ModelConfig, ops: ModelOps = TORCH_OPS,
-    adapters: StackedAdapters | None = None, *, last_token_only: bool = False,
+    adapters: LoraAdapters | None = None, *, last_token_only: bool = False,
     layer_fn: Callable[..., tuple[Any, Any]] = decoder_layer,
 ) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"] | PartialSum]:  # fmt: skip
     """Returns x and y after the last layer. Writes `cache` at `batch.slot_mapping`; pure otherwise.
@@ -206,7 +181,7 @@ def run_layers(
             output_batch, logits_indices = last_token_batch(batch), batch.logits_indices
             attend = ops.attention(output_batch, model_config)
         if adapters is not None:
-            layer_ops = lora_ops(ops, adapters, i, model_config, batch.adapter_idx, output_batch.adapter_idx)
+            layer_ops = adapters.layer_ops(ops, i, model_config, batch.adapter_idx, output_batch.adapter_idx)
         x, y = layer_fn(x, y, layer, k, v, window, (cos, sin), slot, attend, model_config, layer_ops, logits_indices)
     return x, y
 
@@ -214,7 +189,7 @@ def run_layers(
 @no_autocast
 def hidden_states(
     params: Params, cache: KVCache, batch: Batch, model_config: ModelConfig, attention: AttentionBackend = sdpa,
-    ops: ModelOps = TORCH_OPS, adapters: StackedAdapters | None = None,
+    ops: ModelOps = TORCH_OPS, adapters: LoraAdapters | None = None,
 ) -> Float[Tensor, "T D"]:  # fmt: skip
     """Returns the normed last hidden state of every token. Writes `cache` at `batch.slot_mapping`; pure otherwise."""
     x, y = run_layers(params, cache, batch, model_config, ops._replace(attention=attention), adapters)
@@ -234,7 +209,7 @@ def compute_logits(params: Params, x: Float[Tensor, "N D"], ops: ModelOps = TORC
 
 def forward(
     params: Params, cache: KVCache, batch: Batch, model_config: ModelConfig, attention: AttentionBackend = sdpa,
-    ops: ModelOps = TORCH_OPS, adapters: StackedAdapters | None = None,
+    ops: ModelOps = TORCH_OPS, adapters: LoraAdapters | None = None,
 ) -> Float[Tensor, "N V"]:  # fmt: skip
     """Returns fp32 next-token logits at `batch.logits_indices`. Writes `cache` at `batch.slot_mapping`; pure otherwise.
 

@@ -40,32 +40,6 @@ class Params(NamedTuple):
     lm_head: Float[Tensor, "V D"] | None
 
 
-class StackedLora(NamedTuple):
-    """Updates of one packed matrix by several adapters, padded with zeros to one rank.
-
-    A matrix that packs p matrices has p updates: rows [i r, (i + 1) r) of `a` belong to the i-th of them.
-    """
-
-    a: Float[Tensor, "A pr D"]
-    b: Float[Tensor, "A N r"]
-
-
-class LayerStackedLora(NamedTuple):
-    """Stacked LoRA updates of one decoder layer."""
-
-    qkv: StackedLora
-    out: StackedLora
-    gate_up: StackedLora
-    down: StackedLora
-
-
-class StackedAdapters(NamedTuple):
-    """Several LoRA adapters, so that each row of a batch may use another one. The first adapter is zero."""
-
-    layers: tuple[LayerStackedLora, ...]
-    scale: Float[Tensor, " A"]
-
-
 class KVCache(NamedTuple):
     """Paged keys and values, one tensor for each layer, so that a CUDA graph reads and writes its own inputs.
 

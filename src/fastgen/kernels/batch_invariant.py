@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastgen.core import layers, sampling
 from fastgen.core.attention import AttentionFn
 from fastgen.core.model_config import ModelConfig
+from fastgen.core.sampling import LogprobsFn, edit_logits, sample_rows
 from fastgen.core.transformer import TORCH_OPS, ModelOps, lm_head_weight
-from fastgen.core.types import Batch, Params
+from fastgen.core.types import Batch, Params, SamplerOutput, SamplingTensors
 
 ROW_BLOCK_SIZE = 16  # rows of a GEMM on a CPU, and of a call of the general sampler on a GPU
 VERIFIED_BATCH_SIZES = (1, 2, 8, 15, 16, 17, 24, 40, 64, 72, 128, 200, 256, 384, 512, 768, 1023)
@@ -185,3 +187,16 @@ def attention(batch: Batch, model_config: ModelConfig) -> AttentionFn:
 CPU_OPS = compose_ops(
     TORCH_OPS._replace(attention=attention, embed=_embed, linear=_linear, swiglu=_swiglu, logprobs=_logprobs)
 )
+
+
+def sample_row_blocks(
+    logprobs_fn: LogprobsFn, rows_per_call: int, logits: Float[Tensor, "N V"], s: SamplingTensors,
+    num_top_logprobs: int | None = None,
+) -> SamplerOutput:  # fmt: skip
+    """Samples as `sampling.sample` does, in calls of exactly `rows_per_call` rows, padded if need be."""
+    z, outputs, s = edit_logits(logits, s), [], s._replace(logit_edits=None, token_mask=None)
+    for i in range(0, len(z), rows_per_call):
+        rows = torch.arange(i, i + rows_per_call, device=z.device).clamp_max(len(z) - 1)
+        row_settings = tree_map_only(Tensor, lambda x, rows=rows: x[rows], s)
+        outputs.append(sample_rows(z[rows], logits[rows], row_settings, num_top_logprobs, logprobs_fn))
+    return SamplerOutput(*(torch.cat(x)[: len(z)] for x in zip(*outputs, strict=True)))

@@ -94,7 +94,7 @@ def apply_lora(
     y: Float[Tensor, "T N"], x: Float[Tensor, "T D"], a: Float[Tensor, "A pr D"], b: Float[Tensor, "A N r"],
     scale: Float[Tensor, " A"], adapter_idx: Int[Tensor, " T"], slice_widths: tuple[int, ...],
 ) -> Float[Tensor, "T N"]:  # fmt: skip
-    """Adds scale * b (a x) of each row's adapter to y, in place, and returns y: `layers.apply_lora`, but for rounding.
+    """Adds scale * b (a x) of each row's adapter to y, in place, and returns y, as `lora.stacked.apply_lora` does.
 
     `slice_widths` are the columns of the 1 to 3 packed matrices. ValueError if shapes disagree or y, a or b is not
     contiguous.

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fastgen.config import CompileConfig
-from fastgen.core.attention import AttentionBackend, reference, sdpa
+from fastgen.core.attention import BACKENDS, AttentionBackend
 from fastgen.core.sampling import sample
 from fastgen.core.step import FusedSampler
 from fastgen.core.transformer import TORCH_OPS, ModelOps
-from fastgen.kernels.batch_invariant import ROW_BLOCK_SIZE, batch_invariant_ops, compose_ops
+from fastgen.kernels.batch_invariant import ROW_BLOCK_SIZE, batch_invariant_ops, compose_ops, sample_row_blocks
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "triton")
 
@@ -30,7 +30,7 @@ def select_attention_backend(name: str, device: torch.device | str) -> Attention
         from fastgen.kernels.attention import paged_attention
 
         return paged_attention
-    return {"reference": reference, "sdpa": sdpa}[name]
+    return BACKENDS[name]
 
 
 def select_ops(config: CompileConfig, device: torch.device, torch_ops: ModelOps) -> ModelOps:
@@ -96,4 +96,4 @@ def select_sample_fn(config: CompileConfig, device: torch.device, ops: ModelOps)
     """Returns `sampling.sample`, or its batch-invariant form: always as many rows at once, logprobs by `ops`."""
     if not config.batch_invariant:
         return sample
-    return partial(sample, logprobs_fn=ops.logprobs, rows_per_call=ROW_BLOCK_SIZE if device.type == "cuda" else 1)
+    return partial(sample_row_blocks, ops.logprobs, ROW_BLOCK_SIZE if device.type == "cuda" else 1)

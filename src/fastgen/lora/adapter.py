@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastgen.checkpoint.weights import DimShard, weight_specs
 from fastgen.config import check_int, unknown_name_message
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
-from fastgen.core.types import LayerStackedLora, Params, StackedAdapters, StackedLora
+from fastgen.core.types import Params
+from fastgen.lora.stacked import LayerStackedLora, StackedAdapters, StackedLora
 
 PACKED_MODULES = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # PEFT's names

@@ -9,10 +9,10 @@ from fastgen.checkpoint.weights import raise_if_not_finite, weight_specs
 from fastgen.config import LoraConfig, unknown_name_message
 from fastgen.core.extensions import Adapters
 from fastgen.core.model_config import UNSHARDED, ModelConfig
-from fastgen.core.types import LayerStackedLora, StackedAdapters, StackedLora
 from fastgen.distributed.tensor_parallel import TPGroup
 from fastgen.lora import adapter as lora
 from fastgen.lora.adapter import Adapter, LayerLora, LoraAB
+from fastgen.lora.stacked import LayerStackedLora, StackedAdapters, StackedLora
 
 DEFAULT_MAX_RANK = 16  # where the config names none
 
