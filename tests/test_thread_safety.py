@@ -30,6 +30,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {  # calls that need an engine to th
     "generate": lambda e: e.generate(PROMPTS, GREEDY),
     "stream": lambda e: e.stream(PROMPTS, GREEDY),
     "as_completed": lambda e: e.as_completed(PROMPTS, GREEDY),
+    "add_many": lambda e: e.add_many(PROMPTS, GREEDY),
     "abort": lambda e: e.abort(0),
     "fork": lambda e: e.fork(0),
     "snapshot": lambda e: e.snapshot(0),
@@ -56,7 +57,7 @@ READS: dict[str, Callable[[Engine], Any]] = {  # that any thread may make of an 
     "compile_grammar": lambda e: e.compile_grammar(GREEDY),
 }
 ALWAYS = {"close", "worker_failure", "cache_stats", "has_unfinished_requests", "from_pretrained"}
-ALWAYS |= {"num_steps", "requests", "state", "stats", "tp_shard", "weight_version"}
+ALWAYS |= {"num_steps", "requests", "state", "stats", "tokenizer", "tp_shard", "weight_version"}
 
 
 def engine(**settings: Any) -> Engine:

@@ -100,21 +100,12 @@ def test_advantages() -> None:
 def test_gradient_by_hand(length: int | None, kl: float) -> None:
     """d loss / d logprob is -A * ratio if the ratio is not clipped and 0 if it is, plus kl * (1 - reference / new)."""
     old = [torch.log(torch.tensor([0.5, 0.2, 0.4])), torch.log(torch.tensor([0.5, 0.3]))]
-    ratios = [
-        torch.tensor([1.0, 1.5, 0.5]),
-        torch.tensor([1.5, 0.5]),
-    ]  # the second and third are outside the clip range
+    # The second and third are outside the clip range.
+    ratios = [torch.tensor([1.0, 1.5, 0.5]), torch.tensor([1.5, 0.5])]
     new = [(o + r.log()).requires_grad_() for o, r in zip(old, ratios, strict=True)]
     reference = [x.detach() + 0.1 for x in new]
-    grpo.grpo_loss(
-        new,
-        old,
-        [2.0, -1.0],
-        clip_range=0.2,
-        normalization_length=length,
-        reference_logprobs=reference if kl else None,
-        kl_weight=kl,
-    ).backward()
+    options: Any = {"reference_logprobs": reference if kl else None, "kl_weight": kl}
+    grpo.grpo_loss(new, old, [2.0, -1.0], clip_range=0.2, normalization_length=length, **options).backward()
     surrogate = [torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([1.5, 0.0])]
     for x, s in zip(new, surrogate, strict=True):
         expected = (s + kl * (1 - torch.tensor(0.1).exp())) / (length or len(x))
@@ -142,7 +133,7 @@ def test_the_first_update_is_the_policy_gradient() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"kl_coef": 0.01, "trainable_layers": 1}], ids=["", "kl"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Bit for bit, even with steps in the log that were run after the checkpoint."""
+    """The rows and parameters are equal bit for bit, even where the log has steps after the checkpoint."""
     uninterrupted = trainer(steps=9, **settings)
     expected = train(uninterrupted, tmp_path / "uninterrupted", progress=False)
     assert len({row["reward"] for row in expected}) > 2
@@ -176,9 +167,8 @@ def test_ctrl_c_finishes_the_step(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) == before
     assert len((tmp_path / "interrupted" / "log.jsonl").read_text().splitlines()) == 3
     assert not list((tmp_path / "interrupted").glob("*.part"))
-    assert without_times(
-        train(trainer(steps=6), tmp_path / "interrupted", resume=True, progress=False)
-    ) == without_times(expected)
+    rows = train(trainer(steps=6), tmp_path / "interrupted", resume=True, progress=False)
+    assert without_times(rows) == without_times(expected)
 
 
 def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
@@ -193,9 +183,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
 
 def test_seeds_are_distinct_and_reproducible() -> None:
     assert len({grpo.derive_seed(*x) for x in ((0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 10), (0, 1, 0))}) == 6
-    assert (
-        without_times([trainer(0).step()]) == without_times([trainer(0).step()]) != without_times([trainer(1).step()])
-    )
+    first, again, other = (without_times([trainer(seed).step()]) for seed in (0, 0, 1))
+    assert first == again != other
 
 
 # --- problems and settings ------------------------------------------------------------------------------------------
@@ -258,17 +247,13 @@ def test_logprobs_at_a_temperature() -> None:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 TINY = (
-    "+experiment=grpo_smollm2",
-    "model=debug",
-    "grpo.problem=sevens",
-    "grpo.lr=0.01",
-    "grpo.trainable_layers=null",
+    "+experiment=grpo_smollm2", "model=debug", "grpo.problem=sevens", "grpo.lr=0.01", "grpo.trainable_layers=null",
     "sampling.stop=[]",
-)
+)  # fmt: skip
 
 
 def test_fgrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two steps, then two more: the log, the plot, and a model that loads."""
+    """fgrun makes two steps and resumes with two more: it writes the log, the plot, and a model that loads."""
     monkeypatch.chdir(tmp_path)
 
     def fgrun(*arguments: str) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Logprobs of given tokens: the sampler's own, bit for bit where that is asked, and their gradients."""
+"""Scores: logprobs of given tokens equal the sampler's, bit for bit if batch-invariant; and their gradients."""
 
 import random
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def sequences(*lengths: int) -> list[list[int]]:
 
 
 def plain(params: fastgen.Params, spec: fastgen.ModelConfig, tokens: list[int]) -> Tensor:
-    """[n - 1] logprobs by one forward and torch's own log_softmax."""
+    """Returns logprobs [n - 1] by one forward and torch's own log_softmax."""
     pages = tuple(range(1, 2 + len(tokens) // 16))
     batch = fastgen.build_batch((Span(0, 0, len(tokens), True, pages),), {0: tokens}, 16)
     logits = fastgen.compute_logits(
@@ -61,46 +61,46 @@ def seeded() -> None:
     DICE.seed(1)
 
 
-def requests(n: int, *, most: int = 60) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts of mixed lengths, some of which begin alike, and settings of all kinds."""
+def requests(n: int, *, max_length: int = 60) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Returns prompts of mixed lengths, some of which share a prefix, and settings of all kinds."""
     common = sequences(37)[0]
-    prompts = [common[: DICE.choice((0, 0, 20, 37))] + sequences(DICE.randint(1, most))[0] for _ in range(n)]
-    kinds = [
+    prompts = [common[: DICE.choice((0, 0, 20, 37))] + sequences(DICE.randint(1, max_length))[0] for _ in range(n)]
+    choices = [
         {}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5, "repetition_penalty": 1.2},
         {"logprobs": 2}, {"n": 2},
     ]  # fmt: skip
-    chosen = [{"logprobs": 0, "max_tokens": DICE.randint(1, 12)} | kinds[i % len(kinds)] for i in range(n)]
-    return prompts, [SamplingParams(seed=i, **settings) for i, settings in enumerate(chosen)]
+    settings = [{"logprobs": 0, "max_tokens": DICE.randint(1, 12)} | choices[i % len(choices)] for i in range(n)]
+    return prompts, [SamplingParams(seed=i, **kwargs) for i, kwargs in enumerate(settings)]
 
 
 @pytest.fixture(params=CONFIGS)
-def one(request: pytest.FixtureRequest) -> Iterator[tuple[fastgen.ModelConfig, fastgen.Params]]:
+def spec_and_params(request: pytest.FixtureRequest) -> Iterator[tuple[fastgen.ModelConfig, fastgen.Params]]:
     yield model(request.param)
 
 
-def test_scores_are_log_softmax(one: tuple[fastgen.ModelConfig, fastgen.Params]) -> None:
-    """Ragged sequences, several in a batch and batches of one, deterministic or not."""
-    spec, params = one
-    many = sequences(5, 2, 131, 64, 1, 65)
-    for how in ({}, {"token_budget": 70}, {"batch_invariant": True}):
-        for tokens, found in zip(many, fastgen.score(params, spec, many, **how), strict=True):
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, plain(params, spec, tokens), atol=1e-5, rtol=1e-5)
+def test_scores_are_log_softmax(spec_and_params: tuple[fastgen.ModelConfig, fastgen.Params]) -> None:
+    """Sequences of several lengths score alike in one batch, in several batches, and batch-invariantly."""
+    spec, params = spec_and_params
+    batch = sequences(5, 2, 131, 64, 1, 65)
+    for options in ({}, {"token_budget": 70}, {"batch_invariant": True}):
+        for tokens, actual in zip(batch, fastgen.score(params, spec, batch, **options), strict=True):
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual, plain(params, spec, tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_first_and_temperature() -> None:
     spec, params = model("llama")
-    many = sequences(12, 40)
-    whole = fastgen.score(params, spec, many)
-    part = fastgen.score(params, spec, many, first=[12, 7])
+    batch = sequences(12, 40)
+    full = fastgen.score(params, spec, batch)
+    part = fastgen.score(params, spec, batch, first=[12, 7])
     assert not len(part[0])
-    torch.testing.assert_close(part[1], whole[1][6:], atol=1e-6, rtol=1e-6)
-    hot = fastgen.score(params, spec, many, temperature=1e6)
+    torch.testing.assert_close(part[1], full[1][6:], atol=1e-6, rtol=1e-6)
+    hot = fastgen.score(params, spec, batch, temperature=1e6)
     torch.testing.assert_close(hot[1], torch.full((39,), -torch.tensor(101.0).log().item()), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("many", "how", "said"),
+    ("batch", "options", "message"),
     [
         ([[]], {}, "has no tokens"),
         ([[1, 2]], {"first": 3}, "not within 1 to 2"),
@@ -113,14 +113,14 @@ def test_first_and_temperature() -> None:
         ([[1, 2]], {"temperature": 1e-44}, "at least 1e-05"),
     ],
 )
-def test_what_cannot_be_scored(many: list[list[int]], how: dict[str, Any], said: str) -> None:
+def test_sequences_that_cannot_be_scored(batch: list[list[int]], options: dict[str, Any], message: str) -> None:
     spec, params = model("llama")
-    with pytest.raises(ValueError, match=said):
-        fastgen.score(params, spec, many, **how)
+    with pytest.raises(ValueError, match=message):
+        fastgen.score(params, spec, batch, **options)
 
 
 @pytest.mark.parametrize(
-    ("sequences", "said"),
+    ("sequences", "message"),
     [
         ("text", "takes a list of sequences, .* not str"),
         (5, "not int"),
@@ -138,13 +138,13 @@ def test_what_cannot_be_scored(many: list[list[int]], how: dict[str, Any], said:
         (torch.ones(1, 2), "has a float in it"),
     ],
 )
-def test_what_are_no_token_ids(sequences: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_values_that_are_no_token_ids(sequences: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         logprobs.to_token_ids(sequences)
 
 
 class Words:
-    """A tokenizer for which a character is a token."""
+    """Tokenizes a text to one token per character."""
 
     eos_token_id = None
 
@@ -154,16 +154,16 @@ class Words:
 
 def test_texts_and_arrays_are_scored() -> None:
     spec, params = model("llama")
-    many = [[ord(c) % 101 for c in "to be"], [3, 4, 5]]
+    batch = [[ord(c) % 101 for c in "to be"], [3, 4, 5]]
     with fastgen.Engine(params, spec, page_size=16, cache_tokens=256) as engine:
-        wanted = engine.score(many)
-        assert all(map(torch.equal, engine.score([torch.tensor(tokens) for tokens in many]), wanted))
-        arrays = [np.array(many[0], dtype=np.int32), tuple(map(np.int64, many[1]))]
-        assert logprobs.to_token_ids(arrays) == many
+        expected = engine.score(batch)
+        assert all(map(torch.equal, engine.score([torch.tensor(tokens) for tokens in batch]), expected))
+        arrays = [np.array(batch[0], dtype=np.int32), tuple(map(np.int64, batch[1]))]
+        assert logprobs.to_token_ids(arrays) == batch
         with pytest.raises(ValueError, match="no tokenizer"):
             engine.score(["to be"])
         engine.tokenizer = Words()  # type: ignore[assignment]
-        assert all(map(torch.equal, engine.score(["to be", many[1]]), wanted))
+        assert all(map(torch.equal, engine.score(["to be", batch[1]]), expected))
         assert engine.score([]) == []
         with pytest.raises(ValueError, match="sequence 1: it has no tokens"):
             engine.score(["to be", ""])
@@ -171,16 +171,16 @@ def test_texts_and_arrays_are_scored() -> None:
             engine.score([[3, -1]])
 
 
-def test_sampler_and_scorer(one: tuple[fastgen.ModelConfig, fastgen.Params]) -> None:
-    """In fp32 they differ by rounding, and the report says by how much."""
-    spec, params = one
+def test_sampler_and_scorer(spec_and_params: tuple[fastgen.ModelConfig, fastgen.Params]) -> None:
+    """Logprobs of sampler and scorer differ by rounding in fp32, and the report says by how much."""
+    spec, params = spec_and_params
     prompts, settings = requests(18)
     with fastgen.Engine(params, spec, page_size=16, cache_tokens=2048, token_budget=64, max_num_seqs=8) as engine:
-        found = fastgen.compare_logprobs(engine.generate(prompts, settings), params, spec)
-    assert found.num_tokens > 100
-    assert found.max_abs_diff <= 1e-5
-    assert 0 <= found.kl < 1e-9
-    assert f"{found.num_tokens} tokens" in str(found)
+        mismatch = fastgen.compare_logprobs(engine.generate(prompts, settings), params, spec)
+    assert mismatch.num_tokens > 100
+    assert mismatch.max_abs_diff <= 1e-5
+    assert 0 <= mismatch.kl < 1e-9
+    assert f"{mismatch.num_tokens} tokens" in str(mismatch)
 
 
 def test_the_report_sees_a_difference() -> None:
@@ -188,39 +188,36 @@ def test_the_report_sees_a_difference() -> None:
     with fastgen.Engine(params, spec, page_size=16, cache_tokens=512) as engine:
         outputs = engine.generate(sequences(5, 9), SamplingParams(logprobs=0, max_tokens=6, seed=1))
     params.final_norm.mul_(1.1)
-    found = fastgen.compare_logprobs(outputs, params, spec)
-    assert found.num_tokens == 12
-    assert found.max_abs_diff >= found.mean_abs_diff > 1e-3
-    assert found.kl > 0
+    mismatch = fastgen.compare_logprobs(outputs, params, spec)
+    assert mismatch.num_tokens == 12
+    assert mismatch.max_abs_diff >= mismatch.mean_abs_diff > 1e-3
+    assert mismatch.kl > 0
     with pytest.raises(ValueError, match="logprobs=0"):
         fastgen.compare_logprobs([fastgen.Output(0, [1], [fastgen.Completion([2])])], params, spec)
 
 
-def test_deterministic_is_the_same_in_any_batch(one: tuple[fastgen.ModelConfig, fastgen.Params]) -> None:
-    """Budgets, chunks, company, preemption, reuse, page sizes: not one bit of a logprob changes, nor in the scorer."""
-    spec, params = one
+def test_batch_invariant_logprobs_are_the_same_in_any_batch(
+    spec_and_params: tuple[fastgen.ModelConfig, fastgen.Params],
+) -> None:
+    """Batches, chunks, preemption, prefix cache and page size change no bit of a logprob, and the scorer agrees."""
+    spec, params = spec_and_params
     prompts, settings = requests(14)
-    ways: list[dict[str, Any]] = [
+    engine_settings: list[dict[str, Any]] = [
         {"max_num_seqs": 1, "prefix_cache": False, "cache_tokens": 512},
         {"max_num_seqs": 16, "token_budget": 400},
         {"max_num_seqs": 5, "token_budget": 23, "page_size": 32},
-        {
-            "cache_tokens": 112,
-            "page_size": 4,
-            "token_budget": 64,
-            "max_num_seqs": 9,
-        },  # too small for all: some are preempted
+        {"cache_tokens": 112, "page_size": 4, "token_budget": 64, "max_num_seqs": 9},  # small: some are preempted
     ]
-    wanted = None
-    for way in ways:
-        how = {"page_size": 16, "cache_tokens": 4096, "batch_invariant": True} | way
-        with fastgen.Engine(params, spec, **how) as engine:
+    expected = None
+    for changes in engine_settings:
+        options = {"page_size": 16, "cache_tokens": 4096, "batch_invariant": True} | changes
+        with fastgen.Engine(params, spec, **options) as engine:
             outputs = engine.generate(prompts, settings)
             num_preemptions = engine.cache_stats.num_preemptions
-        assert num_preemptions or way.get("cache_tokens") != 112
-        found = [(c.token_ids, c.logprobs, c.top_logprobs) for o in outputs for c in o.completions]
-        wanted = wanted or found
-        assert found == wanted
+        assert num_preemptions or changes.get("cache_tokens") != 112
+        actual = [(c.token_ids, c.logprobs, c.top_logprobs) for o in outputs for c in o.completions]
+        expected = expected or actual
+        assert actual == expected
         difference = fastgen.compare_logprobs(outputs, params, spec, batch_invariant=True)
         assert difference.num_tokens > 80
         assert difference.max_abs_diff == 0.0
@@ -237,16 +234,16 @@ def test_several_ranks_are_refused() -> None:
         fastgen.EngineConfig.from_flat(batch_invariant=True, max_adapters=1)
 
 
-def test_plain_differs_between_batches() -> None:
-    """What the mode above is for: a test that would also pass without it tests nothing."""
+def test_other_logprobs_differ_between_batches() -> None:
+    """Without batch invariance, logprobs of sampler and scorer do differ: the test above is not vacuous."""
     spec, params = model("mistral")
     prompts, settings = requests(14)
     with fastgen.Engine(params, spec, page_size=16, cache_tokens=4096) as engine:
         assert fastgen.compare_logprobs(engine.generate(prompts, settings), params, spec).max_abs_diff > 0
 
 
-def test_invariant_rows() -> None:
-    """Each function of a row alone gives the same bits as among others, wherever it lies."""
+def test_batch_invariant_ops() -> None:
+    """Each op returns the same bits for a row alone as for that row within a batch, at any position."""
     spec, params = model("qwen3")
     layer = params.layers[0]
     x, y = torch.randn(2, 137, spec.hidden_size)
@@ -267,61 +264,63 @@ def test_invariant_rows() -> None:
         ),
     }
     for name, call in calls.items():
-        whole = call(torch.arange(137))
+        full = call(torch.arange(137))
         for i in (slice(0, 1), slice(5, 8), slice(3, 36), slice(100, 137), slice(136, 137)):
-            assert torch.equal(call(torch.arange(137)[i]), whole[i]), name
+            assert torch.equal(call(torch.arange(137)[i]), full[i]), name
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
 def gradients(
-    params: fastgen.Params, spec: fastgen.ModelConfig, many: list[list[int]], how: dict[str, Any]
+    params: fastgen.Params, spec: fastgen.ModelConfig, batch: list[list[int]], options: dict[str, Any]
 ) -> list[Tensor]:
     own = tree_map_only(Tensor, lambda w: w.clone().requires_grad_(), params)
-    loss = sum(x.square().sum() for x in fastgen.score(own, spec, many, **how))
+    loss = sum(x.square().sum() for x in fastgen.score(own, spec, batch, **options))
     assert isinstance(loss, Tensor)
     return list(torch.autograd.grad(loss, [*logprobs.iter_weights(own)]))
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"activation_checkpointing": True}, {"batch_invariant": True, "activation_checkpointing": True}]
+    "options", [{}, {"activation_checkpointing": True}, {"batch_invariant": True, "activation_checkpointing": True}]
 )
 def test_gradients(
-    one: tuple[fastgen.ModelConfig, fastgen.Params], how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    spec_and_params: tuple[fastgen.ModelConfig, fastgen.Params],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Those of one plain forward, with logits held a few rows at a time."""
-    spec, params = one
-    many = sequences(9, 70, 33)
+    """Gradients of scores equal those of one plain forward, with logits of a few rows at a time."""
+    spec, params = spec_and_params
+    batch = sequences(9, 70, 33)
     own = tree_map_only(Tensor, lambda w: w.clone().requires_grad_(), params)
-    loss = sum(plain(own, spec, tokens).square().sum() for tokens in many)
+    loss = sum(plain(own, spec, tokens).square().sum() for tokens in batch)
     assert isinstance(loss, Tensor)
-    wanted = torch.autograd.grad(loss, [*logprobs.iter_weights(own)])
+    expected = torch.autograd.grad(loss, [*logprobs.iter_weights(own)])
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 700)
-    for got, want in zip(gradients(params, spec, many, how), wanted, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-4 * float(want.abs().max()), rtol=1e-3)
+    for actual, grad in zip(gradients(params, spec, batch, options), expected, strict=True):
+        torch.testing.assert_close(actual, grad, atol=1e-4 * float(grad.abs().max()), rtol=1e-3)
 
 
 def test_gradients_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the forward has kernels without gradients, their plain twins' are taken."""
+    """Kernels without gradients get those of their torch equivalents."""
     spec, params = model("qwen3")
-    many = sequences(21, 40)
-    wanted = gradients(params, spec, many, {})
+    batch = sequences(21, 40)
+    expected = gradients(params, spec, batch, {})
 
     def kernel(f: Any) -> Any:
         def call(*args: Any) -> Any:
-            found = f(*(a.detach() if isinstance(a, Tensor) else a for a in args))
+            result = f(*(a.detach() if isinstance(a, Tensor) else a for a in args))
             assert not torch.is_grad_enabled()
-            return found
+            return result
 
         return call
 
-    apart = ("attention", "embed", "out_proj", "down_proj")  # the last two call `linear`
-    hard = {name: kernel(f) for name, f in TORCH_OPS._asdict().items() if name not in apart}
-    ops = TORCH_OPS._replace(attention=lambda b, s: kernel(sdpa(b, s)), **hard)
+    without_kernels = ("attention", "embed", "out_proj", "down_proj")  # the last two call `linear`
+    kernels = {name: kernel(f) for name, f in TORCH_OPS._asdict().items() if name not in without_kernels}
+    ops = TORCH_OPS._replace(attention=lambda b, s: kernel(sdpa(b, s)), **kernels)
     ops = make_differentiable(ops, reference_gradients=True)
-    for got, want in zip(gradients(params, spec, many, {"ops": ops}), wanted, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-3)
+    for actual, grad in zip(gradients(params, spec, batch, {"ops": ops}), expected, strict=True):
+        torch.testing.assert_close(actual, grad, atol=1e-5 * float(grad.abs().max()), rtol=1e-3)
 
 
 def test_no_gradients_unless_asked() -> None:

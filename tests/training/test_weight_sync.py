@@ -86,7 +86,7 @@ def test_unknown_names_are_refused_with_advice() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("state", ["active", "merged", "disabled", "merged, then disabled"])
 def test_parameters_of_a_peft_model(state: str) -> None:
-    """They have the values that the model computes with, whatever adapters are merged, and compiled or not."""
+    """Named tensors have the values that the model computes with, whatever adapters are merged, compiled or not."""
     peft = pytest.importorskip("peft")
     source = new_model("Qwen2")
     base = {name: p.detach().clone() for name, p in source.named_parameters()}
@@ -213,7 +213,7 @@ def test_versions_survive_fork_and_snapshot(tmp_path: Path) -> None:
 
 
 def test_update_over_a_process_group(device: str) -> None:
-    """In buckets, from another process or another GPU."""
+    """Weights arrive in buckets, from another process or another GPU."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("one GPU per process")
     results = mp.get_context("spawn").SimpleQueue()

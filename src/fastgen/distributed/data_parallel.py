@@ -151,6 +151,7 @@ class Replicas(GenerateMethods):
         request = self._prepare(prompt, params, stream_text=stream_text, final_only=False, grammar_checked=is_checked)
         return self._enqueue([request])[0]
 
+    @exclusive()
     def add_many(
         self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, stream_text: bool = True,
         on_error: str = "raise",

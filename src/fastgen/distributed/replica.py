@@ -70,10 +70,10 @@ class ReplicaLoop:
             messages = [] if self.engine.has_unfinished_requests else [self.messages.get()]
             while not self.messages.empty():
                 messages.append(self.messages.get())
-            for kind, value in messages:
-                if kind == "close":
+            for name, value in messages:
+                if name == "close":
                     return
-                getattr(self, f"on_{kind}")(value)
+                getattr(self, f"on_{name}")(value)
             if self.engine.has_unfinished_requests:
                 self._step()
             is_idle = not self.engine.has_unfinished_requests

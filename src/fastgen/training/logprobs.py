@@ -119,9 +119,8 @@ def check_scorable(sequences: list[list[int]], first: list[int], model_config: M
             raise ValueError(f"sequence {i}: {problem}; the first token has no probability")
         if len(tokens) > context:
             raise ValueError(f"sequence {i}: {len(tokens)} tokens do not fit the model's context of {context}")
-        for token in tokens:
-            if not (isinstance(token, Integral) and 0 <= token < vocab):
-                raise ValueError(f"sequence {i}: token {token!r} is outside the vocabulary of {vocab}")
+        if (token := min(tokens)) < 0 or (token := max(tokens)) >= vocab:
+            raise ValueError(f"sequence {i}: token {token} is outside the vocabulary of {vocab}")
 
 
 def iter_weights(params: Params) -> Iterator[Tensor]:
