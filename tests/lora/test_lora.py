@@ -99,7 +99,7 @@ def engine(params: Params = PARAMS, adapters: dict[str, Adapter] = ADAPTERS, **s
     return e
 
 
-def load(seed: int, count: int = 16) -> list[tuple[list[int], dict[str, Any], str | None]]:
+def random_requests(seed: int, count: int = 16) -> list[tuple[list[int], dict[str, Any], str | None]]:
     """Returns requests that share prefixes under different adapters, greedy and sampled."""
     r = random.Random(seed)
     stems = [[r.randrange(61) for _ in range(n)] for n in (1, 9, 21)]
@@ -114,7 +114,7 @@ def load(seed: int, count: int = 16) -> list[tuple[list[int], dict[str, Any], st
 MERGED: dict[str | None, fastgen.Engine] = {}
 
 
-def merged(prompt: Sequence[int], how: dict[str, Any], name: str | None) -> Output:
+def generate_merged(prompt: Sequence[int], how: dict[str, Any], name: str | None) -> Output:
     """Returns the output of the request alone in an engine of the merged parameters."""
     if name not in MERGED:
         params = PARAMS if name is None else lora.merge(PARAMS, SPEC, ADAPTERS[name])
@@ -124,7 +124,7 @@ def merged(prompt: Sequence[int], how: dict[str, Any], name: str | None) -> Outp
     return MERGED[name].generate([[*prompt]], SamplingParams(**how))[0]
 
 
-def same(got: Output, want: Output) -> None:
+def assert_same_output(got: Output, want: Output) -> None:
     """Asserts that tokens are equal and logprobs nearly."""
     for a, b in zip(got.completions, want.completions, strict=True):
         assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
@@ -244,16 +244,16 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @cache
 def separately(seed: int) -> list[Output]:
-    return [merged(*one) for one in load(seed)]
+    return [generate_merged(*one) for one in random_requests(seed)]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_as_merged(way: str) -> None:
     """Requests of three adapters and of none, in one batch, have the tokens and logprobs of merged parameters."""
-    e, work = engine(**WAYS[way]), load(3)
+    e, work = engine(**WAYS[way]), random_requests(3)
     for _ in range(2):  # the second time much of it is cached
         for got, want in zip(run(e, work), separately(3), strict=True):
-            same(got, want)
+            assert_same_output(got, want)
     n = e.cache_stats
     assert (n.num_hit_tokens > 0) is (way != "no reuse")
     if way == "preempted":
@@ -266,16 +266,16 @@ def compiled() -> None:
     """Checks compiled regions: adding, changing and removing adapters recompiles nothing."""
     from dynamo import num_compiled_graphs
 
-    e, work = engine(adapters={}, cache_tokens=1024, compile="inductor", **SMALL), load(4, 12)
+    e, work = engine(adapters={}, cache_tokens=1024, compile="inductor", **SMALL), random_requests(4, 12)
     before = num_compiled_graphs()
     for name, x in ADAPTERS.items():
         e.add_adapter(name, x)
     for got, one in zip(run(e, work), work, strict=True):
-        same(got, merged(*one))
+        assert_same_output(got, generate_merged(*one))
     e.remove_adapter("some")
     e.add_adapter("some", ADAPTERS["some"])
     for got, one in zip(run(e, work), work, strict=True):
-        same(got, merged(*one))
+        assert_same_output(got, generate_merged(*one))
     assert num_compiled_graphs() == before
 
 
@@ -335,7 +335,7 @@ def test_any_operations() -> None:
             trees[name] = tree_map_only(Tensor, torch.clone, e.adapter_params(name))
             stale |= {s.output.request_id for s in e.core.sequence_states.values() if s.params.adapter == name}
         elif op < 0.6:
-            prompt, how, _ = load(r.randrange(5), 1)[0]
+            prompt, how, _ = random_requests(r.randrange(5), 1)[0]
             who = r.choice([None, *trees])
             params = PARAMS if who is None else lora.merge(PARAMS, SPEC, trees[who])
             pending[e.add(prompt, SamplingParams(**how, adapter=who))] = prompt, how, params
@@ -349,7 +349,7 @@ def test_any_operations() -> None:
                 with fastgen.Engine(
                     params, SPEC, progress=False, prefix_cache=False, cache_tokens=128, compile="eager"
                 ) as plain:
-                    same(event.output, plain.generate([prompt], SamplingParams(**how))[0])
+                    assert_same_output(event.output, plain.generate([prompt], SamplingParams(**how))[0])
                 checked += 1
     assert checked > 20 and e.cache_stats.num_hit_tokens
 
@@ -374,19 +374,19 @@ def test_a_change_forgets_its_own_pages_only() -> None:
 def test_a_name_given_anew() -> None:
     """An adapter under a removed one's name has neither its values nor its cached pages."""
     e, work = engine(cache_tokens=1024), [([5, 6, 7, 8, 9, 10, 11, 12, 13], {"temperature": 0, "max_tokens": 8}, "all")]
-    same(run(e, work)[0], merged(*work[0]))
+    assert_same_output(run(e, work)[0], generate_merged(*work[0]))
     views = e.adapter_params("all")
     e.remove_adapter("all")
     assert not any(x.any() for x in lora.parameters(views))
     e.add_adapter("all", ADAPTERS["some"])
-    same(run(e, work)[0], merged(*work[0][:2], "some"))
+    assert_same_output(run(e, work)[0], generate_merged(*work[0][:2], "some"))
 
 
 def test_fork_and_snapshot(tmp_path: Path) -> None:
     """Forked and restored requests keep their adapter."""
     how: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
     e = engine(cache_tokens=1024)
-    want = merged(range(7), how, "wide").completions[0].token_ids
+    want = generate_merged(range(7), how, "wide").completions[0].token_ids
     id = e.add([*range(7)], SamplingParams(**how, adapter="wide"))
     for _ in range(4):
         e.step()
@@ -454,7 +454,7 @@ def test_refused() -> None:
         e.add_adapter("wide2", lora.init(SPEC, rank=9))
     with pytest.raises(ValueError, match="wanted"):
         e.add_adapter("x", other)
-    assert len(run(e, load(1, 3)[:0])) == 0 and sorted(e.adapters) == ["all", "wide"]
+    assert len(run(e, random_requests(1, 3)[:0])) == 0 and sorted(e.adapters) == ["all", "wide"]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def train(compile: str) -> None:
     how: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
     prompt, wanted = [7, 8, 9], [11, 12, 13, 14, 15, 16]
     before = run(e, [(prompt, how, "mine")])[0].completions[0].token_ids
-    assert before == merged(prompt, how, None).completions[0].token_ids, "a new adapter changes nothing"
+    assert before == generate_merged(prompt, how, None).completions[0].token_ids, "a new adapter changes nothing"
     optimizer = torch.optim.Adam([x.requires_grad_() for x in lora.parameters(views)], lr=0.02)
     context, losses = [*prompt, *wanted], []
     for _ in range(60):
@@ -508,15 +508,15 @@ def train(compile: str) -> None:
     with fastgen.Engine(
         lora.merge(PARAMS, SPEC, views), SPEC, progress=False, cache_tokens=256, compile="eager"
     ) as fresh:
-        same(got[0], fresh.generate([prompt], SamplingParams(**how))[0])
-    same(got[1], merged(prompt, how, None))
-    same(got[2], merged(prompt, how, "wide"))
+        assert_same_output(got[0], fresh.generate([prompt], SamplingParams(**how))[0])
+    assert_same_output(got[1], generate_merged(prompt, how, None))
+    assert_same_output(got[2], generate_merged(prompt, how, "wide"))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def equal(a: Adapter, b: Adapter) -> None:
+def assert_equal(a: Adapter, b: Adapter) -> None:
     assert [p is None for x in a.layers for p in x] == [p is None for x in b.layers for p in x]
     assert a.scale == pytest.approx(b.scale)
     for x, y in zip(lora.parameters(a), lora.parameters(b), strict=True):
@@ -527,7 +527,7 @@ def equal(a: Adapter, b: Adapter) -> None:
 def test_save_and_load(name: str, tmp_path: Path) -> None:
     """A saved adapter loads bit for bit."""
     lora.save(tmp_path, SPEC, ADAPTERS[name], base_model="mine")
-    equal(lora.load(tmp_path, SPEC), ADAPTERS[name])
+    assert_equal(lora.load(tmp_path, SPEC), ADAPTERS[name])
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert all(x.startswith("base_model.model.model.layers.") and ".lora_" in x for x in names)
 
@@ -536,11 +536,11 @@ def test_update_by_name() -> None:
     """Names of a PEFT model in memory are accepted, too."""
     mine, other = adapter(SPEC, "some", 1), adapter(SPEC, "some", 2)
     lora.update(mine, SPEC, dict(lora.named_tensors(other, SPEC)).items())
-    equal(mine, other)
+    assert_equal(mine, other)
     third = adapter(SPEC, "some", 3)
     live = [(n.replace(".weight", ".default.weight"), x) for n, x in lora.named_tensors(third, SPEC)]
     lora.update(mine, SPEC, live)
-    equal(mine, third)
+    assert_equal(mine, third)
     with pytest.raises(ValueError, match="missing for model.layers.1.mlp.up_proj"):
         lora.update(mine, SPEC, live[:-1])
     with pytest.raises(ValueError, match="lm_head"):
@@ -584,9 +584,9 @@ def test_a_slot_is_clean_for_the_next_adapter() -> None:
     for x in stale:
         x.fill_(float("nan"))
     one.add_adapter("some", ADAPTERS["some"])
-    work = [(prompt, how, "some") for prompt, how, _ in load(2, 4)]
+    work = [(prompt, how, "some") for prompt, how, _ in random_requests(2, 4)]
     for got, want in zip(run(one, work), run(wanted, work), strict=True):
-        same(got, want)
+        assert_same_output(got, want)
 
 
 def test_versions_count_changes_of_the_adapter() -> None:

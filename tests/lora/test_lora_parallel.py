@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora import ADAPTERS, CONFIGS, PARAMS, SPEC, SPECS, adapter, load, run, same
+from test_lora import ADAPTERS, CONFIGS, PARAMS, SPEC, SPECS, adapter, assert_same_output, random_requests, run
 from test_tensor_parallel import Rank, ThreadBuffers, shard_params, together
 from test_workers import no_leftover_ranks  # noqa: F401, an autouse fixture
 from torch import Tensor
@@ -117,11 +117,11 @@ def calls(e: fastgen.Engine) -> list[Output]:
     """Makes all calls about adapters, with requests between them; returns the outputs."""
     for name, x in ADAPTERS.items():
         e.add_adapter(name, x)
-    outputs = run(e, load(1))
+    outputs = run(e, random_requests(1))
     with pytest.raises(ValueError, match="raise lora.max_adapters"):
         e.add_adapter("more", ADAPTERS["all"])
     e.update_adapter("some", double(ADAPTERS["some"]))
-    outputs += run(e, load(2))
+    outputs += run(e, random_requests(2))
     id = e.add([1, 2, 3], SamplingParams(adapter="wide", max_tokens=9))
     with pytest.raises(ValueError, match="used by"):
         e.remove_adapter("wide")
@@ -132,7 +132,7 @@ def calls(e: fastgen.Engine) -> list[Output]:
     e.abort(id)
     e.remove_adapter("wide")
     e.add_adapter("wide", ADAPTERS["all"], scale=0.5)
-    outputs += run(e, load(3))
+    outputs += run(e, random_requests(3))
     assert e.cache_stats.num_hit_tokens
     return outputs
 
@@ -156,7 +156,7 @@ def test_outputs(wanted: list[Output]) -> None:
 
     for outputs in together(2, one):
         for got, want in zip(outputs, wanted, strict=True):
-            same(got, want)
+            assert_same_output(got, want)
 
 
 def test_changed_in_place() -> None:
@@ -179,14 +179,14 @@ def test_changed_in_place() -> None:
             return outputs
 
     for (got,) in together(2, one):
-        same(got, wanted[0])
+        assert_same_output(got, wanted[0])
 
 
 def test_processes(wanted: list[Output], tmp_path: Path) -> None:
     """The ranks that an engine starts make its calls, too; folders are loaded with the model."""
     with fastgen.Engine(PARAMS, SPEC, tensor_parallel=2, **SETTINGS) as e:
         for got, want in zip(calls(e), wanted, strict=True):
-            same(got, want)
+            assert_same_output(got, want)
         with pytest.raises(ValueError, match="give the tree"):
             e.update_adapter("all")
         with pytest.MonkeyPatch.context() as patch:  # wrong adapters are refused before anything is broadcast
@@ -207,5 +207,5 @@ def test_processes(wanted: list[Output], tmp_path: Path) -> None:
         ) as e:
             outputs.append(run(e, work))
     for got, want in zip(*outputs, strict=True):
-        same(got, want)
+        assert_same_output(got, want)
     assert outputs[0][0].completions[0].token_ids != outputs[0][1].completions[0].token_ids

