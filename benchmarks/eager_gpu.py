@@ -30,7 +30,8 @@ def measure_speed(name: str, num_requests: int, prompt_len: int, output_len: int
     start = time.perf_counter()
     engine = fastgen.Engine.from_pretrained(
         HERE / "configs" / f"{name}.json", random_weights=True, device="cuda", dtype="bfloat16", attention=attention,
-        max_num_seqs=num_requests, token_budget=8192, cache_tokens=num_requests * (prompt_len + output_len + 16),
+        compile="eager", max_num_seqs=num_requests, token_budget=8192,
+        cache_tokens=num_requests * (prompt_len + output_len + 16),
     )  # fmt: skip
     torch.cuda.synchronize()
     load_seconds = time.perf_counter() - start
@@ -78,7 +79,7 @@ def measure_precision(name: str) -> dict:
     outputs: dict[str, list[fastgen.Output]] = {}
     tokens_alone: dict[str, list[list[int]]] = {}
     for dtype, p in (("bfloat16", params), ("float32", params_fp32)):
-        with fastgen.Engine(p, model_config, cache_tokens=8192) as engine:
+        with fastgen.Engine(p, model_config, cache_tokens=8192, compile="eager") as engine:
             outputs[dtype] = engine.generate(prompts, sampling)
             tokens_alone[dtype] = [engine.generate(a, sampling)[0].completions[0].token_ids for a in prompts]
     low, high = ([x for o in outputs[d] for x in (o.prompt_logprobs or [])[1:]] for d in ("bfloat16", "float32"))

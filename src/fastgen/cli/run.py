@@ -28,15 +28,8 @@ from tqdm.auto import tqdm
 
 import fastgen
 from fastgen import Engine, EngineConfig, Output, Replicas
-from fastgen.cli.hydra_config import (
-    HYDRA_ERRORS,
-    RunConfig,
-    compose,
-    conf_dir,
-    explain_error,
-    to_dataclass,
-    to_hydra_arguments,
-)
+from fastgen.cli import hydra_config
+from fastgen.cli.hydra_config import HYDRA_ERRORS, RunConfig, compose, conf_dir
 from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
 from fastgen.profiling.profiler import profile_on_signal
 from fastgen.text.tokenizer import Prompt, is_single_prompt
@@ -210,7 +203,7 @@ def _on_sigterm(*_: Any) -> None:
 def _report_error(e: Exception) -> int:
     """Prints an error that the user can fix. Returns the exit status: 2 for Hydra's errors, 1 for all others."""
     is_hydra = isinstance(e, HYDRA_ERRORS)
-    print(f"fgrun: {explain_error(e) if is_hydra else e}", file=sys.stderr)
+    print(f"fgrun: {hydra_config.explain_error(e) if is_hydra else e}", file=sys.stderr)
     return 2 if is_hydra else 1
 
 
@@ -225,11 +218,11 @@ def main() -> int:
     full_error = os.environ.get("HYDRA_FULL_ERROR")
 
     def job(cfg: DictConfig) -> None:
-        hydra_config = HydraConfig.get()
-        if hydra_config.mode == RunMode.MULTIRUN:
-            print(f"# {hydra_config.job.override_dirname}", flush=True)
+        settings = HydraConfig.get()
+        if settings.mode == RunMode.MULTIRUN:
+            print(f"# {settings.job.override_dirname}", flush=True)
         try:
-            run(to_dataclass(cfg), Path(hydra_config.runtime.output_dir))
+            run(hydra_config.to_dataclass(cfg), Path(settings.runtime.output_dir))
         except BrokenPipeError:
             sys.exit(_handle_closed_stdout())
         except (ValueError, OSError) as e:
@@ -244,7 +237,7 @@ def main() -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        sys.argv[1:] = to_hydra_arguments(sys.argv[1:])
+        sys.argv[1:] = hydra_config.to_hydra_arguments(sys.argv[1:])
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
         sys.stdout.flush()
     except KeyboardInterrupt as e:

@@ -119,12 +119,11 @@ def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
     config = replace(config, model=replace(config.model, adapters=adapters), lora=lora_config)
     if args.model is None:
         return config, hub.FOLDER
-    if model_choice == [f"model={args.model}"]:
-        return config, args.model
-    if Path(args.model).expanduser().exists():
-        return config, Path(args.model).expanduser().resolve().name
-    if args.model.count("/") != 1:  # not a hub id either: raises before anything starts
-        hub.resolve(args.model)
+    path = Path(args.model).expanduser()
+    if model_choice != [f"model={args.model}"] and path.exists():
+        return config, path.resolve().name
+    if model_choice != [f"model={args.model}"] and args.model.count("/") != 1:
+        hub.resolve(args.model)  # not a hub id either: raises before anything starts
     return config, args.model
 
 
