@@ -166,7 +166,7 @@ def test_an_interrupted_step(conversation: Conversation, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(conversation.engine.runner, "run", fail)
+        m.setattr(conversation.engine.runner, "forward", fail)
         list(conversation.ask("Hello"))
     assert conversation.turns == []
     ask(conversation, "Hello")
