@@ -63,7 +63,7 @@ class PeerBuffers:
         offsets = [sum(num_bytes[:i]) for i in range(len(num_bytes) + 1)]
         num_flags = MAX_PROGRAMS * size + 1  # the last one ends all waiting
 
-        def on_all_ranks(allocate: Callable[[], Any]) -> Any:
+        def allocate_on_all_ranks(allocate: Callable[[], Any]) -> Any:
             try:
                 result, error = allocate(), None
             except RuntimeError as e:
@@ -73,9 +73,9 @@ class PeerBuffers:
             return result
 
         total = offsets[-1] + 4 * num_flags
-        self.buffer = on_all_ranks(lambda: symmetric.empty(total, dtype=torch.uint8, device=device))
+        self.buffer = allocate_on_all_ranks(lambda: symmetric.empty(total, dtype=torch.uint8, device=device))
         ranks: Any = group.group or dist.group.WORLD
-        handle = on_all_ranks(lambda: symmetric.rendezvous(self.buffer, ranks))
+        handle = allocate_on_all_ranks(lambda: symmetric.rendezvous(self.buffer, ranks))
         self.buffer.zero_()
         torch.cuda.synchronize(device)
         group.all_reduce_min(0)  # no rank signals another before all flags are 0

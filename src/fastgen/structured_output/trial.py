@@ -88,7 +88,7 @@ def _try_tokens(matcher: Any) -> None:
             break
         step_start, mask = time.thread_time(), matcher.compute_bitmask()
         words = struct.unpack(f"<{len(mask) // 4}I", mask)
-        allowed = [32 * i + (word & -word).bit_length() - 1 for i, word in enumerate(words) if word]  # one of each word
+        allowed = [32 * i + (word & -word).bit_length() - 1 for i, word in enumerate(words) if word]
         # The first token, or one from the middle: a string starts with other tokens than it continues with.
         if not matcher.is_error() and allowed:
             matcher.consume_token(allowed[step % 2 * len(allowed) // 2])
@@ -133,7 +133,7 @@ def _fork_trial(ll_tokenizer: Any, connection: socket.socket, limits: TrialLimit
     if pid := os.fork():
         return pid
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the system's last words about a crash
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the system's message about a crash
         os.closerange(3, connection.fileno())  # other trials' sockets
         os.closerange(connection.fileno() + 1, connection.fileno() + 1024)
         for number in (signal.SIGIO, signal.SIGPROF, signal.SIGALRM):
@@ -142,7 +142,7 @@ def _fork_trial(ll_tokenizer: Any, connection: socket.socket, limits: TrialLimit
         with connection.makefile("rb") as file:
             grammar_type, text = json.loads(file.readline())
         flags = fcntl.fcntl(connection, fcntl.F_GETFL)
-        fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC)  # SIGIO, deadly, when the other end closes
+        fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC)  # SIGIO ends this process when the other end closes
         if used := _process_bytes(0):
             size = used + limits.memory_bytes + limits.stack_bytes + MASK_STACK_BYTES + ALLOCATOR_ARENA_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (size, size))
@@ -161,7 +161,7 @@ def _fork_trial(ll_tokenizer: Any, connection: socket.socket, limits: TrialLimit
 def main() -> None:
     """Serves trials until the other end of the control socket, whose number is the only argument, is closed."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the engine's process as well, which decides when to end
+    for number in (signal.SIGINT, signal.SIGTERM):  # the engine's process gets them too, and decides when to end
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     from llguidance import LLTokenizer

@@ -58,7 +58,7 @@ class RolloutFunc:
         self._sync_weights(self.engine, model, trainer)
         if trainer.tools:  # TRL does not call a rollout_func for the turn after a tool's result
             if not hasattr(trainer, "_generate_single_turn"):
-                raise ValueError("RolloutFunc: this TRL generates the turn after a tool's result differently")
+                raise ValueError("RolloutFunc: this version of TRL generates turns after a tool's result differently")
             trainer._generate_single_turn = lambda prompts, *_, **__: self._generate(prompts, trainer, fit_context=True)
         get_tokenizer(trainer)  # raises ValueError
         prompt_ids = trainer._tokenize_prompts(list(prompts))[0]  # messages by the chat template, with tools
