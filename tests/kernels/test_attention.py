@@ -1,4 +1,4 @@
-"""The attention backends against the formula in float64, over ragged batches of every kind."""
+"""Compares the attention backends with the formula in float64, over ragged batches of all types of steps."""
 
 import random
 from functools import partial
@@ -18,7 +18,7 @@ from fastgen.kernels import attention, batch_invariant
 from fastgen.kernels.select import ATTENTION_BACKENDS, select_attention_backend
 
 GARBAGE = 1e3  # in every slot that no query may see: a result that uses one is far off
-KINDS = {  # (cached, new) tokens of a sequence
+STEP_TYPES = {  # (computed, new) tokens of a sequence
     "prefill": lambda r: (0, r.randint(2, 40)),
     "continuation": lambda r: (r.randint(1, 40), r.randint(2, 20)),
     "decode": lambda r: (r.randint(0, 70), 1),
@@ -28,15 +28,19 @@ WINDOWS = (None, 1, 6, 20, 1000)
 Case = tuple[Batch, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
-def make(seed: int, kind: str, spec: ModelConfig, page: int, device: str, *, sequences: int = 5, pad: int = 0) -> Case:
+def random_batch(
+    seed: int, kind: str, spec: ModelConfig, page: int, device: str, *, sequences: int = 5, pad: int = 0
+) -> Case:
     """Returns a random batch, its queries, the two caches, and each sequence's keys and values in order."""
     r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
-    num_tokens = [KINDS[kind]] * sequences if kind != "mixed" else r.choices(list(KINDS.values()), k=sequences)
+    num_tokens = (
+        [STEP_TYPES[kind]] * sequences if kind != "mixed" else r.choices(list(STEP_TYPES.values()), k=sequences)
+    )
     shapes = [f(r) for f in num_tokens]
     needed = [-(-(cached + new) // page) for cached, new in shapes]
     ids = list(range(1, sum(needed) + 3))
     r.shuffle(ids)
-    plan, own = [], []
+    plan, kv_by_seq = [], []
     k, v = (torch.full(((len(ids) + 1) * page, spec.num_kv_heads, spec.head_dim), GARBAGE) for _ in "kv")
     for i, ((cached, new), n) in enumerate(zip(shapes, needed, strict=True)):
         pages, ids = ids[:n], ids[n:]
@@ -45,15 +49,15 @@ def make(seed: int, kind: str, spec: ModelConfig, page: int, device: str, *, seq
         for position in range(cached + new):
             slot = pages[position // page] * page + position % page
             k[slot], v[slot] = keys[position], values[position]
-        own.append((keys, values))
+        kv_by_seq.append((keys, values))
     tokens = {span.id: [0] * span.stop for span in plan}
     count = sum(span.stop - span.start for span in plan)
     batch = fastgen.build_batch(tuple(plan), tokens, page, device, pad_to=count + pad)
     q = torch.randn(count + pad, spec.num_q_heads, spec.head_dim, generator=normal)
-    return batch, q.to(device), k.to(device), v.to(device), own
+    return batch, q.to(device), k.to(device), v.to(device), kv_by_seq
 
 
-def make_shared(
+def random_shared_batch(
     seed: int, spec: ModelConfig, page: int, device: str, width: int
 ) -> tuple[Batch, Tensor, Tensor, Tensor]:
     """Returns a random batch with groups of up to `width` sequences that share a prefix, sequences in no group, and
@@ -61,42 +65,44 @@ def make_shared(
     """
     r, normal = random.Random(seed), torch.Generator(torch.get_default_device()).manual_seed(seed)
     unused_pages = iter(r.sample(range(1, 4000), 3999))
-    rows: list[tuple[int, list[int], int, int]] = []  # group, its pages, own tokens, those of them that are new
+    rows: list[tuple[int, list[int], int, int]] = []  # group, its pages, tokens after them, new tokens
     groups = 0
     for _ in range(r.randint(1, 2)):
-        common = [next(unused_pages) for _ in range(r.randint(1, max(1, r.choice([20, 130, 200]) // page)))]
+        shared_pages = [next(unused_pages) for _ in range(r.randint(1, max(1, r.choice([20, 130, 200]) // page)))]
         for size in (width, r.randint(1, width)):
-            rows += [(groups, common, r.choice([1, page, r.randint(1, 90)]), 1) for _ in range(min(size, 3))]
+            rows += [(groups, shared_pages, r.choice([1, page, r.randint(1, 90)]), 1) for _ in range(min(size, 3))]
             groups += 1
     rows += [(-1, [], new + r.randint(0, 70), new) for new in (1, 1, r.randint(2, 9))]
     r.shuffle(rows)
     shared = SharedPrefix(torch.full((groups + 2, width), -1), torch.zeros(groups + 2), torch.zeros(len(rows)))
-    plan, used = [], []
-    for i, (group, common, own, new) in enumerate(rows):
-        pages = common + [next(unused_pages) for _ in range(-(-own // page))]
-        skip, total = len(common) * page, len(common) * page + own
+    plan, used_slots = [], []
+    for i, (group, shared_pages, num_own_tokens, new) in enumerate(rows):
+        pages = shared_pages + [next(unused_pages) for _ in range(-(-num_own_tokens // page))]
+        num_shared, total = len(shared_pages) * page, len(shared_pages) * page + num_own_tokens
         plan.append(Span(i, total - new, total, True, tuple(pages)))
-        used += [pages[n // page] * page + n % page for n in range(total)]
+        used_slots += [pages[n // page] * page + n % page for n in range(total)]
         if group >= 0:
-            shared.num_shared_tokens[group] = shared.num_skipped_tokens[i] = skip
+            shared.num_shared_tokens[group] = shared.num_skipped_tokens[i] = num_shared
             shared.group_rows[group, int((shared.group_rows[group] >= 0).sum())] = i
     k, v = (torch.full((4000 * page, spec.num_kv_heads, spec.head_dim), GARBAGE) for _ in "kv")
     for x in (k, v):
-        x[used] = torch.randn(len(used), spec.num_kv_heads, spec.head_dim, generator=normal)
+        x[used_slots] = torch.randn(len(used_slots), spec.num_kv_heads, spec.head_dim, generator=normal)
     pad = r.choice([0, 2])
     batch = fastgen.build_batch(
         tuple(plan), {span.id: [0] * span.stop for span in plan}, page, device, pad_to=sum(x[3] for x in rows) + pad
     )
-    skip = torch.cat((shared.num_skipped_tokens, torch.zeros(pad)))
-    shared = SharedPrefix(*(x.to(device=device, dtype=torch.int32) for x in shared._replace(num_skipped_tokens=skip)))
+    num_skipped = torch.cat((shared.num_skipped_tokens, torch.zeros(pad)))
+    shared = SharedPrefix(
+        *(x.to(device=device, dtype=torch.int32) for x in shared._replace(num_skipped_tokens=num_skipped))
+    )
     q = torch.randn(len(batch.token_ids), spec.num_q_heads, spec.head_dim, generator=normal)
     return batch._replace(shared_prefix=shared), q.to(device), k.to(device), v.to(device)
 
 
-def formula(batch: Batch, q: Tensor, own: list[tuple[Tensor, Tensor]], window: int | None) -> Tensor:
+def formula(batch: Batch, q: Tensor, kv_by_seq: list[tuple[Tensor, Tensor]], window: int | None) -> Tensor:
     """Returns softmax(q k / sqrt(H)) v in float64, computed token by token."""
     rows = []
-    for r, (keys, values) in enumerate(own):
+    for r, (keys, values) in enumerate(kv_by_seq):
         for t in range(int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1])):
             last = int(batch.positions[t])
             first = 0 if window is None else max(0, last - window + 1)
@@ -125,18 +131,18 @@ def two_windows(seed: int) -> tuple[int | None, ...]:
     return WINDOWS[seed % len(WINDOWS)], WINDOWS[(seed + 2) % len(WINDOWS)]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("kind", [*STEP_TYPES, "mixed"])
 @pytest.mark.parametrize("page", [1, 16, 128])
 @pytest.mark.parametrize(("ratio", "head"), [(1, 64), (3, 16), (4, 128), (5, 96), (7, 16), (8, 64)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_the_formula(backend: str, ratio: int, head: int, page: int, kind: str, device: str) -> None:
-    """Every kind of step agrees with the formula, for all windows, heads, page sizes and orders of pages."""
+    """Every type of step agrees with the formula, for all windows, heads, page sizes and orders of pages."""
     spec = shape(2 * ratio, 2, head)
-    batch, q, k, v, own = make(ratio * page + head, kind, spec, page, device)
+    batch, q, k, v, kv_by_seq = random_batch(ratio * page + head, kind, spec, page, device)
     attend = BACKENDS[backend](batch, spec)
     for window in two_windows(ratio + page + len(kind)) if backend == "triton" and device == "cpu" else WINDOWS:
-        ours = attend(q, k, v, window)
-        torch.testing.assert_close(ours.double(), formula(batch, q, own, window), atol=1e-5, rtol=0)
+        actual = attend(q, k, v, window)
+        torch.testing.assert_close(actual.double(), formula(batch, q, kv_by_seq, window), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -150,7 +156,7 @@ def test_backends_agree(seed: int, device: str) -> None:
     page = r.choice([1, 2, 16, 128])
     spec = shape(*r.choice([(3, 3), (6, 2), (4, 1), (10, 2), (7, 1), (8, 1)]), r.choice([16, 64, 96, 128]))
     num_seqs, pad = r.randint(1, 20), r.choice([0, 1, 9])
-    batch, q, k, v, _ = make(seed, "mixed", spec, page, device, sequences=num_seqs, pad=pad)
+    batch, q, k, v, _ = random_batch(seed, "mixed", spec, page, device, sequences=num_seqs, pad=pad)
     reference, *others = (BACKENDS[name](batch, spec) for name in ATTENTION_BACKENDS)
     for window in two_windows(seed) if device == "cpu" else WINDOWS:
         expected = reference(q, k, v, window)
@@ -178,14 +184,16 @@ def test_batch_invariance(seed: int, backend: str, device: str) -> None:
     r = random.Random(seed)
     page = (1, 16, 64)[seed % 3]
     spec = shape(*((3, 3), (6, 2), (5, 1), (8, 1))[seed % 4], (16, 64, 128)[seed % 3])
-    batch, q, k, v, own = make(seed, "mixed", spec, page, device, sequences=r.randint(3, 9), pad=r.choice([0, 3]))
+    batch, q, k, v, kv_by_seq = random_batch(
+        seed, "mixed", spec, page, device, sequences=r.randint(3, 9), pad=r.choice([0, 3])
+    )
     start = batch.query_start_loc.tolist()
     for window in (None, WINDOWS[seed % 5], 20):
         attend = BATCH_INVARIANT[backend](batch, spec)
-        ours = attend(q, k, v, window)
-        expected = formula(batch, q, own, window)
-        torch.testing.assert_close(ours[: len(expected)].double(), expected, atol=1e-5, rtol=0)
-        for i in r.sample(range(len(own)), 2):
+        actual = attend(q, k, v, window)
+        expected = formula(batch, q, kv_by_seq, window)
+        torch.testing.assert_close(actual[: len(expected)].double(), expected, atol=1e-5, rtol=0)
+        for i in r.sample(range(len(kv_by_seq)), 2):
             for first in {start[i], start[i + 1] - 1, r.randrange(start[i], start[i + 1])}:
                 last = slice(first, start[i + 1])  # the sequence alone, and only its last tokens
                 one = Batch(
@@ -195,7 +203,7 @@ def test_batch_invariance(seed: int, backend: str, device: str) -> None:
                 )  # fmt: skip
                 alone = BATCH_INVARIANT[backend](one, spec)(q[last], k, v, window)
                 bitwise = backend == "tiles" or device == "cuda"  # NumPy, in Triton's interpreter, sums in any order
-                torch.testing.assert_close(alone, ours[last], atol=0 if bitwise else 1e-5, rtol=0)
+                torch.testing.assert_close(alone, actual[last], atol=0 if bitwise else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -205,7 +213,7 @@ def test_shared_prefix(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "MIN_TILES", r.choice([1, 8]))  # 1: several splits of few keys
     ratio, kv_heads, head = ((1, 2, 64), (4, 1, 128), (5, 1, 96), (7, 2, 16), (8, 1, 64), (3, 1, 64))[seed % 6]
     page, spec = (1, 16, 64, 128)[seed % 4], shape(ratio * kv_heads, kv_heads, head)
-    batch, q, k, v = make_shared(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
+    batch, q, k, v = random_shared_batch(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
     alone, pad = batch._replace(shared_prefix=None), int((batch.req_idx == 0).sum())
     for window in (None, r.choice([1, r.randint(2, 90), 300])):
         exact = reference(alone, spec)(q, k, v, window)
@@ -216,7 +224,7 @@ def test_shared_prefix(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) 
 def test_unused_groups_are_not_read(device: str) -> None:
     """Sequences in no group never read results of groups, whatever that memory holds."""
     spec = shape(4, 2, 16)
-    batch, q, k, v, _ = make(5, "decode", spec, 16, device)
+    batch, q, k, v, _ = random_batch(5, "decode", spec, 16, device)
     zero = torch.zeros(len(batch.seq_lens), dtype=torch.int32, device=device)
     shared = SharedPrefix(torch.full((3, 16), -1, dtype=torch.int32, device=device), zero[:3], zero)
     with pytest.MonkeyPatch.context() as patch:
@@ -224,10 +232,10 @@ def test_unused_groups_are_not_read(device: str) -> None:
         patch.setattr(
             attention, "NARROW_HEAD_DECODE_TILE", attention.SUFFIX_DECODE_TILE
         )  # the tile of sequences in groups
-        ours, alone = (
+        actual, alone = (
             BACKENDS["triton"](b, spec)(q, k, v, None) for b in (batch._replace(shared_prefix=shared), batch)
         )
-    assert torch.equal(ours, alone)
+    assert torch.equal(actual, alone)
 
 
 ALL = {**BACKENDS, **BATCH_INVARIANT}
@@ -255,7 +263,7 @@ def poison_new_memory(patch: pytest.MonkeyPatch) -> None:
 
 
 @ignore_padding
-@pytest.mark.parametrize("kind", [*KINDS, "mixed", "shared", "long"])
+@pytest.mark.parametrize("kind", [*STEP_TYPES, "mixed", "shared", "long"])
 @pytest.mark.parametrize("backend", ALL)
 def test_unowned_memory_is_not_used(backend: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN and infinities in every slot that no sequence owns, padding's included, change no bit of any sequence's
@@ -263,20 +271,20 @@ def test_unowned_memory_is_not_used(backend: str, kind: str, device: str, monkey
     page, pad, spec = (16, 64)[len(kind) % 2], 2, shape(4, 2, 16)
     if kind == "shared":
         monkeypatch.setitem(attention.SHARED_PREFIX_TILE, "MIN_TILES", 1)  # several splits of few keys
-        batch, q, k, v = make_shared(4, spec, page, device, 2)
+        batch, q, k, v = random_shared_batch(4, spec, page, device, 2)
         pad = int((batch.req_idx == 0).sum())
     elif kind == "long":  # several splits of a sequence's keys
-        monkeypatch.setitem(KINDS, "long", lambda r: (r.randint(258, 300), 1))
-        batch, q, k, v, _ = make(0, kind, spec, page, device, sequences=2, pad=pad)
+        monkeypatch.setitem(STEP_TYPES, "long", lambda r: (r.randint(258, 300), 1))
+        batch, q, k, v, _ = random_batch(0, kind, spec, page, device, sequences=2, pad=pad)
     else:
-        batch, q, k, v, _ = make(4, kind, spec, page, device, sequences=3, pad=pad)
+        batch, q, k, v, _ = random_batch(4, kind, spec, page, device, sequences=3, pad=pad)
     attend, real = ALL[backend](batch, spec), len(q) - pad
     for window in (None, 6) if backend in ("reference", "sdpa") or device == "cuda" else ((None, 6)[len(kind) % 2],):
         clean = attend(q, k, v, window)[:real]
         with monkeypatch.context() as patch:
             poison_new_memory(patch)
-            ours = attend(q, poisoned(k), poisoned(v), window)[:real]
-        assert torch.isfinite(ours).all() and torch.equal(ours, clean)
+            actual = attend(q, poisoned(k), poisoned(v), window)[:real]
+        assert torch.isfinite(actual).all() and torch.equal(actual, clean)
 
 
 @ignore_padding
@@ -284,7 +292,7 @@ def test_unowned_memory_is_not_used(backend: str, kind: str, device: str, monkey
 def test_unowned_memory_is_not_used_by_fused_rope(
     window: int | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same for attention that applies RoPE and writes the cache: one key, few keys, and many."""
+    """NaN in slots that no sequence owns changes no bit where attention applies RoPE, for one, few and many keys."""
     page, spec, lengths, pad = 16, shape(2, 1, 16), [1, 65, 300], 1
     needed = [-(-n // page) for n in lengths]
     first = [1 + sum(needed[:i]) for i in range(len(needed))]
@@ -297,17 +305,19 @@ def test_unowned_memory_is_not_used_by_fused_rope(
     k[used], v[used] = torch.randn(len(used), 1, 16), torch.randn(len(used), 1, 16)
     qkv, cos_sin = torch.randn(len(plan) + pad, 4, 16), rope_cos_sin(batch.positions, spec)
     attend = attention.paged_attention(batch, spec)
-    clean, ours = (k.clone(), v.clone()), (poisoned(k), poisoned(v))
+    clean, poisoned_caches = (k.clone(), v.clone()), (poisoned(k), poisoned(v))
     out = attend(attention.UnrotatedQKV(qkv, *cos_sin, batch.slot_mapping), *clean, window)[: len(plan)]
     with monkeypatch.context() as patch:
         poison_new_memory(patch)
-        ours_out = attend(attention.UnrotatedQKV(qkv, *cos_sin, batch.slot_mapping), *ours, window)[: len(plan)]
-    assert torch.isfinite(ours_out).all() and torch.equal(ours_out, out)
+        poisoned_out = attend(attention.UnrotatedQKV(qkv, *cos_sin, batch.slot_mapping), *poisoned_caches, window)[
+            : len(plan)
+        ]
+    assert torch.isfinite(poisoned_out).all() and torch.equal(poisoned_out, out)
     owned = [*used, *batch.slot_mapping[: len(plan)].tolist()]
-    assert all(torch.equal(x[owned], y[owned]) for x, y in zip(clean, ours, strict=True))
+    assert all(torch.equal(x[owned], y[owned]) for x, y in zip(clean, poisoned_caches, strict=True))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("kind", [*STEP_TYPES, "mixed"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16(backend: str, kind: str, device: str) -> None:
     """In bf16 the reference rounds its result only; a fused kernel may also round the softmax weights.
@@ -316,18 +326,18 @@ def test_bf16(backend: str, kind: str, device: str) -> None:
     """
     dtype = torch.float16 if (backend, device) == ("triton", "cpu") else torch.bfloat16
     spec = shape(8, 2, 64)
-    batch, *arrays, own = make(3, kind, spec, 16, device, sequences=8)
+    batch, *arrays, kv_by_seq = random_batch(3, kind, spec, 16, device, sequences=8)
     attend = BACKENDS[backend](batch, spec)
     q, k, v = (x.to(dtype) for x in arrays)
-    own = [(keys.to(dtype), values.to(dtype)) for keys, values in own]
+    kv_by_seq = [(keys.to(dtype), values.to(dtype)) for keys, values in kv_by_seq]
     for window in WINDOWS:
-        ours = attend(q, k, v, window)
-        assert ours.dtype == dtype
-        exact = formula(batch, q, own, window)
+        actual = attend(q, k, v, window)
+        assert actual.dtype == dtype
+        exact = formula(batch, q, kv_by_seq, window)
         rounded = exact.abs()
         if backend != "reference":
-            rounded += formula(batch, q, [(keys, values.abs()) for keys, values in own], window)
-        error = (ours.double() - exact).abs()
+            rounded += formula(batch, q, [(keys, values.abs()) for keys, values in kv_by_seq], window)
+        error = (actual.double() - exact).abs()
         assert (error <= 2**-8 * rounded + 1e-5).all(), error.max()  # 2^-8: half a unit in bf16's last place
 
 
@@ -335,7 +345,7 @@ def test_bf16(backend: str, kind: str, device: str) -> None:
 def test_reads_only(backend: str, device: str) -> None:
     """Attention changes neither queries nor caches."""
     spec = shape(4, 2, 16)
-    batch, *arrays, _ = make(1, "mixed", spec, 4, device)
+    batch, *arrays, _ = random_batch(1, "mixed", spec, 4, device)
     before = [x.clone() for x in arrays]
     BACKENDS[backend](batch, spec)(*arrays, 5)
     assert all(torch.equal(x, y) for x, y in zip(arrays, before, strict=True))
@@ -372,11 +382,11 @@ def test_fused_rope(seed: int, device: str) -> None:
         for _ in range(2):  # the second call uses what the first has left
             qkv = torch.randn(pad, (ratio + 2) * kv_heads, head).to(dtype)
             k[batch.slot_mapping], v[batch.slot_mapping] = GARBAGE, GARBAGE
-            ours, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
-            out = attend(attention.UnrotatedQKV(qkv, cos, sin, batch.slot_mapping), *ours, window)
+            fused, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
+            out = attend(attention.UnrotatedQKV(qkv, cos, sin, batch.slot_mapping), *fused, window)
             q = rope_and_cache_kv(qkv, cos, sin, batch.slot_mapping, *plain)
             exact = reference(batch, spec)(q, *plain, window)
             unit = 1e-5 if dtype == torch.float32 else 2e-3
             torch.testing.assert_close(out, exact, atol=unit, rtol=0)
-            for x, y in zip(ours, plain, strict=True):
+            for x, y in zip(fused, plain, strict=True):
                 torch.testing.assert_close(x, y, atol=unit, rtol=unit)

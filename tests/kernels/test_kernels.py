@@ -1,4 +1,4 @@
-"""The fused kernels against the torch functions that they replace."""
+"""Compares the fused kernels with the torch functions that they replace."""
 
 from collections.abc import Callable
 
@@ -34,14 +34,14 @@ def weights(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
     return (torch.randn(n, k) * k**-0.5).to(dtype), torch.randn(n).to(dtype), (1 + torch.randn(k) / 4).to(dtype)
 
 
-def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Asserts that `ours` is no further from the exact values than torch, but for half a unit in the last place."""
-    assert ours.dtype == plain.dtype and ours.shape == plain.shape
-    unit = torch.finfo(ours.dtype).eps
+def assert_as_close_as_torch(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Asserts that `actual` is no further from the exact values than torch, but for half a unit in the last place."""
+    assert actual.dtype == plain.dtype and actual.shape == plain.shape
+    unit = torch.finfo(actual.dtype).eps
     allowed = 1 if unit > 1e-5 else 16  # in fp32 sums round too: by the root of some hundred terms
-    ours, plain, exact = ours.double(), plain.double(), exact.double()
+    actual, plain, exact = actual.double(), plain.double(), exact.double()
     size = exact.abs().clamp(min=exact.square().mean().sqrt().item())  # at least that of a typical entry
-    error = (ours - exact).abs() / size
+    error = (actual - exact).abs() / size
     assert error.max() <= 1.5 * ((plain - exact).abs() / size).max() + allowed * unit
 
 
@@ -52,7 +52,7 @@ def test_linear(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     x, (w, bias, _) = torch.randn(rows, k).to(dtype), weights(n, k, dtype)
     for b in (None, bias):
         exact = F.linear(x.double(), w.double(), None if b is None else b.double())
-        close(small_batch.linear(x, w, b), F.linear(x, w, b), exact)
+        assert_as_close_as_torch(small_batch.linear(x, w, b), F.linear(x, w, b), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -68,10 +68,12 @@ def test_add_norm_qkv_and_gate_up(rows: int, n: int, k: int, dtype: torch.dtype)
     for b in (None, bias):
         total, out = OPS.add_norm_qkv(x, y, norm, EPS, w, b)
         assert torch.equal(total, h)
-        close(out, F.linear(plain, w, b), F.linear(exact, w.double(), None if b is None else b.double()))
+        assert_as_close_as_torch(
+            out, F.linear(plain, w, b), F.linear(exact, w.double(), None if b is None else b.double())
+        )
     total, out = OPS.add_norm_gate_up(x, y, norm, EPS, w)
     assert torch.equal(total, h) and torch.equal(x, before)
-    close(out, swiglu(F.linear(plain, w)), swiglu(F.linear(exact, w.double())))
+    assert_as_close_as_torch(out, swiglu(F.linear(plain, w)), swiglu(F.linear(exact, w.double())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -140,13 +142,13 @@ def test_rope_and_cache_kv(q_heads: int, kv: int, head: int, dtype: torch.dtype)
         expected = [cache.clone() for cache in caches]
         q, k, v = qkv.split((q_heads, kv, kv), 1)
         expected[0][slot.long()], expected[1][slot.long()] = apply_rope(k, cos, sin), v
-        ours = rope_cache.rope_and_cache_kv(qkv, cos, sin, slot, *caches)
-        assert ours.is_contiguous()
-        assert torch.equal(ours, apply_rope(q, cos, sin))
+        actual = rope_cache.rope_and_cache_kv(qkv, cos, sin, slot, *caches)
+        assert actual.is_contiguous()
+        assert torch.equal(actual, apply_rope(q, cos, sin))
         assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
 
 
-def compare(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+def assert_same_samples(logits: Tensor, temperature: Tensor, processed: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Asserts that the kernel samples the tokens of `sampling.sample`, with seeds and positions of every size."""
     rows = len(logits)
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator(logits.device).manual_seed(seed))
@@ -171,8 +173,8 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     logits[:, ::3] = float("-inf")
     logits[:, -1] = 1.0
     temperature = torch.tensor([0.0, 1.0, 0.3, 1.7, 30.0])[torch.arange(rows) % 5]
-    compare(logits, temperature, torch.arange(rows) % 2 == 1)
-    compare(logits, temperature.flip(0), torch.arange(rows) % 3 == 1, seed=1)
+    assert_same_samples(logits, temperature, torch.arange(rows) % 2 == 1)
+    assert_same_samples(logits, temperature.flip(0), torch.arange(rows) % 3 == 1, seed=1)
 
 
 @pytest.mark.parametrize("cold", [1e-45, 9.9e-6])
@@ -180,10 +182,12 @@ def test_sample_near_temperature_0(cold: float) -> None:
     """Below 1e-5 a temperature is 0, logprob included, however large the logits are; from 1e-5 on, tokens vary."""
     logits = torch.tensor([1.0, 1e30, 1.0])[:, None] * torch.randn(3, 1100)
     processed = torch.tensor([True, True, False])
-    token, logprob = compare(logits, torch.full((3,), cold), processed)
-    greedy = compare(logits, torch.zeros(3), processed)
+    token, logprob = assert_same_samples(logits, torch.full((3,), cold), processed)
+    greedy = assert_same_samples(logits, torch.zeros(3), processed)
     assert torch.equal(token, greedy[0]) and torch.equal(logprob, greedy[1]) and torch.isfinite(logprob).all()
-    sampled, _ = compare(torch.zeros(16, 9), torch.tensor([cold, 1e-5]).repeat(8), torch.zeros(16, dtype=torch.bool))
+    sampled, _ = assert_same_samples(
+        torch.zeros(16, 9), torch.tensor([cold, 1e-5]).repeat(8), torch.zeros(16, dtype=torch.bool)
+    )
     assert not sampled[::2].any() and sampled[1::2].unique().numel() > 2
 
 
@@ -209,7 +213,7 @@ def test_sample_ties() -> None:
     """Greedy sampling takes the first of equal logits, wherever the splits of the vocabulary end."""
     logits = torch.zeros(3, 5000)
     logits[0, [1500, 4999, 2600]] = logits[1, [4100, 4101]] = 2.0
-    token, _ = compare(logits, torch.zeros(3), torch.ones(3, dtype=torch.bool))
+    token, _ = assert_same_samples(logits, torch.zeros(3), torch.ones(3, dtype=torch.bool))
     assert token.tolist() == [1500, 4100, 0]
 
 
@@ -270,10 +274,10 @@ def test_logprobs_of_given_tokens(dtype: torch.dtype) -> None:
     token, logprob = sample_kernels.sample_tokens(*args, last, req_idx, batch_invariant=True)
     target, top_token, top = sample_kernels.logprobs(logits, token, 3)
     assert torch.equal(target, logprob)
-    for plain, ours in zip(
+    for plain, actual in zip(
         sampling.gather_logprobs(logits.float(), token.long(), 3), (target, top_token, top), strict=True
     ):
-        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+        torch.testing.assert_close(actual, plain, atol=1e-5, rtol=0)
     two, two_top, _ = sample_kernels.logprobs(logits[4:6].float(), token[4:6], 1)
     assert torch.equal(two, target[4:6])
     assert torch.equal(two_top, top_token[4:6, :1])
