@@ -120,8 +120,8 @@ class Conversation:
         """Returns the next message's prompt as rendered text and as token ids.
 
         The token ids are the last turn's prompt, the answer's tokens as sampled, and the tokens of the text that the
-        template adds after the answer. If the template renders earlier turns differently now, for example because it
-        drops an earlier answer's reasoning or the system prompt has changed, the rendered text is tokenized again.
+        template adds after the answer. Where the template renders earlier turns differently now, as without their
+        reasoning or with another system prompt, the rendered text is tokenized instead.
         """
         messages = [*self.messages, {"role": "user", "content": message}]
         coder, content = self.engine.tokenizer, self.engine.config.special_tokens_in_content

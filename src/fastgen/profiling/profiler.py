@@ -26,13 +26,14 @@ from fastgen.core.model_config import ModelConfig
 from fastgen.core.scheduler import Plan
 from fastgen.profiling.report import ProfileSummary, build_category_track, measure_ceilings, read_kernels, summarize
 
+MemoryUsage = Callable[[], dict[str, int]]  # returns device memory in bytes by owner
 MAX_BACKGROUND_SECONDS = 60.0  # a background window ends then, with the steps so far
 
 
 class Profiler(extensions.Profiler):
     """Part of an engine, which wraps its steps in `step` and a step's stages in `range`. Idle until a window opens.
 
-    One window at a time; its steps all run in one thread. `get_memory_usage` returns device memory in bytes by owner.
+    One window at a time; its steps all run in one thread.
     """
 
     _window: "ProfileWindow | None" = None
@@ -40,11 +41,7 @@ class Profiler(extensions.Profiler):
     _writer: threading.Thread | None = None  # writes the last background window
 
     def __init__(
-        self,
-        model_config: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        get_memory_usage: Callable[[], dict[str, int]],
+        self, model_config: ModelConfig, dtype: torch.dtype, device: torch.device, get_memory_usage: MemoryUsage
     ) -> None:
         self.model_config, self.dtype, self.device = model_config, dtype, device
         self.get_memory_usage = get_memory_usage

@@ -169,7 +169,7 @@ def _outermost_cpu_ops(events: Sequence[dict[str, Any]]) -> Iterator[dict[str, A
             yield e
 
 
-def split_into_layers(ks: Sequence[KernelEvent], num_layers: int) -> Iterator[tuple[int, float, float]]:
+def split_into_layers(kernels: Sequence[KernelEvent], num_layers: int) -> Iterator[tuple[int, float, float]]:
     """Yields (layer, start, end) of one step's layers, in µs.
 
     Attention kernels without a linear kernel between them belong to one layer. A layer starts at its QKV projection: as
@@ -177,9 +177,9 @@ def split_into_layers(ks: Sequence[KernelEvent], num_layers: int) -> Iterator[tu
     so a norm fused with the residual belongs to the layer before. The last layer has as many linear kernels as the
     first.
     """
-    linear = [i for i, k in enumerate(ks) if k.category == "linear"]
+    linear = [i for i, k in enumerate(kernels) if k.category == "linear"]
     # Number of linear kernels before a layer's attention -> index of its last attention kernel.
-    last_attention = {bisect_right(linear, i): i for i, k in enumerate(ks) if k.category == "attention"}
+    last_attention = {bisect_right(linear, i): i for i, k in enumerate(kernels) if k.category == "attention"}
     counts = list(last_attention)
     num_before = counts[0] if counts else 0
     num_after = counts[1] - 2 * num_before if len(counts) > 1 else len(linear) - num_before
@@ -188,14 +188,14 @@ def split_into_layers(ks: Sequence[KernelEvent], num_layers: int) -> Iterator[tu
     for i, n in enumerate(counts):
         last = max([last_attention[n], *linear[n : n + max(0, num_after)]])
         end = starts[i + 1] if i + 1 < len(counts) else last + 1
-        yield i % num_layers, ks[starts[i]].start, max(k.end for k in ks[starts[i] : end])
+        yield i % num_layers, kernels[starts[i]].start, max(k.end for k in kernels[starts[i] : end])
 
 
-def find_gaps(ks: Sequence[KernelEvent]) -> tuple[float, list[tuple[float, KernelEvent, KernelEvent]]]:
+def find_gaps(kernels: Sequence[KernelEvent]) -> tuple[float, list[tuple[float, KernelEvent, KernelEvent]]]:
     """Returns the µs in which any kernel ran, and the gaps: (µs, last kernel to end before it, next kernel)."""
-    busy, last = 0.0, ks[0]._replace(end=ks[0].start)
+    busy, last = 0.0, kernels[0]._replace(end=kernels[0].start)
     gaps = []
-    for k in ks:
+    for k in kernels:
         if k.start > last.end:
             gaps.append((k.start - last.end, last, k))
         busy += max(0.0, k.end - max(k.start, last.end))
@@ -203,14 +203,16 @@ def find_gaps(ks: Sequence[KernelEvent]) -> tuple[float, list[tuple[float, Kerne
     return busy, gaps
 
 
-def build_category_track(ks: Sequence[KernelEvent], num_layers: int) -> list[dict[str, Any]]:
+def build_category_track(kernels: Sequence[KernelEvent], num_layers: int) -> list[dict[str, Any]]:
     """Returns the events of the row "GPU parts": ranges for steps, layers, and runs of kernels of one category."""
     tracks: dict[str, list[tuple[str, float, float]]] = {"steps": [], "layers": [], "parts": []}
-    for step in dict.fromkeys(k.step for k in ks):
-        step_ks = [k for k in ks if k.step == step]
-        tracks["steps"].append((f"step {step}", step_ks[0].start, max(k.end for k in step_ks)))
-        tracks["layers"] += [(f"layer {n}", start, end) for n, start, end in split_into_layers(step_ks, num_layers)]
-    for _, run in groupby(ks, key=lambda k: (k.step, k.category)):
+    for step in dict.fromkeys(k.step for k in kernels):
+        step_kernels = [k for k in kernels if k.step == step]
+        tracks["steps"].append((f"step {step}", step_kernels[0].start, max(k.end for k in step_kernels)))
+        tracks["layers"] += [
+            (f"layer {n}", start, end) for n, start, end in split_into_layers(step_kernels, num_layers)
+        ]
+    for _, run in groupby(kernels, key=lambda k: (k.step, k.category)):
         first, *others = run
         tracks["parts"].append((first.category, first.start, max(k.end for k in (first, *others))))
     metadata = [(0, "process_name", {"name": "GPU parts"}), (0, "process_sort_index", {"sort_index": -1})]
@@ -322,12 +324,12 @@ def summarize(
 
     `ceilings` are the device's FLOP/s and bytes/s.
     """
-    steps, ks = len(plans), read_kernels(events)
-    busy, gaps = find_gaps(ks) if ks else (0.0, [])
-    total = max(k.end for k in ks) - ks[0].start if ks else 0.0  # µs
+    steps, kernels = len(plans), read_kernels(events)
+    busy, gaps = find_gaps(kernels) if kernels else (0.0, [])
+    total = max(k.end for k in kernels) - kernels[0].start if kernels else 0.0  # µs
     spent: dict[str, float] = defaultdict(float)  # µs
-    count = Counter(k.category for k in ks)
-    for k in ks:
+    counts = Counter(k.category for k in kernels)
+    for k in kernels:
         spent[k.category] += k.end - k.start
     costs = [operation_costs(model_config, compute_step_work(plan), bytes_per_element) for plan in plans]
     categories = {}
@@ -337,11 +339,11 @@ def summarize(
             flops, moved = (sum(cost[op][i] for cost in costs for op in ROOFLINE_OPS[name]) for i in (0, 1))
             s = (us + spent[MERGED_CATEGORIES.get(name, "")]) / 1e6
             rates = (flops / s / 1e12, moved / s / 1e12, max(flops / ceilings[0], moved / ceilings[1]) / s)
-        categories[name] = CategoryStats(us / 1e3 / steps, us / total if total else 0.0, count[name] / steps, *rates)
+        categories[name] = CategoryStats(us / 1e3 / steps, us / total if total else 0.0, counts[name] / steps, *rates)
     by_kernels: dict[tuple[str, str], list[float]] = defaultdict(list)
     for us, before, after in gaps:
         by_kernels[short_kernel_name(before.name), short_kernel_name(after.name)].append(us)
-    largest = [KernelGap(*names, len(us), sum(us), max(us)) for names, us in by_kernels.items()]
+    gap_stats = [KernelGap(*names, len(us), sum(us), max(us)) for names, us in by_kernels.items()]
     host: dict[str, float] = defaultdict(float)  # ms
     for e in sorted((e for e in events if e.get("cat") == "user_annotation"), key=lambda e: e["ts"]):
         host["step" if STEP_LABEL.fullmatch(e["name"]) else re.sub(r" \d+$", "", e["name"])] += e["dur"] / 1e3 / steps
@@ -351,7 +353,7 @@ def summarize(
         rows_per_step=sum(len(plan) for plan in plans) / steps,
         step_ms=total / 1e3 / steps, busy_ms=busy / 1e3 / steps, idle_ms=(total - busy) / 1e3 / steps,
         between_steps_ms=sum(us for us, a, b in gaps if a.step != b.step) / 1e3 / steps,
-        gaps_per_step=len(gaps) / steps, largest_gaps=tuple(sorted(largest, key=lambda g: -g.us)[:6]),
+        gaps_per_step=len(gaps) / steps, largest_gaps=tuple(sorted(gap_stats, key=lambda g: -g.us)[:6]),
         categories=categories, host_ms=dict(host), memory_bytes=memory or {},
         ceiling_tflops=ceilings[0] / 1e12 if ceilings else None, ceiling_tbps=ceilings[1] / 1e12 if ceilings else None,
     )  # fmt: skip

@@ -32,8 +32,7 @@ def _nvidia_smi_command(query: str, device: torch.device, *options: str) -> list
 def measure_clocks(device: torch.device) -> Iterator[dict[str, float]]:
     """Samples the GPU's clock and power twice a second while the context is open.
 
-    Yields a dict that receives the medians, `sm_mhz` and `power_w`, on exit. It stays empty on CPUs, and where
-    nvidia-smi is missing or does not report them.
+    Yields a dict that receives the medians `sm_mhz` and `power_w` on exit, unless nvidia-smi does not report them.
     """
     medians: dict[str, float] = {}
     if device.type != "cuda" or not shutil.which("nvidia-smi"):
