@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen import lora
 from fastgen import snapshot as snapshots
-from fastgen.checkpoint import files, hub, tensor_memory, tokenizer, weights
+from fastgen.checkpoint import files, hub, tokenizer, weights
 from fastgen.compiled import warm_up
 from fastgen.compiled.runner import ModelRunner
 from fastgen.config import EngineConfig, SamplingParams, check_int
@@ -153,7 +153,7 @@ class Engine(GenerateMethods):
             self.cache_capacity = _cache_capacity(runner, config, self.ranks)  # tokens
             num_slots = self.cache_capacity + page_size
             shape = num_slots, shard.num_kv_heads, shard.head_dim
-            num_bytes = tensor_memory.bytes_needed([shape] * 2 * shard.num_layers, self.dtype)
+            num_bytes = weights.bytes_needed([shape] * 2 * shard.num_layers, self.dtype)
             allocate = partial(self.memory.allocate("cache", self.device, num_bytes).allocate, dtype=self.dtype)
             runner.attach_cache(new_kv_cache(shard, num_slots, allocate=allocate))
             page_copier.attach_cache(runner.cache)

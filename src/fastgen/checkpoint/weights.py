@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import huggingface_hub  # names are imported where they are used, since most load much more
 import torch
@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from fastgen.checkpoint.files import Checkpoint, first_names, open_safetensors, read_checkpoint, read_model_config
 from fastgen.checkpoint.hub import resolve
 from fastgen.checkpoint.model_families import to_hf_config
-from fastgen.checkpoint.tensor_memory import TensorMemory, bytes_needed
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
 from fastgen.core.types import Layer, Params
 
@@ -28,6 +27,7 @@ EMBED_NAME, LM_HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"  # one 
 FINAL_NORM_NAME = "model.norm.weight"
 FINITE_HINT = "check_finite=False takes them as they are"
 COMPARE_CHUNK_ROWS = 8192  # rows of two tensors that are compared at once
+ALIGNMENT_BYTES = 512  # of each tensor in a TensorMemory
 
 
 class DimShard(NamedTuple):
@@ -131,6 +131,25 @@ def _leaf_specs(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> lis
     return tree_leaves(weight_specs(model_config, tp_shard))
 
 
+@runtime_checkable
+class TensorMemory(Protocol):
+    """Memory of a fixed size on one device that several tensors lie in; that of `training.sleep` can be released."""
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Returns a tensor of zeros in the memory that is left."""
+        ...
+
+
+def align(num_bytes: int) -> int:
+    """Returns the bytes that a tensor of `num_bytes` takes of a TensorMemory."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def bytes_needed(shapes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
+    """Returns the bytes that tensors of these shapes take of a TensorMemory."""
+    return sum(align(prod(shape) * dtype.itemsize) for shape in shapes)
+
+
 def init(
     model_config: ModelConfig, seed: int = 0, *, device: torch.device | str | None = None,
     dtype: torch.dtype | None = None, tp_shard: TPShard = UNSHARDED, memory: TensorMemory | None = None,
@@ -174,8 +193,7 @@ def _allocate(
 
 def param_bytes(model_config: ModelConfig, dtype: torch.dtype, tp_shard: TPShard = UNSHARDED) -> int:
     """Returns the bytes of memory that hold a model's parameters, or a rank's shards."""
-    specs = _leaf_specs(model_config, tp_shard)
-    return bytes_needed([spec.shape for spec in specs if spec is not None], dtype)
+    return bytes_needed((spec.shape for spec in _leaf_specs(model_config, tp_shard) if spec is not None), dtype)
 
 
 def shard_params(params: Params, model_config: ModelConfig, tp_shard: TPShard) -> Params:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.checkpoint import tensor_memory
+from fastgen.checkpoint import weights
 from fastgen.config import check_choice
 
 
@@ -117,7 +117,7 @@ class ReleasableMemory:
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Returns a tensor of zeros in the memory that is left. Raises ValueError if that is too little."""
         first, size = self._allocated_bytes, prod(shape) * dtype.itemsize
-        self._allocated_bytes += tensor_memory.align(size)
+        self._allocated_bytes += weights.align(size)
         if self._allocated_bytes > self.nbytes:
             raise ValueError(f"a region of {self.nbytes} bytes has not {size} bytes left")
         return self._buffer[first : first + size].view(dtype).view(*shape)
