@@ -75,23 +75,14 @@ def main() -> None:
             print(f"{name:8} {seconds[name][-1]:.2f} s")
     rates = {name: len(tokens[name]) * args.output_len / statistics.median(values) for name, values in seconds.items()}
     result = {
-        "model": "SmolLM2-135M-Instruct",
-        "dtype": "float32",
-        "requests": args.requests,
-        "prompt_lengths": lengths,
-        "output_len": args.output_len,
-        "seconds": seconds,
-        "output_tok_s": rates,
-        "ratio_to_batched": rates["fastgen"] / rates["batched"],
-        "ratio_to_single": rates["fastgen"] / rates["single"],
+        "model": "SmolLM2-135M-Instruct", "dtype": "float32", "requests": args.requests, "prompt_lengths": lengths,
+        "output_len": args.output_len, "seconds": seconds, "output_tok_s": rates,
+        "ratio_to_batched": rates["fastgen"] / rates["batched"], "ratio_to_single": rates["fastgen"] / rates["single"],
         "prompts_equal_to_batched": sum(a == b for a, b in zip(tokens["fastgen"], tokens["batched"], strict=True)),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "fastgen": fastgen.__version__,
-    }
+        "torch": torch.__version__, "transformers": transformers.__version__, "fastgen": fastgen.__version__,
+    }  # fmt: skip
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k not in ("seconds", "prompt_lengths")}, indent=2))

@@ -23,14 +23,8 @@ def make_requests(num_requests: int, vocab: int, rng: random.Random) -> tuple[li
     common = [rng.randrange(vocab) for _ in range(300)]
     prompts = [common[: rng.choice((0, 0, 130, 300))] + [rng.randrange(vocab) for _ in range(rng.randint(1, 700))]
                for _ in range(num_requests)]  # fmt: skip
-    choices: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.0},
-        {"temperature": 0.6, "top_p": 0.9},
-        {"top_k": 20},
-        {},
-        {},
-    ]
+    nucleus, greedy, top_k = {"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, {"top_k": 20}
+    choices: list[dict[str, Any]] = [{}, greedy, nucleus, top_k, {}, {}]
     return prompts, [
         SamplingParams(seed=i, logprobs=0, max_tokens=rng.randint(1, 120), ignore_eos=True, **choices[i % len(choices)])
         for i in range(num_requests)
@@ -61,13 +55,8 @@ def main() -> None:
     row = results.setdefault(args.model, {})  # keeps the other mode's results
     row["device"] = torch.cuda.get_device_name()
     for mode in args.modes:
-        engine = fastgen.Engine.from_pretrained(
-            config,
-            random_weights=True,
-            dtype="bfloat16",
-            batch_invariant=mode == "deterministic",
-            gpu_memory_utilization=0.6,
-        )
+        settings = {"batch_invariant": mode == "deterministic", "gpu_memory_utilization": 0.6}
+        engine = fastgen.Engine.from_pretrained(config, random_weights=True, dtype="bfloat16", **settings)
         result = row[mode] = {}
         prompts, sampling = make_requests(args.requests, engine.model_config.vocab_size, random.Random(0))
         outputs = engine.generate(prompts, sampling, progress=False)

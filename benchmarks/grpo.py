@@ -38,13 +38,10 @@ def main() -> None:
             runs[f"seed {seed}"] = train(trainer, folder, resume=(folder / "checkpoint.pt").is_file())
             device = torch.cuda.get_device_name() if e.device.type == "cuda" else platform.processor() or "CPU"
         result = {
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "overrides": args.overrides,
+            "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "overrides": args.overrides, "runs": runs,
             "seconds": {name: round(sum(row["seconds"] for row in rows), 1) for name, rows in runs.items()},
-            "runs": runs,
-        }
+        }  # fmt: skip
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         plot_runs(runs, args.plot)
 

@@ -184,13 +184,10 @@ async def run_load(server: Server, clients: Clients, number: int, seconds: float
     if any(remaining.values()):
         clients.wrong.append(f"something is left: {remaining}")
     return {
-        "clients": number,
-        "seconds": seconds,
-        **clients.counts,
-        "ttft_median_s": round(statistics.median(first_token_seconds), 3),
-        "afterwards": remaining,
+        "clients": number, "seconds": seconds, **clients.counts,
+        "ttft_median_s": round(statistics.median(first_token_seconds), 3), "afterwards": remaining,
         "memory_mb": {"second fifth": round(early), "last fifth": round(late)},
-    }
+    }  # fmt: skip
 
 
 async def run_idle(server: Server, clients: Clients, number: int, slow: int, bar: tqdm) -> dict[str, Any]:
@@ -229,11 +226,8 @@ async def run_idle(server: Server, clients: Clients, number: int, slow: int, bar
 async def run(args: argparse.Namespace) -> int:
     prompts = make_examples()
     server = Server()
-    row: dict[str, Any] = {
-        "hardware": hardware_name(torch.device("cpu")),
-        "settings": SETTINGS,
-        "prompts": len(prompts),
-    }
+    hardware = hardware_name(torch.device("cpu"))
+    row: dict[str, Any] = {"hardware": hardware, "settings": SETTINGS, "prompts": len(prompts)}
     try:
         clients = Clients(server.url, prompts)
         with tqdm(total=round(args.seconds), desc="load", unit="s", disable=None) as bar:
