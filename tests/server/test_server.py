@@ -1330,10 +1330,10 @@ def test_grammars_are_compiled_beside_the_steps(library: fastgen.Engine, monkeyp
     server.abort_worker_requests(b"b")
     killed, reply = process.replies()
     assert killed[:3] == ("a", "killed", None) and killed[3][0] == 409 and reply == ("a", "kill", False, None)
-    assert [*server.grammar_compilations] == ["one"]
+    assert [*server.active_requests] == ["one"] and not server.active_requests["one"].engine_ids
     server._grammar_pool.submit(may_finish.wait, 60)
     may_finish.set()
-    while server.grammar_compilations:
+    while not server.active_requests["one"].engine_ids:
         select.select([server.wake_fd], [], [], 60)
         server.drain_messages()
     assert process.replies() == [("a", "one", None, None)] and [*server.active_requests] == ["one"]
@@ -1390,9 +1390,8 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
     ours, theirs = multiprocessing.Pipe()
     with socket.create_server(("127.0.0.1", 0)) as listener, ours, theirs:
         with pytest.raises(SystemExit, match="1"):
-            http_worker.run_http_worker(
-                app_state.ServerOptions(engine_address="", model_names=("x",)), "worker-0", listener, theirs
-            )
+            options = app_state.ServerOptions(engine_address="", model_names=("x",))
+            http_worker.run_http_worker(theirs, options, "worker-0", listener)
         assert not ours.poll()
     assert "'dict' object has no attribute 'path'" in capsys.readouterr().err
 

@@ -25,16 +25,15 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import zmq
 
 from fastgen import Engine, Replicas, SamplingParams
-from fastgen.core.extensions import Matcher
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.request import sample_seed
 from fastgen.distributed.processes import exit_with_parent, find_stopped_descendants
@@ -46,6 +45,7 @@ MAX_CONSECUTIVE_FAILURES = 3  # failed steps in a row after which the process ex
 STUCK_STEP_SECONDS = 120.0  # duration after which a running step counts as stuck
 ORPHAN_EXIT_SECONDS = 15.0  # for the engine to exit in order after its supervisor has ended
 HEALTH_SUFFIX = "-health"  # of the address of health checks, after that of the engine's own socket
+EngineLoader = Callable[[], tuple[Engine | Replicas, str]]  # returns the engine or replicas, and the path of the model
 NO_REPLY = object()  # returned by methods whose reply is sent later
 
 
@@ -94,12 +94,21 @@ class TokenDelta(NamedTuple):
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
 
-class GrammarCompilation(NamedTuple):
-    """A request whose grammar is being compiled in a thread; `sender` gets its reply once the request is added."""
+@dataclass(eq=False)
+class ActiveRequest:
+    """A request until its end. It has no engine ids while its grammar is compiled, before the reply to its sender."""
 
     sender: Sender
-    num_choices: int
-    cancel_event: threading.Event
+    id: str
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    engine_ids: dict[int, int] = field(default_factory=dict)  # of the choices that have not ended, by choice
+    cancel_event: threading.Event = field(default_factory=threading.Event)  # stops the compilation
+
+    @property
+    def num_choices(self) -> int:
+        """The number of choices that have not ended."""
+        return len(self.engine_ids) or len(self.prompts) * self.sampling.n
 
 
 class EngineServer:
@@ -110,12 +119,11 @@ class EngineServer:
 
     def __init__(self, engine: Engine | Replicas, socket: zmq.Socket, info: EngineInfo) -> None:
         self.engine, self.socket, self.info = engine, socket, info
-        self.active_requests: dict[str, tuple[bytes, dict[int, int]]] = {}  # request -> worker, {choice: engine id}
-        self.owner_by_engine_id: dict[int, tuple[bytes, str, int]] = {}  # engine id -> worker, request, choice
+        self.active_requests: dict[str, ActiveRequest] = {}
+        self.owner_by_engine_id: dict[int, tuple[ActiveRequest, int]] = {}  # engine id -> request, choice
         self.start_time, self.totals = time.time(), {"requests": 0, "prompt_tokens": 0, "generation_tokens": 0}
         self.metric_counts: Counter[Any] = Counter()  # sums over workers, by MetricKey
         self.step_start_time: float | None = None  # while a step runs
-        self.grammar_compilations: dict[str, GrammarCompilation] = {}  # by request id
         self.between_steps: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # work of other threads
         self.wake_fd, self._wake_write_fd = os.pipe()  # readable while `between_steps` has work
         self._grammar_pool = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), "grammar")
@@ -175,88 +183,90 @@ class EngineServer:
 
         A grammar is compiled in a thread first, while the engine steps.
         """
-        num_choices = len(prompts) * sampling.n
-        num_used = len(self.owner_by_engine_id) + sum(c.num_choices for c in self.grammar_compilations.values())
-        if request_id in self.active_requests or request_id in self.grammar_compilations:
+        request = ActiveRequest(sender, request_id, prompts, sampling)
+        num_used = sum(active.num_choices for active in self.active_requests.values())
+        if request_id in self.active_requests:
             raise APIError(409, f"the request id {request_id} is in use")
-        if num_used + num_choices > (limit := self.info.max_completions):
+        if num_used + request.num_choices > (limit := self.info.max_completions):
             busy = f"{num_used} completions are running or waiting, of {limit} at most: try again later"
             raise APIError(429, busy, retry_after=1)
+        self.active_requests[request_id] = request
         if sampling.grammar is None:
-            return self._add_to_engine(sender, request_id, prompts, sampling)
-        compilation = GrammarCompilation(sender, num_choices, threading.Event())
-        self.grammar_compilations[request_id] = compilation
-        self._grammar_pool.submit(self._compile_grammar, compilation, request_id, prompts, sampling)
+            return self._add_to_engine(sender, request)
+        self._grammar_pool.submit(self._compile_grammar, request)
         return NO_REPLY
 
-    def _compile_grammar(
-        self, compilation: GrammarCompilation, request_id: str, prompts: list[list[int]], sampling: SamplingParams
-    ) -> None:
+    def _compile_grammar(self, request: ActiveRequest) -> None:
         """Compiles a request's grammar in a thread of the pool, then has the request added between two steps."""
-        cancel_event, matchers, error = compilation.cancel_event, [], None
+        cancel_event, matchers, error = request.cancel_event, [], None
         try:
             if not cancel_event.is_set():
-                matchers = self.engine.compile_grammar(replace(sampling, n=compilation.num_choices), cancel_event)
+                matchers = self.engine.compile_grammar(replace(request.sampling, n=request.num_choices), cancel_event)
         except Exception as e:
             error = e
 
         def add_if_active() -> None:
-            if self.grammar_compilations.get(request_id) is compilation:  # else it was aborted meanwhile
-                del self.grammar_compilations[request_id]
-                args = request_id, prompts, sampling, matchers, error
-                self._call_and_reply(compilation.sender, self._add_to_engine, *args)
+            if self.active_requests.get(request.id) is request:  # else it was aborted meanwhile
+                self._call_and_reply(request.sender, self._add_to_engine, request, matchers, error)
 
         self.between_steps.put(add_if_active)
         os.write(self._wake_write_fd, b".")
 
     def _add_to_engine(
-        self,
-        sender: Sender,
-        request_id: str,
-        prompts: list[list[int]],
-        sampling: SamplingParams,
-        matchers: Sequence[Matcher | None] | None = None,
-        error: Exception | None = None,
+        self, sender: Sender, request: ActiveRequest, matchers: Any = None, error: Exception | None = None
     ) -> None:
         """Adds the choices of a request to the engine; aborts all of them on an error, as after the grammar's."""
-        engine_ids: dict[int, int] = {}
+        sampling = request.sampling
         try:
             if error is not None:
                 raise error
-            self.active_requests[request_id] = sender.worker, engine_ids
-            for choice, (prompt, i) in enumerate(itertools.product(prompts, range(sampling.n))):
+            for choice, (prompt, i) in enumerate(itertools.product(request.prompts, range(sampling.n))):
                 seed = None if sampling.seed is None else sample_seed(sampling.seed, i)
                 prompt_logprobs = sampling.prompt_logprobs if i == 0 else None
                 params = replace(sampling, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
                 matcher = matchers and [matchers[choice]]
-                engine_ids[choice] = self.engine.add(prompt, params, stream_text=False, matchers=matcher)
-                self.owner_by_engine_id[engine_ids[choice]] = sender.worker, request_id, choice
+                engine_id = self.engine.add(prompt, params, stream_text=False, matchers=matcher)
+                self.owner_by_engine_id[engine_id], request.engine_ids[choice] = (request, choice), engine_id
         except Exception as e:
-            self._abort_choices(request_id)
+            self._abort(request)
             if isinstance(e, ValueError):
                 raise APIError(400, str(e)) from e
             raise
         self.totals["requests"] += 1
-        self.totals["prompt_tokens"] += sum(map(len, prompts))
+        self.totals["prompt_tokens"] += sum(map(len, request.prompts))
 
     def abort(self, sender: Sender, request_id: str, choice_index: int | None) -> None:
         """Aborts one choice of a worker's own request, or all (None); no deltas follow."""
-        if request_id in self.active_requests and self.active_requests[request_id][0] == sender.worker:
-            self._abort_choices(request_id, choice_index)
-        elif (c := self.grammar_compilations.get(request_id)) and c.sender.worker == sender.worker:
-            self._cancel_compilation(request_id)
+        if (request := self.active_requests.get(request_id)) and request.sender.worker == sender.worker:
+            self._abort(request, choice_index)
 
     def abort_by_id(self, sender: Sender, request_id: str) -> bool:
-        """Aborts a request of any worker, which gets the last deltas; returns whether the request was active."""
-        if request_id in self.active_requests:
-            for engine_id in list(self.active_requests[request_id][1].values()):
-                self.engine.abort(engine_id)  # the events come with the next step
-            return True
-        if request_id in self.grammar_compilations:
-            compilation = self._cancel_compilation(request_id)
+        """Aborts a request of any worker, which gets the last deltas; returns whether the engine had the request."""
+        if (request := self.active_requests.get(request_id)) is None:
+            return False
+        for engine_id in [*request.engine_ids.values()]:
+            self.engine.abort(engine_id)  # the events come with the next step
+        if not request.engine_ids:
+            self._abort(request)
+            worker, message_id = request.sender
             error = APIError(409, "the request was ended before it began")
-            self.send(compilation.sender.worker, Reply(compilation.sender.message_id, error=error))
-        return False
+            self.send(worker, Reply(message_id, error=error))
+        return bool(request.engine_ids)
+
+    def _abort(self, request: ActiveRequest, choice_index: int | None = None) -> None:
+        """Aborts one choice, or all (None), and the compilation of a grammar, whose thread stops soon."""
+        request.cancel_event.set()
+        for i in [*request.engine_ids] if choice_index is None else {choice_index} & request.engine_ids.keys():
+            self.engine.abort(request.engine_ids[i])
+            del self.owner_by_engine_id[request.engine_ids.pop(i)]
+        if not request.engine_ids:
+            self.active_requests.pop(request.id, None)
+
+    def abort_worker_requests(self, worker: bytes) -> None:
+        """Aborts all requests of a worker that has died."""
+        for request in [*self.active_requests.values()]:
+            if request.sender.worker == worker:
+                self._abort(request)
 
     def profile(self, sender: Sender, folder: str, num_steps: int, num_skipped: int) -> str:
         """Traces `num_steps` steps after `num_skipped` others; returns the path of the trace, which comes later."""
@@ -283,28 +293,6 @@ class EngineServer:
         except ValueError as e:
             raise APIError(409 if name in self.engine.adapters else 400, str(e), param="lora_name") from e
 
-    def _abort_choices(self, request_id: str, choice_index: int | None = None) -> None:
-        _, engine_ids = self.active_requests.get(request_id, (b"", {}))
-        for i in [*engine_ids] if choice_index is None else [choice_index] * (choice_index in engine_ids):
-            engine_id = engine_ids.pop(i)
-            self.owner_by_engine_id.pop(engine_id, None)
-            self.engine.abort(engine_id)
-        if not engine_ids:
-            self.active_requests.pop(request_id, None)
-
-    def _cancel_compilation(self, request_id: str) -> GrammarCompilation:
-        """Removes a request whose grammar is being compiled; the thread stops soon."""
-        compilation = self.grammar_compilations.pop(request_id)
-        compilation.cancel_event.set()
-        return compilation
-
-    def abort_worker_requests(self, worker: bytes) -> None:
-        """Aborts all requests of a worker that has died."""
-        for request_id in [id for id, c in self.grammar_compilations.items() if c.sender.worker == worker]:
-            self._cancel_compilation(request_id)
-        for request_id in [id for id, (owner, _) in self.active_requests.items() if owner == worker]:
-            self._abort_choices(request_id)
-
     def step(self) -> None:
         """Runs one step and sends its token deltas, one message per worker."""
         messages: dict[bytes, dict[str, list[TokenDelta]]] = defaultdict(lambda: defaultdict(list))
@@ -316,30 +304,26 @@ class EngineServer:
         for e in events:
             if e.request_id not in self.owner_by_engine_id:  # it was aborted
                 continue
-            worker, request_id, choice = self.owner_by_engine_id[e.request_id]
+            request, choice = self.owner_by_engine_id[e.request_id]
             tokens = choice, e.token_ids, e.logprobs, e.top_logprobs, e.finish_reason, e.error, e.weight_version
             delta = TokenDelta(*tokens)
             if (o := e.output) is not None:
                 delta = TokenDelta(*tokens, o.num_cached_tokens, o.prompt_logprobs, o.prompt_top_logprobs)
-            messages[worker][request_id].append(delta)
+            messages[request.sender.worker][request.id].append(delta)
             self.totals["generation_tokens"] += len(e.token_ids)
             if e.finish_reason:
-                self._forget_choice(e.request_id)
+                del self.owner_by_engine_id[e.request_id], request.engine_ids[choice]
+                if not request.engine_ids:
+                    del self.active_requests[request.id]
         for worker, deltas in messages.items():
             self.send(worker, dict(deltas))
 
-    def _forget_choice(self, engine_id: int) -> None:
-        _, request_id, choice = self.owner_by_engine_id.pop(engine_id)
-        del self.active_requests[request_id][1][choice]
-        if not self.active_requests[request_id][1]:
-            del self.active_requests[request_id]
-
     def report_step_failure(self) -> None:
         """Reports a step that raised, which has ended all requests, to every worker."""
-        for worker, request_id, choice in self.owner_by_engine_id.values():
-            self.send(worker, {request_id: [TokenDelta(choice, [], None, None, "failed")]})
+        for request, choice in self.owner_by_engine_id.values():
+            self.send(request.sender.worker, {request.id: [TokenDelta(choice, [], None, None, "failed")]})
+            self.active_requests.pop(request.id, None)
         self.owner_by_engine_id.clear()
-        self.active_requests.clear()
 
 
 def serve_health(server: EngineServer, address: str) -> None:
@@ -361,15 +345,9 @@ def serve_health(server: EngineServer, address: str) -> None:
 
 
 def run_engine_process(
-    engine_loader: Callable[[], tuple[Engine | Replicas, str]],
-    address: str,
-    control: Connection,
-    max_completions: int | None,
+    control: Connection, engine_loader: EngineLoader, address: str, max_completions: int | None
 ) -> None:
-    """Runs the engine's process until the supervisor closes `control`, over which it sends names of dead workers.
-
-    `engine_loader` returns the engine and the path of its model.
-    """
+    """Runs the engine's process until the supervisor closes `control`, over which it sends names of dead workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the supervisor decides when the process ends
         signal.signal(number, signal.SIG_IGN)
     is_ready = threading.Event()
@@ -388,8 +366,8 @@ def run_engine_process(
     threading.Thread(target=engine.prepare_grammars, daemon=True).start()
     config, model_config = engine.config, engine.model_config
     info = EngineInfo(
-        path=path,
-        model_config=model_config,
+        path,
+        model_config,
         context_length=min(model_config.context_length, engine.cache_capacity + 1),
         max_completions=max_completions or 4 * config.schedule.max_num_seqs * config.parallel.replicas,
         special_tokens_in_content=config.special_tokens_in_content,

@@ -159,7 +159,7 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
             self.idle_timer = None
 
 
-async def _serve(options: ServerOptions, name: str, listener: socket.socket, control: Connection) -> None:
+async def _serve(control: Connection, options: ServerOptions, name: str, listener: socket.socket) -> None:
     state = AppState(options, name)
 
     def on_loaded() -> None:
@@ -215,9 +215,9 @@ async def _serve(options: ServerOptions, name: str, listener: socket.socket, con
     await server.serve()
 
 
-def run_http_worker(options: ServerOptions, name: str, listener: socket.socket, control: Connection) -> None:
+def run_http_worker(control: Connection, options: ServerOptions, name: str, listener: socket.socket) -> None:
     """Runs the worker until it has drained. `control` is the pipe to the supervisor, whose end drains the worker."""
     with suppress(ValueError, OSError):  # each connection is a file, and the usual limit is 1024
         hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-    asyncio.run(_serve(options, name, listener, control))
+    asyncio.run(_serve(control, options, name, listener))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +158,18 @@ class Supervisor:
         return 0
 
 
-def _run_engine(pipe: Connection, engine_loader: EngineLoader, address: str, max_completions: int | None) -> None:
+def _run_engine(*args: Any) -> None:
     """Runs the engine's process, which alone imports its code."""
-    from fastgen.server import engine_process
+    from fastgen.server.engine_process import run_engine_process
 
-    engine_process.run_engine_process(engine_loader, address, pipe, max_completions)
+    run_engine_process(*args)
 
 
-def _run_http_worker(pipe: Connection, options: Any, name: str, listener: socket.socket) -> None:
+def _run_http_worker(*args: Any) -> None:
     """Runs the process of an HTTP worker, whose code the fork server has imported."""
-    from fastgen.server import http_worker
+    from fastgen.server.http_worker import run_http_worker
 
-    http_worker.run_http_worker(options, name, listener, pipe)
+    run_http_worker(*args)
 
 
 @contextmanager
