@@ -76,8 +76,7 @@ def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monke
             listener.bind(("127.0.0.1", 0))
             listener.listen(16)
             listener.setblocking(False)
-            acceptor = http_worker.Acceptor(listener, Protocol)
-            acceptor.start()
+            accepting = asyncio.create_task(http_worker.accept_connections(listener, Protocol))
             clients = [socket.create_connection(listener.getsockname()) for _ in range(8)]
             while num_tries < 5:
                 await asyncio.sleep(0.001)
@@ -87,7 +86,7 @@ def test_accepting_pauses_without_files(capfd: pytest.CaptureFixture[str], monke
             assert not accepted.is_set()
             is_full = False
             await asyncio.wait_for(accepted.wait(), 5)
-            acceptor.stop()
+            accepting.cancel()
             for client in clients:
                 client.close()
 

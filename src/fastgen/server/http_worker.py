@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -29,77 +29,57 @@ WARNING_INTERVAL_SECONDS = 60.0  # between two warnings of it
 OUT_OF_RESOURCES_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Acceptor:
-    """Accepts connections, and pauses when the process has no more files.
+async def accept_connections(listener: socket.socket, make_protocol: Callable[[], asyncio.Protocol]) -> NoReturn:
+    """Accepts connections until cancelled; pauses when the process has no more files.
 
-    asyncio's own loop (Python 3.11) would then try the whole backlog, with a traceback for each connection.
+    asyncio's own server (Python 3.11) would then try the whole backlog, with a traceback for each connection.
     """
+    loop, last_warning_time = asyncio.get_running_loop(), -WARNING_INTERVAL_SECONDS
+    tasks = set[asyncio.Task[None]]()  # of connections whose protocol has not started
 
-    def __init__(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
-        self.listener, self.protocol = listener, protocol
-        self._loop = asyncio.get_running_loop()
-        self._last_warning_time = -WARNING_INTERVAL_SECONDS
-        self._timer: asyncio.TimerHandle | None = None
-        self._tasks = set[asyncio.Task[None]]()
-
-    def start(self) -> None:
-        """Starts to accept connections."""
-        self._timer = None
-        self._loop.add_reader(self.listener.fileno(), self._accept)
-
-    def stop(self) -> None:
-        """Stops accepting connections."""
-        self._loop.remove_reader(self.listener.fileno())
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _accept(self) -> None:
-        for _ in range(MAX_ACCEPTS):
-            try:
-                connection, _ = self.listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as e:
-                self.stop()
-                self._timer = self._loop.call_later(ACCEPT_PAUSE_SECONDS, self.start)
-                now = self._loop.time()
-                if now - self._last_warning_time >= WARNING_INTERVAL_SECONDS:
-                    cause = "ulimit -n is reached" if e.errno in OUT_OF_RESOURCES_ERRNOS else str(e)
-                    log_line(f"fgserve: no more connections can be accepted for now: {cause}")
-                    self._last_warning_time = now
-                return
-            connection.setblocking(False)
-            task = self._loop.create_task(self._connect(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _connect(self, connection: socket.socket) -> None:
+    async def connect(connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self.protocol, connection)
+            await loop.connect_accepted_socket(make_protocol, connection)
         except OSError:  # the client is gone already
             connection.close()
 
+    while True:
+        try:
+            connection, _ = await loop.sock_accept(listener)
+            tasks.add(task := loop.create_task(connect(connection)))
+            task.add_done_callback(tasks.discard)
+        except ConnectionAbortedError:
+            pass
+        except OSError as e:
+            if loop.time() - last_warning_time >= WARNING_INTERVAL_SECONDS:
+                cause = "ulimit -n is reached" if e.errno in OUT_OF_RESOURCES_ERRNOS else str(e)
+                log_line(f"fgserve: no more connections can be accepted for now: {cause}")
+                last_warning_time = loop.time()
+            await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+        if len(tasks) >= MAX_ACCEPTS:
+            await asyncio.sleep(0)
+
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that leaves signals to the worker and accepting to `Acceptor`."""
+    """A uvicorn server that leaves signals to the worker and accepting to `accept_connections`."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         super().__init__(config)
-        self.listener = listener
-        self.acceptor: Acceptor | None = None
+        self.listener, self.accepting = listener, set[asyncio.Task[NoReturn]]()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to accept connections once the app has started."""
         await super().startup(sockets=[])
         if not self.should_exit:
             args = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
-            self.acceptor = Acceptor(self.listener, lambda: _Connection(**args))
-            self.acceptor.start()
+            accepting = accept_connections(self.listener, lambda: _Connection(**args))
+            self.accepting.add(asyncio.create_task(accepting))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops accepting connections, and ends."""
-        if self.acceptor is not None:
-            self.acceptor.stop()
+        for task in self.accepting:
+            task.cancel()
+        await asyncio.gather(*self.accepting, return_exceptions=True)
         self.listener.close()
         await super().shutdown()
 

@@ -14,18 +14,16 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from fastgen import Engine, Replicas
 from fastgen.distributed.processes import ChildProcess, end_children
 from fastgen.server.log import print_message
 
-EngineLoader = Callable[[], tuple[Engine | Replicas, str]]  # returns the engine or replicas, and the path of the model
 FOLDER_PREFIX = "fgserve-"  # of the names of servers' temporary folders
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end the server
 MAX_WORKER_DEATHS = 5  # within a minute; then workers cannot run at all, and the server ends
@@ -37,15 +35,11 @@ class Supervisor:
     """Starts the server's other processes and watches them."""
 
     def __init__(
-        self,
-        engine_loader: EngineLoader,
-        options: Any,
-        listener: socket.socket,
-        num_workers: int,
-        max_completions: int | None,
+        self, engine_loader: Any, options: Any, listener: socket.socket, num_workers: int, max_completions: int | None
     ) -> None:
-        self.engine_loader, self.options, self.listener = engine_loader, options, listener
-        self.num_workers, self.max_completions = num_workers, max_completions
+        """`engine_loader` is an `engine_process.EngineLoader`, and `options` are `app_state.ServerOptions`."""
+        self.engine_args = engine_loader, options.engine_address, max_completions
+        self.options, self.listener, self.num_workers = options, listener, num_workers
         # Workers are forks of a process that has imported everything and done nothing else: a new one starts at once,
         # and they share memory. The engine is spawned: GPU drivers do not work in forks.
         self.fork_context = multiprocessing.get_context("forkserver")
@@ -58,16 +52,12 @@ class Supervisor:
         self.workers: list[ChildProcess] = []
         self.engine: ChildProcess | None = None
 
-    def _start_child(self, context: Any, name: str, target: Any, *args: Any) -> ChildProcess:
-        child = ChildProcess(context, name, target, *args)
-        print_message(f"{name} has process id {child.pid}")
-        return child
-
     def _start_worker(self) -> None:
         name = f"worker-{self.num_workers_started}"
         self.num_workers_started += 1
         args = self.options, name, self.listener
-        self.workers.append(self._start_child(self.fork_context, name, _run_http_worker, *args))
+        self.workers.append(ChildProcess(self.fork_context, name, _run_http_worker, *args))
+        print_message(f"{name} has process id {self.workers[-1].pid}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.num_signals += 1
@@ -78,8 +68,9 @@ class Supervisor:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # children inherit it: a signal to the process group is for this one
         try:
-            args = self.engine_loader, self.options.engine_address, self.max_completions
-            self.engine = self._start_child(multiprocessing.get_context("spawn"), "engine", _run_engine, *args)
+            spawn_context = multiprocessing.get_context("spawn")
+            self.engine = ChildProcess(spawn_context, "engine", _run_engine, *self.engine_args)
+            print_message(f"engine has process id {self.engine.pid}")
             forkserver.ensure_running()
             signal.set_wakeup_fd(self.wake_sender.fileno())
             for number in STOP_SIGNALS[:2] if ignores_hangup else STOP_SIGNALS:
