@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from starlette.requests import Request
 from test_detokenizer import decode_at_once
 from test_tokenizer import BYTE_LEVEL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -743,8 +744,8 @@ def test_special_tokens_of_calls_reach_the_parser() -> None:
     body = make_request(tools=TOOL_DICTS, parallel_tool_calls=False)
     builder = endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=False)
     assert body.to_sampling_params().grammar is None
-    params = body.to_sampling_params()
-    [choice] = CompletionResponse(app_state, body, builder, "", [[1]], params, {"id": ""}).choices
+    params, request = body.to_sampling_params(), Request({"type": "http", "entry": {"id": "x"}})
+    [choice] = CompletionResponse(app_state, request, body, builder, "", [[1]], params).choices
     text = 'Hm.[TOOL_CALLS]get[ARGS]{"a": 1}[TOOL_CALLS]get_time[ARGS]{}'
     choice.push(TokenDelta(0, [*vocabulary(text).input_ids, 256], None, None, "stop"))
     message = builder.build_choice(choice, None)["message"]

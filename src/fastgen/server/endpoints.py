@@ -5,7 +5,6 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,15 +17,14 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 from fastgen import lora
-from fastgen.config import SamplingParams
 from fastgen.server import reasoning, responses, tool_calls
 from fastgen.server import requests as bodies
 from fastgen.server.app_state import MAX_TOKENIZE_CHARS, AppState
 from fastgen.server.engine_process import EngineServer
 from fastgen.server.errors import APIError
-from fastgen.server.metrics import PROMPT_TOKENS, render_metrics
+from fastgen.server.metrics import render_metrics
 from fastgen.server.middleware import HANDLED_EXCEPTIONS, Middleware, handle_error
-from fastgen.server.responses import ChatResponseBuilder, ResponseBuilder
+from fastgen.server.responses import ChatResponseBuilder
 from fastgen.server.sse import CompletionResponse, json_response
 
 STATUS_PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -58,29 +56,7 @@ async def chat_completions(body: bodies.ChatRequest, request: Request, state: St
     is_enforced = choice in ("required", "named")
     token_ids = await state.encode_chat(body.messages, tools, calls_enforced=is_enforced)
     prompts = [state.check_token_ids(token_ids, "messages")]
-    return await _submit(state, request, body, builder, model, prompts, params)
-
-
-async def _submit(
-    state: AppState,
-    request: Request,
-    body: bodies.GenerationRequest,
-    builder: ResponseBuilder,
-    model_name: str,
-    prompts: list[list[int]],
-    sampling: SamplingParams,
-) -> CompletionResponse:
-    """Adds a request to the engine; returns the response, which receives the tokens as it is sent."""
-    if sampling.stop and state.token_decoder.tokenizer is None:
-        raise APIError(400, "stop: this model came without a tokenizer; use stop_token_ids", param="stop")
-    entry = request.scope["entry"]
-    id = entry["id"] = f"{builder.id_prefix}-{entry['id']}"
-    response = CompletionResponse(state, body, builder, model_name, prompts, sampling, entry)
-    # The engine knows no text: stop strings end a request from this side.
-    adapter = None if model_name in state.options.model_names else model_name
-    await state.engine_client.add(id, prompts, replace(sampling, stop=(), adapter=adapter), body.field_names)
-    state.metrics.count(PROMPT_TOKENS, sum(map(len, prompts)))
-    return response
+    return await CompletionResponse(state, request, body, builder, model, prompts, params).submit()
 
 
 def _make_tool_call_builder(
@@ -119,7 +95,7 @@ async def completions(body: bodies.CompletionRequest, request: Request, state: S
     pairs = zip(prompts, token_ids, strict=True)
     echoes = [await state.echo_prompt(prompt, ids) for prompt, ids in pairs] if body.echo else []
     builder = responses.TextResponseBuilder(state.token_decoder, echoes)
-    return await _submit(state, request, body, builder, model, token_ids, params)
+    return await CompletionResponse(state, request, body, builder, model, token_ids, params).submit()
 
 
 @router.post("/inference/v1/generate")
@@ -130,7 +106,7 @@ async def generate(body: bodies.GenerateRequest, request: Request, state: State)
     state.check_num_completions(params.n, "sampling_params.n")
     prompts = [await state.encode_prompt(body.token_ids, "token_ids")]
     builder = responses.TokenResponseBuilder(state.token_decoder)
-    return await _submit(state, request, body, builder, model, prompts, params)
+    return await CompletionResponse(state, request, body, builder, model, prompts, params).submit()
 
 
 @router.post("/abort")

@@ -5,8 +5,10 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -74,29 +76,41 @@ class CompletionResponse(Response):
     def __init__(
         self,
         state: AppState,
+        request: Request,
         body: GenerationRequest,
         builder: ResponseBuilder,
         model_name: str,
         prompts: list[list[int]],
         sampling: SamplingParams,
-        log_entry: Json,
     ) -> None:
-        """`log_entry` is the request's line in the log, which receives the numbers of tokens."""
         self.background = None  # Response.__init__ is not called: there is no body yet
-        self.engine_client, self.metrics, self.builder, self.body = state.engine_client, state.metrics, builder, body
-        self.prompts, self.sampling, self.log_entry = prompts, sampling, log_entry
+        self.state, self.fields, self.builder, self.prompts, self.sampling = state, body, builder, prompts, sampling
+        self.log_entry = request.scope["entry"]  # the request's line in the log, which receives the numbers of tokens
+        self.id = self.log_entry["id"] = f"{builder.id_prefix}-{self.log_entry['id']}"
         object_type = builder.chunk_object_type if body.stream else builder.object_type
         # The fields of the body, or of each chunk, around its choices.
-        self.envelope = {"id": log_entry["id"], "object": object_type, "created": int(time.time()), "model": model_name}
+        self.envelope = {"id": self.id, "object": object_type, "created": int(time.time()), "model": model_name}
         decoder = builder.token_decoder if builder.has_text else TokenDecoder(None)
         options: Json = {"stream_text": builder.has_text and (body.stream or sampling.logprobs is not None)}
         options["visible_special_tokens"] = builder.visible_special_tokens
         choices = [prompt for prompt in prompts for _ in range(sampling.n)]
         self.choices = [Choice(i, decoder, prompt, sampling, **options) for i, prompt in enumerate(choices)]
 
+    async def submit(self) -> "CompletionResponse":
+        """Adds the request to the engine; returns this response, which receives the tokens as it is sent."""
+        params, model_name = self.sampling, self.envelope["model"]
+        if params.stop and self.state.token_decoder.tokenizer is None:
+            raise APIError(400, "stop: this model came without a tokenizer; use stop_token_ids", param="stop")
+        # The engine knows no text: stop strings end a request from this side.
+        adapter = None if model_name in self.state.options.model_names else model_name
+        params = replace(params, stop=(), adapter=adapter)
+        await self.state.engine_client.add(self.id, self.prompts, params, self.fields.field_names)
+        self.state.metrics.count(metrics.PROMPT_TOKENS, sum(map(len, self.prompts)))
+        return self
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response, unless the client disconnects before its end."""
-        response = self._send_stream(send) if self.body.stream else self._send_body(scope, receive, send)
+        response = self._send_stream(send) if self.fields.stream else self._send_body(scope, receive, send)
         sending = asyncio.create_task(response)
         disconnected = asyncio.create_task(_wait_for_disconnect(receive))
         try:
@@ -109,14 +123,14 @@ class CompletionResponse(Response):
             for task in (sending, disconnected):
                 task.cancel()
             await asyncio.gather(sending, disconnected, return_exceptions=True)
-            self.engine_client.close_request(self.envelope["id"])
+            self.state.engine_client.close_request(self.id)
             self._record_totals()
 
     def _record_totals(self) -> None:
         for choice in self.choices:
-            self.metrics.count(metrics.REQUEST_SUCCESS, label=choice.accumulated.finish_reason or "abort")
-        self.metrics.observe(metrics.E2E_LATENCY, time.monotonic() - self.log_entry["began"])
-        self.metrics.flush()
+            self.state.metrics.count(metrics.REQUEST_SUCCESS, label=choice.accumulated.finish_reason or "abort")
+        self.state.metrics.observe(metrics.E2E_LATENCY, time.monotonic() - self.log_entry["began"])
+        self.state.metrics.flush()
         usage = self._build_usage()
         num_tokens = usage["prompt_tokens"], *usage["prompt_tokens_details"].values(), usage["completion_tokens"]
         self.log_entry |= zip(("prompt_tokens", "cached_tokens", "output_tokens"), num_tokens, strict=True)
@@ -126,7 +140,7 @@ class CompletionResponse(Response):
         num_unfinished = len(self.choices)
         while num_unfinished:
             deltas = []
-            for token_delta in await self.engine_client.next_deltas(self.envelope["id"]):
+            for token_delta in await self.state.engine_client.next_deltas(self.id):
                 choice, reason = self.choices[token_delta.choice_index], token_delta.finish_reason
                 if choice.accumulated.finish_reason:
                     continue  # tokens after a stop string
@@ -136,24 +150,24 @@ class CompletionResponse(Response):
                     message = token_delta.error if has_details else ENGINE_ERROR_MESSAGES[reason]
                     raise APIError(500, message, code="engine_error")
                 delta = choice.push(token_delta)
-                if self.body.return_weight_versions and token_delta.weight_version is not None:
+                if self.fields.return_weight_versions and token_delta.weight_version is not None:
                     choice.unsent_weight_versions += [token_delta.weight_version] * len(delta.token_ids)
                 self._record_latency(choice, len(delta.token_ids))
                 if delta.finish_reason:
                     num_unfinished -= 1
                     if not reason:  # a stop string, which the engine does not know
-                        self.engine_client.notify_engine(EngineServer.abort, self.envelope["id"], choice.index)
+                        self.state.engine_client.notify_engine(EngineServer.abort, self.id, choice.index)
                 deltas.append((choice, delta))
             yield deltas
 
     def _record_latency(self, choice: Choice, num_tokens: int) -> None:
         now = time.monotonic()
-        self.metrics.count(metrics.GENERATION_TOKENS, num_tokens)
+        self.state.metrics.count(metrics.GENERATION_TOKENS, num_tokens)
         if choice.last_token_time is not None:
-            self.metrics.observe(metrics.INTER_TOKEN_LATENCY, now - choice.last_token_time)
+            self.state.metrics.observe(metrics.INTER_TOKEN_LATENCY, now - choice.last_token_time)
         elif num_tokens and "ttft" not in self.log_entry:
             self.log_entry["ttft"] = now - self.log_entry["began"]
-            self.metrics.observe(metrics.TTFT, self.log_entry["ttft"])
+            self.state.metrics.observe(metrics.TTFT, self.log_entry["ttft"])
         choice.last_token_time = now if num_tokens else choice.last_token_time
 
     def _build_usage(self) -> Json:
@@ -171,7 +185,7 @@ class CompletionResponse(Response):
 
     def _add_weight_versions(self, choice: Choice, choice_json: Json) -> Json:
         """Adds the versions of the weights that sampled the tokens since the last chunk, if requested."""
-        if self.body.return_weight_versions:
+        if self.fields.return_weight_versions:
             choice_json["weight_versions"], choice.unsent_weight_versions = choice.unsent_weight_versions, []
         return choice_json
 
@@ -210,7 +224,7 @@ class CompletionResponse(Response):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))  # nginx would buffer the stream
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        builder, usage = self.builder, {"usage": None} if self.body.include_usage else {}
+        builder, usage = self.builder, {"usage": None} if self.fields.include_usage else {}
 
         async def send_events(*values: Json, is_last: bool = False) -> None:
             data = b"".join(b"data: " + dump_json(v) + b"\n\n" for v in values) + b"data: [DONE]\n\n" * is_last
@@ -228,7 +242,7 @@ class CompletionResponse(Response):
                         deltas = [(c, d) for c, d in deltas if d.text or d.finish_reason or d.logprobs]
                     chunks = [(c, chunk) for c, d in deltas if (chunk := builder.build_chunk(c, d))]
                     await send_chunks([self._add_weight_versions(c, chunk) for c, chunk in chunks])
-            final = [self.envelope | {"choices": [], "usage": self._build_usage()}] if self.body.include_usage else []
+            final = [self.envelope | {"choices": [], "usage": self._build_usage()}] if self.fields.include_usage else []
             await send_events(*final, is_last=True)
         except APIError as e:
             self.log_entry["status"] = e.status
