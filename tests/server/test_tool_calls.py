@@ -414,7 +414,8 @@ def test_a_call_goes_to_the_model_and_comes_back(call_format: tool_calls.ToolCal
         ChatMessage.model_validate({"role": "assistant", "content": None, "tool_calls": [asked]}),
         ChatMessage.model_validate({"role": "tool", "tool_call_id": asked["id"], "content": "Sunny."}),
     ]
-    rendered_messages = tool_calls.adapt_calls_to_template(to_template_dicts(messages), call_format)
+    rendered_messages = to_template_dicts(messages)
+    tool_calls.adapt_calls_to_template(rendered_messages, call_format)
     lines = tokenizer.render(vocabulary, rendered_messages, [tool.to_template_dict() for tool in TOOLS]).split("\n")
     assert json.loads(lines[0]) == TOOL_DICTS[0] and json.loads(lines[1])["function"]["parameters"]["type"] == "object"
     text = "\n".join(lines).partition("assistant:")[2].partition("tool:")[0]
@@ -615,10 +616,7 @@ def test_an_answer_that_follows_a_grammar_has_no_reasoning() -> None:
     app_state.tool_call_format = "hermes"
     for choice, reasons in (("auto", True), ("required", False)):
         body = make_request(tools=strict_tools(), tool_choice=choice)
-        assert (
-            endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=True).may_reason
-            == reasons
-        )
+        assert endpoints._make_chat_builder(app_state, body).may_reason == reasons
 
 
 def strict_tools() -> list[dict[str, Any]]:
@@ -689,7 +687,7 @@ def test_conflicting_fields() -> None:
         (make_request(tools=TOOL_DICTS, tool_choice="required", response_format=response_format), "response_format"),
     ):
         with pytest.raises(APIError) as e:
-            endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=True)
+            endpoints._make_chat_builder(app_state, body)
         assert e.value.param == param and param in e.value.message
     assert (
         make_request(tools=TOOL_DICTS).tool_choice_mode == "auto"
@@ -742,7 +740,7 @@ def test_special_tokens_of_calls_reach_the_parser() -> None:
     app_state.tool_call_format = tool_calls.detect_format(vocabulary)
     app_state.marker_token_ids = tool_calls.find_marker_token_ids(vocabulary)
     body = make_request(tools=TOOL_DICTS, parallel_tool_calls=False)
-    builder = endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=False)
+    builder = endpoints._make_chat_builder(app_state, body)
     assert body.to_sampling_params().grammar is None
     params, request = body.to_sampling_params(), Request({"type": "http", "entry": {"id": "x"}})
     [choice] = CompletionResponse(app_state, request, body, builder, "", [[1]], params).choices
@@ -752,5 +750,5 @@ def test_special_tokens_of_calls_reach_the_parser() -> None:
     [call] = message["tool_calls"]
     assert message["content"] == "Hm." and call["function"] == {"name": "get", "arguments": '{"a": 1}'}
     body = make_request(tools=strict_tools())
-    endpoints._make_tool_call_builder(app_state, body, body.tool_choice_mode, parallel_calls=True)
+    endpoints._make_chat_builder(app_state, body)
     assert (body.to_sampling_params().grammar or "").startswith("lark:") and body.field_names["lark"] == "tools"

@@ -189,16 +189,16 @@ class AppState:
                 wants_text = tool_calls.wants_text_arguments(partial(render, tools=tool_dicts))
                 self.wants_text_arguments[has_tools] = wants_text
             as_text = bool(calls) and self.wants_text_arguments[has_tools]
-            messages = tool_calls.adapt_calls_to_template(chat, self.tool_call_format, arguments_as_text=as_text)
+            tool_calls.adapt_calls_to_template(chat, self.tool_call_format, arguments_as_text=as_text)
             if tool_dicts and not calls_enforced and not self.template_supports_tools:
-                self.template_supports_tools = render(messages, tool_dicts) != render(messages)
+                self.template_supports_tools = render(chat, tool_dicts) != render(chat)
                 if not self.template_supports_tools:
                     raise APIError(400, "tools: this model's chat template has no place for tools", param="tools")
             # With functions and calls, the rendered text may be too long.
-            if cost > LONG_TEXT_CHARS and (length := len(render(messages, tool_dicts))) > self.max_prompt_chars:
+            if cost > LONG_TEXT_CHARS and (length := len(render(chat, tool_dicts))) > self.max_prompt_chars:
                 raise self._too_long_error(length, self.max_prompt_chars, "messages")
             content = self.engine_info.special_tokens_in_content
-            return tokenizer.encode(coder, messages, tool_dicts, special_tokens_in_content=content)
+            return tokenizer.encode(coder, chat, tool_dicts, special_tokens_in_content=content)
 
         try:
             return await self.run_tokenizer(encode, num_chars, "messages", cost=cost)

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -42,47 +42,38 @@ State = Annotated[AppState, Depends(_get_app_state)]
 @router.post("/chat/completions")
 async def chat_completions(body: bodies.ChatRequest, request: Request, state: State) -> Response:
     """Completes a chat."""
-    model = await state.resolve_model_name(body.model)
-    choice, parallel_calls = body.tool_choice_mode, body.parallel_tool_calls is not False
-    may_reason = body.resolve_grammar() is None
-    tools = body.tools if choice != "none" else []  # a model that sees tools would call them
-    if tools:
-        builder = _make_tool_call_builder(state, body, choice, parallel_calls=parallel_calls)
-    else:
-        visible = {id: text for text, id in state.marker_token_ids.items() if text in reasoning.MARKERS}
-        builder = ChatResponseBuilder(state.token_decoder, visible_special_tokens=visible, may_reason=may_reason)
-    params = body.to_sampling_params()
+    model, choice = await state.resolve_model_name(body.model), body.tool_choice_mode
+    builder, params = _make_chat_builder(state, body), body.to_sampling_params()
     state.check_num_completions(params.n)
-    is_enforced = choice in ("required", "named")
-    token_ids = await state.encode_chat(body.messages, tools, calls_enforced=is_enforced)
+    tools = body.tools if choice != "none" else []  # a model that sees tools would call them
+    token_ids = await state.encode_chat(body.messages, tools, calls_enforced=choice in ("required", "named"))
     prompts = [state.check_token_ids(token_ids, "messages")]
     return await CompletionResponse(state, request, body, builder, model, prompts, params).submit()
 
 
-def _make_tool_call_builder(
-    app_state: AppState, body: bodies.ChatRequest, tool_choice: str, *, parallel_calls: bool
-) -> ChatResponseBuilder:
-    """Makes the builder for a chat with tools; enforces calls that are required, named or strict by a grammar."""
-    tools, call_format = body.tools, app_state.tool_call_format
-    if tool_choice == "auto" and call_format is None:
+def _make_chat_builder(state: AppState, body: bodies.ChatRequest) -> ChatResponseBuilder:
+    """Makes the builder for a chat; enforces tool calls that are required, named or strict by a grammar."""
+    choice, call_format, markers = body.tool_choice_mode, state.tool_call_format, state.marker_token_ids
+    may_reason = choice in ("none", "auto") and body.resolve_grammar() is None
+    if choice == "none" or not body.tools:
+        visible = {id: text for text, id in markers.items() if text in reasoning.MARKERS}
+        return ChatResponseBuilder(state.token_decoder, visible_special_tokens=visible, may_reason=may_reason)
+    if choice == "auto" and call_format is None:
         problem = "tools: the form of this model's calls is not known: start the server with --tool-parser, or give "
         raise APIError(400, problem + "tool_choice=required or a function's name", param="tools")
+    tools, parallel_calls = body.tools, body.parallel_tool_calls is not False
     if isinstance(body.tool_choice, bodies.NamedToolChoice):
         name = body.tool_choice.function.name
         tools, parallel_calls = [tool for tool in tools if tool.function.name == name], False
     grammar = None
-    if tool_choice != "auto" or any(tool.function.strict for tool in tools):
-        args = call_format, tools, tool_choice, app_state.marker_token_ids
-        grammar = tool_calls.build_grammar(*args, parallel_calls=parallel_calls)
+    if choice != "auto" or any(tool.function.strict for tool in tools):
+        grammar = tool_calls.build_grammar(call_format, tools, choice, markers, parallel_calls=parallel_calls)
     body.enforce_tool_calls(grammar)
     names, max_calls = [tool.function.name for tool in tools], None if parallel_calls else 1
-    return ChatResponseBuilder(
-        app_state.token_decoder,
-        partial(tool_calls.ToolCallParser, call_format or "llama", names, max_calls),
-        {id: text for text, id in app_state.marker_token_ids.items()},
-        is_function_named=tool_choice == "named",
-        may_reason=tool_choice == "auto",
-    )
+    make_parser = partial(tool_calls.ToolCallParser, call_format or "llama", names, max_calls)
+    options = {"is_function_named": choice == "named", "may_reason": may_reason}
+    visible = {id: text for text, id in markers.items()}
+    return ChatResponseBuilder(state.token_decoder, make_parser, visible, **options)
 
 
 @router.post("/completions")
@@ -238,25 +229,22 @@ def _describe_model(app_state: AppState, name: str) -> dict[str, Any]:
 def create_app(app_state: AppState, on_ready: Callable[[], None]) -> ASGIApp:
     """Creates the app with its middleware; calls `on_ready` once the worker can answer requests."""
 
-    async def load() -> None:
-        await app_state.load()
-        on_ready()
-
-    async def exit_on_error(task: Awaitable[None]) -> None:
+    async def run() -> None:
         """Exits on an error, so that the supervisor replaces a worker that could only answer 503."""
         try:
-            await task
+            async with asyncio.TaskGroup() as group:
+                group.create_task(app_state.engine_client.receive_forever())
+                await app_state.load()
+                on_ready()
         except Exception:
             traceback.print_exc()
             sys.exit(1)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        coroutines = app_state.engine_client.receive_forever(), load()
-        tasks = [asyncio.create_task(exit_on_error(coroutine)) for coroutine in coroutines]
+        task = asyncio.create_task(run())
         yield
-        for task in tasks:
-            task.cancel()
+        task.cancel()
 
     app = FastAPI(title="fastgen", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.app_state = app_state

@@ -86,8 +86,8 @@ def wants_text_arguments(render: Callable[[list[Json]], str]) -> bool:
 
 def adapt_calls_to_template(
     messages: Sequence[Json], call_format: ToolCallFormat | None, *, arguments_as_text: bool = False
-) -> list[Json]:
-    """Returns the messages with calls and results as the chat template expects them.
+) -> None:
+    """Changes the calls and their results in messages to what the chat template expects.
 
     Mistral's templates require call ids of nine letters and digits; other ids are replaced by such hashes. With
     `arguments_as_text`, arguments become JSON text.
@@ -97,21 +97,13 @@ def adapt_calls_to_template(
         is_valid = call_format != "mistral" or len(id) == 9 and id.isascii() and id.isalnum()
         return id if is_valid else hashlib.sha256(id.encode()).hexdigest()[:9]
 
-    def adapt_call(call: Json) -> Json:
-        function = call["function"]
-        if arguments_as_text:
-            function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-        return call | {"id": adapt_id(call["id"]), "function": function}
-
-    adapted = list[Json]()
     for message in messages:
-        changes: Json = {}
-        if "tool_calls" in message:
-            changes["tool_calls"] = [adapt_call(call) for call in message["tool_calls"]]
         if "tool_call_id" in message:
-            changes["tool_call_id"] = adapt_id(message["tool_call_id"])
-        adapted.append(message | changes)
-    return adapted
+            message["tool_call_id"] = adapt_id(message["tool_call_id"])
+        for call in message.get("tool_calls", ()):
+            call["id"], function = adapt_id(call["id"]), call["function"]
+            if arguments_as_text:
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
