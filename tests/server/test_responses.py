@@ -164,8 +164,9 @@ def test_echo_without_tokens_that_the_tokenizer_adds() -> None:
     """A BOS token added to a text is left out of the echoed text; in token ids it is the client's and stays."""
     plain = BYTE_FALLBACK("ab a", add_special_tokens=False).input_ids
     words = DECODERS["fallback"]
-    assert words.echo_prompt([1, *plain, 2], frozenset({0, len(plain) + 1})) == EchoedPrompt("ab a", [0, 0, 1, 2, 4])
-    assert words.echo_prompt([1, *plain]).text == BYTE_FALLBACK.decode([1, *plain]) == "<s> ab a"
+    tokens = [1, *plain, 2]
+    assert words.echo_prompt(tokens, range(1, len(plain) + 1)) == EchoedPrompt("ab a", [0, 0, 1, 2, 4])
+    assert words.echo_prompt(tokens[:-1], range(len(plain) + 1)).text == BYTE_FALLBACK.decode(tokens[:-1]) == "<s> ab a"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -114,7 +114,7 @@ class AppState:
         self.is_ready = True
 
     async def run_tokenizer(
-        self, function: Callable[[Any], T], num_chars: int, param: str, max_chars: int | None = None, *, cost: int = 0
+        self, function: Callable[[Any], T], num_chars: int, param: str, max_chars: int | None = None, cost: int = 0
     ) -> T:
         """Returns the result of `function` with a tokenizer in a thread, for a text of `num_chars` characters.
 
@@ -221,13 +221,12 @@ class AppState:
         """Returns the prompt's text and token offsets; of a text, without tokens that the tokenizer has added."""
 
         def decode(coder: Any) -> EchoedPrompt:
-            added = frozenset[int]()
+            positions = range(len(token_ids))
             if isinstance(prompt, str):
                 text_ids = coder(prompt, add_special_tokens=False).input_ids
-                starts = range(len(token_ids) + 1)
-                start = next(i for i in starts if token_ids[i : i + len(text_ids)] == text_ids)
-                added = frozenset(range(len(token_ids))) - frozenset(range(start, start + len(text_ids)))
-            return TokenDecoder(coder).echo_prompt(token_ids, added)
+                start = next(i for i in range(len(token_ids) + 1) if token_ids[i : i + len(text_ids)] == text_ids)
+                positions = positions[start : start + len(text_ids)]
+            return TokenDecoder(coder).echo_prompt(token_ids, positions)
 
         return await self.run_tokenizer(decode, len(prompt), "prompt")
 

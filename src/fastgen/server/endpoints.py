@@ -71,9 +71,9 @@ def _make_chat_builder(state: AppState, body: bodies.ChatRequest) -> ChatRespons
     body.enforce_tool_calls(grammar)
     names, max_calls = [tool.function.name for tool in tools], None if parallel_calls else 1
     make_parser = partial(tool_calls.ToolCallParser, call_format or "llama", names, max_calls)
-    options = {"is_function_named": choice == "named", "may_reason": may_reason}
-    visible = {id: text for text, id in markers.items()}
-    return ChatResponseBuilder(state.token_decoder, make_parser, visible, **options)
+    builder = ChatResponseBuilder(state.token_decoder, make_parser, choice == "named", may_reason)
+    builder.visible_special_tokens = {id: text for text, id in markers.items()}
+    return builder
 
 
 @router.post("/completions")

@@ -38,12 +38,9 @@ def bad_request(message: str, field_names: dict[str, str] | None = None) -> APIE
     message may quote the client.
     """
     message, field_names = message.removeprefix("SamplingParams."), field_names or {}
-    if CONTEXT_OVERFLOW_MESSAGE.match(message):  # contains numbers and field names only
-        name = field_names.get("max_tokens", "max_tokens")
-        message = message.replace("max_tokens", name)
-    else:
-        first_word = FIRST_WORD.match(message)[0]  # type: ignore[index]
-        name = field_names.get(first_word, first_word)
-        message = name + message[len(first_word) :]
+    is_overflow = CONTEXT_OVERFLOW_MESSAGE.match(message)  # contains numbers and field names only
+    library_name = "max_tokens" if is_overflow else FIRST_WORD.match(message)[0]  # type: ignore[index]
+    name = field_names.get(library_name, library_name)
+    message = message.replace(library_name, name, -1 if is_overflow else 1)
     known_names = (*SamplingParams.__dataclass_fields__, *field_names.values(), "prompt")
     return APIError(400, message, param=name if name in known_names else None)

@@ -54,18 +54,15 @@ class TokenDecoder:
         token_bytes = [*self.decode_to_bytes(token_id)]
         return {"token": self.decode_token(token_id), "logprob": max(logprob, MIN_LOGPROB), "bytes": token_bytes}
 
-    def echo_prompt(self, prompt_token_ids: list[int], skipped_positions: frozenset[int] = frozenset()) -> EchoedPrompt:
-        """Returns a prompt's text and token offsets.
-
-        `skipped_positions` are the positions of tokens that the tokenizer has added around a text, which the text
-        leaves out.
-        """
+    def echo_prompt(self, prompt_token_ids: list[int], text_positions: range) -> EchoedPrompt:
+        """Returns a prompt's text and token offsets. The text has the tokens at `text_positions`, not those that the
+        tokenizer has added around a text."""
         if self.tokenizer is None:
             return EchoedPrompt("", [0] * len(prompt_token_ids))
         decoder, text, offsets, text_tokens = codecs.getincrementaldecoder("utf-8")("replace"), "", [], []
         for position, token in enumerate(prompt_token_ids):
             offsets.append(len(text))
-            if position not in skipped_positions:
+            if position in text_positions:
                 text += decoder.decode(self.decode_to_bytes(token))
                 text_tokens.append(token)
         text += decoder.decode(b"", final=True)
@@ -138,15 +135,15 @@ def _clip(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, MIN_LOGPROB)
 
 
+@dataclass(eq=False)
 class ResponseBuilder:
     """Builds the JSON of a kind of response: of choices in a body, and of chunks in a stream."""
 
     id_prefix, object_type, chunk_object_type = "", "", ""
     has_text = True
 
-    def __init__(self, token_decoder: TokenDecoder) -> None:
-        self.token_decoder = token_decoder
-        self.visible_special_tokens: dict[int, str] = {}  # special tokens that the text includes
+    token_decoder: TokenDecoder
+    visible_special_tokens: dict[int, str] = field(default_factory=dict, kw_only=True)  # that the text includes
 
     def build_first_chunk(self, choice: Choice) -> Json | None:
         """Builds a choice's chunk before the first token, if any."""
@@ -161,37 +158,29 @@ class ResponseBuilder:
         raise NotImplementedError
 
 
-def _format_content_logprobs(delta: ChoiceDelta, format_logprob: Callable[[int, float], Json]) -> list[Json] | None:
-    """Returns the logprobs of a delta's tokens in the form of chats; None without logprobs."""
+def _format_content_logprobs(
+    delta: ChoiceDelta, format_logprob: Callable[[int, float], Json], **fields: Any
+) -> Json | None:
+    """Returns the logprobs of a delta's tokens in the form of chats, and further fields; None without logprobs."""
     if delta.logprobs is None:
         return None
     content = []
     for i, (token, logprob) in enumerate(zip(delta.token_ids, delta.logprobs, strict=True)):
         top = delta.top_logprobs[i].items() if delta.top_logprobs is not None else ()
         content.append(format_logprob(token, logprob) | {"top_logprobs": [format_logprob(*pair) for pair in top]})
-    return content
+    return {"content": content} | fields
 
 
+@dataclass(eq=False)
 class ChatResponseBuilder(ResponseBuilder):
     """Builds responses of /chat/completions: separates reasoning from the text, then tool calls."""
 
     id_prefix, object_type, chunk_object_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self,
-        token_decoder: TokenDecoder,
-        make_tool_call_parser: Callable[[], ToolCallParser] | None = None,
-        visible_special_tokens: dict[int, str] | None = None,
-        *,
-        is_function_named: bool = False,
-        may_reason: bool = True,
-    ) -> None:
-        """`is_function_named`: the client chose the function, so that OpenAI's finish reason stays "stop".
-        `may_reason`: the output may begin with reasoning; not if a grammar constrains all of the output."""
-        super().__init__(token_decoder)
-        self.make_tool_call_parser, self.visible_special_tokens = make_tool_call_parser, visible_special_tokens or {}
-        self.is_function_named, self.may_reason = is_function_named, may_reason
-        self.parsers: dict[int, Parsers] = {}  # of streamed choices
+    make_tool_call_parser: Callable[[], ToolCallParser] | None = None
+    is_function_named: bool = False  # the client chose the function, so that OpenAI's finish reason stays "stop"
+    may_reason: bool = True  # the output may begin with reasoning; not if a grammar constrains all of the output
+    parsers: dict[int, Parsers] = field(default_factory=dict)  # of streamed choices
 
     def _make_parsers(self, choice: Choice) -> Parsers:
         reasoning_parser = None
@@ -212,10 +201,6 @@ class ChatResponseBuilder(ResponseBuilder):
                 finish_reason = "tool_calls"
         return reasoning, text, calls, finish_reason
 
-    def _format_logprobs(self, delta: ChoiceDelta) -> Json | None:
-        content = _format_content_logprobs(delta, self.token_decoder.format_logprob)
-        return None if content is None else {"content": content, "refusal": None}
-
     def build_first_chunk(self, choice: Choice) -> Json | None:
         """Builds the chunk with the role."""
         delta = {"role": "assistant", "content": None if self.make_tool_call_parser else ""}
@@ -227,7 +212,8 @@ class ChatResponseBuilder(ResponseBuilder):
             self.parsers[choice.index] = self._make_parsers(choice)
         parsers, is_final = self.parsers[choice.index], bool(delta.finish_reason)
         reasoning, text, calls, reason = self._parse(parsers, delta, is_final)
-        logprobs = self._format_logprobs(delta) if delta.token_ids else None
+        format_logprob = self.token_decoder.format_logprob
+        logprobs = _format_content_logprobs(delta, format_logprob, refusal=None) if delta.token_ids else None
         if not (reasoning or text or calls or is_final or logprobs):
             return None
         message: Json = {"reasoning_content": reasoning} if reasoning else {}
@@ -244,18 +230,17 @@ class ChatResponseBuilder(ResponseBuilder):
         message |= {"reasoning_content": reasoning} if reasoning else {}
         if calls:
             message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
-        logprobs = self._format_logprobs(total)
+        logprobs = _format_content_logprobs(total, self.token_decoder.format_logprob, refusal=None)
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
+@dataclass(eq=False)
 class TextResponseBuilder(ResponseBuilder):
     """Builds responses of /completions. With `echoes`, one for each prompt, the text begins with the prompt's."""
 
     id_prefix, object_type, chunk_object_type = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, token_decoder: TokenDecoder, echoes: Sequence[EchoedPrompt] = ()) -> None:
-        super().__init__(token_decoder)
-        self.echoes = echoes
+    echoes: Sequence[EchoedPrompt] = ()
 
     def _echo(self, choice: Choice) -> EchoedPrompt:
         return self.echoes[choice.index // choice.sampling.n] if self.echoes else EchoedPrompt("", [])
@@ -317,9 +302,9 @@ class TokenResponseBuilder(ResponseBuilder):
 
     def build_chunk(self, choice: Choice, delta: ChoiceDelta) -> Json:
         """Builds the chunk with new tokens."""
-        content = _format_content_logprobs(delta, self._format_logprob) if delta.token_ids else None
-        logprobs, reason = None if content is None else {"content": content}, delta.finish_reason
-        return {"index": choice.index, "token_ids": delta.token_ids, "logprobs": logprobs, "finish_reason": reason}
+        tokens, reason = delta.token_ids, delta.finish_reason
+        logprobs = _format_content_logprobs(delta, self._format_logprob) if tokens else None
+        return {"index": choice.index, "token_ids": tokens, "logprobs": logprobs, "finish_reason": reason}
 
     def build_choice(self, choice: Choice, prompt_delta: TokenDelta | None) -> Json:
         """Builds the choice with all tokens, and the prompt's logprobs if requested."""
