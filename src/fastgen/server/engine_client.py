@@ -61,8 +61,6 @@ class EngineClient:
         self, method: Callable[Concatenate[EngineServer, Sender, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Calls a method of the `EngineServer` with positional arguments; returns its result or raises APIError."""
-        if self.is_engine_dead:
-            raise APIError(503, "the engine has stopped")
         if self._failure:
             raise self._failure
         message_id = next(self._message_ids)

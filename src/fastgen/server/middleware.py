@@ -35,8 +35,8 @@ MAX_JSON_VALUES = 2**21  # in a body, by its commas; a list, an object and a key
 BODY_TIMEOUT_SECONDS = 60.0  # for a client to send a request's body
 LARGE_BODY_SIZE = 2**16  # bytes; parsing such a body takes milliseconds
 LARGE_BODY_INTERVAL_SECONDS = 0.005  # at least, between the starts of requests with large bodies
-HANDLED_EXCEPTIONS = (APIError, HTTPException, RequestValidationError, Exception)  # by `handle_error`
 LARGE_BODY_BYTES_PER_SECOND = 10**8  # of large bodies that are parsed, at most: a few megabytes can take 0.3 s
+HANDLED_EXCEPTIONS = (APIError, HTTPException, RequestValidationError, Exception)  # by `handle_error`
 
 
 class Middleware:
@@ -72,7 +72,6 @@ class Middleware:
                 self._check_head(scope, headers)
                 body = await self._read_body(headers, receive)
                 if body is not None:
-                    await self._throttle_large_body(len(body))
                     await self.app(scope, _replay_body(body, receive), send_with_id)
             except APIError as e:
                 await error_response(e)(scope, receive, send_with_id)
@@ -84,12 +83,6 @@ class Middleware:
         finally:
             self.state.num_active_requests -= 1
             _log_request(scope, entry)
-
-    async def _throttle_large_body(self, num_bytes: int) -> None:
-        """Spreads requests with large bodies over time, so that the event loop serves other requests between them."""
-        if num_bytes > LARGE_BODY_SIZE:
-            async with self.large_body_lock:
-                await asyncio.sleep(max(LARGE_BODY_INTERVAL_SECONDS, num_bytes / LARGE_BODY_BYTES_PER_SECOND))
 
     def _check_head(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raises APIError for a request whose head is refused."""
@@ -128,7 +121,11 @@ class Middleware:
                         break
         except TimeoutError as e:
             raise APIError(408, f"the body did not come within {BODY_TIMEOUT_SECONDS:.0f} s") from e
-        return _check_num_values(b"".join(parts))
+        body = _check_num_values(b"".join(parts))
+        if size > LARGE_BODY_SIZE:  # spread over time, so that the event loop serves other requests between them
+            async with self.large_body_lock:
+                await asyncio.sleep(max(LARGE_BODY_INTERVAL_SECONDS, size / LARGE_BODY_BYTES_PER_SECOND))
+        return body
 
 
 def _check_num_values(body: bytes) -> bytes:

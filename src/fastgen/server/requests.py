@@ -23,8 +23,7 @@ MAX_STOP_STRINGS, MAX_STOP_CHARS = 64, 2048  # stop strings, and characters of e
 MAX_GUIDED_CHOICES = 4096  # items of guided_choice
 MAX_LISTED_TOKEN_IDS = 1024  # tokens of logit_bias, and of stop_token_ids
 MAX_DETOKENIZE_TOKENS = 2**18  # tokens of /detokenize
-MAX_COMPLETIONS_PER_PROMPT = 128  # OpenAI's limit
-MAX_TOP_LOGPROBS = 20  # OpenAI's limit
+MAX_COMPLETIONS_PER_PROMPT, MAX_TOP_LOGPROBS = 128, 20  # OpenAI's limits
 # For each field whose grammar constrains the output, the kind of the grammar.
 GRAMMAR_KINDS = {
     "response_format": "json:", "guided_json": "json:", "guided_regex": "regex:", "guided_choice": "lark:start: ",
@@ -270,10 +269,8 @@ class Tool(StrictModel):
     def to_template_dict(self) -> dict[str, Any]:
         """Returns the tool in the form of chat templates, without `strict`."""
         parameters = self.function.parameters or {"type": "object", "properties": {}}
-        return {
-            "type": self.type,
-            "function": self.function.model_dump(include={"name", "description"}) | {"parameters": parameters},
-        }
+        function = self.function.model_dump(exclude={"strict"}) | {"parameters": parameters}
+        return {"type": self.type, "function": function}
 
 
 class FunctionChoice(StrictModel):

@@ -68,15 +68,11 @@ def wants_text_arguments(render: Callable[[list[Json]], str]) -> bool:
     """
 
     def fits(arguments: Json | str) -> bool:
-        function = {"name": "probe", "arguments": arguments}
-        call = {"id": "probecall", "type": "function", "function": function}
-        messages: list[Json] = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "x", "name": "probe", "tool_call_id": "probecall"},
-        ]
+        call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        user, result = {"role": "user", "content": "x"}, {"role": "tool", "content": "x", "name": "probe"}
+        assistant = {"role": "assistant", "content": "", "tool_calls": [call]}
         try:
-            text = render(messages)
+            text = render([user, assistant, result | {"tool_call_id": "probecall"}])
         except ValueError:
             return False
         return "probe_key" in text and "'probe_key'" not in text and '\\"probe_key' not in text
@@ -331,47 +327,42 @@ def build_grammar(
     `marker_token_ids` are those of `find_marker_token_ids`. An unknown format falls back to Llama's plain JSON.
     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md#tool-calling
     """
-    auto = tool_choice == "auto"
+    is_auto = tool_choice == "auto"
+    has_bare_names = call_format == "mistral" and ARGS in marker_token_ids
+    arguments_key = "arguments" if call_format in ("mistral", "hermes") else "parameters"
+    # Fixed spacing prevents endless white space.
+    spaces = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
     def mark(text: str) -> str:
         return f"<[{marker_token_ids[text]}]>" if text in marker_token_ids else json.dumps(text)
 
-    def call_rule(prefix: str, key: str, suffix: str) -> str:
-        """Returns the rule for a call of any function: prefix, name, key, arguments, suffix."""
-        options = []
-        for tool in tools:
-            head = json.dumps(prefix + tool.function.name + key) if key else f'"{tool.function.name}" {mark(ARGS)}'
-            enforced = tool.function.strict or not auto
-            schema = json.dumps(_arguments_schema(tool, enforced=enforced))
-            options.append(f"{head} %json {schema} {json.dumps(suffix)}")
-        return "call: " + "\n    | ".join(options)
-
-    lines, repeat = ["TEXT: /(.|\\n)*/"] if auto else [], ""
-    if call_format == "hermes":
-        call, opening = call_rule('{"name": "', '", "arguments": ', "}"), mark(TOOL_CALL_OPEN)
-        body, repeat = f'"\\n" call "\\n" {mark(TOOL_CALL_CLOSE)}', ' ("\\n" one)*'
-    elif call_format == "mistral" and ARGS in marker_token_ids:
-        call, opening, body, repeat = call_rule("", "", ""), mark(TOOL_CALLS), "call", " one*"
-    elif call_format == "mistral":
-        call, opening = call_rule('{"name": "', '", "arguments": ', "}"), mark(TOOL_CALLS)
-        body = '" "? "[" call (", " call)* "]"' if parallel_calls else '" "? "[" call "]"'
-    else:
-        call = call_rule('{"name": "', '", "parameters": ', "}")
-        if not auto:
+    options = []  # one for each function: the start of the call, its arguments, the end
+    for function in (tool.function for tool in tools):
+        start = json.dumps(f'{{"name": "{function.name}", "{arguments_key}": ')
+        start, end = (f'"{function.name}" {mark(ARGS)}', "") if has_bare_names else (start, "}")
+        schema: Json = {"type": "object"}
+        if function.strict or not is_auto:
+            schema |= function.parameters or {"additionalProperties": False}
+        options.append(f"{start} %json {json.dumps(schema | {'x-guidance': spaces})} {json.dumps(end)}")
+    call = "call: " + "\n    | ".join(options)
+    match call_format:
+        case "hermes":
+            opening, body = mark(TOOL_CALL_OPEN), f'"\\n" call "\\n" {mark(TOOL_CALL_CLOSE)}'
+            repeat = ' ("\\n" one)*' if parallel_calls else ""
+        case "mistral" if has_bare_names:
+            opening, body, repeat = mark(TOOL_CALLS), "call", " one*" if parallel_calls else ""
+        case "mistral":
+            opening, repeat = mark(TOOL_CALLS), ""
+            body = '" "? "[" call (", " call)* "]"' if parallel_calls else '" "? "[" call "]"'
+        case _ if is_auto:
+            tagged = f" | {mark(PYTHON_TAG)} call" if PYTHON_TAG in marker_token_ids else ""
+            return f"lark:start: TEXT | call{tagged}\nTEXT: /(\\s*[^\\s{{](.|\\n)*)?/\n{call}"
+        case _:
             return f"lark:start: call\n{call}"
-        tagged = f" | {mark(PYTHON_TAG)} call" if PYTHON_TAG in marker_token_ids else ""
-        return f"lark:start: TEXT | call{tagged}\nTEXT: /(\\s*[^\\s{{](.|\\n)*)?/\n{call}"
-    if not auto:
-        lines += [f"start: one{repeat if parallel_calls else ''}", f"one: {opening} {body}"]
+    if not is_auto:
+        rules = f"start: one{repeat}\none: {opening} {body}"
     elif opening.startswith("<["):  # a special token, which TEXT cannot contain
-        lines += ["start: one* TEXT", f"one: TEXT {opening} {body}"]
+        rules = f"TEXT: /(.|\\n)*/\nstart: one* TEXT\none: TEXT {opening} {body}"
     else:
-        lines += ["start: one* TEXT", f"head[lazy]: TEXT {opening}", f"one: head {body}"]
-    return "lark:" + "\n".join([*lines, call])
-
-
-def _arguments_schema(tool: Tool, *, enforced: bool) -> Json:
-    """Returns the JSON schema of a tool's arguments. Fixed spacing prevents endless white space."""
-    schema = tool.function.parameters or {"additionalProperties": False}
-    spaces = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
-    return {"type": "object"} | (schema if enforced else {}) | {"x-guidance": spaces}
+        rules = f"TEXT: /(.|\\n)*/\nstart: one* TEXT\nhead[lazy]: TEXT {opening}\none: head {body}"
+    return f"lark:{rules}\n{call}"
