@@ -231,9 +231,9 @@ def test_lm_eval(
             sample["resps"],
             strict=True,
         ):
-            context, whole = encode(question).input_ids, encode(question + option).input_ids
+            context, complete = encode(question).input_ids, encode(question + option).input_ids
             output = library.generate(
-                [whole], SamplingParams(temperature=0, max_tokens=1, logprobs=0, prompt_logprobs=0), progress=False
+                [complete], SamplingParams(temperature=0, max_tokens=1, logprobs=0, prompt_logprobs=0), progress=False
             )[0]
             assert value == pytest.approx(sum(map(float, (output.prompt_logprobs or [])[len(context) :])), abs=1e-3)  # type: ignore[arg-type]
     texts = greedy(library, [row["q"] for row in rows])

@@ -96,9 +96,9 @@ def test_every_field_of_the_client_is_decided() -> None:
     assert fields(stream_options.ChatCompletionStreamOptionsParam) | {"continuous_usage_stats"} == set(STREAM)
 
 
-def request(kind: Any, body: dict[str, Any]) -> Any:
+def request(model: Any, body: dict[str, Any]) -> Any:
     """Validates a request as the endpoints do."""
-    request = kind.model_validate(body)
+    request = model.model_validate(body)
     if isinstance(request, ChatRequest):
         assert request.tool_choice_mode
     return request.to_sampling_params()
@@ -108,13 +108,13 @@ def cases(table: dict[str, tuple[list[Any], list[Any]]]) -> list[Any]:
     return [pytest.param(name, *both, id=name) for name, both in table.items()]
 
 
-def check_values(kind: Any, base: dict[str, Any], name: str, good: list[Any], bad: list[Any]) -> None:
+def check_values(model: Any, base: dict[str, Any], name: str, good: list[Any], bad: list[Any]) -> None:
     for value in (*good, None):
         if value is not None or name not in base:
-            request(kind, base | {name: value})
+            request(model, base | {name: value})
     for value in bad:
         with pytest.raises((APIError, ValidationError)) as e:
-            request(kind, base | {name: value})
+            request(model, base | {name: value})
         assert name in str(e.value), (name, value)
         if isinstance(e.value, APIError):
             assert e.value.status == 400 and e.value.param == name

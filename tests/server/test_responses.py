@@ -119,14 +119,14 @@ def test_tokens_with_the_same_text() -> None:
         (byte_a, ["a", f"token_id:{a}", " a", " ", f"token_id:{space}"]),
         (space, ["a", f"token_id:{a}", " a", f"token_id:{byte_space}", " "]),
     ):
-        found: Any = builder._format_logprobs(ChoiceDelta("", [sampled], [top[sampled]], [top], [0]), 0)
-        assert list(found["top_logprobs"][0].items()) == [*zip(want, top.values(), strict=True)]
-        assert found["top_logprobs"][0][found["tokens"][0]] == top[sampled]
+        actual: Any = builder._format_logprobs(ChoiceDelta("", [sampled], [top[sampled]], [top], [0]), 0)
+        assert list(actual["top_logprobs"][0].items()) == [*zip(want, top.values(), strict=True)]
+        assert actual["top_logprobs"][0][actual["tokens"][0]] == top[sampled]
     part = byte_tokens(b"\xf0\x9f")
-    found = TextResponseBuilder(DECODERS["level"])._format_logprobs(
+    actual = TextResponseBuilder(DECODERS["level"])._format_logprobs(
         ChoiceDelta("", part[:1], [-0.1], [dict.fromkeys(part, -0.1)], [0]), 0
     )
-    assert len(found["top_logprobs"][0]) == 2 and found["tokens"] == ["\ufffd"]
+    assert len(actual["top_logprobs"][0]) == 2 and actual["tokens"] == ["\ufffd"]
 
 
 def echo(kind: str, prompt: Any) -> tuple[EchoedPrompt, list[int]]:
@@ -149,15 +149,14 @@ def echo(kind: str, prompt: Any) -> tuple[EchoedPrompt, list[int]]:
 def test_echo(kind: str, text: str, as_ids: bool) -> None:
     """The echo has the prompt's text with special tokens, and each token's offset."""
     prompt: Any = KINDS[kind](text).input_ids if as_ids else text
-    found, tokens = echo(kind, prompt)
-    assert found.text == (text if kind == "level" else KINDS[kind].decode(tokens)) and len(found.text_offsets) == len(
+    actual, tokens = echo(kind, prompt)
+    assert actual.text == (text if kind == "level" else KINDS[kind].decode(tokens)) and len(actual.text_offsets) == len(
         tokens
     )
-    for token, at in zip(tokens, found.text_offsets, strict=True):
+    for token, at in zip(tokens, actual.text_offsets, strict=True):
         piece = DECODERS[kind].decode_token(token)
-        assert (
-            "\ufffd" in piece or found.text[at:].startswith(piece) or (at == 0 and found.text.startswith(piece.strip()))
-        )
+        at_start = at == 0 and actual.text.startswith(piece.strip())
+        assert "\ufffd" in piece or actual.text[at:].startswith(piece) or at_start
 
 
 def test_echo_without_tokens_that_the_tokenizer_adds() -> None:
@@ -176,9 +175,9 @@ def test_echo_of_any_bytes(kind: str, runs: list[bytes]) -> None:
     """Each token's offset is that of the character that it belongs to."""
     data = b"".join(runs)
     tokens = byte_tokens(data) if kind == "level" else [3 + b for b in data]
-    found, _ = echo(kind, tokens)
-    whole = data.decode(errors="replace")
-    cut = kind == "fallback" and whole.startswith(" ")
-    assert found.text == whole[cut:] and found.text_offsets == sorted(found.text_offsets)
-    for i, at in enumerate(found.text_offsets):
-        assert os.path.commonprefix([data[:i].decode(errors="ignore"), whole]) in whole[: at + cut + 1]
+    actual, _ = echo(kind, tokens)
+    complete = data.decode(errors="replace")
+    cut = kind == "fallback" and complete.startswith(" ")
+    assert actual.text == complete[cut:] and actual.text_offsets == sorted(actual.text_offsets)
+    for i, at in enumerate(actual.text_offsets):
+        assert os.path.commonprefix([data[:i].decode(errors="ignore"), complete]) in complete[: at + cut + 1]

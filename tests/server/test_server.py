@@ -50,10 +50,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose chat template renders tools in the format of Qwen."""
     folder = checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
     names = "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}<tool_call>{% endif %}"
-    said = TEMPLATE.replace("m['content']", "m['content'] or ''").replace(
+    template = TEMPLATE.replace("m['content']", "m['content'] or ''").replace(
         "<|im_end|>", "{{ m.tool_calls }}<|im_end|>", 1
     )
-    (folder / "chat_template.jinja").write_text(names + said)
+    (folder / "chat_template.jinja").write_text(names + template)
     return folder
 
 
@@ -76,13 +76,13 @@ def servers(tiny: Path, profiles: Path) -> Iterator[tuple[Server, Server]]:
     """A server with two workers and a key, and one whose model has no tokenizer, started in parallel."""
     options = ("--workers", "2", "--max-queue", "160", "--max-body", "200000", "--grace", "8")
     names = ("--served-model-name", "tiny", "--served-model-name", "alias")
-    made = (
+    servers = (
         Server(str(tiny), *SETTINGS, *options, *names, key=KEY),
         Server("debug", *SETTINGS, "--profile-dir", str(profiles)),
     )
-    yield made
-    for one in made:
-        one.stop()
+    yield servers
+    for server in servers:
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def bare(servers: tuple[Server, Server]) -> Server:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:
-        yield made
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client
 
 
 def ask(library: fastgen.Engine, prompt: Any, **sampling: Any) -> Output:
@@ -138,13 +138,13 @@ def quiet(server: Server) -> None:
 
 def test_chat(client: openai.OpenAI, library: fastgen.Engine) -> None:
     """A chat returns the library's text and the token counts."""
-    wanted = ask(library, QUESTION, **GREEDY)
+    expected = ask(library, QUESTION, **GREEDY)
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, **GREEDY)  # type: ignore[arg-type]
-    assert answer.choices[0].message.content == texts(wanted)[0]
+    assert answer.choices[0].message.content == texts(expected)[0]
     assert answer.choices[0].message.role == "assistant" and answer.choices[0].finish_reason == "length"
     assert answer.model == "tiny" and answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
     usage = answer.usage
-    assert usage and usage.prompt_tokens == len(wanted.prompt_token_ids) and usage.completion_tokens == 12
+    assert usage and usage.prompt_tokens == len(expected.prompt_token_ids) and usage.completion_tokens == 12
     assert usage.total_tokens == usage.prompt_tokens + 12
 
 
@@ -217,15 +217,15 @@ GUIDED: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
 @pytest.mark.parametrize("body, fits", GUIDED, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_answers_that_follow_a_grammar(server: Server, body: dict[str, Any], fits: Callable[[str], Any]) -> None:
     """Finished output of a random model matches the grammar, and streams return the same text."""
-    given = {"prompt": "Hello", "n": 6, "seed": 3, "max_tokens": 60} | body
-    whole = server.http.post("/v1/completions", json=given).raise_for_status().json()["choices"]
-    ended = [c["text"] for c in whole if c["finish_reason"] == "stop"]
+    fields = {"prompt": "Hello", "n": 6, "seed": 3, "max_tokens": 60} | body
+    complete = server.http.post("/v1/completions", json=fields).raise_for_status().json()["choices"]
+    ended = [c["text"] for c in complete if c["finish_reason"] == "stop"]
     assert ended and all(fits(text) for text in ended), ended
     parts = [""] * 6
-    with server.http.stream("POST", "/v1/completions", json=given | {"stream": True}) as stream:
+    with server.http.stream("POST", "/v1/completions", json=fields | {"stream": True}) as stream:
         for event in events(stream):
             parts[event["choices"][0]["index"]] += event["choices"][0]["text"]
-    assert parts == [c["text"] for c in whole]
+    assert parts == [c["text"] for c in complete]
 
 
 def function(name: str, **more: Any) -> Any:
@@ -253,17 +253,17 @@ def test_calls(client: openai.OpenAI, server: Server, choice: Any) -> None:
     streams, and accepts the calls' results."""
     ask_for: dict[str, Any] = dict(model="tiny", messages=QUESTION, tools=FUNCTIONS, tool_choice=choice, n=2, seed=4)
     ask_for |= {"max_tokens": 300, "parallel_tool_calls": False, "logprobs": True}
-    whole = client.chat.completions.create(**ask_for)
+    complete = client.chat.completions.create(**ask_for)
     ended = "tool_calls" if choice == "required" else "stop"
-    wanted = [called(c.message.tool_calls) for c in whole.choices]
-    assert [len(calls) for calls in wanted] == [1, 1]
-    assert all(c.finish_reason == ended and c.message.content is None for c in whole.choices)
+    expected = [called(c.message.tool_calls) for c in complete.choices]
+    assert [len(calls) for calls in expected] == [1, 1]
+    assert all(c.finish_reason == ended and c.message.content is None for c in complete.choices)
     with client.chat.completions.stream(**ask_for, stream_options={"include_usage": True}) as stream:
-        found = stream.get_final_completion()
-    assert [called(c.message.tool_calls) for c in found.choices] == wanted
-    assert [c.finish_reason for c in found.choices] == [ended] * 2 and found.usage and whole.usage
-    assert found.usage.completion_tokens == whole.usage.completion_tokens
-    for a, b in zip(found.choices, whole.choices, strict=True):
+        actual = stream.get_final_completion()
+    assert [called(c.message.tool_calls) for c in actual.choices] == expected
+    assert [c.finish_reason for c in actual.choices] == [ended] * 2 and actual.usage and complete.usage
+    assert actual.usage.completion_tokens == complete.usage.completion_tokens
+    for a, b in zip(actual.choices, complete.choices, strict=True):
         assert a.logprobs and b.logprobs and a.logprobs.content and b.logprobs.content and not a.message.content
         assert [x.token for x in a.logprobs.content] == [x.token for x in b.logprobs.content]
 
@@ -275,8 +275,8 @@ def test_calls(client: openai.OpenAI, server: Server, choice: Any) -> None:
                     arguments += call.function.arguments
             return arguments
 
-    assert asyncio.run(streamed()) == wanted[0][0][1]
-    message = whole.choices[0].message
+    assert asyncio.run(streamed()) == expected[0][0][1]
+    message = complete.choices[0].message
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "done"}
     answer = client.chat.completions.create(model="tiny", messages=[*QUESTION, message, result], **GREEDY)  # type: ignore[list-item]
     assert answer.choices[0].message.content and answer.choices[0].finish_reason == "length"
@@ -294,8 +294,8 @@ def test_calls_that_may_be_or_are_cut(client: openai.OpenAI) -> None:
     assert cut.finish_reason == "length" and cut.message.tool_calls
     assert '{"name": "'.startswith(cut.message.tool_calls[0].function.arguments[:4])
     none = client.chat.completions.create(**ask_for, tool_choice="none", max_tokens=8)
-    told = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
-    assert none.usage and told.usage and none.usage.prompt_tokens == told.usage.prompt_tokens
+    response = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
+    assert none.usage and response.usage and none.usage.prompt_tokens == response.usage.prompt_tokens
 
 
 def test_chat_without_a_limit_ends_with_the_context(client: openai.OpenAI) -> None:
@@ -307,29 +307,29 @@ def test_chat_without_a_limit_ends_with_the_context(client: openai.OpenAI) -> No
 
 def test_chat_content_in_parts_and_from_a_developer(client: openai.OpenAI, library: fastgen.Engine) -> None:
     said = [{"role": "system", "content": "ab c"}, {"role": "user", "content": "Hello"}]
-    wanted = texts(ask(library, said, **GREEDY))
+    expected = texts(ask(library, said, **GREEDY))
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     messages: Any = [{"role": "developer", "content": "ab c"}, {"role": "user", "content": parts}]
     answer = client.chat.completions.create(model="alias", messages=messages, **GREEDY)
-    assert [answer.choices[0].message.content] == wanted and answer.model == "alias"
+    assert [answer.choices[0].message.content] == expected and answer.model == "alias"
 
 
 def test_streams_are_what_whole_answers_are(client: openai.OpenAI, library: fastgen.Engine) -> None:
     """Streams of chats and completions join to the full text; a last chunk has token counts only if requested."""
-    wanted = ask(library, QUESTION, **GREEDY)
+    expected = ask(library, QUESTION, **GREEDY)
     stream = client.chat.completions.create(
         model="tiny", messages=QUESTION, stream=True, stream_options={"include_usage": True}, **GREEDY
     )  # type: ignore[call-overload]
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == texts(wanted)[0]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == texts(expected)[0]
     assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == ["length"]
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 12
     assert all(c.usage is None for c in chunks[:-1]) and len({c.id for c in chunks}) == 1
 
     parts = list(client.completions.create(model="tiny", prompt="Hello", stream=True, n=2, seed=3))
-    found = ["".join(c.choices[0].text for c in parts if c.choices[0].index == i) for i in range(2)]
-    assert found == texts(ask(library, "Hello", n=2, seed=3, max_tokens=16))
+    actual = ["".join(c.choices[0].text for c in parts if c.choices[0].index == i) for i in range(2)]
+    assert actual == texts(ask(library, "Hello", n=2, seed=3, max_tokens=16))
 
 
 PROMPTS: list[Any] = ["Hello", ["Hello", "abc abc"], [41, 70, 77], [[41, 70, 77], [5, 6]]]
@@ -339,11 +339,11 @@ PROMPTS: list[Any] = ["Hello", ["Hello", "abc abc"], [41, 70, 77], [[41, 70, 77]
 def test_forms_of_prompts(client: openai.OpenAI, library: fastgen.Engine, prompt: Any) -> None:
     """Each form of a prompt returns the library's completions in order."""
     many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    wanted = [t for p in many for t in texts(ask(library, p, n=2, seed=7, max_tokens=9))]
+    expected = [t for p in many for t in texts(ask(library, p, n=2, seed=7, max_tokens=9))]
     answer = client.completions.create(model="tiny", prompt=prompt, n=2, seed=7, max_tokens=9)
-    assert [c.text for c in answer.choices] == wanted
-    assert [c.index for c in answer.choices] == list(range(len(wanted)))
-    assert answer.usage and answer.usage.completion_tokens == 9 * len(wanted)
+    assert [c.text for c in answer.choices] == expected
+    assert [c.index for c in answer.choices] == list(range(len(expected)))
+    assert answer.usage and answer.usage.completion_tokens == 9 * len(expected)
 
 
 SAMPLING: list[dict[str, Any]] = [
@@ -366,98 +366,98 @@ SAMPLING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("sampling", SAMPLING, ids=lambda s: " ".join(s))
 def test_sampling(server: Server, library: fastgen.Engine, sampling: dict[str, Any]) -> None:
     """Sampling parameters return the library's tokens and text."""
-    given = {"max_tokens": 16} | sampling
-    wanted = ask(library, [41, 70, 77], **given).completions
+    fields = {"max_tokens": 16} | sampling
+    expected = ask(library, [41, 70, 77], **fields).completions
     for path, body in (
-        ("/inference/v1/generate", {"token_ids": [41, 70, 77], "sampling_params": given}),
-        ("/v1/completions", {"prompt": [41, 70, 77]} | given),
+        ("/inference/v1/generate", {"token_ids": [41, 70, 77], "sampling_params": fields}),
+        ("/v1/completions", {"prompt": [41, 70, 77]} | fields),
     ):
         choices = server.http.post(path, json=body).raise_for_status().json()["choices"]
-        assert [c["finish_reason"] for c in choices] == [c.finish_reason for c in wanted]
+        assert [c["finish_reason"] for c in choices] == [c.finish_reason for c in expected]
         if "generate" in path:
-            assert [c["token_ids"] for c in choices] == [c.token_ids for c in wanted]
+            assert [c["token_ids"] for c in choices] == [c.token_ids for c in expected]
         else:
-            assert [c["text"] for c in choices] == [c.text for c in wanted]
+            assert [c["text"] for c in choices] == [c.text for c in expected]
 
 
 def test_stop_strings(server: Server, client: openai.OpenAI, library: fastgen.Engine) -> None:
     """Stop strings cut single completions, streamed or not, and the engine stops generating them."""
-    given: dict[str, Any] = {"n": 3, "seed": 1, "max_tokens": 100}
-    plain = texts(ask(library, "Hello", **given))
+    fields: dict[str, Any] = {"n": 3, "seed": 1, "max_tokens": 100}
+    plain = texts(ask(library, "Hello", **fields))
     stop = [plain[0][4:6], plain[1][30:32]]
-    wanted = ask(library, "Hello", stop=tuple(stop), **given).completions
-    assert {c.finish_reason for c in wanted[:2]} == {"stop"}
+    expected = ask(library, "Hello", stop=tuple(stop), **fields).completions
+    assert {c.finish_reason for c in expected[:2]} == {"stop"}
     before = server.status()["generation_tokens"]
-    answer = client.completions.create(model="tiny", prompt="Hello", stop=stop, **given)
-    assert [(c.text, c.finish_reason) for c in answer.choices] == [(c.text, c.finish_reason) for c in wanted]
-    assert answer.usage and answer.usage.completion_tokens == sum(len(c.token_ids) for c in wanted)
+    answer = client.completions.create(model="tiny", prompt="Hello", stop=stop, **fields)
+    assert [(c.text, c.finish_reason) for c in answer.choices] == [(c.text, c.finish_reason) for c in expected]
+    assert answer.usage and answer.usage.completion_tokens == sum(len(c.token_ids) for c in expected)
     assert server.status()["generation_tokens"] - before <= answer.usage.completion_tokens + 3 * 10
-    chunks = list(client.completions.create(model="tiny", prompt="Hello", stop=stop, stream=True, **given))
+    chunks = list(client.completions.create(model="tiny", prompt="Hello", stop=stop, stream=True, **fields))
     assert ["".join(c.choices[0].text for c in chunks if c.choices[0].index == i) for i in range(3)] == [
-        c.text for c in wanted
+        c.text for c in expected
     ]
     quiet(server)
 
 
 def test_logprobs_of_chats(client: openai.OpenAI, library: fastgen.Engine) -> None:
     """Each token has its logprob and the most likely tokens; streams return the same."""
-    wanted = ask(library, QUESTION, logprobs=2, seed=1, max_tokens=6).completions[0]
+    expected = ask(library, QUESTION, logprobs=2, seed=1, max_tokens=6).completions[0]
     ask_for: dict[str, Any] = {"messages": QUESTION, "logprobs": True, "top_logprobs": 2, "seed": 1, "max_tokens": 6}
-    whole = client.chat.completions.create(model="tiny", **ask_for).choices[0].logprobs.content
+    complete = client.chat.completions.create(model="tiny", **ask_for).choices[0].logprobs.content
     stream = client.chat.completions.create(model="tiny", stream=True, **ask_for)
     pieces = [x for c in stream if c.choices[0].logprobs for x in c.choices[0].logprobs.content]
-    assert wanted.logprobs and wanted.top_logprobs
-    for found in (whole, pieces):
-        assert [x.token for x in found] == [BYTE_LEVEL.decode([t]) for t in wanted.token_ids]
-        assert [x.logprob for x in found] == pytest.approx(wanted.logprobs, abs=1e-4)
-        tops = [[y.logprob for y in x.top_logprobs] for x in found]
-        assert tops == [pytest.approx(list(x.values()), abs=1e-4) for x in wanted.top_logprobs]
-        assert all(x.bytes and bytes(x.bytes).decode(errors="replace") == x.token for x in found)
+    assert expected.logprobs and expected.top_logprobs
+    for actual in (complete, pieces):
+        assert [x.token for x in actual] == [BYTE_LEVEL.decode([t]) for t in expected.token_ids]
+        assert [x.logprob for x in actual] == pytest.approx(expected.logprobs, abs=1e-4)
+        tops = [[y.logprob for y in x.top_logprobs] for x in actual]
+        assert tops == [pytest.approx(list(x.values()), abs=1e-4) for x in expected.top_logprobs]
+        assert all(x.bytes and bytes(x.bytes).decode(errors="replace") == x.token for x in actual)
 
 
 def test_logprobs_of_completions_and_echo(client: openai.OpenAI, library: fastgen.Engine) -> None:
     """Logprobs begin with the prompt's, None for the first token; offsets locate tokens in the text."""
-    wanted = ask(library, "Hello, world!", logprobs=1, prompt_logprobs=1, temperature=0, max_tokens=6)
+    expected = ask(library, "Hello, world!", logprobs=1, prompt_logprobs=1, temperature=0, max_tokens=6)
     answer = client.completions.create(
         model="tiny", prompt="Hello, world!", echo=True, logprobs=1, n=2, temperature=0, max_tokens=6
     )
     for choice in answer.choices:
-        assert choice.text == "Hello, world!" + texts(wanted)[0]
-        found = choice.logprobs
-        assert found and found.tokens and found.token_logprobs and found.text_offset and found.top_logprobs
-        values = [*(wanted.prompt_logprobs or []), *(wanted.completions[0].logprobs or [])]
-        assert found.token_logprobs[0] is None
-        assert found.token_logprobs[1:] == pytest.approx(values[1:], abs=1e-4)
-        assert found.tokens == [
-            BYTE_LEVEL.decode([t]) for t in wanted.prompt_token_ids + wanted.completions[0].token_ids
+        assert choice.text == "Hello, world!" + texts(expected)[0]
+        actual = choice.logprobs
+        assert actual and actual.tokens and actual.token_logprobs and actual.text_offset and actual.top_logprobs
+        values = [*(expected.prompt_logprobs or []), *(expected.completions[0].logprobs or [])]
+        assert actual.token_logprobs[0] is None
+        assert actual.token_logprobs[1:] == pytest.approx(values[1:], abs=1e-4)
+        assert actual.tokens == [
+            BYTE_LEVEL.decode([t]) for t in expected.prompt_token_ids + expected.completions[0].token_ids
         ]
-        assert len(found.tokens) == len(found.text_offset) == len(found.top_logprobs)
-        for token, at in zip(found.tokens, found.text_offset, strict=True):
+        assert len(actual.tokens) == len(actual.text_offset) == len(actual.top_logprobs)
+        for token, at in zip(actual.tokens, actual.text_offset, strict=True):
             assert "\ufffd" in token or choice.text[at:].startswith(token)
     plain = client.completions.create(model="tiny", prompt="Hello, world!", echo=True, temperature=0, stream=True)
-    assert "".join(c.choices[0].text for c in plain).startswith("Hello, world!" + texts(wanted)[0])
+    assert "".join(c.choices[0].text for c in plain).startswith("Hello, world!" + texts(expected)[0])
 
 
 def test_generate_gives_tokens_and_logprobs(server: Server, library: fastgen.Engine) -> None:
     """Token ids and logprobs equal the library's, streamed or not, and the prompt's too."""
-    given = {"seed": 2, "max_tokens": 7, "logprobs": 0}
-    wanted = ask(library, [5, 6, 7], prompt_logprobs=0, **given)
-    body = {"token_ids": [5, 6, 7], "sampling_params": given | {"prompt_logprobs": 0}}
-    found = server.http.post("/inference/v1/generate", json=body).json()["choices"][0]
-    assert found["prompt_logprobs"][1:] == pytest.approx((wanted.prompt_logprobs or [])[1:], abs=1e-4)
+    fields = {"seed": 2, "max_tokens": 7, "logprobs": 0}
+    expected = ask(library, [5, 6, 7], prompt_logprobs=0, **fields)
+    body = {"token_ids": [5, 6, 7], "sampling_params": fields | {"prompt_logprobs": 0}}
+    actual = server.http.post("/inference/v1/generate", json=body).json()["choices"][0]
+    assert actual["prompt_logprobs"][1:] == pytest.approx((expected.prompt_logprobs or [])[1:], abs=1e-4)
     with server.http.stream(
-        "POST", "/v1/inference/v1/generate", json={"token_ids": [5, 6, 7], "sampling_params": given, "stream": True}
+        "POST", "/v1/inference/v1/generate", json={"token_ids": [5, 6, 7], "sampling_params": fields, "stream": True}
     ) as stream:
         parts = [e["choices"][0] for e in events(stream)]
     for tokens, logprobs in (
-        (found["token_ids"], found["logprobs"]["content"]),
+        (actual["token_ids"], actual["logprobs"]["content"]),
         (
             [t for p in parts for t in p["token_ids"]],
             [x for p in parts if p["logprobs"] for x in p["logprobs"]["content"]],
         ),
     ):
-        assert tokens == wanted.completions[0].token_ids
-        assert [x["logprob"] for x in logprobs] == pytest.approx(wanted.completions[0].logprobs, abs=1e-4)
+        assert tokens == expected.completions[0].token_ids
+        assert [x["logprob"] for x in logprobs] == pytest.approx(expected.completions[0].logprobs, abs=1e-4)
         assert [x["token"] for x in logprobs] == [f"token_id:{t}" for t in tokens]
 
 
@@ -478,14 +478,14 @@ def test_cached_tokens(client: openai.OpenAI) -> None:
 def test_cached_tokens_tell_nothing_across_salts(server: Server) -> None:
     """Prefix cache hits occur only between requests with the same salt."""
     http, tokens = server.http, [*range(60, 140)]
-    said: list[dict[str, Any]] = [{"role": "user", "content": "My PIN is 4711. " * 4}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "My PIN is 4711. " * 4}]
     for path, body in (
         ("/v1/completions", {"prompt": tokens, "max_tokens": 1}),
-        ("/v1/chat/completions", {"messages": said, "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": messages, "max_tokens": 1}),
     ):
-        for salt, found in (("mine", False), ("other", False), (None, False), ("mine", True), ("other", True)):
+        for salt, is_hit in (("mine", False), ("other", False), (None, False), ("mine", True), ("other", True)):
             usage = http.post(path, json=body | {"cache_salt": salt}).raise_for_status().json()["usage"]
-            assert (usage["prompt_tokens_details"]["cached_tokens"] >= 48) == found, (path, salt, usage)
+            assert (usage["prompt_tokens_details"]["cached_tokens"] >= 48) == is_hit, (path, salt, usage)
     for path, body in (
         ("/v1/completions", COMPLETION),
         ("/v1/chat/completions", {"messages": QUESTION}),
@@ -511,14 +511,14 @@ def test_tokens_and_models(server: Server, client: openai.OpenAI) -> None:
     assert [m.id for m in client.models.list()] == ["tiny", "alias"]
     assert client.models.retrieve("alias").id == "alias"
     for root in ("", "/v1"):
-        found = http.post(f"{root}/tokenize", json={"prompt": "Hello, world!"}).json()
-        assert found["tokens"] == BYTE_LEVEL("Hello, world!").input_ids and found["count"] == len(found["tokens"])
-        assert found["max_model_len"] == 512
-        assert http.post(f"{root}/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "Hello, world!"}
+        actual = http.post(f"{root}/tokenize", json={"prompt": "Hello, world!"}).json()
+        assert actual["tokens"] == BYTE_LEVEL("Hello, world!").input_ids and actual["count"] == len(actual["tokens"])
+        assert actual["max_model_len"] == 512
+        assert http.post(f"{root}/detokenize", json={"tokens": actual["tokens"]}).json() == {"prompt": "Hello, world!"}
     chat = http.post("/tokenize", json={"messages": QUESTION}).json()["tokens"]
     assert BYTE_LEVEL.decode(chat) == "<|im_start|>user: Hello, world!<|im_end|><|im_start|>assistant: "
-    told = http.post("/tokenize", json={"messages": QUESTION, "tools": [function("wave")]}).json()["tokens"]
-    assert BYTE_LEVEL.decode(told).startswith("wave <tool_call><|im_start|>user: Hello")
+    tokens = http.post("/tokenize", json={"messages": QUESTION, "tools": [function("wave")]}).json()["tokens"]
+    assert BYTE_LEVEL.decode(tokens).startswith("wave <tool_call><|im_start|>user: Hello")
     assert http.post("/tokenize", json={"prompt": "x", "tools": [function("wave")]}).status_code == 400
     assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["param"] == "tokens"
 
@@ -593,7 +593,7 @@ NO_SCHEMA = {"type": "object", "properties": {"a": {"type": 3}}}
 
 def test_refusals_of_chats(client: openai.OpenAI) -> None:
     """Errors name the field, also a nested one."""
-    for given, param in (
+    for fields, param in (
         ({"max_completion_tokens": 600}, "max_completion_tokens"),
         ({"max_completion_tokens": 5, "max_tokens": 5}, "max_completion_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -622,8 +622,8 @@ def test_refusals_of_chats(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
     ):
         with pytest.raises(openai.BadRequestError) as e:
-            client.chat.completions.create(**({"model": "tiny", "messages": QUESTION} | given))  # type: ignore[arg-type]
-        assert e.value.param == param and param in str(e.value), given
+            client.chat.completions.create(**({"model": "tiny", "messages": QUESTION} | fields))  # type: ignore[arg-type]
+        assert e.value.param == param and param in str(e.value), fields
 
 
 def test_other_errors(server: Server, client: openai.OpenAI) -> None:
@@ -667,16 +667,16 @@ def test_one_model_answers_to_any_name(client: openai.OpenAI, server: Server) ->
 @pytest.mark.parametrize("options", [{"strict_model": True}, {}], ids=["strict", "adapters"])
 def test_names_that_must_be_known(options: dict[str, Any]) -> None:
     """Unknown model names are rejected with --strict-model, and if adapters are supported."""
-    made = app_state.AppState.__new__(app_state.AppState)
-    made.options = app_state.ServerOptions(engine_address="", model_names=("tiny", "alias"), **options)
-    made.engine_info = EngineInfo("", SPEC, 512, 8, "text", supports_adapters=not options)
-    made.engine_client = MagicMock(
+    state = app_state.AppState.__new__(app_state.AppState)
+    state.options = app_state.ServerOptions(engine_address="", model_names=("tiny", "alias"), **options)
+    state.engine_info = EngineInfo("", SPEC, 512, 8, "text", supports_adapters=not options)
+    state.engine_client = MagicMock(
         spec=EngineClient, is_engine_dead=False, call_engine=AsyncMock(return_value=["poet"])
     )
     for name, answers in ((None, "tiny"), ("", "tiny"), ("alias", "alias"), ("poet", "poet")):
-        assert asyncio.run(made.resolve_model_name(name)) == answers
+        assert asyncio.run(state.resolve_model_name(name)) == answers
     with pytest.raises(APIError, match="no model 'gpt' here; there is tiny, alias, poet") as e:
-        asyncio.run(made.resolve_model_name("gpt"))
+        asyncio.run(state.resolve_model_name("gpt"))
     assert (e.value.status, e.value.code, e.value.param) == (404, "model_not_found", "model")
 
 
@@ -776,8 +776,8 @@ def test_keys_that_no_header_can_hold(
         if environment is not None:
             monkeypatch.setenv("FGSERVE_API_KEY", environment)
         assert serve.main(["debug", *words]) == 2
-        said = capsys.readouterr().err
-        assert ("FGSERVE_API_KEY" if environment is not None else "--api-key") in said and "key" in said
+        err = capsys.readouterr().err
+        assert ("FGSERVE_API_KEY" if environment is not None else "--api-key") in err and "key" in err
     assert serve.collect_api_keys(["a=b", "c d"], "e") == ("a=b", "c d", "e") and serve.collect_api_keys([], None) == ()
 
 
@@ -847,8 +847,8 @@ def test_more_than_the_queue_holds(server: Server, library: fastgen.Engine) -> N
         answer, refused = sorted((one.result() for one in both), key=lambda reply: reply.status_code)
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
-    wanted = texts(ask(library, "Hello", n=128, seed=1, max_tokens=40))
-    assert [c["text"] for c in answer.raise_for_status().json()["choices"]] == wanted
+    expected = texts(ask(library, "Hello", n=128, seed=1, max_tokens=40))
+    assert [c["text"] for c in answer.raise_for_status().json()["choices"]] == expected
     assert server.http.post("/v1/completions", json={"prompt": "Hello", "n": 33}).status_code == 200
     quiet(server)
 
@@ -893,8 +893,8 @@ def test_junk_is_refused_and_disturbs_nobody(server: Server, library: fastgen.En
             with socket.create_connection((address.host, address.port or 80)) as s:
                 s.sendall(raw)
         slow.sendall(b"\r\n{")
-        wanted = ask(library, "Hello", temperature=0, max_tokens=150, ignore_eos=True)
-        assert beside.result().json()["choices"][0]["text"] == texts(wanted)[0]
+        expected = ask(library, "Hello", temperature=0, max_tokens=150, ignore_eos=True)
+        assert beside.result().json()["choices"][0]["text"] == texts(expected)[0]
     quiet(server)
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines[-60:])
 
@@ -914,8 +914,8 @@ def test_whatever_the_schema_allows(server: Server) -> None:
         suppress_health_check=list(HealthCheck),
     )
     seen = set()
-    for found in schema.get_all_operations():
-        operation = found.ok()
+    for result in schema.get_all_operations():
+        operation = result.ok()
         if not operation.path.startswith("/v1") and "generate" not in operation.path:
             continue
 
@@ -974,15 +974,15 @@ def test_profile(server: Server, bare: Server, profiles: Path) -> None:
     """Traces are written only with --profile-dir, one at a time."""
     assert server.http.post("/profile", json={}).status_code == 403
     assert bare.http.post("/profile", json={"steps": 0}).status_code == 400
-    found = bare.http.post("/v1/profile", json={"steps": 3, "skip": 1}).raise_for_status().json()
+    actual = bare.http.post("/v1/profile", json={"steps": 3, "skip": 1}).raise_for_status().json()
     refused = bare.http.post("/profile", json={})
     assert refused.status_code == 409 and "already" in refused.json()["error"]["message"]
     body = {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 12, "ignore_eos": True}}
     bare.http.post("/inference/v1/generate", json=body).raise_for_status()
-    summary = Path(found["summary"])
+    summary = Path(actual["summary"])
     bare.until(summary.is_file, 30)
     assert summary.parent == profiles.resolve() and summary.read_text().startswith("3 steps of ")
-    with gzip.open(found["trace"]) as file:
+    with gzip.open(actual["trace"]) as file:
         assert json.load(file)["traceEvents"]
 
 
@@ -999,8 +999,8 @@ def test_abort_by_id(server: Server, library: fastgen.Engine) -> None:
         parts = [c["choices"][0] for c in (first, *chunks)]
     assert parts[-1]["finish_reason"] == "abort"
     text = "".join(p["text"] for p in parts)
-    whole = texts(ask(library, "Hello", max_tokens=300, ignore_eos=True, temperature=0))[0]
-    assert len(text) < len(whole) and whole.startswith(text.rstrip("\ufffd"))
+    complete = texts(ask(library, "Hello", max_tokens=300, ignore_eos=True, temperature=0))[0]
+    assert len(text) < len(complete) and complete.startswith(text.rstrip("\ufffd"))
     assert server.http.post("/abort", json={"request_id": "cmpl-mine"}).json() == {"aborted": False}
     quiet(server)
 
@@ -1011,7 +1011,7 @@ def test_a_hundred_streams_of_which_many_break_off(server: Server, library: fast
     prompts = [[dice.randrange(2, 330) for _ in range(dice.randrange(1, 60))] for _ in range(100)]
     length = 30
     sampling = [SamplingParams(seed=i, max_tokens=length, ignore_eos=True) for i in range(100)]
-    wanted = [o.completions[0] for o in library.generate(prompts, sampling, progress=False)]
+    expected = [o.completions[0] for o in library.generate(prompts, sampling, progress=False)]
     leaves = [dice.randrange(1, length) if dice.random() < 0.4 else None for _ in range(100)]
 
     async def tokens(http: httpx.AsyncClient, i: int) -> list[int]:
@@ -1020,26 +1020,26 @@ def test_a_hundred_streams_of_which_many_break_off(server: Server, library: fast
             "stream": True,
             "sampling_params": {"seed": i, "max_tokens": length, "ignore_eos": True},
         }
-        found = []
+        actual = []
         async with http.stream("POST", "/inference/v1/generate", json=body) as stream:
             async for line in stream.aiter_lines():
                 if line.startswith("data: {"):
-                    found += json.loads(line[6:])["choices"][0]["token_ids"]
-                    if leaves[i] and len(found) >= (leaves[i] or 0):
+                    actual += json.loads(line[6:])["choices"][0]["token_ids"]
+                    if leaves[i] and len(actual) >= (leaves[i] or 0):
                         break
-        return found
+        return actual
 
     async def text(api: openai.AsyncOpenAI, i: int) -> str:
         stream = await api.completions.create(
             model="tiny", prompt=prompts[i], seed=i, max_tokens=length, stream=True, extra_body={"ignore_eos": True}
         )
-        found, count = "", 0
+        actual, count = "", 0
         async for chunk in stream:
-            found, count = found + chunk.choices[0].text, count + 1
+            actual, count = actual + chunk.choices[0].text, count + 1
             if leaves[i] and count >= (leaves[i] or 0):
                 await stream.close()
                 break
-        return found
+        return actual
 
     async def all() -> list[Any]:
         limits = httpx.Limits(max_connections=None)
@@ -1049,12 +1049,12 @@ def test_a_hundred_streams_of_which_many_break_off(server: Server, library: fast
         ):
             return await asyncio.gather(*(tokens(http, i) if i % 2 else text(api, i) for i in range(100)))
 
-    for i, found in enumerate(asyncio.run(all())):
-        whole = wanted[i].token_ids if i % 2 else wanted[i].text
+    for i, actual in enumerate(asyncio.run(all())):
+        complete = expected[i].token_ids if i % 2 else expected[i].text
         if leaves[i] is None:
-            assert found == whole, i
+            assert actual == complete, i
         else:
-            assert found == whole[: len(found)] and found, i
+            assert actual == complete[: len(actual)] and actual, i
     quiet(server)
 
 
@@ -1173,9 +1173,9 @@ def test_the_fork_server_is_killed(bare: Server) -> None:
 
 def test_a_model_without_a_tokenizer(bare: Server) -> None:
     """Without a tokenizer, token ids are accepted and requests that need text rejected."""
-    given = {"temperature": 0, "max_tokens": 5}
-    answer = bare.http.post("/completions", json={"prompt": [1, 2, 3]} | given).json()
-    tokens = bare.http.post("/inference/v1/generate", json={"token_ids": [1, 2, 3], "sampling_params": given}).json()
+    fields = {"temperature": 0, "max_tokens": 5}
+    answer = bare.http.post("/completions", json={"prompt": [1, 2, 3]} | fields).json()
+    tokens = bare.http.post("/inference/v1/generate", json={"token_ids": [1, 2, 3], "sampling_params": fields}).json()
     assert answer["choices"][0]["text"] == "" and answer["usage"]["completion_tokens"] == 5
     assert len(tokens["choices"][0]["token_ids"]) == 5
     for path, body, param in (
@@ -1366,9 +1366,9 @@ def test_a_step_that_fails_and_a_worker_that_died(library: fastgen.Engine, monke
     process.run()
     messages = [(worker, m) for worker, m in process.sent() if isinstance(m, dict)]
     assert {(worker, id) for worker, m in messages for id in m} == {("a", "one")}
-    wanted = ask(library, [5, 6], temperature=0, max_tokens=3).completions[0].token_ids
+    expected = ask(library, [5, 6], temperature=0, max_tokens=3).completions[0].token_ids
     for i in range(2):
-        assert [t for _, m in messages for d in m["one"] if d.choice_index == i for t in d.token_ids] == wanted
+        assert [t for _, m in messages for d in m["one"] if d.choice_index == i for t in d.token_ids] == expected
     stats = server.get_stats(Sender(b"a", ""))
     assert stats["held_pages"] == 0 and not server.active_requests and not server.owner_by_engine_id
 

@@ -592,14 +592,14 @@ def test_reasoning_is_separated_before_calls_are_parsed(
                 == message.get("reasoning_content", "")
                 == thought
             )
-            whole = "".join(d.get("content") or "" for d in deltas)
+            complete = "".join(d.get("content") or "" for d in deltas)
             called = [c["function"]["name"] for d in deltas for c in d.get("tool_calls", ()) if "id" in c]
-            assert whole == (message["content"] or "") and called == [
+            assert complete == (message["content"] or "") and called == [
                 c["function"]["name"] for c in message.get("tool_calls", ())
             ]
             assert full["finish_reason"] == parts[-1]["finish_reason"] == ("tool_calls" if called else "stop")
             if has_tools:
-                assert (whole, called) == (content, names)
+                assert (complete, called) == (content, names)
             assert message["content"] is not None or thought or called
 
 

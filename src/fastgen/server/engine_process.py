@@ -365,14 +365,10 @@ def run_engine_process(
     # The grammar library takes a second to start; a request with a grammar that comes earlier waits for it.
     threading.Thread(target=engine.prepare_grammars, daemon=True).start()
     config, model_config = engine.config, engine.model_config
-    info = EngineInfo(
-        path,
-        model_config,
-        context_length=min(model_config.context_length, engine.cache_capacity + 1),
-        max_completions=max_completions or 4 * config.schedule.max_num_seqs * config.parallel.replicas,
-        special_tokens_in_content=config.special_tokens_in_content,
-        supports_adapters=config.lora.max_adapters > 0,
-    )
+    context_length = min(model_config.context_length, engine.cache_capacity + 1)
+    max_completions = max_completions or 4 * config.schedule.max_num_seqs * config.parallel.replicas
+    limits, supports_adapters = (context_length, max_completions), config.lora.max_adapters > 0
+    info = EngineInfo(path, model_config, *limits, config.special_tokens_in_content, supports_adapters)
     server = EngineServer(engine, socket, info)
     threading.Thread(target=serve_health, args=(server, address), daemon=True).start()
     is_ready.set()

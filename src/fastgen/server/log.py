@@ -24,16 +24,13 @@ def log_line(line: str) -> None:
     """Writes a line to standard error; drops and counts the line if the write would block or fail."""
     global _num_dropped_lines
     prefix = _dropped_message(_num_dropped_lines) if _num_dropped_lines else ""
-    try:
+    _num_dropped_lines += 1
+    with suppress(OSError):
         poll = select.poll()
         poll.register(2, select.POLLOUT)
-        if not any(event & select.POLLOUT for _, event in poll.poll(0)):
-            _num_dropped_lines += 1
-            return
-        os.write(2, f"{prefix}{line}\n".encode("utf-8", "replace")[-CHUNK_BYTES:])  # POLLOUT promises this much space
-        _num_dropped_lines = 0
-    except OSError:
-        _num_dropped_lines += 1
+        if any(event & select.POLLOUT for _, event in poll.poll(0)):  # this promises CHUNK_BYTES of space
+            os.write(2, f"{prefix}{line}\n".encode("utf-8", "replace")[-CHUNK_BYTES:])
+            _num_dropped_lines = 0
 
 
 def _dropped_message(num_lines: int) -> str:

@@ -13,21 +13,16 @@ OPENING_TAG_AT_END = regex.compile(rf"(?P<tag>{'|'.join(map(regex.escape, TAGS))
 CLOSING_TAG = {tag: regex.compile(rf"(?<!\s)\s*+{regex.escape(close)}") for tag, close in TAGS.items()}
 
 
-def find_open_tag(prompt: str) -> str | None:
-    """Returns the opening tag that a prompt ends with, so that the generated text begins within reasoning, or None."""
-    match = OPENING_TAG_AT_END.search(prompt)
-    return match["tag"] if match else None
-
-
 class ReasoningParser:
     """Separates reasoning at the start of the generated text from the answer after it.
 
     White space around the tags is dropped. If the closing tag is missing, all of the text is reasoning.
     """
 
-    def __init__(self, tag: str | None = None) -> None:
-        """`tag` is the opening tag at the end of the prompt, if there is one."""
-        self.tag = tag
+    def __init__(self, prompt: str) -> None:
+        """If `prompt`, the end of the prompt, ends with an opening tag, the generated text begins within reasoning."""
+        match = OPENING_TAG_AT_END.search(prompt)
+        self.tag = match["tag"] if match else None
         self.state = "start"  # then "opened" (after the opening tag), "reasoning", "closed" (after the other), "answer"
         self.buffer = ""  # text that is not parsed yet
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fastgen.config import SamplingParams
 from fastgen.server.engine_process import TokenDelta
-from fastgen.server.reasoning import ReasoningParser, find_open_tag
+from fastgen.server.reasoning import ReasoningParser
 from fastgen.server.tool_calls import ToolCallParser
 from fastgen.text import Tokenizer
 from fastgen.text.detokenizer import Detokenizer, token_to_bytes
@@ -183,10 +183,8 @@ class ChatResponseBuilder(ResponseBuilder):
     parsers: dict[int, Parsers] = field(default_factory=dict)  # of streamed choices
 
     def _make_parsers(self, choice: Choice) -> Parsers:
-        reasoning_parser = None
-        if self.may_reason:
-            prompt_end = self.token_decoder.decode(choice.prompt_token_ids[-MAX_TAG_TOKENS:])
-            reasoning_parser = ReasoningParser(find_open_tag(prompt_end))
+        prompt_end = self.token_decoder.decode(choice.prompt_token_ids[-MAX_TAG_TOKENS:])
+        reasoning_parser = ReasoningParser(prompt_end) if self.may_reason else None
         return reasoning_parser, self.make_tool_call_parser() if self.make_tool_call_parser else None
 
     def _parse(self, parsers: Parsers, delta: ChoiceDelta, is_final: bool) -> tuple[str, str, list[Json], str | None]:

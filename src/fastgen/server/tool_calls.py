@@ -315,26 +315,21 @@ class ToolCallParser:
 
 
 def build_grammar(
-    call_format: ToolCallFormat | None,
-    tools: Sequence[Tool],
-    tool_choice: str,
-    marker_token_ids: dict[str, int],
-    *,
-    parallel_calls: bool,
+    call_format: ToolCallFormat | None, tools: list[Tool], choice: str, markers: dict[str, int], parallel_calls: bool
 ) -> str:
-    """Returns an llguidance grammar for an answer that consists of calls, or, with `tool_choice` auto, may have calls.
+    """Returns an llguidance grammar for an answer that consists of calls, or, with `choice` auto, may have calls.
 
-    `marker_token_ids` are those of `find_marker_token_ids`. An unknown format falls back to Llama's plain JSON.
+    `markers` are those of `find_marker_token_ids`. An unknown format falls back to Llama's plain JSON.
     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md#tool-calling
     """
-    is_auto = tool_choice == "auto"
-    has_bare_names = call_format == "mistral" and ARGS in marker_token_ids
+    is_auto = choice == "auto"
+    has_bare_names = call_format == "mistral" and ARGS in markers
     arguments_key = "arguments" if call_format in ("mistral", "hermes") else "parameters"
     # Fixed spacing prevents endless white space.
     spaces = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
     def mark(text: str) -> str:
-        return f"<[{marker_token_ids[text]}]>" if text in marker_token_ids else json.dumps(text)
+        return f"<[{markers[text]}]>" if text in markers else json.dumps(text)
 
     options = []  # one for each function: the start of the call, its arguments, the end
     for function in (tool.function for tool in tools):
@@ -355,7 +350,7 @@ def build_grammar(
             opening, repeat = mark(TOOL_CALLS), ""
             body = '" "? "[" call (", " call)* "]"' if parallel_calls else '" "? "[" call "]"'
         case _ if is_auto:
-            tagged = f" | {mark(PYTHON_TAG)} call" if PYTHON_TAG in marker_token_ids else ""
+            tagged = f" | {mark(PYTHON_TAG)} call" if PYTHON_TAG in markers else ""
             return f"lark:start: TEXT | call{tagged}\nTEXT: /(\\s*[^\\s{{](.|\\n)*)?/\n{call}"
         case _:
             return f"lark:start: call\n{call}"
