@@ -1389,6 +1389,7 @@ def test_a_worker_that_cannot_load_ends(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(app_state, "EngineClient", Client)
     ours, theirs = multiprocessing.Pipe()
     with socket.create_server(("127.0.0.1", 0)) as listener, ours, theirs:
+        listener.setblocking(False)
         with pytest.raises(SystemExit, match="1"):
             options = app_state.ServerOptions(engine_address="", model_names=("x",))
             http_worker.run_http_worker(theirs, options, "worker-0", listener)

@@ -7,6 +7,7 @@ A worker that dies is replaced, and its requests are aborted. If the engine dies
 """
 
 import fcntl
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -14,6 +15,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
@@ -47,17 +49,11 @@ class Supervisor:
         self.fork_context.set_forkserver_preload(["fastgen.server.http_worker", "fastgen.cli.run", tokenizers])
         self.wake_receiver, self.wake_sender = socket.socketpair()
         self.wake_sender.setblocking(False)
-        self.num_signals = self.num_workers_started = 0
-        self.worker_death_times: list[float] = []
+        self.num_signals = 0
+        self.worker_names = (f"worker-{i}" for i in itertools.count())
+        self.worker_death_times = deque[float](maxlen=MAX_WORKER_DEATHS)
         self.workers: list[ChildProcess] = []
         self.engine: ChildProcess | None = None
-
-    def _start_worker(self) -> None:
-        name = f"worker-{self.num_workers_started}"
-        self.num_workers_started += 1
-        args = self.options, name, self.listener
-        self.workers.append(ChildProcess(self.fork_context, name, _run_http_worker, *args))
-        print_message(f"{name} has process id {self.workers[-1].pid}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.num_signals += 1
@@ -85,7 +81,10 @@ class Supervisor:
         while True:
             try:
                 while len(self.workers) < self.num_workers:
-                    self._start_worker()
+                    name = next(self.worker_names)
+                    args = name, _run_http_worker, self.options, name, self.listener
+                    self.workers.append(ChildProcess(self.fork_context, *args))
+                    print_message(f"{name} has process id {self.workers[-1].pid}")
             except (OSError, EOFError) as e:  # the fork server may have died; it is started again with the next worker
                 print_message(f"no worker could be started, trying again: {e}")
             is_incomplete = len(self.workers) < self.num_workers
@@ -106,11 +105,11 @@ class Supervisor:
                 return self._on_engine_death(engine)
             for worker in [w for w in self.workers if not w.is_alive]:
                 self.workers.remove(worker)
-                now = time.monotonic()
-                self.worker_death_times = [t for t in self.worker_death_times if t > now - 60] + [now]
                 worker.wait_or_kill(0)
                 print_message(f"{worker.describe_end()}; its requests are lost")
-                if len(self.worker_death_times) >= MAX_WORKER_DEATHS:
+                times = self.worker_death_times
+                times.append(time.monotonic())
+                if len(times) == MAX_WORKER_DEATHS and times[-1] < times[0] + 60:
                     print_message(f"{MAX_WORKER_DEATHS} workers ended within a minute: giving up")
                     return 1
                 with suppress(OSError):  # the engine may be ending too
