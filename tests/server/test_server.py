@@ -306,8 +306,8 @@ def test_chat_without_a_limit_ends_with_the_context(client: openai.OpenAI) -> No
 
 
 def test_chat_content_in_parts_and_from_a_developer(client: openai.OpenAI, library: fastgen.Engine) -> None:
-    said = [{"role": "system", "content": "ab c"}, {"role": "user", "content": "Hello"}]
-    expected = texts(ask(library, said, **GREEDY))
+    conversation = [{"role": "system", "content": "ab c"}, {"role": "user", "content": "Hello"}]
+    expected = texts(ask(library, conversation, **GREEDY))
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     messages: Any = [{"role": "developer", "content": "ab c"}, {"role": "user", "content": parts}]
     answer = client.chat.completions.create(model="alias", messages=messages, **GREEDY)
@@ -502,8 +502,8 @@ def test_fields_that_are_null_are_not_given(server: Server, library: fastgen.Eng
     names = ("stop", "tools", "top_p", "seed", "logit_bias", "stream_options", "max_completion_tokens", "user", "n")
     body = {"messages": messages, "response_format": {"type": "text"}, **GREEDY, **dict.fromkeys(names)}
     answer = server.http.post("/chat/completions", json=body).raise_for_status().json()
-    said = [QUESTION[0], {"role": "assistant", "content": ""}]
-    assert answer["choices"][0]["message"]["content"] == texts(ask(library, said, **GREEDY))[0]
+    conversation = [QUESTION[0], {"role": "assistant", "content": ""}]
+    assert answer["choices"][0]["message"]["content"] == texts(ask(library, conversation, **GREEDY))[0]
 
 
 def test_tokens_and_models(server: Server, client: openai.OpenAI) -> None:
@@ -813,11 +813,11 @@ WORDS: list[tuple[str, dict[str, str], str, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize("message, names, said, param", WORDS, ids=lambda x: x[:20] if isinstance(x, str) else "")
-def test_errors_keep_the_words_of_the_client(message: str, names: dict[str, str], said: str, param: str) -> None:
+@pytest.mark.parametrize("message, names, expected, param", WORDS, ids=lambda x: x[:20] if isinstance(x, str) else "")
+def test_errors_name_the_fields_of_the_client(message: str, names: dict[str, str], expected: str, param: str) -> None:
     """Only the field at the start of a message is renamed to the client's name."""
     error = bad_request(message, names)
-    assert (error.message, error.param) == (said, param)
+    assert (error.message, error.param) == (expected, param)
 
 
 def test_errors_quote_what_was_sent(server: Server) -> None:
@@ -876,7 +876,7 @@ JUNK = [
 ]
 
 
-def test_junk_is_refused_and_disturbs_nobody(server: Server, library: fastgen.Engine) -> None:
+def test_invalid_bodies_leave_running_requests_alone(server: Server, library: fastgen.Engine) -> None:
     """Invalid bodies always get a 4xx in JSON, and a running request is unaffected, also by an incomplete request."""
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port or 80)) as slow, ThreadPoolExecutor(1) as pool:
@@ -948,7 +948,7 @@ def test_incomplete_bodies_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- clients that leave, and many at once -----------------------------------------------------------------------------
 
 
-def test_a_client_that_leaves_takes_its_requests_along(server: Server, client: openai.OpenAI) -> None:
+def test_requests_of_a_disconnected_client_end(server: Server, client: openai.OpenAI) -> None:
     """Streamed and other requests end when their client disconnects; pages are freed and the log has status 499."""
     started = server.status()["generation_tokens"]
     stream = client.completions.create(

@@ -32,7 +32,7 @@ OUT_OF_RESOURCES_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOM
 async def accept_connections(listener: socket.socket, make_protocol: Callable[[], asyncio.Protocol]) -> NoReturn:
     """Accepts connections until cancelled; pauses when the process has no more files.
 
-    asyncio's own server (Python 3.11) would then try the whole backlog, with a traceback for each connection.
+    asyncio's own server (Python 3.11) would then try the entire backlog, with a traceback for each connection.
     """
     loop, last_warning_time = asyncio.get_running_loop(), -WARNING_INTERVAL_SECONDS
     tasks = set[asyncio.Task[None]]()  # of connections whose protocol has not started

@@ -229,8 +229,8 @@ class CompletionRequestBase(SamplingFields, GenerationRequest):
         if self.include_usage and not self.stream:
             raise APIError(400, "stream_options needs stream=true", param="stream_options")
         grammar = self.resolve_grammar()
-        own = self.model_dump(include={"stop", *SamplingFields.model_fields})
-        return super()._make_sampling_params(own | {"grammar": grammar and grammar[1]} | fields)
+        shared_fields = self.model_dump(include={"stop", *SamplingFields.model_fields})
+        return super()._make_sampling_params(shared_fields | {"grammar": grammar and grammar[1]} | fields)
 
 
 class ContentPart(StrictModel):
