@@ -12,9 +12,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -133,7 +133,7 @@ class AsyncEngine:
         self._paused = self._draining = False
         self._requests: dict[int, AsyncRequest] = {}  # unfinished ones, by id
         self._callbacks_by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
-        self._drain_callbacks: list[Callable[[], None]] = []
+        self._drain_futures: list[Future[None]] = []
         self._thread = threading.Thread(target=self._thread_main, name="fastgen", daemon=True)
         try:
             self._thread.start()
@@ -250,14 +250,9 @@ class AsyncEngine:
         return await self._call_on_thread(lambda: fn(self.engine, *args, **kwargs))
 
     async def update_params(
-        self,
-        source: Any,
-        *,
-        device: torch.device | str | None = None,
-        partial: bool = False,
-        recompute: bool = False,
+        self, source: Any, *, device: torch.device | str | None = None, partial: bool = False, recompute: bool = False,
         check_finite: bool = True,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Calls `Engine.update_params` with the tensors of `source`, which are received beside the steps.
 
         For late or slow sources, such as `receive(group)`: a thread copies all tensors to `device`, by default the
@@ -266,26 +261,20 @@ class AsyncEngine:
         """
         if self._closed:
             raise RuntimeError("this AsyncEngine was closed")
-        engine, loop = self.engine, asyncio.get_running_loop()
-        staged: asyncio.Future[list[tuple[str, torch.Tensor]]] = loop.create_future()
+        engine, config, staged = self.engine, self.engine.model_config, Future[list[tuple[str, torch.Tensor]]]()
 
-        def receive() -> None:
-            try:
-                if engine.device.type == "cuda":
-                    torch.cuda.set_device(engine.device)  # each thread has its own
-                pairs = weights.named_weights(source, engine.model_config) if isinstance(source, Params) else source
-                tensors, error = weight_sync.stage_named_tensors(pairs, device), None
-                options: Any = {"partial": partial, "check_finite": check_finite, "tp_shard": engine.tp_shard}
-                config, name = engine.model_config, "update_params"
-                weights.check_update(engine.params, config, tensors, source=name, **options)
-            except BaseException as e:
-                tensors, error = [], e
-            with suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(_resolve_future, staged, tensors, error)
+        def receive() -> list[tuple[str, torch.Tensor]]:
+            if engine.device.type == "cuda":
+                torch.cuda.set_device(engine.device)  # each thread has its own
+            pairs = weights.named_weights(source, config) if isinstance(source, Params) else source
+            tensors = weight_sync.stage_named_tensors(pairs, device)
+            checks: Any = {"partial": partial, "check_finite": check_finite, "tp_shard": engine.tp_shard}
+            weights.check_update(engine.params, config, tensors, source="update_params", **checks)
+            return tensors
 
-        threading.Thread(target=receive, name="fastgen-update", daemon=True).start()
+        threading.Thread(target=_run, args=(staged, receive), name="fastgen-update", daemon=True).start()
         options = {"partial": partial, "recompute": recompute, "check_finite": False}  # `receive` has checked
-        return await self.call(Engine.update_params, await staged, **options)
+        return await self.call(Engine.update_params, await asyncio.wrap_future(staged), **options)
 
     async def pause(self, mode: str = "keep") -> None:
         """Finishes the step in flight and starts none until `resume`.
@@ -319,15 +308,14 @@ class AsyncEngine:
 
     async def drain(self) -> None:
         """Refuses new requests until `resume`, and waits for the running ones to end."""
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
+        done = Future[None]()
 
         def begin() -> None:
             self._draining = True
-            self._drain_callbacks.append(lambda: self._add_callback(loop, partial(_resolve_future, done, None, None)))
+            self._drain_futures.append(done)
 
         self._enqueue_job(begin)
-        await done
+        await asyncio.wrap_future(done)
 
     def close(self) -> None:
         """Aborts unfinished requests, ends the thread and releases the engine. Does nothing in a forked process."""
@@ -342,17 +330,13 @@ class AsyncEngine:
     def __enter__(self) -> "AsyncEngine":
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     async def __aenter__(self) -> "AsyncEngine":
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await asyncio.to_thread(self.close)
 
     # --- between threads --------------------------------------------------------------------------------------------
@@ -371,18 +355,9 @@ class AsyncEngine:
                 raise RuntimeError("this AsyncEngine was closed")
 
     async def _call_on_thread(self, fn: Callable[[], T]) -> T:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def job() -> None:
-            try:
-                callback = partial(_resolve_future, future, fn(), None)
-            except BaseException as e:
-                callback = partial(_resolve_future, future, None, e)
-            self._add_callback(loop, callback)
-
-        self._enqueue_job(job)
-        return await future
+        future = Future[T]()
+        self._enqueue_job(partial(_run, future, fn))
+        return await asyncio.wrap_future(future)
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
@@ -451,11 +426,11 @@ class AsyncEngine:
             cause = error if request in failed else None
             finished = not request._num_unfinished or cause is not None
             self._add_callback(request._loop, partial(request._deliver, events_of.get(request, []), finished, cause))
-        if self._drain_callbacks and not self.engine.has_unfinished_requests:
-            for callback in self._drain_callbacks:
-                callback()
-            self._drain_callbacks = []
         self._flush_callbacks()
+        if not self.engine.has_unfinished_requests:
+            for future in self._drain_futures:
+                _run(future, lambda: None)
+            self._drain_futures.clear()
 
     def _add_callback(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         """Adds a callback for a loop; all callbacks of one step are posted together."""
@@ -479,10 +454,11 @@ def _run_callbacks(callbacks: list[Callable[[], None]]) -> None:
         f()
 
 
-def _resolve_future(future: asyncio.Future, value: Any, error: BaseException | None) -> None:
-    if future.done():  # cancelled
+def _run(future: "Future[T]", fn: Callable[[], T]) -> None:
+    """Sets a future to what fn returns or raises. Calls nothing if the future was cancelled."""
+    if not future.set_running_or_notify_cancel():
         return
-    if error is None:
-        future.set_result(value)
-    else:  # a future takes no StopIteration
-        future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+    try:
+        future.set_result(fn())
+    except BaseException as e:  # an asyncio future takes no StopIteration
+        future.set_exception(RuntimeError(repr(e)) if isinstance(e, StopIteration) else e)
