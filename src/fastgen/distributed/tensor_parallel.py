@@ -196,7 +196,7 @@ def sample_from_shards(
 
 def gather_logits(logits: Float[Tensor, "N W"], tp_group: TPGroup, vocab_size: int) -> Float[Tensor, "N V"]:
     """Returns all ranks' logits, side by side."""
-    return tp_group.all_gather(logits).movedim(0, 1).flatten(1)[:, :vocab_size]
+    return rearrange(tp_group.all_gather(logits), "ranks n v -> n (ranks v)")[:, :vocab_size]
 
 
 def sample_shard(
