@@ -22,10 +22,21 @@ def setting(
     return field(default=default, metadata={"help": help, "low": low, "high": high, "options": tuple(options)})
 
 
+def described(help: str, default: Any) -> Any:
+    """Declares a field with a sentence for its reader, which its class checks itself. A dict is copied."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 @cache
 def _rules(config_class: Any) -> list[tuple[str, set[Any], Mapping[str, Any]]]:
     """Returns name, possible types and metadata of each field that `setting` declares."""
-    return [(f.name, {*(get_args(f.type) or (f.type,))}, f.metadata) for f in fields(config_class) if f.metadata]
+    return [
+        (f.name, {*(get_args(f.type) or (f.type,))}, f.metadata)
+        for f in fields(config_class)
+        if "options" in f.metadata
+    ]
 
 
 def check_settings(config: Any, owner: str) -> None:
@@ -101,27 +112,64 @@ class SamplingParams:
     before temperature). `logprobs=0` returns the sampled token's, `k` adds the k most likely.
     """
 
-    temperature: float = setting(1.0, "0 is greedy; so is anything below 1e-5, which becomes 0", 0, 100)
-    top_p: float = setting(1.0, "above 0; 1 is off", 0, 1)
-    top_k: int = setting(0, "0 is off", 0)
-    min_p: float = setting(0.0, "0 is off", 0, 1)
-    seed: int | None = setting(None, "None: random", MIN_SEED, MAX_SEED)
-    n: int = setting(1, "completions of the prompt", 1, 4096)
-    max_tokens: int | None = setting(256, "None: as many as context and cache allow", 1)
-    min_tokens: int = setting(0, "before that, end tokens and stop_token_ids are banned")
-    stop: tuple[str, ...] = ()  # removed from the text, not from the tokens
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = setting(False, "go on after an end-of-text token")
-    presence_penalty: float = setting(0.0, "subtracted from the logits of generated tokens", -2, 2)
-    frequency_penalty: float = setting(0.0, "subtracted once for each time that a token was generated", -2, 2)
-    repetition_penalty: float = setting(1.0, "divides positive logits of tokens so far; 1 is off", 1e-3, 100)
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    logprobs: int | None = setting(None, "the sampled token's, and those of so many most likely tokens", 0)
-    prompt_logprobs: int | None = setting(None, "the same for the prompt's tokens", 0)
-    logprob_mode: str = setting("raw", "of the model's distribution or the sampled one", options=("raw", "processed"))
-    grammar: str | None = None  # regex:…, json:… or lark:…, which the output follows
-    adapter: str | None = None  # name of a LoRA adapter of the engine; None: the model alone
-    cache_salt: str | None = None  # prefix cache hits come from requests of the same salt only
+    temperature: float = setting(
+        1.0,
+        "Divides the logits before sampling; 0, or anything below 1e-5, selects the most likely token (greedy).",
+        0,
+        100,
+    )
+    top_p: float = setting(
+        1.0,
+        "Samples from the smallest set of tokens whose probabilities reach this sum; 1 is off, and 0 is rejected.",
+        0,
+        1,
+    )
+    top_k: int = setting(0, "Samples from this many most likely tokens; 0 is off.", 0)
+    min_p: float = setting(
+        0.0, "Drops tokens less likely than this fraction of the most likely token's probability; 0 is off.", 0, 1
+    )
+    seed: int | None = setting(
+        None, "Seed of the request, which gives the same tokens in any batch; None: a random one.", MIN_SEED, MAX_SEED
+    )
+    n: int = setting(1, "Number of completions of the prompt.", 1, 4096)
+    max_tokens: int | None = setting(
+        256, "Maximum number of generated tokens; None: as many as the context and the KV cache allow.", 1
+    )
+    min_tokens: int = setting(
+        0, "Number of tokens before which end tokens and stop_token_ids are banned; at most max_tokens."
+    )
+    stop: tuple[str, ...] = setting((), "Strings that end the output; they are cut from the text, not from the tokens.")
+    stop_token_ids: tuple[int, ...] = described("Token ids that end the output.", ())
+    ignore_eos: bool = setting(False, "Continues after an end-of-text token instead of finishing.")
+    presence_penalty: float = setting(0.0, "Subtracted from the logits of tokens that have been generated.", -2, 2)
+    frequency_penalty: float = setting(
+        0.0, "Subtracted from a token's logit once for each time it has been generated.", -2, 2
+    )
+    repetition_penalty: float = setting(
+        1.0,
+        "Divides positive logits, and multiplies negative ones, of tokens in the prompt and the output; 1 is off.",
+        1e-3,
+        100,
+    )
+    logit_bias: dict[int, float] = described("Added to the logits of these token ids, from -100 to 100.", {})
+    logprobs: int | None = setting(
+        None,
+        "Number of most likely tokens whose logprobs are returned besides the sampled token's; None: no logprobs.",
+        0,
+    )
+    prompt_logprobs: int | None = setting(
+        None,
+        "Number of most likely tokens whose logprobs are returned at each prompt position; None: no prompt logprobs.",
+        0,
+    )
+    logprob_mode: str = setting(
+        "raw",
+        "Whether logprobs are of the model's own distribution (raw) or of the one that was sampled from (processed).",
+        options=("raw", "processed"),
+    )
+    grammar: str | None = setting(None, "Grammar that the output follows: regex:…, json:… (a JSON schema) or lark:….")
+    adapter: str | None = setting(None, "Name of a LoRA adapter of the engine; None: the model alone.")
+    cache_salt: str | None = setting(None, "Shares cached prefixes only with requests of the same salt.")
 
     def __post_init__(self) -> None:
         me, set_field = "SamplingParams", object.__setattr__
@@ -165,14 +213,22 @@ class SamplingParams:
 class LoadConfig:
     """The model to load: a path or hub id (None: the default model), or random weights for a config.json."""
 
-    path: str | None = setting(None, "path or hub id; None: the default model")
-    dtype: str = setting(
-        "auto", "auto: the checkpoint's on a GPU, float32 on a CPU", options=("auto", "float32", "bfloat16", "float16")
+    path: str | None = setting(
+        None, "Folder, hub id, .safetensors or .gguf file of the model; None: the small default model."
     )
-    device: str = setting("auto", "auto: cuda if available")
-    random_weights: bool = setting(False, "sample the weights instead of reading them")
-    random_seed: int = setting(0, "of random weights")
-    adapters: dict[str, str] = field(default_factory=dict)  # folders of PEFT adapters, by the name that requests choose
+    dtype: str = setting(
+        "auto",
+        "Data type of weights and KV cache; auto: the checkpoint's on a GPU, float32 on a CPU.",
+        options=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = setting("auto", "Device of the model, such as cuda, cuda:1 or cpu; auto: a GPU if there is one.")
+    random_weights: bool = setting(
+        False, "Samples random weights instead of reading them; path is then a config.json or its folder."
+    )
+    random_seed: int = setting(0, "Seed of the random weights.")
+    adapters: dict[str, str] = described(
+        "PEFT adapters to load: a folder or hub id for each name that requests choose.", {}
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "model")
@@ -188,11 +244,19 @@ class SchedulerConfig:
     """The scheduler's policy and limits. `mixed`: a step decodes every running sequence and fills its budget with
     prompts. `prefill_first`: no decoding while prompt tokens are left to compute."""
 
-    policy: str = setting("mixed", "the mix of prefill and decode", options=SCHEDULING_POLICIES)
-    max_num_seqs: int = setting(512, "running sequences", 1)
-    token_budget: int = setting(8192, "tokens of a step", 1)
-    prefill_chunk: int | None = setting(None, "tokens of one prompt in a step; None: token_budget", 1)
-    overlap: bool | None = setting(None, "launch a step while the step before still runs; None: on GPUs")
+    policy: str = setting(
+        "mixed",
+        "How a step mixes prefill and decode: mixed does both, prefill_first decodes only when no prompt is left.",
+        options=SCHEDULING_POLICIES,
+    )
+    max_num_seqs: int = setting(512, "Maximum number of sequences that run at the same time.", 1)
+    token_budget: int = setting(8192, "Maximum number of tokens that one step computes; at least max_num_seqs.", 1)
+    prefill_chunk: int | None = setting(
+        None, "Maximum number of tokens of one prompt in a step; None: token_budget.", 1
+    )
+    overlap: bool | None = setting(
+        None, "Launches a step while the previous one still runs; None: if steps run compiled on a GPU."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "schedule")
@@ -207,12 +271,23 @@ class SchedulerConfig:
 class KVCacheConfig:
     """The paged KV cache: its size, and the reuse of cached prefixes."""
 
-    page_size: int = setting(64, "tokens; 128 is faster for prompts of 8k and more", 1)
-    prefix_cache: bool = setting(True, "requests reuse the longest cached prefix of their prompt")
-    shared_prefix_attention: bool = setting(True, "attention reads pages shared by decoding sequences once")
-    cache_tokens: int | None = setting(None, "capacity; None: as free memory allows")
-    # Of the GPU's memory, for everything together, if cache_tokens is None (on a CPU the cache is then 1 GB).
-    gpu_memory_utilization: float = setting(0.92, "fraction of the GPU's memory to use", 0.01, 0.98)
+    page_size: int = setting(
+        64, "Number of tokens in a page of the cache; 128 is faster for prompts of 8k tokens and more.", 1
+    )
+    prefix_cache: bool = setting(True, "Reuses the longest cached prefix of each request's prompt.")
+    shared_prefix_attention: bool = setting(
+        True,
+        "Reads pages that decoding sequences share once for all of them, where that is faster (Triton attention only).",
+    )
+    cache_tokens: int | None = setting(
+        None, "Capacity of the cache in tokens, at least page_size; None: as much as memory allows (1 GiB on a CPU)."
+    )
+    gpu_memory_utilization: float = setting(
+        0.92,
+        "Fraction of the GPU's memory that weights, cache and buffers use together if cache_tokens is None.",
+        0.01,
+        0.98,
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "kv_cache")
@@ -224,9 +299,19 @@ class KVCacheConfig:
 class OffloadConfig:
     """Where evicted pages go. `host`: to pinned host memory, which is allocated when the engine starts."""
 
-    target: str = setting("none", "where evicted pages go", options=("none", "host"))
-    host_gb: float = setting(8.0, "size of the host's cache, in units of 1e9 bytes", 1e-6)
-    offload_policy: str = setting("all", "all pages, or those of preempted requests", options=("all", "preempted"))
+    target: str = setting(
+        "none",
+        "Where pages go that are evicted from the device: none drops them, host moves them to pinned memory.",
+        options=("none", "host"),
+    )
+    host_gb: float = setting(
+        8.0, "Size of the cache in host memory, in GB (1e9 bytes); allocated when the engine starts.", 1e-6
+    )
+    offload_policy: str = setting(
+        "all",
+        "Which evicted pages go to the host: all, or only those of preempted requests.",
+        options=("all", "preempted"),
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "offload")
@@ -236,9 +321,15 @@ class OffloadConfig:
 class ParallelConfig:
     """Number of devices of a model, and number of copies of the model."""
 
-    tensor_parallel: int = setting(1, "GPUs of one engine", 1, 64)
-    replicas: int = setting(1, "engines behind one queue (`fastgen.Replicas`)", 1, 64)
-    peer_memory: bool = setting(True, "small all-reduces read the memory of peer GPUs; false: NCCL alone")
+    tensor_parallel: int = setting(
+        1, "Number of GPUs, or of CPU processes, over which one engine splits the model.", 1, 64
+    )
+    replicas: int = setting(
+        1, "Number of engines behind one queue; the tools start them, in Python use fastgen.Replicas.", 1, 64
+    )
+    peer_memory: bool = setting(
+        True, "Lets small all-reduces read the memory of peer GPUs; false: NCCL does all of them."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "parallel")
@@ -248,8 +339,15 @@ class ParallelConfig:
 class LoraConfig:
     """Memory for LoRA adapters, allocated when the engine starts."""
 
-    max_adapters: int = setting(0, "at the same time; at least as many as are loaded with the model", 0, 1024)
-    max_rank: int | None = setting(None, "None: the largest rank of those, or else 16", 1, 256)
+    max_adapters: int = setting(
+        0,
+        "Maximum number of adapters loaded at the same time; raised to the number that is loaded with the model.",
+        0,
+        1024,
+    )
+    max_rank: int | None = setting(
+        None, "Largest rank of an adapter; None: that of the adapters loaded with the model, or else 16.", 1, 256
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "lora")
@@ -261,12 +359,18 @@ class CompileConfig:
     batch, chunk or bucket, and in `fastgen.score`."""
 
     mode: str = setting(
-        "auto", "auto: graphs on a GPU, eager elsewhere", options=("auto", "eager", "inductor", "graphs")
+        "auto",
+        "How steps run: eagerly, compiled, or captured in CUDA graphs; auto: graphs on a GPU, eager on a CPU.",
+        options=("auto", "eager", "inductor", "graphs"),
     )
     attention: str = setting(
-        "auto", "auto: triton on a GPU, sdpa elsewhere", options=("auto", "triton", "sdpa", "reference")
+        "auto",
+        "Attention backend; auto: triton on a GPU, sdpa on a CPU.",
+        options=("auto", "triton", "sdpa", "reference"),
     )
-    batch_invariant: bool = setting(False, "the same bits in any batch, at a cost in speed")
+    batch_invariant: bool = setting(
+        False, "Makes logits bitwise independent of the batch, chunk or graph size, at a cost in speed."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "compile")
@@ -289,9 +393,11 @@ class EngineConfig:
     parallel: ParallelConfig = ParallelConfig()
     lora: LoraConfig = LoraConfig()
     compile: CompileConfig = CompileConfig()
-    seed: int | None = None  # for requests without a seed; None: from the operating system
+    seed: int | None = described("Seed for requests without one; None: from the operating system.", None)
     special_tokens_in_content: str = setting(
-        "text", "special tokens spelled in a chat are text, or the token (control)", options=("text", "control")
+        "text",
+        "Whether the text of a special token in a chat message stays text, or becomes that token (control).",
+        options=("text", "control"),
     )
 
     def __post_init__(self) -> None:
@@ -346,24 +452,35 @@ class EngineConfig:
 class GrpoConfig:
     """A run of `fastgen.training.grpo`: learning from rewards, in groups of `sampling.n` answers."""
 
-    problem: str = setting("addition", "name in fastgen.training.problems.PROBLEMS, or module:attribute")
-    steps: int = setting(40, "steps of the run", 1)
-    prompts_per_step: int = setting(8, "prompts of a step", 1)
-    num_minibatches: int = setting(2, "optimizer updates in a step", 1)
-    # dr_grpo: not divided by the group's standard deviation and the answer's length.
-    loss_type: str = setting("grpo", "loss", options=("grpo", "dr_grpo"))
-    clip: float = setting(0.2, "largest change of a token's probability ratio", 0, 1)
-    kl_coef: float = setting(0.0, "weight of the KL divergence from the initial weights; 0 keeps no copy", 0, 100)
-    trainable_layers: int | None = setting(None, "decoder layers that learn, the last ones; None: all weights", 1)
-    lr: float = setting(1e-5, "learning rate", 0, 1)
-    warmup_steps: int = setting(4, "steps of linear learning-rate warm-up", 0)
-    weight_decay: float = setting(0.0, "AdamW's weight decay", 0, 1)
-    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", 1e-6)
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
-    save_every: int = setting(20, "steps between checkpoints", 1)
-    output_dir: str = setting("grpo", "folder of log, checkpoint, plot and model")
-    resume: bool = setting(False, "continue from the checkpoint in output_dir")
-    export: bool = setting(True, "write the model at the end")
+    problem: str = setting(
+        "addition", "Problem to learn: a name in fastgen.training.problems.PROBLEMS, or module:attribute."
+    )
+    steps: int = setting(40, "Number of steps of the run.", 1)
+    prompts_per_step: int = setting(8, "Number of prompts sampled in each step.", 1)
+    num_minibatches: int = setting(2, "Number of optimizer updates in each step.", 1)
+    loss_type: str = setting(
+        "grpo",
+        "Loss function; dr_grpo divides neither by the group's standard deviation nor by the answer's length.",
+        options=("grpo", "dr_grpo"),
+    )
+    clip: float = setting(0.2, "Largest change of a token's probability ratio before it is clipped.", 0, 1)
+    kl_coef: float = setting(
+        0.0, "Weight of the KL divergence from the initial weights; 0 keeps no copy of them.", 0, 100
+    )
+    trainable_layers: int | None = setting(
+        None, "Number of decoder layers, counted from the last, that are trained; None: all weights are.", 1
+    )
+    lr: float = setting(1e-5, "Learning rate of AdamW.", 0, 1)
+    warmup_steps: int = setting(4, "Number of steps of linear learning-rate warm-up.", 0)
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", 0, 1)
+    max_grad_norm: float = setting(1.0, "Norm to which the gradient is clipped.", 1e-6)
+    gradient_checkpointing: bool = setting(
+        False, "Recomputes activations in the backward pass instead of storing them."
+    )
+    save_every: int = setting(20, "Number of steps between checkpoints.", 1)
+    output_dir: str = setting("grpo", "Folder of the log, the checkpoint, the plot and the trained model.")
+    resume: bool = setting(False, "Continues from the checkpoint in output_dir.")
+    export: bool = setting(True, "Writes the trained model at the end.")
 
     def __post_init__(self) -> None:
         check_settings(self, "grpo")
