@@ -1,4 +1,4 @@
-"""Draws docs/fgchat.svg from a real session with the default model. Needs fastgen[dev]: python docs/screenshot.py"""
+"""Draws docs/fgchat.svg from a real session with the default model. Needs the extra `dev`: python docs/screenshot.py"""
 
 import re
 import sys

@@ -9,6 +9,8 @@ from zipfile import ZipFile
 
 import pytest
 
+import fastgen
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,7 +46,7 @@ def test_contents(dist: Path) -> None:
         conf | {"fastgen/py.typed", "fastgen/conf/__init__.py", "fastgen/cli/run.py", "fastgen/server/page.html"}
         <= names
     )
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"fastgen"}
+    assert {name.split("/")[0] for name in names} == {"fastgen", f"fastgen_llm-{fastgen.__version__}.dist-info"}
     assert not [name for name in names if "__pycache__" in name]
     with TarFile.open(next(dist.glob("*.tar.gz"))) as sdist:
         top = {name.split("/")[1] for name in sdist.getnames() if "/" in name}

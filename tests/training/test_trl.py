@@ -16,7 +16,7 @@ import fastgen
 from fastgen.training.trl import RolloutFunc, sampling_params
 from fastgen.training.weight_sync import merged_named_parameters
 
-pytest.importorskip("trl", reason="pip install fastgen[trl]")
+pytest.importorskip("trl", reason="needs the extra trl")
 WARNINGS = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 pytestmark = [pytest.mark.filterwarnings(x) for x in WARNINGS]
 

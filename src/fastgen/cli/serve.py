@@ -19,6 +19,7 @@ from fastgen import Engine, Replicas, lora
 from fastgen.checkpoint import hub
 from fastgen.cli import run
 from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_arguments, reject_fgrun_keys
+from fastgen.extras import install_command
 from fastgen.server.log import nonblocking_stderr, print_message
 from fastgen.server.supervisor import Supervisor, listen, temporary_folder
 
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the console script; returns the exit status: 2 for a wrong command, 1 for a server that failed."""
     args = parse_arguments(_make_parser(), argv, FREE_TEXT_OPTIONS)
     if missing := [name for name in REQUIRED_PACKAGES if not find_spec(name)]:
-        print(f"fgserve needs {', '.join(missing)}: pip install fastgen[serve]", file=sys.stderr)
+        print(f"fgserve needs {', '.join(missing)}: {install_command('serve')}", file=sys.stderr)
         return 1
     try:
         keys = collect_api_keys(args.api_key, os.environ.pop("FGSERVE_API_KEY", None))

@@ -1,4 +1,4 @@
-"""Grammars, compiled by llguidance (an extra: `pip install fastgen[guide]`), and the token masks of their matchers.
+"""Grammars, compiled by llguidance (the extra `guide`), and the token masks of their matchers.
 
     regex:[0-9]{4}-[0-9]{2}         a regular expression that matches the complete output
     json:{"type": "object", ...}    a JSON schema; `json:` alone is any JSON object
@@ -25,6 +25,7 @@ from jaxtyping import Int32
 
 from fastgen.config import SamplingParams
 from fastgen.core.extensions import Grammars, Matcher
+from fastgen.extras import install_command
 from fastgen.structured_output.trial import MAX_MASK_SECONDS, compile_grammar, run_with_stack
 from fastgen.structured_output.trial_process import TrialProcess
 from fastgen.text import Tokenizer
@@ -243,7 +244,7 @@ class GrammarBackend(Grammars):
         if self.tokenizer is None:
             raise ValueError("a grammar needs a tokenizer, and this model came without one")
         if find_spec("llguidance") is None:
-            raise ValueError("a grammar needs llguidance: pip install fastgen[guide]")
+            raise ValueError(f"a grammar needs llguidance: {install_command('guide')}")
         self._load_tokenizer()
         if len(text) > MAX_GRAMMAR_CHARS:
             raise ValueError(f"{grammar_type} grammar: {len(text)} characters exceed the limit of {MAX_GRAMMAR_CHARS}")

@@ -37,6 +37,7 @@ from fastgen.config import GrpoConfig, SamplingParams
 from fastgen.core.request import Completion
 from fastgen.core.types import Params
 from fastgen.engine import Engine
+from fastgen.extras import install_command
 from fastgen.text.tokenizer import Prompt
 from fastgen.training.logprobs import iter_weights, raise_on_non_finite_logits, score
 from fastgen.training.problems import Problem
@@ -331,7 +332,7 @@ def train(
 def plot_runs(runs: Mapping[str, Sequence[StepMetrics]], path: Path) -> None:
     """Plots reward and completion length over steps to an image, one line per run; nothing without matplotlib."""
     if not find_spec("matplotlib"):
-        print("no plot: it needs matplotlib, pip install fastgen[notebook]", file=sys.stderr)
+        print(f"no plot: it needs matplotlib: {install_command('notebook')}", file=sys.stderr)
         return
     from matplotlib.figure import Figure
 

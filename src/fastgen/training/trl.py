@@ -4,7 +4,7 @@
     rollout = RolloutFunc(cache_tokens=200_000)
     trainer = GRPOTrainer(model, rewards, args, train_dataset=data, rollout_func=rollout)
 
-This module does not import TRL (`pip install fastgen[trl]`).
+This module does not import TRL (the extra `trl`).
 """
 
 from collections.abc import Callable, Iterable

@@ -29,6 +29,7 @@ from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_a
 from fastgen.cli.prompt_files import check_output
 from fastgen.cli.run import build_engines
 from fastgen.config import ParallelConfig
+from fastgen.extras import install_command
 from fastgen.profiling import roofline
 
 progress_bar = partial(tqdm, delay=2, leave=False, disable=None)  # None: shown on terminals only, to keep logs short
@@ -273,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
             if path:
                 check_output(name, path, [args.peer_log])
         if args.plot and not find_spec("matplotlib"):
-            raise ValueError("--plot needs matplotlib: pip install fastgen[notebook]")
+            raise ValueError(f"--plot needs matplotlib: {install_command('notebook')}")
         config = None
         if args.model:
             reject_fgrun_keys(args.overrides, "fgbench makes its own prompts and keeps no text")
