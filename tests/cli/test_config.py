@@ -1,8 +1,10 @@
 """Tests that settings reject invalid values, and that every file in conf/ composes."""
 
+import inspect
+import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import combinations, product
 from typing import Any
 
@@ -18,6 +20,8 @@ from omegaconf import OmegaConf
 from fastgen.cli import run
 from fastgen.cli.hydra_config import KEY_ALIASES, TASKS, RunConfig, compose, conf_dir, to_dataclass
 from fastgen.config import (
+    ENGINE_HINTS,
+    SAMPLING_HINTS,
     CompileConfig,
     EngineConfig,
     GrpoConfig,
@@ -34,7 +38,7 @@ NAN = float("nan")
 BAD = [
     (SamplingParams, "temperature", [-0.1, 101, NAN, True, "1", None], "between 0 and 100"),
     (SamplingParams, "top_p", [0, 0.0, -1, 1.01, NAN], "at most 1|between 0 and 1"),
-    (SamplingParams, "top_k", [-1, 1.0, False], "at least 0"),
+    (SamplingParams, "top_k", [-2, 1.0, False], "at least 0"),
     (SamplingParams, "min_p", [-0.01, 1.1, NAN], "between 0 and 1"),
     (SamplingParams, "seed", [2**63, -(2**63) - 1, 1.5], str(2**63 - 1)),
     (SamplingParams, "n", [0, 4097, 2.0, None], "between 1 and 4096"),
@@ -160,6 +164,10 @@ def test_stop_is_a_tuple_of_texts() -> None:
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # pyright: ignore[reportArgumentType]
 
 
+def test_top_k_is_off_at_minus_one() -> None:
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+
+
 def test_from_flat() -> None:
     flat = EngineConfig.from_flat(token_budget=600, page_size=32, attention="reference", seed=3)
     assert flat.schedule == SchedulerConfig(token_budget=600)
@@ -182,6 +190,52 @@ def test_from_flat() -> None:
 def test_from_flat_typo(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown setting '{name}'; did you mean.* {nearest}"):
         EngineConfig.from_flat(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("enforce_eager", 'use compile="eager"'),
+        ("max_num_batched_tokens", "use token_budget"),
+        ("max_model_len", "cache_tokens"),
+        ("quantization", "quantized compute is not supported"),
+        ("swap_space", 'use offload="host", host_gb=8'),
+        ("tensor_parallel_size", "use tensor_parallel"),
+        ("mem_fraction_static", "use gpu_memory_utilization"),
+        ("trust_remote_code", "never run"),
+        ("torch_dtype", "use dtype"),
+    ],
+)
+def test_settings_of_other_libraries(name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown setting '{name}'; .*{hint}"):
+        EngineConfig.from_flat(**{name: 1})
+    with pytest.raises(ValueError, match=f"unknown key '{name}'; .*{hint}"):
+        compose(f"{name}=1")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("max_new_tokens", "use max_tokens"), ("do_sample", "temperature=0"), ("num_return_sequences", "use n$"),
+     ("best_of", "use n, "), ("structured_outputs", "use grammar"), ("lora_request", "adapter="),
+     ("temprature", "did you mean temperature")],
+)  # fmt: skip
+def test_sampling_parameters_of_other_libraries(name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown sampling setting '{name}'; .*{hint}"):
+        SamplingParams(**{name: 1})  # type: ignore[arg-type]
+
+
+def test_hints_name_what_exists() -> None:
+    """No hint is for a name that exists, and a hint that says `use name` says an existing one."""
+    existing = {f.name for f in fields(SamplingParams)}
+    assert not existing & SAMPLING_HINTS.keys() and "temperature" in inspect.signature(SamplingParams).parameters
+    groups = [g for f in fields(EngineConfig) if is_dataclass(g := getattr(EngineConfig(), f.name))]
+    settings = {f.name: f for group in map(type, groups) for f in fields(group)}
+    settings |= {f.name: f for f in fields(EngineConfig)}
+    known = existing | settings.keys() | {f.name for f in fields(LoadConfig)}
+    assert not settings.keys() & ENGINE_HINTS.keys()
+    for hint in [*ENGINE_HINTS.values(), *SAMPLING_HINTS.values()]:
+        if match := re.match(r"use (\w+)", hint):
+            assert match[1] in known | {"fastgen"}, hint
 
 
 def test_from_flat_checks_values() -> None:

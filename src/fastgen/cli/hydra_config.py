@@ -22,7 +22,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from fastgen.cli.prompt_files import FORMATS
-from fastgen.config import EngineConfig, GrpoConfig, LoadConfig, SamplingParams, check_choice, unknown_name_message
+from fastgen.config import (
+    ENGINE_HINTS,
+    SAMPLING_HINTS,
+    EngineConfig,
+    GrpoConfig,
+    LoadConfig,
+    SamplingParams,
+    check_choice,
+    unknown_name_message,
+)
 
 TASKS = ("generate", "stream", "profile", "grpo")
 TEXT_KEYS = ("prompt", "model.path", "sampling.grammar")  # always one text: a comma does not make a sweep
@@ -220,6 +229,8 @@ def _unknown_key_message(key: str) -> str:
     keys = [*schema, "+experiment", "+debug"]
     keys += [f"{group}.{name}" for group, node in schema.items() if isinstance(node, DictConfig) for name in node]
     group, _, name = key.rpartition(".")
+    if name in (hints := ENGINE_HINTS | SAMPLING_HINTS):
+        return unknown_name_message("key", key, [], hints | {key: hints[name]})
     same_name = [k for k in keys if k.endswith(f".{name}")]
     same_group = [k for k in keys if k.rpartition(".")[0] == group]
     for options in (same_name, same_group, keys):
