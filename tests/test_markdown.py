@@ -1,0 +1,62 @@
+"""Tests that the code blocks of README.md and docs run in order, as a reader pastes them, and print what is said."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from markdown_pages import ROOT, Reader, count_fences, link_checkout, matches, read_blocks
+
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if read_blocks(p)]
+
+
+@pytest.fixture(scope="module")
+def reader(request: pytest.FixtureRequest) -> Iterator[Reader]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    have = ("gpu",) if request.config.getoption("--device") == "cuda" and torch.cuda.is_available() else ()
+    with Reader(environment, have) as reader:
+        yield reader
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page(page: Path, reader: Reader, tmp_path: Path) -> None:
+    """Every block that does not need more than this machine has runs, and prints what the page says."""
+    with FileLock("/tmp/fastgen-markdown.lock"):  # servers listen at their default port
+        for block, printed, seconds in reader.run(page, link_checkout(tmp_path)):
+            print(f"{block.line}: {'skipped' if printed is None else f'{seconds:.1f} s'}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_block_is_missed(page: Path) -> None:
+    """A fence that an indentation turns into something else for the parser would never run."""
+    assert len([b for b in read_blocks(page)]) == count_fences(page)
+
+
+def test_outputs_are_compared() -> None:
+    """Numbers are compared loosely, and everything else exactly but for whitespace and ellipses."""
+    assert matches("a  1.00 b\n", "a 1.01 b") and not matches("a 1.00 b", "a 1.10 b")
+    assert matches("took … s\ndone 3", "took 12.5 s\ndone 3") and not matches("took … s\ndone 3", "took 12.5 s\ndone 4")
+    assert not matches("Paris", "Paris is in France") and matches("Paris…", "Paris is in France")
+
+
+def test_a_block_that_fails_is_reported(reader: Reader, tmp_path: Path) -> None:
+    """Failing commands, exceptions and other outputs are errors that name the block; sessions go on between blocks."""
+    page = tmp_path / "page.md"
+    good = "```sh\nx=1; cd /\n```\n\n```sh\necho $x $PWD\n```\n\n<!-- output -->\n```\n1 /\n```\n"
+    python = "```python\na = 2.0\n```\n\n```python\nprint(a)\n```\n\n<!-- output -->\n```text\n2.01\n```\n"
+    skipped = "<!-- needs: a million GPUs -->\n```sh\nexit 7\n```\n"
+    page.write_text(good + skipped + python)
+    assert [printed for _, printed, _ in reader.run(page, tmp_path)] == ["", "1 /\n", None, "", "2.0\n"]
+    for text, message in (
+        ("```sh\nfalse\ntrue\n```\n", "page.md:1: the session ended with status 1"),
+        ("# Title\n\n```python\n1 / 0\n```\n", "(?s)page.md:3: failed.*ZeroDivisionError"),
+        ("```python\nprint(a)\n```\n", "(?s)page.md:1: failed.*NameError"),
+        ("```sh\necho 1\n```\n\n<!-- output -->\n```\n2\n```\n", "(?s)page.md:1.*printed\n1\n\nexpected\n2"),
+    ):
+        page.write_text(text)
+        with pytest.raises(AssertionError, match=message):
+            list(reader.run(page, tmp_path))
