@@ -1,5 +1,6 @@
 """Tests that the code blocks of README.md and docs run in order, as a reader pastes them, and print what is said."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,11 @@ import torch
 from filelock import FileLock
 from markdown_pages import ROOT, Reader, count_fences, link_checkout, matches, read_blocks
 
-PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if read_blocks(p)]
+import fastgen
+from fastgen import lora
+from fastgen.checkpoint.hub import default_model_path
+
+PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if read_blocks(p)]
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +27,24 @@ def reader(request: pytest.FixtureRequest) -> Iterator[Reader]:
         yield reader
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of PEFT's files, for the default model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = fastgen.from_hf_config(json.loads((default_model_path() / "config.json").read_text()))
+    lora.save(folder, config, lora.init(config, rank=4))
+    return folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page(page: Path, reader: Reader, tmp_path: Path) -> None:
-    """Every block that does not need more than this machine has runs, and prints what the page says."""
+def test_page(page: Path, reader: Reader, adapter: Path, tmp_path: Path) -> None:
+    """Every block that does not need more than this machine has runs, and prints what the page says.
+
+    The folder looks like a checkout in which the placeholders path/to/checkpoint and path/to/adapter exist.
+    """
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/checkpoint").symlink_to(default_model_path())
+    (tmp_path / "path/to/adapter").symlink_to(adapter)
     with FileLock("/tmp/fastgen-markdown.lock"):  # servers listen at their default port
         for block, printed, seconds in reader.run(page, link_checkout(tmp_path)):
             print(f"{block.line}: {'skipped' if printed is None else f'{seconds:.1f} s'}")

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from markdown_it import MarkdownIt
 
@@ -188,7 +188,7 @@ class Session:
         os.close(self.status)
 
 
-def _read_from(file: "tempfile._TemporaryFileWrapper[str]", start: int) -> str:
+def _read_from(file: IO[str], start: int) -> str:
     return os.pread(file.fileno(), os.fstat(file.fileno()).st_size - start, start).decode(errors="replace")
 
 
