@@ -28,7 +28,7 @@ import torch
 import fastgen
 from fastgen.cli.bench.results import parse_peer_log
 from fastgen.core.prefix_cache import PageCopies
-from fastgen.offload.host_cache import page_bytes
+from fastgen.offload.host_offload import page_bytes
 
 HERE = Path(__file__).parent
 MODES: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ ORDER = [
         "async_engine",
         "conversation",
     ],
-    ["api"],
+    ["public_api"],
     ["__init__"],
     ["server"],
     ["cli"],

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen.api import *  # noqa: F403
+    from fastgen.public_api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -22,11 +22,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name != "__all__" and find_spec(f"{__name__}.{name}"):
         return import_module(f"{__name__}.{name}")
-    api = import_module(f"{__name__}.api")
+    api = import_module(f"{__name__}.public_api")
     if not hasattr(api, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(api, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *import_module(f"{__name__}.api").__all__})
+    return sorted({*globals(), *import_module(f"{__name__}.public_api").__all__})

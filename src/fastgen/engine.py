@@ -1,4 +1,4 @@
-"""Engine: what one calls. Wires an EngineCore to runner, memory, ranks and adapters, and guards every call."""
+"""Engine: the public entry point. Wires an EngineCore to runner, memory, ranks and adapters, and guards every call."""
 
 import sys
 import threading
@@ -32,7 +32,7 @@ from fastgen.distributed import workers
 from fastgen.distributed.tensor_parallel import TPGroup
 from fastgen.event_stream import GenerateMethods, OneOrManyPrompts, OneOrManySampling, map_prompts
 from fastgen.lora import Adapter, AdapterManager, LoadedAdapter
-from fastgen.offload.host_cache import HostOffload, page_bytes
+from fastgen.offload.host_offload import HostOffload, page_bytes
 from fastgen.profiling.profiler import Profiler, ProfileWindow
 from fastgen.snapshot import Snapshot
 from fastgen.structured_output.backend import GrammarBackend
@@ -489,7 +489,7 @@ class Engine(GenerateMethods):
     def _wake_up(self) -> tuple[int, torch.OutOfMemoryError | None]:
         self.core.notice_changed_params()  # a trainer's step while memory was released
         result = self.memory.reacquire(self.ranks.all_reduce_min)
-        self.core.mark_params_seen()
+        self.core.record_param_versions()
         return result
 
     @property
@@ -677,7 +677,7 @@ class Engine(GenerateMethods):
 
 
 def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yields a caller's pairs. Raises ValueError if their source fails: no rank ends of that."""
+    """Yields a caller's pairs. Raises ValueError if their source fails: this ends no rank."""
     try:
         yield from named_tensors
     except ValueError:

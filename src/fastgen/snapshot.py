@@ -287,5 +287,7 @@ def model_fingerprint(core: EngineCore) -> str:
     sums = torch.stack([x.view(int_dtypes[x.itemsize]).sum(dtype=torch.int64) for x in leaves])
     digest.update(sums.cpu().numpy().tobytes())
     for x in leaves:
-        digest.update(x[:8].double().cpu().numpy().tobytes())  # of a copy: memory that NumPy has seen stays allocated
+        digest.update(
+            x[:8].double().cpu().numpy().tobytes()
+        )  # of a copy: a NumPy array keeps the memory that it shares
     return digest.hexdigest()

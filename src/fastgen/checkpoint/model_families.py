@@ -46,7 +46,7 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {
 
 
 def _llama(config: Json, num_layers: int) -> dict[str, Any]:
-    """Returns Llama's fields: biases are optional, and no layer slides whatever the file says."""
+    """Returns Llama's fields: biases are optional, and no layer uses a sliding window, whatever config.json says."""
     bias = _read_bool(config, "attention_bias")
     return {"qkv_bias": bias, "out_bias": bias, "sliding_windows": (None,) * num_layers}
 

@@ -112,8 +112,8 @@ class ModelRunner(EagerRunner):
     def forward(self, inputs: StepInputs, layer_chunk_ready: Sequence[Any] = ()) -> StepOutput:
         """Runs a step whose inputs are in the input buffers. The output is valid until the next call.
 
-        `layer_chunk_ready`: an event for each chunk of as many layers, which these layers wait for before they use the
-        cache; empty: nothing to wait for.
+        `layer_chunk_ready`: one event for each chunk of layers, which wait for it before they access the cache; empty:
+        nothing to wait for.
         """
         captured = None if inputs.needs_prompt_logprobs else self.graphs.captured.get(inputs.shape)
         if captured is None or (layer_chunk_ready and not inputs.shape.decode):
@@ -188,7 +188,7 @@ class ModelRunner(EagerRunner):
         return StepInputs(batch, sampling, shape, 0, needs_prompt_logprobs=False)
 
     def device_bytes(self) -> dict[str, int]:
-        """Returns the bytes of device memory that buffers and graphs take, by what takes them."""
+        """Returns the bytes of device memory that buffers and graphs take, by purpose."""
         return {
             "logits": 0 if self.logits_buffer is None else self.logits_buffer.nbytes,
             "graphs": self.graphs.num_bytes,

@@ -117,7 +117,7 @@ class InputBuffers:
     ) -> None:  # fmt: skip
         self.page_size, self.vocab_size, self.device = page_size, vocab_size, device
         self.max_group_size, num_req_rows = max_group_size, max_num_seqs + 1
-        # Tables by req_idx. Row 0 is padding's.
+        # Tables by req_idx. Row 0 is for padding.
         self.adapter_idx = np.zeros(num_req_rows, np.int32) if use_adapters else None
         self.page_table_cpu = np.zeros((num_req_rows, max_pages_per_seq), np.int32)
         self.seq_at_req_idx: dict[int, tuple[int, tuple[int, ...]]] = {}  # sequence id, and its pages in the table

@@ -37,7 +37,7 @@ Prepared = list[SequenceState] | Output  # the completions of a request, or the 
 
 
 class EngineCore:
-    """Runs many requests on one runner. For one thread at a time; `fastgen.Engine` is what one calls.
+    """Runs many requests on one runner. For one thread at a time; users call `fastgen.Engine`.
 
     `model_config` is the full model's, where the runner's is a rank's shard. `version_tensors`: their version counters
     move when the parameters are written in place; by default those of the parameters themselves.
@@ -58,7 +58,7 @@ class EngineCore:
         self.state = scheduler.State(self._new_prefix_cache())
         self.sequence_states: dict[int, SequenceState] = {}  # by sequence id
         self._token_ids: dict[int, list[int]] = {}  # the same lists as in `sequence_states`
-        self.events: list[Event] = []  # of no step's result yet
+        self.events: list[Event] = []  # not yet returned by a step
         # Ids of requests whose events have no reader any more. Finalizers append, in any thread and in the middle of
         # anything; `step` and `submit` abort them.
         self.abandoned = deque[frozenset[int]]()
@@ -434,18 +434,18 @@ class EngineCore:
     def params_changed_here(self) -> None:
         """As `params_changed`, on this rank alone."""
         self.weight_version += 1
-        self.mark_params_seen()
+        self.record_param_versions()
         self.state.prefix_cache.reset()
 
     def notice_changed_params(self) -> None:
-        """Counts a new version if the parameters were written in place since the last look."""
+        """Counts a new version if the parameters were written in place since the last check."""
         if self._version_sum() != self._last_version_sum:
             self.params_changed_here()
 
-    def mark_params_seen(self) -> None:
-        """Takes the parameters' present version counters as those of this version."""
+    def record_param_versions(self) -> None:
+        """Records the parameters' current version counters."""
         self._last_version_sum = self._version_sum()
 
     def _version_sum(self) -> int:
-        with torch._C.DisableTorchFunction():  # a default device takes part in each look, and makes it 40 times slower
+        with torch._C.DisableTorchFunction():  # a default device intercepts every check, and makes it 40 times slower
             return sum(map(attrgetter("_version"), self._version_tensors))

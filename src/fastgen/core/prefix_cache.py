@@ -187,7 +187,10 @@ class PrefixCache:
         self.free_pages = page_pool.free(self.free_pages, (page,))
 
     def _evict(self, node: Node) -> int:
-        """Takes the device page of an idle node. The page is copied to the host, or else the node is removed."""
+        """Evicts the device page of an idle node and returns the page.
+
+        Queues a copy to the host unless the host has the page already; without room there, the node is removed.
+        """
         self.idle_nodes.pop(node, None)
         page, node.page = node.page, 0
         offload = not node.host_page and (node.preempted or not self.offload_preempted_only)

@@ -4,7 +4,7 @@
     forward          Batch -> hidden states and logits, keys and values into the cache
     sample           logits -> tokens and logprobs, on their way to the host
 
-A PageCopier copies the pages that a plan copies: on the device; with `offload.host_cache`, to the host and back, too.
+A PageCopier copies the pages that a plan copies: on the device; with `offload.host_offload`, to the host and back, too.
 """
 
 import itertools

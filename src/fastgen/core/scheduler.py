@@ -33,7 +33,7 @@ from fastgen.config import SchedulerConfig
 from fastgen.core import page_pool
 from fastgen.core.prefix_cache import Match, Namespace, Node, PageCopies, PrefixCache
 
-ALL_REQ_INDICES = -2  # a pool without end in which only row 0, padding's, is taken
+ALL_REQ_INDICES = -2  # an unbounded pool in which only row 0 (padding) is allocated
 TokenIds = abc.Sequence[int]
 # The known tokens of each sequence. While steps overlap, the last token may still be computed, and missing.
 TokensById = Mapping[int, TokenIds]
@@ -212,8 +212,8 @@ def _reset_for_recompute(seq: Sequence) -> Sequence:
 
 def fork(state: State, id: int, child: Sequence, tokens_by_id: TokensById) -> State:
     """Adds `child`, which continues from all tokens of sequence `id`; a running parent publishes its pages for it."""
-    tree, tokens = state.prefix_cache, tokens_by_id[id]
-    running = (publish(tree, s, tokens, s.num_computed_tokens) if s.id == id else s for s in state.running)
+    prefix_cache, tokens = state.prefix_cache, tokens_by_id[id]
+    running = (publish(prefix_cache, s, tokens, s.num_computed_tokens) if s.id == id else s for s in state.running)
     return add(state._replace(running=tuple(running)), child)
 
 
@@ -331,7 +331,7 @@ class _Planner:
         """Admits waiting sequences while tokens of the step, rows of the tables and pages are available.
 
         No starvation: admission stops at the first sequence that does not fit, so a later, smaller one never overtakes
-        it. The exception are sequences that skip one step until the page they will copy is filled.
+        it. The exceptions are sequences that skip one step until the page they will copy is filled.
         """
         if not self.waiting:
             return
@@ -365,34 +365,36 @@ class _Planner:
 
         The span is None if the sequence has to wait for host pages while others compute.
         """
-        tree, path, num_loads = self.prefix_cache, match.path, len(self.prefix_cache.to_device)
-        num_private = num_pages_for(tree.page_size, seq.num_tokens) - len(path)
+        prefix_cache, path, num_loads = self.prefix_cache, match.path, len(self.prefix_cache.to_device)
+        num_private = num_pages_for(prefix_cache.page_size, seq.num_tokens) - len(path)
         # Of the available pages, those of `path` stay, and every running sequence may need another one soon.
-        num_available = tree.num_available_pages() - sum(n in tree.idle_nodes for n in path) - len(self.running)
+        num_available = (
+            prefix_cache.num_available_pages() - sum(n in prefix_cache.idle_nodes for n in path) - len(self.running)
+        )
         num_needed = num_private + sum(not n.page for n in path)
         if num_needed > num_available:
             return None
         # A copied page must stay until it is copied. If that takes one page too many, the copy is left out.
-        copies = num_needed + (match.partial_node in tree.idle_nodes) <= num_available
-        partial_node = match.partial_node if copies else None
+        can_copy = num_needed + (match.partial_node in prefix_cache.idle_nodes) <= num_available
+        partial_node = match.partial_node if can_copy else None
         if partial_node is not None:
-            tree.pin(partial_node)
-        tree.acquire(path)
-        private_pages = tuple(tree.allocate_page() for _ in range(num_private))
+            prefix_cache.pin(partial_node)
+        prefix_cache.acquire(path)
+        private_pages = tuple(prefix_cache.allocate_page() for _ in range(num_private))
         assert all(private_pages), "fewer pages were available than counted"
         if partial_node is not None:
-            tree.copy_partial_page(partial_node, private_pages[0])
-        num_cached = len(path) * tree.page_size + (match.num_common_tokens if partial_node else 0)
+            prefix_cache.copy_partial_page(partial_node, private_pages[0])
+        num_cached = len(path) * prefix_cache.page_size + (match.num_common_tokens if partial_node else 0)
         start = min(num_cached, seq.num_tokens - 1)  # the last token is computed in any case: its logits are needed
         stop = start + min(seq.num_tokens - start, self.prefill_chunk, token_budget)
         (req_idx,), self.free_req_indices = page_pool.allocate(self.free_req_indices, 1)
         seq = seq._replace(
             num_computed_tokens=start, num_cached_tokens=start, pages=(*(n.page for n in path), *private_pages),
-            path=path, root=tree.get_root(seq.namespace), req_idx=req_idx,
+            path=path, root=prefix_cache.get_root(seq.namespace), req_idx=req_idx,
         )  # fmt: skip
-        tree.stats.num_queried_tokens += seq.num_tokens
-        tree.stats.num_hit_tokens += start
-        loads = len(tree.to_device) > num_loads or any(n in tree.loading_nodes for n in path)
+        prefix_cache.stats.num_queried_tokens += seq.num_tokens
+        prefix_cache.stats.num_hit_tokens += start
+        loads = len(prefix_cache.to_device) > num_loads or any(n in prefix_cache.loading_nodes for n in path)
         if self.has_compute and loads:
             return seq, None
         return seq, Span(seq.id, start, stop, stop == seq.num_tokens, seq.pages, req_idx, start == num_cached)

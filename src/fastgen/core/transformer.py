@@ -47,7 +47,7 @@ def add_norm_qkv(
 def add_norm_gate_up(
     x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float, gate_up: Float[Tensor, "F2 D"]
 ) -> tuple[HiddenStates, Float[Tensor, "T F"]]:
-    """Returns x + y, and the gated activation of its norm."""
+    """Returns x + y, and SwiGLU of the gate and up projections of its RMS norm."""
     x = x + y
     return x, swiglu(F.linear(rms_norm(x, norm, eps), gate_up))
 

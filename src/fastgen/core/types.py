@@ -6,7 +6,7 @@ Legend of the axes in all annotations of the package:
     R  sequences of one step    Q  query heads          F  feed-forward width
     N  sampled rows             K  key/value heads      S  cache slots (pages x page size)
     P  pages of a sequence      H  head dimension       L  layers
-    E  rows of the request tables (req_idx); row 0 is padding's
+    E  rows of the request tables (req_idx); row 0 is for padding
     A  LoRA adapters, the first of which is none; r their rank
 """
 

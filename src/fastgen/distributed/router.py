@@ -53,10 +53,10 @@ def choose_replica(
     free = [i for i, accepts in enumerate(accepts_requests) if accepts]
     if not free:
         return None
-    idlest = min(free, key=assigned_tokens.__getitem__)
-    cached = min((i for i in free if i in prefix_replicas), key=assigned_tokens.__getitem__, default=idlest)
-    excess_tokens = assigned_tokens[cached] - assigned_tokens[idlest]
-    return cached if excess_tokens <= PREFIX_AFFINITY * num_tokens else idlest
+    least_loaded = min(free, key=assigned_tokens.__getitem__)
+    cached = min((i for i in free if i in prefix_replicas), key=assigned_tokens.__getitem__, default=least_loaded)
+    excess_tokens = assigned_tokens[cached] - assigned_tokens[least_loaded]
+    return cached if excess_tokens <= PREFIX_AFFINITY * num_tokens else least_loaded
 
 
 class Router:

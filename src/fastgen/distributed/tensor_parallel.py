@@ -59,7 +59,7 @@ class TPProcessGroup(TPGroup):
             raise ValueError("there is no process group: call torch.distributed.init_process_group first")
         self.group = group
         self.shard = TPShard(dist.get_rank(group), dist.get_world_size(group))
-        # Numbers of the host are exchanged without waiting for the device.
+        # Host-side integers are exchanged over gloo, without waiting for the device.
         ranks = None if group is None else dist.get_process_group_ranks(group)
         self._cpu_group: Any = dist.new_group(ranks, backend="gloo")
         self._pending_check: tuple[Any, int, Tensor] | None = None

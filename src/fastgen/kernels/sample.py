@@ -28,7 +28,7 @@ EMPTY_MAX = tl.constexpr(-1.0e30)  # maximum of no logits: finite, so that its d
 @triton.jit
 @no_type_check
 def _mix(x):
-    """Mixes 32 bits: `sampling._mix`."""
+    """Mixes 32 bits: `sampling._lowbias32`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

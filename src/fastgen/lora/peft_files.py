@@ -59,7 +59,7 @@ def _pairs_from_peft(tensors: Iterable[tuple[str, Tensor]], model_config: ModelC
         match = PEFT_TENSOR_NAME.fullmatch(name)
         if match is None or match[1] not in targets:
             supported = f"{', '.join(lora.TARGET_MODULES)} of {model_config.num_layers} layers"
-            raise ValueError(f"{source}: {name} changes nothing that can be: {supported}")
+            raise ValueError(f"{source}: {name} targets an unsupported module; supported: {supported}")
         pairs.setdefault(targets[match[1]], {})[match[2]] = tensor
     if incomplete := [target.name for target, pair in pairs.items() if len(pair) < 2]:
         raise ValueError(f"{source}: one of lora_A and lora_B is missing for {', '.join(incomplete[:8])}")

@@ -270,7 +270,7 @@ class ProfileSummary:
     between_steps_ms: float  # of idle_ms: between the last kernel of a step and the first of the next
     gaps_per_step: float
     largest_gaps: tuple[KernelGap, ...]
-    categories: dict[str, CategoryStats]  # in order of falling time
+    categories: dict[str, CategoryStats]  # by descending time
     host_ms: dict[str, float]  # by range; "step" includes the others
     ceiling_tflops: float | None
     ceiling_tbps: float | None

@@ -92,7 +92,7 @@ def min_seconds(
     prefix_shared: bool = False,
     num_shared_tokens: int = 0,
 ) -> float:
-    """Returns the least seconds that a machine takes for equal requests with `num_completions` completions each.
+    """Returns a lower bound on the seconds for equal requests with `num_completions` completions each.
 
     Compute and unavoidable memory traffic overlap perfectly:
 

@@ -104,7 +104,7 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
             super().pause_writing()
 
     def finish_response(self) -> None:
-        """Lets the response complete, whether its client reads or not."""
+        """Disables backpressure and resumes writing: the response completes even if its client does not read."""
         self.ignore_backpressure = True
         self.flow.resume_writing()
 

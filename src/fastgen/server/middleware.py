@@ -1,4 +1,4 @@
-"""What surrounds every request: API keys, hosts, limits, errors in OpenAI's form, and a line in the log."""
+"""ASGI middleware of every request: API keys, hosts, limits, errors in OpenAI's form, and a line in the log."""
 
 import asyncio
 import hmac
@@ -54,7 +54,7 @@ class Middleware:
         headers = dict(scope["headers"])
         client_id = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = client_id if re.fullmatch(r"[\w.-]{1,64}", client_id, re.ASCII) else uuid.uuid4().hex
-        entry: dict[str, Any] = {"id": request_id, "endpoint": scope["path"], "began": time.monotonic()}
+        entry: dict[str, Any] = {"id": request_id, "endpoint": scope["path"], "start_time": time.monotonic()}
         scope["entry"] = entry
         has_started = False
 
@@ -177,7 +177,7 @@ def _log_request(scope: Scope, entry: dict[str, Any]) -> None:
     status = entry.setdefault("status", 499)
     if scope["method"] == "GET" and (status < 400 or scope["path"].endswith("/health")):
         return
-    entry["duration"] = round(time.monotonic() - entry.pop("began"), 6)
+    entry["duration"] = round(time.monotonic() - entry.pop("start_time"), 6)
     if "ttft" in entry:
         entry["ttft"] = round(entry["ttft"], 6)
     log_line(json.dumps({"time": round(time.time(), 3)} | entry | {"endpoint": scope["path"][:200]}))

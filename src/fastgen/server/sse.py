@@ -129,7 +129,7 @@ class CompletionResponse(Response):
     def _record_totals(self) -> None:
         for choice in self.choices:
             self.state.metrics.count(metrics.REQUEST_SUCCESS, label=choice.accumulated.finish_reason or "abort")
-        self.state.metrics.observe(metrics.E2E_LATENCY, time.monotonic() - self.log_entry["began"])
+        self.state.metrics.observe(metrics.E2E_LATENCY, time.monotonic() - self.log_entry["start_time"])
         self.state.metrics.flush()
         usage = self._build_usage()
         num_tokens = usage["prompt_tokens"], *usage["prompt_tokens_details"].values(), usage["completion_tokens"]
@@ -166,7 +166,7 @@ class CompletionResponse(Response):
         if choice.last_token_time is not None:
             self.state.metrics.observe(metrics.INTER_TOKEN_LATENCY, now - choice.last_token_time)
         elif num_tokens and "ttft" not in self.log_entry:
-            self.log_entry["ttft"] = now - self.log_entry["began"]
+            self.log_entry["ttft"] = now - self.log_entry["start_time"]
             self.state.metrics.observe(metrics.TTFT, self.log_entry["ttft"])
         choice.last_token_time = now if num_tokens else choice.last_token_time
 

@@ -96,7 +96,7 @@ def _free(state: dict[str, Any]) -> None:
 class ReleasableMemory:
     """Memory for tensors on one device, released and reacquired in one piece; the tensors stay, at their addresses.
 
-    Their values are lost unless `release` keeps them. Reading or writing them meanwhile is an error of the device's.
+    Their values are lost unless `release` keeps them. Reading or writing them meanwhile causes a device fault.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -119,7 +119,7 @@ class ReleasableMemory:
         first, size = self._allocated_bytes, prod(shape) * dtype.itemsize
         self._allocated_bytes += weights.align(size)
         if self._allocated_bytes > self.nbytes:
-            raise ValueError(f"a region of {self.nbytes} bytes has not {size} bytes left")
+            raise ValueError(f"a region of {self.nbytes} bytes has fewer than {size} bytes left")
         return self._buffer[first : first + size].view(dtype).view(*shape)
 
     @property
@@ -186,7 +186,7 @@ class EngineMemory:
             raise ValueError("sleep: these parameters were given to the engine, and belong to the caller")
         regions = {name: r for name, r in self.regions.items() if memory in (name, "all") and r.resident}
         if not all(r.releasable for r in regions.values()):
-            problem = "NumPy has seen this memory (`x.numpy()`) and keeps it: give it copies (`x.clone()`)"
+            problem = "a NumPy array shares this memory (`x.numpy()`) and keeps it allocated: use `x.clone().numpy()`"
             raise ValueError(f"sleep: {problem}")
         return regions
 

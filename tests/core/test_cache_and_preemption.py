@@ -23,7 +23,7 @@ from fastgen import Event, Output, SamplingParams, Snapshot
 from fastgen.core import scheduler
 from fastgen.core.prefix_cache import PageCopies
 from fastgen.core.request import sample_seed
-from fastgen.offload.host_cache import HostOffload, consecutive_runs, page_bytes
+from fastgen.offload.host_offload import HostOffload, consecutive_runs, page_bytes
 
 SPEC = fastgen.from_hf_config(tiny.config("Mistral", **tiny.WINDOWED))
 PARAMS = tiny.weights(SPEC)
@@ -703,7 +703,7 @@ def test_touch(given: dict[str, Any]) -> None:
     [
         ("fastgen.compiled.runner.forward_and_sample", {}),
         ("fastgen.compiled.runner.ModelRunner.sample", {"overlap": True, "host": 30}),
-        ("fastgen.offload.host_cache.HostOffload.start_copies", {"overlap": True, "host": 30, **OFF}),
+        ("fastgen.offload.host_offload.HostOffload.start_copies", {"overlap": True, "host": 30, **OFF}),
     ],
 )
 def test_a_step_that_fails(place: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
