@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import fastgen.api
+import fastgen.public_api
 from fastgen import config
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +52,8 @@ def test_loads_nothing_from_elsewhere(site: Path) -> None:
 
 def test_public_names_are_in_the_reference(site: Path) -> None:
     reference = (site / "api.html").read_text()
-    for name in fastgen.api.__all__:
-        value = getattr(fastgen.api, name)
+    for name in fastgen.public_api.__all__:
+        value = getattr(fastgen.public_api, name)
         path = value.__name__ if name == "lora" else f"{value.__module__}.{value.__qualname__}"
         assert f'id="{path}"' in reference, f"docs/api.md has no {path}"
     for method in ("generate", "stream", "step", "update_params", "sleep"):
