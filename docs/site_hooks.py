@@ -1,10 +1,12 @@
 """Hooks of the documentation site: the settings' tables, and the repository's files that pages link to.
 
 A line `[[settings NAME GROUP]]` becomes a table of the dataclass NAME, with the sentence that each field declares, and
-`[[hints NAME]]` one of a mapping of other libraries' names, both of fastgen.config. Links to `../path` lead to files
+`[[hints NAME]]` one of a mapping of other libraries' names, both of fastgen.config. A line `[[fields MODULE NAME]]`
+becomes a table of the fields of a class, with the comments beside them. Links to `../path` lead to files
 outside of docs/, such as a result or a source file; the site gets a copy of each.
 """
 
+import ast
 import posixpath
 import re
 import sys
@@ -25,6 +27,7 @@ from fastgen import config as settings  # noqa: E402
 OUTSIDE_LINK = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 SETTINGS_LINE = re.compile(r"^\[\[settings (\w+)(?: (\w+))?\]\]$", re.MULTILINE)
 HINTS_LINE = re.compile(r"^\[\[hints (\w+)\]\]$", re.MULTILINE)
+FIELDS_LINE = re.compile(r"^\[\[fields ([\w.]+) (\w+)\]\]$", re.MULTILINE)
 COPIES = "repository"  # the folder of the site that has copies of the repository's files
 
 
@@ -48,6 +51,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Replaces links to files of the repository, and lines that ask for a table of settings."""
     folder = posixpath.dirname(page.file.src_uri)
     markdown = OUTSIDE_LINK.sub(lambda match: f"]({posixpath.relpath(_copy_uri(match[1]), folder or '.')})", markdown)
+    markdown = FIELDS_LINE.sub(lambda match: fields_table(match[1], match[2]), markdown)
     markdown = HINTS_LINE.sub(lambda match: hints_table(match[1]), markdown)
     return SETTINGS_LINE.sub(lambda match: settings_table(match[1], match[2] or ""), markdown)
 
@@ -81,6 +85,29 @@ def hints_table(name: str) -> str:
     """Returns a Markdown table of a mapping from other libraries' names to what fastgen answers."""
     hints: dict[str, str] = getattr(settings, name)
     return "\n".join(["| name | hint |", "|---|---|", *(f"| `{key}` | {hint} |" for key, hint in hints.items())])
+
+
+def fields_table(module: str, class_name: str) -> str:
+    """Returns a Markdown table of a class's fields: name, type, default, and the comment at the end of its line.
+
+    The source is read and not imported. Raises PluginError if there is no such class.
+    """
+    source = (ROOT / "src" / f"{module.replace('.', '/')}.py").read_text()
+    lines = source.splitlines()
+    classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == class_name]
+    if not classes:
+        raise PluginError(f"{module} has no class {class_name}")
+    rows = ["| field | type | default | |", "|---|---|---|---|"]
+    for node in classes[0].body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        value = "" if node.value is None else ast.unparse(node.value)
+        value = re.sub(r"^field\(default_factory=(\w+)\)$", r"\1()", value)
+        default = value and f"`{value}`"
+        comment = lines[(node.end_lineno or 1) - 1][node.end_col_offset or 0 :].strip().removeprefix("#").strip()
+        cells = f"`{node.target.id}`", f"`{ast.unparse(node.annotation).replace(' | ', ' or ')}`", default, comment
+        rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    return "\n".join(rows)
 
 
 def _type_name(annotation: Any) -> str:
