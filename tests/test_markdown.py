@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import fastgen
 from fastgen import lora
 from fastgen.checkpoint.hub import default_model_path
 
-PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if read_blocks(p)]
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if read_blocks(p)]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,18 @@ def test_page(page: Path, reader: Reader, adapter: Path, tmp_path: Path) -> None
 def test_no_block_is_missed(page: Path) -> None:
     """A fence that an indentation turns into something else for the parser would never run."""
     assert len([b for b in read_blocks(page)]) == count_fences(page)
+
+
+def test_links_of_the_readme() -> None:
+    """Every file that the README links or shows exists, and every anchor is a heading of its page."""
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 30
+    for link in links:
+        name, _, anchor = link.partition("#")
+        assert (ROOT / name).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / name).read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, link
 
 
 def test_outputs_are_compared() -> None:
