@@ -190,7 +190,7 @@ class AsyncEngine:
         )
 
     async def _precompile_grammars(self, prompts: OneOrManyPrompts, sampling: OneOrManySampling) -> None:
-        """Compiles grammars beside the steps, for the requests that follow. Cancelling the coroutine cancels that."""
+        """Compiles grammars concurrently with the steps. Cancelling the coroutine cancels the compilation."""
         if sampling is None or (isinstance(sampling, SamplingParams) and sampling.grammar is None):
             return
         cancel_event, precompile = threading.Event(), self.engine.grammars.precompile
@@ -253,7 +253,7 @@ class AsyncEngine:
         self, source: Any, *, device: torch.device | str | None = None, partial: bool = False, recompute: bool = False,
         check_finite: bool = True,
     ) -> int:  # fmt: skip
-        """Calls `Engine.update_params` with the tensors of `source`, which are received beside the steps.
+        """Calls `Engine.update_params` with the tensors of `source`, which are received concurrently with the steps.
 
         For late or slow sources, such as `receive(group)`: a thread copies all tensors to `device`, by default the
         device that each is on, before any is written between two steps. Errors of the source or its tensors are raised

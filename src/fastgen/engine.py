@@ -266,7 +266,7 @@ class Engine(GenerateMethods):
     def compile_grammar(
         self, sampling: SamplingParams, cancel_event: threading.Event | None = None
     ) -> Sequence[Matcher | None]:
-        """Returns the `matchers` of `add` for these settings, from any thread, beside the steps.
+        """Returns the `matchers` of `add` for these settings, from any thread, concurrently with the steps.
 
         `cancel_event` cancels it. Raises ValueError for a grammar that cannot be used.
         """
@@ -338,7 +338,7 @@ class Engine(GenerateMethods):
 
     @exclusive("params", "cache")
     def restore(self, snapshot: Snapshot) -> int:
-        """Continues a request that was saved, with the tokens that it would have got; returns its id here.
+        """Continues a request that was saved, with the tokens that it would have produced; returns its id here.
 
         Pages are used if they are of this model and the engine has a prefix cache. Raises ValueError for what cannot
         run.
@@ -477,7 +477,7 @@ class Engine(GenerateMethods):
     def wake_up(self) -> int:
         """Maps the memory that `sleep` released again; returns its bytes on this rank.
 
-        Raises torch.OutOfMemoryError if others use the device's memory, on any rank; the engine then sleeps on.
+        Raises torch.OutOfMemoryError if others use the device's memory, on any rank; the engine then stays asleep.
         """
         num_bytes, error = self._wake_up()
         if error is not None:

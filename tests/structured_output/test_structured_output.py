@@ -24,7 +24,7 @@ from fastgen.core.sampling import apply_token_mask
 from fastgen.extras import install_command
 from fastgen.structured_output import backend
 from fastgen.structured_output.backend import GrammarBackend, json_depth
-from fastgen.structured_output.trial import TrialLimits, compile_grammar
+from fastgen.structured_output.grammar_compiler import TrialLimits, compile_grammar
 from fastgen.structured_output.trial_process import GrammarCancelled
 
 pytest.importorskip("llguidance")

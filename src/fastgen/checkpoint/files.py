@@ -102,7 +102,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Returns the first eight of the names in an error message, and the number of the others."""
+    """Formats names for an error message: the first eight, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

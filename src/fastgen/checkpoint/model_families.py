@@ -1,4 +1,4 @@
-"""Reads a Hugging Face `config.json` as a `ModelConfig`, one function a family, and writes one.
+"""Reads a Hugging Face `config.json` as a `ModelConfig`, with one function per family, and writes such a file.
 
 To add a family of dense decoders (RMSNorm, rotary embedding, gated SiLU feed-forward):
 

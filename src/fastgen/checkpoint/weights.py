@@ -367,7 +367,7 @@ def _equal(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
 def raise_if_not_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str, advice: str) -> None:
     """Raises ValueError, naming the first eight, if values of (name, tensor, dtype) are NaN or infinite in that dtype.
 
-    Costs one reduction a tensor, and one synchronization for each device and dtype. `advice` ends the message.
+    Costs one reduction per tensor, and one synchronization for each device and dtype. `advice` ends the message.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.dtype, Tensor]]] = defaultdict(list)
     for name, x, dtype in tensors:

@@ -171,7 +171,7 @@ def _quote_text(text: str) -> str:
 
 
 def quote_override(argument: str) -> str:
-    """Converts an override as typed to Hydra's grammar: adds the key's group, and quotes values that are texts.
+    """Converts an override as typed to Hydra's grammar: adds the key's group, and quotes string values.
 
     Values of TEXT_KEYS are texts unless they are null, quoted already or, for a prompt, a list or an object. A value
     that Hydra cannot parse is a text, too. A single value of a list, as in `stop=END`, becomes a list. `model` may be a

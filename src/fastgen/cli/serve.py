@@ -63,7 +63,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
     add("model", nargs="?", metavar="MODEL")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
-    add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: every address (%(default)s)")
+    add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: all addresses (%(default)s)")
     add("--port", type=port, default=5678, help="the port; 0: any free port (%(default)s)")
     add("--workers", type=count, default=1, metavar="N", help="number of HTTP processes (%(default)s)")
     add("--tensor-parallel", type=count, metavar="N", help="number of GPUs per engine: parallel.tensor_parallel=N")

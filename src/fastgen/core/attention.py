@@ -1,4 +1,4 @@
-"""Attention over a paged cache. A backend reads the batch's metadata once a step, and returns the function that all
+"""Attention over a paged cache. A backend reads the batch's metadata once per step, and returns the function that all
 layers call. `reference` specifies what every backend computes; `sdpa` is the fastest in plain torch.
 """
 

@@ -134,6 +134,6 @@ class PeerBuffers:
         return all_reduce_add_norm(x, y.local, y.rank_ptrs, self._flag_ptrs, self.rank, norm, eps)
 
     def abort_waits(self) -> None:
-        """Ends all waiting for a lost rank, of kernels that run and of later ones. Thread-safe."""
+        """Makes all kernels, running and later ones, stop waiting for a lost rank. Thread-safe."""
         with torch.cuda.stream(self._abort_stream):
             self._abort_flag.copy_(self._abort_value, non_blocking=True)

@@ -74,7 +74,7 @@ def all_reduce_add_norm(
     x: Float[Tensor, "T D"], own_partial: Float[Tensor, "T D"], partial_ptrs: Int[Tensor, " ranks"],
     flag_ptrs: Int[Tensor, " ranks"], rank: int, norm: Float[Tensor, " D"], eps: float,
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:  # fmt: skip
-    """Returns x plus the sum of all ranks' partial sums, and its RMS norm. All ranks must call it with as many rows.
+    """Returns x plus the sum of all ranks' partial sums, and its RMS norm. All ranks must pass equal numbers of rows.
 
     `partial_ptrs` are the addresses of the ranks' partial sums [T, D], of x's dtype, aligned to 16 bytes; this rank's
     own is `own_partial`. `flag_ptrs` are those of the ranks' `MAX_PROGRAMS` * ranks + 1 counters, int32, 0 before the

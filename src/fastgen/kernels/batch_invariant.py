@@ -1,4 +1,4 @@
-"""Batch-invariant ops: a token's result depends on its own sequence alone, bit for bit, on no batch or chunk around it.
+"""Batch-invariant ops: a token's result is the same, bit for bit, in any batch or chunk.
 
 Libraries choose the order of a sum by the number of rows, and split the sums of few rows. Here each sum has one order.
 Half-precision GEMMs are the library's without split-K (`prefer_cublaslt`), which leaves all its tiles the same order;

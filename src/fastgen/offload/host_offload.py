@@ -149,7 +149,7 @@ class HostOffload(PageCopier):
         return gathered
 
     def _wait_for_prefetch(self) -> None:
-        """Lets the current stream wait for the pages that were prefetched during the previous step."""
+        """Makes the current stream wait for the pages that were prefetched during the previous step."""
         if self._prefetch_event is not None:
             torch.cuda.current_stream(self.device).wait_event(self._prefetch_event)
             self._prefetch_event = None
@@ -174,7 +174,7 @@ class HostOffload(PageCopier):
         copy_pages(source_ptrs, target_ptrs, page_pairs, self._words_per_page, *strides)
 
     def _wait_for_host_pages(self, stream: torch.cuda.Stream, host_pages: Sequence[int]) -> None:
-        """Lets a stream wait for earlier copies to and from these host pages."""
+        """Makes a stream wait for earlier copies to and from these host pages."""
         for event in {self._host_page_events[h] for h in host_pages if h in self._host_page_events}:
             stream.wait_event(event)
 

@@ -119,12 +119,12 @@ async def profile(body: bodies.ProfileRequest, state: State) -> Response:
 
 @router.post("/load_lora_adapter")
 async def load_adapter(body: bodies.LoadAdapterRequest, state: State) -> Response:
-    """Loads a LoRA adapter from a folder on the server's machine; requests select it as their model."""
+    """Loads a LoRA adapter from a folder in --lora-dir, or replaces a loaded one; requests select it as their model."""
     root = _get_lora_dir(state, body.lora_name)
     try:
         folder = (root / body.lora_path).resolve()
         if not (folder.is_relative_to(root) and folder.is_dir()):
-            raise ValueError(f"{body.lora_path!r} is no folder within that of --lora-dir")
+            raise ValueError(f"{body.lora_path!r} is not a folder inside --lora-dir")
         adapter = await asyncio.to_thread(lora.load, folder, state.engine_info.model_config, device="cpu")
     except (ValueError, OSError, SafetensorError) as e:
         raise APIError(400, f"lora_path: {e}", param="lora_path") from e

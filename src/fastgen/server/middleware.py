@@ -173,7 +173,7 @@ def _replay_body(body: bytes, receive: Receive) -> Receive:
 
 
 def _log_request(scope: Scope, entry: dict[str, Any]) -> None:
-    """Logs a request as a line of JSON. Successful GET requests, and all for the health, are not logged."""
+    """Logs a request as a line of JSON. Successful GET requests and all health checks are not logged."""
     status = entry.setdefault("status", 499)
     if scope["method"] == "GET" and (status < 400 or scope["path"].endswith("/health")):
         return

@@ -402,7 +402,7 @@ class ChatRequest(CompletionRequestBase):
         return self.tool_choice or ("auto" if self.tools else "none")
 
     def enforce_tool_calls(self, grammar: str | None) -> None:
-        """Constrains the output to a grammar of tool calls. Raises APIError beside another grammar, also for None."""
+        """Constrains the output to a grammar of tool calls. Raises APIError if the request sets another grammar."""
         if (other := self.resolve_grammar()) is not None:
             problem = f"{other[0]} is the form of all output, and calls have another: leave it out, or tool_choice=none"
             raise APIError(400, problem, param=other[0])

@@ -4,7 +4,7 @@
     json:{"type": "object", ...}    a JSON schema; `json:` alone is any JSON object
     lark:start: "yes" | "no"        a context-free grammar (llguidance's variant of Lark)
 
-A grammar is compiled on trial in another process before it is compiled here (see trial.py).
+A grammar is compiled on trial in another process before it is compiled here (see grammar_compiler.py).
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from jaxtyping import Int32
 from fastgen.config import SamplingParams
 from fastgen.core.extensions import Grammars, Matcher
 from fastgen.extras import install_command
-from fastgen.structured_output.trial import MAX_MASK_SECONDS, compile_grammar, run_with_stack
+from fastgen.structured_output.grammar_compiler import MAX_MASK_SECONDS, compile_grammar, run_with_stack
 from fastgen.structured_output.trial_process import TrialProcess
 from fastgen.text import Tokenizer
 
@@ -94,7 +94,7 @@ class _MemoryReservation:
 class GrammarBackend(Grammars):
     """Compiles grammars for a tokenizer and computes token masks on all cores. Several threads may use it at once.
 
-    A single process tries a grammar (see trial.py) and compiles it. Over several ranks:
+    A single process tries a grammar (see grammar_compiler.py) and compiles it. Over several ranks:
 
     Rank 0 with workers  tries the grammar, makes the workers compile it beside their steps, and compiles it.
     A worker             compiles it without a trial (`skip_trials`): rank 0 has tried every grammar that arrives.

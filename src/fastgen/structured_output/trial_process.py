@@ -1,4 +1,4 @@
-"""The process in which grammars are compiled on trial (see trial.py), as the engine's process uses it."""
+"""The process in which grammars are compiled on trial (see grammar_compiler.py), as the engine's process uses it."""
 
 import json
 import socket
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from fastgen.structured_output import trial
-from fastgen.structured_output.trial import TrialLimits
+from fastgen.structured_output import grammar_compiler
+from fastgen.structured_output.grammar_compiler import TrialLimits
 
 START_TIMEOUT_SECONDS, REPLY_TIMEOUT_SECONDS = 60.0, 60.0
 
@@ -41,7 +41,7 @@ class TrialProcess:
             with theirs:
                 fd = theirs.fileno()
                 # -P keeps the program's folder off the import path.
-                command = [sys.executable, "-P", trial.__file__, str(fd)]
+                command = [sys.executable, "-P", grammar_compiler.__file__, str(fd)]
                 self.process = subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=2)
             self._finalizer = weakref.finalize(self, _terminate, self.process, ours)
             try:

@@ -45,7 +45,7 @@ def score(
     """Returns the natural-log probabilities of each sequence's tokens from index `first` on: one fp32 tensor each.
 
     `first` is one index for all sequences or one for each, at least 1: a prompt's length scores the completion. The
-    probabilities are those of logits / temperature. Sequences are not split; a batch has at most `token_budget` tokens.
+    probabilities are those of logits / temperature. A batch has at most `token_budget` tokens or is one sequence.
 
     Differentiable: the results require gradients if gradients are enabled and a leaf of `params`, or a parameter of the
     model that `params` were adopted from, requires one. `activation_checkpointing` recomputes each layer backward

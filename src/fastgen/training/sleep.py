@@ -43,7 +43,7 @@ class _MemAccessDesc(ctypes.Structure):
 def _driver_call(name: str, *args: Any) -> None:
     status = getattr(ctypes.CDLL("libcuda.so.1"), name)(*args)
     if status == 2:
-        raise torch.OutOfMemoryError(f"the GPU's driver has not enough memory left ({name})")
+        raise torch.OutOfMemoryError(f"the GPU driver does not have enough memory left ({name})")
     if status:
         raise RuntimeError(f"the GPU's driver refused {name}: error {status}")
 
@@ -206,7 +206,7 @@ class EngineMemory:
         except torch.OutOfMemoryError as e:
             error = e
         if not all_reduce_min(int(error is None)):
-            error = error or torch.OutOfMemoryError("wake_up: another rank's device has not enough memory left")
+            error = error or torch.OutOfMemoryError("wake_up: another rank's device does not have enough memory left")
             for name, region in released.items():
                 region.release(keep_contents=name == "params")
         return sum(r.nbytes for r in released.values()), error
