@@ -93,7 +93,7 @@ def select_fused_sampler(config: CompileConfig, device: torch.device) -> FusedSa
 
 
 def select_sample_fn(config: CompileConfig, device: torch.device, ops: ModelOps) -> Callable[..., Any]:
-    """Returns `sampling.sample`, or its batch-invariant form: equal numbers of rows in every call, logprobs by `ops`."""
+    """Returns `sampling.sample`, or its batch-invariant form: equally many rows in every call, logprobs by `ops`."""
     if not config.batch_invariant:
         return sample
     return partial(sample_row_blocks, ops.logprobs, ROW_BLOCK_SIZE if device.type == "cuda" else 1)
