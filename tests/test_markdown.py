@@ -11,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from markdown_pages import ROOT, Reader, count_fences, link_checkout, matches, read_blocks
+from test_imports import MAX_CORE_LINES  # the test there counts them
 
 import fastgen
 from fastgen import lora
@@ -67,6 +68,35 @@ def test_links_of_the_readme() -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", (ROOT / name).read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, link
+
+
+def test_figures_of_the_readme() -> None:
+    """Rates and ratios that the README names are those of the files that it links; core/ is as short as it says."""
+
+    def rate(file: str, engine: str, workload: str, tp: int = 1, model: str = "mistral-7b-instruct-v0.3") -> float:
+        rows = json.loads((ROOT / "benchmarks/results" / file).read_text())
+        return next(
+            row["output_tok_s"]
+            for row in rows
+            if (row["engine"], row["model"], row["workload"], row.get("tp", 1)) == (engine, model, workload, tp)
+        )
+
+    text = (ROOT / "README.md").read_text()
+    ratios = {
+        workload: rate("mistral_gpu.json", "fastgen", workload) / rate("mistral_gpu.json", "vllm", workload)
+        for workload in ("512x1024x16", "512x1024x128", "1x128x256")
+    }
+    cpu = json.loads((ROOT / "benchmarks/results/cpu_throughput.json").read_text())
+    for claim in (
+        "{512x1024x16:.2f} and {512x1024x128:.2f} times as fast".format_map(ratios),
+        "{1x128x256:.2f} times for a single".format_map(ratios),
+        f"{rate('models_gpu.json', 'fastgen', '512x1024x128', tp=2):,.0f} tokens/s on two H200s",
+        f"{rate('models_gpu.json', 'fastgen', '512x1024x128'):,.0f} on one",
+        f"{rate('serve_gpu.json', 'fastgen', '512x1024x128'):,.0f} tokens/s on an H200",
+        f"{cpu['ratio_to_batched']:.2f} times the rate of `transformers` {cpu['transformers'].rpartition('.')[0]}",
+        f"at most {MAX_CORE_LINES:,} lines",
+    ):
+        assert claim in text, claim
 
 
 def test_outputs_are_compared() -> None:
