@@ -32,17 +32,23 @@ COPIES = "repository"  # the folder of the site that has copies of the repositor
 
 
 def _copy_uri(path: str) -> str:
-    """Returns where the site has a file of the repository. Text that is no HTML is shown by browsers as .txt."""
-    return f"{COPIES}/{path}" + (".txt" if path.endswith((".py", ".md", ".ipynb")) else "")
+    """Returns where the site has a copy of a file, or the list of a folder. Browsers show source text as .txt."""
+    is_shown = not path.endswith((".py", ".md", ".ipynb")) and not (ROOT / path).is_dir()
+    return f"{COPIES}/{path.rstrip('/')}" + ("" if is_shown else ".txt")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds a copy of each file of the repository that a page links to. Raises PluginError for a missing file."""
     for page in files.documentation_pages():
         for path in {match[1] for match in OUTSIDE_LINK.finditer(page.content_string)}:
-            if not (ROOT / path).is_file():
-                raise PluginError(f"docs/{page.src_uri} links to ../{path}, which is no file of the repository")
-            if files.get_file_from_path(uri := _copy_uri(path)) is None:
+            if not (ROOT / path).exists():
+                raise PluginError(f"docs/{page.src_uri} links to ../{path}, which the repository does not have")
+            if files.get_file_from_path(uri := _copy_uri(path)) is not None:
+                continue
+            if (ROOT / path).is_dir():
+                names = sorted(x.name for x in (ROOT / path).iterdir() if not x.name.startswith("_"))
+                files.append(File.generated(config, uri, content="\n".join(names)))
+            else:
                 files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
     return files
 
