@@ -34,7 +34,7 @@ ORDER = [
     ["public_api"],
     ["__init__"],
     ["server"],
-    ["cli"],
+    ["cli", "__main__"],
 ]
 MAX_CORE_LINES = 3300
 

@@ -4,7 +4,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm.auto import tqdm
 
@@ -81,15 +81,20 @@ class GenerateMethods:
 
     @exclusive("params", "cache")
     def as_completed(
-        self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"
+        self,
+        prompts: OneOrManyPrompts,
+        sampling: OneOrManySampling = None,
+        *,
+        progress: bool | None = False,
+        on_error: str = "raise",
     ) -> Iterator[tuple[int, Output]]:
         """Returns an iterator over (index of the prompt, output) of one or many prompts, as they finish.
 
-        `on_error`: what to do about prompts that cannot run, as for `generate`.
+        `progress`: whether to show a bar. `on_error`: what to do about prompts that cannot run. Both as for `generate`.
         Leaving the loop early, or an interrupt, aborts what is not finished.
         """
         ids = self.add_many(prompts, sampling, stream_text=False, on_error=on_error)
-        return _outputs_as_completed(ids, EventStream(self, ids))
+        return _outputs_as_completed(ids, EventStream(self, ids), progress)
 
     @exclusive("params", "cache")
     def generate(
@@ -102,7 +107,8 @@ class GenerateMethods:
     ) -> list[Output]:
         """Returns the outputs of one or many prompts in their order. `sampling` is one for all, or one for each.
 
-        `progress` None shows a bar, on a terminal or in a notebook, when it takes longer than two seconds.
+        `progress` None shows a bar, on a terminal or in a notebook, when it takes longer than two seconds: the finished
+        requests, the generated tokens, and the tokens per second.
 
         `on_error` "raise": a prompt that cannot run raises ValueError, which names the prompt and the cause, and none
         of the prompts run. "skip": the others run, and the prompt's Output has the cause in `error` and finish reasons
@@ -110,7 +116,8 @@ class GenerateMethods:
         """
         ids = self.add_many(prompts, sampling, stream_text=False, on_error=on_error)
         with closing(EventStream(self, ids)) as events:
-            return _collect_outputs(ids, events, progress)
+            outputs = dict(_outputs_as_completed(ids, events, progress))
+        return [outputs[i] for i in range(len(ids))]
 
 
 class EventStream(Iterator[Event]):
@@ -213,20 +220,31 @@ def map_prompts(
     return results
 
 
-def _outputs_as_completed(request_ids: Sequence[int], events: Iterable[Event]) -> Iterator[tuple[int, Output]]:
-    """Yields the position in `request_ids` and the output of each request at its last event."""
+class _ProgressBar(tqdm):
+    """Shows the finished requests, and the tokens and tokens/s so far, which move within a long answer too."""
+
+    num_tokens = 0
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        values = super().format_dict
+        rate = self.num_tokens / values["elapsed"] if values["elapsed"] else 0.0
+        return dict(values) | {"num_tokens": f"{self.num_tokens:,}", "token_rate": f"{rate:,.1f}"}
+
+
+def _outputs_as_completed(
+    request_ids: Sequence[int], events: Iterable[Event], progress: bool | None
+) -> Iterator[tuple[int, Output]]:
+    """Yields the position in `request_ids` and the output of each request at its last event, behind a progress bar."""
     index = {id: i for i, id in enumerate(request_ids)}
-    for event in events:
-        if event.output is not None:
-            yield index[event.request_id], event.output
-
-
-def _collect_outputs(request_ids: Sequence[int], events: Iterable[Event], progress: bool | None) -> list[Output]:
-    """Returns the outputs of requests, in the order of their ids, once all have ended."""
-    outputs: dict[int, Output] = {}
+    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} requests [{elapsed}, {num_tokens} tokens, {token_rate} tokens/s]"
     disable = None if progress is None else not progress
-    with tqdm(total=len(request_ids), unit="request", delay=2, leave=False, disable=disable) as bar:
-        for i, output in _outputs_as_completed(request_ids, events):
-            outputs[i] = output
-            bar.update()
-    return [outputs[i] for i in range(len(request_ids))]
+    # With miniters=0, every token may redraw the bar, which happens ten times a second at most.
+    with _ProgressBar(
+        total=len(request_ids), delay=2, miniters=0, leave=False, disable=disable, bar_format=bar_format
+    ) as bar:
+        for event in events:
+            bar.num_tokens += len(event.token_ids)
+            bar.update(event.output is not None)
+            if event.output is not None:
+                yield index[event.request_id], event.output

@@ -21,6 +21,7 @@ import pytest
 import fastgen
 from fastgen import Completion, Engine, Output
 from fastgen.cli import chat, prompt_files, run, serve
+from fastgen.cli import fgrun as script
 from fastgen.cli.bench import benchmark
 from fastgen.cli.hydra_config import to_hydra_arguments
 from fastgen.cli.prompt_files import read_prompts
@@ -39,7 +40,7 @@ def fgrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fgrun", *arguments])
         try:
-            code = run.main()
+            code = script.main()
         except SystemExit as e:
             code = e.code
         return code, *capsys.readouterr()
@@ -283,7 +284,7 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def close(self) -> None: ...
 
-        def as_completed(self, prompts: list, sampling: SamplingParams) -> Iterator[tuple[int, Output]]:
+        def as_completed(self, prompts: list, *_: Any, **__: Any) -> Iterator[tuple[int, Output]]:
             received.extend(prompts)
             outputs = [(i, Output(i, [1], [Completion([2], f"answer {i}")])) for i in range(len(prompts))]
             return reversed(outputs)
@@ -340,7 +341,7 @@ def test_full_error(fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ("task", "error", "status"),
     [
         ("generate", KeyboardInterrupt, 130),
-        ("generate", run.Terminated, 143),
+        ("generate", script.Terminated, 143),
         ("generate", BrokenPipeError, 141),
         ("stream", KeyboardInterrupt, 130),
     ],
@@ -348,10 +349,10 @@ def test_full_error(fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interrupts(
     task: str, error: type[BaseException], status: int, fgrun: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Finished outputs are printed, saved and counted. The exit status is that of the signal."""
+    """Finished outputs are printed and saved. One line counts them, or none if nobody reads the output any more."""
     original, dup2 = getattr(Engine, method := {"generate": "as_completed"}.get(task, task)), list[tuple[int, int]]()
 
-    def interrupted(self: Engine, prompts: list, sampling: list) -> Iterator[Any]:
+    def interrupted(self: Engine, prompts: list, sampling: SamplingParams, **_: Any) -> Iterator[Any]:
         settings = [replace(sampling, max_tokens=4 if i == 1 else 9) for i in range(len(prompts))]
         for item in original(self, prompts, settings):
             yield item
@@ -363,7 +364,9 @@ def test_interrupts(
     monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
     code, out, err = fgrun(*TINY, "prompt=[[1,2,3],[4,5],[6]]", f"task={task}", "out=o.jsonl")
     assert code == status and "[1.0] " in out
-    assert f"fgrun: ended early: 1 of 3 requests had finished; they are in {tmp_path}/o.jsonl\n" in err
+    how = {130: "interrupted", 143: "terminated"}.get(status)
+    message = f"fgrun: {how}: 1 of 3 requests had finished; they are in {tmp_path}/o.jsonl\n"
+    assert err == (message if how else "")
     assert [json.loads(line)["prompt"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == [[4, 5]]
     assert bool(dup2) == (error is BrokenPipeError)
 
@@ -417,14 +420,14 @@ def test_version(fgrun: Run, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_scripts_start_quietly() -> None:
-    """Ctrl-C while torch is imported ends a tool without a traceback."""
-    script = "import sys, fastgen.cli.scripts as s; print(flush=True); s.fgrun()"
+    """Ctrl-C while torch is imported ends a tool with one line."""
+    script = "import sys, fastgen.cli.scripts as s; print(flush=True); s.fgchat()"
     tool = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert tool.stdout and tool.stdout.readline()
     while b"torch" not in Path(f"/proc/{tool.pid}/maps").read_bytes():  # until torch's libraries are being loaded
         assert tool.poll() is None
     tool.send_signal(signal.SIGINT)
-    assert tool.communicate() == (b"", b"") and tool.returncode in (-signal.SIGINT, 130)
+    assert tool.communicate() == (b"", b"fgchat: interrupted\n") and tool.returncode == 130
 
 
 def test_help(fgrun: Run) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgen
 from fastgen import SamplingParams
-from fastgen.cli import run
+from fastgen.cli import fgrun as script
 from fastgen.config import GrpoConfig
 from fastgen.training import grpo
 from fastgen.training.grpo import StepMetrics, Trainer, train
@@ -259,7 +259,7 @@ def test_fgrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def fgrun(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fgrun", *TINY, *arguments])
         try:
-            code = run.main()
+            code = script.main()
         except SystemExit as e:
             code = int(str(e.code))
         return code, *capsys.readouterr()

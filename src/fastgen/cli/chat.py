@@ -26,10 +26,17 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch.utils._pytree import tree_leaves
 
-import fastgen
 from fastgen import Engine, SamplingParams
 from fastgen.checkpoint import hub, tokenizer
-from fastgen.cli.hydra_config import HYDRA_ERRORS, RunConfig, compose, model_override, reject_fgrun_keys
+from fastgen.cli.console import ends_quietly, make_parser
+from fastgen.cli.hydra_config import (
+    HYDRA_ERRORS,
+    RunConfig,
+    compose,
+    model_override,
+    parse_arguments,
+    reject_fgrun_keys,
+)
 from fastgen.cli.run import build_engine
 from fastgen.config import unknown_name_message
 from fastgen.conversation import Conversation, ConversationTooLong, check_can_chat
@@ -274,23 +281,21 @@ def _open_history() -> History:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("fgchat", description=__doc__, epilog=EPILOG, formatter_class=formatter)
-    p.add_argument("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
-    p.add_argument("words", nargs="*", metavar="MODEL KEY=VALUE", help="a folder, hub id, .gguf or .safetensors file, "
-                   "or name in conf/model (default: a small model), and settings")  # fmt: skip
-    p.add_argument("--tensor-parallel", type=int, metavar="N", help="number of GPUs to shard the model over")
-    p.add_argument("--system", metavar="TEXT", help="the system prompt")
-    p.add_argument("-p", "--prompt", metavar="TEXT", help="answer this message and exit")
+    p = make_parser("fgchat", "fgchat chats with a model in the terminal, or answers one message.", EPILOG)
+    gpus = "Number of GPUs that the model is sharded over, as parallel.tensor_parallel=N."
+    p.add_argument("--tensor-parallel", type=int, metavar="N", help=gpus)
+    p.add_argument("--system", metavar="TEXT", help="The system prompt.")
+    p.add_argument("-p", "--prompt", metavar="TEXT", help="Answer this message and exit.")
     return p
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    return parse_arguments(_make_parser(), argv, text_options=("-p", "--prompt", "--system"))
 
 
 def _compose_config(args: argparse.Namespace) -> RunConfig:
     """Composes the model and settings. Raises ValueError for settings that fgrun refuses, and for those of its task."""
-    overrides = [w for w in args.words if ("=" in w or w.startswith("~")) and not Path(w).expanduser().exists()]
-    models = [w for w in args.words if w not in overrides]
-    if len(models) > 1:
-        raise ValueError(f"expected one model, got {' and '.join(models)}; settings are KEY=VALUE")
+    overrides, models = [*args.overrides], [] if args.model is None else [args.model]
     reject_fgrun_keys(overrides, "is a setting of fgrun; type or pipe messages, or use -p")
     defaults = [model_override(m) for m in models]
     for group, choice in (("sampling", "chat"), ("schedule", "latency")):
@@ -316,14 +321,17 @@ def _answer_once(conversation: Conversation, message: str) -> int:
     """Answers one message: the text goes to stdout, its statistics to stderr. Returns the exit status."""
     clean = _replace_control_characters if sys.stdout.isatty() else str
     stopped = stream_answer(conversation, message, lambda text: print(clean(text), end="", flush=True))
-    if conversation.turns:
-        print(" ".join(filter(None, format_stats(conversation))), file=sys.stderr)
-    return 130 if stopped else 0
+    stats = " ".join(filter(None, format_stats(conversation))) if conversation.turns else "before the first token"
+    if stopped:
+        raise KeyboardInterrupt(stats)
+    print(stats, file=sys.stderr)
+    return 0
 
 
+@ends_quietly("fgchat")
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script. Returns the exit status: 2 for a wrong command, 1 for a chat that failed."""
-    args = _make_parser().parse_intermixed_args(argv)
+    args = _parse(argv)
     try:
         config = _compose_config(args)
         message = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read().strip()
@@ -339,11 +347,8 @@ def main(argv: list[str] | None = None) -> int:
             console = Console(highlight=False, markup=False, emoji=False)
             console.print(f"{name}: {placement}, a context of {conversation.max_length} tokens", style="dim")
             TerminalChat(conversation, console).run()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as behind `head` or a pager that was quit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         print(f"fgchat: {e}", file=sys.stderr)
         return 2 if isinstance(e.__cause__, HYDRA_ERRORS) else 1

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from fastgen.cli.prompt_files import FORMATS
+from fastgen.cli.settings_help import format_settings
 from fastgen.config import (
     ENGINE_HINTS,
     SAMPLING_HINTS,
@@ -30,6 +31,9 @@ from fastgen.config import (
     LoadConfig,
     SamplingParams,
     check_choice,
+    check_settings,
+    described,
+    setting,
     unknown_name_message,
 )
 
@@ -44,20 +48,23 @@ HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Task of `fgrun`. `prompts` and `format` name a prompt file; `steps` and `trace` configure `profile`."""
+    """What fgrun does with the prompts, and where they are."""
 
-    name: str = "generate"
-    prompts: str | None = None  # path, or - for standard input; grpo samples its prompts from grpo.problem instead
-    format: str | None = None  # one of prompt_files.FORMATS; None: by the suffix
-    steps: int = 8  # recorded steps, after two that are skipped
-    trace: str | None = None  # .json or .json.gz file; None: a new file in the working directory
+    name: str = setting(
+        "generate", "What to do: print texts when done, stream them, profile some steps, or train.", options=TASKS
+    )
+    prompts: str | None = setting(
+        None, "File of prompts (.txt .jsonl .json .csv .tsv .parquet, also .gz) in place of prompt; - is stdin."
+    )
+    format: str | None = setting(None, "Format of the file of prompts; None: by its suffix.", options=FORMATS)
+    steps: int = setting(8, "Number of steps that task=profile records, after two that it skips.", 1)
+    trace: str | None = setting(
+        None, "Trace file (.json or .json.gz) that task=profile writes; None: a new file in the working directory."
+    )
 
     def __post_init__(self) -> None:
-        check_choice("task.name", self.name, TASKS)
-        if self.format is not None:
-            check_choice("task.format", self.format, FORMATS)
-        if self.steps < 1:
-            raise ValueError(f"task.steps must be at least 1, got {self.steps}")
+        check_choice("task.name", self.name, TASKS)  # suggests the nearest name
+        check_settings(self, "task")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +75,15 @@ class RunConfig(EngineConfig):
     sampling: SamplingParams = field(default_factory=SamplingParams)
     task: Task = field(default_factory=Task)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
-    prompt: Any = None
-    chat: bool = True
-    out: str | None = None
+    prompt: Any = described(
+        "Prompt: a text, token ids [1,2,3], chat messages [{role: user, content: hi}], or a list of those.", None
+    )
+    chat: bool = described(
+        "Whether a text is a user message, rendered by the chat template, if the model has one.", True
+    )
+    out: str | None = described(
+        "File that receives a line of JSON for each prompt; - prints these lines in place of the texts.", None
+    )
 
 
 def _build_key_aliases() -> dict[str, str]:
@@ -88,6 +101,11 @@ def conf_dir() -> Path:
     return next(d for d in (package / "conf", package.parents[1] / "conf") if (d / "config.yaml").is_file())
 
 
+def _format_composed_settings(*, _root_: DictConfig) -> str:
+    """Returns the settings for the template of `fgrun --help`, in which a dollar sign must be doubled."""
+    return format_settings(RunConfig, OmegaConf.to_container(_root_)).replace("$", "$$")  # type: ignore[arg-type]
+
+
 def _register_schema() -> None:
     schema = OmegaConf.structured(RunConfig)
     for node in (schema, *(v for v in schema.values() if isinstance(v, DictConfig))):
@@ -95,6 +113,7 @@ def _register_schema() -> None:
     for mapping in (schema.sampling.logit_bias, schema.model.adapters):  # mappings whose keys are free
         OmegaConf.set_struct(mapping, False)
     ConfigStore.instance().store("schema", schema)
+    OmegaConf.register_new_resolver("fastgen.settings", _format_composed_settings, replace=True)
     OmegaConf.register_new_resolver("fastgen.conf", lambda path: str(conf_dir() / path), replace=True)
 
 
@@ -130,18 +149,29 @@ def model_override(model: str) -> str:
 def parse_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, text_options: Sequence[str] = ()
 ) -> argparse.Namespace:
-    """Parses a command line (None: sys.argv) in which settings may stand anywhere, even after an option.
+    """Parses a command line (None: sys.argv) of `console.make_parser`; settings may stand anywhere, even after options.
 
-    Appends the KEY=VALUE words to the namespace's `overrides`, except for the values of `text_options`.
+    The namespace's `overrides` are the KEY=VALUE words, except for the values of `text_options`; its `model` is the
+    model of MODEL, `--model MODEL` or `model=MODEL`. More than one model is an error.
     """
     words = sys.argv[1:] if arguments is None else arguments
     is_override = [
-        option not in text_options and bool(re.match(r"[+~]{0,2}[\w.]+=", word))
-        for option, word in zip(["", *words], words, strict=False)
+        option not in text_options and _is_override(word) for option, word in zip(["", *words], words, strict=False)
     ]
     args = parser.parse_intermixed_args([w for w, override in zip(words, is_override, strict=True) if not override])
-    args.overrides += compress(words, is_override)
+    overrides = list(compress(words, is_override))
+    models = [*([] if args.model is None else [args.model]), *args.overrides, *args.models]
+    models += [o.removeprefix("model=") for o in overrides if o.startswith("model=")]
+    if len(models) > 1:
+        parser.error(f"expected one model, got {' and '.join(models)}; settings are KEY=VALUE")
+    args.model = models[0] if models else None
+    args.overrides = [o for o in overrides if not o.startswith("model=")]
     return args
+
+
+def _is_override(word: str) -> bool:
+    """Returns whether a word of a command line is a setting, as in key=value or ~key, and not an existing file."""
+    return bool(re.match(r"[+~]{0,2}[\w./@]+=|~\w[\w/@.]*$", word)) and not Path(word).exists()
 
 
 def reject_fgrun_keys(overrides: Iterable[str], reason: str, *more_keys: str) -> None:
@@ -204,13 +234,18 @@ def _to_hydra_list(text: str) -> str:
 def to_hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """Converts a command line to Hydra's: flags are kept, overrides are quoted, and a bare text becomes the prompt.
 
-    Arguments after `--` are bare texts; so are arguments that begin with a dash but are no flags. Raises ValueError for
-    more than one bare text, which usually means that quotes are missing.
+    Arguments after `--` are bare texts; so are arguments that begin with a dash but are no flags. `--model MODEL` is
+    `model=MODEL`. Raises ValueError for more than one bare text, which usually means that quotes are missing.
     """
     result = list[str]()
     end = arguments.index("--") if "--" in arguments else len(arguments)
     bare = [*arguments[end + 1 :]]
     for previous, argument in zip(["", *arguments], arguments[:end], strict=False):
+        if previous == "--model" or argument.startswith("--model="):
+            result.append(quote_override(f"model={argument.removeprefix('--model=')}"))
+            continue
+        if argument == "--model":
+            continue
         is_flag = re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", argument, re.DOTALL)
         if is_flag or previous in FLAGS_WITH_VALUE or re.fullmatch(r"~\w[\w/@.]*", argument):
             result.append(argument)
@@ -218,9 +253,19 @@ def to_hydra_arguments(arguments: Sequence[str]) -> list[str]:
             result.append(quote_override(argument))
         else:
             bare.append(argument)
+    if arguments[end - 1 : end] == ["--model"]:
+        raise ValueError("--model: which model? --model MODEL")
     if len(bare) > 1:
+        if models := [text for text in bare if _looks_like_model(text)]:
+            raise ValueError(f"expected one prompt, got {len(bare)}; to choose the model, write model={models[0]}")
         raise ValueError(f'expected one prompt, got {len(bare)}: put the text in quotes, "{" ".join(bare)}"')
     return result + [quote_override(f"prompt={text}") for text in bare]
+
+
+def _looks_like_model(text: str) -> bool:
+    """Returns whether a bare text is a path, a hub id or a name in conf/model rather than a prompt."""
+    is_name = bool(re.fullmatch(r"[\w.-]+", text)) and (conf_dir() / "model" / f"{text}.yaml").is_file()
+    return is_name or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text)) or (len(text) < 256 and Path(text).exists())
 
 
 def _unknown_key_message(key: str) -> str:

@@ -1,4 +1,4 @@
-"""`fgrun`: generates text from the command line, configured by Hydra. `fgrun --help` shows examples.
+"""Runs what fgrun's configuration says: builds the engine, reads the prompts, and prints and saves the outputs.
 
 Notebooks and scripts can use the same configuration:
 
@@ -10,33 +10,22 @@ Notebooks and scripts can use the same configuration:
 """
 
 import json
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from tqdm.auto import tqdm
-
-import fastgen
 from fastgen import Engine, EngineConfig, Output, Replicas
-from fastgen.cli import hydra_config
-from fastgen.cli.hydra_config import HYDRA_ERRORS, RunConfig, compose, conf_dir
+from fastgen.cli.hydra_config import RunConfig, compose
 from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
 from fastgen.profiling.profiler import profile_on_signal
 from fastgen.text.tokenizer import Prompt, is_single_prompt
 from fastgen.training.grpo import Trainer, train
 from fastgen.training.problems import load_problem
 
-__all__ = ["compose", "build_engine", "build_engines", "main", "run"]
+__all__ = ["compose", "build_engine", "build_engines", "run"]
 
 
 class PromptRun:
@@ -53,10 +42,8 @@ class PromptRun:
 
     def generate(self) -> None:
         """Generates behind a progress bar."""
-        with tqdm(total=len(self.prompts), unit="request", delay=2, leave=False, disable=None) as bar:
-            for i, output in self.engine.as_completed(self.requests, self.sampling):
-                self.outputs[i] = output
-                bar.update()
+        for i, output in self.engine.as_completed(self.requests, self.sampling, progress=None):
+            self.outputs[i] = output
 
     def stream(self) -> None:
         """Prints tokens as they are sampled. A line has the tokens of one completion; completions take turns."""
@@ -142,7 +129,7 @@ def run(config: RunConfig, folder: Path = Path()) -> list[Output]:
 
     `config.out`, relative to `folder`, receives a JSON line for each prompt; with `-`, stdout receives the JSON lines
     instead of the texts. If the task ends early, by an interrupt or an error, the outputs that have finished are
-    printed and saved before the exception is raised.
+    printed and saved before the exception is raised; a KeyboardInterrupt then says how many these are.
     """
     if config.task.name == "grpo":
         grpo(config, folder)
@@ -181,73 +168,14 @@ def run(config: RunConfig, folder: Path = Path()) -> list[Output]:
     outputs = [output for _, output in sorted(prompt_run.outputs.items())]
     if failure is not None:
         saved = f"; they are in {out}" if out and outputs else ""
-        print(f"fgrun: ended early: {len(outputs)} of {len(prompts)} requests had finished{saved}", file=sys.stderr)
+        ended_early = f"{len(outputs)} of {len(prompts)} requests had finished{saved}"
+        if isinstance(failure, KeyboardInterrupt):
+            failure.args = (ended_early,)
+        elif not isinstance(failure, BrokenPipeError):
+            print(f"fgrun: ended early: {ended_early}", file=sys.stderr)
+        raise failure
     num_prompt = sum(len(o.prompt_token_ids) for o in outputs)
     num_output = sum(len(c.token_ids) for o in outputs for c in o.completions)
     rate = f"{seconds:.2f} s, {num_output / seconds:.1f} tokens/s"
     print(f"{num_prompt} prompt tokens, {num_output} output tokens, {rate}", file=sys.stderr, flush=True)
-    if failure is not None:
-        raise failure
     return outputs
-
-
-class Terminated(KeyboardInterrupt):
-    """Raised at SIGTERM, which ends a run as Ctrl-C does."""
-
-
-def _on_sigterm(*_: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
-    raise Terminated
-
-
-def _report_error(e: Exception) -> int:
-    """Prints an error that the user can fix. Returns the exit status: 2 for Hydra's errors, 1 for all others."""
-    is_hydra = isinstance(e, HYDRA_ERRORS)
-    print(f"fgrun: {hydra_config.explain_error(e) if is_hydra else e}", file=sys.stderr)
-    return 2 if is_hydra else 1
-
-
-def _handle_closed_stdout() -> int:
-    """Returns the exit status for a closed stdout, as behind `head` or a pager that was quit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at exit would fail again
-    return 128 + signal.SIGPIPE
-
-
-def main() -> int:
-    """Runs the console script. HYDRA_FULL_ERROR=1 shows tracebacks."""
-    full_error = os.environ.get("HYDRA_FULL_ERROR")
-
-    def job(cfg: DictConfig) -> None:
-        settings = HydraConfig.get()
-        if settings.mode == RunMode.MULTIRUN:
-            print(f"# {settings.job.override_dirname}", flush=True)
-        try:
-            run(hydra_config.to_dataclass(cfg), Path(settings.runtime.output_dir))
-        except BrokenPipeError:
-            sys.exit(_handle_closed_stdout())
-        except (ValueError, OSError) as e:
-            if full_error == "1":
-                raise
-            sys.exit(_report_error(e))  # Hydra would print lines of its own for an exception
-
-    if "--version" in sys.argv[1:]:
-        print(f"fgrun {fastgen.__version__}")
-        return 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _on_sigterm)
-    try:
-        sys.argv[1:] = hydra_config.to_hydra_arguments(sys.argv[1:])
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
-        sys.stdout.flush()
-    except KeyboardInterrupt as e:
-        return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
-    except BrokenPipeError:
-        return _handle_closed_stdout()
-    except (*HYDRA_ERRORS, ValueError, OSError) as e:
-        if full_error == "1":
-            raise
-        return _report_error(e)
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR") if full_error is None else os.environ.update(HYDRA_FULL_ERROR=full_error)
-    return 0

@@ -14,10 +14,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-import fastgen
 from fastgen import Engine, Replicas, lora
 from fastgen.checkpoint import hub
 from fastgen.cli import run
+from fastgen.cli.console import ends_quietly, make_parser
 from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_arguments, reject_fgrun_keys
 from fastgen.extras import install_command
 from fastgen.server.log import nonblocking_stderr, print_message
@@ -26,8 +26,7 @@ from fastgen.server.supervisor import Supervisor, listen, temporary_folder
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "zmq", "prometheus_client")
 FREE_TEXT_OPTIONS = ("--lora", "--api-key", "--served-model-name")  # options whose value may look like a setting
 EPILOG = """
-MODEL is a folder, a hub id, a .safetensors or .gguf file, or a name of conf/model; without one, the default model.
-Settings are KEY=VALUE as for fgrun (fgrun --help lists them). docs/serving.md has the endpoints and their parameters.
+Without MODEL, fgserve serves the small default model. docs/serving.md describes the endpoints and their parameters.
 
 examples:
   fgserve
@@ -52,37 +51,47 @@ def _option_type(convert: Callable[[str], Any], is_valid: Callable[[Any], Any], 
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    form, description = argparse.RawDescriptionHelpFormatter, "An OpenAI-compatible server."
-    p = argparse.ArgumentParser("fgserve", description=description, epilog=EPILOG, formatter_class=form)
+    p = make_parser("fgserve", "fgserve serves a model over HTTP with OpenAI's API.", EPILOG)
     add = p.add_argument
     count = _option_type(int, lambda n: n >= 1, "a whole number of at least 1")
     port = _option_type(int, lambda n: 0 <= n <= 65535, "a port between 0 and 65535")
     seconds = _option_type(float, lambda s: 0 <= s < math.inf, "a number of at least 0")
     is_host = re.compile(r"[\w.-]+", re.ASCII).fullmatch
     host = _option_type(str, is_host, "a name without port or path, such as example.org")
-    add("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
-    add("model", nargs="?", metavar="MODEL")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
-    add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: all addresses (%(default)s)")
-    add("--port", type=port, default=5678, help="the port; 0: any free port (%(default)s)")
-    add("--workers", type=count, default=1, metavar="N", help="number of HTTP processes (%(default)s)")
-    add("--tensor-parallel", type=count, metavar="N", help="number of GPUs per engine: parallel.tensor_parallel=N")
-    add("--replicas", type=count, metavar="N", help="number of engines: parallel.replicas=N")
+    add("--host", default="127.0.0.1", help="The address to listen on; 0.0.0.0 is all addresses. Default: %(default)s.")
+    add("--port", type=port, default=5678, help="The port to listen on; 0 is any free port. Default: %(default)s.")
+    add("--workers", type=count, default=1, metavar="N", help="Number of HTTP processes. Default: %(default)s.")
+    add(
+        "--tensor-parallel",
+        type=count,
+        metavar="N",
+        help="Number of GPUs of one engine, as parallel.tensor_parallel=N.",
+    )
+    add("--replicas", type=count, metavar="N", help="Number of engines, as parallel.replicas=N.")
     repeated: dict[str, Any] = {"action": "append", "default": []}
-    add("--api-key", **repeated, metavar="KEY", help="accepted key; may be repeated; also read from FGSERVE_API_KEY")
-    add("--served-model-name", **repeated, metavar="NAME", help="name for clients; may be repeated (the model's own)")
-    add("--strict-model", action="store_true", help="refuse requests that name another model")
-    hosts = "name that clients, and web pages, may address the server by, besides this machine's own; may be repeated"
+    keys = "A key that requests may have; without one, no key is needed. May be repeated, and set as FGSERVE_API_KEY."
+    add("--api-key", **repeated, metavar="KEY", help=keys)
+    names = "A name of the model for clients. May be repeated. Default: the model's own."
+    add("--served-model-name", **repeated, metavar="NAME", help=names)
+    add("--strict-model", action="store_true", help="Refuse requests that name another model.")
+    hosts = "A name by which clients and web pages may address the server, besides this machine's own. May be repeated."
     add("--allowed-host", **repeated, type=host, metavar="NAME", help=hosts)
-    add("--lora", **repeated, metavar="NAME=PATH", help="LoRA adapter, chosen by model name; may be repeated")
-    add("--grace", type=seconds, default=30, metavar="S", help="seconds to finish after SIGTERM (%(default)s)")
-    queue = "completions that may run or wait at a time (four times max_num_seqs)"
+    add(
+        "--lora",
+        **repeated,
+        metavar="NAME=PATH",
+        help="A LoRA adapter that requests may name as their model. Repeatable.",
+    )
+    grace = "Seconds that running requests have to finish after Ctrl-C or SIGTERM. Default: %(default)s."
+    add("--grace", type=seconds, default=30, metavar="SECONDS", help=grace)
+    queue = "Number of completions that may run or wait at a time. Default: four times max_num_seqs."
     add("--max-queue", type=count, metavar="N", help=queue)
-    tools = "format of the model's tool calls (detected from its chat template)"
+    tools = "Format of the model's tool calls. Default: that of its chat template."
     add("--tool-parser", choices=("llama", "mistral", "hermes"), help=tools)
-    add("--max-body", type=count, default=16 * 2**20, metavar="BYTES", help="limit of a request's body (%(default)s)")
-    add("--lora-dir", metavar="FOLDER", help="where POST /load_lora_adapter may load from (nowhere)")
-    add("--profile-dir", metavar="FOLDER", help="where POST /profile may write traces (nowhere)")
+    body = "Largest body of a request, in bytes. Default: %(default)s, which is 16 MiB."
+    add("--max-body", type=count, default=16 * 2**20, metavar="BYTES", help=body)
+    add("--lora-dir", metavar="FOLDER", help="Folder from which POST /load_lora_adapter may load. Default: none.")
+    add("--profile-dir", metavar="FOLDER", help="Folder to which POST /profile may write traces. Default: none.")
     return p
 
 
@@ -148,6 +157,7 @@ def load_engine(config: RunConfig) -> tuple[Engine | Replicas, str]:
     return engine, str(path)
 
 
+@ends_quietly("fgserve")
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script; returns the exit status: 2 for a wrong command, 1 for a server that failed."""
     args = parse_arguments(_make_parser(), argv, FREE_TEXT_OPTIONS)

@@ -320,8 +320,7 @@ def train(
         trainer.save(checkpoint)
     plot_runs({f"seed {trainer.seed}": rows}, folder / "curve.png")
     if trainer.num_steps_done < s.steps:
-        print(f"step {trainer.num_steps_done} of {s.steps} is saved; grpo.resume=true continues", file=sys.stderr)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"step {trainer.num_steps_done} of {s.steps} is saved; grpo.resume=true continues")
     if s.export:
         save(folder / "model", trainer.engine.model_config, trainer.engine.params)
         if trainer.engine.tokenizer is not None:

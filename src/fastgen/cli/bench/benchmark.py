@@ -19,12 +19,12 @@ import torch
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-import fastgen
 from fastgen import Engine, EngineConfig, Replicas, SamplingParams, lora
 from fastgen.checkpoint import files, hub, weights
 from fastgen.cli.bench import hardware
 from fastgen.cli.bench.results import Row, format_table, merge_rows, parse_peer_log, plot_rows, read_rows
 from fastgen.cli.bench.workload import Workload
+from fastgen.cli.console import ends_quietly, make_parser
 from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_arguments, reject_fgrun_keys
 from fastgen.cli.prompt_files import check_output
 from fastgen.cli.run import build_engines
@@ -36,7 +36,6 @@ progress_bar = partial(tqdm, delay=2, leave=False, disable=None)  # None: shown 
 EPILOG = """
 workloads: NxPROMPTxOUTPUT[xSAMPLES] is N requests with PROMPT random prompt tokens each. Every request generates
   exactly OUTPUT tokens for each of SAMPLES completions (default: 1). Each repeat uses new prompts.
-settings: KEY=VALUE, as for fgrun (fgrun --help lists them). The group may be left out: token_budget=4096.
 rows: a new row replaces the row of the same engine, model, workload, hardware and number of devices. Lines of
   --peer-log read 'vllm MODEL tp1 512x1024x128 rep0: 16.3s 4026 out tok/s'.
 limit: the roofline limit, the highest throughput that the machine allows. fastgen/profiling/roofline.py has the
@@ -184,27 +183,32 @@ def _common_fields(started: StartedEngine, workload: str) -> Row:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("fgbench", description=__doc__, epilog=EPILOG, formatter_class=formatter)
-    p.add_argument("--version", action="version", version=f"%(prog)s {fastgen.__version__}")
-    p.add_argument("model", nargs="?", help="config.json, checkpoint file or folder, hub id, or a name in conf/model")
-    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for fgrun")
-    p.add_argument("--workload", nargs="+", default=[], metavar="NxPROMPTxOUTPUT", help="workloads, run in this order")
-    p.add_argument("--outputs", metavar="16,64,…", help="run each workload with each of these output lengths")
-    shared_prefix = "tokens that all prompts begin with (0)"
-    p.add_argument("--shared-prefix", type=int, default=0, metavar="TOKENS", help=shared_prefix)
-    p.add_argument("--weights", action="store_true", help="load the model's weights (default: random weights)")
-    p.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each workload, for the median (3)")
-    p.add_argument("--warm-up", type=float, metavar="SECONDS", help="duration of the warm-up (one run, at most 30 s)")
-    p.add_argument("--temperature", type=float, default=0.7, metavar="T", help="sampling temperature (0.7)")
-    p.add_argument("--latency", action="store_true", help="run each workload once more for percentiles of the latency")
-    p.add_argument("--start-up", action="store_true", help="add a row with the time from process start to first token")
-    p.add_argument("--out", type=Path, metavar="FILE", help="JSON file that is created or updated with the rows")
-    p.add_argument("--peer", type=Path, nargs="+", default=[], metavar="FILE", help="more rows for the table and plot")
-    p.add_argument("--peer-log", type=Path, metavar="FILE", help="log of another engine, added as rows (see below)")
-    p.add_argument("--peer-version", default="unknown", metavar="TEXT", help="version of the engine of --peer-log")
-    p.add_argument("--hardware", metavar="NAME", help="hardware of --peer-log (that of the other rows)")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="plot output tokens/s over the output length")
+    description = (
+        "fgbench measures throughput and latency, and compares them with the machine's limit and with other engines."
+    )
+    p = make_parser("fgbench", description, EPILOG)
+    add = p.add_argument
+    workload = "Workloads to run, in this order; see below."
+    add("--workload", nargs="+", default=[], metavar="NxPROMPTxOUTPUT", help=workload)
+    add("--outputs", metavar="16,64,…", help="Run each workload with each of these output lengths, in tokens.")
+    shared_prefix = "Number of tokens that all prompts begin with. Default: %(default)s."
+    add("--shared-prefix", type=int, default=0, metavar="TOKENS", help=shared_prefix)
+    add("--weights", action="store_true", help="Load the model's weights. Default: random weights of the same shapes.")
+    repeats = "Number of runs of each workload, of which the median is reported. Default: %(default)s."
+    add("--repeats", type=int, default=3, metavar="N", help=repeats)
+    warm_up = "Duration of the warm-up in seconds. Default: one run of the first workload, of at most 30 s."
+    add("--warm-up", type=float, metavar="SECONDS", help=warm_up)
+    add("--temperature", type=float, default=0.7, metavar="T", help="Sampling temperature. Default: %(default)s.")
+    latency = "Run each workload once more, for percentiles of the time to first token and between tokens, in ms."
+    add("--latency", action="store_true", help=latency)
+    start_up = "Add a row with the seconds from the start of the process to the first token."
+    add("--start-up", action="store_true", help=start_up)
+    add("--out", type=Path, metavar="FILE", help="JSON file that is created or updated with the rows.")
+    add("--peer", type=Path, nargs="+", default=[], metavar="FILE", help="Files with more rows for the table and plot.")
+    add("--peer-log", type=Path, metavar="FILE", help="Log of another engine, whose results become rows; see below.")
+    add("--peer-version", default="unknown", metavar="TEXT", help="Version of the engine of --peer-log.")
+    add("--hardware", metavar="NAME", help="Hardware of --peer-log. Default: that of the other rows.")
+    add("--plot", type=Path, metavar="FILE", help="Image of the output tokens/s over the output length.")
     return p
 
 
@@ -259,10 +263,11 @@ def run_benchmarks(
         add_rows(*parse_peer_log(args.peer_log, args.peer_version, *names))
 
 
+@ends_quietly("fgbench")
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script. Returns the exit status: 2 for a wrong command, 1 for a run that failed."""
     args = parse_arguments(_make_parser(), argv)
-    rows, peer_rows, status = list[Row](), list[Row](), 2
+    rows, peer_rows, status, interrupt = list[Row](), list[Row](), 2, None
     try:
         workloads = _parse_workloads(args)
         if args.repeats < 1:
@@ -284,8 +289,8 @@ def main(argv: list[str] | None = None) -> int:
         status = 1
         run_benchmarks(args, workloads, config, rows)
         status = 0
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as e:
+        interrupt = e
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         print(f"fgbench: {e}", file=sys.stderr)
     shown = merge_rows(peer_rows, rows)
@@ -293,4 +298,6 @@ def main(argv: list[str] | None = None) -> int:
         print(format_table(shown), flush=True)
     if shown and args.plot and not status:
         plot_rows(shown, args.plot)
+    if interrupt is not None:
+        raise interrupt
     return status
