@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
@@ -216,6 +217,21 @@ def _to_tuple(owner: str, name: str, value: Any, what: str) -> tuple[Any, ...]:
     return tuple(map(_to_python_scalar, value))
 
 
+def _to_grammar(grammar: Any) -> str | None:
+    """Converts a JSON schema or a pydantic model class to "json:…". Raises ValueError for other values than texts."""
+    if isinstance(schema := getattr(grammar, "model_json_schema", None), Callable) and isinstance(grammar, type):
+        grammar = schema()
+    if isinstance(grammar, Mapping):
+        try:
+            return "json:" + json.dumps(grammar)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise ValueError(f"SamplingParams.grammar: the schema is not JSON: {e}") from e
+    if grammar is not None and not isinstance(grammar, str):
+        expected = "a text (regex:…, json:… or lark:…), a JSON schema as a dict, or a pydantic model class"
+        raise ValueError(f"SamplingParams.grammar must be {expected}, got {grammar!r:.80}")
+    return grammar
+
+
 def _explain_unknown_names(cls: type[T]) -> type[T]:
     """Makes the constructor of SamplingParams raise ValueError, with a hint, for keywords that are not fields."""
     init, signature = cls.__init__, inspect.signature(cls)
@@ -299,7 +315,19 @@ class SamplingParams:
         "Whether logprobs are of the model's own distribution (raw) or of the one that was sampled from (processed).",
         options=("raw", "processed"),
     )
-    grammar: str | None = setting(None, "Grammar that the output follows: regex:…, json:… (a JSON schema) or lark:….")
+    # Also a JSON schema as a dict, or a pydantic model class: both become "json:…".
+    grammar: Any = setting(None, "Grammar that the output follows: regex:…, json:… (a JSON schema) or lark:….")
+    bad_words: tuple[str, ...] = setting((), "Texts that the output never contains.")
+    allowed_token_ids: tuple[int, ...] | None = described(
+        "Token ids that may be generated, end tokens included; None: all.", None
+    )
+    include_stop_str_in_output: bool = setting(False, "Keeps the stop string at the end of the text.")
+    skip_special_tokens: bool = setting(True, "Leaves special tokens, such as end tokens, out of the text.")
+    truncate_prompt_tokens: int | None = setting(None, "Keeps only this many last tokens of the prompt; None: all.", 1)
+    # Functions (token ids so far, logits [V]) -> logits; with three parameters, of (prompt ids, token ids, logits).
+    logits_processors: tuple[Any, ...] = described(
+        "Python functions that edit the logits before anything else does; not from the command line.", ()
+    )
     adapter: str | None = setting(None, "Name of a LoRA adapter of the engine; None: the model alone.")
     cache_salt: str | None = setting(None, "Shares cached prefixes only with requests of the same salt.")
 
@@ -308,8 +336,7 @@ class SamplingParams:
         for name, types, _ in _rules(SamplingParams):
             if types & {int, float, bool}:
                 set_field(self, name, _to_python_scalar(getattr(self, name)))
-        if self.grammar is not None and not isinstance(self.grammar, str):
-            raise ValueError(f"{me}.grammar must be a text, got {self.grammar!r}")
+        set_field(self, "grammar", _to_grammar(self.grammar))
         if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
             raise ValueError(f"{me}.adapter must be an adapter's name or None, got {self.adapter!r}")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
@@ -319,6 +346,15 @@ class SamplingParams:
         set_field(self, "stop", stop)
         ends = _to_tuple(me, "stop_token_ids", self.stop_token_ids, "token ids, [5] for a single one")
         set_field(self, "stop_token_ids", ends)
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else self.bad_words
+        set_field(self, "bad_words", _to_tuple(me, "bad_words", words, "strings"))
+        if self.allowed_token_ids is not None:
+            allowed = _to_tuple(me, "allowed_token_ids", self.allowed_token_ids, "token ids, [5] for a single one")
+            set_field(self, "allowed_token_ids", allowed)
+            if not allowed:
+                raise ValueError(f"{me}.allowed_token_ids must hold a token id, or be None to allow every token")
+        functions = (self.logits_processors,) if callable(self.logits_processors) else self.logits_processors
+        set_field(self, "logits_processors", _to_tuple(me, "logits_processors", functions, "functions"))
         if not isinstance(self.logit_bias, Mapping | None):
             raise ValueError(f"{me}.logit_bias must map token ids to biases, {{5: -1.0}}, got {self.logit_bias!r:.80}")
         biases = {_to_python_scalar(token): _to_python_scalar(bias) for token, bias in (self.logit_bias or {}).items()}
@@ -333,14 +369,26 @@ class SamplingParams:
         _check_number(me, "min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.grammar is not None and (self.min_tokens or self.ignore_eos):
             raise ValueError(f"{me}.grammar decides where the output ends: min_tokens must be 0 and ignore_eos false")
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"{me}.stop must hold non-empty strings, got {text!r}")
-        for token in self.stop_token_ids:
-            _check_number(me, "stop_token_ids", token, 0)
+        for name in ("stop", "bad_words"):
+            for text in getattr(self, name):
+                if not isinstance(text, str) or not text.strip(" " if name == "bad_words" else ""):
+                    raise ValueError(f"{me}.{name} must hold non-empty strings, got {text!r}")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
+                _check_number(me, name, token, 0)
+        for function in self.logits_processors:
+            if not callable(function):
+                expected = "functions (token ids so far, logits) -> logits"
+                raise ValueError(f"{me}.logits_processors must hold {expected}, got {function!r:.80}")
         for token, bias in self.logit_bias.items():
             _check_number(me, "logit_bias token", token, 0)
             _check_number(me, f"logit_bias[{token}]", bias, -100, 100, integer=False)
+
+    @property
+    def has_token_constraints(self) -> bool:
+        """Whether a grammar or other constraints restrict the next token."""
+        has_filter = self.bad_words or self.allowed_token_ids is not None or self.logits_processors
+        return self.grammar is not None or bool(has_filter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,7 +163,7 @@ class Engine(GenerateMethods):
             end_token_ids = self._text.end_token_ids(model_config.eos_token_ids)
             precompile = partial(self.ranks.broadcast_call, Engine._precompile_grammar.__qualname__)
             self.grammars = GrammarBackend(
-                tokenizer, model_config.vocab_size, end_token_ids, limit_mask_time=tp_group is None,
+                tokenizer, model_config.vocab_size, end_token_ids, is_single_rank=tp_group is None,
                 all_reduce_min=self.ranks.all_reduce_min,
                 precompile_on_workers=precompile if self.ranks.has_workers else None,
             )  # fmt: skip
@@ -603,7 +603,14 @@ class Engine(GenerateMethods):
 
     def stats(self) -> dict[str, int]:
         """Returns the present load, and totals since the start."""
-        return self.core.stats()
+        state, prefix_cache = self.state, self.state.prefix_cache
+        num_pages = prefix_cache.num_device_pages - 1
+        held, counts = num_pages - prefix_cache.num_available_pages(), prefix_cache.stats
+        return {
+            "running": len(state.running), "waiting": len(state.waiting), "pages": num_pages, "held_pages": held,
+            "prefix_queries": counts.num_queried_tokens, "prefix_hits": counts.num_hit_tokens,
+            "preemptions": counts.num_preemptions, "steps": self.num_steps,
+        }  # fmt: skip
 
     @property
     def last_batch(self) -> Batch | None:
@@ -613,7 +620,14 @@ class Engine(GenerateMethods):
         change with the next step.
         """
         self.access_guard.check()
-        return self.core.last_batch
+        if self.core.last_step is None:
+            return None
+        plan, states, batch = self.core.last_step
+        first = [s.token_ids[x.start] if x.start < len(s.token_ids) else 0 for x, s in zip(plan, states, strict=True)]
+        token_ids = batch.token_ids.clone()
+        rows = batch.query_start_loc[: len(plan)].long()
+        token_ids[rows] = torch.tensor(first, dtype=token_ids.dtype, device=token_ids.device)
+        return batch._replace(token_ids=token_ids)
 
     def prepare_grammars(self) -> None:
         """Does now what the first grammar would wait for, a second or two, if grammars can be used at all."""

@@ -20,7 +20,7 @@ from fastgen.core.engine_core import EngineCore
 from fastgen.core.prefix_cache import Namespace, make_namespace
 from fastgen.core.request import Completion, FinishReason, Output, SequenceState, TopLogprobs
 
-FORMAT = "fastgen snapshot 2"
+FORMAT = "fastgen snapshot 3"  # 3: prompt, stop reasons, further sampling settings
 FINISH_REASONS = (None, *get_args(FinishReason))
 NUMBER = (int, float)
 NONE = type(None)
@@ -89,6 +89,7 @@ class Snapshot:
     model_fingerprint: str = ""  # of the model that computed the pages
     pages: dict[int, Tensor] = field(default_factory=dict)
     checksum: str = ""  # of the pages; empty without them
+    prompt: str | None = None  # the prompt's text, as in the output
 
     def compute_pages_checksum(self) -> str:
         """Returns the checksum that valid pages must have."""
@@ -111,6 +112,8 @@ class Snapshot:
     def _check(self, vocab_size: int) -> None:
         if not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"sampling is {type(self.sampling).__name__}, not SamplingParams")
+        if not isinstance(self.prompt, str | None):
+            raise ValueError(f"the prompt's text is {type(self.prompt).__name__}")
         if not self.prompt_token_ids or not self.completions:
             raise ValueError("it has no prompt or no completions")
         _check_tokens("prompt", self.prompt_token_ids, vocab_size)
@@ -123,6 +126,8 @@ class Snapshot:
             _check_per_token(f"{label}, weight versions", c.weight_versions, num_tokens, int)
             if not isinstance(c.text, str) or c.finish_reason not in FINISH_REASONS:
                 raise ValueError(f"{label} has the text {c.text!r} and the finish reason {c.finish_reason!r}")
+            if not isinstance(c.stop_reason, str | int | None):
+                raise ValueError(f"{label} has the stop reason {c.stop_reason!r}")
             if c.finish_reason is None and num_tokens and (c.logprobs is not None) != has_logprobs:
                 raise ValueError(f"{label} has logprobs where its settings have none, or none where they do")
         _check_per_token("prompt logprobs", self.prompt_logprobs, num_prompt, *NUMBER, NONE)
@@ -148,7 +153,8 @@ class Snapshot:
         """Returns the request and its unfinished completions. `max_length` counts the tokens of prompt and output."""
         matchers = core.grammars.compile(self.sampling)[: len(self.seeds)]
         common = (self.sampling, 0, max_length, core.eos_token_ids)
-        output = Output(-1, [*self.prompt_token_ids], [_copy_completion(c) for c in self.completions])
+        completions = [_copy_completion(c) for c in self.completions]
+        output = Output(-1, [*self.prompt_token_ids], completions, prompt=self.prompt)
         if (num_top := self.sampling.prompt_logprobs) is not None:
             output.prompt_logprobs = copy(self.prompt_logprobs) or [None]
             output.prompt_top_logprobs = (copy(self.prompt_top_logprobs) or [None]) if num_top else None
@@ -166,18 +172,26 @@ class Snapshot:
     def save(self, path: str | Path) -> None:
         """Writes a .safetensors file: tokens and pages as tensors, the rest as JSON in its header, with checksums."""
         self.check()
+        if self.sampling.logits_processors:
+            problem = "functions cannot be saved to a file; replace them: logits_processors=()"
+            raise ValueError(f"snapshot: sampling.logits_processors: {problem}")
         tensors = {"prompt": torch.tensor(self.prompt_token_ids, device="cpu")}
         completions = []
         for i, c in enumerate(self.completions):
             tensors[f"tokens.{i}"] = torch.tensor(c.token_ids, dtype=torch.int64, device="cpu")
             if c.logprobs is not None:
                 tensors[f"logprobs.{i}"] = torch.tensor(c.logprobs, dtype=torch.float64, device="cpu")
-            entry = {"text": c.text, "finish_reason": c.finish_reason, "versions": c.weight_versions}
+            entry = {
+                "text": c.text,
+                "finish_reason": c.finish_reason,
+                "versions": c.weight_versions,
+                "stop_reason": c.stop_reason,
+            }
             completions.append(entry | {"tops": _to_pairs(c.top_logprobs)})
         header = json.dumps({
             "params": asdict(self.sampling), "completions": completions, "seeds": list(self.seeds.items()),
             "prompt_logprobs": self.prompt_logprobs, "prompt_tops": _to_pairs(self.prompt_top_logprobs),
-            "model": self.model_fingerprint, "checksum": self.checksum,
+            "model": self.model_fingerprint, "checksum": self.checksum, "prompt": self.prompt,
         })  # fmt: skip
         metadata = {"format": FORMAT, "about": header, "digest": _digest(header, tensors)}  # the pages have a checksum
         save_file(tensors | {f"pages.{i}": x.contiguous() for i, x in self.pages.items()}, path, metadata)
@@ -199,7 +213,7 @@ class Snapshot:
             completions = [
                 Completion(
                     values[f"tokens.{i}"], c["text"], values.get(f"logprobs.{i}"), _from_pairs(c["tops"]),
-                    c["finish_reason"], c["versions"],
+                    c["finish_reason"], c["versions"], stop_reason=c["stop_reason"],
                 )
                 for i, c in enumerate(header["completions"])
             ]  # fmt: skip
@@ -207,6 +221,7 @@ class Snapshot:
             snapshot = cls(
                 tuple(values["prompt"]), SamplingParams(**params), completions, seeds,
                 header["prompt_logprobs"], tops, header["model"], pages, header["checksum"],
+                header["prompt"],
             )  # fmt: skip
             snapshot.check()
         except FileNotFoundError:
@@ -231,7 +246,7 @@ def take(core: EngineCore, request_id: int, *, include_pages: bool) -> Snapshot:
     snapshot = Snapshot(
         tuple(o.prompt_token_ids), state.params, [_copy_completion(c) for c in o.completions],
         {i: s.seed for i, s in states.items()}, copy(o.prompt_logprobs) if scored else None,
-        (copy(o.prompt_top_logprobs) or None) if scored else None,
+        (copy(o.prompt_top_logprobs) or None) if scored else None, prompt=o.prompt,
     )  # fmt: skip
     if include_pages:
         prefix_cache, page_size = core.state.prefix_cache, core.state.page_size

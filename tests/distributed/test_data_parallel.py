@@ -55,7 +55,13 @@ def load(count: int, seed: int = 1) -> tuple[list[list[int]], list[SamplingParam
     """Returns prompts with shared prefixes, and their settings, without seeds."""
     r = random.Random(seed)
     prefixes = [[r.randrange(300) for _ in range(n)] for n in (40, 20, 0)]
-    settings: list[dict[str, Any]] = [{"temperature": 0}, {"n": 3}, {"logprobs": 2, "top_k": 9}, {"prompt_logprobs": 1}]
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"n": 3},
+        {"logprobs": 2, "top_k": 9},
+        {"prompt_logprobs": 1},
+        {"allowed_token_ids": range(40, 90), "bad_words": ["A"]},
+    ]
     prompts = [r.choice(prefixes) + [r.randrange(300) for _ in range(r.randrange(1, 30))] for _ in range(count)]
     return prompts, [SamplingParams(**r.choice(settings), max_tokens=r.randrange(1, 20)) for _ in range(count)]
 

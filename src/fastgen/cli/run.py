@@ -75,7 +75,7 @@ class PromptRun:
     def json_lines(self) -> Iterator[str]:
         """Yields a JSON line for each prompt that has an output, in order."""
         for i, output in sorted(self.outputs.items()):
-            yield json.dumps({"prompt": self.prompts[i]} | asdict(output), ensure_ascii=False) + "\n"
+            yield json.dumps(asdict(output) | {"prompt": self.prompts[i]}, ensure_ascii=False) + "\n"
 
 
 def grpo(config: RunConfig, folder: Path = Path()) -> None:

@@ -66,7 +66,7 @@ class EngineCore:
         self.weight_version = 0  # how often the parameters have changed
         self._failed_request_ids = set[int]()  # of completions that failed in the last step, on this rank alone
         self._in_flight: InFlightStep | None = None
-        self._last_step: tuple[scheduler.Plan, list[SequenceState], Batch] | None = None
+        self.last_step: tuple[scheduler.Plan, list[SequenceState], Batch] | None = None
         self._last_token_ids: list[int] = []  # sampled in the step that was finished last
         self._sequence_ids, self._request_ids = itertools.count(), itertools.count()
         seed = random.SystemRandom().getrandbits(62) if config.seed is None else config.seed
@@ -105,10 +105,10 @@ class EngineCore:
         """
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, got {sampling!r:.100}")
-        prompt_ids = self.text.encode(prompt)
+        prompt_ids, text = self.text.encode(prompt, sampling)
         limit = self.max_length(prompt_ids, sampling)
         seed = self.new_seed() if sampling.seed is None else sampling.seed
-        output = Output(-1, prompt_ids, [Completion() for _ in range(sampling.n)])
+        output = Output(-1, prompt_ids, [Completion() for _ in range(sampling.n)], prompt=text)
         if sampling.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
             output.prompt_top_logprobs = [None] if sampling.prompt_logprobs else None
@@ -207,17 +207,6 @@ class EngineCore:
         ids = self.running_request_ids | {e.request_id for e in self.events}
         return not ids <= frozenset[int]().union(*self.abandoned)
 
-    def stats(self) -> dict[str, int]:
-        """Returns the present load, and totals since the start."""
-        state, prefix_cache = self.state, self.state.prefix_cache
-        num_pages = prefix_cache.num_device_pages - 1
-        held, counts = num_pages - prefix_cache.num_available_pages(), prefix_cache.stats
-        return {
-            "running": len(state.running), "waiting": len(state.waiting), "pages": num_pages, "held_pages": held,
-            "prefix_queries": counts.num_queried_tokens, "prefix_hits": counts.num_hit_tokens,
-            "preemptions": counts.num_preemptions, "steps": self.num_steps,
-        }  # fmt: skip
-
     def drain_events(self) -> list[Event]:
         """Aborts abandoned requests. Returns the events that no call has returned yet."""
         self.drain_aborts()
@@ -265,7 +254,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Aborts everything on this rank, and drops runner, cache and parameters. No other call may follow."""
-        self._in_flight = self._last_step = None
+        self._in_flight = self.last_step = None
         self._abort_here(self.running_request_ids)
         self.grammars.close()
         self.page_copier.close()
@@ -328,7 +317,7 @@ class EngineCore:
                 self.finish_step()  # sampling needs the last tokens; the forward goes on meanwhile
             results = runner.sample(plan, states, inputs, output, self._token_mask(plan))
         self.state = scheduler.commit(self.state, plan, self._token_ids)
-        self._last_step = plan, planned, inputs.batch
+        self.last_step = plan, planned, inputs.batch
         self.num_steps += 1
         return InFlightStep(plan, *results, self.weight_version)
 
@@ -411,18 +400,6 @@ class EngineCore:
         self.finish_step()
         prefix_cache = self._new_prefix_cache(self.state.prefix_cache.stats)
         self.state = scheduler.preempt_all(self.state, prefix_cache, self._token_ids)
-
-    @property
-    def last_batch(self) -> Batch | None:
-        """The last step's Batch with all its token ids; None before the first step. See `Engine.last_batch`."""
-        if self._last_step is None:
-            return None
-        plan, states, batch = self._last_step
-        first = [s.token_ids[x.start] if x.start < len(s.token_ids) else 0 for x, s in zip(plan, states, strict=True)]
-        token_ids = batch.token_ids.clone()
-        rows = batch.query_start_loc[: len(plan)].long()
-        token_ids[rows] = torch.tensor(first, dtype=token_ids.dtype, device=token_ids.device)
-        return batch._replace(token_ids=token_ids)
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 

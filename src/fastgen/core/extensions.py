@@ -93,6 +93,7 @@ class Detokenizer(Protocol):
     """Converts the tokens of one completion to text, which ends before the first stop string."""
 
     text: str
+    stop_string: str | None  # that has cut the text
 
     def push(self, token_id: int, *, allow_stop: bool = True) -> tuple[str, bool]:
         """Adds a token; returns the text that became certain, and whether a stop string has cut the text."""
@@ -116,9 +117,9 @@ class TextProcessor:
         """Returns the tokens that end a completion: the model's, and the tokenizer's."""
         return frozenset(model_eos_token_ids)
 
-    def encode(self, prompt: Any) -> list[int]:
-        """Returns the token ids of a prompt. Raises ValueError for anything that is not a prompt."""
-        return list(prompt)
+    def encode(self, prompt: Any, sampling: SamplingParams) -> tuple[list[int], str | None]:
+        """Returns the token ids and text, if any, of a prompt. Raises ValueError for anything that is not a prompt."""
+        return list(prompt), None
 
     def new_detokenizer(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, stream_text: bool
@@ -147,7 +148,13 @@ class Adapters:
 
 
 class Matcher(ABC):
-    """Tracks where one completion is in its grammar."""
+    """Restricts the next token of one completion: a grammar, or other constraints. Tracks the tokens so far."""
+
+    edits_logits = False  # whether `edit_logits` is to be called
+
+    def edit_logits(self, prompt_token_ids: list[int], token_ids: list[int], logits: Any) -> Any:
+        """Returns edited logits [V], fp32, of the token after `token_ids`."""
+        return logits
 
     @property
     @abstractmethod
@@ -176,8 +183,8 @@ class Grammars:
 
         Raises ValueError for a grammar that cannot be used.
         """
-        if sampling.grammar is not None:
-            raise ValueError("this engine follows no grammars")
+        if sampling.has_token_constraints:
+            raise ValueError("this engine follows no grammars, bad_words, allowed_token_ids or logits_processors")
         return [None] * sampling.n
 
     def token_masks(self, rows: list[tuple[int, Any]], num_rows: int) -> np.ndarray:

@@ -31,6 +31,12 @@ class Completion:
     finish_reason: FinishReason | None = None  # None: still running
     weight_versions: list[int] = field(default_factory=list)  # of each token, see `Engine.weight_version`
     error: str = ""  # the cause if the finish reason is "error"
+    stop_reason: str | int | None = None  # the stop string, or the id of `stop_token_ids`, that ended it
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum of the tokens' logprobs; None without `logprobs`."""
+        return None if self.logprobs is None else sum(self.logprobs)
 
 
 @dataclass(slots=True)
@@ -44,6 +50,7 @@ class Output:
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache, summed over the completions
     error: str | None = None  # why the request could not run (`on_error="skip"`); its completions are then empty
+    prompt: str | None = None  # the text, as given or as the chat template rendered it; None for token ids
 
     @property
     def finished(self) -> bool:
@@ -96,7 +103,8 @@ def max_length(
     """
     n, vocab_size, context = len(prompt), model_config.vocab_size, model_config.context_length
     for name, tokens in (
-        ("prompt", prompt), ("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)
+        ("prompt", prompt), ("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
     ):  # fmt: skip
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             wrong = next(t for t in tokens if not 0 <= t < vocab_size)
@@ -172,7 +180,7 @@ class SequenceState:
             logprobs=None if c.logprobs is None else [*c.logprobs],
             top_logprobs=None if c.top_logprobs is None else [*c.top_logprobs],
         )
-        other.output = Output(request_id, o.prompt_token_ids, [other.completion])
+        other.output = Output(request_id, o.prompt_token_ids, [other.completion], prompt=o.prompt)
         if o.prompt_logprobs is not None:
             other.output.prompt_logprobs = [*o.prompt_logprobs]
             other.output.prompt_top_logprobs = o.prompt_top_logprobs and [*o.prompt_top_logprobs]
@@ -247,6 +255,9 @@ class SequenceState:
         cut, early = False, len(c.token_ids) < p.min_tokens
         if self.detokenizer is not None:
             event.text, cut = self.detokenizer.push(token_id)
+            c.stop_reason = self.detokenizer.stop_string
+        if token_id in p.stop_token_ids and not (cut or early):
+            c.stop_reason = token_id
         if cut or (token_id in self.end_token_ids and not early):
             return self.finish("stop", event)
         if len(self.token_ids) >= self.max_length:

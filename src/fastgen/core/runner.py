@@ -22,7 +22,7 @@ from fastgen.core.batch import InputBuffers, build_logit_edits
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.prefix_cache import PageCopies
 from fastgen.core.request import SequenceState
-from fastgen.core.sampling import sample
+from fastgen.core.sampling import edit_logits, sample, sample_rows
 from fastgen.core.scheduler import Plan
 from fastgen.core.scheduling_policy import SharedPrefixGroup
 from fastgen.core.step import StepOutput, compute_target_logprobs, fill_pending_tokens, forward_and_sample
@@ -188,7 +188,16 @@ class EagerRunner:
             logit_edits=build_logit_edits(plan, states, self.device),
             token_mask=token_mask,
         )
-        results = self.sample_logits(output.logits[:n], sampling, num_tops)
+        sampled_rows = [(r, s) for r, x in enumerate(plan) if x.needs_sampling and (s := states.get(x.id))]
+        edited_rows = [(r, s, m) for r, s in sampled_rows if (m := s.matcher) is not None and m.edits_logits]
+        if edited_rows:  # by functions of the requests, row by row
+            logits = output.logits[:n].float()
+            z = logits.clone()
+            for r, s, matcher in edited_rows:
+                z[r] = matcher.edit_logits(s.output.prompt_token_ids, s.completion.token_ids, z[r])
+            results = sample_rows(edit_logits(z, sampling), logits, sampling, num_tops)
+        else:
+            results = self.sample_logits(output.logits[:n], sampling, num_tops)
         self.input_buffers.last_token_ids[inputs.batch.req_idx[:n]] = results.token_ids.int()
         return results
 

@@ -36,7 +36,7 @@ from fastgen.event_stream import GenerateMethods, OneOrManyPrompts, OneOrManySam
 from fastgen.lora.adapter import Adapter
 from fastgen.structured_output.backend import GrammarBackend
 from fastgen.text import Tokenizer
-from fastgen.text.tokenizer import Prompt, encode
+from fastgen.text.tokenizer import Prompt, encode_with_text
 from fastgen.thread_safety import AccessGuard, exclusive
 from fastgen.training.sleep import EngineMemory
 
@@ -72,7 +72,7 @@ class Replicas(GenerateMethods):
         self.worker_failure = ""  # why the replicas have ended
         self.tokenizer: Tokenizer | None = tokenizer.load(model_path)
         vocabulary = model_config.vocab_size, frozenset(model_config.eos_token_ids)
-        self._grammar_backend = GrammarBackend(self.tokenizer, *vocabulary)
+        self._grammar_backend = GrammarBackend(self.tokenizer, *vocabulary, is_single_rank=False)
         prefix_tokens = config.kv_cache.page_size if config.kv_cache.prefix_cache else 0
         self._router = Router(num_replicas, config.schedule.max_num_seqs, prefix_tokens)
         # Messages of all replicas; the oldest stays until it is handled, so that an interrupt loses none.
@@ -164,7 +164,8 @@ class Replicas(GenerateMethods):
     def compile_grammar(
         self, params: SamplingParams, cancel_event: threading.Event | None = None
     ) -> list[Matcher | None]:
-        """Checks a request's grammar, which the replica that runs the request compiles."""
+        """Checks a request's grammar and other constraints, which the replica that runs the request compiles."""
+        self._grammar_backend.build_filters(params, [])
         if params.grammar is not None:
             self._grammar_backend.check_grammar(params.grammar, cancel_event)
         return [None] * params.n
@@ -175,7 +176,8 @@ class Replicas(GenerateMethods):
     ) -> ReplicaRequest:  # fmt: skip
         """Returns a request that is not yet queued. Raises ValueError if no replica could run it."""
         special_tokens, has_text = self.config.special_tokens_in_content, self.tokenizer is not None
-        ids = encode(self.tokenizer, prompt, special_tokens_in_content=special_tokens)
+        ids, text = encode_with_text(self.tokenizer, prompt, special_tokens_in_content=special_tokens)
+        ids = ids[-(sampling.truncate_prompt_tokens or 0) :]
         limit = max_length(ids, sampling, self.model_config, self.cache_capacity, has_text)
         if sampling.adapter is not None:
             self._adapter_manager[sampling.adapter]  # raises ValueError if there is none of that name
@@ -183,7 +185,7 @@ class Replicas(GenerateMethods):
             self.compile_grammar(sampling)
         seed = self._seed_rng.getrandbits(63) if sampling.seed is None else sampling.seed
         params = replace(sampling, seed=seed, max_tokens=limit - len(ids))
-        return ReplicaRequest(ids, params, stream_text, final_only, has_text)
+        return ReplicaRequest(ids, params, stream_text, final_only, has_text, text)
 
     def _enqueue(self, requests: Sequence[ReplicaRequest | Output]) -> list[int]:
         """Queues requests, or the outputs of rejected ones; returns their ids."""
@@ -274,6 +276,7 @@ class Replicas(GenerateMethods):
                 if request.has_consumer:
                     self.events.append(event)
                 if event.output is not None:
+                    event.output.prompt = request.prompt
                     self._router.remove(event.request_id)
             events.popleft()
 

@@ -24,6 +24,7 @@ class ReplicaRequest:
     stream_text: bool
     final_only: bool  # whether only the last event is wanted
     has_text: bool  # whether completions have text besides tokens
+    prompt: str | None = None  # its text, as in the output
     id: int = -1  # the parent's; -1 before the request is queued
     replica_index: int | None = None  # None while the request waits
     has_consumer: bool = True  # False once its events are no longer wanted
@@ -38,7 +39,7 @@ class ReplicaRequest:
         indices = range(self.params.n)
         completions = [Completion(finish_reason=reason, error=error) for _ in indices]
         events = [Event(self.id, i, [], "", finish_reason=reason, error=error) for i in indices]
-        events[-1].output = Output(self.id, self.prompt_token_ids, completions)
+        events[-1].output = Output(self.id, self.prompt_token_ids, completions, prompt=self.prompt)
         return events
 
 

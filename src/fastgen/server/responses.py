@@ -11,6 +11,7 @@ from fastgen.server.reasoning import ReasoningParser
 from fastgen.server.tool_calls import ToolCallParser
 from fastgen.text import Tokenizer
 from fastgen.text.detokenizer import Detokenizer, token_to_bytes
+from fastgen.text.text_processor import detokenizer_options
 
 Json = dict[str, Any]
 Parsers = tuple[ReasoningParser | None, ToolCallParser | None]
@@ -95,7 +96,7 @@ class Choice:
         self.index, self.prompt_token_ids, self.sampling = index, prompt_token_ids, sampling
         self.detokenizer: Detokenizer | None = None
         if decoder.tokenizer is not None:
-            options["min_tokens"] = sampling.min_tokens
+            options |= detokenizer_options(sampling)
             self.detokenizer = Detokenizer(decoder.tokenizer, prompt_token_ids, sampling.stop, **options)
         logprobs, top_logprobs = None if sampling.logprobs is None else [], [] if sampling.logprobs else None
         self.accumulated = ChoiceDelta(logprobs=logprobs, top_logprobs=top_logprobs)

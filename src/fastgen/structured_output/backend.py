@@ -14,7 +14,7 @@ import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from threading import Event, Lock, Thread
@@ -27,6 +27,7 @@ from fastgen.config import SamplingParams
 from fastgen.core.extensions import Grammars, Matcher
 from fastgen.extras import install_command
 from fastgen.structured_output.grammar_compiler import MAX_MASK_SECONDS, compile_grammar, run_with_stack
+from fastgen.structured_output.token_filter import TokenFilter, build_filters
 from fastgen.structured_output.trial_process import TrialProcess
 from fastgen.text import Tokenizer
 
@@ -103,13 +104,14 @@ class GrammarBackend(Grammars):
 
     def __init__(
         self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int], *,
-        limit_mask_time: bool = True, precompile_on_workers: Callable[[str, int], object] | None = None,
+        is_single_rank: bool = True, precompile_on_workers: Callable[[str, int], object] | None = None,
         all_reduce_min: Callable[[int], int] = int,
     ) -> None:  # fmt: skip
-        """`vocab_size` is the model's, which may exceed the tokenizer's. `limit_mask_time` fails slow matchers.
+        """`vocab_size` is the model's, which may exceed the tokenizer's. `is_single_rank`: slow matchers fail, and
+        requests may have logits processors.
         `precompile_on_workers` calls `prebuild_matchers` on the workers; `all_reduce_min` is that of the ranks."""
         self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, eos_token_ids
-        self.limit_mask_time = limit_mask_time
+        self.is_single_rank = is_single_rank
         self._precompile_on_workers, self._all_reduce_min = precompile_on_workers, all_reduce_min
         # True also where another process has tried every grammar that arrives.
         self.skip_trials = not hasattr(os, "fork")  # Windows
@@ -161,8 +163,24 @@ class GrammarBackend(Grammars):
         backend.no_truncation()
         return backend.to_str(), self.vocab_size, sorted(self.eos_token_ids) or self.tokenizer.eos_token_id
 
-    def compile(self, sampling: SamplingParams, cancel_event: Event | None = None) -> list[GrammarMatcher | None]:
-        """Returns a matcher for each completion of a request; None without a grammar.
+    def compile(self, sampling: SamplingParams, cancel_event: Event | None = None) -> list[Matcher | None]:
+        """Returns a matcher for each completion of a request; None without a grammar or another constraint.
+
+        Any thread may call this. Raises ValueError for an unusable constraint, GrammarCancelled once `cancel_event` is
+        set.
+        """
+        self.build_filters(sampling, [])
+        return self.build_filters(sampling, self._compile_grammar(sampling, cancel_event))
+
+    def build_filters(self, sampling: SamplingParams, matchers: Sequence[Matcher | None]) -> list[Matcher | None]:
+        """Returns matchers that also apply a request's constraints besides its grammar. ValueError for wrong ones."""
+        rank: Any = {"is_single_rank": self.is_single_rank}
+        return build_filters(sampling, matchers, self.tokenizer, self.vocab_size, **rank)
+
+    def _compile_grammar(
+        self, sampling: SamplingParams, cancel_event: Event | None = None
+    ) -> list[GrammarMatcher | None]:
+        """Returns a matcher of the grammar for each completion of a request; None without a grammar.
 
         Changes nothing but caches, so any thread may call it beside an engine's steps; the caller's ranks call it in
         step with each other. Raises ValueError for an unusable grammar, GrammarCancelled once `cancel_event` is set.
@@ -186,7 +204,7 @@ class GrammarBackend(Grammars):
 
     def precompile(self, sampling: SamplingParams, cancel_event: Event) -> None:
         """Compiles matchers for the next request with these settings. Raises as `compile` does."""
-        matchers = [m for m in self.compile(sampling, cancel_event) if m is not None]
+        matchers = [m for m in self._compile_grammar(sampling, cancel_event) if m is not None]
         if sampling.grammar is not None and not cancel_event.is_set():  # a cancelled request will not use them
             self._store_prebuilt(sampling.grammar, matchers)
 
@@ -310,22 +328,27 @@ class GrammarBackend(Grammars):
         weakref.finalize(reservation, lambda: total.__setitem__(0, total[0] - num_bytes)).atexit = False
         return reservation
 
-    def token_masks(self, rows: list[tuple[int, GrammarMatcher]], num_rows: int) -> Int32[np.ndarray, "rows words"]:
+    def token_masks(self, rows: list[tuple[int, Matcher]], num_rows: int) -> Int32[np.ndarray, "rows words"]:
         """Returns masks in which bit t % 32 of word t // 32 is set if token t may come next; all bits in other rows.
 
         A matcher fails if its mask takes too long or llguidance reports an error. The caller drops its next token.
         """
         bits = np.full((num_rows, -(-self.vocab_size // 32)), -1, np.int32)
-        active = [(matcher, row) for row, matcher in rows if not (matcher.failed or matcher.matcher.is_stopped())]
+        filters = [(row, matcher) for row, matcher in rows if isinstance(matcher, TokenFilter)]
+        matchers = ((row, m.grammar_matcher if isinstance(m, TokenFilter) else m) for row, m in rows)
+        grammars = [(row, m) for row, m in matchers if isinstance(m, GrammarMatcher)]
+        active = [(matcher, row) for row, matcher in grammars if not (matcher.failed or matcher.matcher.is_stopped())]
         if active:
             self._fill_masks(active, bits)
-        for row, matcher in rows:
+        for row, matcher in grammars:
             if matcher.failed:
                 bits[row] = -1
             elif matcher.matcher.is_stopped():  # only the end may come
                 bits[row] = 0
                 for token in self.eos_token_ids:
                     bits.view(np.uint32)[row, token // 32] |= np.uint32(1 << token % 32)
+        for row, matcher in filters:
+            matcher.apply_to_mask(bits[row])
         return bits
 
     def _fill_masks(self, active: list[tuple[GrammarMatcher, int]], bits: np.ndarray) -> None:
@@ -336,7 +359,7 @@ class GrammarBackend(Grammars):
             start = time.monotonic()
             try:
                 fill_next_token_bitmask_par(self._executor, [(matcher.matcher, row) for matcher, row in active], bits)
-                self._last_fill_slow = self.limit_mask_time and time.monotonic() - start > MAX_MASK_SECONDS
+                self._last_fill_slow = self.is_single_rank and time.monotonic() - start > MAX_MASK_SECONDS
                 return
             except Exception:  # one matcher's: the loop below finds which
                 pass
@@ -347,5 +370,5 @@ class GrammarBackend(Grammars):
                 fill_next_token_bitmask(matcher.matcher, bits, row)
             except Exception as e:
                 matcher.error = f"{type(e).__name__}: {e}"
-            if self.limit_mask_time and time.thread_time() - start > MAX_MASK_SECONDS:
+            if self.is_single_rank and time.thread_time() - start > MAX_MASK_SECONDS:
                 matcher.error = f"its next tokens take longer than {MAX_MASK_SECONDS} s to find"

@@ -145,16 +145,21 @@ class Detokenizer:
         *,
         min_tokens: int = 0,
         stream_text: bool = True,
+        include_stop_string: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
-        """`visible_special_tokens` maps special tokens that the text includes to their text. Stop strings do not count
-        before `min_tokens` tokens.
+        """`visible_special_tokens` maps special tokens that the text includes to their text; without
+        `skip_special_tokens`, the text includes all of them. Stop strings do not count before `min_tokens` tokens. With
+        `include_stop_string`, the text ends after the stop string.
 
         Without `stream_text` and stop strings, `flush` decodes everything at once: decoding each token of hundreds of
         sequences would take the host longer than the step takes the GPU.
         """
         self.tokenizer, self.visible_special_tokens, self.min_tokens = tokenizer, visible_special_tokens, min_tokens
-        self.stream_text = stream_text or bool(stop_strings)
+        self.stream_text, self.include_stop_string = stream_text or bool(stop_strings), include_stop_string
         self.info = TokenizerInfo.for_tokenizer(tokenizer)
+        if not skip_special_tokens:
+            self.visible_special_tokens = visible_special_tokens = self.info.special_tokens
         # Not copied without a visible one: a tokenizer may have a thousand special tokens.
         self.skipped_tokens = skipped = self.info.special_tokens
         if visible_special_tokens:
@@ -165,7 +170,7 @@ class Detokenizer:
         self.num_tokens = 0
         self.text = ""  # decoded text, with the part that is held back
         self.num_sent_chars = 0  # characters of `text` returned so far
-        self.is_stopped = False  # whether a stop string has cut the text
+        self.stop_string: str | None = None  # that has cut the text
         self.raw_text = ""  # the text with special tokens, only for `special_stop_strings`
         self.special_token_spans: list[tuple[int, int]] = []  # (start, end) of special tokens in `raw_text`
         # Decoded tokens, one list per piece of text: the first list must begin a character. The prompt's last tokens
@@ -214,18 +219,19 @@ class Detokenizer:
                 del self.context_groups[0]
             text, num_incomplete = self._decode_window()
             self.num_decoded_chars = len(text) - num_incomplete
-        cuts = _match_starts(self.stop_strings, start, self.text)
-        raw_cuts = _match_starts(self.special_stop_strings, raw_start, self.raw_text)
-        cuts += map(self._to_text_offset, raw_cuts)
-        if cuts and allow_stop and self.num_tokens >= self.min_tokens:
-            self.text, self.is_stopped = self.text[: min(cuts)], True
+        matches = _find_matches(self.stop_strings, start, self.text)
+        for match_start, match_end, stop_string in _find_matches(self.special_stop_strings, raw_start, self.raw_text):
+            matches.append((self._to_text_offset(match_start), self._to_text_offset(match_end), stop_string))
+        if matches and allow_stop and self.num_tokens >= self.min_tokens:
+            match_start, match_end, self.stop_string = min(matches)
+            self.text = self.text[: match_end if self.include_stop_string else match_start]
             return self._emit_text(len(self.text)), True
         raw_end = self._to_text_offset(_certain_end(self.special_stop_strings, self.raw_text))
         return self._emit_text(min(_certain_end(self.stop_strings, self.text), raw_end)), False
 
     def flush(self) -> str:
         """Returns the text that was held back, when no token follows; nothing after a stop string."""
-        if not self.is_stopped:
+        if self.stop_string is None:
             self._append_text(self._decode_window()[0][self.num_decoded_chars :])
         return self._emit_text(len(self.text))
 
@@ -273,10 +279,11 @@ class Detokenizer:
         return new_text
 
 
-def _match_starts(stop_strings: Sequence[StopString], num_old_chars: int, text: str) -> list[int]:
-    """Returns the offsets in `text` of stop strings that the characters after the first `num_old_chars` complete."""
+def _find_matches(stop_strings: Sequence[StopString], num_old_chars: int, text: str) -> list[tuple[int, int, str]]:
+    """Returns (start, end, stop string) of matches that the characters after the first `num_old_chars` complete."""
     new_text = text[num_old_chars:] if stop_strings else ""
-    return [num_old_chars + n - len(s.text) for s in stop_strings if (n := s.push(new_text)) is not None]
+    ends = [(s.text, num_old_chars + n) for s in stop_strings if (n := s.push(new_text)) is not None]
+    return [(end - len(string), end, string) for string, end in ends]
 
 
 def _certain_end(stop_strings: Sequence[StopString], text: str) -> int:

@@ -7,7 +7,16 @@ from fastgen.config import SamplingParams
 from fastgen.core import extensions
 from fastgen.text import Tokenizer
 from fastgen.text.detokenizer import Detokenizer
-from fastgen.text.tokenizer import Prompt, encode
+from fastgen.text.tokenizer import Prompt, encode_with_text
+
+
+def detokenizer_options(sampling: SamplingParams) -> dict[str, Any]:
+    """Returns the options of a request's Detokenizer, except its stop strings."""
+    return {
+        "min_tokens": sampling.min_tokens,
+        "include_stop_string": sampling.include_stop_str_in_output,
+        "skip_special_tokens": sampling.skip_special_tokens,
+    }
 
 
 class TextProcessor(extensions.TextProcessor):
@@ -23,13 +32,15 @@ class TextProcessor(extensions.TextProcessor):
         eos: Any = [] if self.tokenizer is None else self.tokenizer.eos_token_id
         return frozenset(model_eos_token_ids).union([] if eos is None else eos if isinstance(eos, list) else [eos])
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        return encode(self.tokenizer, prompt, special_tokens_in_content=self.special_tokens_in_content)
+    def encode(self, prompt: Prompt, sampling: SamplingParams) -> tuple[list[int], str | None]:
+        content = self.special_tokens_in_content
+        token_ids, text = encode_with_text(self.tokenizer, prompt, special_tokens_in_content=content)
+        return token_ids[-(sampling.truncate_prompt_tokens or 0) :], text
 
     def new_detokenizer(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, stream_text: bool
     ) -> Detokenizer | None:
         if self.tokenizer is None:
             return None
-        options: Any = {"min_tokens": sampling.min_tokens, "stream_text": stream_text}
-        return Detokenizer(self.tokenizer, prompt_token_ids, sampling.stop, **options)
+        options = detokenizer_options(sampling)
+        return Detokenizer(self.tokenizer, prompt_token_ids, sampling.stop, stream_text=stream_text, **options)

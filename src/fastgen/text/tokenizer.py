@@ -116,7 +116,16 @@ def encode(
 
     Raises ValueError for anything that is not a prompt, and for a prompt without tokens.
     """
+    return encode_with_text(tokenizer, prompt, tools, special_tokens_in_content=special_tokens_in_content)[0]
+
+
+def encode_with_text(
+    tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None, *, special_tokens_in_content: str = "text"
+) -> tuple[list[int], str | None]:
+    """Returns the token ids of a prompt, as `encode`, and its text: None for token ids, the rendered text of a chat."""
+    text: str | None = None
     if isinstance(prompt, Mapping):
+        text = prompt["prompt"] if isinstance(prompt.get("prompt"), str) else None
         prompt = _prompt_from_mapping(prompt)
     if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
         prompt = cast(Any, prompt).tolist()
@@ -128,9 +137,9 @@ def encode(
     if not isinstance(prompt, str):
         types = set(map(type, prompt))  # not token by token: hundreds of prompts may be added before a step
         if all(issubclass(t, Integral) and t is not bool for t in types):
-            return list(prompt) if types == {int} else [int(t) for t in prompt]  # type: ignore[arg-type, call-overload]
+            return list(prompt) if types == {int} else [int(t) for t in prompt], text  # type: ignore
         rendered = render(tokenizer, prompt, tools, special_tokens_in_content=special_tokens_in_content)
-        return encode_rendered(cast(Tokenizer, tokenizer), rendered)
+        return encode_rendered(cast(Tokenizer, tokenizer), rendered), rendered.replace(ESCAPE, "")
     if tokenizer is None:
         raise ValueError(NO_TOKENIZER)
     try:
@@ -139,7 +148,7 @@ def encode(
         raise ValueError("the prompt is no text: half of a surrogate pair is in it") from e
     if not token_ids:
         raise ValueError(f"the prompt {prompt!r} is no token for this tokenizer: it needs at least one")
-    return token_ids
+    return token_ids, prompt
 
 
 def render(
