@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from fastgen.config import SamplingParams, check_choice
 from fastgen.core.request import Event, Output, rejected_output
-from fastgen.text.tokenizer import Prompt, to_prompt_list
+from fastgen.text.tokenizer import Message, Prompt, Tools, to_chat_prompts, to_prompt_list
 from fastgen.thread_safety import AccessGuard, exclusive
 from fastgen.training.sleep import EngineMemory
 
@@ -118,6 +118,31 @@ class GenerateMethods:
         with closing(EventStream(self, ids)) as events:
             outputs = dict(_outputs_as_completed(ids, events, progress))
         return [outputs[i] for i in range(len(ids))]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: OneOrManySampling = None,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        progress: bool | None = None,
+        on_error: str = "raise",
+    ) -> list[Output]:
+        """Returns the answers to one conversation (a list of messages), or to several.
+
+        The options of the chat template are those of `ChatPrompt`, which `stream`, `as_completed` and `add` take as a
+        prompt; `progress` and `on_error` are as for `generate`.
+        """
+        options: Any = {
+            "chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs or {}, "tools": tools,
+            "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message,
+        }  # fmt: skip
+        prompts = to_chat_prompts(messages, **options)
+        return self.generate(prompts, sampling, progress=progress, on_error=on_error)
 
 
 class EventStream(Iterator[Event]):

@@ -27,14 +27,15 @@ from fastgen.engine import Engine
 from fastgen.lora import Adapter
 from fastgen.lora.stacked import StackedAdapters
 from fastgen.snapshot import Snapshot
+from fastgen.text.tokenizer import ChatPrompt
 from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score
 from fastgen.training.shared_params import adopt
 from fastgen.training.weight_sync import cuda_ipc_handles, receive, send
 
 __all__ = [
-    "Adapter", "StackedAdapters", "AsyncEngine", "Batch", "KVCache", "Completion", "CacheStats", "LogitEdits",
-    "Engine", "Event", "TopKTopP", "Layer", "LogprobMismatch", "Output", "Params", "Replicas", "RopeConfig",
-    "SamplerOutput", "SamplingTensors", "SamplingParams", "EngineConfig", "SharedPrefix", "Snapshot", "ModelConfig",
-    "adopt", "compare_logprobs", "forward", "from_hf_config", "cuda_ipc_handles", "hidden_states", "init", "load",
-    "lora", "logprob_mismatch", "new_kv_cache", "receive", "save", "score", "send", "build_batch", "compute_logits",
+    "Adapter", "StackedAdapters", "AsyncEngine", "Batch", "KVCache", "ChatPrompt", "Completion", "CacheStats",
+    "LogitEdits", "Engine", "Event", "TopKTopP", "Layer", "LogprobMismatch", "Output", "Params", "Replicas",
+    "RopeConfig", "SamplerOutput", "SamplingTensors", "SamplingParams", "EngineConfig", "SharedPrefix", "Snapshot",
+    "ModelConfig", "adopt", "compare_logprobs", "forward", "from_hf_config", "cuda_ipc_handles", "hidden_states", "init",
+    "load", "lora", "logprob_mismatch", "new_kv_cache", "receive", "save", "score", "send", "build_batch", "compute_logits",
 ]  # fmt: skip

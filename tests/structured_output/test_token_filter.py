@@ -187,5 +187,9 @@ def test_text_of_the_output(engine: fastgen.Engine) -> None:
     assert short.prompt == PROMPT and same.prompt is None
     (mapped,) = engine.generate({"prompt": PROMPT, "prompt_token_ids": last}, GREEDY)
     assert (mapped.prompt, mapped.completions) == (PROMPT, same.completions)
+    chat_message = [{"role": "user", "content": "Hi"}]
+    (thought,) = engine.chat(chat_message, GREEDY, add_generation_prompt=False)
+    assert thought.prompt == "<|im_start|>user: Hi<|im_end|>"
+    assert len(engine.chat([chat_message, chat_message], GREEDY)) == 2
     (chat,) = engine.generate([{"role": "user", "content": "Hi <|im_end|>"}], GREEDY)
     assert chat.prompt == "<|im_start|>user: Hi <|im_end|><|im_end|><|im_start|>assistant: "

@@ -40,6 +40,7 @@ def load(seed: int, count: int) -> tuple[list[list[int]], list[SamplingParams]]:
     choices: list[dict[str, Any]] = [
         {"temperature": 0}, {"temperature": 0.8, "n": 3}, {"temperature": 1, "logprobs": 2, "top_k": 9},
         {"temperature": 0, "repetition_penalty": 1.2}, {"temperature": 0, "prompt_logprobs": 1},
+        {"temperature": 1, "allowed_token_ids": range(60)},
     ]  # fmt: skip
     prompts = [r.choice(stems) + [r.randrange(131) for _ in range(r.randrange(1, 20))] for _ in range(count)]
     return prompts, [SamplingParams(**r.choice(choices), seed=i, max_tokens=r.randrange(1, 24)) for i in range(count)]

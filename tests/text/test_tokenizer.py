@@ -13,7 +13,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fastgen.event_stream import pair_prompts
-from fastgen.text.tokenizer import encode, is_single_prompt, to_prompt_list
+from fastgen.text.tokenizer import (
+    ChatPrompt,
+    encode,
+    encode_with_text,
+    is_single_prompt,
+    to_chat_prompts,
+    to_prompt_list,
+)
 
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 TEXT = st.text(st.one_of(st.sampled_from("ab é€😀👍🏽\ufffd"), st.characters(codec="utf-8")), max_size=20)
@@ -239,3 +246,52 @@ def test_encode_text_without_tokens() -> None:
 def test_is_single_prompt(prompts: object, is_single: bool) -> None:
     """Lists of texts, of token ids lists or of chats are several prompts."""
     assert is_single_prompt(prompts) == is_single
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+THINKING = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+
+
+def test_chat_prompts() -> None:
+    """Options of the chat template; text of special tokens in messages and in variables stays text."""
+    prompt = ChatPrompt(MESSAGES, chat_template=THINKING, chat_template_kwargs={"enable_thinking": False})
+    ids, text = encode_with_text(BYTE_LEVEL, prompt)
+    plain_ids, plain = encode_with_text(BYTE_LEVEL, MESSAGES)
+    assert text == f"{plain}<think></think>" and ids[: len(plain_ids)] == plain_ids
+    assert is_single_prompt(prompt) and to_prompt_list([prompt, prompt]) == [prompt, prompt]
+    closed = encode_with_text(BYTE_LEVEL, ChatPrompt(MESSAGES, add_generation_prompt=False))[1]
+    assert plain is not None and closed == plain.removesuffix("<|im_start|>assistant: ")
+    begun = [*MESSAGES, {"role": "assistant", "content": "It is"}]
+    options: Any = {"add_generation_prompt": False, "continue_final_message": True}
+    assert encode_with_text(BYTE_LEVEL, ChatPrompt(begun, **options))[1] == f"{plain}It is"
+    variables = {"name": "<|im_end|>"}
+    own = ChatPrompt(MESSAGES, chat_template="{{ name }}<|im_end|>", chat_template_kwargs=variables)
+    ids, text = encode_with_text(BYTE_LEVEL, own)
+    assert ids.count(BYTE_LEVEL.eos_token_id) == 1 and text == "<|im_end|><|im_end|>"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    with_tools = ChatPrompt(MESSAGES, tools=tools, chat_template="{{ tools[0].function.name }}")
+    assert encode(BYTE_LEVEL, with_tools) == BYTE_LEVEL("f").input_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"continue_final_message": True}, "needs add_generation_prompt=False"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "'tokenize' is no variable"),
+        ({"chat_template": "{% for %}"}, "this chat template refuses"),
+        ({"chat_template": "{{ '' }}"}, "renders these messages to no token"),
+    ],
+)
+def test_wrong_options_of_chat_templates(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(BYTE_LEVEL, ChatPrompt(MESSAGES, **options))
+    with pytest.raises(ValueError, match="chat takes a list of messages"):
+        to_chat_prompts("Hello")
+    assert len(to_chat_prompts([MESSAGES, MESSAGES], tools=[])) == 2
+
+
+@pytest.mark.parametrize("mapping", [{"prompt": 5}, {"prompt": "a", "multi_modal_data": {}}, {"text": "a"}, {}])
+def test_other_mappings_are_refused(mapping: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match='a mapping as a prompt is {"prompt": "a text"}'):
+        encode(BYTE_LEVEL, mapping)

@@ -175,13 +175,17 @@ class AppState:
         return self.token_decoder.tokenizer
 
     async def encode_chat(
-        self, messages: list[ChatMessage], tools: list[Tool], *, calls_enforced: bool = False
-    ) -> list[int]:
-        """Returns the token ids of messages. Rejects tools that the template ignores, unless calls are enforced."""
+        self, messages: list[ChatMessage], tools: list[Tool], template_options: dict[str, Any], *,
+        calls_enforced: bool = False,
+    ) -> list[int]:  # fmt: skip
+        """Returns the token ids of messages. Rejects tools that the template ignores, unless calls are enforced.
+
+        `template_options` are those of `tokenizer.render`.
+        """
         chat, tool_dicts = to_template_dicts(messages), [tool.to_template_dict() for tool in tools] or None
         num_chars = sum(len(text) for message in chat for text in message.values() if isinstance(text, str))
         calls = [call for message in chat for call in message.get("tool_calls", ())]
-        cost = num_chars + CHARS_PER_MESSAGE * len(chat) + len(json.dumps([tool_dicts, calls]))
+        cost = num_chars + CHARS_PER_MESSAGE * len(chat) + len(json.dumps([tool_dicts, calls, template_options]))
 
         def encode(coder: Any) -> list[int]:
             render, has_tools = partial(tokenizer.render, coder), bool(tool_dicts)
@@ -195,18 +199,22 @@ class AppState:
                 if not self.template_supports_tools:
                     raise APIError(400, "tools: this model's chat template has no place for tools", param="tools")
             # With functions and calls, the rendered text may be too long.
-            if cost > LONG_TEXT_CHARS and (length := len(render(chat, tool_dicts))) > self.max_prompt_chars:
+            if (
+                cost > LONG_TEXT_CHARS
+                and (length := len(render(chat, tool_dicts, **template_options))) > self.max_prompt_chars
+            ):
                 raise self._too_long_error(length, self.max_prompt_chars, "messages")
             content = self.engine_info.special_tokens_in_content
-            return tokenizer.encode(coder, chat, tool_dicts, special_tokens_in_content=content)
+            prompt = tokenizer.ChatPrompt(chat, tool_dicts, **template_options)
+            return tokenizer.encode(coder, prompt, special_tokens_in_content=content)
 
         try:
             return await self.run_tokenizer(encode, num_chars, "messages", cost=cost)
         except ValueError as e:
             raise APIError(400, f"messages: {e}", param="messages") from e
 
-    async def encode_prompt(self, prompt: Any, param: str) -> list[int]:
-        """Returns the token ids of a prompt that the model accepts."""
+    async def encode_prompt(self, prompt: Any, param: str, truncate_prompt_tokens: int | None = None) -> list[int]:
+        """Returns the token ids of a prompt that the model accepts, or so many last ones."""
         try:
             if isinstance(prompt, str) and self.token_decoder.tokenizer is not None:
                 encode = partial(tokenizer.encode, prompt=prompt)
@@ -215,7 +223,7 @@ class AppState:
                 token_ids = tokenizer.encode(self.token_decoder.tokenizer, prompt)
         except ValueError as e:
             raise APIError(400, f"{param}: {e}", param=param) from e
-        return self.check_token_ids(token_ids, param)
+        return self.check_token_ids(token_ids[-(truncate_prompt_tokens or 0) :], param)
 
     async def echo_prompt(self, prompt: str | list[int], token_ids: list[int]) -> EchoedPrompt:
         """Returns the prompt's text and token offsets; of a text, without tokens that the tokenizer has added."""

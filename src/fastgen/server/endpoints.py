@@ -46,7 +46,9 @@ async def chat_completions(body: bodies.ChatRequest, request: Request, state: St
     builder, params = _make_chat_builder(state, body), body.to_sampling_params()
     state.check_num_completions(params.n)
     tools = body.tools if choice != "none" else []  # a model that sees tools would call them
-    token_ids = await state.encode_chat(body.messages, tools, calls_enforced=choice in ("required", "named"))
+    enforced, options = choice in ("required", "named"), body.template_options
+    token_ids = await state.encode_chat(body.messages, tools, options, calls_enforced=enforced)
+    token_ids = token_ids[-(params.truncate_prompt_tokens or 0) :]
     prompts = [state.check_token_ids(token_ids, "messages")]
     return await CompletionResponse(state, request, body, builder, model, prompts, params).submit()
 
@@ -82,7 +84,7 @@ async def completions(body: bodies.CompletionRequest, request: Request, state: S
     params, prompts = body.to_sampling_params(), body.prompts
     model = await state.resolve_model_name(body.model)
     state.check_num_completions(len(prompts) * params.n, "n" if len(prompts) == 1 else "prompt")
-    token_ids = [await state.encode_prompt(prompt, "prompt") for prompt in prompts]
+    token_ids = [await state.encode_prompt(prompt, "prompt", params.truncate_prompt_tokens) for prompt in prompts]
     pairs = zip(prompts, token_ids, strict=True)
     echoes = [await state.echo_prompt(prompt, ids) for prompt, ids in pairs] if body.echo else []
     builder = responses.TextResponseBuilder(state.token_decoder, echoes)
@@ -169,7 +171,7 @@ async def tokenize(body: bodies.TokenizeRequest, state: State) -> Response:
     await state.resolve_model_name(body.model)
     state.require_tokenizer("prompt")
     if body.messages is not None:
-        tokens = await state.encode_chat(body.messages, body.tools)
+        tokens = await state.encode_chat(body.messages, body.tools, body.template_options)
     else:
         prompt, max_chars = body.prompt or "", max(MAX_TOKENIZE_CHARS, state.max_prompt_chars)
         options = {"add_special_tokens": body.add_special_tokens, "return_attention_mask": False}

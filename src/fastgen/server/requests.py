@@ -22,6 +22,7 @@ MAX_TOOLS = 1024
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 64, 2048  # stop strings, and characters of each
 MAX_GUIDED_CHOICES = 4096  # items of guided_choice
 MAX_LISTED_TOKEN_IDS = 1024  # tokens of logit_bias, and of stop_token_ids
+MAX_ALLOWED_TOKEN_IDS = 2**18  # tokens of allowed_token_ids
 MAX_DETOKENIZE_TOKENS = 2**18  # tokens of /detokenize
 MAX_COMPLETIONS_PER_PROMPT, MAX_TOP_LOGPROBS = 128, 20  # OpenAI's limits
 # For each field whose grammar constrains the output, the kind of the grammar.
@@ -88,6 +89,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), Afte
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
 TokenIds = Annotated[list[int], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
 StopTokenIds = Annotated[list[int], Field(max_length=MAX_LISTED_TOKEN_IDS, fail_fast=True)]
+AllowedTokenIds = Annotated[list[int], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True)]
 LogitBias = Annotated[dict[int, float], BeforeValidator(_parse_logit_bias)]
 NumLogprobs = Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 GuidedChoices = Annotated[list[EncodableString], Field(min_length=1, max_length=MAX_GUIDED_CHOICES, fail_fast=True)]
@@ -145,6 +147,7 @@ class SamplingFields(StrictModel):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: LogitBias = {}
+    allowed_token_ids: AllowedTokenIds | None = None
 
 
 class GenerationRequest(StrictModel):
@@ -177,12 +180,21 @@ class GenerationRequest(StrictModel):
             raise bad_request(str(e), self.field_names) from e
 
 
+# Fields of SamplingParams that concern text.
+TEXT_FIELDS = ("stop", "bad_words", "include_stop_str_in_output", "skip_special_tokens", "truncate_prompt_tokens")
+
+
 class CompletionRequestBase(SamplingFields, GenerationRequest):
     """Fields that chat and text completions share."""
 
     unsupported_fields = {"service_tier": ("auto", "default"), "structured_outputs": ()}
 
     stop: StopString | StopStrings = []
+    # vLLM's
+    bad_words: StopStrings = []
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
     stream_options: StreamOptions | None = None
     # Accepted without effect: these identify the user or control storage at OpenAI.
     user: EncodableString | None = None
@@ -229,7 +241,7 @@ class CompletionRequestBase(SamplingFields, GenerationRequest):
         if self.include_usage and not self.stream:
             raise APIError(400, "stream_options needs stream=true", param="stream_options")
         grammar = self.resolve_grammar()
-        shared_fields = self.model_dump(include={"stop", *SamplingFields.model_fields})
+        shared_fields = self.model_dump(include={*TEXT_FIELDS, *SamplingFields.model_fields})
         return super()._make_sampling_params(shared_fields | {"grammar": grammar and grammar[1]} | fields)
 
 
@@ -362,11 +374,36 @@ ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True),
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(_check_distinct_names)]
 
 
-class ChatRequest(CompletionRequestBase):
+def _check_template_kwargs(variables: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(variables, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError
+    return variables
+
+
+class ChatTemplateFields(StrictModel):
+    """vLLM's options for the chat template; see `fastgen.ChatPrompt`."""
+
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_check_template_kwargs)] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _check_final_message(self) -> "ChatTemplateFields":
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("continue_final_message=true needs add_generation_prompt=false")
+        return self
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The keyword arguments of `fastgen.text.tokenizer.render`."""
+        return self.model_dump(include={*ChatTemplateFields.model_fields})
+
+
+class ChatRequest(ChatTemplateFields, CompletionRequestBase):
     """Body of POST /chat/completions."""
 
     unsupported_fields = CompletionRequestBase.unsupported_fields | {
         "audio": (),
+        "chat_template": (),
         "function_call": ("none",),
         "functions": ([],),
         "modalities": (["text"],),
@@ -451,6 +488,8 @@ class CompletionRequest(CompletionRequestBase):
         """Returns the library's settings. Raises APIError by field."""
         if self.echo and self.stream and self.logprobs is not None:
             raise APIError(400, "echo with logprobs cannot be streamed: the prompt's come at the end", param="echo")
+        if self.echo and self.truncate_prompt_tokens is not None:
+            raise APIError(400, "truncate_prompt_tokens cannot be combined with echo", param="truncate_prompt_tokens")
         if self.best_of not in (None, self.n):
             problem = f"best_of={self.best_of} is not supported by this server: leave it out, or make it n={self.n}"
             raise APIError(400, problem, param="best_of", code="unsupported_parameter")
@@ -487,7 +526,7 @@ class GenerateRequest(GenerationRequest):
         return self._make_sampling_params(self.sampling_params.model_dump())
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(ChatTemplateFields):
     """Body of POST /tokenize: a text, or messages and tools for the chat template."""
 
     model: EncodableString | None = None
@@ -502,6 +541,8 @@ class TokenizeRequest(StrictModel):
             raise ValueError("give either prompt or messages")
         if self.tools and self.messages is None:
             raise ValueError("tools go with messages")
+        if self.messages is None and self.template_options != ChatTemplateFields().template_options:
+            raise ValueError("options of the chat template go with messages")
         return self
 
 

@@ -1,23 +1,70 @@
 """Prompts to token ids: texts, chat messages through the chat template, arrays and mappings."""
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from fastgen.text import Tokenizer, chat_template
+from fastgen.text import Tokenizer
+from fastgen.text.chat_template import limit_template
 from fastgen.text.control_tokens import ESCAPE, ControlTokens
 
 Message = dict[str, Any]
-# A text, token ids (also an array), chat messages, or a mapping with a text or token ids (`_prompt_from_mapping`).
-Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 Tools = list[dict[str, Any]] | None  # functions that the chat template describes to the model
 # Raised by templates themselves and by operators in them: on operands of the wrong type, on nesting too deep, ...
 TEMPLATE_ERRORS = (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError, ValueError)
 TEMPLATE_ERRORS += (RuntimeError, MemoryError)
 ACCEPTED_PROMPTS = "prompts are a text, a list of token ids, a list of chat messages, or a list of these"
 NO_TOKENIZER = "this model came without a tokenizer: give prompts as token ids"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Chat messages with options for the chat template: a prompt, wherever prompts are taken.
+
+    `tools` are JSON schemas of functions that the template describes to the model. `chat_template` is used instead of
+    the tokenizer's. `chat_template_kwargs` are variables of the template, such as `enable_thinking=False` of Qwen3's.
+    `add_generation_prompt` ends the prompt with the beginning of the assistant's turn. `continue_final_message` leaves
+    the last message open, so that the model continues it; `add_generation_prompt` must then be False.
+    """
+
+    messages: Sequence[Message]
+    tools: Tools = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The keyword arguments of `render`."""
+        return {
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+        }
+
+
+# A text, token ids (also an array), chat messages, or a mapping with a text or token ids (`_prompt_from_mapping`).
+Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt | Mapping[str, Any]
+
+
+def to_chat_prompts(conversations: Any, **options: Any) -> list[ChatPrompt]:
+    """Returns one conversation (a list of messages), or several, as prompts with the same options of `ChatPrompt`.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(conversations, list | tuple) and conversations:
+        if isinstance(conversations[0], Mapping):
+            return [ChatPrompt(conversations, **options)]
+        if all(isinstance(messages, list | tuple) for messages in conversations):
+            return [ChatPrompt(messages, **options) for messages in conversations]
+    expected = "a list of messages, [{'role': 'user', 'content': 'Hello'}], or a list of such lists"
+    raise ValueError(f"chat takes {expected}, got {conversations!r:.100}")
 
 
 def max_prompt_chars(tokenizer: Tokenizer | None, context_length: int) -> int:
@@ -35,7 +82,7 @@ def max_prompt_chars(tokenizer: Tokenizer | None, context_length: int) -> int:
 
 def is_single_prompt(prompts: object) -> bool:
     """Returns whether a value is one prompt (text, token ids, chat messages, mapping) and not a list of prompts."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping | ChatPrompt):
         return True
     if isinstance(prompts, list | tuple):
         first = prompts[0] if prompts else None
@@ -120,13 +167,16 @@ def encode(
 
 
 def encode_with_text(
-    tokenizer: Tokenizer | None, prompt: Prompt, tools: Tools = None, *, special_tokens_in_content: str = "text"
+    tokenizer: Tokenizer | None, prompt: Any, tools: Tools = None, *, special_tokens_in_content: str = "text"
 ) -> tuple[list[int], str | None]:
     """Returns the token ids of a prompt, as `encode`, and its text: None for token ids, the rendered text of a chat."""
     text: str | None = None
     if isinstance(prompt, Mapping):
         text = prompt["prompt"] if isinstance(prompt.get("prompt"), str) else None
         prompt = _prompt_from_mapping(prompt)
+    if isinstance(prompt, ChatPrompt):
+        tools = tools if prompt.tools is None else prompt.tools
+        return _encode_chat(tokenizer, prompt.messages, tools, special_tokens_in_content, **prompt.template_options)
     if getattr(prompt, "ndim", 0) == 1:  # an array or tensor of token ids
         prompt = cast(Any, prompt).tolist()
     if not isinstance(prompt, str | list | tuple):
@@ -138,8 +188,7 @@ def encode_with_text(
         types = set(map(type, prompt))  # not token by token: hundreds of prompts may be added before a step
         if all(issubclass(t, Integral) and t is not bool for t in types):
             return list(prompt) if types == {int} else [int(t) for t in prompt], text  # type: ignore
-        rendered = render(tokenizer, prompt, tools, special_tokens_in_content=special_tokens_in_content)
-        return encode_rendered(cast(Tokenizer, tokenizer), rendered), rendered.replace(ESCAPE, "")
+        return _encode_chat(tokenizer, prompt, tools, special_tokens_in_content)
     if tokenizer is None:
         raise ValueError(NO_TOKENIZER)
     try:
@@ -151,14 +200,28 @@ def encode_with_text(
     return token_ids, prompt
 
 
+def _encode_chat(
+    tokenizer: Tokenizer | None, messages: Sequence[Any], tools: Tools, special_tokens_in_content: str, **options: Any
+) -> tuple[list[int], str]:
+    """Returns the token ids and the rendered text of messages; `options` are those of `render`."""
+    rendered = render(tokenizer, messages, tools, special_tokens_in_content=special_tokens_in_content, **options)
+    if not (token_ids := encode_rendered(cast(Tokenizer, tokenizer), rendered)):
+        raise ValueError("the chat template renders these messages to no token: a prompt needs at least one")
+    return token_ids, rendered.replace(ESCAPE, "")
+
+
 def render(
     tokenizer: Tokenizer | None,
     messages: Sequence[Any],
     tools: Tools = None,
     *,
     special_tokens_in_content: str = "text",
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> str:
-    """Renders messages with the chat template, up to the assistant's turn; `encode_rendered` tokenizes the result.
+    """Renders messages with the chat template; `encode_rendered` tokenizes the result. Options are as in `ChatPrompt`.
 
     With `special_tokens_in_content="text"`, special tokens spelled in the content are escaped in the rendered text
     (`fastgen.text.control_tokens`).
@@ -168,18 +231,38 @@ def render(
     for message in messages:
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
-    if not tokenizer.chat_template:
+    if not messages:
+        raise ValueError("the prompt is empty: a chat needs at least one message")
+    if add_generation_prompt and continue_final_message:
+        raise ValueError("continue_final_message=True needs add_generation_prompt=False: the last message is continued")
+    if chat_template is not None and not isinstance(chat_template, str):
+        raise ValueError(f"chat_template must be the text of a Jinja template, got {chat_template!r:.100}")
+    variables = _check_template_kwargs(tokenizer, chat_template_kwargs)
+    if not (chat_template or tokenizer.chat_template):
         raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
     chat: Any = list(messages)
     try:
         if special_tokens_in_content == "text":
             escape = ControlTokens.for_tokenizer(tokenizer).escape
-            chat, tools = escape(chat), escape(tools)
-        source = chat_template.limit_template(tokenizer.get_chat_template(tools=tools))
-        options: Any = {"chat_template": source, "tools": tools, "add_generation_prompt": True, "tokenize": False}
+            chat, tools, variables = escape(chat), escape(tools), escape(variables)
+        source = limit_template(tokenizer.get_chat_template(chat_template, tools=tools))
+        options: Any = {"chat_template": source, "tools": tools, "tokenize": False} | variables
+        options |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         return cast(str, tokenizer.apply_chat_template(chat, **options))
     except TEMPLATE_ERRORS as e:
-        raise ValueError(f"the model's chat template refuses these messages: {e or type(e).__name__}") from e
+        owner = "the model's" if chat_template is None else "this"
+        raise ValueError(f"{owner} chat template refuses these messages: {e or type(e).__name__}") from e
+
+
+def _check_template_kwargs(tokenizer: Tokenizer, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns variables for a chat template. Raises ValueError for names that have a meaning of their own."""
+    if not isinstance(variables, Mapping | None) or any(not isinstance(name, str) for name in variables or ()):
+        expected = "a dict of variables for the chat template, {'enable_thinking': False}"
+        raise ValueError(f"chat_template_kwargs must be {expected}, got {variables!r:.100}")
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
+    if taken := [name for name in variables or () if name in reserved]:
+        raise ValueError(f"chat_template_kwargs: {taken[0]!r} is no variable of a chat template, but set otherwise")
+    return dict(variables or {})
 
 
 def encode_rendered(tokenizer: Tokenizer, rendered: str) -> list[int]:
