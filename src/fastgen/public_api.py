@@ -36,6 +36,7 @@ __all__ = [
     "Adapter", "StackedAdapters", "AsyncEngine", "Batch", "KVCache", "ChatPrompt", "Completion", "CacheStats",
     "LogitEdits", "Engine", "Event", "TopKTopP", "Layer", "LogprobMismatch", "Output", "Params", "Replicas",
     "RopeConfig", "SamplerOutput", "SamplingTensors", "SamplingParams", "EngineConfig", "SharedPrefix", "Snapshot",
-    "ModelConfig", "adopt", "compare_logprobs", "forward", "from_hf_config", "cuda_ipc_handles", "hidden_states", "init",
-    "load", "lora", "logprob_mismatch", "new_kv_cache", "receive", "save", "score", "send", "build_batch", "compute_logits",
+    "ModelConfig", "adopt", "compare_logprobs", "forward", "from_hf_config", "cuda_ipc_handles", "hidden_states",
+    "init", "load", "lora", "logprob_mismatch", "new_kv_cache", "receive", "save", "score", "send", "build_batch",
+    "compute_logits",
 ]  # fmt: skip

@@ -156,6 +156,25 @@ class Person(pydantic.BaseModel):
     age: Annotated[int, pydantic.Field(ge=0, le=99)]
 
 
+def test_arguments_of_vllm(client: openai.OpenAI, library: fastgen.Engine) -> None:
+    """Options of the chat template, constraints and the form of the text are as in the library."""
+    messages: Any = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ab"}]
+    template = {"add_generation_prompt": False, "continue_final_message": True, "chat_template_kwargs": {"x": 1}}
+    sampling: dict[str, Any] = {"allowed_token_ids": [*range(40, 90)], "bad_words": ["A"], "skip_special_tokens": False}
+    sampling |= {"truncate_prompt_tokens": 5}
+    (expected,) = library.chat(messages, SamplingParams(temperature=0, max_tokens=8, **sampling), **template)
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, temperature=0, max_tokens=8, extra_body=template | sampling
+    )
+    assert answer.choices[0].message.content == expected.completions[0].text
+    assert answer.usage is not None and answer.usage.prompt_tokens == 5
+    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+        client.chat.completions.create(model="tiny", messages=messages, extra_body={"continue_final_message": True})
+    with pytest.raises(openai.BadRequestError, match="'tokenize' is no variable"):
+        body = {"chat_template_kwargs": {"tokenize": True}}
+        client.chat.completions.create(model="tiny", messages=messages, extra_body=body)
+
+
 def test_answers_that_follow_a_schema(client: openai.OpenAI) -> None:
     """The official client parses answers into a pydantic model."""
     parsed = []

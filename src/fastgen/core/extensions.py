@@ -150,11 +150,7 @@ class Adapters:
 class Matcher(ABC):
     """Restricts the next token of one completion: a grammar, or other constraints. Tracks the tokens so far."""
 
-    edits_logits = False  # whether `edit_logits` is to be called
-
-    def edit_logits(self, prompt_token_ids: list[int], token_ids: list[int], logits: Any) -> Any:
-        """Returns edited logits [V], fp32, of the token after `token_ids`."""
-        return logits
+    edit_logits: Any = None  # (prompt token ids, token ids so far, fp32 logits [V]) -> edited logits; None: no edits
 
     @property
     @abstractmethod

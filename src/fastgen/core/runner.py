@@ -189,7 +189,7 @@ class EagerRunner:
             token_mask=token_mask,
         )
         sampled_rows = [(r, s) for r, x in enumerate(plan) if x.needs_sampling and (s := states.get(x.id))]
-        edited_rows = [(r, s, m) for r, s in sampled_rows if (m := s.matcher) is not None and m.edits_logits]
+        edited_rows = [(r, s, m) for r, s in sampled_rows if (m := s.matcher) is not None and m.edit_logits]
         if edited_rows:  # by functions of the requests, row by row
             logits = output.logits[:n].float()
             z = logits.clone()

@@ -25,7 +25,7 @@ class TokenFilter(Matcher):
     ) -> None:  # fmt: skip
         """`allowed_mask` has bit t % 32 of word t // 32 set if token t is allowed. `bad_words` are token ids."""
         self.grammar_matcher, self.allowed_mask, self.bad_words = grammar_matcher, allowed_mask, bad_words
-        self.logits_processors, self.edits_logits = logits_processors, bool(logits_processors)
+        self.logits_processors, self.edit_logits = logits_processors, self._edit_logits if logits_processors else None
         self.num_compared_tokens = max(map(len, bad_words), default=1) - 1
         self.last_token_ids: tuple[int, ...] = ()  # of the output, as many as bad words compare
         self.error = ""
@@ -64,7 +64,7 @@ class TokenFilter(Matcher):
         if self.failed:
             mask[:] = -1
 
-    def edit_logits(self, prompt_token_ids: list[int], token_ids: list[int], logits: Tensor) -> Tensor:
+    def _edit_logits(self, prompt_token_ids: list[int], token_ids: list[int], logits: Tensor) -> Tensor:
         """Returns what the logits processors make of the logits. Fails if one raises, or returns another shape."""
         if self.failed:
             return logits
