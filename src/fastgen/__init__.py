@@ -1,4 +1,4 @@
-"""fastgen: batched generation from dense transformers, small enough to read and yours to import.
+"""fastgen: an LLM inference engine to put inside an RL loop or a data pipeline.
 
 import fastgen
 
