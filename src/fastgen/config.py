@@ -352,7 +352,7 @@ class SamplingParams:
             allowed = _to_tuple(me, "allowed_token_ids", self.allowed_token_ids, "token ids, [5] for a single one")
             set_field(self, "allowed_token_ids", allowed)
             if not allowed:
-                raise ValueError(f"{me}.allowed_token_ids must hold a token id, or be None to allow every token")
+                raise ValueError(f"{me}.allowed_token_ids must hold a token id, or be None to allow all, got []")
         functions = (self.logits_processors,) if callable(self.logits_processors) else self.logits_processors
         set_field(self, "logits_processors", _to_tuple(me, "logits_processors", functions, "functions"))
         if not isinstance(self.logit_bias, Mapping | None):
