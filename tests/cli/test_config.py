@@ -47,7 +47,7 @@ BAD = [
     (SamplingParams, "stop", [[""], ["a", ""], [1]], "non-empty strings"),
     (SamplingParams, "stop_token_ids", [[-1], [1.0], ["2"]], "at least 0"),
     (SamplingParams, "bad_words", [[""], [" "], [1]], "non-empty strings"),
-    (SamplingParams, "allowed_token_ids", [[], [-1], [1.0]], "at least 0|must hold a token id|whole number"),
+    (SamplingParams, "allowed_token_ids", [[-1], [1.0]], "at least 0|whole number"),
     (SamplingParams, "logits_processors", [[1], ["f"]], "must hold functions"),
     (SamplingParams, "truncate_prompt_tokens", [0, -1, 1.5], "at least 1|whole number"),
     (SamplingParams, "include_stop_str_in_output", [1, "yes", None], "true or false"),
