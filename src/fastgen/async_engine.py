@@ -25,7 +25,8 @@ from fastgen.core.request import Event, Output
 from fastgen.core.types import Params
 from fastgen.engine import Engine
 from fastgen.event_stream import OneOrManyPrompts, OneOrManySampling, pair_prompts
-from fastgen.text.tokenizer import Message, Prompt, Tools, to_chat_prompts
+from fastgen.text.chat_template import Message, Tools
+from fastgen.text.tokenizer import Prompt, to_chat_prompts
 from fastgen.training import weight_sync
 
 T = TypeVar("T")

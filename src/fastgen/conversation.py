@@ -15,9 +15,9 @@ from typing import Any
 from fastgen.config import SamplingParams, unknown_name_message
 from fastgen.core.request import Completion
 from fastgen.engine import Engine
-from fastgen.text import Tokenizer, tokenizer
+from fastgen.text import Tokenizer, chat_template
+from fastgen.text.chat_template import Message
 from fastgen.text.control_tokens import ControlTokens
-from fastgen.text.tokenizer import Message
 
 COMMON_SETTINGS = ("temperature", "top_p", "max_tokens")
 NUM_TOP_LOGPROBS = 5  # most likely tokens recorded with each token of an answer
@@ -125,9 +125,9 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": message}]
         coder, content = self.engine.tokenizer, self.engine.config.special_tokens_in_content
-        rendered = tokenizer.render(coder, messages, special_tokens_in_content=content)
+        rendered = chat_template.render(coder, messages, special_tokens_in_content=content)
         assert coder is not None
-        return rendered, self._extend_last_prompt(rendered) or tokenizer.encode_rendered(coder, rendered)
+        return rendered, self._extend_last_prompt(rendered) or chat_template.encode_rendered(coder, rendered)
 
     def _extend_last_prompt(self, rendered: str) -> list[int] | None:
         """Returns the last turn's tokens and those of the new text. None unless `rendered` extends the last turn."""
@@ -149,7 +149,7 @@ class Conversation:
                 return None  # a stop string was cut from the text, but not from the tokens
             if not self._decode(answer_ids[-1:]):
                 answer_ids.pop()  # the EOS token: the template itself ends the answer
-        return [*last.prompt_token_ids, *answer_ids, *tokenizer.encode_rendered(coder, new_text)]
+        return [*last.prompt_token_ids, *answer_ids, *chat_template.encode_rendered(coder, new_text)]
 
     def _decode(self, token_ids: list[int]) -> str:
         assert (coder := self.engine.tokenizer) is not None

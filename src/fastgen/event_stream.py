@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from fastgen.config import SamplingParams, check_choice
 from fastgen.core.request import Event, Output, rejected_output
-from fastgen.text.tokenizer import Message, Prompt, Tools, to_chat_prompts, to_prompt_list
+from fastgen.text.chat_template import Message, Tools
+from fastgen.text.tokenizer import Prompt, to_chat_prompts, to_prompt_list
 from fastgen.thread_safety import AccessGuard, exclusive
 from fastgen.training.sleep import EngineMemory
 

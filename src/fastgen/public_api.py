@@ -27,7 +27,7 @@ from fastgen.engine import Engine
 from fastgen.lora import Adapter
 from fastgen.lora.stacked import StackedAdapters
 from fastgen.snapshot import Snapshot
-from fastgen.text.tokenizer import ChatPrompt
+from fastgen.text.chat_template import ChatPrompt
 from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score
 from fastgen.training.shared_params import adopt
 from fastgen.training.weight_sync import cuda_ipc_handles, receive, send

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 import fastgen
 from fastgen import lora
 from fastgen.checkpoint.tokenizer import load as load_tokenizer
-from fastgen.text import tokenizer
+from fastgen.text import chat_template, tokenizer
 
 CASES = int(os.environ.get("FASTGEN_DAMAGED_FILES", "6"))  # of each type of file
 SECONDS, MEMORY = 5, 500e6  # that a case may take at most; bytes
@@ -221,7 +221,7 @@ def use(folder: Path, file: str) -> None:
         assert all(type(t) is int for t in tokens)
         assert isinstance(loaded.decode(tokens), str)
         chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-        assert isinstance(tokenizer.render(loaded, chat), str)
+        assert isinstance(chat_template.render(loaded, chat), str)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from fastgen.server.requests import ChatMessage, ChatRequest, Tool, to_template_
 from fastgen.server.responses import ChatResponseBuilder, Choice, ChoiceDelta, TokenDecoder
 from fastgen.server.sse import CompletionResponse
 from fastgen.server.tool_calls import ToolCallParser
-from fastgen.text import tokenizer
+from fastgen.text import chat_template
 from fastgen.text.detokenizer import Detokenizer
 
 WEATHER: dict[str, Any] = {
@@ -416,7 +416,7 @@ def test_a_call_goes_to_the_model_and_comes_back(call_format: tool_calls.ToolCal
     ]
     rendered_messages = to_template_dicts(messages)
     tool_calls.adapt_calls_to_template(rendered_messages, call_format)
-    lines = tokenizer.render(vocabulary, rendered_messages, [tool.to_template_dict() for tool in TOOLS]).split("\n")
+    lines = chat_template.render(vocabulary, rendered_messages, [tool.to_template_dict() for tool in TOOLS]).split("\n")
     assert json.loads(lines[0]) == TOOL_DICTS[0] and json.loads(lines[1])["function"]["parameters"]["type"] == "object"
     text = "\n".join(lines).partition("assistant:")[2].partition("tool:")[0]
     content, [(name, arguments)] = parse(call_format, [text])

@@ -9,8 +9,9 @@ from test_tokenizer import BYTE_FALLBACK, QUICK, byte_level
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from fastgen.text.chat_template import render
 from fastgen.text.control_tokens import ESCAPE, ControlTokens
-from fastgen.text.tokenizer import encode, render
+from fastgen.text.tokenizer import encode
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<｜User｜>", "[INST]"]
 CODER = byte_level()

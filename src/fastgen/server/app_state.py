@@ -21,7 +21,7 @@ from fastgen.server.errors import APIError
 from fastgen.server.metrics import Metrics
 from fastgen.server.requests import ChatMessage, Tool, to_template_dicts
 from fastgen.server.responses import EchoedPrompt, TokenDecoder
-from fastgen.text import tokenizer
+from fastgen.text import chat_template, tokenizer
 
 T = TypeVar("T")
 LONG_TEXT_CHARS = 2**15  # characters above which a text is long, and tokenized in a thread of its own
@@ -180,7 +180,7 @@ class AppState:
     ) -> list[int]:  # fmt: skip
         """Returns the token ids of messages. Rejects tools that the template ignores, unless calls are enforced.
 
-        `template_options` are those of `tokenizer.render`.
+        `template_options` are those of `chat_template.render`.
         """
         chat, tool_dicts = to_template_dicts(messages), [tool.to_template_dict() for tool in tools] or None
         num_chars = sum(len(text) for message in chat for text in message.values() if isinstance(text, str))
@@ -188,7 +188,7 @@ class AppState:
         cost = num_chars + CHARS_PER_MESSAGE * len(chat) + len(json.dumps([tool_dicts, calls, template_options]))
 
         def encode(coder: Any) -> list[int]:
-            render, has_tools = partial(tokenizer.render, coder), bool(tool_dicts)
+            render, has_tools = partial(chat_template.render, coder), bool(tool_dicts)
             if calls and has_tools not in self.wants_text_arguments:
                 wants_text = tool_calls.wants_text_arguments(partial(render, tools=tool_dicts))
                 self.wants_text_arguments[has_tools] = wants_text

@@ -394,7 +394,7 @@ class ChatTemplateFields(StrictModel):
 
     @property
     def template_options(self) -> dict[str, Any]:
-        """The keyword arguments of `fastgen.text.tokenizer.render`."""
+        """The keyword arguments of `fastgen.text.chat_template.render`."""
         return self.model_dump(include={*ChatTemplateFields.model_fields})
 
 

@@ -1,83 +1,109 @@
-"""Bounds the work of a chat template, a program that comes with the model's files.
+"""Chat messages to text by the model's chat template, and that text to token ids."""
 
-jinja2's sandbox isolates a template from the machine but does not stop an endless one. `limit_template` therefore
-inserts counters into the template itself: a step counter into loops and macros, and a size check behind assignments
-that can make a value grow from one repetition to the next.
-"""
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-import re
-from functools import lru_cache
+from jinja2 import TemplateError
 
-from jinja2 import Environment, TemplateError
+from fastgen.text import Tokenizer
+from fastgen.text.control_tokens import ESCAPE, ControlTokens
+from fastgen.text.template_limits import limit_template
 
-MAX_STEPS = 2**19  # steps of one rendering: one per loop iteration, eight per macro call, which is slower
-MAX_LENGTH = 2**24  # characters or elements of a variable
-MAX_NUMBER = 10**8  # largest integer literal, which may multiply or pad text
-STEP_COUNTER = "fastgen_steps"  # a template variable: a generator from which each step takes one element (0.5 us)
-# `+` in a tag preserves the white space around the tag. jinja2's `lipsum` would generate any number of paragraphs.
-PREAMBLE = f"{{%+ set {STEP_COUNTER} = ('x' * {MAX_STEPS}) | batch(1) +%}}{{%+ set lipsum = none +%}}"
-TOO_MANY_STEPS = f"endless: stopped after {MAX_STEPS} steps"
-STEP_CHECK = f"{{%+ if not TAKEN +%}}{{{{ raise_exception('{TOO_MANY_STEPS}') }}}}{{%+ endif +%}}"
-LOOP_CHECK, CALL_CHECK = (
-    STEP_CHECK.replace("TAKEN", "(" + " and ".join([f"{STEP_COUNTER} | first"] * n) + ")") for n in (1, 8)
-)
-SIZE_CHECK = (
-    f"{{%+ if (NAME is sequence and NAME | length > {MAX_LENGTH}) or "
-    "(NAME is number and (NAME > 1e30 or NAME < -1e30)) +%}{{ raise_exception('NAME is too large') }}{%+ endif +%}"
-)
-GROWTH_OPERATORS = {"~", "+", "*", "%", "|", "."}  # may return values longer than their operands
+Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None  # functions that the chat template describes to the model
+# Raised by templates themselves and by operators in them: on operands of the wrong type, on nesting too deep, ...
+TEMPLATE_ERRORS = (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError, ValueError)
+TEMPLATE_ERRORS += (RuntimeError, MemoryError)
+NO_TOKENIZER = "this model came without a tokenizer: give prompts as token ids"
 
 
-@lru_cache(64)
-def limit_template(source: str) -> str:
-    """Returns a chat template that renders the same text, or raises TemplateError beyond `MAX_STEPS` or `MAX_LENGTH`.
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Chat messages with options for the chat template: a prompt, wherever prompts are taken.
 
-    Raises TemplateError itself for powers and for integer literals above `MAX_NUMBER`.
+    `tools` are JSON schemas of functions that the template describes to the model. `chat_template` is used instead of
+    the tokenizer's. `chat_template_kwargs` are variables of the template, such as `enable_thinking=False` of Qwen3's.
+    `add_generation_prompt` ends the prompt with the beginning of the assistant's turn. `continue_final_message` leaves
+    the last message open, so that the model continues it; `add_generation_prompt` must then be False.
     """
-    # The options of transformers, which decide what white space belongs to a tag. White space that they strip is
-    # already stripped here; only the newline at the end is kept, since rendering strips one.
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    out = [PREAMBLE]
-    statement: list[tuple[str, str]] | None = None  # (type, text) of the open tag's tokens, no white space
-    open_set_blocks: list[str] = []  # names of `{% set name %}` blocks without their `{% endset %}`
-    previous = ""
-    for line, token_type, text in environment.lex(source):
-        out.append(text)
-        if token_type == "block_begin":
-            statement = []
-        elif token_type == "block_end" and statement is not None:
-            keyword = statement[0][1] if statement else ""
-            out.append({"for": LOOP_CHECK, "macro": CALL_CHECK, "call": CALL_CHECK}.get(keyword, ""))
-            out += [SIZE_CHECK.replace("NAME", name) for name in _assigned_names(statement, open_set_blocks)]
-            statement = None
-        elif token_type != "whitespace" and statement is not None:
-            statement.append((token_type, text))
-        if token_type == "operator" and text == "**" and previous not in "(,":  # after these it unpacks keywords
-            raise TemplateError(f"line {line}: it computes a power")
-        if token_type == "integer" and re.fullmatch(r"[\d_]{8,}", text) and (len(text) > 40 or int(text) > MAX_NUMBER):
-            raise TemplateError(f"line {line}: the number {text[:40]}")
-        previous = previous if token_type == "whitespace" else text
-    return "".join(out)
+
+    messages: Sequence[Message]
+    tools: Tools = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The keyword arguments of `render`."""
+        return {
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+        }
 
 
-def _assigned_names(statement: list[tuple[str, str]], open_set_blocks: list[str]) -> list[str]:
-    """Returns the variables that a statement may set to a longer value; block assignments count at their end."""
-    texts = [text for _, text in statement]
-    match texts[:1]:
-        case ["macro"]:  # its parameters
-            depth, names = 0, list[str]()
-            for i, (token_type, text) in enumerate(statement):
-                if token_type == "name" and depth == 1 and texts[i - 1] in ("(", ","):
-                    names.append(text)
-                depth += (text in ("(", "[", "{")) - (text in (")", "]", "}"))
-            return names
-        case ["endset"] if open_set_blocks:
-            return [open_set_blocks.pop()]
-        case ["set"] if "=" in texts:
-            if not GROWTH_OPERATORS & {*texts[texts.index("=") :]}:
-                return []
-            targets = "".join(texts[1 : texts.index("=")]).strip("()").split(",")
-            return [name for name in targets if re.fullmatch(r"\w+(\.\w+)?", name)]
-        case ["set"]:
-            open_set_blocks.append(texts[1] if len(texts) > 1 else "")
-    return []
+def render(
+    tokenizer: Tokenizer | None,
+    messages: Sequence[Any],
+    tools: Tools = None,
+    *,
+    special_tokens_in_content: str = "text",
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> str:
+    """Renders messages with the chat template; `encode_rendered` tokenizes the result. Options are as in `ChatPrompt`.
+
+    With `special_tokens_in_content="text"`, special tokens spelled in the content are escaped in the rendered text
+    (`fastgen.text.control_tokens`).
+    """
+    if tokenizer is None:
+        raise ValueError(NO_TOKENIZER)
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"a chat message is a dict with 'role' and 'content', got {message!r}")
+    if not messages:
+        raise ValueError("the prompt is empty: a chat needs at least one message")
+    if add_generation_prompt and continue_final_message:
+        raise ValueError("continue_final_message=True needs add_generation_prompt=False: the last message is continued")
+    if chat_template is not None and not isinstance(chat_template, str):
+        raise ValueError(f"chat_template must be the text of a Jinja template, got {chat_template!r:.100}")
+    variables = _check_template_kwargs(tokenizer, chat_template_kwargs)
+    if not (chat_template or tokenizer.chat_template):
+        raise ValueError("this model's tokenizer has no chat template: give prompts as text or token ids")
+    chat: Any = list(messages)
+    try:
+        if special_tokens_in_content == "text":
+            escape = ControlTokens.for_tokenizer(tokenizer).escape
+            chat, tools, variables = escape(chat), escape(tools), escape(variables)
+        source = limit_template(tokenizer.get_chat_template(chat_template, tools=tools))
+        options: Any = {"chat_template": source, "tools": tools, "tokenize": False} | variables
+        options |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        return cast(str, tokenizer.apply_chat_template(chat, **options))
+    except TEMPLATE_ERRORS as e:
+        owner = "the model's" if chat_template is None else "this"
+        raise ValueError(f"{owner} chat template refuses these messages: {e or type(e).__name__}") from e
+
+
+def _check_template_kwargs(tokenizer: Tokenizer, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns variables for a chat template. Raises ValueError for names that have a meaning of their own."""
+    if not isinstance(variables, Mapping | None) or any(not isinstance(name, str) for name in variables or ()):
+        expected = "a dict of variables for the chat template, {'enable_thinking': False}"
+        raise ValueError(f"chat_template_kwargs must be {expected}, got {variables!r:.100}")
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
+    if taken := [name for name in variables or () if name in reserved]:
+        raise ValueError(f"chat_template_kwargs: {taken[0]!r} is no variable of a chat template, but set otherwise")
+    return dict(variables or {})
+
+
+def encode_rendered(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Returns the token ids of a text that `render` returned, or of a suffix of it."""
+    if ESCAPE in rendered:
+        return ControlTokens.for_tokenizer(tokenizer).encode(rendered)
+    return tokenizer(rendered, add_special_tokens=False).input_ids

@@ -6,7 +6,7 @@ from jinja2 import TemplateError
 from test_damaged_files import TEMPLATE
 from test_tokenizer import BYTE_LEVEL
 
-from fastgen.text import chat_template, tokenizer
+from fastgen.text import chat_template, template_limits
 
 CHAT = [{"role": "system", "content": " a "}, {"role": "user", "content": "b\n"}, {"role": "assistant", "content": "c"}]
 # White space that tags strip or keep, and every statement that is counted or checked.
@@ -36,7 +36,8 @@ def test_rendered_text_is_unchanged(source: str) -> None:
         options = {"tools": tools, "tokenize": False, "add_generation_prompt": True}
         want = BYTE_LEVEL.apply_chat_template(CHAT, chat_template=source, **options)
         assert (
-            BYTE_LEVEL.apply_chat_template(CHAT, chat_template=chat_template.limit_template(source), **options) == want
+            BYTE_LEVEL.apply_chat_template(CHAT, chat_template=template_limits.limit_template(source), **options)
+            == want
         )
 
 
@@ -66,20 +67,20 @@ def test_rendered_text_is_unchanged(source: str) -> None:
 def test_endless_work_is_rejected(source: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Endless loops, recursion, growth and huge numbers raise ValueError."""
     monkeypatch.setattr(BYTE_LEVEL, "chat_template", source)
-    limit_template, max_steps = chat_template.limit_template, str(chat_template.MAX_STEPS)
+    limit_template, max_steps = template_limits.limit_template, str(template_limits.MAX_STEPS)
     monkeypatch.setattr(
         chat_template, "limit_template", lambda source: limit_template(source).replace(max_steps, "5000")
     )  # saves a second
     with pytest.raises(ValueError, match=f"the model's chat template refuses these messages: .*{message}"):
-        tokenizer.render(BYTE_LEVEL, CHAT)
+        chat_template.render(BYTE_LEVEL, CHAT)
 
 
 def test_long_conversations_stay_below_the_limit() -> None:
     """Thousands of messages take a small part of the steps."""
-    limited = chat_template.limit_template(TEMPLATE)
+    limited = template_limits.limit_template(TEMPLATE)
     text = BYTE_LEVEL.apply_chat_template(CHAT * 3000, chat_template=limited, tokenize=False)
     assert text.count("<|user|>") == 3000
     with pytest.raises(TemplateError, match="endless"):
         BYTE_LEVEL.apply_chat_template(
-            CHAT, chat_template=limited.replace(str(chat_template.MAX_STEPS), "2"), tokenize=False
+            CHAT, chat_template=limited.replace(str(template_limits.MAX_STEPS), "2"), tokenize=False
         )
