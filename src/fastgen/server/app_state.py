@@ -175,13 +175,14 @@ class AppState:
         return self.token_decoder.tokenizer
 
     async def encode_chat(
-        self, messages: list[ChatMessage], tools: list[Tool], template_options: dict[str, Any], *,
+        self, messages: list[ChatMessage], tools: list[Tool], template_options: dict[str, Any] | None = None, *,
         calls_enforced: bool = False,
     ) -> list[int]:  # fmt: skip
         """Returns the token ids of messages. Rejects tools that the template ignores, unless calls are enforced.
 
         `template_options` are those of `chat_template.render`.
         """
+        template_options = template_options or {}
         chat, tool_dicts = to_template_dicts(messages), [tool.to_template_dict() for tool in tools] or None
         num_chars = sum(len(text) for message in chat for text in message.values() if isinstance(text, str))
         calls = [call for message in chat for call in message.get("tool_calls", ())]
