@@ -28,6 +28,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {  # calls that need an engine to th
     "add": lambda e: e.add(PROMPTS[0], GREEDY),
     "step": lambda e: e.step(),
     "generate": lambda e: e.generate(PROMPTS, GREEDY),
+    "chat": lambda e: e.chat([{"role": "user", "content": "a"}], GREEDY),
     "stream": lambda e: e.stream(PROMPTS, GREEDY),
     "as_completed": lambda e: e.as_completed(PROMPTS, GREEDY),
     "add_many": lambda e: e.add_many(PROMPTS, GREEDY),
