@@ -6,8 +6,6 @@ import pickle
 import re
 import timeit
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,31 +188,6 @@ def test_gradients_of_leaves_that_require_them() -> None:
     expected = gradients(model)
     for name, grad in weights.named_weights(tree_map_only(Tensor, lambda w: w.grad, params), config):
         torch.testing.assert_close(grad, expected[name], atol=0, rtol=0)
-
-
-def code_blocks(file: str, word: str) -> list[str]:
-    """Returns the Python code blocks of a document that contain a word."""
-    text = (Path(__file__).parents[2] / file).read_text()
-    return [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if word in code]
-
-
-def test_the_code_of_the_docs_trains_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code blocks run as printed, one after the other."""
-    monkeypatch.chdir(tmp_path)
-    fastgen.save("path/to/checkpoint", CONFIG, new_params())
-    names: dict[str, Any] = {
-        "tokenizer": None, "prompts": PROMPTS, "sampling": replace(GREEDY, temperature=1, seed=0),
-        "rewards": [1.0, -1.0, 0.5, 0.0], "advantages": [1.0, -1.0, 0.5, 0.0],
-    }  # fmt: skip
-    first, *_, second = code_blocks("docs/training.md", "fastgen.score(params")
-    exec(first, names)
-    engine, model = names["engine"], names["model"]
-    assert engine.weight_version == 1
-    for p, old in zip(logprobs.iter_weights(names["params"]), logprobs.iter_weights(new_params()), strict=True):
-        assert not torch.equal(p, old)
-    names["optimizer"].zero_grad()
-    exec(second, names)
-    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
 
 def test_a_backward_after_a_step_is_refused() -> None:
