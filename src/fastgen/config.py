@@ -98,7 +98,7 @@ ENGINE_HINTS = {
 }
 # What replaces fields of vLLM's and SGLang's sampling parameters and of transformers' GenerationConfig.
 SAMPLING_HINTS = {
-    "best_of": "use n, and choose by the sum of Completion.logprobs (with logprobs=0)",
+    "best_of": "use n, and choose by Completion.cumulative_logprob (with logprobs=0)",
     "detokenize": "set engine.tokenizer = None for outputs without text",
     "do_sample": "temperature=0 is greedy, above 0 samples",
     "ebnf": _GRAMMAR_HINT,

@@ -1,4 +1,4 @@
-"""What all tools have in common: how they end, and the options --version, --model and --print-completion.
+"""Shared code of the tools: how they end, and the options --version, --model and --print-completion.
 
 This module imports the standard library only, so that Ctrl-C ends a tool quietly from its first moments on.
 """

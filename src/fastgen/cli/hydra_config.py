@@ -48,7 +48,7 @@ HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What fgrun does with the prompts, and where they are."""
+    """The task of fgrun, and the prompts that it takes."""
 
     name: str = setting(
         "generate", "What to do: print texts when done, stream them, profile some steps, or train.", options=TASKS

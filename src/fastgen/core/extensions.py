@@ -1,4 +1,4 @@
-"""What an EngineCore works with: text, ranks, adapters, grammars and a profiler, as base classes.
+"""Base classes of the objects that an EngineCore calls: text, ranks, adapters, grammars and a profiler.
 
 Each base class is also its null implementation: with them alone a core runs token ids through one model on one device.
 `fastgen.engine` passes subclasses.
