@@ -22,6 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
+from fastgen import argument_hints  # noqa: E402
 from fastgen import config as settings  # noqa: E402
 
 OUTSIDE_LINK = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
@@ -89,7 +90,7 @@ def settings_table(class_name: str, group: str) -> str:
 
 def hints_table(name: str) -> str:
     """Returns a Markdown table of a mapping from other libraries' names to what fastgen answers."""
-    hints: dict[str, str] = getattr(settings, name)
+    hints: dict[str, str] = getattr(argument_hints, name)
     return "\n".join(["| name | hint |", "|---|---|", *(f"| `{key}` | {hint} |" for key, hint in hints.items())])
 
 

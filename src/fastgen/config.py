@@ -18,118 +18,6 @@ SCHEDULING_POLICIES = ("mixed", "prefill_first")  # the names in core.scheduling
 MIN_TEMPERATURE = 1e-5  # anything lower is greedy: logits divided by it could leave the range of fp32
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 
-# --- names of other libraries -----------------------------------------------------------------------------------------
-
-_CONTEXT_HINT = (
-    "the context is the model's; cache_tokens limits the KV cache, and SamplingParams(max_tokens=…) the output"
-)
-_QUANTIZATION_HINT = (
-    'quantized compute is not supported; dtype="bfloat16", tensor_parallel=N and cache_tokens reduce memory for each '
-    "GPU, and quantized .gguf files are loaded, in dtype"
-)
-_SPECULATION_HINT = "speculative decoding is not supported"
-_BEAM_SEARCH_HINT = "beam search is not supported; n=N samples N completions"
-_GRAMMAR_HINT = 'use grammar: a JSON schema (a dict), a pydantic model, "regex:…", "json:…" or "lark:…"'
-# What replaces the settings of vLLM's LLM, SGLang's Engine and transformers' from_pretrained.
-ENGINE_HINTS = {
-    "async_scheduling": "use overlap",
-    "attention_backend": "use attention",
-    "attn_implementation": "use attention",
-    "block_size": "use page_size",
-    "chat_template": "pass it to chat(…, chat_template=…), or set engine.tokenizer.chat_template",
-    "chunked_prefill_size": "use prefill_chunk, or token_budget for all prompts of a step",
-    "context_length": _CONTEXT_HINT,
-    "cpu_offload_gb": 'weights stay on the device; offload="host", host_gb=8 moves pages of the KV cache to the host',
-    "cuda_graph_max_bs": "graphs are captured for up to max_num_seqs sequences",
-    "data_parallel_size": "use fastgen.Replicas.from_pretrained(…, replicas=N)",
-    "device_map": "use device and tensor_parallel",
-    "disable_cuda_graph": 'use compile="eager" or compile="inductor"',
-    "disable_overlap_schedule": "use overlap=False",
-    "disable_radix_cache": "use prefix_cache=False",
-    "distributed_executor_backend": "the engine starts its own processes; use tensor_parallel=N",
-    "download_dir": "set the environment variable HF_HOME",
-    "dp_size": "use fastgen.Replicas.from_pretrained(…, replicas=N)",
-    "enable_chunked_prefill": "prefill is always chunked; use prefill_chunk and policy to control it",
-    "enable_deterministic_inference": "use batch_invariant=True",
-    "enable_lora": 'use adapters={"name": folder}, or max_adapters=N for adapters that are added later',
-    "enable_prefix_caching": "use prefix_cache",
-    "enable_sleep_mode": "every engine can sleep() and wake_up()",
-    "enforce_eager": 'use compile="eager"',
-    "guided_decoding_backend": "grammars use llguidance; requests set SamplingParams(grammar=…)",
-    "hf_token": "set the environment variable HF_TOKEN",
-    "kv_cache_dtype": "the KV cache has the dtype of the weights",
-    "kv_cache_memory_bytes": "use cache_tokens, in tokens",
-    "load_format": 'the format follows from the files; random_weights=True replaces load_format="dummy"',
-    "load_in_4bit": _QUANTIZATION_HINT,
-    "load_in_8bit": _QUANTIZATION_HINT,
-    "long_prefill_token_threshold": "use prefill_chunk",
-    "lora_modules": 'use adapters={"name": folder}',
-    "lora_paths": 'use adapters={"name": folder}',
-    "max_logprobs": "requests may ask for any number of logprobs",
-    "max_lora_rank": "use max_rank",
-    "max_loras": "use max_adapters",
-    "max_model_len": _CONTEXT_HINT,
-    "max_num_batched_tokens": "use token_budget",
-    "max_running_requests": "use max_num_seqs",
-    "max_seq_len_to_capture": "graphs are captured for every context length",
-    "max_total_tokens": "use cache_tokens",
-    "mem_fraction_static": "use gpu_memory_utilization",
-    "model": "it is the first argument of from_pretrained",
-    "model_path": "it is the first argument of from_pretrained",
-    "num_gpu_blocks_override": "use cache_tokens, in tokens",
-    "pipeline_parallel_size": "pipeline parallelism is not supported; use tensor_parallel=N",
-    "pp_size": "pipeline parallelism is not supported; use tensor_parallel=N",
-    "quantization": _QUANTIZATION_HINT,
-    "quantization_config": _QUANTIZATION_HINT,
-    "revision": "pass the folder that huggingface_hub.snapshot_download(id, revision=…) returns",
-    "schedule_policy": "use policy",
-    "scheduling_policy": "use policy",
-    "skip_tokenizer_init": "set engine.tokenizer = None: prompts are then token ids, and outputs have no text",
-    "speculative_config": _SPECULATION_HINT,
-    "speculative_model": _SPECULATION_HINT,
-    "swap_space": 'use offload="host", host_gb=8 (preempted requests are computed again otherwise)',
-    "tensor_parallel_size": "use tensor_parallel",
-    "tokenizer": "the tokenizer is the model's; set engine.tokenizer to replace it",
-    "tokenizer_mode": "the tokenizer follows from the model's files",
-    "tokenizer_path": "the tokenizer is the model's; set engine.tokenizer to replace it",
-    "torch_dtype": "use dtype",
-    "tp_size": "use tensor_parallel",
-    "trust_remote_code": "code of a checkpoint is never run; docs/models.md lists the supported families",
-}
-# What replaces fields of vLLM's and SGLang's sampling parameters and of transformers' GenerationConfig.
-SAMPLING_HINTS = {
-    "best_of": "use n, and choose by Completion.cumulative_logprob (with logprobs=0)",
-    "detokenize": "set engine.tokenizer = None for outputs without text",
-    "do_sample": "temperature=0 is greedy, above 0 samples",
-    "ebnf": _GRAMMAR_HINT,
-    "eos_token_id": "use stop_token_ids; the model's own end tokens always end a completion, except with ignore_eos",
-    "early_stopping": _BEAM_SEARCH_HINT,
-    "guided_decoding": _GRAMMAR_HINT,
-    "json_schema": _GRAMMAR_HINT,
-    "length_penalty": _BEAM_SEARCH_HINT,
-    "logprob_start_len": "use prompt_logprobs",
-    "lora_path": 'use adapter="name", the name of an adapter of the engine',
-    "lora_request": 'use adapter="name", the name of an adapter of the engine',
-    "max_length": "use max_tokens, which counts generated tokens only",
-    "max_new_tokens": "use max_tokens",
-    "min_length": "use min_tokens, which counts generated tokens only",
-    "min_new_tokens": "use min_tokens",
-    "num_beams": _BEAM_SEARCH_HINT,
-    "num_return_sequences": "use n",
-    "output_kind": "generate returns whole outputs, stream the events of each step",
-    "regex": _GRAMMAR_HINT,
-    "response_format": _GRAMMAR_HINT,
-    "return_logprob": "use logprobs=0, or logprobs=k for the k most likely tokens, too",
-    "sampling_seed": "use seed",
-    "spaces_between_special_tokens": "no spaces are added between special tokens",
-    "stop_strings": "use stop",
-    "structured_outputs": _GRAMMAR_HINT,
-    "top_logprobs": "use logprobs",
-    "top_logprobs_num": "use logprobs",
-    "typical_p": "typical sampling is not supported; use top_p or min_p",
-    "use_beam_search": _BEAM_SEARCH_HINT,
-}
-
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +127,8 @@ def _explain_unknown_names(cls: type[T]) -> type[T]:
 
     def __init__(self: T, *args: Any, **settings: Any) -> None:
         if unknown := [name for name in settings if name not in names]:
+            from fastgen.argument_hints import SAMPLING_HINTS
+
             raise ValueError(unknown_name_message("sampling setting", unknown[0], sorted(names), SAMPLING_HINTS))
         init(self, *args, **settings)
 
@@ -616,6 +506,8 @@ class EngineConfig:
                 group, field_name = path[name]
                 changes.setdefault(group, {})[field_name] = value
             else:
+                from fastgen.argument_hints import ENGINE_HINTS
+
                 names = [*path, *TOP_LEVEL_SETTINGS]
                 raise ValueError(unknown_name_message("setting", name, names, ENGINE_HINTS))
         return cls(**top_level, **{g: replace(value, **changes.get(g, {})) for g, value in groups.items()})

@@ -17,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from fastgen.argument_hints import ENGINE_HINTS, SAMPLING_HINTS
 from fastgen.cli import run
 from fastgen.cli.hydra_config import KEY_ALIASES, TASKS, RunConfig, compose, conf_dir, to_dataclass
 from fastgen.config import (
-    ENGINE_HINTS,
-    SAMPLING_HINTS,
     CompileConfig,
     EngineConfig,
     GrpoConfig,

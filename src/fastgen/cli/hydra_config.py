@@ -21,11 +21,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from fastgen.argument_hints import ENGINE_HINTS, SAMPLING_HINTS
 from fastgen.cli.prompt_files import FORMATS
 from fastgen.cli.settings_help import format_settings
 from fastgen.config import (
-    ENGINE_HINTS,
-    SAMPLING_HINTS,
     EngineConfig,
     GrpoConfig,
     LoadConfig,
