@@ -13,7 +13,7 @@ ROOT = Path(fastgen.__file__).parent
 # Folders and modules in the order of imports: each may import from its own line and those above. A folder that serves
 # two levels has a line for some of its modules, and one for the others.
 ORDER = [
-    ["config", "extras"],
+    ["argument_hints", "config", "extras"],
     ["core"],
     ["checkpoint", "kernels", "structured_output", "profiling", "text", "thread_safety"],
     ["distributed.tensor_parallel", "distributed.peer_memory"],  # collectives and sharded ops, which a runner calls
