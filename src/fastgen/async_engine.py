@@ -11,7 +11,7 @@ import atexit
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -25,7 +25,7 @@ from fastgen.core.request import Event, Output
 from fastgen.core.types import Params
 from fastgen.engine import Engine
 from fastgen.event_stream import OneOrManyPrompts, OneOrManySampling, pair_prompts
-from fastgen.text.chat_template import Message, Tools
+from fastgen.text.chat_template import Message
 from fastgen.text.tokenizer import Prompt, to_chat_prompts
 from fastgen.training import weight_sync
 
@@ -165,26 +165,15 @@ class AsyncEngine:
             request.close()
 
     def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling: OneOrManySampling = None,
-        *,
-        chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Tools = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        on_error: str = "raise",
-    ) -> AsyncIterator[tuple[int, Output]]:
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling: OneOrManySampling = None, *,
+        on_error: str = "raise", **template_options: Any,
+    ) -> AsyncIterator[tuple[int, Output]]:  # fmt: skip
         """Returns an iterator over (index of the conversation, output) of one or many conversations.
 
-        The options are those of `Engine.chat`; `stream` takes a `ChatPrompt` with them.
+        `template_options` are those of `Engine.chat`: `chat_template`, `chat_template_kwargs`, `tools`,
+        `add_generation_prompt` and `continue_final_message`. `stream` takes a `ChatPrompt` with them.
         """
-        options: Any = {
-            "chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs or {}, "tools": tools,
-            "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message,
-        }  # fmt: skip
-        return self.generate(to_chat_prompts(messages, **options), sampling, on_error=on_error)
+        return self.generate(to_chat_prompts(messages, **template_options), sampling, on_error=on_error)
 
     async def stream(
         self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"

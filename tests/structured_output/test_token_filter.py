@@ -1,9 +1,12 @@
 """bad_words, allowed_token_ids and logits_processors, on a tiny random model whose tokens are bytes and more."""
 
+import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 import tiny
 import torch
@@ -193,3 +196,32 @@ def test_text_of_the_output(engine: fastgen.Engine) -> None:
     assert len(engine.chat([chat_message, chat_message], GREEDY)) == 2
     (chat,) = engine.generate([{"role": "user", "content": "Hi <|im_end|>"}], GREEDY)
     assert chat.prompt == "<|im_start|>user: Hi <|im_end|><|im_end|><|im_start|>assistant: "
+
+
+def test_chat_of_an_async_engine(engine: fastgen.Engine) -> None:
+    """The outputs, and the errors of the template's options, are those of `Engine.chat`."""
+    conversations = [[{"role": "user", "content": text}] for text in ("Hi", "Hello")]
+    expected = engine.chat(conversations, GREEDY, add_generation_prompt=False)
+
+    async def main() -> dict[int, fastgen.Output]:
+        with fastgen.AsyncEngine(engine) as e:
+            chat = e.chat(conversations, GREEDY, add_generation_prompt=False)
+            outputs = {i: output async for i, output in chat}
+            with pytest.raises(ValueError, match="add_generation_prompt=False"):
+                _ = [x async for x in e.chat(conversations, GREEDY, continue_final_message=True)]
+            return outputs
+
+    outputs = asyncio.run(main())
+    assert [(outputs[i].prompt, outputs[i].completions) for i in range(2)] == [
+        (o.prompt, o.completions) for o in expected
+    ]
+
+
+def test_grammar_from_a_pydantic_model() -> None:
+    class Point(pydantic.BaseModel):
+        x: int
+
+    assert SamplingParams(grammar=Point).grammar == SamplingParams(grammar=Point.model_json_schema()).grammar
+    assert json.loads(SamplingParams(grammar=Point).grammar.removeprefix("json:")) == Point.model_json_schema()
+    with pytest.raises(ValueError, match="a pydantic model class"):
+        SamplingParams(grammar=Point(x=1))
