@@ -1,6 +1,7 @@
 """Imports go one way, and what can do without torch or hydra does."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,13 @@ def test_imports_go_one_way() -> None:
                 other = "__init__" if module == "fastgen" else module_name(module)
                 assert other is not None, f"{name} imports {module}"
                 assert rank(other) <= rank(name), f"{name} imports {other}"
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT.parents[1] / "docs/architecture.md").read_text()
+    modules = {f.name for f in ROOT.glob("[!_]*.py")} | {f.name for f in ROOT.glob("*/[!_]*.py")} - {"__init__.py"}
+    assert modules - set(re.findall(r"`(\w+\.py)`", text)) == set()
+    assert {name for name in re.findall(r"`(\w+\.py)`", text) if not [*ROOT.rglob(name)]} == set()
 
 
 def test_core_is_short() -> None:

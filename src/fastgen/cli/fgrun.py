@@ -1,6 +1,6 @@
 """`fgrun`: generates text from the command line, configured by Hydra. `fgrun --help` shows examples.
 
-torch is imported by jobs only, so that --help, --cfg and shell completion take half a second.
+torch is imported by jobs only: --help, --cfg and shell completion start without it.
 """
 
 import os
