@@ -76,13 +76,14 @@ def test_tokens_joined_are_the_text(kind: str, text: str) -> None:
 def test_library_and_server_return_the_same_text(
     kind: str, data: st.DataObject, stop: list[str], stream_text: bool
 ) -> None:
-    """The same tokens have the same text, end and finish reason in both, however steps group the tokens."""
+    """The same tokens have the same text, end, finish and stop reason in both, however steps group the tokens."""
     tokenizer = KINDS[kind]
     token = st.integers(0, len(tokenizer) - 1) | st.sampled_from(tokenizer("ab He é<|im_end|>b a😀").input_ids)
     prompt, tokens = (data.draw(st.lists(token, min_size=1, max_size=n)) for n in (5, 24))
     max_length, eos = len(prompt) + len(tokens), frozenset({tokenizer.eos_token_id})
     min_tokens = data.draw(st.integers(0, len(tokens)))
-    params = SamplingParams(stop=tuple(stop), min_tokens=min_tokens, max_tokens=len(tokens))
+    ends = data.draw(st.lists(token, max_size=2))
+    params = SamplingParams(stop=tuple(stop), stop_token_ids=tuple(ends), min_tokens=min_tokens, max_tokens=len(tokens))
 
     def events(params: SamplingParams, text: TextProcessor) -> tuple[list[Event], Completion]:
         """Returns the library's events until the completion finishes."""
@@ -106,7 +107,7 @@ def test_library_and_server_return_the_same_text(
         text += served.push(TokenDelta(0, group_tokens, None, None, group[-1].finish_reason)).text
     total = served.accumulated
     assert text == total.text == completion.text and total.token_ids == completion.token_ids
-    assert total.finish_reason == completion.finish_reason
+    assert (total.finish_reason, total.stop_reason) == (completion.finish_reason, completion.stop_reason)
 
 
 def test_tokens_with_the_same_text() -> None:

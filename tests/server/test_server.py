@@ -410,13 +410,29 @@ def test_stop_strings(server: Server, client: openai.OpenAI, library: fastgen.En
     before = server.status()["generation_tokens"]
     answer = client.completions.create(model="tiny", prompt="Hello", stop=stop, **fields)
     assert [(c.text, c.finish_reason) for c in answer.choices] == [(c.text, c.finish_reason) for c in expected]
+    reasons = [c.stop_reason for c in expected]
+    assert set(reasons[:2]) == set(stop) and [(c.model_extra or {})["stop_reason"] for c in answer.choices] == reasons
     assert answer.usage and answer.usage.completion_tokens == sum(len(c.token_ids) for c in expected)
     assert server.status()["generation_tokens"] - before <= answer.usage.completion_tokens + 3 * 10
     chunks = list(client.completions.create(model="tiny", prompt="Hello", stop=stop, stream=True, **fields))
     assert ["".join(c.choices[0].text for c in chunks if c.choices[0].index == i) for i in range(3)] == [
         c.text for c in expected
     ]
+    ends = {c.choices[0].index: c.choices[0].model_extra for c in chunks if c.choices[0].finish_reason}
+    assert [ends[i] for i in range(3)] == [{"stop_reason": reason} for reason in reasons]
     quiet(server)
+
+
+def test_stop_reason_of_chats(client: openai.OpenAI, library: fastgen.Engine) -> None:
+    """It is the id of stop_token_ids that ended the answer, streamed or not, and null where max_tokens did."""
+    fields: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 6}
+    tokens = ask(library, QUESTION, temperature=0, max_tokens=6).completions[0].token_ids
+    for stop_token_ids, reason in (([tokens[3]], tokens[3]), ([], None)):
+        body = {"stop_token_ids": stop_token_ids}
+        choice = client.chat.completions.create(**fields, extra_body=body).choices[0]
+        last = [*client.chat.completions.create(**fields, stream=True, extra_body=body)][-1].choices[0]
+        assert choice.model_extra == last.model_extra == {"stop_reason": reason}
+        assert choice.finish_reason == last.finish_reason == ("length" if reason is None else "stop")
 
 
 def test_logprobs_of_chats(client: openai.OpenAI, library: fastgen.Engine) -> None:

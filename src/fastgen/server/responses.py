@@ -84,6 +84,7 @@ class ChoiceDelta:
     top_logprobs: list[Any] | None = None  # dict[int, float]; None for a prompt's first token
     text_offsets: list[int] = field(default_factory=list)  # of each token in the choice's text
     finish_reason: str | None = None
+    stop_reason: str | int | None = None  # the stop string, or the id of `stop_token_ids`, that ended the choice
 
 
 class Choice:
@@ -119,6 +120,9 @@ class Choice:
         if is_stopped or token_delta.finish_reason:
             new.finish_reason, self.final_delta = "stop" if is_stopped else token_delta.finish_reason, token_delta
             new.text += "" if d is None else d.flush()
+            ends = self.sampling.stop_token_ids if token_delta.finish_reason == "stop" else ()
+            last = new.token_ids[-1] if new.token_ids else None
+            new.stop_reason = d.stop_string if is_stopped and d else last if last in ends else None
         total, num_tokens = self.accumulated, len(new.token_ids)
         if total.logprobs is not None and token_delta.logprobs is not None:
             new.logprobs = token_delta.logprobs[:num_tokens]
@@ -126,7 +130,7 @@ class Choice:
         if total.top_logprobs is not None and token_delta.top_logprobs is not None:
             new.top_logprobs = token_delta.top_logprobs[:num_tokens]
             total.top_logprobs += new.top_logprobs
-        total.text, total.finish_reason = total.text + new.text, new.finish_reason
+        total.text, total.finish_reason, total.stop_reason = total.text + new.text, new.finish_reason, new.stop_reason
         total.token_ids += new.token_ids
         total.text_offsets += new.text_offsets
         return new
@@ -203,7 +207,7 @@ class ChatResponseBuilder(ResponseBuilder):
     def build_first_chunk(self, choice: Choice) -> Json | None:
         """Builds the chunk with the role."""
         delta = {"role": "assistant", "content": None if self.make_tool_call_parser else ""}
-        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     def build_chunk(self, choice: Choice, delta: ChoiceDelta) -> Json | None:
         """Builds the chunk with new reasoning, text and tool calls."""
@@ -218,7 +222,8 @@ class ChatResponseBuilder(ResponseBuilder):
         message: Json = {"reasoning_content": reasoning} if reasoning else {}
         message |= {"content": text} if text or not (reasoning or calls or is_final) else {}
         message |= {"tool_calls": calls} if calls else {}
-        return {"index": choice.index, "delta": message, "logprobs": logprobs, "finish_reason": reason}
+        end = {"finish_reason": reason, "stop_reason": delta.stop_reason}
+        return {"index": choice.index, "delta": message, "logprobs": logprobs} | end
 
     def build_choice(self, choice: Choice, prompt_delta: TokenDelta | None) -> Json:
         """Builds the choice with the message."""
@@ -230,7 +235,14 @@ class ChatResponseBuilder(ResponseBuilder):
         if calls:
             message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in calls]
         logprobs = _format_content_logprobs(total, self.token_decoder.format_logprob, refusal=None)
-        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        end = {"finish_reason": reason, "stop_reason": total.stop_reason}
+        return {"index": choice.index, "message": message, "logprobs": logprobs} | end
+
+
+def _text_choice(index: int, text: str, logprobs: Json | None, delta: ChoiceDelta) -> Json:
+    """Returns the JSON of a choice, or of its chunk; `delta` has the reasons of its end."""
+    end = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+    return {"index": index, "text": text, "logprobs": logprobs} | end
 
 
 @dataclass(eq=False)
@@ -270,13 +282,12 @@ class TextResponseBuilder(ResponseBuilder):
 
     def build_first_chunk(self, choice: Choice) -> Json | None:
         """Builds the chunk with the echoed prompt."""
-        text = self._echo(choice).text
-        return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None} if self.echoes else None
+        return _text_choice(choice.index, self._echo(choice).text, None, ChoiceDelta()) if self.echoes else None
 
     def build_chunk(self, choice: Choice, delta: ChoiceDelta) -> Json:
         """Builds the chunk with new text."""
         logprobs = self._format_logprobs(delta, len(self._echo(choice).text)) if delta.token_ids else None
-        return {"index": choice.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        return _text_choice(choice.index, delta.text, logprobs, delta)
 
     def build_choice(self, choice: Choice, prompt_delta: TokenDelta | None) -> Json:
         """Builds the choice with the text, and with the prompt's logprobs if echoed."""
@@ -286,8 +297,7 @@ class TextResponseBuilder(ResponseBuilder):
             tokens = choice.prompt_token_ids, d.prompt_logprobs, d.prompt_top_logprobs or None, prompt.text_offsets
             prompt_logprobs = self._format_logprobs(ChoiceDelta("", *tokens), 0) or {}
             logprobs = {name: prompt_logprobs[name] + values for name, values in logprobs.items()}
-        text, reason = prompt.text + total.text, total.finish_reason
-        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return _text_choice(choice.index, prompt.text + total.text, logprobs, total)
 
 
 class TokenResponseBuilder(ResponseBuilder):
