@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from transformers import GenerationConfig
 
 from fastgen.argument_hints import ENGINE_HINTS, SAMPLING_HINTS
 from fastgen.cli import run
@@ -222,6 +223,8 @@ def test_settings_of_other_libraries(name: str, hint: str) -> None:
     ("name", "hint"),
     [("max_new_tokens", "use max_tokens"), ("do_sample", "temperature=0"), ("num_return_sequences", "use n$"),
      ("best_of", "use n, "), ("structured_outputs", "use grammar"), ("lora_request", "adapter="),
+     ("bad_words_ids", "use bad_words, .*logit_bias"), ("logits_processor", "use logits_processors$"),
+     ("no_repeat_ngram_size", "use repetition_penalty"), ("custom_logit_processor", "use logits_processors"),
      ("temprature", "did you mean temperature")],
 )  # fmt: skip
 def test_sampling_parameters_of_other_libraries(name: str, hint: str) -> None:
@@ -241,6 +244,12 @@ def test_hints_name_what_exists() -> None:
     for hint in [*ENGINE_HINTS.values(), *SAMPLING_HINTS.values()]:
         if match := re.match(r"use (\w+)", hint):
             assert match[1] in known | {"fastgen"}, hint
+
+
+def test_every_generation_setting_of_transformers_has_a_hint() -> None:
+    """GenerationConfig has no attribute that SamplingParams answers with a guess, except those that files add."""
+    names = vars(GenerationConfig()).keys() - {"transformers_version", "_from_model_config"}
+    assert len(names) > 50 and names <= SAMPLING_HINTS.keys() | {f.name for f in fields(SamplingParams)}
 
 
 def test_from_flat_checks_values() -> None:
