@@ -16,6 +16,7 @@ ROOT = Path(fastgen.__file__).parent
 ORDER = [
     ["argument_hints", "config", "extras"],
     ["core"],
+    ["quantization"],
     ["checkpoint", "kernels", "structured_output", "profiling", "text", "thread_safety"],
     ["distributed.tensor_parallel", "distributed.peer_memory"],  # collectives and sharded ops, which a runner calls
     ["compiled", "offload", "lora"],
