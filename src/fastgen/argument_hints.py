@@ -4,8 +4,7 @@ _CONTEXT_HINT = (
     "the context is the model's; cache_tokens limits the KV cache, and SamplingParams(max_tokens=…) the output"
 )
 _QUANTIZATION_HINT = (
-    'quantized compute is not supported; dtype="bfloat16", tensor_parallel=N and cache_tokens reduce memory for each '
-    "GPU, and quantized .gguf files are loaded, in dtype"
+    'use quantization="fp8"; 4-bit and int8 compute is not supported, and quantized .gguf files are computed in dtype'
 )
 _REVISION_HINT = "pass the folder that huggingface_hub.snapshot_download(id, revision=…) returns"
 _MODEL_CONFIG_HINT = "the configuration is the model's config.json; change a copy of it, in a folder of its own"
@@ -122,7 +121,6 @@ ENGINE_HINTS = {
     "pipeline_parallel_size": _TP_ONLY_HINT,
     "pp_size": _TP_ONLY_HINT,
     "preemption_mode": 'preempted requests are computed again, or kept in host memory with offload="host", host_gb=8',
-    "quantization": _QUANTIZATION_HINT,
     "quantization_config": _QUANTIZATION_HINT,
     "reasoning_parser": "outputs are text; fgserve separates reasoning by itself",
     "revision": _REVISION_HINT,

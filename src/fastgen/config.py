@@ -13,7 +13,8 @@ from typing import Any, TypeVar, get_args
 T = TypeVar("T")
 
 TOP_LEVEL_SETTINGS = ("seed", "special_tokens_in_content")  # of EngineConfig, in no group
-MAIN_FIELDS = {"compile": "mode", "offload": "target"}  # group -> the field that a flat keyword of its name sets
+# group -> the field that a flat keyword of its name sets
+MAIN_FIELDS = {"compile": "mode", "offload": "target", "quantization": "weights"}
 SCHEDULING_POLICIES = ("mixed", "prefill_first")  # the names in core.scheduling_policy.POLICIES
 MIN_TEMPERATURE = 1e-5  # anything lower is greedy: logits divided by it could leave the range of fp32
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
@@ -426,6 +427,21 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationConfig:
+    """Number format of the weights and activations that a layer's matmuls multiply. `fp8`: e4m3, with a scale for each
+    output channel and each token; embedding, norms, biases and head keep the model's dtype."""
+
+    weights: str = setting(
+        "auto",
+        "Weights of the layers' matmuls: auto as the checkpoint stores them, none the model's dtype, or fp8.",
+        options=("auto", "none", "fp8"),
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "quantization")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompileConfig:
     """How steps run, and by which attention backend. `batch_invariant`: logits and logprobs are bitwise the same in any
     batch, chunk or bucket, and in `fastgen.score`."""
@@ -464,6 +480,7 @@ class EngineConfig:
     offload: OffloadConfig = OffloadConfig()
     parallel: ParallelConfig = ParallelConfig()
     lora: LoraConfig = LoraConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     compile: CompileConfig = CompileConfig()
     seed: int | None = described("Seed for requests without one; None: from the operating system.", None)
     special_tokens_in_content: str = setting(
@@ -490,7 +507,7 @@ class EngineConfig:
     def from_flat(cls, **settings: Any) -> "EngineConfig":
         """Builds a config from flat keywords (`token_budget=512`): fields of any group, or whole groups.
 
-        `compile="eager"` and `offload="host"` set the group's main field, `compile.mode` and `offload.target`.
+        `compile="eager"`, `offload="host"` and `quantization="fp8"` set the group's main field (`MAIN_FIELDS`).
         Raises ValueError for an unknown name, with the nearest known ones.
         """
         groups = {f.name: getattr(cls(), f.name) for f in fields(cls) if is_dataclass(f.default)}

@@ -30,6 +30,7 @@ from fastgen.config import (
     LoraConfig,
     OffloadConfig,
     ParallelConfig,
+    QuantizationConfig,
     SamplingParams,
     SchedulerConfig,
 )
@@ -96,6 +97,7 @@ BAD = [
     (GrpoConfig, "kl_coef", [-1, 101], "between 0 and 100"),
     (GrpoConfig, "max_grad_norm", [0, -1.0], "at least"),
     *((GrpoConfig, name, [1, "yes", None], "true or false") for name in ("gradient_checkpointing", "resume", "export")),
+    (QuantizationConfig, "weights", ["int8", None], "auto, none, fp8"),
     (CompileConfig, "mode", ["reduce-overhead"], "eager"),
     (CompileConfig, "batch_invariant", [1, "yes", None], "true or false"),
     (CompileConfig, "attention", ["flash", None], "sdpa, reference"),
@@ -130,6 +132,7 @@ def test_every_field_is_tested_or_free() -> None:
         OffloadConfig,
         ParallelConfig,
         LoraConfig,
+        QuantizationConfig,
         CompileConfig,
         GrpoConfig,
     )
@@ -204,7 +207,7 @@ def test_from_flat_typo(name: str, nearest: str) -> None:
         ("enforce_eager", 'use compile="eager"'),
         ("max_num_batched_tokens", "use token_budget"),
         ("max_model_len", "cache_tokens"),
-        ("quantization", "quantized compute is not supported"),
+        ("quantization_config", 'use quantization="fp8"'),
         ("swap_space", 'use offload="host", host_gb=8'),
         ("tensor_parallel_size", "use tensor_parallel"),
         ("mem_fraction_static", "use gpu_memory_utilization"),
@@ -354,6 +357,7 @@ def test_keys_without_their_group() -> None:
         OffloadConfig,
         ParallelConfig,
         LoraConfig,
+        QuantizationConfig,
         CompileConfig,
     ):
         assert all(f.name in KEY_ALIASES or f.name in keywords for f in fields(config_class))
