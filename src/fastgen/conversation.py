@@ -6,7 +6,7 @@ for text in conversation.ask("What is the capital of France?"):
 """
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
@@ -40,15 +40,20 @@ class Turn:
         return len(self.answer.token_ids) / self.seconds if self.seconds else 0.0
 
 
-def check_can_chat(tokenizer: Tokenizer | None, model_name: str, sampling: SamplingParams) -> None:
-    """Raises ValueError, with advice, if the model cannot chat or a sampling setting is not supported."""
+def check_can_chat(
+    tokenizer: Tokenizer | None, model_name: str, sampling: SamplingParams, chat_template: str | None = None
+) -> None:
+    """Raises ValueError, with advice, if the model cannot chat or a sampling setting is not supported.
+
+    `chat_template` is used instead of the tokenizer's.
+    """
     _check_supported(asdict(sampling))
     if tokenizer is None:
         raise ValueError(f"{model_name} has no tokenizer: put its tokenizer.json beside the weights")
-    if not tokenizer.chat_template:
+    if not (chat_template or tokenizer.chat_template):
         raise ValueError(
             f"{model_name}: the tokenizer has no chat template; this may be a base model. Use the model's chat variant "
-            "(-Instruct, -Chat), put its chat_template.jinja beside the weights, or complete texts: fgrun prompt=…"
+            "(-Instruct, -Chat), name its template with chat_template=FILE, or complete texts: fgrun prompt=…"
         )
 
 
@@ -66,10 +71,15 @@ class Conversation:
     """A conversation with one engine, which may serve other requests too.
 
     `sampling` and `system`, the system prompt, can change at any time; they apply to the next answer.
+    `chat_template` and `chat_template_kwargs` are as for `ChatPrompt`.
     """
 
-    def __init__(self, engine: Engine, sampling: SamplingParams | None = None, system: str | None = None) -> None:
+    def __init__(
+        self, engine: Engine, sampling: SamplingParams | None = None, system: str | None = None, *,
+        chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.engine, self.system = engine, system
+        self.template_options: Any = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
         self.sampling = sampling or SamplingParams(max_tokens=None)
         self.turns: list[Turn] = []
         _check_supported(asdict(self.sampling))
@@ -125,7 +135,8 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": message}]
         coder, content = self.engine.tokenizer, self.engine.config.special_tokens_in_content
-        rendered = chat_template.render(coder, messages, special_tokens_in_content=content)
+        options = {"special_tokens_in_content": content} | self.template_options
+        rendered = chat_template.render(coder, messages, **options)
         assert coder is not None
         return rendered, self._extend_last_prompt(rendered) or chat_template.encode_rendered(coder, rendered)
 

@@ -327,6 +327,22 @@ def test_help(fgchat: Run) -> None:
     assert fgchat("--nonsense")[0] == 2
 
 
+def test_chat_template(fgchat: Run, model: Path, tmp_path: Path) -> None:
+    """fgchat renders chats with a template of its own file and with variables; Conversation takes the same options."""
+    (file := tmp_path / "own.jinja").write_text(
+        "{% if not city %}{{ raise_exception('no city') }}{% endif %}{{ city }}: {{ messages[-1].content }}"
+    )
+    options = (model, "-p", "Hello", f"chat_template={file}", *TINY)
+    code, out, err = fgchat(*options)
+    assert (code, out) == (1, "") and "this chat template refuses these messages: no city" in err
+    assert fgchat(*options, "chat_template_kwargs.city=Rome")[0] == 0
+    code, _, err = fgchat(model, "-p", "Hello", "tools=tools.json")
+    assert code == 1 and "tools=tools.json: is a setting of fgrun" in err
+    with fastgen.Engine(fastgen.init(CONFIG), CONFIG, byte_level(), cache_tokens=256) as engine:
+        template: Any = {"chat_template": file.read_text(), "chat_template_kwargs": {"city": "Rome"}}
+        assert Conversation(engine, **template).render_prompt("Hello")[0] == "Rome: Hello"
+
+
 def test_defaults() -> None:
     """The defaults are sampling=chat and schedule=latency, and a low temperature for the default model."""
     config = chat._compose_config(chat._parse([]))

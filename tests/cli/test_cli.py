@@ -19,12 +19,12 @@ import pyarrow.parquet
 import pytest
 
 import fastgen
-from fastgen import Completion, Engine, Output
+from fastgen import ChatPrompt, Completion, Engine, Output
 from fastgen.cli import chat, prompt_files, run, serve
 from fastgen.cli import fgrun as script
 from fastgen.cli.bench import benchmark
 from fastgen.cli.hydra_config import to_hydra_arguments
-from fastgen.cli.prompt_files import read_prompts
+from fastgen.cli.prompt_files import read_chat_template, read_prompts, read_tools
 from fastgen.config import SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
@@ -293,8 +293,39 @@ def test_chat(chat: bool, fgrun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "profile_on_signal", lambda *_: None)
     code, out, _ = fgrun(f"chat={chat}", "prompt=[Hello,[1,2]]")
     assert (code, out) == (0, "[0.0] answer 0\n[1.0] answer 1\n")
-    assert received == [[{"role": "user", "content": "Hello"}] if chat else "Hello", [1, 2]]
+    hello = ChatPrompt([{"role": "user", "content": "Hello"}])
+    assert received == [hello if chat else "Hello", [1, 2]]
     assert fgrun(f"chat={chat}", "prompt=What's this, and that?")[:2] == (0, "answer 0\n")
+    received.clear()
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    Path("tools.json").write_text(json.dumps(tools))
+    Path("own.jinja").write_text("{{ messages }} {{ city }}")
+    options = ["chat_template=own.jinja", "tools=tools.json", "chat_template_kwargs={enable_thinking:false}"]
+    options += ["chat_template_kwargs.city=Rome", "add_generation_prompt=false", "continue_final_message=true"]
+    code, _, err = fgrun(f"chat={chat}", "Hello", *options)
+    variables = {"enable_thinking": False, "city": "Rome"}
+    expected = ChatPrompt(hello.messages, tools, "{{ messages }} {{ city }}", variables, False, True)
+    assert (code, received) == ((0, [expected]) if chat else (1, []))
+    assert chat or err == "fgrun: tools: no prompt is a chat; texts are with chat=true and a chat template\n"
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "cannot be read: No such file"), ("{", "is not JSON"), ('{"type": "function"}', "must have a list"),
+    ("[]", "must have a list"), ('[{"type": "function"}]', "must have a list"), ("\xff", "is not UTF-8"),
+])  # fmt: skip
+def test_files_of_the_chat_template(content: str | None, message: str, tmp_path: Path) -> None:
+    """A file that is missing, or holds something else, is an error that names the key and the file."""
+    file = tmp_path / "tools.json"
+    if content is not None:
+        file.write_bytes(content.encode("latin1"))
+    with pytest.raises(ValueError, match=f"{file}.*{message}"):
+        read_tools(str(file))
+    if content is None or content == "\xff":
+        with pytest.raises(ValueError, match=f"{file}.*{message}"):
+            read_chat_template(str(file))
+    (tmp_path / "empty").write_text(" ")
+    with pytest.raises(ValueError, match="chat_template: .*empty is empty"):
+        read_chat_template(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(

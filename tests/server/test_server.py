@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 from unittest.mock import AsyncMock, MagicMock
 
@@ -32,6 +33,7 @@ from test_tokenizer import BYTE_LEVEL, TEMPLATE
 import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.cli import serve
+from fastgen.cli.hydra_config import parse_arguments
 from fastgen.extras import install_command
 from fastgen.server import app_state, http_worker, middleware
 from fastgen.server.engine_client import EngineClient
@@ -1462,6 +1464,29 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "zmq" else name)
     assert serve.main([]) == 1
     assert capsys.readouterr().err == f"fgserve needs zmq: {install_command('serve')}\n"
+
+
+def test_chat_template(tiny: Path) -> None:
+    """chat_template=FILE replaces the template of the model's tokenizer in HTTP workers; other keys are per request."""
+    words = [str(tiny), "chat_template=own.jinja"]
+    config, _ = serve.configure(parse_arguments(serve._make_parser(), words))
+    assert config.chat_template == "own.jinja"
+    with pytest.raises(ValueError, match="tools=x: requests bring this themselves"):
+        serve.configure(parse_arguments(serve._make_parser(), [str(tiny), "tools=x"]))
+    state, template = app_state.AppState.__new__(app_state.AppState), "{{ messages[-1].content }}<tool_call>"
+    state.options = app_state.ServerOptions(engine_address="", model_names=("tiny",), chat_template=template)
+    state.tokenizer_thread, state.long_text_thread = (app_state.TokenizerThread(name) for name in "ab")
+
+    async def load() -> None:
+        engine_info: Any = asyncio.get_running_loop().create_future()
+        engine_info.set_result(SimpleNamespace(path=str(tiny), context_length=64))
+        state.engine_client = SimpleNamespace(engine_info=engine_info)  # type: ignore[assignment]
+        await state.load()
+
+    asyncio.run(load())
+    for thread in (state.tokenizer_thread, state.long_text_thread):
+        assert thread.tokenizer.chat_template == template
+    assert state.tool_call_format == "hermes"
 
 
 def test_model_names(tiny: Path) -> None:

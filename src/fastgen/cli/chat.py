@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -37,6 +38,7 @@ from fastgen.cli.hydra_config import (
     parse_arguments,
     reject_fgrun_keys,
 )
+from fastgen.cli.prompt_files import read_chat_template
 from fastgen.cli.run import build_engine
 from fastgen.config import unknown_name_message
 from fastgen.conversation import Conversation, ConversationTooLong, check_can_chat
@@ -53,6 +55,7 @@ examples:
   fgchat qwen3_8b sampling.temperature=0.6 sampling.top_p=0.95
   fgchat path/to/checkpoint sampling=greedy model.dtype=bfloat16
   fgchat mistral.gguf --system "Answer in French."
+  fgchat qwen3_8b chat_template_kwargs.enable_thinking=false
   fgchat -p "Name three kinds of bread."
   git diff | fgchat llama31_8b --system "Write a commit message for this diff."
 """
@@ -296,7 +299,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _compose_config(args: argparse.Namespace) -> RunConfig:
     """Composes the model and settings. Raises ValueError for settings that fgrun refuses, and for those of its task."""
     overrides, models = [*args.overrides], [] if args.model is None else [args.model]
-    reject_fgrun_keys(overrides, "is a setting of fgrun; type or pipe messages, or use -p")
+    allowed = ("chat_template", "chat_template_kwargs")
+    reject_fgrun_keys(overrides, "is a setting of fgrun; type or pipe messages, or use -p", allowed=allowed)
     defaults = [model_override(m) for m in models]
     for group, choice in (("sampling", "chat"), ("schedule", "latency")):
         defaults += [] if any(o.startswith(f"{group}=") for o in overrides) else [f"{group}={choice}"]
@@ -307,13 +311,13 @@ def _compose_config(args: argparse.Namespace) -> RunConfig:
     return compose(*defaults, *overrides)
 
 
-def _start_engine(config: RunConfig) -> Engine:
+def _start_engine(config: RunConfig, chat_template: str | None) -> Engine:
     """Builds the engine. Checks first, before the weights are loaded, that the model can chat."""
     m = config.model
     if config.parallel.replicas > 1:
         raise ValueError("a chat runs one request at a time: parallel.replicas must be 1; use tensor_parallel instead")
     path = hub.default_model_path() if m.path is None else hub.resolve(m.path)
-    check_can_chat(tokenizer.load(path), str(m.path or hub.REPO_ID), config.sampling)
+    check_can_chat(tokenizer.load(path), str(m.path or hub.REPO_ID), config.sampling, chat_template)
     return build_engine(config, progress=sys.stderr.isatty())
 
 
@@ -337,8 +341,10 @@ def main(argv: list[str] | None = None) -> int:
         message = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read().strip()
         if message is not None and not message.strip():
             raise ValueError("the message is empty: give it with -p or on stdin")
-        with _start_engine(config) as engine:
-            conversation = Conversation(engine, config.sampling, args.system)
+        template = read_chat_template(config.chat_template)
+        with _start_engine(config, template) as engine:
+            template_options: Any = {"chat_template": template, "chat_template_kwargs": config.chat_template_kwargs}
+            conversation = Conversation(engine, config.sampling, args.system, **template_options)
             if message is not None:
                 return _answer_once(conversation, message)
             num_bytes = sum(w.nbytes for w in tree_leaves(engine.params) if w is not None)

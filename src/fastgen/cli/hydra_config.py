@@ -36,6 +36,11 @@ from fastgen.config import (
     unknown_name_message,
 )
 
+# Keys without a meaning for the other tools, except for those that they allow.
+FGRUN_KEYS = (
+    "prompt", "chat", "task", "out", "chat_template", "chat_template_kwargs", "tools", "add_generation_prompt",
+    "continue_final_message",
+)  # fmt: skip
 TASKS = ("generate", "stream", "profile", "grpo")
 TEXT_KEYS = ("prompt", "model.path", "sampling.grammar")  # always one text: a comma does not make a sweep
 FLAGS_WITH_VALUE = {
@@ -80,6 +85,19 @@ class RunConfig(EngineConfig):
     chat: bool = described(
         "Whether a text is a user message, rendered by the chat template, if the model has one.", True
     )
+    chat_template: str | None = described(
+        "File of a Jinja template that renders chats, in place of the model's own.", None
+    )
+    chat_template_kwargs: dict[str, Any] = described(
+        "Variables of the chat template, such as {enable_thinking: false} for Qwen3.", {}
+    )
+    tools: str | None = described(
+        "JSON file of functions, in OpenAI's form, that the chat template describes to the model.", None
+    )
+    add_generation_prompt: bool = described("Ends a chat's prompt with the beginning of the assistant's turn.", True)
+    continue_final_message: bool = described(
+        "Leaves a chat's last message open for the model to continue; needs add_generation_prompt=false.", False
+    )
     out: str | None = described(
         "File that receives a line of JSON for each prompt; - prints these lines in place of the texts.", None
     )
@@ -109,7 +127,7 @@ def _register_schema() -> None:
     schema = OmegaConf.structured(RunConfig)
     for node in (schema, *(v for v in schema.values() if isinstance(v, DictConfig))):
         OmegaConf.set_readonly(node, None)  # nodes of frozen dataclasses are read-only, but must accept overrides
-    for mapping in (schema.sampling.logit_bias, schema.model.adapters):  # mappings whose keys are free
+    for mapping in (schema.sampling.logit_bias, schema.model.adapters, schema.chat_template_kwargs):  # keys are free
         OmegaConf.set_struct(mapping, False)
     ConfigStore.instance().store("schema", schema)
     OmegaConf.register_new_resolver("fastgen.settings", _format_composed_settings, replace=True)
@@ -173,10 +191,11 @@ def _is_override(word: str) -> bool:
     return bool(re.match(r"[+~]{0,2}[\w./@]+=|~\w[\w/@.]*$", word)) and not Path(word).exists()
 
 
-def reject_fgrun_keys(overrides: Iterable[str], reason: str, *more_keys: str) -> None:
-    """Raises ValueError for overrides of fgrun's prompts, task and output, and of `more_keys`."""
+def reject_fgrun_keys(overrides: Iterable[str], reason: str, *more_keys: str, allowed: Sequence[str] = ()) -> None:
+    """Raises ValueError for overrides of fgrun's prompts, task and output, and of `more_keys`, unless `allowed`."""
+    rejected = {*FGRUN_KEYS, *more_keys}.difference(allowed)
     for override in overrides:
-        if re.split(r"\W", expand_key(override), maxsplit=1)[0] in ("prompt", "chat", "task", "out", *more_keys):
+        if re.split(r"\W", expand_key(override).lstrip("+~"), maxsplit=1)[0] in rejected:
             raise ValueError(f"{override}: {reason}")
 
 

@@ -1,4 +1,4 @@
-"""Reads prompts from text, JSON, CSV and Parquet files, and checks that output files can be written."""
+"""Reads prompts, chat templates and tools from files, and checks that output files can be written."""
 
 import codecs
 import csv
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastgen.text.chat_template import Tools
 from fastgen.text.tokenizer import Prompt
 
 ACCEPTED_ROWS = (
@@ -52,6 +53,40 @@ def read_prompts(file: str, format: str | None = None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"task.prompts: {file} is empty")
     return prompts
+
+
+def read_chat_template(file: str | None) -> str | None:
+    """Returns the text of a file with a Jinja template. Raises ValueError if it is empty or cannot be read."""
+    if file is None:
+        return None
+    if not (template := _read_text("chat_template", file)).strip():
+        raise ValueError(f"chat_template: {file} is empty")
+    return template
+
+
+def read_tools(file: str | None) -> Tools:
+    """Returns the functions in a JSON file, in OpenAI's form. Raises ValueError if the file has anything else."""
+    if file is None:
+        return None
+    expected = '[{"type": "function", "function": {"name": …, "parameters": …}}]'
+    try:
+        tools = json.loads(_read_text("tools", file))
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, RecursionError | json.JSONDecodeError):
+            raise ValueError(f"tools: {file} is not JSON ({e}); expected {expected}") from e
+        raise
+    is_list = isinstance(tools, list) and bool(tools)
+    functions = [tool.get("function") if isinstance(tool, dict) else None for tool in tools] if is_list else [None]
+    if not all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in functions):
+        raise ValueError(f"tools: {file} must have a list of functions, {expected}")
+    return tools
+
+
+def _read_text(key: str, file: str) -> str:
+    try:
+        return _decode_utf8(Path(file).expanduser().read_bytes(), file)
+    except OSError as e:
+        raise ValueError(f"{key}: {file} cannot be read: {e.strerror or e}") from e
 
 
 def check_output(key: str, path: Path, inputs: Iterable[str | Path | None]) -> None:

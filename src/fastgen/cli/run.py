@@ -17,9 +17,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from fastgen import Engine, EngineConfig, Output, Replicas
+from fastgen import ChatPrompt, Engine, EngineConfig, Output, Replicas
 from fastgen.cli.hydra_config import RunConfig, compose
-from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_prompts
+from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_chat_template, read_prompts, read_tools
 from fastgen.profiling.profiler import profile_on_signal
 from fastgen.text.tokenizer import Prompt, is_single_prompt
 from fastgen.training.grpo import Trainer, train
@@ -31,12 +31,18 @@ __all__ = ["compose", "build_engine", "build_engines", "run"]
 class PromptRun:
     """A run of prompts on an engine. Each task collects the outputs by prompt index as they finish."""
 
-    def __init__(self, engine: Engine | Replicas, prompts: list[Prompt], config: RunConfig) -> None:
+    def __init__(
+        self, engine: Engine | Replicas, prompts: list[Prompt], config: RunConfig, template_options: dict[str, Any]
+    ) -> None:
+        """`template_options` are those of `ChatPrompt`."""
         self.engine, self.prompts, self.sampling, self.task = engine, prompts, config.sampling, config.task
-        use_template = config.chat and engine.tokenizer is not None and engine.tokenizer.chat_template
-        self.requests: list[Prompt] = [
-            [{"role": "user", "content": p}] if use_template and isinstance(p, str) else p for p in prompts
-        ]
+        tokenizer = engine.tokenizer
+        has_template = tokenizer is not None and (tokenizer.chat_template or template_options["chat_template"])
+        self.requests = [_to_chat(prompt, config.chat and bool(has_template), template_options) for prompt in prompts]
+        defaults = ChatPrompt([]).template_options | {"tools": None}
+        changed = [name for name, value in template_options.items() if value != defaults[name]]
+        if changed and not any(isinstance(request, ChatPrompt) for request in self.requests):
+            raise ValueError(f"{changed[0]}: no prompt is a chat; texts are with chat=true and a chat template")
         self.is_single = len(prompts) == config.sampling.n == 1
         self.outputs: dict[int, Output] = {}
 
@@ -76,6 +82,23 @@ class PromptRun:
         """Yields a JSON line for each prompt that has an output, in order."""
         for i, output in sorted(self.outputs.items()):
             yield json.dumps(asdict(output) | {"prompt": self.prompts[i]}, ensure_ascii=False) + "\n"
+
+
+def _to_chat(prompt: Prompt, is_message: bool, template_options: dict[str, Any]) -> Prompt:
+    """Returns messages, or a text that `is_message` of the user, as a ChatPrompt; other prompts unchanged."""
+    if isinstance(prompt, str) and is_message:
+        prompt = [{"role": "user", "content": prompt}]
+    is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+    return ChatPrompt(prompt, **template_options) if is_chat else prompt  # type: ignore[arg-type]
+
+
+def _read_template_options(config: RunConfig) -> dict[str, Any]:
+    """Returns the options of `ChatPrompt`, with the contents of the files that the configuration names."""
+    return {
+        "tools": read_tools(config.tools), "chat_template": read_chat_template(config.chat_template),
+        "chat_template_kwargs": config.chat_template_kwargs, "add_generation_prompt": config.add_generation_prompt,
+        "continue_final_message": config.continue_final_message,
+    }  # fmt: skip
 
 
 def grpo(config: RunConfig, folder: Path = Path()) -> None:
@@ -140,14 +163,14 @@ def run(config: RunConfig, folder: Path = Path()) -> list[Output]:
         check_output("out", out, [config.task.prompts])
     if config.task.trace:
         check_output("task.trace", Path(config.task.trace), [config.task.prompts, config.out])
-    prompts = _collect_prompts(config)
+    prompts, template_options = _collect_prompts(config), _read_template_options(config)
     if config.task.name == "profile" and config.parallel.replicas > 1:
         raise ValueError("task=profile profiles one engine: parallel.replicas must be 1")
     failure: BaseException | None = None
     with build_engines(config) as engine:
         if isinstance(engine, Engine):
             profile_on_signal(engine.profiler, folder)  # kill -USR2 PID profiles the running process
-        prompt_run = PromptRun(engine, prompts, config)
+        prompt_run = PromptRun(engine, prompts, config, template_options)
         start = time.perf_counter()
         try:
             getattr(prompt_run, config.task.name)()  # generate, stream or profile

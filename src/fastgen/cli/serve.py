@@ -19,6 +19,7 @@ from fastgen.checkpoint import hub
 from fastgen.cli import run
 from fastgen.cli.console import ends_quietly, make_parser
 from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_arguments, reject_fgrun_keys
+from fastgen.cli.prompt_files import read_chat_template
 from fastgen.extras import install_command
 from fastgen.server.log import nonblocking_stderr, print_message
 from fastgen.server.supervisor import Supervisor, listen, temporary_folder
@@ -119,7 +120,7 @@ def list_allowed_hosts(host: str, address: str, names: Sequence[str]) -> tuple[s
 
 def configure(args: argparse.Namespace) -> tuple[RunConfig, str]:
     """Returns the engine's configuration and the model's name. Raises ValueError for settings that fgrun rejects."""
-    reject_fgrun_keys(args.overrides, "requests bring this themselves", "sampling")
+    reject_fgrun_keys(args.overrides, "requests bring this themselves", "sampling", allowed=("chat_template",))
     parallel = {name: getattr(args, name) for name in ("tensor_parallel", "replicas")}
     overrides = [*args.overrides, *(f"parallel.{name}={n}" for name, n in parallel.items() if n is not None)]
     model_choice = [] if args.model is None else [model_override(args.model)]
@@ -170,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             if path and not os.path.isdir(path):
                 raise ValueError(f"{option}: there is no folder {path}")
         config, name = configure(args)
+        template = read_chat_template(config.chat_template)
         if args.lora_dir and not config.lora.max_adapters:
             raise ValueError("--lora-dir: no adapter can be loaded; add max_adapters=N, and max_rank=R if not 16")
         names = tuple(args.served_model_name) or (name,)
@@ -186,8 +188,8 @@ def main(argv: list[str] | None = None) -> int:
         profile_dir, lora_dir = (path and os.path.realpath(path) for path in (args.profile_dir, args.lora_dir))
         options = ServerOptions(
             engine_address=f"ipc://{folder}/engine", model_names=names, api_keys=keys, grace_seconds=args.grace,
-            max_body_bytes=args.max_body, tool_parser=args.tool_parser, profile_dir=profile_dir, lora_dir=lora_dir,
-            strict_model=args.strict_model, allowed_hosts=hosts,
+            max_body_bytes=args.max_body, chat_template=template, tool_parser=args.tool_parser,
+            profile_dir=profile_dir, lora_dir=lora_dir, strict_model=args.strict_model, allowed_hosts=hosts,
         )  # fmt: skip
         host, port = listener.getsockname()[:2]
         print_message(f"loading; http://{f'[{host}]' if ':' in host else host}:{port}/v1")

@@ -40,6 +40,7 @@ class ServerOptions:
     api_keys: tuple[str, ...] = ()
     grace_seconds: float = 30.0
     max_body_bytes: int = 16 * 2**20
+    chat_template: str | None = None  # used instead of the tokenizer's
     tool_parser: tool_calls.ToolCallFormat | None = None  # None: detected from the chat template
     profile_dir: str | None = None  # folder of traces
     lora_dir: str | None = None  # folder of LoRA adapters that requests may load
@@ -106,6 +107,8 @@ class AppState:
         """Waits for the engine, then loads the tokenizer of its model."""
         self.engine_info = info = await self.engine_client.engine_info
         loaded = await asyncio.to_thread(load_tokenizer, Path(info.path))
+        if loaded is not None and self.options.chat_template is not None:
+            loaded.chat_template = self.options.chat_template
         self.token_decoder = TokenDecoder(loaded)
         self.tokenizer_thread.tokenizer, self.long_text_thread.tokenizer = copy.deepcopy(loaded), copy.deepcopy(loaded)
         self.max_prompt_chars = tokenizer.max_prompt_chars(loaded, info.context_length)
