@@ -10,20 +10,21 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
+import pexpect
 import pytest
 from tqdm.auto import tqdm
 
 import fastgen
-from fastgen.cli import chat, console, scripts, serve
+from fastgen.cli import console, parsers, scripts
 from fastgen.cli import fgrun as script
-from fastgen.cli.bench import benchmark
 from fastgen.cli.completion import completion_script
 from fastgen.cli.hydra_config import RunConfig, parse_arguments, to_hydra_arguments
 from fastgen.cli.settings_help import describe_values
 from fastgen.config import SamplingParams
 
-PARSERS = (benchmark._make_parser, chat._make_parser, serve._make_parser)
+PARSERS = (parsers.bench_parser, parsers.chat_parser, parsers.serve_parser)
 TINY = ["model=debug", "kv_cache=small", "prompt=[[1,2],[3]]", "chat=false"]
 
 
@@ -44,7 +45,7 @@ def test_two_models(capsys: pytest.CaptureFixture[str]) -> None:
     """More than one model is an error that names them; fgrun's says how to choose one besides a prompt."""
     for words in (["a/b", "c/d"], ["a/b", "model=c/d"], ["--model", "a/b", "c/d"]):
         with pytest.raises(SystemExit, match="2"):
-            parse_arguments(chat._make_parser(), words)
+            parse_arguments(parsers.chat_parser(), words)
         err = capsys.readouterr().err
         assert "expected one model, got " in err and "a/b" in err and "c/d" in err
     with pytest.raises(ValueError, match="expected one prompt, got 2; to choose the model, write model=a/b"):
@@ -55,8 +56,8 @@ def test_two_models(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_existing_file_is_no_setting(tmp_path: Path) -> None:
     (tmp_path / "a=b").mkdir()
-    assert parse_arguments(chat._make_parser(), [str(tmp_path / "a=b")]).model == str(tmp_path / "a=b")
-    assert parse_arguments(chat._make_parser(), ["~lora"]).overrides == ["~lora"]
+    assert parse_arguments(parsers.chat_parser(), [str(tmp_path / "a=b")]).model == str(tmp_path / "a=b")
+    assert parse_arguments(parsers.chat_parser(), ["~lora"]).overrides == ["~lora"]
 
 
 def test_help_of_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,10 +117,68 @@ def test_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_bash_completes(word: str, expected: str, tmp_path: Path) -> None:
     """The script completes options, models, settings and paths."""
     (tmp_path / "folder").mkdir()
-    source = completion_script(chat._make_parser(), "bash")
+    source = completion_script(parsers.chat_parser(), "bash")
     source += f"\nCOMP_WORDS=(fgchat {word}); COMP_CWORD=1; _shtab_fgchat; echo ${{COMPREPLY[@]}}"
     done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split() == [expected], done.stderr
+
+
+def test_help_needs_no_torch() -> None:
+    """--help and completion scripts of the tools that use argparse are printed before torch is imported."""
+    code = "import sys; from fastgen.cli import scripts\n"
+    code += "for i, tool in enumerate(('fgchat', 'fgserve', 'fgbench', 'fgchat')):\n"
+    code += "    sys.argv = [tool, *(['--print-completion', 'bash'] if i == 3 else ['debug', 'seed=1', '--help'])]\n"
+    code += "    try: getattr(scripts, tool)()\n"
+    code += "    except SystemExit as e: print('status', e.code, 'torch' in sys.modules)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert re.findall(r"^status.*$", done.stdout, re.MULTILINE) == ["status 0 False"] * 4, done.stderr
+    assert all(f"usage: {tool}" in done.stdout for tool in ("fgchat", "fgserve", "fgbench"))
+    assert "complete -F _fastgen_fgchat fgchat" in done.stdout
+
+
+@pytest.mark.parametrize("tool, words, expected", [
+    ("fgserve", "--tensor-p", "--tensor-parallel"), ("fgserve", "debug token_b", "token_budget="),
+    ("fgbench", "--start", "--start-up"), ("fgserve", "temper", ""), ("fgbench", "temper", "temperature="),
+    ("fgserve", "sampling=gr", ""), ("fgserve", "chat_t", "chat_template="),
+    ("fgchat", "sampling=gr", "sampling=greedy"),
+])  # fmt: skip
+def test_bash_calls_the_completion_of_a_tool(tool: str, words: str, expected: str, tmp_path: Path) -> None:
+    """As bash does at a Tab: with the function that `complete` has registered. fgserve takes no sampling settings."""
+    parser = next(p for make in PARSERS if (p := make()).prog == tool)
+    source = completion_script(parser, "bash").replace("compopt", ": compopt")  # only within a completion
+    source += f"\nCOMP_WORDS=({tool} {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))"
+    source += f"\nset -- $(complete -p {tool}); while [ $1 != -F ]; do shift; done"
+    source += "\n$2; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_completion_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tab completes options, settings and their values in an interactive bash, whose words end at "="."""
+    (tmp_path / "own.jinja").touch()
+    (tmp_path / "fgrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m fastgen run "$@"\n')
+    (tmp_path / "fgrun").chmod(0o755)
+    (tmp_path / "fgchat.bash").write_text(completion_script(parsers.chat_parser(), "bash"))
+    with (tmp_path / "fgrun.bash").open("w") as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["fgrun", "--print-completion", "bash"])
+        patch.setattr(sys, "stdout", file)
+        assert script.main() == 0
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TERM": "dumb"}
+    options: Any = {"encoding": "utf-8", "env": environment, "cwd": str(tmp_path), "timeout": 30}
+    with pexpect.spawn("bash", ["--norc", "--noprofile", "-i"], **options) as shell:
+        shell.sendline("bind 'set enable-bracketed-paste off'; PS1='>'; . ./fgchat.bash; echo re''ady")
+        shell.expect("ready")
+        lines = [("fgchat --tens", "--tensor-parallel "), ("fgchat debug token_b", "token_budget="),
+                 ("fgchat sampling=gre", "sampling=greedy "), ("fgchat chat_template=ow", "chat_template=own.jinja"),
+                 ("fgrun schedule=la", "schedule=latency"), ("fgrun sampling.tempe", "sampling.temperature="),
+                 ("fgchat sampling=gre", "sampling=greedy ")]  # fmt: skip
+        for typed, expected in lines:
+            if typed == "fgrun schedule=la":  # Hydra's script takes "=" out of the characters that end a word
+                shell.sendline(". ./fgrun.bash; echo re''ady")
+                shell.expect("ready")
+            shell.send(f"{typed}\t")
+            shell.expect_exact(f"{typed.rpartition(' ')[0]} {expected}")
+            shell.send("\x15")  # Ctrl-U removes the line
 
 
 def test_completion_scripts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

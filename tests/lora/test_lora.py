@@ -22,8 +22,8 @@ import fastgen
 from fastgen import Adapter, Event, Output, SamplingParams, Snapshot, lora
 from fastgen.checkpoint.model_families import from_hf_config
 from fastgen.checkpoint.weights import named_weights
+from fastgen.cli import parsers, serve
 from fastgen.cli import run as command
-from fastgen.cli import serve
 from fastgen.cli.bench import benchmark
 from fastgen.config import LoraConfig
 from fastgen.core import scheduler
@@ -841,8 +841,8 @@ def test_serve_makes_room(tmp_path: Path) -> None:
     """The server allocates the capacity that its adapters need, unless configured."""
     lora.save(tmp_path, SPEC, ADAPTERS["wide"])
     words = ["debug", "--lora", f"x={tmp_path}"]
-    assert serve.configure(serve._make_parser().parse_args(words))[0].lora == LoraConfig(max_adapters=1, max_rank=8)
-    config, _ = serve.configure(serve._make_parser().parse_intermixed_args([*words, "lora.max_adapters=5"]))
+    assert serve.configure(parsers.serve_parser().parse_args(words))[0].lora == LoraConfig(max_adapters=1, max_rank=8)
+    config, _ = serve.configure(parsers.serve_parser().parse_intermixed_args([*words, "lora.max_adapters=5"]))
     assert config.lora == LoraConfig(max_adapters=5, max_rank=8)
 
 

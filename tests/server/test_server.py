@@ -32,7 +32,7 @@ from test_tokenizer import BYTE_LEVEL, TEMPLATE
 
 import fastgen
 from fastgen import Output, SamplingParams
-from fastgen.cli import serve
+from fastgen.cli import parsers, serve
 from fastgen.cli.hydra_config import parse_arguments
 from fastgen.extras import install_command
 from fastgen.server import app_state, http_worker, middleware
@@ -1469,10 +1469,10 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_chat_template(tiny: Path) -> None:
     """chat_template=FILE replaces the template of the model's tokenizer in HTTP workers; other keys are per request."""
     words = [str(tiny), "chat_template=own.jinja"]
-    config, _ = serve.configure(parse_arguments(serve._make_parser(), words))
+    config, _ = serve.configure(parse_arguments(parsers.serve_parser(), words))
     assert config.chat_template == "own.jinja"
     with pytest.raises(ValueError, match="tools=x: requests bring this themselves"):
-        serve.configure(parse_arguments(serve._make_parser(), [str(tiny), "tools=x"]))
+        serve.configure(parse_arguments(parsers.serve_parser(), [str(tiny), "tools=x"]))
     state, template = app_state.AppState.__new__(app_state.AppState), "{{ messages[-1].content }}<tool_call>"
     state.options = app_state.ServerOptions(engine_address="", model_names=("tiny",), chat_template=template)
     state.tokenizer_thread, state.long_text_thread = (app_state.TokenizerThread(name) for name in "ab")
@@ -1496,7 +1496,7 @@ def test_model_names(tiny: Path) -> None:
         (["debug"], "debug", None),
         ([], "smollm2-135m-instruct", None),
     ):
-        config, actual = serve.configure(serve._make_parser().parse_args(words))
+        config, actual = serve.configure(parsers.serve_parser().parse_args(words))
         assert actual == name and (path is None or config.model.path == path)
-    config, _ = serve.configure(serve._make_parser().parse_args(["debug", "--tensor-parallel", "1"]))
+    config, _ = serve.configure(parsers.serve_parser().parse_args(["debug", "--tensor-parallel", "1"]))
     assert config.model.random_weights and config.parallel.tensor_parallel == 1

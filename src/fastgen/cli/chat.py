@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen import Engine, SamplingParams
 from fastgen.checkpoint import hub, tokenizer
-from fastgen.cli.console import ends_quietly, make_parser
+from fastgen.cli.console import ends_quietly
 from fastgen.cli.hydra_config import (
     HYDRA_ERRORS,
     RunConfig,
@@ -38,27 +38,12 @@ from fastgen.cli.hydra_config import (
     parse_arguments,
     reject_fgrun_keys,
 )
+from fastgen.cli.parsers import chat_parser
 from fastgen.cli.prompt_files import read_chat_template
 from fastgen.cli.run import build_engine
 from fastgen.config import unknown_name_message
 from fastgen.conversation import Conversation, ConversationTooLong, check_can_chat
 
-EPILOG = """
-In the terminal, /h lists the commands. With -p, or if stdin is not a terminal, fgchat answers one message and exits:
-the answer goes to stdout, its statistics to stderr.
-
-The settings are those of fgrun (fgrun --help). The defaults are sampling=chat and schedule=latency: temperature 0.7
-(0.2 for the small default model), top_p 0.9, and answers of at most 2048 tokens.
-
-examples:
-  fgchat
-  fgchat qwen3_8b sampling.temperature=0.6 sampling.top_p=0.95
-  fgchat path/to/checkpoint sampling=greedy model.dtype=bfloat16
-  fgchat mistral.gguf --system "Answer in French."
-  fgchat qwen3_8b chat_template_kwargs.enable_thinking=false
-  fgchat -p "Name three kinds of bread."
-  git diff | fgchat llama31_8b --system "Write a commit message for this diff."
-"""
 COMMANDS = {  # command -> (arguments, help)
     "/r": ("N", "rewind to before turn N; /r 1 starts over"),
     "/m": ("", "enter a message of several lines; a line with a single '.' ends it"),
@@ -283,17 +268,8 @@ def _open_history() -> History:
     return FileHistory(file)
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    p = make_parser("fgchat", "fgchat chats with a model in the terminal, or answers one message.", EPILOG)
-    gpus = "Number of GPUs that the model is sharded over, as parallel.tensor_parallel=N."
-    p.add_argument("--tensor-parallel", type=int, metavar="N", help=gpus)
-    p.add_argument("--system", metavar="TEXT", help="The system prompt.")
-    p.add_argument("-p", "--prompt", metavar="TEXT", help="Answer this message and exit.")
-    return p
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    return parse_arguments(_make_parser(), argv, text_options=("-p", "--prompt", "--system"))
+    return parse_arguments(chat_parser(), argv, text_options=("-p", "--prompt", "--system"))
 
 
 def _compose_config(args: argparse.Namespace) -> RunConfig:

@@ -6,6 +6,7 @@ from functools import partial
 from importlib import import_module
 
 import fastgen
+from fastgen.cli import parsers
 from fastgen.cli.console import ends_at_interrupt, ends_quietly
 
 TOOLS = {  # name after `python -m fastgen` -> (console script, module of fastgen.cli, help)
@@ -14,11 +15,24 @@ TOOLS = {  # name after `python -m fastgen` -> (console script, module of fastge
     "serve": ("fgserve", "serve", "Serves a model over HTTP with OpenAI's API."),
     "bench": ("fgbench", "bench.benchmark", "Measures throughput and latency."),
 }
+PARSERS = {"chat": parsers.chat_parser, "serve": parsers.serve_parser, "bench": parsers.bench_parser}
+
+
+def _parse_only(name: str) -> int:
+    """Parses sys.argv with a tool's parser, which may print something and exit."""
+    PARSERS[name]().parse_known_args()
+    return 0
 
 
 def _run_tool(name: str) -> int:
-    """Imports a tool and runs its `main` on sys.argv. Returns the exit status."""
+    """Imports a tool and runs its `main` on sys.argv. Returns the exit status.
+
+    Options that print something and exit, such as --help, do so before the tool, and with it torch, is imported.
+    """
     tool, module, _ = TOOLS[name]
+    words = {word.partition("=")[0] for word in sys.argv[1:]}
+    if name in PARSERS and words & {"-h", "--help", "--version", "--print-completion"}:
+        ends_quietly(tool)(_parse_only)(name)
     with ends_at_interrupt(tool):
         main = import_module(f"fastgen.cli.{module}").main
     return main()

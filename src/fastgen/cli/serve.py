@@ -1,24 +1,21 @@
 """`fgserve`: an OpenAI-compatible server. `fgserve --help`. Its processes are in `fastgen.server.supervisor`."""
 
 import argparse
-import math
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 from fastgen import Engine, Replicas, lora
 from fastgen.checkpoint import hub
 from fastgen.cli import run
-from fastgen.cli.console import ends_quietly, make_parser
+from fastgen.cli.console import ends_quietly
 from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_arguments, reject_fgrun_keys
+from fastgen.cli.parsers import serve_parser
 from fastgen.cli.prompt_files import read_chat_template
 from fastgen.extras import install_command
 from fastgen.server.log import nonblocking_stderr, print_message
@@ -26,74 +23,6 @@ from fastgen.server.supervisor import Supervisor, listen, temporary_folder
 
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "zmq", "prometheus_client")
 FREE_TEXT_OPTIONS = ("--lora", "--api-key", "--served-model-name")  # options whose value may look like a setting
-EPILOG = """
-Without MODEL, fgserve serves the small default model. docs/serving.md describes the endpoints and their parameters.
-
-examples:
-  fgserve
-  fgserve mistral_7b --port 8000 --api-key "$KEY" schedule=latency
-  fgserve path/to/checkpoint --served-model-name mine --workers 4 kv_cache.gpu_memory_utilization=0.9
-  fgserve path/to/checkpoint --lora poet=path/to/adapter
-  curl localhost:5678/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}'
-"""
-
-
-def _option_type(convert: Callable[[str], Any], is_valid: Callable[[Any], Any], valid: str) -> Callable[[str], Any]:
-    """Returns the `type` of an option for argparse: converts a text, and rejects values that are not valid."""
-
-    def parse(text: str) -> Any:
-        with suppress(ValueError):
-            if is_valid(value := convert(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"must be {valid}, got {text!r}")
-
-    return parse
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    p = make_parser("fgserve", "fgserve serves a model over HTTP with OpenAI's API.", EPILOG)
-    add = p.add_argument
-    count = _option_type(int, lambda n: n >= 1, "a whole number of at least 1")
-    port = _option_type(int, lambda n: 0 <= n <= 65535, "a port between 0 and 65535")
-    seconds = _option_type(float, lambda s: 0 <= s < math.inf, "a number of at least 0")
-    is_host = re.compile(r"[\w.-]+", re.ASCII).fullmatch
-    host = _option_type(str, is_host, "a name without port or path, such as example.org")
-    add("--host", default="127.0.0.1", help="The address to listen on; 0.0.0.0 is all addresses. Default: %(default)s.")
-    add("--port", type=port, default=5678, help="The port to listen on; 0 is any free port. Default: %(default)s.")
-    add("--workers", type=count, default=1, metavar="N", help="Number of HTTP processes. Default: %(default)s.")
-    add(
-        "--tensor-parallel",
-        type=count,
-        metavar="N",
-        help="Number of GPUs of one engine, as parallel.tensor_parallel=N.",
-    )
-    add("--replicas", type=count, metavar="N", help="Number of engines, as parallel.replicas=N.")
-    repeated: dict[str, Any] = {"action": "append", "default": []}
-    keys = "A key that requests may have; without one, no key is needed. May be repeated, and set as FGSERVE_API_KEY."
-    add("--api-key", **repeated, metavar="KEY", help=keys)
-    names = "A name of the model for clients. May be repeated. Default: the model's own."
-    add("--served-model-name", **repeated, metavar="NAME", help=names)
-    add("--strict-model", action="store_true", help="Refuse requests that name another model.")
-    hosts = "A name by which clients and web pages may address the server, besides this machine's own. May be repeated."
-    add("--allowed-host", **repeated, type=host, metavar="NAME", help=hosts)
-    add(
-        "--lora",
-        **repeated,
-        metavar="NAME=PATH",
-        help="A LoRA adapter that requests may name as their model. Repeatable.",
-    )
-    grace = "Seconds that running requests have to finish after Ctrl-C or SIGTERM. Default: %(default)s."
-    add("--grace", type=seconds, default=30, metavar="SECONDS", help=grace)
-    queue = "Number of completions that may run or wait at a time. Default: four times max_num_seqs."
-    add("--max-queue", type=count, metavar="N", help=queue)
-    tools = "Format of the model's tool calls. Default: that of its chat template."
-    add("--tool-parser", choices=("llama", "mistral", "hermes"), help=tools)
-    body = "Largest body of a request, in bytes. Default: %(default)s, which is 16 MiB."
-    add("--max-body", type=count, default=16 * 2**20, metavar="BYTES", help=body)
-    add("--lora-dir", metavar="FOLDER", help="Folder from which POST /load_lora_adapter may load. Default: none.")
-    add("--profile-dir", metavar="FOLDER", help="Folder to which POST /profile may write traces. Default: none.")
-    return p
 
 
 def collect_api_keys(arguments: Sequence[str], environment_key: str | None) -> tuple[str, ...]:
@@ -161,7 +90,7 @@ def load_engine(config: RunConfig) -> tuple[Engine | Replicas, str]:
 @ends_quietly("fgserve")
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script; returns the exit status: 2 for a wrong command, 1 for a server that failed."""
-    args = parse_arguments(_make_parser(), argv, FREE_TEXT_OPTIONS)
+    args = parse_arguments(serve_parser(), argv, FREE_TEXT_OPTIONS)
     if missing := [name for name in REQUIRED_PACKAGES if not find_spec(name)]:
         print(f"fgserve needs {', '.join(missing)}: {install_command('serve')}", file=sys.stderr)
         return 1

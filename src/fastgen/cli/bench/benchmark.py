@@ -24,8 +24,9 @@ from fastgen.checkpoint import files, hub, weights
 from fastgen.cli.bench import hardware
 from fastgen.cli.bench.results import Row, format_table, merge_rows, parse_peer_log, plot_rows, read_rows
 from fastgen.cli.bench.workload import Workload
-from fastgen.cli.console import ends_quietly, make_parser
+from fastgen.cli.console import ends_quietly
 from fastgen.cli.hydra_config import RunConfig, compose, model_override, parse_arguments, reject_fgrun_keys
+from fastgen.cli.parsers import bench_parser
 from fastgen.cli.prompt_files import check_output
 from fastgen.cli.run import build_engines
 from fastgen.config import ParallelConfig
@@ -33,22 +34,6 @@ from fastgen.extras import install_command
 from fastgen.profiling import roofline
 
 progress_bar = partial(tqdm, delay=2, leave=False, disable=None)  # None: shown on terminals only, to keep logs short
-EPILOG = """
-workloads: NxPROMPTxOUTPUT[xSAMPLES] is N requests with PROMPT random prompt tokens each. Every request generates
-  exactly OUTPUT tokens for each of SAMPLES completions (default: 1). Each repeat uses new prompts.
-rows: a new row replaces the row of the same engine, model, workload, hardware and number of devices. Lines of
-  --peer-log read 'vllm MODEL tp1 512x1024x128 rep0: 16.3s 4026 out tok/s'.
-limit: the roofline limit, the highest throughput that the machine allows. fastgen/profiling/roofline.py has the
-  formula. Known GPUs have a limit from constants. Every row also has a limit from the GEMM rate measured right after
-  the run. The table and the plot show the first where it exists.
-
-examples:
-  fgbench debug --workload 8x64x16 2x64x16x4
-  fgbench benchmarks/configs/mistral-7b-instruct-v0.3.json --workload 512x1024x128 1x128x256 --out rows.json
-  fgbench path/to/config.json --workload 512x1024x128 --outputs 16,64,128,512 --plot plot.png max_num_seqs=512
-  fgbench mistral_7b --weights --workload 32x1024x256 --shared-prefix 768 --latency schedule=latency
-  fgbench --out rows.json --peer-log vllm.txt --peer-version 0.23.0 --plot plot.png     # measures nothing
-"""
 
 
 class StartedEngine(NamedTuple):
@@ -182,36 +167,6 @@ def _common_fields(started: StartedEngine, workload: str) -> Row:
     }  # fmt: skip
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    description = (
-        "fgbench measures throughput and latency, and compares them with the machine's limit and with other engines."
-    )
-    p = make_parser("fgbench", description, EPILOG)
-    add = p.add_argument
-    workload = "Workloads to run, in this order; see below."
-    add("--workload", nargs="+", default=[], metavar="NxPROMPTxOUTPUT", help=workload)
-    add("--outputs", metavar="16,64,…", help="Run each workload with each of these output lengths, in tokens.")
-    shared_prefix = "Number of tokens that all prompts begin with. Default: %(default)s."
-    add("--shared-prefix", type=int, default=0, metavar="TOKENS", help=shared_prefix)
-    add("--weights", action="store_true", help="Load the model's weights. Default: random weights of the same shapes.")
-    repeats = "Number of runs of each workload, of which the median is reported. Default: %(default)s."
-    add("--repeats", type=int, default=3, metavar="N", help=repeats)
-    warm_up = "Duration of the warm-up in seconds. Default: one run of the first workload, of at most 30 s."
-    add("--warm-up", type=float, metavar="SECONDS", help=warm_up)
-    add("--temperature", type=float, default=0.7, metavar="T", help="Sampling temperature. Default: %(default)s.")
-    latency = "Run each workload once more, for percentiles of the time to first token and between tokens, in ms."
-    add("--latency", action="store_true", help=latency)
-    start_up = "Add a row with the seconds from the start of the process to the first token."
-    add("--start-up", action="store_true", help=start_up)
-    add("--out", type=Path, metavar="FILE", help="JSON file that is created or updated with the rows.")
-    add("--peer", type=Path, nargs="+", default=[], metavar="FILE", help="Files with more rows for the table and plot.")
-    add("--peer-log", type=Path, metavar="FILE", help="Log of another engine, whose results become rows; see below.")
-    add("--peer-version", default="unknown", metavar="TEXT", help="Version of the engine of --peer-log.")
-    add("--hardware", metavar="NAME", help="Hardware of --peer-log. Default: that of the other rows.")
-    add("--plot", type=Path, metavar="FILE", help="Image of the output tokens/s over the output length.")
-    return p
-
-
 def _parse_workloads(args: argparse.Namespace) -> list[Workload]:
     workloads = [Workload.parse(text)._replace(shared_prefix_len=args.shared_prefix) for text in args.workload]
     if args.outputs:
@@ -266,7 +221,7 @@ def run_benchmarks(
 @ends_quietly("fgbench")
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script. Returns the exit status: 2 for a wrong command, 1 for a run that failed."""
-    args = parse_arguments(_make_parser(), argv)
+    args = parse_arguments(bench_parser(), argv)
     rows, peer_rows, status, interrupt = list[Row](), list[Row](), 2, None
     try:
         workloads = _parse_workloads(args)
