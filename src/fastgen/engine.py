@@ -19,7 +19,7 @@ from fastgen import snapshot as snapshots
 from fastgen.checkpoint import files, hub, tokenizer, weights
 from fastgen.compiled import warm_up
 from fastgen.compiled.runner import ModelRunner
-from fastgen.config import EngineConfig, SamplingParams, check_int
+from fastgen.config import EngineConfig, QuantizationConfig, SamplingParams, check_int
 from fastgen.core import scheduler
 from fastgen.core.engine_core import INT64_RANGE, EngineCore
 from fastgen.core.extensions import Adapters, Matcher, Ranks, call_collectively, on_all_ranks
@@ -34,6 +34,7 @@ from fastgen.event_stream import GenerateMethods, OneOrManyPrompts, OneOrManySam
 from fastgen.lora import Adapter, AdapterManager, LoadedAdapter
 from fastgen.offload.host_offload import HostOffload, page_bytes
 from fastgen.profiling.profiler import Profiler, ProfileWindow
+from fastgen.quantization.fp8 import is_quantized
 from fastgen.snapshot import Snapshot
 from fastgen.structured_output.backend import GrammarBackend
 from fastgen.text import Tokenizer
@@ -41,7 +42,7 @@ from fastgen.text.text_processor import TextProcessor
 from fastgen.text.tokenizer import Prompt
 from fastgen.thread_safety import AccessGuard, check_fork, disable_torch_modes, exclusive
 from fastgen.training import logprobs, weight_sync
-from fastgen.training.shared_params import adopted_models, version_counters
+from fastgen.training.shared_params import QuantizedShadow, adopted_models, version_counters
 from fastgen.training.sleep import EngineMemory, ReleasableMemory
 
 MAX_CPU_CACHE_BYTES = 2**30  # of a cache on a CPU whose size is not set
@@ -64,18 +65,26 @@ def _load_model(
     shard: TPShard,
     device: str,
     *,
+    quantization: str = "auto",
     progress: bool = False,
     allocate: Callable[[int], ReleasableMemory] | None = None,
 ) -> tuple[ModelConfig, Params, Tokenizer | None]:
-    """Returns config, parameters and tokenizer of one rank; with a `seed`, random parameters."""
+    """Returns config, parameters and tokenizer of one rank; with a `seed`, random parameters.
+
+    `quantization` is a value of `QuantizationConfig.weights`.
+    """
     if seed is None:
-        common: Any = {"progress": progress, "tp_shard": shard, "allocate": allocate}
+        common: Any = {"progress": progress, "tp_shard": shard, "allocate": allocate, "quantization": quantization}
         model_config, params = weights.load(path, device=device, dtype=dtype, **common)
     else:
         model_config = files.read_model_config(path)
         params_dtype: torch.dtype = dtype or getattr(torch, model_config.dtype)
-        memory = None if allocate is None else allocate(weights.param_bytes(model_config, params_dtype, shard))
-        params = weights.init(model_config, seed, device=device, dtype=params_dtype, tp_shard=shard, memory=memory)
+        quantization = "none" if quantization == "auto" else quantization
+        num_bytes = weights.param_bytes(model_config, params_dtype, shard, quantization)
+        common = {"tp_shard": shard, "memory": None if allocate is None else allocate(num_bytes)}
+        params = weights.init(
+            model_config, seed, device=device, dtype=params_dtype, quantization=quantization, **common
+        )
     return model_config, params, tokenizer.load(path)
 
 
@@ -91,8 +100,9 @@ def resolve_model(model: str | Path | None, dtype: str, device: str) -> tuple[Pa
 class Engine(GenerateMethods):
     """Generates from a dense transformer; many requests share each step.
 
-    `params` are used as they are, without a copy, on their device and in their dtype. Settings are the names in
-    `fastgen.config` (`token_budget=512, page_size=32, …`).
+    `params` are used as they are, without a copy, on their device and in their dtype. With `quantization="fp8"` and
+    parameters that are not quantized, the engine keeps fp8 copies of the layers' matmuls beside them, made anew when
+    `params` are written in place. Settings are the names in `fastgen.config` (`token_budget=512, page_size=32, …`).
 
     `tensor_parallel=N` spreads `params`, the full model's, over N ranks (see `fastgen.distributed.workers`): this
     process, and others that end with it. With a `tp_group` this is one of several ranks: `params` are this rank's
@@ -126,16 +136,30 @@ class Engine(GenerateMethods):
             "this engine", "fastgen.AsyncEngine serves any number of threads and coroutines"
         )
         config = EngineConfig.from_flat(**settings)
+        quantization = config.quantization.weights
+        if quantization == "none" and is_quantized(params):
+            raise ValueError(
+                "quantization=none, but these parameters are quantized: load them with "
+                'fastgen.load(…, quantization="none"), which dequantizes them'
+            )
         if (size := get_tp_size(config)) > 1 and tp_group is None:
             shard_config(model_config, size)  # raises ValueError before anything is started
-            load = workers.shard_loader(params, model_config, tokenizer, size)
+            load = workers.shard_loader(params, model_config, tokenizer, size, quantization)
             tp_group = workers.create_tp_group(size, params.embed.device.type, load, settings, type(self))
             params = load(tp_group.shard, str(params.embed.device))[1]
         self.tp_group, self.ranks = tp_group, tp_group or Ranks()
         weakref.finalize(self, self.ranks.close)
         with workers.close_workers_on_error(tp_group):
             self.model_config, self.device, self.dtype = model_config, params.embed.device, params.embed.dtype
-            self.config = config = config.resolve(self.device.type)
+            self.memory, self._adopted_models = EngineMemory(), adopted_models(params)
+            version_tensors = version_counters(params)
+            self.shadow: QuantizedShadow | None = None  # of parameters that were given in full precision
+            if quantization == "fp8" and not is_quantized(params):
+                allocate = partial(self.memory.allocate, "params", self.device)
+                self.shadow = QuantizedShadow(params, model_config, self.tp_shard, allocate=allocate)
+                params = self.shadow.params
+            weight_format = QuantizationConfig(weights="fp8" if is_quantized(params) else "none")
+            self.config = config = replace(config.resolve(self.device.type), quantization=weight_format)
             self._text = TextProcessor(tokenizer, special_tokens_in_content=config.special_tokens_in_content)
             page_size, offload = config.kv_cache.page_size, config.offload
             self.adapter_manager = adapters = Adapters()
@@ -149,7 +173,6 @@ class Engine(GenerateMethods):
             if host_bytes and not num_host_pages:
                 raise ValueError(f"offload.host_gb={offload.host_gb} holds not even a page: raise it")
             self.page_copier = page_copier = HostOffload(shard, page_size, self.dtype, self.device, num_host_pages)
-            self.memory, self._adopted_models = EngineMemory(), adopted_models(params)
             self.cache_capacity = _cache_capacity(runner, config, self.ranks)  # tokens
             num_slots = self.cache_capacity + page_size
             shape = num_slots, shard.num_kv_heads, shard.head_dim
@@ -170,7 +193,7 @@ class Engine(GenerateMethods):
             self.core = EngineCore(
                 runner, config, page_copier, model_config=model_config, text=self._text, ranks=self.ranks,
                 adapters=adapters, grammars=self.grammars, profiler=self.profiler,
-                version_tensors=version_counters(params),
+                version_tensors=version_tensors,
             )  # fmt: skip
 
     @classmethod
@@ -198,7 +221,8 @@ class Engine(GenerateMethods):
         settings = {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
         path, device = resolve_model(model, dtype, device)
         torch_dtype = getattr(torch, dtype) if dtype != "auto" else torch.float32 if device == "cpu" else None
-        load = partial(_load_model, path, torch_dtype, random_seed if random_weights else None)
+        seed, quantization = random_seed if random_weights else None, config.quantization.weights
+        load = partial(_load_model, path, torch_dtype, seed, quantization=quantization)
         group = None
         if size > 1:
             shard_config(files.read_model_config(path), size)
@@ -283,7 +307,13 @@ class Engine(GenerateMethods):
         """
         for model in self._adopted_models:
             model.check()
+        self._refresh_shadow()
         return self.core.step()
+
+    def _refresh_shadow(self) -> None:
+        """Quantizes the given parameters again if they were written in place. Needs the memory of "params"."""
+        if self.shadow is not None:
+            self.shadow.refresh()
 
     @exclusive()
     def abort(self, request_id: int) -> Output | None:
@@ -332,6 +362,7 @@ class Engine(GenerateMethods):
             if self.ranks.has_workers:
                 raise ValueError("snapshot: pages of several ranks cannot be saved; leave include_pages=False")
             self.memory.require("params", "cache")
+            self._refresh_shadow()
             self.core.notice_changed_params()  # pages computed before are of other parameters than the fingerprint
         self.core.finish_step_on_all_ranks()
         return snapshots.take(self.core, request_id, include_pages=include_pages)
@@ -362,10 +393,12 @@ class Engine(GenerateMethods):
     def params(self) -> Params:
         """The parameters that steps read. Raises ValueError while their memory is released (`sleep`).
 
-        Tensors taken from here before must not be read meanwhile: their memory is gone.
+        Tensors taken from here before must not be read meanwhile: their memory is gone. fp8 copies of parameters in
+        full precision are those of the present parameters; a write to a copy is lost with the next update.
         """
         self.access_guard.check()
         self.memory.require("params")
+        self._refresh_shadow()
         return self.runner.params
 
     @property
@@ -398,12 +431,15 @@ class Engine(GenerateMethods):
 
         `check_finite`: ValueError for values that are NaN or infinite, or too large for the engine's dtype. Nothing is
         written then if all tensors are in memory, or else those before it, as the error says.
+
+        With `quantization="fp8"` tensors are quantized when they are written. An engine that has fp8 copies of
+        parameters in full precision writes those parameters, and makes the copies anew.
         """
         config, is_tree = self.model_config, isinstance(source, Params)
         pairs = list(weights.named_weights(source, config)) if is_tree else weight_sync.named_tensors(source)
         if isinstance(pairs, list):
             checks: Any = {"partial": partial, "check_finite": check_finite, "tp_shard": self.tp_shard}
-            weights.check_update(self.runner.params, config, pairs, source="update_params", **checks)
+            weights.check_update(self.source_params, config, pairs, source="update_params", **checks)
             check_finite = False
         options = partial, recompute, check_finite
         if not self.ranks.has_workers:
@@ -419,6 +455,14 @@ class Engine(GenerateMethods):
         """The rank's shard of the parameters."""
         return UNSHARDED if self.tp_group is None else self.tp_group.shard
 
+    @property
+    def source_params(self) -> Params:
+        """The parameters that updates are written to: those in full precision that fp8 copies are made of, else
+        `params`. Raises ValueError as `params` does."""
+        self.access_guard.check()
+        self.memory.require("params")
+        return self.runner.params if self.shadow is None else self.shadow.source
+
     def _write_params(
         self, source: Params | Iterable[tuple[str, Tensor]], partial: bool, recompute: bool, check_finite: bool
     ) -> None:
@@ -426,12 +470,13 @@ class Engine(GenerateMethods):
         core.finish_step()
         try:
             if isinstance(source, Params):
-                weights.copy_params(self.runner.params, source)
+                weights.copy_params(self.source_params, source)
             else:
                 with closing(source) if isinstance(source, Generator) else nullcontext():
                     options: Any = {"partial": partial, "check_finite": check_finite, "tp_shard": self.tp_shard}
-                    weights.update(self.runner.params, self.model_config, source, source="update_params", **options)
+                    weights.update(self.source_params, self.model_config, source, source="update_params", **options)
         finally:
+            self._refresh_shadow()
             core.params_changed_here()
             if recompute:
                 core.preempt_all()
@@ -451,6 +496,7 @@ class Engine(GenerateMethods):
 
     @on_all_ranks(checks_input=True)
     def _score(self, token_ids: Any, options: dict[str, Any]) -> list[Tensor]:
+        self._refresh_shadow()
         options = {"batch_invariant": self.config.compile.batch_invariant, "tp_group": self.tp_group} | options
         with torch.set_grad_enabled(self.tp_group is None and torch.is_grad_enabled()):
             return logprobs.score(self.runner.params, self.model_config, token_ids, **options)
@@ -505,6 +551,9 @@ class Engine(GenerateMethods):
         params = {w.data_ptr(): w.nbytes for w in tree_leaves(runner.params) if w is not None}
         cache = sum(w.nbytes for w in tree_leaves(runner.cache))
         usage = {"params": sum(params.values()), "cache": cache, "tables": runner.input_buffers.nbytes}
+        if self.shadow is not None:  # in full precision, the caller's
+            source = {w.data_ptr(): w.nbytes for w in tree_leaves(self.shadow.source) if w is not None}
+            usage["source params"] = sum(size for address, size in source.items() if address not in params)
         usage |= {"adapters": adapters.num_bytes} if adapters.num_bytes else {}
         return usage | {"staging": self.page_copier.staging_bytes} | runner.device_bytes()
 
@@ -662,7 +711,7 @@ class Engine(GenerateMethods):
             host = f"{host_gb:.1f} GB: {n} pages, taken in {copier.alloc_seconds:.1f} s"
         capacity = self.cache_capacity
         rows = {
-            "weights": f"{gb['params']:.1f} GB {str(self.dtype).removeprefix('torch.')} on {self.device}",
+            "weights": f"{gb['params']:.1f} GB {self._weight_format()} on {self.device}",
             "cache": f"{gb['cache']:.1f} GB: {capacity} tokens, {capacity // page} pages of {page}",
             "host": host,
             "steps": f"up to {s.token_budget} tokens, {s.max_num_seqs} sequences; {self.config.compile.mode}, "
@@ -670,6 +719,12 @@ class Engine(GenerateMethods):
             "graphs": f"{gb['graphs']:.1f} GB: {graphs}" if graphs else "none",
         }
         return "\n".join(f"{name:8s} {text}" for name, text in rows.items() if text)
+
+    def _weight_format(self) -> str:
+        """Returns the dtypes of the weights, and what they were quantized from."""
+        dtype, text = str(self.dtype).removeprefix("torch."), "fp8 and " if is_quantized(self.runner.params) else ""
+        copied = f", copies of {self._memory_usage()['source params'] / 1e9:.1f} GB {dtype}" if self.shadow else ""
+        return f"{text}{dtype}{copied}"
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -686,7 +741,7 @@ class Engine(GenerateMethods):
         self.access_guard.closed = True
         self.core.close()
         del self.runner, self.page_copier, self.adapter_manager
-        self.memory, self._adopted_models = EngineMemory(), ()
+        self.memory, self._adopted_models, self.shadow = EngineMemory(), (), None
         self.ranks.close()
 
 

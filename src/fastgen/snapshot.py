@@ -297,7 +297,7 @@ def model_fingerprint(core: EngineCore) -> str:
     """Returns a digest of the model and its present parameters, which differs before and after training."""
     leaves = [x for x in tree_leaves(core.runner.params) if x is not None]
     digest = hashlib.blake2b(repr((core.model_config, core.runner.params.embed.dtype)).encode(), digest_size=16)
-    int_dtypes = {2: torch.int16, 4: torch.int32}
+    int_dtypes = {1: torch.int8, 2: torch.int16, 4: torch.int32}
     # The sum of all elements' bits changes with any element; the first rows distinguish permutations.
     sums = torch.stack([x.view(int_dtypes[x.itemsize]).sum(dtype=torch.int64) for x in leaves])
     digest.update(sums.cpu().numpy().tobytes())

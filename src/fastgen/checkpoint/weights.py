@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,8 +19,10 @@ from tqdm.auto import tqdm
 from fastgen.checkpoint.files import Checkpoint, first_names, open_safetensors, read_checkpoint, read_model_config
 from fastgen.checkpoint.hub import resolve
 from fastgen.checkpoint.model_families import to_hf_config
+from fastgen.config import check_choice
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
 from fastgen.core.types import Layer, Params
+from fastgen.quantization.fp8 import E4M3, QuantizedWeight, copy_weight, is_quantized, map_weights, weight_leaves
 
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")  # buffers of old checkpoints
 EMBED_NAME, LM_HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where the head is tied
@@ -28,6 +30,7 @@ FINAL_NORM_NAME = "model.norm.weight"
 FINITE_HINT = "check_finite=False takes them as they are"
 COMPARE_CHUNK_ROWS = 8192  # rows of two tensors that are compared at once
 ALIGNMENT_BYTES = 512  # of each tensor in a TensorMemory
+Weight = Tensor | QuantizedWeight
 
 
 class DimShard(NamedTuple):
@@ -53,9 +56,15 @@ class CheckpointTensor(NamedTuple):
         """Shape in the checkpoint."""
         return tuple(dim.full_size for dim in self.dim_shards)
 
-    def extract_shard(self, tensor: Any) -> Tensor:
-        """Returns the rank's shard of a tensor, or of a safetensors slice, of which only the shard is read."""
-        return tensor[tuple(dim.slice for dim in self.dim_shards)]
+    def extract_shard(self, tensor: Any) -> Any:
+        """Returns the rank's shard of a weight, or of a safetensors slice, of which only the shard is read.
+
+        A shard of columns of a quantized weight keeps the scales of the full rows.
+        """
+        slices = tuple(dim.slice for dim in self.dim_shards)
+        if isinstance(tensor, QuantizedWeight):
+            return QuantizedWeight(tensor.data[slices], tensor.scale[slices[0]])
+        return tensor[slices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,14 @@ class WeightSpec:
     checkpoint_tensors: tuple[CheckpointTensor, ...]
     shape: tuple[int, ...]
     fill_value: float | None = None  # initial value; None: normally distributed
+    quantizable: bool = False  # one of the matmuls of a layer
+    quantized: bool = False  # a QuantizedWeight is in its place
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Returns the bytes that the weight takes of a TensorMemory; `dtype` is the model's."""
+        if self.quantized:
+            return align(prod(self.shape)) + align(self.shape[0] * torch.float32.itemsize)
+        return align(prod(self.shape) * dtype.itemsize)
 
 
 # Weights that multiply the same activations are packed into one matrix: q, k and v into `qkv`, gate and up into
@@ -76,11 +93,19 @@ class WeightSpec:
 # q, k and v, or its slice of the width of gate and up, packed in the same order. The forward of a rank is that of a
 # smaller model (`shard_config`). `out` and `down` are sharded by columns to match, and the embedding and the head by
 # rows of the vocabulary, padded so that all ranks have equally many.
-def weight_specs(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> Params:
+#
+# Quantized are the matmuls of the layers, which are nearly all of the weights. A packed matrix is quantized as one: if
+# a part of it is in `unquantized`, no part is.
+def weight_specs(
+    model_config: ModelConfig, tp_shard: TPShard = UNSHARDED, quantization: str = "none",
+    unquantized: Collection[str] = (),
+) -> Params:  # fmt: skip
     """Returns the tree of a model's weights, or of a rank's shards, with a `WeightSpec` in place of every tensor.
 
-    Raises ValueError for a tensor-parallel size that does not divide the model.
+    With `quantization` "fp8" the matmuls of the layers are quantized, except for checkpoint tensors in `unquantized`.
+    Raises ValueError for another `quantization`, and for a tensor-parallel size that does not divide the model.
     """
+    check_choice("quantization", quantization, ("none", "fp8"))
     rank, size = tp_shard
     config, head_dim, local = model_config, model_config.head_dim, shard_config(model_config, size)
     rows_per_rank = vocab_shard(config.vocab_size, TPShard(0, size))[1]
@@ -93,12 +118,14 @@ def weight_specs(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> Pa
     )  # fmt: skip
 
     def spec(
-        rows: dict[str, DimShard], columns: DimShard | None = None, *, num_rows: int = 0, fill: float | None = None
-    ) -> Any:
+        rows: dict[str, DimShard], columns: DimShard | None = None, *, num_rows: int = 0, fill: float | None = None,
+        quantizable: bool = False,
+    ) -> Any:  # fmt: skip
         dims = () if columns is None else (columns,)
         tensors = tuple(CheckpointTensor(name, (dim, *dims)) for name, dim in rows.items())
         shape = num_rows or sum(dim.size for dim in rows.values()), *(dim.size for dim in dims)
-        return WeightSpec(tensors, shape, fill)
+        quantized = quantizable and quantization == "fp8" and rows.keys().isdisjoint(unquantized)
+        return WeightSpec(tensors, shape, fill, quantizable, quantized)
 
     def layer(i: int) -> Layer:
         prefix = f"model.layers.{i}"
@@ -107,15 +134,15 @@ def weight_specs(model_config: ModelConfig, tp_shard: TPShard = UNSHARDED) -> Pa
         biases = {f"{attention}.{n}_proj.bias": rows for n, rows in heads.items()}
         return Layer(
             attn_norm=spec({f"{prefix}.input_layernorm.weight": hidden}, fill=1.0),
-            qkv=spec(weights, hidden),
+            qkv=spec(weights, hidden, quantizable=True),
             qkv_bias=spec(biases, fill=0.0) if config.qkv_bias else None,
             q_norm=spec({f"{attention}.q_norm.weight": head}, fill=1.0) if config.qk_norm else None,
             k_norm=spec({f"{attention}.k_norm.weight": head}, fill=1.0) if config.qk_norm else None,
-            out=spec({f"{attention}.o_proj.weight": hidden}, q),
+            out=spec({f"{attention}.o_proj.weight": hidden}, q, quantizable=True),
             out_bias=spec({f"{attention}.o_proj.bias": hidden}, fill=0.0) if config.out_bias else None,
             ffn_norm=spec({f"{prefix}.post_attention_layernorm.weight": hidden}, fill=1.0),
-            gate_up=spec({f"{prefix}.mlp.{n}_proj.weight": width for n in ("gate", "up")}, hidden),
-            down=spec({f"{prefix}.mlp.down_proj.weight": hidden}, width),
+            gate_up=spec({f"{prefix}.mlp.{n}_proj.weight": width for n in ("gate", "up")}, hidden, quantizable=True),
+            down=spec({f"{prefix}.mlp.down_proj.weight": hidden}, width, quantizable=True),
         )
 
     tied = config.tie_word_embeddings
@@ -153,20 +180,24 @@ def bytes_needed(shapes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
 def init(
     model_config: ModelConfig, seed: int = 0, *, device: torch.device | str | None = None,
     dtype: torch.dtype | None = None, tp_shard: TPShard = UNSHARDED, memory: TensorMemory | None = None,
+    quantization: str = "none",
 ) -> Params:  # fmt: skip
     """Returns random parameters, normal with standard deviation 0.02, made on `device` (None: torch's default device).
 
-    The values depend on the seed and the type of device; `tp_shard` returns a rank's shards of the same values. With
-    `memory`, of `param_bytes` at least, the parameters lie there.
+    The values depend on the seed and the type of device; `tp_shard` returns a rank's shards of the same values.
+    `quantization` "fp8" quantizes the matmuls of the layers one by one, which needs memory for the quantized model and
+    one weight. With `memory`, of `param_bytes` at least, the parameters lie there.
     """
     generator = torch.Generator(device or torch.get_default_device()).manual_seed(seed)
-    params = _allocate(model_config, dtype or getattr(torch, model_config.dtype), device, tp_shard, memory)
+    specs = weight_specs(model_config, tp_shard, quantization)
+    params = _allocate(specs, dtype or getattr(torch, model_config.dtype), device, memory)
 
     def init_weights() -> Iterator[tuple[str, Tensor]]:
         """Fills the parameters, or yields full weights, so that a rank's values are those of one device."""
-        for spec, weight in zip(_leaf_specs(model_config), tree_leaves(params), strict=True):
+        for spec, weight in zip(_leaf_specs(model_config), weight_leaves(params), strict=True):
             if spec is not None:
-                weight = weight if tp_shard == UNSHARDED else weight.new_empty(spec.shape)
+                if tp_shard != UNSHARDED or isinstance(weight, QuantizedWeight):
+                    weight = params.embed.new_empty(spec.shape)
                 if spec.fill_value is None:
                     weight.normal_(0, 0.02, generator=generator)
                 else:
@@ -178,32 +209,80 @@ def init(
 
 
 def _allocate(
-    model_config: ModelConfig, dtype: torch.dtype, device: torch.device | str | None, tp_shard: TPShard,
-    memory: TensorMemory | None = None,
-) -> Params:  # fmt: skip
-    """Returns zeros in the place of a model's parameters, or of a rank's shards, in `memory` if there is one."""
+    specs: Params, dtype: torch.dtype, device: torch.device | str | None, memory: TensorMemory | None = None
+) -> Params:
+    """Returns zeros in the place of specs, in `memory` if there is one; `dtype` is the model's."""
 
-    def zeros(spec: WeightSpec) -> Tensor:
-        if memory is None:
-            return torch.zeros(spec.shape, device=device, dtype=dtype)
-        return memory.allocate(spec.shape, dtype)
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype) if memory is None else memory.allocate(shape, dtype)
 
-    return tree_map_only(WeightSpec, zeros, weight_specs(model_config, tp_shard))
+    def allocate(spec: WeightSpec) -> Weight:
+        if spec.quantized:
+            return QuantizedWeight(zeros(spec.shape, E4M3), zeros(spec.shape[:1], torch.float32))
+        return zeros(spec.shape, dtype)
 
-
-def param_bytes(model_config: ModelConfig, dtype: torch.dtype, tp_shard: TPShard = UNSHARDED) -> int:
-    """Returns the bytes of memory that hold a model's parameters, or a rank's shards."""
-    return bytes_needed((spec.shape for spec in _leaf_specs(model_config, tp_shard) if spec is not None), dtype)
+    return tree_map_only(WeightSpec, allocate, specs)
 
 
-def shard_params(params: Params, model_config: ModelConfig, tp_shard: TPShard) -> Params:
-    """Returns a copy of a rank's shards of parameters."""
-    shards = _allocate(model_config, params.embed.dtype, params.embed.device, tp_shard)
+def _num_bytes(specs: Params, dtype: torch.dtype) -> int:
+    return sum(spec.num_bytes(dtype) for spec in tree_leaves(specs) if spec is not None)
+
+
+def param_bytes(
+    model_config: ModelConfig, dtype: torch.dtype, tp_shard: TPShard = UNSHARDED, quantization: str = "none"
+) -> int:
+    """Returns the bytes of memory that hold a model's parameters, or a rank's shards; `dtype` is the model's."""
+    return _num_bytes(weight_specs(model_config, tp_shard, quantization), dtype)
+
+
+def _unquantized_names(params: Params, model_config: ModelConfig) -> set[str]:
+    """Returns the checkpoint tensors of the weights of `params` that are not quantized."""
+    return {tensor.name for tensor, weight in _param_views(params, model_config) if isinstance(weight, Tensor)}
+
+
+def shard_params(params: Params, model_config: ModelConfig, tp_shard: TPShard, quantization: str = "none") -> Params:
+    """Returns a copy of a rank's shards of parameters.
+
+    Quantized weights stay so, with the scales of their full rows. `quantization` "fp8" quantizes the shards of a model
+    that is not quantized, each with scales of its own.
+    """
+    if is_quantized(params):
+        specs = weight_specs(model_config, tp_shard, "fp8", _unquantized_names(params, model_config))
+    else:
+        specs = weight_specs(model_config, tp_shard, quantization)
+    shards = _allocate(specs, params.embed.dtype, params.embed.device)
     update(shards, model_config, named_weights(params, model_config), tp_shard=tp_shard, check_finite=False)
     return shards
 
 
-def _weight_views(weight_spec: WeightSpec, weight: Tensor) -> Iterator[tuple[CheckpointTensor, Tensor]]:
+def quantize_params(
+    params: Params, model_config: ModelConfig, *, tp_shard: TPShard = UNSHARDED,
+    allocate: Callable[[int], TensorMemory] | None = None,
+) -> Params:  # fmt: skip
+    """Returns parameters with fp8 copies of the layers' matmuls, which share all other weights with `params`.
+
+    `params` are the model's, or a rank's shards. `allocate` returns memory of that many bytes for the copies;
+    `requantize` makes them anew. Raises ValueError for another model's parameters.
+    """
+    list(_param_views(params, model_config, tp_shard))  # raises ValueError
+    specs = weight_specs(model_config, tp_shard, "fp8")
+    copied = tree_map_only(WeightSpec, lambda spec: spec if spec.quantized else None, specs)
+    dtype, device = params.embed.dtype, params.embed.device
+    copies = _allocate(copied, dtype, device, None if allocate is None else allocate(_num_bytes(copied, dtype)))
+    quantized = map_weights(lambda weight, copy: weight if copy is None else copy, params, copies)
+    requantize(quantized, params)
+    return quantized
+
+
+@torch.no_grad()
+def requantize(target: Params, source: Params) -> None:
+    """Quantizes the weights of `source` again into the copies that `quantize_params` made of them, in place."""
+    for weight, new in zip(weight_leaves(target), weight_leaves(source), strict=True):
+        if weight is not new:
+            copy_weight(weight, new)
+
+
+def _weight_views(weight_spec: WeightSpec, weight: Weight) -> Iterator[tuple[CheckpointTensor, Any]]:
     """Yields the checkpoint tensors of a weight, each with its view of the weight."""
     if (shape := tuple(weight.shape)) != weight_spec.shape:
         problem = f"a parameter of shape {shape} where {weight_spec.shape} is declared"
@@ -212,29 +291,30 @@ def _weight_views(weight_spec: WeightSpec, weight: Tensor) -> Iterator[tuple[Che
     start = 0
     for tensor in weight_spec.checkpoint_tensors:
         size = tensor.dim_shards[0].size
-        yield tensor, weight[start : start + size]
+        stop = start + size
+        yield tensor, weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop)
         start += size
 
 
 def _param_views(
     params: Params, model_config: ModelConfig, tp_shard: TPShard = UNSHARDED
-) -> Iterator[tuple[CheckpointTensor, Tensor]]:
+) -> Iterator[tuple[CheckpointTensor, Any]]:
     """Yields all checkpoint tensors of a model, each with its view of `params`. Raises ValueError for another tree."""
-    specs, weights = _leaf_specs(model_config, tp_shard), tree_leaves(params)
+    specs, weights = _leaf_specs(model_config, tp_shard), weight_leaves(params)
     if len(specs) != len(weights) or any(a and b is None for a, b in zip(specs, weights, strict=True)):
         problem = f"parameters are missing or too many of {model_config.architecture}"
         raise ValueError(f"{problem}: are these another model's?")
     for spec, weight in zip(specs, weights, strict=True):
         if spec is None:
             continue
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Weight if spec.quantizable else Tensor):
             name = spec.checkpoint_tensors[0].name
             raise ValueError(f"a parameter is {type(weight).__name__} instead of a tensor, for {name}")
         yield from _weight_views(spec, weight)
 
 
-def named_weights(params: Params, model_config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields (checkpoint name, tensor) of every weight; those of a packed weight are views of it."""
+def named_weights(params: Params, model_config: ModelConfig) -> Iterator[tuple[str, Any]]:
+    """Yields (checkpoint name, tensor or QuantizedWeight) of every weight; those of a packed weight are views of it."""
     return ((tensor.name, view) for tensor, view in _param_views(params, model_config))
 
 
@@ -245,6 +325,8 @@ def update(
 ) -> None:  # fmt: skip
     """Writes `params` in place from (checkpoint name, tensor) pairs, casting to each weight's dtype.
 
+    Where `params` are quantized, tensors are quantized, a rank's shard with scales of its own. A `QuantizedWeight` in
+    the pairs is copied as it is, or dequantized.
     Tensors are unsharded, or safetensors slices; a rank's `params` take their shards of them. Where the head is tied,
     either of its two names will do; if both are in the pairs, they must be equal. Every weight must be in the pairs
     once; with `partial`, missing ones keep their values. With `check_finite`, a tensor with values that are NaN or
@@ -272,13 +354,19 @@ def update(
             _check_heads_equal(view, target.extract_shard(tensor), view.dtype, source)
             continue
         if check_finite:
-            values = tensor if isinstance(tensor, Tensor) else target.extract_shard(tensor)
+            values = tensor if isinstance(tensor, Weight) else target.extract_shard(tensor)
             num_written = total - len(missing)
             state = f"the {num_written} tensors before it are written" if num_written else "nothing is written"
-            raise_if_not_finite([(name, values, view.dtype)], source, f"{state}. {FINITE_HINT}")
-        view.copy_(target.extract_shard(tensor))
+            raise_if_not_finite([(name, values, _range_dtype(view))], source, f"{state}. {FINITE_HINT}")
+        copy_weight(view, target.extract_shard(tensor))
         missing.remove(target.name)
+        del tensor  # the source may free it before it makes the next
     _raise_on_mismatch(source, model_config, set() if partial else missing, unexpected)
+
+
+def _range_dtype(weight: Weight) -> torch.dtype:
+    """Returns the dtype whose range a weight's values must be in: with scales, that of fp32."""
+    return weight.dtype if isinstance(weight, Tensor) else torch.float32
 
 
 def _raise_on_mismatch(source: str, model_config: ModelConfig, missing: set[str], unexpected: list[str]) -> None:
@@ -303,7 +391,7 @@ def check_update(
     if len(by_name) < len(tensors):
         raise ValueError(f"{source}: {Counter(name for name, _ in tensors).most_common(1)[0][0]} is given twice")
     _check_shapes({n: _checked_shape(source, n, t) for n, t in tensors}, model_config, source, partial=partial)
-    dtypes = {tensor.name: view.dtype for tensor, view in _param_views(params, model_config, tp_shard)}
+    dtypes = {tensor.name: _range_dtype(view) for tensor, view in _param_views(params, model_config, tp_shard)}
     if model_config.tie_word_embeddings:
         dtypes[LM_HEAD_NAME] = dtypes[EMBED_NAME]
         if {EMBED_NAME, LM_HEAD_NAME} <= by_name.keys():
@@ -317,6 +405,8 @@ def _checked_shape(source: str, name: str, tensor: Any) -> tuple[int, ...]:
     """Returns a tensor's shape. Raises ValueError if it is no tensor of floats; integers would lack their scales."""
     if hasattr(tensor, "get_shape"):  # a safetensors slice
         return tuple(tensor.get_shape())
+    if isinstance(tensor, QuantizedWeight):
+        return tuple(tensor.shape)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, not a tensor")
     if not tensor.is_floating_point():
@@ -364,14 +454,18 @@ def _equal(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
 
 
 @torch.no_grad()
-def raise_if_not_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], source: str, advice: str) -> None:
+def raise_if_not_finite(tensors: Iterable[tuple[str, Any, torch.dtype]], source: str, advice: str) -> None:
     """Raises ValueError, naming the first eight, if values of (name, tensor, dtype) are NaN or infinite in that dtype.
 
     Costs one reduction per tensor, and one synchronization for each device and dtype. `advice` ends the message.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.dtype, Tensor]]] = defaultdict(list)
     for name, x, dtype in tensors:
-        if x.is_floating_point() and x.numel():
+        if isinstance(x, QuantizedWeight):
+            is_nan = (x.data.view(torch.uint8) & 127).amax() == 127  # e4m3 has two NaNs and no infinity
+            scales = torch.where(is_nan, torch.nan, x.scale)
+            groups[scales.device, scales.dtype].append((name, dtype, torch.stack(torch.aminmax(scales))))
+        elif x.is_floating_point() and x.numel():
             x = x.float() if x.itemsize == 1 else x  # float8 has no minimum
             groups[x.device, x.dtype].append((name, dtype, torch.stack(torch.aminmax(x))))
     bad = list[str]()
@@ -388,12 +482,12 @@ def raise_if_not_finite(tensors: Iterable[tuple[str, Tensor, torch.dtype]], sour
 @torch.no_grad()
 def copy_params(params: Params, source: Params) -> None:
     """Writes `params` in place from a tree of the same shapes and any dtype and device, else raises ValueError."""
-    shapes = [tree_map_only(Tensor, lambda w: w.shape, tree) for tree in (params, source)]
+    shapes = [map_weights(lambda w: w.shape, tree) for tree in (params, source)]
     if shapes[0] != shapes[1]:
         raise ValueError("the parameters to copy are another model's: their tree or their shapes are not the same")
-    for target, weight in zip(tree_leaves(params), tree_leaves(source), strict=True):
+    for target, weight in zip(weight_leaves(params), weight_leaves(source), strict=True):
         if target is not None:
-            target.copy_(weight, non_blocking=True)
+            copy_weight(target, weight, non_blocking=True)
 
 
 def _untie_if_heads_differ(model_config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
@@ -419,7 +513,7 @@ def _read_with_progress(checkpoint: Checkpoint, tp_shard: TPShard, bar: tqdm) ->
 def load(
     model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     progress: bool = True, tp_shard: TPShard = UNSHARDED, allocate: Callable[[int], TensorMemory] | None = None,
-    check_finite: bool = True,
+    check_finite: bool = True, quantization: str = "auto",
 ) -> tuple[ModelConfig, Params]:  # fmt: skip
     """Returns config and parameters of a checkpoint: a Hugging Face folder, hub id, `.safetensors` or `.gguf` file.
 
@@ -428,6 +522,9 @@ def load(
     are read. Where the config ties the head to the embedding but the checkpoint has another head, the returned config
     is untied. The config is the unsharded model's; parameters are the rank's shards, and only those are read.
     `allocate` returns memory of that many bytes for the parameters.
+
+    `quantization` "fp8" quantizes the matmuls of the layers one by one on the device, which needs memory for the
+    quantized model and one weight.
 
     Raises ValueError for damaged, missing, unexpected or mis-shaped tensors, before memory is allocated; with
     `check_finite`, also for values that are NaN or infinite, or too large for the dtype.
@@ -439,12 +536,14 @@ def load(
         model_config = _untie_if_heads_differ(read_model_config(path, hf_config), checkpoint)
         _check_shapes(checkpoint.shapes, model_config, str(path))
         param_dtype = dtype or getattr(torch, model_config.dtype)
-        memory = None if allocate is None else allocate(param_bytes(model_config, param_dtype, tp_shard))
-        params = _allocate(model_config, param_dtype, device, tp_shard, memory)
+        specs = weight_specs(model_config, tp_shard, "none" if quantization == "auto" else quantization)
+        memory = None if allocate is None else allocate(_num_bytes(specs, param_dtype))
+        params = _allocate(specs, param_dtype, device, memory)
         tensors = _read_with_progress(checkpoint, tp_shard, bar)
         update(params, model_config, tensors, source=str(path), tp_shard=tp_shard, check_finite=False)
         if check_finite:  # on the device, where a reduction is fastest
-            views = ((tensor.name, view, view.dtype) for tensor, view in _param_views(params, model_config, tp_shard))
+            views = _param_views(params, model_config, tp_shard)
+            views = ((tensor.name, view, _range_dtype(view)) for tensor, view in views)
             raise_if_not_finite(views, str(path), f"is the file damaged, or the dtype too narrow? {FINITE_HINT}")
     return model_config, params
 

@@ -91,9 +91,15 @@ def load_shared(
     return model_config, tree_map(lambda x: x if x is None else x.to(device), shards[shard.rank]), tokenizer
 
 
-def shard_loader(params: Params, model_config: ModelConfig, tokenizer: Tokenizer | None, tp_size: int) -> LoadShard:
-    """Returns a `LoadShard` that loads each rank's shard of `params`, which are copied to shared memory."""
-    shards = [shard_params(params, model_config, TPShard(rank, tp_size)) for rank in range(tp_size)]
+def shard_loader(
+    params: Params, model_config: ModelConfig, tokenizer: Tokenizer | None, tp_size: int, quantization: str = "auto"
+) -> LoadShard:
+    """Returns a `LoadShard` that loads each rank's shard of `params`, which are copied to shared memory.
+
+    With `quantization` "fp8" the shards are quantized, unless `params` are: then their scales are kept.
+    """
+    weights = "fp8" if quantization == "fp8" else "none"
+    shards = [shard_params(params, model_config, TPShard(rank, tp_size), weights) for rank in range(tp_size)]
     shards = [tree_map(lambda x: x if x is None else x.cpu().share_memory_(), s) for s in shards]
     return partial(load_shared, shards, model_config, tokenizer)
 

@@ -4,14 +4,17 @@ These plain ops are the specification of every fp8 kernel: activations are quant
 summed in fp32, multiplied by both scales, and rounded once to the model's dtype.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # the largest finite value (arXiv 2209.05433)
+CHUNK_VALUES = 2**22  # quantized or dequantized at once, so that their fp32 copies stay small
 
 
 class QuantizedRows(NamedTuple):
@@ -36,16 +39,74 @@ class QuantizedWeight(NamedTuple):
         """Returns a view of some output channels."""
         return QuantizedWeight(self.data[start:stop], self.scale[start:stop])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.data.nbytes + self.scale.nbytes
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "QuantizedWeight":
+        """Returns the weight with a function applied to both tensors, such as a copy to another device."""
+        return QuantizedWeight(fn(self.data), fn(self.scale))
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """Returns the weight on a device."""
+        return self.map(lambda x: x.to(device))
+
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "N D"]:
         """Returns the weight in another dtype."""
         return dequantize(self.data, self.scale, dtype)
 
     def copy_(self, weight: "Tensor | QuantizedWeight", non_blocking: bool = False) -> None:
         """Overwrites the weight: quantizes a tensor on this weight's device, copies a quantized weight as it is."""
-        if isinstance(weight, Tensor):
-            weight = QuantizedWeight(*quantize_rows(weight.to(self.data.device, non_blocking=non_blocking)))
-        self.data.copy_(weight.data, non_blocking=non_blocking)
-        self.scale.copy_(weight.scale, non_blocking=non_blocking)
+        if isinstance(weight, QuantizedWeight):
+            self.data.copy_(weight.data, non_blocking=non_blocking)
+            self.scale.copy_(weight.scale, non_blocking=non_blocking)
+            return
+        for start, stop in row_chunks(self.shape):
+            chunk = weight[start:stop].to(self.data.device, non_blocking=non_blocking)
+            data, scale = quantize_rows(chunk)
+            self.data[start:stop].copy_(data)
+            self.scale[start:stop].copy_(scale)
+
+
+def is_quantized_weight(x: object) -> bool:
+    """Returns whether a node of a tree is a quantized weight, at which walks over `Params` stop (`is_leaf`)."""
+    return isinstance(x, QuantizedWeight)
+
+
+def weight_leaves(params: Any) -> list[Any]:
+    """Returns the leaves of a tree in order: tensors, quantized weights and None."""
+    return tree_leaves(params, is_leaf=is_quantized_weight)
+
+
+def map_weights(fn: Callable[..., Any], params: Any, *more: Any) -> Any:
+    """Returns a tree with a function applied to each tensor and quantized weight. `more` are trees of the same form."""
+    return tree_map(lambda w, *x: None if w is None else fn(w, *x), params, *more, is_leaf=is_quantized_weight)
+
+
+def is_quantized(params: Any) -> bool:
+    """Returns whether any weight of a tree is quantized."""
+    return any(map(is_quantized_weight, weight_leaves(params)))
+
+
+def copy_weight(target: Any, source: Any, non_blocking: bool = False) -> None:
+    """Overwrites a weight with another of its shape, on any device and in any format: quantizes it, dequantizes it, or
+    copies it as it is. `source` is a tensor, or has `rows`, `to` and `dequantize` as a `QuantizedWeight` has."""
+    is_tensor = isinstance(target, Tensor)
+    if isinstance(source, Tensor) or not is_tensor and isinstance(source, QuantizedWeight):
+        target.copy_(source, non_blocking=non_blocking)
+        return
+    device, dtype = (target.device, target.dtype) if is_tensor else (target.data.device, torch.float32)
+    for start, stop in row_chunks(target.shape):
+        rows: Any = target[start:stop] if is_tensor else target.rows(start, stop)
+        rows.copy_(source.rows(start, stop).to(device).dequantize(dtype))
+
+
+def row_chunks(shape: torch.Size) -> list[tuple[int, int]]:
+    """Returns the ranges of rows of a matrix of which each has about `CHUNK_VALUES` values."""
+    num_rows, num_columns = shape
+    size = max(1, CHUNK_VALUES // max(1, num_columns))
+    return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 def quantize_rows(x: Float[Tensor, "*rows D"]) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows"]]:

@@ -38,6 +38,7 @@ from fastgen.core.request import Completion
 from fastgen.core.types import Params
 from fastgen.engine import Engine
 from fastgen.extras import install_command
+from fastgen.quantization.fp8 import is_quantized
 from fastgen.text.tokenizer import Prompt
 from fastgen.training.logprobs import iter_weights, raise_on_non_finite_logits, score
 from fastgen.training.problems import Problem
@@ -127,7 +128,12 @@ class Trainer:
         self.sampling = _with_logprobs(sampling or SamplingParams(n=8, max_tokens=16))
         if engine.tp_group is not None:
             raise ValueError("grpo: gradients need all of the model on one device; use parallel.tensor_parallel=1")
-        self.params = make_trainable(engine.params, s.trainable_layers)
+        if is_quantized(engine.source_params):
+            raise ValueError(
+                "grpo: gradients do not pass through fp8 weights: load the model with quantization=none. To sample in "
+                'fp8, make the engine of parameters in full precision: Engine(params, config, quantization="fp8")'
+            )
+        self.params = make_trainable(engine.source_params, s.trainable_layers)
         self.trainable_weights = [w for w in iter_weights(self.params) if w.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable_weights, s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay)
 
@@ -322,7 +328,7 @@ def train(
     if trainer.num_steps_done < s.steps:
         raise KeyboardInterrupt(f"step {trainer.num_steps_done} of {s.steps} is saved; grpo.resume=true continues")
     if s.export:
-        save(folder / "model", trainer.engine.model_config, trainer.engine.params)
+        save(folder / "model", trainer.engine.model_config, trainer.engine.source_params)
         if trainer.engine.tokenizer is not None:
             trainer.engine.tokenizer.save_pretrained(folder / "model")  # type: ignore[attr-defined]
     return rows

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.config import MIN_TEMPERATURE, check_int
@@ -25,6 +26,7 @@ from fastgen.core.types import Batch, KVCache, Layer, Params
 from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
 from fastgen.kernels.batch_invariant import prefer_cublaslt
 from fastgen.kernels.select import select_scoring_ops
+from fastgen.quantization.fp8 import is_quantized
 from fastgen.text import Tokenizer
 from fastgen.text.tokenizer import encode
 from fastgen.thread_safety import check_fork
@@ -63,6 +65,11 @@ def score(
     temperature = float(temperature)
     params, device = attach_gradients(params), params.embed.device
     needs_grad = torch.is_grad_enabled() and any(w.requires_grad for w in iter_weights(params))
+    if needs_grad and is_quantized(params):
+        raise ValueError(
+            "score: gradients do not pass through fp8 weights, which are rounded copies: score under torch.no_grad(), "
+            "or call fastgen.score with the parameters in full precision"
+        )
     if tp_group is not None and (needs_grad or batch_invariant):
         raise ValueError("score: several ranks compute no gradients and no batch-invariant sums; turn both off")
     ops = select_scoring_ops(device, batch_invariant=batch_invariant) if ops is None else ops
@@ -124,9 +131,9 @@ def check_scorable(sequences: list[list[int]], first: list[int], model_config: M
 
 
 def iter_weights(params: Params) -> Iterator[Tensor]:
-    """Yields the leaves of `params` that are not None."""
+    """Yields the tensors of `params`; of a quantized weight, its values and its scales."""
     yield from (w for w in (params.embed, params.final_norm, params.lm_head) if w is not None)
-    yield from (w for layer in params.layers for w in layer if w is not None)
+    yield from (w for w in tree_leaves(params.layers) if w is not None)
 
 
 def _score_batch(

@@ -1,14 +1,16 @@
 """Parameters in one memory for a trainer and an engine.
 
 `adopt` makes a transformers model's parameters views of the engine's packed leaves, so nothing is ever sent:
-`optimizer.step()` is the weight update, and version counters show the engine that it happened.
+`optimizer.step()` is the weight update, and version counters show the engine that it happened. An engine that computes
+in fp8 has a `QuantizedShadow` of these parameters, which is made anew after each update.
 """
 
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgen.checkpoint.model_families import from_hf_config
-from fastgen.checkpoint.weights import EMBED_NAME, LM_HEAD_NAME, weight_specs
-from fastgen.core.model_config import ModelConfig
+from fastgen.checkpoint.weights import EMBED_NAME, LM_HEAD_NAME, TensorMemory, quantize_params, requantize, weight_specs
+from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
 from fastgen.core.types import Params
 from fastgen.training.weight_sync import checkpoint_name
 
@@ -240,3 +242,30 @@ def _register_optimizer_hook() -> None:
         increment_version([p for p in params if getattr(p, VERSION_TRACKED, False)])
 
     register_optimizer_step_post_hook(increment_versions)
+
+
+class QuantizedShadow:
+    """fp8 copies of full-precision parameters, made anew, at their addresses, after the parameters were written.
+
+    `params` are what an engine reads: the copies, and the weights of `source` that are not quantized.
+    """
+
+    def __init__(
+        self, source: Params, model_config: ModelConfig, tp_shard: TPShard = UNSHARDED, *,
+        allocate: Callable[[int], TensorMemory] | None = None,
+    ) -> None:  # fmt: skip
+        """Quantizes `source`, a model's parameters or a rank's shards; `allocate` returns memory for the copies."""
+        self.source = source
+        self.params = quantize_params(source, model_config, tp_shard=tp_shard, allocate=allocate)
+        self._version_tensors = version_counters(source)
+        self._last_version_sum = self._version_sum()
+
+    def refresh(self) -> None:
+        """Quantizes the parameters again if they were written in place since the last time."""
+        if (version_sum := self._version_sum()) != self._last_version_sum:
+            requantize(self.params, self.source)
+            self._last_version_sum = version_sum
+
+    def _version_sum(self) -> int:
+        with torch._C.DisableTorchFunction():  # a default device intercepts every access
+            return sum(map(attrgetter("_version"), self._version_tensors))

@@ -12,16 +12,21 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
+from math import prod
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils._pytree import tree_leaves
+
+from fastgen.quantization.fp8 import E4M3, QuantizedWeight
 
 T = TypeVar("T")
-NamedTensors = Iterable[tuple[str, Tensor]]
+NamedTensors = Iterable[tuple[str, Any]]  # tensors, or the `QuantizedWeight`s of an fp8 engine
 BUCKET_BYTES = 2**28  # broadcast at once
+FP8_FORMAT = "fp8"  # of a QuantizedWeight: the bytes of its values, then those of its scales
 WRAPPER_PATTERN = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)\.")
 WRAPPER_PREFIX_PATTERN = re.compile(r"^(?:module\.|base_model\.model\.)+")
 
@@ -108,7 +113,14 @@ def named_tensors(source: Any) -> Iterable[tuple[str, Any]]:
     return ((checkpoint_name(name), _full_tensor(tensor)) for name, tensor in map(_check_pair, source))
 
 
-def stage_named_tensors(source: Any, device: torch.device | str | None = None) -> list[tuple[str, Tensor]]:
+def _map_weight(fn: Callable[[Tensor], Any], weight: Any) -> Any:
+    """Returns a weight with a function applied to it, or to both tensors of a quantized one. Converts arrays."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.map(fn)
+    return fn(weight if isinstance(weight, Tensor) else torch.as_tensor(weight))
+
+
+def stage_named_tensors(source: Any, device: torch.device | str | None = None) -> list[tuple[str, Any]]:
     """Copies all pairs of a source into new memory on `device`; None keeps each tensor's device.
 
     Meant for a thread beside an engine's: copies from and to a GPU run on a stream of their own and are complete when
@@ -116,12 +128,14 @@ def stage_named_tensors(source: Any, device: torch.device | str | None = None) -
     """
     stream = torch.cuda.Stream() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     with torch.no_grad(), torch.cuda.stream(stream):
-        pairs = ((name, t if isinstance(t, Tensor) else torch.as_tensor(t)) for name, t in named_tensors(source))
-        staged = [(name, t.to(device or t.device, copy=True)) for name, t in pairs]
+        staged = [(name, _map_weight(lambda t: t.to(device or t.device, copy=True), t))
+                  for name, t in named_tensors(source)]  # fmt: skip
     if stream is not None:
         stream.synchronize()
-        for _, t in staged:
-            if t.is_cuda:  # the engine's stream reads it: the allocator must not reuse the memory before that
+        for t in tree_leaves(staged):
+            if (
+                isinstance(t, Tensor) and t.is_cuda
+            ):  # the engine's stream reads it: the allocator must not reuse the memory before that
                 t.record_stream(torch.cuda.default_stream(t.device))
     return staged
 
@@ -136,21 +150,24 @@ def cuda_ipc_handles(tensors: NamedTensors) -> bytes:
     they are a pickle. Processes started by torch.multiprocessing can send the tensors themselves through its queues.
     """
     packed = []
-    for name, tensor in tensors:
-        if not tensor.is_cuda:
-            raise ValueError(f"{name} is on {tensor.device}: CUDA IPC is for a GPU's memory; use send and receive")
-        packed.append((name, reduce_tensor(tensor.detach())))
+    for name, weight in tensors:
+        parts = weight if isinstance(weight, QuantizedWeight) else (weight,)
+        for part in parts:
+            if not part.is_cuda:
+                raise ValueError(f"{name} is on {part.device}: CUDA IPC is for a GPU's memory; use send and receive")
+        packed.append((name, [reduce_tensor(part.detach()) for part in parts]))
     return pickle.dumps(packed)
 
 
-def open_cuda_ipc_handles(handles: bytes) -> Iterator[tuple[str, Tensor]]:
+def open_cuda_ipc_handles(handles: bytes) -> Iterator[tuple[str, Any]]:
     """Yields the pairs that `cuda_ipc_handles` packed, as tensors over the other process's memory."""
     try:
         packed = pickle.loads(handles)
     except (pickle.UnpicklingError, EOFError, ImportError, LookupError, AttributeError, ValueError) as e:
         raise ValueError(f"these bytes were not made by cuda_ipc_handles: {e}") from e
-    for name, (rebuild, args) in packed:
-        yield name, rebuild(*args)
+    for name, handles_of_parts in packed:
+        parts = [rebuild(*args) for rebuild, args in handles_of_parts]
+        yield name, parts[0] if len(parts) == 1 else QuantizedWeight(*parts)
 
 
 def split_by_size(items: Iterable[T], size: Callable[[T], int], max_size: int) -> Iterator[list[T]]:
@@ -172,6 +189,27 @@ def send(tensors: NamedTensors, group: Any = None, src: int = 0, *, bucket_bytes
         pass
 
 
+def _format_of(weight: Tensor | QuantizedWeight) -> str:
+    """Returns how a weight is sent: as values of a dtype, or as `FP8_FORMAT`."""
+    return FP8_FORMAT if isinstance(weight, QuantizedWeight) else str(weight.dtype).removeprefix("torch.")
+
+
+def _flatten(weight: Tensor | QuantizedWeight) -> Tensor:
+    """Returns the values of a weight, or the bytes of a quantized one, in one dimension."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight.detach().flatten()
+    return torch.cat([part.detach().contiguous().flatten().view(torch.uint8) for part in weight])
+
+
+def _unflatten(flat: Tensor, shape: tuple[int, ...], weight_format: str) -> Any:
+    """Returns the weight that `_flatten` made into one dimension."""
+    if weight_format != FP8_FORMAT:
+        return flat.view(shape)
+    num_values = prod(shape)
+    scale = flat[num_values:].clone()  # aligned
+    return QuantizedWeight(flat[:num_values].view(E4M3).view(shape), scale.view(torch.float32))
+
+
 def broadcast_weights(
     tensors: NamedTensors, group: Any = None, src: int = 0, *, device: torch.device | None = None,
     bucket_bytes: int = BUCKET_BYTES,
@@ -180,19 +218,20 @@ def broadcast_weights(
     The tensors are sent from `device`, and yielded there; None keeps their device."""
     pairs = ((name, _full_tensor(t)) for name, t in tensors)
     try:
-        for dtype, group_pairs in groupby(pairs, lambda pair: pair[1].dtype):
+        for weight_format, group_pairs in groupby(pairs, lambda pair: _format_of(pair[1])):
             for bucket in split_by_size(group_pairs, lambda pair: pair[1].nbytes, bucket_bytes):
-                header = [[(name, tuple(t.shape), str(dtype).removeprefix("torch.")) for name, t in bucket]]
-                flat = torch.cat([t.detach().flatten() for _, t in bucket]).to(device)
+                header = [[(name, tuple(t.shape), weight_format) for name, t in bucket]]
+                flat_weights = [_flatten(t) for _, t in bucket]
+                flat = torch.cat(flat_weights).to(device)
                 dist.broadcast_object_list(header, src, group)
                 dist.broadcast(flat, src, group)
-                for (name, t), part in zip(bucket, flat.split([t.numel() for _, t in bucket]), strict=True):
-                    yield name, part.view(t.shape)
+                for (name, t), part in zip(bucket, flat.split([len(x) for x in flat_weights]), strict=True):
+                    yield name, _unflatten(part, t.shape, weight_format)
     finally:  # None ends the transfer, also if the consumer stops early
         dist.broadcast_object_list([None], src, group)
 
 
-def receive(group: Any = None, src: int = 0, *, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def receive(group: Any = None, src: int = 0, *, device: torch.device | str = "cpu") -> Iterator[tuple[str, Any]]:
     """Yields the pairs that rank `src` sends, on `device`, bucket after bucket: for `Engine.update_params`.
 
     Receives everything that is sent, even if the consumer stops early: otherwise `src` would block forever.
@@ -204,12 +243,15 @@ def receive(group: Any = None, src: int = 0, *, device: torch.device | str = "cp
         dist.broadcast_object_list(header, src, group)
         if (bucket := header[0]) is None:
             return
-        sizes = [torch.Size(shape).numel() for _, shape, _ in bucket]
-        flat = torch.empty(sum(sizes), dtype=getattr(torch, bucket[0][2]), device=device)
+        weight_format = bucket[0][2]
+        is_fp8 = weight_format == FP8_FORMAT
+        sizes = [prod(shape) + 4 * shape[0] if is_fp8 else prod(shape) for _, shape, _ in bucket]
+        dtype = torch.uint8 if is_fp8 else getattr(torch, weight_format)
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         dist.broadcast(flat, src, group)
         for (name, shape, _), part in zip(bucket, flat.split(sizes), strict=True):
             try:
                 if not is_closed:
-                    yield name, part.view(shape)
+                    yield name, _unflatten(part, shape, weight_format)
             except GeneratorExit:
                 is_closed = True
