@@ -1,11 +1,13 @@
 """Tests the documentation site: it builds without a warning, its links and anchors exist, and it names everything."""
 
+import json
 import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +78,36 @@ def test_tasks_are_one_page_from_the_index(site: Path, task: str) -> None:
     article = re.search(r"<article.*?</article>", (site / "index.html").read_text(), re.DOTALL)
     assert article and re.search(rf'href="{page}(#[^"]*)?"', article[0]), f"the index does not link to {page}"
     assert line in page_text(site / page)
+
+
+def test_figures_of_the_performance_page() -> None:
+    """Rates and start-up times of all models are those of their file; no page has figures without a file."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.search(r"from (a|the same) log|from logs", page.read_text()), page
+    names = {"Mistral 7B": "mistral-7b-instruct-v0.3", "R1-Qwen 14B, the same shapes": "deepseek-r1-distill-qwen-14b",
+             "R1-Llama 8B": "deepseek-r1-distill-llama-8b", "Ministral 8B": "ministral-8b-instruct-2410"}  # fmt: skip
+    values = dict[tuple[str, str, int], dict[str, Any]]()
+    for row in reversed(json.loads((ROOT / "benchmarks/results/models_gpu.json").read_text())):
+        values[row["model"], row["workload"], row["tp"]] = row
+
+    def figures(text: str) -> list[tuple[str, list[float]]]:
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+        return [(cells[0], [float(x.replace(",", "")) for x in cells[1:]]) for cells in rows[2:]]
+
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^#|\Z)", (ROOT / "docs/performance.md").read_text(), re.M | re.S))
+    rates, start_up = figures(sections["All models"]), figures(sections["Start-up"])
+    assert len(rates) == 8 and len(start_up) == 7
+    for name, row in rates:
+        model = names.get(name, f"{name.lower().replace(' ', '-')}-instruct")
+        for workload, rate in zip(("512x1024x128", "1x128x256"), row, strict=True):
+            assert abs(values[model, workload, 1]["output_tok_s"] - rate) < 0.6, (name, workload)
+    for name, row in start_up[:-1]:
+        model = names.get(name, f"{name.lower().replace(' ', '-')}-instruct")
+        seconds = values[model, "start-up", 1]["start_up"]
+        expected = seconds["load"] + seconds["process"], seconds["engine"], sum(seconds.values())
+        assert all(abs(a - b) < 0.06 for a, b in zip(row, expected, strict=True)), name
+    for workload, (_, row) in zip(("512x1024x128", "1x128x256"), figures(sections["Several GPUs"]), strict=True):
+        assert abs(values["mistral-7b-instruct-v0.3", workload, 2]["output_tok_s"] - row[0]) < 0.6
 
 
 def test_tools_limit_the_spinning_of_idle_threads() -> None:
