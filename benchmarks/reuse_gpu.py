@@ -66,7 +66,7 @@ def page_in_rate(engine: fastgen.Engine) -> float:
         offload.start_copies(PageCopies(to_device=pairs))
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return n * page_bytes(engine.model_config, page, engine.dtype.itemsize) / statistics.median(times) / 1e9
+    return n * page_bytes(engine.model_config.num_layers, page, engine.cache_rows) / statistics.median(times) / 1e9
 
 
 def replay(

@@ -81,7 +81,6 @@ ENGINE_HINTS = {
     "hicache_size": _OFFLOAD_HINT,
     "is_embedding": _TASK_HINT,
     "json_model_override_args": _MODEL_CONFIG_HINT,
-    "kv_cache_dtype": "the KV cache has the dtype of the weights",
     "kv_cache_memory_bytes": "use cache_tokens, in tokens",
     "kv_offloading_size": _OFFLOAD_HINT,
     "kv_transfer_config": _OFFLOAD_HINT,

@@ -15,6 +15,7 @@ T = TypeVar("T")
 TOP_LEVEL_SETTINGS = ("seed", "special_tokens_in_content")  # of EngineConfig, in no group
 # group -> the field that a flat keyword of its name sets
 MAIN_FIELDS = {"compile": "mode", "offload": "target", "quantization": "weights"}
+FLAT_NAMES = {("kv_cache", "dtype"): "kv_cache_dtype"}  # fields whose flat keyword has another name
 SCHEDULING_POLICIES = ("mixed", "prefill_first")  # the names in core.scheduling_policy.POLICIES
 MIN_TEMPERATURE = 1e-5  # anything lower is greedy: logits divided by it could leave the range of fp32
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
@@ -291,7 +292,7 @@ class LoadConfig:
     )
     dtype: str = setting(
         "auto",
-        "Data type of weights and KV cache; auto: the checkpoint's on a GPU, float32 on a CPU.",
+        "Data type of weights and activations; auto: the checkpoint's on a GPU, float32 on a CPU.",
         options=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting("auto", "Device of the model, such as cuda, cuda:1 or cpu; auto: a GPU if there is one.")
@@ -348,6 +349,11 @@ class KVCacheConfig:
         64, "Number of tokens in a page of the cache; 128 is faster for prompts of 8k tokens and more.", 1
     )
     prefix_cache: bool = setting(True, "Reuses the longest cached prefix of each request's prompt.")
+    dtype: str = setting(
+        "auto",
+        "Data type of keys and values; auto: that of the weights, fp8: e4m3 with a scale for each token and KV head.",
+        options=("auto", "fp8"),
+    )
     shared_prefix_attention: bool = setting(
         True,
         "Reads pages that decoding sequences share once for all of them, where that is faster (Triton attention only).",
@@ -507,11 +513,13 @@ class EngineConfig:
     def from_flat(cls, **settings: Any) -> "EngineConfig":
         """Builds a config from flat keywords (`token_budget=512`): fields of any group, or whole groups.
 
-        `compile="eager"`, `offload="host"` and `quantization="fp8"` set the group's main field (`MAIN_FIELDS`).
+        `compile="eager"`, `offload="host"` and `quantization="fp8"` set the group's main field (`MAIN_FIELDS`);
+        `kv_cache_dtype` sets `kv_cache.dtype`.
         Raises ValueError for an unknown name, with the nearest known ones.
         """
         groups = {f.name: getattr(cls(), f.name) for f in fields(cls) if is_dataclass(f.default)}
-        path = {f.name: (group, f.name) for group, value in groups.items() for f in fields(value)}
+        keys = [(group, f.name) for group, value in groups.items() for f in fields(value)]
+        path = {FLAT_NAMES.get(key, key[1]): key for key in keys}
         for group, main_field in MAIN_FIELDS.items():
             path[group] = path.pop(main_field)
         changes: dict[str, dict[str, Any]] = {}

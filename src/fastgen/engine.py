@@ -35,6 +35,7 @@ from fastgen.lora import Adapter, AdapterManager, LoadedAdapter
 from fastgen.offload.host_offload import HostOffload, page_bytes
 from fastgen.profiling.profiler import Profiler, ProfileWindow
 from fastgen.quantization.fp8 import is_quantized
+from fastgen.quantization.kv_cache import RowFormat, row_format
 from fastgen.snapshot import Snapshot
 from fastgen.structured_output.backend import GrammarBackend
 from fastgen.text import Tokenizer
@@ -169,16 +170,16 @@ class Engine(GenerateMethods):
             self.runner = runner = ModelRunner(params, model_config, config, tp_group, adapters.adapters)
             shard = runner.model_config
             host_bytes = offload.host_gb * 1e9 if offload.target == "host" else 0
-            num_host_pages = int(host_bytes // page_bytes(shard, page_size, self.dtype.itemsize))
+            self.cache_rows = rows = row_format(shard, config.kv_cache.dtype, self.dtype)
+            num_host_pages = int(host_bytes // page_bytes(shard.num_layers, page_size, rows))
             if host_bytes and not num_host_pages:
                 raise ValueError(f"offload.host_gb={offload.host_gb} holds not even a page: raise it")
-            self.page_copier = page_copier = HostOffload(shard, page_size, self.dtype, self.device, num_host_pages)
-            self.cache_capacity = _cache_capacity(runner, config, self.ranks)  # tokens
+            self.page_copier = page_copier = HostOffload(shard.num_layers, page_size, rows, self.device, num_host_pages)
+            self.cache_capacity = _cache_capacity(runner, config, rows, self.ranks)  # tokens
             num_slots = self.cache_capacity + page_size
-            shape = num_slots, shard.num_kv_heads, shard.head_dim
-            num_bytes = weights.bytes_needed([shape] * 2 * shard.num_layers, self.dtype)
-            allocate = partial(self.memory.allocate("cache", self.device, num_bytes).allocate, dtype=self.dtype)
-            runner.attach_cache(new_kv_cache(shard, num_slots, allocate=allocate))
+            num_bytes = weights.bytes_needed([(num_slots, *rows.shape)] * 2 * shard.num_layers, rows.dtype)
+            allocate = partial(self.memory.allocate("cache", self.device, num_bytes).allocate, dtype=rows.dtype)
+            runner.attach_cache(new_kv_cache(shard, num_slots, allocate=allocate, row_shape=rows.shape))
             page_copier.attach_cache(runner.cache)
             warm_up.warm_up(runner, progress=progress)
             # A reference to this engine would keep its memory until Python looks for cycles.
@@ -497,7 +498,9 @@ class Engine(GenerateMethods):
     @on_all_ranks(checks_input=True)
     def _score(self, token_ids: Any, options: dict[str, Any]) -> list[Tensor]:
         self._refresh_shadow()
-        options = {"batch_invariant": self.config.compile.batch_invariant, "tp_group": self.tp_group} | options
+        c = self.config
+        mode = {"batch_invariant": c.compile.batch_invariant, "kv_cache_dtype": c.kv_cache.dtype}
+        options = mode | {"tp_group": self.tp_group} | options
         with torch.set_grad_enabled(self.tp_group is None and torch.is_grad_enabled()):
             return logprobs.score(self.runner.params, self.model_config, token_ids, **options)
 
@@ -707,12 +710,12 @@ class Engine(GenerateMethods):
         graphs = " ".join(f"{name} {x[0]}-{x[-1]} ({len(x)})" for name, x in sizes.items() if x)
         n, host = copier.num_host_pages, ""
         if n:
-            host_gb = n * page_bytes(self.runner.model_config, page, self.dtype.itemsize) / 1e9
+            host_gb = n * page_bytes(self.runner.model_config.num_layers, page, self.cache_rows) / 1e9
             host = f"{host_gb:.1f} GB: {n} pages, taken in {copier.alloc_seconds:.1f} s"
-        capacity = self.cache_capacity
+        capacity, cache_dtype = self.cache_capacity, " fp8" if self.config.kv_cache.dtype == "fp8" else ""
         rows = {
             "weights": f"{gb['params']:.1f} GB {self._weight_format()} on {self.device}",
-            "cache": f"{gb['cache']:.1f} GB: {capacity} tokens, {capacity // page} pages of {page}",
+            "cache": f"{gb['cache']:.1f} GB{cache_dtype}: {capacity} tokens, {capacity // page} pages of {page}",
             "host": host,
             "steps": f"up to {s.token_budget} tokens, {s.max_num_seqs} sequences; {self.config.compile.mode}, "
             f"{self.config.compile.attention}{', overlapped' if s.overlap else ''}",
@@ -759,15 +762,15 @@ def _memory_usage_of(engine: "weakref.ref[Engine]") -> dict[str, int]:
     return {} if (alive := engine()) is None else alive._memory_usage()
 
 
-def _cache_capacity(runner: ModelRunner, config: EngineConfig, ranks: Ranks) -> int:
+def _cache_capacity(runner: ModelRunner, config: EngineConfig, rows: RowFormat, ranks: Ranks) -> int:
     """Returns the cache's size in tokens, full pages. Raises ValueError, with advice, where memory is short."""
     pages, schedule, shard = config.kv_cache, config.schedule, runner.model_config
-    bytes_per_token = page_bytes(shard, 1, runner.dtype.itemsize)
+    bytes_per_token = page_bytes(shard.num_layers, 1, rows)
     num_tokens = pages.cache_tokens
     if num_tokens is None:
         num_bytes = MAX_CPU_CACHE_BYTES
         if runner.device.type == "cuda":
-            scratch = new_kv_cache(shard, pages.page_size, device=runner.device, dtype=runner.dtype)
+            scratch = new_kv_cache(shard, pages.page_size, device=runner.device, dtype=rows.dtype, row_shape=rows.shape)
             try:
                 used = warm_up.profile_peak_memory(runner, scratch)
             except torch.OutOfMemoryError as e:

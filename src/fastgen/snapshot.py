@@ -20,7 +20,7 @@ from fastgen.core.engine_core import EngineCore
 from fastgen.core.prefix_cache import Namespace, make_namespace
 from fastgen.core.request import Completion, FinishReason, Output, SequenceState, TopLogprobs
 
-FORMAT = "fastgen snapshot 3"  # 3: prompt, stop reasons, further sampling settings
+FORMAT = "fastgen snapshot 4"  # 4: pages of quantized caches
 FINISH_REASONS = (None, *get_args(FinishReason))
 NUMBER = (int, float)
 NONE = type(None)
@@ -75,9 +75,10 @@ def _copy_completion(completion: Completion) -> Completion:
 class Snapshot:
     """Tokens, settings and seeds of a running request: all that decides its next tokens. Made by `Engine.snapshot`.
 
-    `pages` may hold keys and values of completions, by index: [layers, keys and values, tokens, kv heads, head_dim].
-    They are valid for the tokens, the adapter and the model that they were computed with; `checksum` covers all of
-    these, and pages that do not match it are rejected.
+    `pages` may hold keys and values of completions, by index: [layers, keys and values, tokens, kv heads, head_dim];
+    of an fp8 cache, its rows: [layers, keys and values, tokens, 1, bytes]. They are valid for the tokens, the adapter,
+    the model and the cache's dtype that they were computed with; `checksum` covers all of these, and pages that do not
+    match it are rejected.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -144,7 +145,7 @@ class Snapshot:
                 shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 expected = f"[layers, 2, {num_tokens} tokens at most, …]"
                 raise ValueError(f"the pages of completion {i} are {shape}, not {expected}")
-            if not x.is_floating_point() or not bool(x.isfinite().all()):
+            if x.dtype != torch.uint8 and not (x.is_floating_point() and bool(x.isfinite().all())):
                 raise ValueError(f"the pages of completion {i} hold {x.dtype}, or values that are NaN or infinite")
         if self.checksum != self.compute_pages_checksum():
             raise ValueError("its pages are not those that were saved: the checksum differs")
@@ -262,11 +263,11 @@ def take(core: EngineCore, request_id: int, *, include_pages: bool) -> Snapshot:
 
 def restore(core: EngineCore, snapshot: Snapshot) -> int:
     """Continues a snapshot's request on this rank and returns its id; see `Engine.restore`."""
-    shard, dtype, params = core.runner.model_config, core.runner.params.embed.dtype, snapshot.sampling
+    cache, params = core.runner.cache.k, snapshot.sampling
     same_model = bool(snapshot.pages) and snapshot.model_fingerprint == model_fingerprint(core)
     for i, x in snapshot.pages.items() if same_model else ():
-        shape = (shard.num_layers, 2, x.shape[2], shard.num_kv_heads, shard.head_dim)
-        if tuple(x.shape) != shape or x.dtype != dtype:
+        shape = (len(cache), 2, x.shape[2], *cache[0].shape[1:])
+        if tuple(x.shape) != shape or x.dtype != cache[0].dtype:
             raise ValueError(f"snapshot: the pages of completion {i} are {tuple(x.shape)} {x.dtype}, not {shape}")
     limit, adapter_idx = core.max_length(snapshot.prompt_token_ids, params), core.adapter_index(params)
     output, states = snapshot.rebuild_request(core, limit)
@@ -294,9 +295,10 @@ def _insert_pages(core: EngineCore, token_ids: Sequence[int], values: Tensor, na
 
 
 def model_fingerprint(core: EngineCore) -> str:
-    """Returns a digest of the model and its present parameters, which differs before and after training."""
+    """Returns a digest of the model, its present parameters and its cache's dtype; training changes it."""
     leaves = [x for x in tree_leaves(core.runner.params) if x is not None]
-    digest = hashlib.blake2b(repr((core.model_config, core.runner.params.embed.dtype)).encode(), digest_size=16)
+    dtypes = core.runner.params.embed.dtype, core.runner.cache.k[0].dtype
+    digest = hashlib.blake2b(repr((core.model_config, *dtypes)).encode(), digest_size=16)
     int_dtypes = {1: torch.int8, 2: torch.int16, 4: torch.int32}
     # The sum of all elements' bits changes with any element; the first rows distinguish permutations.
     sums = torch.stack([x.view(int_dtypes[x.itemsize]).sum(dtype=torch.int64) for x in leaves])

@@ -24,6 +24,7 @@ from fastgen.core import scheduler
 from fastgen.core.prefix_cache import PageCopies
 from fastgen.core.request import sample_seed
 from fastgen.offload.host_offload import HostOffload, consecutive_runs, page_bytes
+from fastgen.quantization.kv_cache import row_format
 
 SPEC = fastgen.from_hf_config(tiny.config("Mistral", **tiny.WINDOWED))
 PARAMS = tiny.weights(SPEC)
@@ -59,7 +60,8 @@ def engine(pages: int | None = None, *, host: int = 0, params: fastgen.Params = 
     """With so many pages on the device and on the host."""
     page = given.setdefault("page_size", 4)
     if host:
-        given |= {"offload": "host", "host_gb": (host + 0.5) * page_bytes(SPEC, page, 4) / 1e9}
+        rows = row_format(SPEC, given.get("kv_cache_dtype", "auto"), torch.float32)
+        given |= {"offload": "host", "host_gb": (host + 0.5) * page_bytes(SPEC.num_layers, page, rows) / 1e9}
     if pages:
         given["cache_tokens"] = pages * page
     return Engine(params, SPEC, LETTERS, **given)
@@ -67,15 +69,15 @@ def engine(pages: int | None = None, *, host: int = 0, params: fastgen.Params = 
 
 LETTERS = letters()
 OFF = {"prefix_cache": False}
-PLAIN = engine(64, **OFF)
-KNOWN: dict[tuple[tuple[int, ...], str], Output] = {}
+PLAIN = {dtype: engine(64, **OFF, kv_cache_dtype=dtype) for dtype in ("auto", "fp8")}
+KNOWN: dict[tuple[tuple[int, ...], str, str], Output] = {}
 
 
-def plain(prompt: Sequence[int], params: SamplingParams) -> Output:
+def plain(prompt: Sequence[int], params: SamplingParams, cache_dtype: str = "auto") -> Output:
     """What a request gets alone, with the hierarchy off."""
-    key = tuple(prompt), repr(params)
+    key = tuple(prompt), repr(params), cache_dtype
     if key not in KNOWN:
-        (KNOWN[key],) = PLAIN.generate([[*prompt]], params)
+        (KNOWN[key],) = PLAIN[cache_dtype].generate([[*prompt]], params)
     return KNOWN[key]
 
 
@@ -188,22 +190,34 @@ WAYS = [
 ]
 
 
+HIERARCHIES_AND_FORCES = [
+    (name, force) for i, name in enumerate(HIERARCHIES) for force in (("", "evict park"), ("evict", "park"))[i % 2]
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "force"),
-    [(name, force) for i, name in enumerate(HIERARCHIES) for force in (("", "evict park"), ("evict", "park"))[i % 2]],
+    ("name", "force", "cache_dtype"),
+    [
+        *((*case, "auto") for case in HIERARCHIES_AND_FORCES),
+        ("device", "evict park", "fp8"),
+        ("device and host", "evict", "fp8"),
+        ("small host", "", "fp8"),
+        ("host", "park", "fp8"),
+        ("none", "", "fp8"),
+    ],
 )
-def test_results_never_change(name: str, force: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_never_change(name: str, force: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody reads pages of others, or pages that were moved badly, or is not what it was after it made way."""
     at = 4 * [*HIERARCHIES].index(name) + ["", "evict", "park", "evict park"].index(force)
     way = WAYS[(at + at // 4) % len(WAYS)]  # each hierarchy and each force meets every way
-    e = engine(**{**way, **HIERARCHIES[name]})
+    e = engine(**{**way, **HIERARCHIES[name]}, kv_cache_dtype=cache_dtype)
     if "evict" in force:
         e.before = evict
     if "park" in force:
         park_at_random(monkeypatch, random.Random(at), 0.15)
     prompts, params = zip(*LOAD, strict=True)
     for got, (prompt, how) in zip(e.generate([*prompts], [*params]), LOAD, strict=True):
-        same(got, plain(prompt, how))
+        same(got, plain(prompt, how, cache_dtype))
     idle(e)
     c = e.cache_stats
     kept = name != "none" and not ("evict" in force and name == "device")
@@ -215,11 +229,19 @@ def test_results_never_change(name: str, force: str, monkeypatch: pytest.MonkeyP
         assert not c.num_offloaded_pages and not c.num_loaded_pages
 
 
-@pytest.mark.parametrize(("name", "way"), [*zip(("device", "device and host", "host", "none"), WAYS, strict=True)])
-def test_forks_and_aborts_at_random_steps(name: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "way", "cache_dtype"),
+    [
+        *zip(("device", "device and host", "host", "none"), WAYS, 4 * ("auto",), strict=True),
+        ("device and host", WAYS[0], "fp8"),
+    ],
+)
+def test_forks_and_aborts_at_random_steps(
+    name: str, way: dict[str, Any], cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A fork with its source's seed is another request than its source, or somebody suffers from it or from aborts."""
     dice = random.Random(f"{name}{way}")
-    e = engine(**{**way, **HIERARCHIES[name]})
+    e = engine(**{**way, **HIERARCHIES[name]}, kv_cache_dtype=cache_dtype)
     park_at_random(monkeypatch, dice, 0.05)
     wanted = dict[int, tuple[Output, list[int]]]()  # request -> what it gets, and which completions those are
     aborted, done = set[int](), dict[int, Output]()
@@ -227,7 +249,7 @@ def test_forks_and_aborts_at_random_steps(name: str, way: dict[str, Any], monkey
     while left or e.has_unfinished_requests:
         if left and dice.random() < 0.7:
             prompt, params = left.pop()
-            wanted[e.add(prompt, params)] = plain(prompt, params), [*range(params.n)]
+            wanted[e.add(prompt, params)] = plain(prompt, params, cache_dtype), [*range(params.n)]
         going = sorted({s.output.request_id for s in e.core.sequence_states.values()})
         if going and dice.random() < 0.25 and forks < 12:
             source = dice.choice(going)
@@ -439,6 +461,28 @@ def test_snapshot(target: str, tmp_path: Path) -> None:
         assert "".join(event.text for event in told) == want.completions[0].text[3:]
         assert other.cache_stats.num_hit_tokens - reused == found
         idle(other)
+
+
+@pytest.mark.parametrize(("source_dtype", "target_dtype"), [("fp8", "fp8"), ("fp8", "auto"), ("auto", "fp8")])
+def test_snapshot_of_an_fp8_cache(source_dtype: str, target_dtype: str, tmp_path: Path) -> None:
+    """Pages go to a cache of the same dtype alone: in others, the tokens so far are computed again."""
+    e, other = (engine(40, kv_cache_dtype=dtype) for dtype in (source_dtype, target_dtype))
+    source = e.add(STEM[:13], GREEDY)
+    for _ in range(3):
+        e.step()
+    e.snapshot(source, include_pages=True).save(tmp_path / "x")
+    snapshot = Snapshot.load(tmp_path / "x")
+    tokens, want = snapshot.completions[0].token_ids, plain(STEM[:13], GREEDY, source_dtype)
+    assert tokens == want.completions[0].token_ids[: len(tokens)]
+    assert snapshot.pages[0].dtype == (torch.uint8 if source_dtype == "fp8" else torch.float32)
+    (output,) = (drain(other)[id] for id in [other.restore(snapshot)])
+    assert (other.cache_stats.num_hit_tokens > 0) == (source_dtype == target_dtype)
+    if source_dtype == target_dtype:
+        same(output, want)
+    else:  # goes on as the other engine does from the same tokens
+        rest = plain(STEM[:13] + tokens, replace(GREEDY, max_tokens=9 - len(tokens)), target_dtype)
+        assert output.completions[0].token_ids == tokens + rest.completions[0].token_ids
+    idle(other)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
@@ -868,7 +912,7 @@ def mover(pages: int, host: int, page: int = 4) -> tuple[HostOffload, fastgen.KV
     cache = fastgen.new_kv_cache(SPEC, pages * page)
     for i, leaf in enumerate((*cache.k, *cache.v)):
         leaf.copy_(torch.arange(leaf.numel()).view(leaf.shape) + 10000 * i)
-    made = HostOffload(SPEC, page, torch.float32, cache.k[0].device, host)
+    made = HostOffload(SPEC.num_layers, page, row_format(SPEC, "auto", torch.float32), cache.k[0].device, host)
     made.attach_cache(cache)
     return made, cache
 

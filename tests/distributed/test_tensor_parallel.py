@@ -31,6 +31,7 @@ from fastgen.core.transformer import TORCH_OPS, run_layers
 from fastgen.core.types import PartialSum
 from fastgen.distributed import peer_memory, tensor_parallel
 from fastgen.distributed.tensor_parallel import TPGroup, TPProcessGroup, raise_if_inconsistent, shard_ops, step_digest
+from fastgen.quantization.kv_cache import fp8_row_bytes
 
 
 class Meeting:
@@ -224,15 +225,17 @@ def test_many_heads(size: int) -> None:
         torch.testing.assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_outputs(size: int) -> None:
+@pytest.mark.parametrize(("size", "cache_dtype"), [(2, "auto"), (4, "auto"), (2, "fp8")])
+def test_outputs(size: int, cache_dtype: str) -> None:
     """Engines with shared prefixes, host pages and preemption generate what one rank generates."""
-    with fastgen.Engine(weights_of(), SPEC, **SETTINGS) as engine:
+    settings = SETTINGS | {"kv_cache_dtype": cache_dtype, "host_gb": 1e-4 if cache_dtype == "auto" else 5e-5}
+    with fastgen.Engine(weights_of(), SPEC, **settings) as engine:
         expected = 2 * engine.generate(*load(1, 12), progress=False)
 
     def run(rank: Rank) -> tuple[list[fastgen.Output], fastgen.CacheStats]:
-        with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **SETTINGS) as engine:
-            assert engine.cache.k[0].shape[1] == max(1, 2 // size)
+        with fastgen.Engine(weights_of(tp_shard=rank.shard), SPEC, tp_group=rank, **settings) as engine:
+            heads, row = max(1, 2 // size), engine.cache.k[0].shape[1:]
+            assert row == ((heads, 8) if cache_dtype == "auto" else (1, fp8_row_bytes(heads, 8)))
             outputs = [o for _ in range(2) for o in engine.generate(*load(1, 12), progress=False)]
             return outputs, engine.cache_stats
 

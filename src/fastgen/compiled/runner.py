@@ -58,7 +58,8 @@ class ModelRunner(EagerRunner):
         compiled, plain, self._fill_pending_tokens = CompiledOps(), TORCH_OPS, fill_pending_tokens
         if self.mode != "eager":
             plain, self._fill_pending_tokens = compiled.compile_ops(plain), compiled(fill_pending_tokens)
-        self.ops = select.select_ops(config.compile, self.device, plain)
+        ops = select.select_ops(config.compile, self.device, plain)
+        self.ops = select.select_cache_ops(ops, config.kv_cache.dtype, shard)
         self._sample_fn = select.select_sample_fn(config.compile, self.device, self.ops)
         self.fused_sampler = select.select_fused_sampler(config.compile, self.device)
         # One logits buffer for all graphs, which would otherwise each have their own.

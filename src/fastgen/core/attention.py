@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fastgen.core.model_config import ModelConfig
@@ -20,6 +20,7 @@ from fastgen.core.types import Batch
 # for all. The Triton backend also accepts its own UnrotatedQKV for q.
 AttentionFn = Callable[[Any, Tensor, Tensor, int | None], Tensor]
 AttentionBackend = Callable[[Batch, ModelConfig], AttentionFn]
+ReadRows = Callable[[Tensor, torch.dtype], Tensor]  # (rows of a cache, dtype) -> keys or values [..., K, H]
 
 
 def causal_mask(
@@ -30,20 +31,17 @@ def causal_mask(
     return seen if window is None else seen & (key_position > query_position - window)
 
 
-def reference(batch: Batch, model_config: ModelConfig) -> AttentionFn:
+def reference(batch: Batch, model_config: ModelConfig, read: ReadRows = Tensor.to) -> AttentionFn:
     """Returns attention as specified: every token gathers all keys of its sequence, and masks those it must not see."""
     page, kv_heads, device = batch.page_size, model_config.num_kv_heads, batch.token_ids.device
-    token = torch.arange(len(batch.token_ids), device=device)
-    row = torch.searchsorted(batch.query_start_loc[1:], token, right=True)
+    row = torch.searchsorted(batch.query_start_loc[1:], torch.arange(len(batch.token_ids), device=device), right=True)
     num_pages = -(-int(batch.seq_lens.max()) // page)
     pages = batch.page_table[batch.req_idx[row], :num_pages].long()
     slots = rearrange(pages[:, :, None] * page + torch.arange(page, device=device), "t p s -> t (p s)")
     key = torch.arange(slots.shape[1], device=device)
 
-    def attend(
-        q: Float[Tensor, "T Q H"], k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"], window: int | None
-    ) -> Float[Tensor, "T Q H"]:
-        k, v = k_cache[slots].float(), v_cache[slots].float()
+    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+        k, v = read(k_cache[slots], torch.float32), read(v_cache[slots], torch.float32)
         grouped = rearrange(q, "t (k g) h -> t k g h", k=kv_heads).float()
         score = torch.einsum("tkgh,tskh->tkgs", grouped, k) * model_config.head_dim**-0.5
         hidden = ~causal_mask(batch.positions[:, None], key, window)
@@ -55,15 +53,15 @@ def reference(batch: Batch, model_config: ModelConfig) -> AttentionFn:
     return attend
 
 
-def sdpa(batch: Batch, model_config: ModelConfig) -> AttentionFn:
+def sdpa(batch: Batch, model_config: ModelConfig, read: ReadRows = Tensor.to) -> AttentionFn:
     """Returns torch's fused attention over gathered pages, on any device.
 
     Makes one call for each prefilling sequence, and one for each group of decoding sequences of similar length. Reads
     the metadata on the host, so it cannot be captured in a CUDA graph.
     """
     page, start, length = batch.page_size, batch.query_start_loc.tolist(), batch.seq_lens.tolist()
-    kv_heads, head_dim, device = model_config.num_kv_heads, model_config.head_dim, batch.token_ids.device
-    group_size, table = model_config.num_q_heads // kv_heads, batch.page_table[batch.req_idx]
+    kv_heads, device, table = model_config.num_kv_heads, batch.token_ids.device, batch.page_table[batch.req_idx]
+    group_size = model_config.num_q_heads // kv_heads
     prefill: list[tuple[slice, Tensor, Tensor, Tensor]] = []  # tokens, page ids, query positions, key positions
     # Decoding rows by the power of two above their length: padding at most doubles what is read.
     rows_by_size: dict[int, list[int]] = defaultdict(list)
@@ -83,10 +81,10 @@ def sdpa(batch: Batch, model_config: ModelConfig) -> AttentionFn:
         padding = (key >= batch.seq_lens[index][:, None]).flatten().nonzero()[:, 0]  # slots after a sequence's end
         decode.append((batch.query_start_loc[index].long(), pages, query, key, padding))
 
-    def gather(leaf: Tensor, pages: Tensor) -> Tensor:
+    def gather(cache: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns [..., P * page, K, H] for page ids [..., P]."""
-        paged = leaf.view(-1, page * kv_heads * head_dim)
-        return paged.index_select(0, pages.flatten()).view(*pages.shape[:-1], -1, kv_heads, head_dim)
+        rows = cache.view(-1, page * cache[0].numel()).index_select(0, pages.flatten())
+        return read(rows.view(*pages.shape[:-1], -1, *cache.shape[1:]), dtype)
 
     @cache  # for all layers of the same window
     def prefill_mask(i: int, window: int | None) -> Tensor | None:
@@ -106,12 +104,12 @@ def sdpa(batch: Batch, model_config: ModelConfig) -> AttentionFn:
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         out = q if single_group else torch.empty_like(q)
         for i, (span, pages, _, key) in enumerate(prefill):
-            k, v = (gather(c, pages)[: len(key)].transpose(0, 1)[None] for c in (k_cache, v_cache))
+            k, v = (gather(c, pages, q.dtype)[: len(key)].transpose(0, 1)[None] for c in (k_cache, v_cache))
             mask, x = prefill_mask(i, window), q[span].transpose(0, 1)[None]
             o = F.scaled_dot_product_attention(x, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             out[span] = o[0].transpose(0, 1)
         for i, (token, pages, _, _, padding) in enumerate(decode):
-            k, v = (gather(c, pages) for c in (k_cache, v_cache))
+            k, v = (gather(c, pages, q.dtype) for c in (k_cache, v_cache))
             for x in (k, v):  # a mask is added to scores, and NaN plus -inf is NaN; so is a weight of 0 times NaN
                 x.flatten(0, 1).index_fill_(0, padding, 0)
             # The query heads of a key head become query rows, so that its keys are read once for all of them.

@@ -12,12 +12,13 @@ from fastgen.core.types import KVCache
 def new_kv_cache(
     model_config: ModelConfig, num_slots: int, *, device: torch.device | str | None = None,
     dtype: torch.dtype | None = None, allocate: Callable[[tuple[int, int, int]], Tensor] | None = None,
+    row_shape: tuple[int, int] | None = None,
 ) -> KVCache:  # fmt: skip
-    """Returns a cache of `num_slots` tokens. Page p is slots [p * page_size, (p + 1) * page_size).
+    """Returns a cache of `num_slots` tokens.
 
-    `allocate` makes each tensor from its shape; by default it is zeros of `dtype` on `device`.
+    `allocate` makes each tensor from its shape; by default it is zeros of `dtype` on `device`. `row_shape` is the shape
+    of a token in one tensor; by default [kv heads, head_dim].
     """
-    shape = (num_slots, model_config.num_kv_heads, model_config.head_dim)
+    shape = (num_slots, *(row_shape or (model_config.num_kv_heads, model_config.head_dim)))
     allocate = allocate or (lambda shape: torch.zeros(shape, device=device, dtype=dtype))
-    k, v = (tuple(allocate(shape) for _ in range(model_config.num_layers)) for _ in "kv")
-    return KVCache(k, v)
+    return KVCache(*(tuple(allocate(shape) for _ in range(model_config.num_layers)) for _ in "kv"))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from fastgen.config import EngineConfig
@@ -86,12 +86,12 @@ class PageCopier:
                 x[target] = x[source]
         return ()
 
-    def read_pages(self, pages: Sequence[int], num_tokens: int) -> Float[Tensor, "layers 2 tokens K H"]:
+    def read_pages(self, pages: Sequence[int], num_tokens: int) -> Shaped[Tensor, "layers 2 tokens K H"]:
         """Returns the keys and values of the first `num_tokens` tokens in `pages`, on the host."""
         layers = [torch.stack([x[list(pages)].flatten(0, 1) for x in pair]) for pair in self.pages]
         return torch.stack(layers)[:, :, :num_tokens].cpu()
 
-    def write_pages(self, pages: Sequence[int], values: Float[Tensor, "layers 2 tokens K H"]) -> None:
+    def write_pages(self, pages: Sequence[int], values: Shaped[Tensor, "layers 2 tokens K H"]) -> None:
         """Writes full pages of keys and values; skips those whose page number is 0."""
         rows = [i for i, page in enumerate(pages) if page]
         for pair, layer in zip(self.pages, values, strict=True):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from fastgen.core import layers
@@ -142,9 +142,10 @@ def last_token_batch(batch: Batch) -> Batch:
 
 
 def decoder_layer(
-    x: HiddenStates, y: SublayerOutput, layer: Layer, k_cache: Float[Tensor, "S K H"], v_cache: Float[Tensor, "S K H"],
-    window: int | None, cos_sin: tuple[RopeCosSin, RopeCosSin], slot: Int[Tensor, " T"], attend: AttentionFn,
-    model_config: ModelConfig, ops: ModelOps = TORCH_OPS, logits_indices: Int[Tensor, " N"] | None = None,
+    x: HiddenStates, y: SublayerOutput, layer: Layer, k_cache: Shaped[Tensor, "S K H"],
+    v_cache: Shaped[Tensor, "S K H"], window: int | None, cos_sin: tuple[RopeCosSin, RopeCosSin],
+    slot: Int[Tensor, " T"], attend: AttentionFn, model_config: ModelConfig, ops: ModelOps = TORCH_OPS,
+    logits_indices: Int[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out D"] | PartialSum]:  # fmt: skip
     """Returns x and y after a decoder layer. Writes keys and values to the caches at `slot`; pure otherwise.
 

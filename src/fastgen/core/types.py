@@ -12,7 +12,7 @@ Legend of the axes in all annotations of the package:
 
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -46,8 +46,8 @@ class KVCache(NamedTuple):
     Page p is slots [p * page_size, (p + 1) * page_size). Page 0 is the scratch page, which padding writes to.
     """
 
-    k: tuple[Float[Tensor, "S K H"], ...]
-    v: tuple[Float[Tensor, "S K H"], ...]
+    k: tuple[Shaped[Tensor, "S K H"], ...]  # of a quantized cache [S, 1, bytes]: rows of `quantization.kv_cache`
+    v: tuple[Shaped[Tensor, "S K H"], ...]
 
 
 class PartialSum(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastgen.core import layers, sampling
-from fastgen.core.attention import AttentionFn
+from fastgen.core.attention import AttentionFn, ReadRows
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.sampling import LogprobsFn, edit_logits, sample_rows
 from fastgen.core.transformer import TORCH_OPS, ModelOps, lm_head_weight
@@ -163,7 +163,7 @@ def _logprobs(
     return torch.cat(logprob), torch.cat(top_token), torch.cat(top)
 
 
-def attention(batch: Batch, model_config: ModelConfig) -> AttentionFn:
+def attention(batch: Batch, model_config: ModelConfig, read: ReadRows = Tensor.to) -> AttentionFn:
     """Returns paged attention on a CPU, one token at a time: the shapes depend on its position and window alone."""
     page, tokens = batch.page_size, torch.arange(len(batch.token_ids))
     req_idx = batch.req_idx[torch.searchsorted(batch.query_start_loc[1:], tokens, right=True)]
@@ -175,7 +175,8 @@ def attention(batch: Batch, model_config: ModelConfig) -> AttentionFn:
         out = []
         for query, token_slots in zip(q.split(1), slots, strict=True):
             visible = token_slots if window is None else token_slots[-window:]
-            k, v = (rearrange(cache[visible], "n k h -> k n h").float() for cache in (k_cache, v_cache))
+            kv = (read(cache[visible], torch.float32) for cache in (k_cache, v_cache))
+            k, v = (rearrange(x, "n k h -> k n h") for x in kv)
             x = rearrange(query, "1 (k g) h -> k g h", k=model_config.num_kv_heads).float().clone()  # aligned
             weight = (x @ k.mT * model_config.head_dim**-0.5).softmax(-1)
             out.append(rearrange(weight @ v, "k g h -> 1 (k g) h"))

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 
 from fastgen.config import CompileConfig
+from fastgen.core import layers
 from fastgen.core.attention import BACKENDS, AttentionBackend
+from fastgen.core.model_config import ModelConfig
 from fastgen.core.sampling import sample
 from fastgen.core.step import FusedSampler
 from fastgen.core.transformer import TORCH_OPS, ModelOps
+from fastgen.kernels import batch_invariant
 from fastgen.kernels.batch_invariant import ROW_BLOCK_SIZE, batch_invariant_ops, compose_ops, sample_row_blocks
+from fastgen.quantization import kv_cache
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "triton")
 
@@ -53,6 +57,20 @@ def select_ops(config: CompileConfig, device: torch.device, torch_ops: ModelOps)
     names = "add_norm_qkv", "add_norm_gate_up", "linear", "add_norm", "swiglu", "final_norm", "lm_head"
     fields: dict[str, Any] = {name: for_small_batch(getattr(small, name), getattr(ops, name)) for name in names}
     return ops._replace(rope_and_cache_kv=rope_cache.rope_and_cache_kv, apply_lora=lora.apply_lora, **fields)
+
+
+def select_cache_ops(ops: ModelOps, cache_dtype: str, model_config: ModelConfig) -> ModelOps:
+    """Returns `ops` that write and read the KV cache of a rank, whose `kv_cache.dtype` is auto or fp8.
+
+    The Triton kernels for attention tell an fp8 cache by its dtype.
+    """
+    if cache_dtype == "auto":
+        return ops
+    if ops.attention in (*BACKENDS.values(), batch_invariant.attention):
+        ops = ops._replace(attention=partial(ops.attention, read=partial(kv_cache.dequantize_kv, model_config)))
+    write = ops.rope_and_cache_kv
+    write = kv_cache.rope_and_cache_kv if write is layers.rope_and_cache_kv else write
+    return ops._replace(rope_and_cache_kv=partial(write, num_kv_heads=model_config.num_kv_heads))
 
 
 def small_batch_ops() -> ModelOps:

@@ -17,22 +17,22 @@ from itertools import count, groupby
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
-from fastgen.core.model_config import ModelConfig
 from fastgen.core.prefix_cache import PageCopies, PagePairs
 from fastgen.core.runner import PageCopier
 from fastgen.core.types import KVCache
+from fastgen.quantization.kv_cache import RowFormat
 
 STAGING_BYTES = 2**28  # of each of the two staging buffers
 MAX_LAYERS_PER_CHUNK = 8
 HOST_ALIGNMENT = 2**21  # bytes of a huge page, which the driver registers faster
 
 
-def page_bytes(model_config: ModelConfig, page_size: int, itemsize: int) -> int:
-    """Returns the bytes of a page's keys and values in all layers, with elements of `itemsize` bytes."""
-    return 2 * model_config.num_layers * page_size * model_config.num_kv_heads * model_config.head_dim * itemsize
+def page_bytes(num_layers: int, page_size: int, rows: RowFormat) -> int:
+    """Returns the bytes of a page's keys and values in all layers."""
+    return 2 * num_layers * page_size * rows.num_bytes
 
 
 def consecutive_runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -71,20 +71,20 @@ class HostOffload(PageCopier):
     """Copies the pages of one engine's KV cache: within the device, to host pages and back."""
 
     def __init__(
-        self, model_config: ModelConfig, page_size: int, dtype: torch.dtype, device: torch.device, num_host_pages: int
+        self, num_layers: int, page_size: int, rows: RowFormat, device: torch.device, num_host_pages: int
     ) -> None:
-        self.page_size, self.num_host_pages, num_layers = page_size, num_host_pages, model_config.num_layers
+        self.page_size, self.num_host_pages, dtype = page_size, num_host_pages, rows.dtype
         self.device, self.cuda = device, device.type == "cuda"
-        self.elements_per_page = page_size * model_config.num_kv_heads * model_config.head_dim  # of one tensor
+        self.elements_per_page = page_size * rows.shape[0] * rows.shape[1]  # of one tensor
         layers_per_chunk = max(n for n in range(1, MAX_LAYERS_PER_CHUNK + 1) if num_layers % n == 0)
         self.num_layer_chunks, self.tensors_per_chunk = num_layers // layers_per_chunk, 2 * layers_per_chunk
         self.alloc_seconds, self._prefetch_event = 0.0, None  # the next step waits for the event
         # Of each layer chunk [pages, tensors, elements]; tensors are k, v of the first layer, k, v of the second, ….
-        self.host_buffers: tuple[Float[Tensor, "pages tensors elements"], ...] = ()
+        self.host_buffers: tuple[Shaped[Tensor, "pages tensors elements"], ...] = ()
         self._host_mapping: mmap.mmap | None = None
         if num_host_pages:
             start = time.perf_counter()
-            size = (num_host_pages + 1) * page_bytes(model_config, page_size, dtype.itemsize)
+            size = (num_host_pages + 1) * page_bytes(num_layers, page_size, rows)
             memory, self._host_mapping = alloc_pinned(size)
             shape = self.num_layer_chunks, num_host_pages + 1, self.tensors_per_chunk, self.elements_per_page
             self.host_buffers = tuple(memory.view(dtype).view(shape))
@@ -243,7 +243,7 @@ class HostOffload(PageCopier):
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
-    def read_pages(self, pages: Sequence[int], num_tokens: int) -> Float[Tensor, "layers 2 tokens K H"]:
+    def read_pages(self, pages: Sequence[int], num_tokens: int) -> Shaped[Tensor, "layers 2 tokens K H"]:
         """Returns keys and values of the first `num_tokens` tokens in these pages, in host memory."""
         self._wait_for_prefetch()
         return super().read_pages(pages, num_tokens)

@@ -113,7 +113,7 @@ def quantize_rows(x: Float[Tensor, "*rows D"]) -> tuple[Float[Tensor, "*rows D"]
     """Returns e4m3 values, rounded to nearest even, and fp32 scales: amax / 448 of each row, or 1 for zeros."""
     x = x.float()
     scale = x.abs().amax(-1) / E4M3_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)  # NaN stays, so that it is not hidden
     return (x / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from fastgen.config import MIN_TEMPERATURE, check_int
+from fastgen.config import MIN_TEMPERATURE, check_choice, check_int
 from fastgen.core.autocast import no_autocast
 from fastgen.core.batch import build_batch
 from fastgen.core.model_config import ModelConfig, shard_config
@@ -25,8 +25,9 @@ from fastgen.core.transformer import ModelOps, SublayerOutput, decoder_layer, lm
 from fastgen.core.types import Batch, KVCache, Layer, Params
 from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
 from fastgen.kernels.batch_invariant import prefer_cublaslt
-from fastgen.kernels.select import select_scoring_ops
+from fastgen.kernels.select import select_cache_ops, select_scoring_ops
 from fastgen.quantization.fp8 import is_quantized
+from fastgen.quantization.kv_cache import RowFormat, row_format
 from fastgen.text import Tokenizer
 from fastgen.text.tokenizer import encode
 from fastgen.thread_safety import check_fork
@@ -42,7 +43,7 @@ def score(
     params: Params, model_config: ModelConfig, sequences: Tensor | Sequence[Sequence[int] | Tensor], *,
     first: int | Sequence[int] = 1, temperature: float = 1.0, batch_invariant: bool = False,
     activation_checkpointing: bool = False, token_budget: int = 8192, ops: ModelOps | None = None,
-    tp_group: TPGroup | None = None,
+    tp_group: TPGroup | None = None, kv_cache_dtype: str = "auto",
 ) -> list[Float[Tensor, " n"]]:  # fmt: skip
     """Returns the natural-log probabilities of each sequence's tokens from index `first` on: one fp32 tensor each.
 
@@ -55,7 +56,9 @@ def score(
 
     `batch_invariant` uses the kernels of an engine with `compile.batch_invariant`: the results equal that engine's
     logprobs bit for bit. With `tp_group`, `params` are one rank's shard and every rank makes this call, without
-    gradients and without `batch_invariant`. Raises ValueError for sequences that cannot be scored.
+    gradients and without `batch_invariant`. `kv_cache_dtype="fp8"` quantizes keys and values as an engine with that
+    setting does, so that its logprobs are reproduced; there are no gradients then. Raises ValueError for sequences that
+    cannot be scored.
     """
     check_fork("score")
     token_ids = to_token_ids(sequences)
@@ -72,12 +75,21 @@ def score(
         )
     if tp_group is not None and (needs_grad or batch_invariant):
         raise ValueError("score: several ranks compute no gradients and no batch-invariant sums; turn both off")
+    check_choice("kv_cache_dtype", kv_cache_dtype, ("auto", "fp8"))
+    if needs_grad and kv_cache_dtype == "fp8":
+        raise ValueError(
+            "score: rounding keys and values to fp8 has no gradient; score under torch.no_grad(), or pass "
+            'kv_cache_dtype="auto" for gradients of the model without quantization'
+        )
     ops = select_scoring_ops(device, batch_invariant=batch_invariant) if ops is None else ops
     if tp_group is not None:
         ops, model_config = shard_ops(ops, tp_group, model_config), shard_config(model_config, tp_group.shard.size)
+    ops = select_cache_ops(ops, kv_cache_dtype, model_config)
+    rows = row_format(model_config, kv_cache_dtype, params.embed.dtype)
     if needs_grad:
         ops = make_differentiable(ops, batch_invariant or device.type == "cuda")
     options: Any = {"activation_checkpointing": needs_grad and activation_checkpointing, "needs_grad": needs_grad}
+    options |= {"rows": rows}
     logprobs: list[Tensor] = []
     with prefer_cublaslt(split_k=False) if batch_invariant else nullcontext():
         for batch in split_by_size(zip(token_ids, starts, strict=True), lambda pair: len(pair[0]), token_budget):
@@ -138,14 +150,14 @@ def iter_weights(params: Params) -> Iterator[Tensor]:
 
 def _score_batch(
     params: Params, model_config: ModelConfig, sequences: list[list[int]], first: list[int], temperature: float,
-    ops: ModelOps, *, activation_checkpointing: bool, needs_grad: bool,
+    ops: ModelOps, *, activation_checkpointing: bool, needs_grad: bool, rows: RowFormat,
 ) -> list[Float[Tensor, " n"]]:  # fmt: skip
     """Returns `score` of sequences that are one batch."""
     device = params.embed.device
     batch = _build_batch(sequences, device)
     # A placeholder of stride 0: each layer allocates its own cache and frees it.
-    shape = (int(batch.page_table.max()) + 1) * PAGE_SIZE, model_config.num_kv_heads, model_config.head_dim
-    placeholder = (params.embed.new_zeros(1, 1, 1).expand(shape),) * model_config.num_layers
+    shape = (int(batch.page_table.max()) + 1) * PAGE_SIZE, *rows.shape
+    placeholder = (params.embed.new_zeros(1, 1, 1, dtype=rows.dtype).expand(shape),) * model_config.num_layers
     layer_fn = partial(checkpoint, _layer_with_own_cache, use_reentrant=False)
     x, y = run_layers(params, KVCache(placeholder, placeholder), batch, model_config, ops,
                       layer_fn=layer_fn if activation_checkpointing else _layer_with_own_cache)  # fmt: skip
@@ -180,8 +192,8 @@ def _build_batch(sequences: list[list[int]], device: torch.device) -> Batch:
 def _layer_with_own_cache(
     x: Tensor, y: SublayerOutput, layer: Layer, k_cache: Tensor, v_cache: Tensor, *args: Any
 ) -> tuple[Tensor, SublayerOutput]:
-    """Runs a decoder layer with a new KV cache of the given shape, which lives as long as the layer's graph."""
-    k_cache, v_cache = x.new_zeros(k_cache.shape), x.new_zeros(v_cache.shape)
+    """Runs a decoder layer with a new KV cache like the given one, which lives as long as the layer's graph."""
+    k_cache, v_cache = (c.new_zeros(c.shape) for c in (k_cache, v_cache))
     return decoder_layer(x, y, layer, k_cache, v_cache, *args)
 
 

@@ -1,0 +1,88 @@
+"""KV caches in 8 bits: e4m3 values with a scale for each token and KV head, made when a token is written.
+
+A layer's keys, and its values, stay one tensor, [slots, 1, row bytes] of uint8, whose rows pages, host offload and
+snapshots copy as they are. The row of a token holds
+
+    K * H bytes   e4m3 values, head by head; zeros up to a multiple of 4 bytes
+    4 * K bytes   fp32 scales of the heads, amax / 448; zeros up to a multiple of 16 bytes
+
+Keys are quantized after RoPE. Attention reads what the cache holds, the last token's key and value included: a prompt
+gives the same whether it is computed or cached. The functions below specify the kernels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from fastgen.core.layers import apply_rope
+from fastgen.core.model_config import ModelConfig
+from fastgen.quantization.fp8 import E4M3, dequantize, quantize_rows
+
+SCALE_BYTES, ROW_ALIGNMENT = 4, 16
+
+
+class RowFormat(NamedTuple):
+    """What a layer's keys, or its values, of one token take in a KV cache."""
+
+    shape: tuple[int, int]  # [kv heads, head_dim], or [1, bytes] of a quantized cache
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+
+def row_format(model_config: ModelConfig, cache_dtype: str, dtype: torch.dtype) -> RowFormat:
+    """Returns the rows of a cache for `kv_cache.dtype`, on a rank with this `model_config` and weights of `dtype`."""
+    heads, head_dim = model_config.num_kv_heads, model_config.head_dim
+    if cache_dtype == "auto":
+        return RowFormat((heads, head_dim), dtype)
+    return RowFormat((1, fp8_row_bytes(heads, head_dim)), torch.uint8)
+
+
+def scale_offset(num_kv_heads: int, head_dim: int) -> int:
+    """Returns the byte of a row at which its scales begin."""
+    return -(-num_kv_heads * head_dim // SCALE_BYTES) * SCALE_BYTES
+
+
+def fp8_row_bytes(num_kv_heads: int, head_dim: int) -> int:
+    """Returns the bytes of a row."""
+    num_bytes = scale_offset(num_kv_heads, head_dim) + SCALE_BYTES * num_kv_heads
+    return -(-num_bytes // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def quantize_kv(x: Float[Tensor, "T K H"]) -> UInt8[Tensor, "T 1 W"]:
+    """Returns the rows of keys or values."""
+    tokens, heads, head_dim = x.shape
+    data, scale = quantize_rows(x)
+    rows = x.new_zeros(tokens, fp8_row_bytes(heads, head_dim), dtype=torch.uint8)
+    first = scale_offset(heads, head_dim)
+    rows[:, : heads * head_dim] = data.view(torch.uint8).flatten(1)
+    rows[:, first : first + SCALE_BYTES * heads] = scale.view(torch.uint8)
+    return rows[:, None]
+
+
+def dequantize_kv(
+    model_config: ModelConfig, rows: UInt8[Tensor, "*rows 1 W"], dtype: torch.dtype
+) -> Float[Tensor, "*rows K H"]:
+    """Returns the keys or values of rows: the `read` of the plain attention backends."""
+    heads, head_dim = model_config.num_kv_heads, model_config.head_dim
+    first, rows = scale_offset(heads, head_dim), rows[..., 0, :]
+    data = rearrange(rows[..., : heads * head_dim].view(E4M3), "... (k h) -> ... k h", k=heads)
+    scale = rows[..., first : first + SCALE_BYTES * heads].contiguous().view(torch.float32)
+    return dequantize(data, scale, dtype)
+
+
+def rope_and_cache_kv(
+    qkv: Float[Tensor, "T Q2K H"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"],
+    slot: Int[Tensor, " T"], k_cache: UInt8[Tensor, "S 1 W"], v_cache: UInt8[Tensor, "S 1 W"], *, num_kv_heads: int,
+) -> Float[Tensor, "T Q H"]:  # fmt: skip
+    """Returns rotated queries. Writes rotated keys, and values, to the quantized caches at `slot`."""
+    q, k, v = qkv.split((qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), 1)
+    k_cache.index_put_((slot,), quantize_kv(apply_rope(k, cos, sin)))
+    v_cache.index_put_((slot,), quantize_kv(v))
+    return apply_rope(q, cos, sin)
