@@ -295,8 +295,8 @@ def test_experiment(group: str, option: str) -> None:
 def test_all_engine_options_fit_together() -> None:
     """Any option of one group composes with any option of another."""
     names, composed = ("schedule", "compile", "kv_cache", "parallel", "offload"), list[tuple[str, ...]]()
-    for a, b in product(range(4), repeat=2):
-        turns = zip(names, (a, b, a + b, a + 2 * b, a + b // 2), strict=True)
+    for a, b in product(range(4), repeat=2):  # and the three orthogonal Latin squares of size 4, a + cb over GF(4)
+        turns = zip(names, (a, b, a ^ b, a ^ (0, 2, 3, 1)[b], a ^ (0, 3, 1, 2)[b]), strict=True)
         options = tuple(GROUPS[name][turn % len(GROUPS[name])] for name, turn in turns)
         compose(*(f"{name}={option}" for name, option in zip(names, options, strict=True)))
         composed.append(options)
