@@ -66,8 +66,9 @@ def select_cache_ops(ops: ModelOps, cache_dtype: str, model_config: ModelConfig)
     """
     if cache_dtype == "auto":
         return ops
-    if ops.attention in (*BACKENDS.values(), batch_invariant.attention):
-        ops = ops._replace(attention=partial(ops.attention, read=partial(kv_cache.dequantize_kv, model_config)))
+    backend: Any = ops.attention
+    if backend in (*BACKENDS.values(), batch_invariant.attention):
+        ops = ops._replace(attention=partial(backend, read=partial(kv_cache.dequantize_kv, model_config)))
     write = ops.rope_and_cache_kv
     write = kv_cache.rope_and_cache_kv if write is layers.rope_and_cache_kv else write
     return ops._replace(rope_and_cache_kv=partial(write, num_kv_heads=model_config.num_kv_heads))

@@ -85,11 +85,11 @@ def score(
     if tp_group is not None:
         ops, model_config = shard_ops(ops, tp_group, model_config), shard_config(model_config, tp_group.shard.size)
     ops = select_cache_ops(ops, kv_cache_dtype, model_config)
-    rows = row_format(model_config, kv_cache_dtype, params.embed.dtype)
+    cache_rows = row_format(model_config, kv_cache_dtype, params.embed.dtype)
     if needs_grad:
         ops = make_differentiable(ops, batch_invariant or device.type == "cuda")
     options: Any = {"activation_checkpointing": needs_grad and activation_checkpointing, "needs_grad": needs_grad}
-    options |= {"rows": rows}
+    options |= {"cache_rows": cache_rows}
     logprobs: list[Tensor] = []
     with prefer_cublaslt(split_k=False) if batch_invariant else nullcontext():
         for batch in split_by_size(zip(token_ids, starts, strict=True), lambda pair: len(pair[0]), token_budget):
@@ -150,14 +150,14 @@ def iter_weights(params: Params) -> Iterator[Tensor]:
 
 def _score_batch(
     params: Params, model_config: ModelConfig, sequences: list[list[int]], first: list[int], temperature: float,
-    ops: ModelOps, *, activation_checkpointing: bool, needs_grad: bool, rows: RowFormat,
+    ops: ModelOps, *, activation_checkpointing: bool, needs_grad: bool, cache_rows: RowFormat,
 ) -> list[Float[Tensor, " n"]]:  # fmt: skip
     """Returns `score` of sequences that are one batch."""
     device = params.embed.device
     batch = _build_batch(sequences, device)
     # A placeholder of stride 0: each layer allocates its own cache and frees it.
-    shape = (int(batch.page_table.max()) + 1) * PAGE_SIZE, *rows.shape
-    placeholder = (params.embed.new_zeros(1, 1, 1, dtype=rows.dtype).expand(shape),) * model_config.num_layers
+    shape = (int(batch.page_table.max()) + 1) * PAGE_SIZE, *cache_rows.shape
+    placeholder = (params.embed.new_zeros(1, 1, 1, dtype=cache_rows.dtype).expand(shape),) * model_config.num_layers
     layer_fn = partial(checkpoint, _layer_with_own_cache, use_reentrant=False)
     x, y = run_layers(params, KVCache(placeholder, placeholder), batch, model_config, ops,
                       layer_fn=layer_fn if activation_checkpointing else _layer_with_own_cache)  # fmt: skip
