@@ -1,5 +1,4 @@
-"""core/ runs a model by itself: with nothing importable but core, config, checkpoint and the quantization that checkpoint
-imports, and without Triton."""
+"""core/ runs a model with nothing importable but core, config, checkpoint and quantization, and without Triton."""
 
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import torch
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        allowed = "fastgen.core", "fastgen.config", "fastgen.checkpoint", "fastgen.quantization"  # which checkpoint reads
+        allowed = "fastgen.core", "fastgen.config", "fastgen.checkpoint", "fastgen.quantization"
         if name.startswith("fastgen.") and not name.startswith(allowed) or name.partition(".")[0] == "triton":
             raise ImportError(f"core must not need {{name}}")
 
