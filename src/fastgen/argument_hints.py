@@ -170,7 +170,6 @@ SAMPLING_HINTS = {
     "custom_logit_processor": "use logits_processors",
     "custom_params": "use logits_processors, functions that have parameters of their own with functools.partial",
     "decoder_start_token_id": _ENCODER_HINT,
-    "detokenize": "set engine.tokenizer = None for outputs without text",
     "disable_compile": _ENGINE_HINT,
     "diversity_penalty": _BEAM_SEARCH_HINT,
     "do_sample": "temperature=0 is greedy, above 0 samples",

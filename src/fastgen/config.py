@@ -215,6 +215,7 @@ class SamplingParams:
     )
     include_stop_str_in_output: bool = setting(False, "Keeps the stop string at the end of the text.")
     skip_special_tokens: bool = setting(True, "Leaves special tokens, such as end tokens, out of the text.")
+    detokenize: bool = setting(True, "Decodes the output to text; false: it has token ids alone.")
     truncate_prompt_tokens: int | None = setting(None, "Keeps only this many last tokens of the prompt; None: all.", 1)
     # Functions (token ids so far, logits [V]) -> logits; with three parameters, of (prompt ids, token ids, logits).
     logits_processors: tuple[Any, ...] = described(
@@ -265,6 +266,8 @@ class SamplingParams:
             for text in getattr(self, name):
                 if not isinstance(text, str) or not text.strip(" " if name == "bad_words" else ""):
                     raise ValueError(f"{me}.{name} must hold non-empty strings, got {text!r}")
+        if self.stop and not self.detokenize:
+            raise ValueError(f"{me}.stop needs the text, and detokenize is false: use stop_token_ids")
         for name in ("stop_token_ids", "allowed_token_ids"):
             for token in getattr(self, name) or ():
                 _check_number(me, name, token, 0)

@@ -58,7 +58,7 @@ def check_can_chat(
 
 
 def _check_supported(settings: dict[str, Any]) -> None:
-    for name, default in (("n", 1), ("prompt_logprobs", None)):  # meaningless in a conversation
+    for name, default in (("n", 1), ("prompt_logprobs", None), ("detokenize", True)):  # meaningless in a conversation
         if (value := settings.get(name, default)) != default:
             raise ValueError(f"{name}={value}: is not supported in conversations, which have one answer per message")
 

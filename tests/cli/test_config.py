@@ -53,6 +53,7 @@ BAD = [
     (SamplingParams, "truncate_prompt_tokens", [0, -1, 1.5], "at least 1|whole number"),
     (SamplingParams, "include_stop_str_in_output", [1, "yes", None], "true or false"),
     (SamplingParams, "skip_special_tokens", [0, "no", None], "true or false"),
+    (SamplingParams, "detokenize", [0, "no", None], "true or false"),
     (SamplingParams, "presence_penalty", [-2.1, 2.1, NAN], "between -2 and 2"),
     (SamplingParams, "frequency_penalty", [-2.1, 2.1, NAN], "between -2 and 2"),
     (SamplingParams, "repetition_penalty", [0, 101, NAN], "between 0.001 and 100"),

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,19 @@ def test_requests_go_where_prefix_and_salt_are_cached(pair: Replicas) -> None:
         (output,) = pair.generate([prompt], SamplingParams(max_tokens=1, cache_salt=salt), progress=False)
         assert (output.num_cached_tokens > 0) == is_hit
     assert len(pair._router._prefix_replicas) == num_prefixes + 2
+
+
+def test_outputs_without_text(pair: Replicas) -> None:
+    """Each request may go without text, and all do where the parent's tokenizer was removed; no later one does."""
+    greedy, coder = SamplingParams(temperature=0, max_tokens=5), pair.tokenizer
+    settings = [greedy, replace(greedy, detokenize=False)] * 3
+    outputs = pair.generate([[5, 6, 7]] * 6, settings, progress=False)
+    pair.tokenizer = None
+    outputs += pair.generate([[5, 6, 7]], greedy, progress=False)
+    pair.tokenizer = coder
+    outputs += pair.generate([[5, 6, 7]], greedy, progress=False)
+    assert len({tuple(o.completions[0].token_ids) for o in outputs}) == 1
+    assert [bool(o.completions[0].text) for o in outputs] == [True, False] * 3 + [False, True]
 
 
 def test_stream_and_abort(pair: Replicas) -> None:

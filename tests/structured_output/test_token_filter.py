@@ -182,6 +182,11 @@ def test_text_of_the_output(engine: fastgen.Engine) -> None:
     first = plain.token_ids[0]
     (ended,) = engine.generate(PROMPT, replace(GREEDY, stop_token_ids=(first,)))[0].completions
     assert ended.stop_reason == first
+    (ids,) = engine.generate(PROMPT, replace(GREEDY, logprobs=0, detokenize=False))[0].completions
+    assert (ids.text, ids.token_ids, ids.finish_reason) == ("", plain.token_ids, plain.finish_reason)
+    assert not any(event.text for event in engine.stream(PROMPT, replace(GREEDY, detokenize=False)))
+    with pytest.raises(ValueError, match="SamplingParams.stop needs the text, and detokenize is false"):
+        replace(GREEDY, stop=(stop,), detokenize=False)
     last = BYTE_LEVEL(PROMPT).input_ids[-3:]
     (short,), (same,) = (
         engine.generate(x, replace(GREEDY, truncate_prompt_tokens=k)) for x, k in ((PROMPT, 3), (last, None))

@@ -37,6 +37,7 @@ class PromptRun:
         """`template_options` are those of `ChatPrompt`."""
         self.engine, self.prompts, self.sampling, self.task = engine, prompts, config.sampling, config.task
         tokenizer = engine.tokenizer
+        self.has_text = tokenizer is not None and self.sampling.detokenize
         has_template = tokenizer is not None and (tokenizer.chat_template or template_options["chat_template"])
         self.requests = [_to_chat(prompt, config.chat and bool(has_template), template_options) for prompt in prompts]
         defaults = ChatPrompt([]).template_options | {"tools": None}
@@ -56,7 +57,7 @@ class PromptRun:
         last_label = None
         for event in self.engine.stream(self.requests, self.sampling):
             label = f"[{event.request_id}.{event.index}] "
-            text = event.text if self.engine.tokenizer else "".join(f"{t} " for t in event.token_ids)
+            text = event.text if self.has_text else "".join(f"{t} " for t in event.token_ids)
             if text and not self.is_single and label != last_label:
                 text, last_label = ("\n" if last_label else "") + label + text, label
             print(text, end="", flush=True)
@@ -75,7 +76,7 @@ class PromptRun:
         """Yields the completions, in the order of their prompts, as lines to print."""
         for i, output in sorted(self.outputs.items()):
             for j, c in enumerate(output.completions):
-                text = str(c.token_ids) if self.engine.tokenizer is None else c.text
+                text = c.text if self.has_text else str(c.token_ids)
                 yield f"{text}\n" if self.is_single else f"[{i}.{j}] {text}\n"
 
     def json_lines(self) -> Iterator[str]:

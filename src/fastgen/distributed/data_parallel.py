@@ -184,8 +184,9 @@ class Replicas(GenerateMethods):
         if not grammar_checked:
             self.compile_grammar(sampling)
         seed = self._seed_rng.getrandbits(63) if sampling.seed is None else sampling.seed
-        params = replace(sampling, seed=seed, max_tokens=limit - len(ids))
-        return ReplicaRequest(ids, params, stream_text, final_only, has_text, text)
+        detokenize = sampling.detokenize and has_text  # the replicas have the tokenizer even where it was removed here
+        params = replace(sampling, seed=seed, max_tokens=limit - len(ids), detokenize=detokenize)
+        return ReplicaRequest(ids, params, stream_text, final_only, text)
 
     def _enqueue(self, requests: Sequence[ReplicaRequest | Output]) -> list[int]:
         """Queues requests, or the outputs of rejected ones; returns their ids."""

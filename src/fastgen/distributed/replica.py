@@ -57,7 +57,7 @@ class ReplicaLoop:
     """Makes the calls that the parent sends, steps the engine, and reports events under the parent's ids."""
 
     def __init__(self, engine: Engine, pipe: Connection, messages: queue.SimpleQueue[tuple[str, Any]]) -> None:
-        self.engine, self.pipe, self.messages, self.tokenizer = engine, pipe, messages, engine.tokenizer
+        self.engine, self.pipe, self.messages = engine, pipe, messages
         self.requests, self.engine_ids = dict[int, ReplicaRequest](), dict[int, int]()  # by engine's id; parent's -> it
         self.compiling = dict[int, bool]()  # requests whose grammars are compiled: whether the parent has aborted them
         self.grammar_pool = ThreadPoolExecutor(2, "grammar")
@@ -118,7 +118,6 @@ class ReplicaLoop:
         """Adds requests to the engine; a request that the engine refuses ends alone."""
         core, prepared, accepted = self.engine.core, [], list[ReplicaRequest]()
         for request, matchers in requests:
-            self.engine.tokenizer = self.tokenizer if request.has_text else None
             options: Any = {"stream_text": request.stream_text, "matchers": matchers}
             try:
                 prepared.append(core.prepare(request.prompt_token_ids, request.params, **options))

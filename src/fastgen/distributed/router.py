@@ -23,7 +23,6 @@ class ReplicaRequest:
     params: SamplingParams  # with a seed and max_tokens
     stream_text: bool
     final_only: bool  # whether only the last event is wanted
-    has_text: bool  # whether completions have text besides tokens
     prompt: str | None = None  # its text, as in the output
     id: int = -1  # the parent's; -1 before the request is queued
     replica_index: int | None = None  # None while the request waits

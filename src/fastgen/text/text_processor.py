@@ -40,7 +40,7 @@ class TextProcessor(extensions.TextProcessor):
     def new_detokenizer(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, stream_text: bool
     ) -> Detokenizer | None:
-        if self.tokenizer is None:
+        if self.tokenizer is None or not sampling.detokenize:
             return None
         options = detokenizer_options(sampling)
         return Detokenizer(self.tokenizer, prompt_token_ids, sampling.stop, stream_text=stream_text, **options)
