@@ -1,11 +1,20 @@
 """The fp8 kernels against the plain ops that specify them."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastgen.core.layers import rms_norm, swiglu
+from fastgen.kernels import fp8_matmul
 from fastgen.kernels.fp8 import quantization_scale, to_e4m3, widen_high, widen_low
-from fastgen.quantization.fp8 import E4M3, quantize_rows
+from fastgen.kernels.fp8_matmul import QuantizedLinear, add_norm_quantize, quantize, select_tile, swiglu_quantize
+from fastgen.quantization.fp8 import E4M3, QuantizedRows, QuantizedWeight, quantize_rows
+from fastgen.quantization.ops import quantized_linear
+
+HALF = torch.float16 if torch.get_default_device().type == "cpu" else torch.bfloat16  # Triton interprets no bf16
 
 
 @triton.jit
@@ -43,3 +52,65 @@ def test_every_value_is_widened() -> None:
     assert out.isfinite().all()
     assert torch.equal(out[0].float()[known] * 256, value[known])
     assert torch.equal(out[1].float().flip(0)[known] * 256, value[known])
+
+
+def unwidened(rows: QuantizedRows) -> Tensor:
+    """The e4m3 values that widened rows hold, in the order of the columns."""
+    even, odd = (rows.data.float() * 256).chunk(2, -1)
+    return torch.stack((even, odd), -1).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "bias"),
+    [(1, 96, 64, True), (8, 150, 520, False), (9, 130, 256, True), (16, 72, 1040, False), (2, 65, 640, True)],
+)
+def test_few_rows(rows: int, n: int, k: int, bias: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of exact products in fp32: only their order differs."""
+    if n == 65:  # the tile of tall weights
+        monkeypatch.setattr(fp8_matmul, "select_tile", lambda _, rows: select_tile(2**15, rows))
+    x, b = torch.randn(rows, k).to(HALF), torch.randn(n).to(HALF) if bias else None
+    w = QuantizedWeight(*quantize_rows(torch.randn(n, k)))
+    linear = QuantizedLinear(torch.device(device), HALF)
+    for _ in range(2):  # the counters of splits are 0 again
+        y = linear(x, w, b)
+        torch.testing.assert_close(y, quantized_linear(F.linear, x, w, b), rtol=2**-7, atol=1e-3)
+    out = torch.empty(rows, n, dtype=HALF)
+    assert linear(x, w, b, out) is out and torch.equal(out, y)
+    torch.testing.assert_close(linear(x[-1:], w, b), y[-1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", ["quantize", "add_norm", "swiglu"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (16, 250), (17, 96), (40, 576)])
+def test_activations(rows: int, width: int, op: str) -> None:
+    """The bits are those of the plain op followed by `quantize_rows`, but for the last bit of a norm."""
+    x, y, norm = torch.randn(rows, width).to(HALF), torch.randn(rows, width).to(HALF), torch.rand(width).to(HALF)
+    if op == "quantize":
+        got, expected = quantize(x), x
+    elif op == "add_norm":
+        (residual, got), expected = add_norm_quantize(x, y, norm, 1e-5), rms_norm(x + y, norm, 1e-5)
+        assert torch.equal(residual, x + y)
+    else:
+        got, expected = swiglu_quantize(torch.cat((x, y), -1)), swiglu(torch.cat((x, y), -1))
+    data, scale = quantize_rows(expected)
+    assert got.data.dtype == (torch.float16 if rows <= 16 else E4M3)
+    values = unwidened(got) if rows <= 16 else got.data.float()
+    torch.testing.assert_close(got.scale, scale, rtol=2**-8, atol=0)
+    # A value next to the middle between two e4m3 values may be rounded to the other one, 1/8 away.
+    torch.testing.assert_close(values * got.scale[:, None], data.float() * scale[:, None], rtol=1 / 7, atol=1e-4)
+    assert (values != data.float()).float().mean() < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the library's fp8 GEMM needs a GPU")
+@pytest.mark.parametrize(("rows", "n", "k"), [(17, 96, 64), (64, 304, 528), (300, 4096, 1024)])
+def test_many_rows(rows: int, n: int, k: int, device: str) -> None:
+    x, b = torch.randn(rows, k).to(HALF), torch.randn(n).to(HALF)
+    w = QuantizedWeight(*quantize_rows(torch.randn(n, k)))
+    linear = QuantizedLinear(torch.device(device), HALF)
+    torch.testing.assert_close(linear(x, w, b), quantized_linear(F.linear, x, w, b), rtol=2**-6, atol=0.05)
+
+
+def test_few_rows_raises(device: str) -> None:
+    linear = QuantizedLinear(torch.device(device), HALF)
+    x, w = torch.randn(17, 32).to(HALF), QuantizedWeight(*quantize_rows(torch.randn(8, 32)))
+    with pytest.raises(ValueError, match="1 to 16 rows"):
+        linear.few_rows(quantize(x, max_widened=17), w, None, None)

@@ -54,11 +54,13 @@ class ModelRunner(EagerRunner):
         if config.compile.batch_invariant:
             if tp_group is not None and tp_group.shard.size > 1:
                 raise ValueError("compile.batch_invariant=true needs one device: all-reduces have no fixed order")
-            batch_invariant.verify_batch_invariance(params)
         compiled, plain, self._fill_pending_tokens = CompiledOps(), TORCH_OPS, fill_pending_tokens
         if self.mode != "eager":
             plain, self._fill_pending_tokens = compiled.compile_ops(plain), compiled(fill_pending_tokens)
         ops = select.select_ops(config.compile, self.device, plain)
+        ops = select.select_quantized_ops(ops, params, batch_invariant=config.compile.batch_invariant)
+        if config.compile.batch_invariant:
+            batch_invariant.verify_batch_invariance(params, ops)
         self.ops = select.select_cache_ops(ops, config.kv_cache.dtype, shard)
         self._sample_fn = select.select_sample_fn(config.compile, self.device, self.ops)
         self.fused_sampler = select.select_fused_sampler(config.compile, self.device)

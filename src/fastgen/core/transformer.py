@@ -80,7 +80,7 @@ def lm_head(h: Float[Tensor, "N D"], w: Float[Tensor, "V D"], out: Tensor | None
 
 
 def row_parallel(
-    linear: Callable[..., Tensor], x: Float[Tensor, "T N"], w: Float[Tensor, "D N"],
+    linear: Callable[..., Tensor], x: Any, w: Any,  # [T, N] and [D, N], tensors or quantized
     bias: Float[Tensor, " D"] | None = None, add_lora: AddLora | None = None,
 ) -> Float[Tensor, "T D"]:  # fmt: skip
     """Returns a row-parallel linear layer.

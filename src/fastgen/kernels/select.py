@@ -16,9 +16,12 @@ from fastgen.core.model_config import ModelConfig
 from fastgen.core.sampling import sample
 from fastgen.core.step import FusedSampler
 from fastgen.core.transformer import TORCH_OPS, ModelOps
+from fastgen.core.types import Params
 from fastgen.kernels import batch_invariant
 from fastgen.kernels.batch_invariant import ROW_BLOCK_SIZE, batch_invariant_ops, compose_ops, sample_row_blocks
 from fastgen.quantization import kv_cache
+from fastgen.quantization.fp8 import is_quantized
+from fastgen.quantization.ops import quantized_ops
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "triton")
 
@@ -79,6 +82,24 @@ def small_batch_ops() -> ModelOps:
     from fastgen.kernels.small_batch import add_norm, linear, swiglu
 
     return compose_ops(TORCH_OPS._replace(linear=linear, add_norm=add_norm, swiglu=swiglu))
+
+
+def select_quantized_ops(ops: ModelOps, params: Params, *, batch_invariant: bool) -> ModelOps:
+    """Returns `ops` for these parameters: as they are, or taking the weights that are quantized as well.
+
+    On a GPU the kernels compute bf16 and fp16 models. Up to `SMALL_BATCH` rows have a kernel whose bits differ from the
+    library's: with `batch_invariant` the library multiplies any number of rows.
+    """
+    device, dtype = params.embed.device, params.embed.dtype
+    if not is_quantized(params):
+        return ops
+    if device.type != "cuda" or dtype == torch.float32:
+        return quantized_ops(ops, params)
+    from fastgen.kernels import fp8_matmul
+
+    max_widened = 0 if batch_invariant else fp8_matmul.SMALL_BATCH
+    fused = (partial(f, max_widened=max_widened) for f in (fp8_matmul.add_norm_quantize, fp8_matmul.swiglu_quantize))
+    return quantized_ops(ops, params, fp8_matmul.QuantizedLinear(device, dtype, max_widened), *fused)
 
 
 def select_scoring_ops(device: torch.device, *, batch_invariant: bool) -> ModelOps:

@@ -5,6 +5,7 @@ summed in fp32, multiplied by both scales, and rounded once to the model's dtype
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,18 @@ E4M3_MAX = 448.0  # the largest finite value (arXiv 2209.05433)
 CHUNK_VALUES = 2**22  # quantized or dequantized at once, so that their fp32 copies stay small
 
 
-class QuantizedRows(NamedTuple):
-    """Rows of e4m3 values, and the fp32 number that each row is multiplied by: activations, a row for each token."""
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Activations: a row of e4m3 values for each token, and the fp32 number that it is multiplied by."""
 
-    data: Float[Tensor, "T D"]
+    data: Float[Tensor, "T D"]  # a kernel may store the values in another dtype and order
     scale: Float[Tensor, " T"]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, rows: slice) -> "QuantizedRows":
+        return QuantizedRows(self.data[rows], self.scale[rows])
 
 
 class QuantizedWeight(NamedTuple):
@@ -112,7 +120,7 @@ def row_chunks(shape: torch.Size) -> list[tuple[int, int]]:
 def quantize_rows(x: Float[Tensor, "*rows D"]) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows"]]:
     """Returns e4m3 values, rounded to nearest even, and fp32 scales: amax / 448 of each row, or 1 for zeros."""
     x = x.float()
-    scale = x.abs().amax(-1) / E4M3_MAX
+    scale = x.abs().amax(-1) * (1 / E4M3_MAX)  # GPUs divide by a constant so
     scale = torch.where(scale == 0, 1.0, scale)  # NaN stays, so that it is not hidden
     return (x / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 

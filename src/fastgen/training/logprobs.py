@@ -25,7 +25,7 @@ from fastgen.core.transformer import ModelOps, SublayerOutput, decoder_layer, lm
 from fastgen.core.types import Batch, KVCache, Layer, Params
 from fastgen.distributed.tensor_parallel import TPGroup, shard_ops
 from fastgen.kernels.batch_invariant import prefer_cublaslt
-from fastgen.kernels.select import select_cache_ops, select_scoring_ops
+from fastgen.kernels.select import select_cache_ops, select_quantized_ops, select_scoring_ops
 from fastgen.quantization.fp8 import is_quantized
 from fastgen.quantization.kv_cache import RowFormat, row_format
 from fastgen.text import Tokenizer
@@ -81,7 +81,9 @@ def score(
             "score: rounding keys and values to fp8 has no gradient; score under torch.no_grad(), or pass "
             'kv_cache_dtype="auto" for gradients of the model without quantization'
         )
-    ops = select_scoring_ops(device, batch_invariant=batch_invariant) if ops is None else ops
+    if ops is None:
+        ops = select_scoring_ops(device, batch_invariant=batch_invariant)
+        ops = select_quantized_ops(ops, params, batch_invariant=batch_invariant)
     if tp_group is not None:
         ops, model_config = shard_ops(ops, tp_group, model_config), shard_config(model_config, tp_group.shard.size)
     ops = select_cache_ops(ops, kv_cache_dtype, model_config)
