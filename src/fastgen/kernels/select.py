@@ -98,8 +98,10 @@ def select_quantized_ops(ops: ModelOps, params: Params, *, batch_invariant: bool
     from fastgen.kernels import fp8_matmul
 
     max_widened = 0 if batch_invariant else fp8_matmul.SMALL_BATCH
-    fused = (partial(f, max_widened=max_widened) for f in (fp8_matmul.add_norm_quantize, fp8_matmul.swiglu_quantize))
-    return quantized_ops(ops, params, fp8_matmul.QuantizedLinear(device, dtype, max_widened), *fused)
+    linear = fp8_matmul.QuantizedLinear(device, dtype, max_widened)
+    add_norm = partial(fp8_matmul.add_norm_quantize, max_widened=max_widened)
+    swiglu = partial(fp8_matmul.swiglu_quantize, max_widened=max_widened)
+    return quantized_ops(ops, params, linear, add_norm, swiglu)
 
 
 def select_scoring_ops(device: torch.device, *, batch_invariant: bool) -> ModelOps:
