@@ -137,7 +137,7 @@ class QuantizedLinear:
         """Returns the product by the library's GEMM, whose scales for each row and column want bf16 results."""
         scales = x.scale[:, None], w.scale[None, :]
         bias = None if bias is None else bias.bfloat16()
-        y = torch._scaled_mm(x.data, w.data.T, *scales, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        y = torch.ops.aten._scaled_mm(x.data, w.data.T, *scales, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
         return y.to(self.dtype) if out is None else out.copy_(y)
 
 
