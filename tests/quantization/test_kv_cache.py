@@ -1,18 +1,31 @@
 """KV caches in fp8: the rows, attention over them, and engines with everything that touches the cache."""
 
 import math
+import random
 from functools import partial
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from test_attention import BATCH_INVARIANT, formula, random_batch, shape
+from test_attention import (
+    BATCH_INVARIANT,
+    STEP_TYPES,
+    assert_close_but_for_padding,
+    formula,
+    random_batch,
+    random_shared_batch,
+    shape,
+)
+from torch import Tensor
 
 import fastgen
 from fastgen import SamplingParams, lora
 from fastgen.core import attention
 from fastgen.core.layers import rope_and_cache_kv, rope_cos_sin
+from fastgen.kernels import attention as kernels
+from fastgen.kernels.attention import paged_attention
+from fastgen.kernels.rope_cache import rope_and_cache_kv as rope_kernel
 from fastgen.quantization import kv_cache
 from fastgen.quantization.kv_cache import dequantize_kv, fp8_row_bytes, quantize_kv, row_format, scale_offset
 
@@ -41,7 +54,7 @@ def test_rows(heads: int, head: int, device: str) -> None:
     assert not rows[:, 0, first + 4 * heads :].any() and not rows[:, 0, heads * head : first].any()
     scales = rows[:, 0, first : first + 4 * heads].contiguous().view(torch.float32)
     amax = x.abs().amax(-1)
-    assert torch.equal(scales, torch.where(amax > 0, amax / 448, 1.0))
+    assert torch.equal(scales, torch.where(amax > 0, amax * (1 / 448), 1.0))
     error = (dequantize_kv(config, rows, torch.float32) - x).abs()
     # Half a unit in the last of three mantissa bits; below 2^-6, half of 2^-9, in units of the scale.
     assert (error <= torch.maximum(x.abs() * 2**-4, scales[..., None] * 2**-10) * (1 + 1e-6)).all()
@@ -189,3 +202,111 @@ def test_sleep() -> None:
         expected = tokens(e.generate(PROMPTS, GREEDY))
         assert e.sleep("cache") >= sum(x.nbytes for x in e.runner.cache.k) and e.wake_up()
         assert tokens(e.generate(PROMPTS, GREEDY)) == expected
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def quantized(config: fastgen.ModelConfig, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a cache's rows, and what they hold."""
+    rows = quantize_kv(x)
+    return rows, dequantize_kv(config, rows, x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "page", "ratio", "head", "window"),
+    [
+        ("prefill", 1, 3, 16, 6), ("mixed", 16, 4, 128, 20), ("long", 64, 5, 96, None), ("decode", 128, 8, 64, None),
+        ("continuation", 16, 3, 16, None), ("long", 64, 2, 64, None), ("decode", 1, 4, 128, 6),
+        ("mixed", 64, 7, 16, None),
+    ],
+)  # fmt: skip
+def test_kernels_match_the_formula(
+    kind: str, page: int, ratio: int, head: int, window: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill and decode over an fp8 cache are attention over its dequantized keys and values."""
+    spec = shape(2 * ratio, 2, head)
+    monkeypatch.setitem(STEP_TYPES, "long", lambda r: (r.randint(130, 200), r.randint(2, 9)))  # several tiles
+    batch, q, k, v, kv_by_seq = random_batch(ratio * page + head, kind, spec, page, device, sequences=2)
+    rounded = [tuple(quantized(spec, x)[1] for x in pair) for pair in kv_by_seq]
+    (k, _), (v, _) = quantized(spec, k), quantized(spec, v)
+    attend = paged_attention(batch, spec)
+    expected = formula(batch, q, rounded, window)
+    torch.testing.assert_close(attend(q, k, v, window).double(), expected, atol=1e-5, rtol=0)
+    if page in (16, 64):  # in half precision, queries and weights are rounded
+        half = attend(q.half(), k, v, window).double()
+        assert (half - expected).abs().max() < 4e-3 * max(float(x.abs().max()) for _, x in rounded)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kernel_of_shared_prefixes(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that share a prefix give what each sequence gives alone."""
+    r = random.Random(seed)
+    monkeypatch.setitem(kernels.SHARED_PREFIX_TILE, "MIN_TILES", (1, 8)[seed % 2])
+    ratio, kv_heads, head = ((1, 2, 64), (5, 1, 96))[seed]
+    page, spec = (1, 16)[seed], shape(ratio * kv_heads, kv_heads, head)
+    batch, q, k, v = random_shared_batch(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
+    alone, pad = batch._replace(shared_prefix=None), int((batch.req_idx == 0).sum())
+    (k, k_values), (v, v_values) = quantized(spec, k), quantized(spec, v)
+    window = (None, r.randint(2, 90))[seed % 2]
+    expected = attention.reference(alone, spec)(q, k_values, v_values, window)
+    assert_close_but_for_padding(paged_attention(batch, spec)(q, k, v, window), expected, pad)
+
+
+def test_batch_invariant_kernel(device: str) -> None:
+    spec = shape(6, 2, 64)
+    batch, q, k, v, kv_by_seq = random_batch(0, "mixed", spec, 16, device, sequences=3)
+    rounded = [tuple(quantized(spec, x)[1] for x in pair) for pair in kv_by_seq]
+    attend = paged_attention(batch, spec, batch_invariant=True)
+    actual = attend(q, quantize_kv(k), quantize_kv(v), None)
+    torch.testing.assert_close(actual.double(), formula(batch, q, rounded, None), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head"), [(4, 2, 64), (3, 1, 6), (28, 4, 16), (5, 5, 96)])
+def test_kernel_writes_the_bits_of_the_plain_op(
+    q_heads: int, kv_heads: int, head: int, dtype: torch.dtype, device: str
+) -> None:
+    tokens, config = 5, shape(q_heads, kv_heads, head)
+    qkv = (torch.randn(tokens, q_heads + 2 * kv_heads, head) * torch.logspace(-3, 2, tokens)[:, None, None]).to(dtype)
+    qkv[2], slot = 0, torch.tensor([3, 9, 1, 4, 7], device=device)
+    qkv[3, q_heads + kv_heads, 1], qkv[4, q_heads, 0] = -0.0, math.nan
+    cos_sin = rope_cos_sin(torch.arange(tokens, device=device) * 7, config)
+    plain, actual = ([torch.zeros(11, 1, fp8_row_bytes(kv_heads, head), dtype=torch.uint8) for _ in "kv"] for _ in "ab")
+    q = kv_cache.rope_and_cache_kv(qkv, *cos_sin, slot, *plain, num_kv_heads=kv_heads)
+    written = rope_kernel(qkv, *cos_sin, slot, *actual, num_kv_heads=kv_heads)
+    assert torch.equal(written[:4], q[:4])
+    finite = [i for i in range(11) if i != 7]
+    assert all(torch.equal(x[finite], y[finite]) for x, y in zip(actual, plain, strict=True))
+    assert dequantize_kv(config, actual[0][7:8], torch.float32)[0, 0].isnan().all()  # NaN is not hidden
+    with pytest.raises(ValueError, match="fp8 cache of rows of"):
+        rope_kernel(qkv, *cos_sin, slot, *actual, num_kv_heads=kv_heads + 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fused_rope_kernel(seed: int, device: str) -> None:
+    """Attention that applies RoPE writes the bits of the plain op, and reads the new key and value as they are
+    written."""
+    r, kv_heads, dtype = random.Random(seed), (1, 2)[seed % 2], (torch.float32, torch.float16)[seed // 2]
+    ratio, head = ((1, 64), (4, 128), (5, 96), (7, 16))[seed]
+    page, spec = (16, 1, 64, 16)[seed], shape(ratio * kv_heads, kv_heads, head)
+    lengths = [1, r.choice([64, 65, 128, 129]), r.randint(300, 700)]
+    needed = [-(-n // page) for n in lengths]
+    ids = r.sample(range(1, sum(needed) + 3), sum(needed))
+    plan = [fastgen.core.scheduler.Span(i, n - 1, n, True, tuple(ids.pop() for _ in range(count)))
+            for i, (n, count) in enumerate(zip(lengths, needed, strict=True))]  # fmt: skip
+    batch = fastgen.build_batch(tuple(plan), {i: [0] * n for i, n in enumerate(lengths)}, page, device, pad_to=4)
+    cos_sin = rope_cos_sin(batch.positions, spec)
+    k, v = (quantize_kv(torch.randn((sum(needed) + 3) * page, kv_heads, head).to(dtype)) for _ in "kv")
+    for window in (None, r.choice([1, 5, 100])):
+        qkv = torch.randn(4, (ratio + 2) * kv_heads, head).to(dtype)
+        qkv[:, -2 * kv_heads :] *= 1 + 9 * torch.rand(4, 2 * kv_heads, 1).to(dtype)
+        fused, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
+        out = paged_attention(batch, spec)(kernels.UnrotatedQKV(qkv, *cos_sin, batch.slot_mapping), *fused, window)
+        q = kv_cache.rope_and_cache_kv(qkv, *cos_sin, batch.slot_mapping, *plain, num_kv_heads=kv_heads)
+        expected = attention.reference(batch, spec, partial(dequantize_kv, spec))(q, *plain, window)
+        unit = 2e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out, expected, atol=unit, rtol=0)
+        for x, y in zip(fused, plain, strict=True):
+            # fused multiply-adds of RoPE round differently: a value at the middle of two may become the other
+            assert (x == y).float().mean() > 0.999

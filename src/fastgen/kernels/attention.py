@@ -10,6 +10,9 @@ are read once for all of them.
                           attention); `decode` merges its results
 
 Sequences of one token are decoded, longer ones prefilled; each kernel skips the other's sequences.
+
+ROW is the bytes of an fp8 cache's row (`quantization.kv_cache`), 0 for other caches. Caches are then pointers to pairs
+of values; scores are multiplied by the keys' scales, and weights by the values'.
 """
 
 # pyright: reportCallIssue=false
@@ -26,12 +29,15 @@ from fastgen.core.attention import AttentionFn
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.types import Batch
 from fastgen.kernels import pdl
+from fastgen.kernels.fp8 import WIDENED, max_abs, quantization_scale, to_e4m3, widen, widen_e4m3
 from fastgen.kernels.pdl import grid_dependency_sync
+from fastgen.quantization.kv_cache import SCALE_BYTES
 
 LOG2E = 1.4426950408889634
 # A masked key's score is below every real one. The running maximum starts finite, so that a row without visible keys
 # stays finite, and so far above MASKED_SCORE that a masked key's weight is 0.
 INITIAL_MAX, MASKED_SCORE = tl.constexpr(-1.0e20), tl.constexpr(-1.0e30)
+SCALE_SIZE = tl.constexpr(SCALE_BYTES)
 # Tiles of M query rows and N keys: the fastest of those measured on an H200, at 1k to 32k tokens. Two programs of
 # PREFILL_TILE fit a multiprocessor, so that one computes while the other starts, ends or takes exponentials.
 PREFILL_TILE = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
@@ -54,13 +60,74 @@ NO_SPECIALIZATION: dict[str, Any] = {
 
 @triton.jit
 @no_type_check  # pointers, numbers and constants, in Triton's own language
+def _as_dot_operand(q, ROW: tl.constexpr, EXACT: tl.constexpr):
+    """Returns queries in the dtype in which they are multiplied: fp16 with keys of an fp8 cache, unless EXACT."""
+    return q.to(tl.float16) if ROW and not EXACT else q
+
+
+@triton.jit
+@no_type_check
+def _scale_ptrs(cache, slots, kv_head, KV: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr):
+    """Returns pointers to the scales of a KV head in rows of an fp8 cache."""
+    first: tl.constexpr = (KV * H + SCALE_SIZE - 1) // SCALE_SIZE * SCALE_SIZE
+    ptrs = cache + slots * (ROW // 2) + (first + kv_head * SCALE_SIZE) // 2
+    return ptrs.to(tl.pointer_type(tl.float32), bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def _load_fp8_rows(
+    cache, slots, inside, kv_head, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr,
+    EXACT: tl.constexpr, FULL_TILE: tl.constexpr,
+):  # fmt: skip
+    """Loads a KV head's rows of an fp8 cache as [N, D], and their scales: 0 where not `inside`, unless FULL_TILE."""
+    pair = tl.arange(0, D // 2)
+    ptrs = cache + (slots * (ROW // 2) + kv_head * (H // 2))[:, None] + pair[None, :]
+    scale_ptrs = _scale_ptrs(cache, slots, kv_head, KV, H, ROW)
+    if FULL_TILE and D == H:
+        pairs, scale = tl.load(ptrs), tl.load(scale_ptrs)
+    else:
+        pairs = tl.load(ptrs, mask=inside[:, None] & (pair < H // 2)[None, :], other=0)
+        scale = tl.load(scale_ptrs, mask=inside, other=0.0)
+    x = widen(pairs)
+    return x.to(tl.float32) if EXACT else x, scale * WIDENED
+
+
+@triton.jit
+@no_type_check
+def _store_fp8_head(
+    cache, slot, x, mask, d, kv_head, KV: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr
+):  # fmt: skip
+    """Writes a head x of a token to its row of an fp8 cache; returns what the row holds, in fp32."""
+    x = x.to(tl.float32)
+    scale = quantization_scale(max_abs(x, 0))
+    values = to_e4m3(x, scale)
+    row = (cache + slot * (ROW // 2)).to(tl.pointer_type(tl.uint8), bitcast=True)
+    tl.store(row + kv_head * H + d, values, mask=mask)
+    tl.store(_scale_ptrs(cache, slot, kv_head, KV, H, ROW), scale)
+    return widen_e4m3(values).to(tl.float32) * (scale * WIDENED)
+
+
+@triton.jit
+@no_type_check
 def _load_kv_tile(
     k_cache, v_cache, page_table, tile_start, key_end, kv_head,
-    KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, FULL_TILE: tl.constexpr,
+    KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr,
+    EXACT: tl.constexpr, FULL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Loads keys and values [tile_start, tile_start + N) as [N, D], 0 from `key_end` on. FULL_TILE: none is beyond."""
+    """Loads keys and values [tile_start, tile_start + N) as [N, D], 0 from `key_end` on. FULL_TILE: none is beyond.
+
+    Also returns the scales [N] of the keys and values of an fp8 cache; None, if ROW is 0.
+    """
     n, d = tile_start + tl.arange(0, N), tl.arange(0, D)
-    if FULL_TILE and D == H:
+    k_scale, v_scale = None, None
+    if ROW:
+        inside = n < key_end
+        page = tl.load(page_table + n // PAGE) if FULL_TILE else tl.load(page_table + n // PAGE, mask=inside, other=0)
+        slots = page.to(tl.int64) * PAGE + n % PAGE
+        k, k_scale = _load_fp8_rows(k_cache, slots, inside, kv_head, KV, H, D, ROW, EXACT, FULL_TILE)
+        v, v_scale = _load_fp8_rows(v_cache, slots, inside, kv_head, KV, H, D, ROW, EXACT, FULL_TILE)
+    elif FULL_TILE and D == H:
         page = tl.load(page_table + n // PAGE)
         slots = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
         k = tl.load(k_cache + slots[:, None] + d[None, :])
@@ -71,14 +138,15 @@ def _load_kv_tile(
         inside = (n < key_end)[:, None] & (d < H)[None, :]
         k = tl.load(k_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
         v = tl.load(v_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
-    return k, v
+    return k, v, k_scale, v_scale
 
 
 @triton.jit
 @no_type_check
 def _online_softmax_step(
-    q, k, v, tile_start, key_end, query_pos, window, m, l, acc, scale,
-    N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, FULL_TILE: tl.constexpr,
+    q, k, v, k_scale, v_scale, tile_start, key_end, query_pos, window, m, l, acc, scale,
+    N: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    FULL_TILE: tl.constexpr,
 ):  # fmt: skip
     """Returns the running maximum m, sum l and output acc, updated by one tile of keys.
 
@@ -86,6 +154,8 @@ def _online_softmax_step(
     """
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     s = tl.dot(q, tl.trans(k), input_precision=precision)
+    if ROW:
+        s = s * k_scale[None, :]
     if MASKED:  # compares a constant, the position in the tile, with one number per row
         i = tl.arange(0, N)
         visible = i[None, :] <= (query_pos - tile_start)[:, None]
@@ -98,6 +168,8 @@ def _online_softmax_step(
     p = tl.exp2(s * scale - m_new[:, None])
     decay = tl.exp2(m - m_new)
     l = l * decay + tl.sum(p, 1)
+    if ROW:
+        p = p * v_scale[None, :]
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
     return m_new, l, acc
 
@@ -106,7 +178,7 @@ def _online_softmax_step(
 @no_type_check
 def _attend_key_range(
     q, k_cache, v_cache, k_tiles, v_tiles, table, key_start, key_end, query_pos, window, kv_head, m, l, acc, scale,
-    KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr,
+    KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, FULL_TILE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Attends the query rows at positions `query_pos` to keys [key_start, key_end), N at a time; returns m, l and acc.
@@ -119,11 +191,15 @@ def _attend_key_range(
             slot = tl.load(table + tile_start // PAGE).to(tl.int32) * PAGE + tile_start % PAGE
             k = k_tiles.load([slot, kv_head * H])
             v = v_tiles.load([slot, kv_head * H])
+            k_scale, v_scale = None, None
         else:
-            k, v = _load_kv_tile(k_cache, v_cache, table, tile_start, key_end, kv_head, KV, H, D, PAGE, N, FULL_TILE)
+            k, v, k_scale, v_scale = _load_kv_tile(
+                k_cache, v_cache, table, tile_start, key_end, kv_head, KV, H, D, PAGE, N, ROW, EXACT, FULL_TILE
+            )
         m, l, acc = _online_softmax_step(
-            q, k, v, tile_start, key_end, query_pos, window, m, l, acc, scale, N, WINDOW, EXACT, MASKED, FULL_TILE
-        )
+            q, k, v, k_scale, v_scale, tile_start, key_end, query_pos, window, m, l, acc, scale,
+            N, ROW, WINDOW, EXACT, MASKED, FULL_TILE,
+        )  # fmt: skip
     return m, l, acc
 
 
@@ -131,7 +207,7 @@ def _attend_key_range(
 @no_type_check
 def _prefill_kernel(
     q, k_cache, v_cache, k_tiles, v_tiles, out, query_blocks, page_table, page_table_stride, window, scale,
-    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Handles one query block (a row of `_build_query_blocks`) and KV head: M rows, token i / G and head i % G."""
@@ -146,7 +222,7 @@ def _prefill_kernel(
         t = i // G
         offset = ((first_token + t).to(tl.int64) * Q + kv_head * G + i % G) * H
         mask = (t < num_tokens)[:, None] & (d < H)[None, :]
-        x = tl.load(q + offset[:, None] + d[None, :], mask=mask, other=0.0)
+        x = _as_dot_operand(tl.load(q + offset[:, None] + d[None, :], mask=mask, other=0.0), ROW, EXACT)
         query_pos = first_pos + t
         key_end = first_pos + num_tokens
         key_start = first_pos * 0
@@ -158,17 +234,18 @@ def _prefill_kernel(
             unmasked_end = (first_pos + 1) // N * N
             m, l, acc = _attend_key_range(
                 x, k_cache, v_cache, k_tiles, v_tiles, table, key_start, unmasked_end, query_pos, window,
-                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=False, FULL_TILE=True, TMA=TMA,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, ROW, WINDOW, EXACT, MASKED=False, FULL_TILE=True, TMA=TMA,
             )  # fmt: skip
             key_start = unmasked_end
         m, l, acc = _attend_key_range(
             x, k_cache, v_cache, k_tiles, v_tiles, table, key_start, full_end, query_pos, window,
-            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=True, TMA=TMA,
+            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, ROW, WINDOW, EXACT, MASKED=True, FULL_TILE=True, TMA=TMA,
         )  # fmt: skip
         if full_end < key_end:  # slots after the last key of the last tile may hold anything, and are not read
             m, l, acc = _attend_key_range(
                 x, k_cache, v_cache, k_tiles, v_tiles, table, full_end, key_end, query_pos, window,
-                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, ROW,
+                WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
             )  # fmt: skip
         mean = acc * (1 / tl.where(l > 0, l, 1.0))[:, None]  # rows beyond the last token may have seen no key
         tl.store(out + offset[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=mask)
@@ -186,7 +263,7 @@ def _keys_per_split(num_keys, N: tl.constexpr, num_splits, min_tiles):
 def _decode_shared_prefix_kernel(
     q, k_cache, v_cache, split_out, split_stats, member, prefix_len, start, length, req_idx, page_table,
     page_table_stride, window, num_splits, scale,
-    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr,
     GROUP_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MIN_TILES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +286,9 @@ def _decode_shared_prefix_kernel(
         head = kv_head * G + i % G
         token = tl.load(start + r, mask=valid, other=0).to(tl.int64)
         mask = valid[:, None] & (d < H)[None, :]
-        x = tl.load(q + ((token * Q + head) * H)[:, None] + d[None, :], mask=mask, other=0.0)
+        x = _as_dot_operand(
+            tl.load(q + ((token * Q + head) * H)[:, None] + d[None, :], mask=mask, other=0.0), ROW, EXACT
+        )
         query_pos = tl.load(length + r, mask=valid, other=0).to(tl.int32) - 1
         m, l, acc = tl.full([M], INITIAL_MAX, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
         key_end = tl.minimum(split_start + split_size, num_keys)
@@ -218,7 +297,8 @@ def _decode_shared_prefix_kernel(
             key_start = tl.maximum(split_start, (tl.min(tl.where(valid, query_pos, 2**30), 0) - window + 1) // N * N)
         m, l, acc = _attend_key_range(
             x, k_cache, v_cache, None, None, table, key_start, key_end, query_pos, window,
-            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
+            kv_head, m, l, acc, scale, KV, H, D, PAGE, N, ROW,
+            WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
         )  # fmt: skip
         offset = (r.to(tl.int64) * Q + head) * num_splits + split
         tl.store(split_out + offset[:, None] * H + d[None, :], acc, mask=mask)
@@ -273,8 +353,8 @@ def _load_rotated(x, mask, d, c, s, H: tl.constexpr):
 def _decode_kernel(
     q, k_cache, v_cache, out, split_out, split_stats, num_splits_done, prefix_len, prefix_out, prefix_stats, cos, sin,
     slot, start, length, req_idx, page_table, page_table_stride, window, num_splits, num_prefix_splits, scale,
-    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, SINGLE_SPLIT: tl.constexpr, FUSED_ROPE: tl.constexpr, SHARED_PREFIX: tl.constexpr,
+    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SINGLE_SPLIT: tl.constexpr, FUSED_ROPE: tl.constexpr, SHARED_PREFIX: tl.constexpr,
     MIN_TILES: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attends a sequence's only token to one split of its keys, for one KV head; the last split to finish merges all.
@@ -304,8 +384,8 @@ def _decode_kernel(
                 has_new_key = key_end == seq_len
                 key_end -= has_new_key.to(tl.int32)
                 # Older keys were written in steps before: they are loaded while the previous kernel still runs.
-                k, v = _load_kv_tile(
-                    k_cache, v_cache, table, key_start, key_end, kv_head, KV, H, D, PAGE, N, FULL_TILE=False
+                k, v, k_scale, v_scale = _load_kv_tile(
+                    k_cache, v_cache, table, key_start, key_end, kv_head, KV, H, D, PAGE, N, ROW, EXACT, FULL_TILE=False
                 )
                 grid_dependency_sync(PDL)
                 half: tl.constexpr = H // 2
@@ -313,23 +393,30 @@ def _decode_kernel(
                 c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
                 heads = q + token.to(tl.int64) * ((Q + 2 * KV) * H)
                 x = _load_rotated(heads + (head * H)[:, None], mask, d[None, :], c[None, :], s[None, :], H)
+                x = _as_dot_operand(x, ROW, EXACT)
                 new_k = _load_rotated(heads + (Q + kv_head) * H, inside, d, c, s, H)
                 new_v = tl.load(heads + (Q + KV + kv_head) * H + d, mask=inside, other=0.0)
                 if has_new_key:
-                    target = (tl.load(slot + token).to(tl.int64) * KV + kv_head) * H + d
-                    tl.store(k_cache + target, new_k, mask=inside)
-                    tl.store(v_cache + target, new_v, mask=inside)
-                    m = tl.sum(x.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+                    new_slot = tl.load(slot + token).to(tl.int64)
+                    if ROW:  # attention reads what the cache holds
+                        held_k = _store_fp8_head(k_cache, new_slot, new_k, inside, d, kv_head, KV, H, ROW)
+                        held_v = _store_fp8_head(v_cache, new_slot, new_v, inside, d, kv_head, KV, H, ROW)
+                    else:
+                        held_k, held_v = new_k, new_v
+                        target = (new_slot * KV + kv_head) * H + d
+                        tl.store(k_cache + target, new_k, mask=inside)
+                        tl.store(v_cache + target, new_v, mask=inside)
+                    m = tl.sum(x.to(tl.float32) * held_k.to(tl.float32)[None, :], 1) * scale
                     l += 1.0
-                    acc += new_v.to(tl.float32)[None, :]
+                    acc += held_v.to(tl.float32)[None, :]
                 m, l, acc = _online_softmax_step(
-                    x, k, v, key_start, key_end, query_pos, window, m, l, acc, scale, N, WINDOW, EXACT,
-                    MASKED=True, FULL_TILE=False,
+                    x, k, v, k_scale, v_scale, key_start, key_end, query_pos, window, m, l, acc, scale,
+                    N, ROW, WINDOW, EXACT, MASKED=True, FULL_TILE=False,
                 )  # fmt: skip
                 key_start += N
             else:
                 grid_dependency_sync(PDL)
-                x = tl.load(q + offset[:, None] + d[None, :], mask=mask, other=0.0)
+                x = _as_dot_operand(tl.load(q + offset[:, None] + d[None, :], mask=mask, other=0.0), ROW, EXACT)
             if SHARED_PREFIX:
                 is_first = split == 0
                 prefix_split_size = _keys_per_split(prefix, N, num_prefix_splits, MIN_TILES)
@@ -338,7 +425,8 @@ def _decode_kernel(
                 m, l, acc = _merge_splits(m, l, acc, prefix_out, prefix_stats, first, prefix_splits, valid, H, D)
             m, l, acc = _attend_key_range(
                 x, k_cache, v_cache, None, None, table, key_start, key_end, query_pos, window,
-                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
+                kv_head, m, l, acc, scale, KV, H, D, PAGE, N, ROW,
+                WINDOW, EXACT, MASKED=True, FULL_TILE=False, TMA=False,
             )  # fmt: skip
             if SINGLE_SPLIT:
                 tl.store(out + offset[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=mask)
@@ -443,14 +531,17 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
         unrotated, q = (q, q.qkv) if isinstance(q, UnrotatedQKV) else (None, q)
         assert unrotated is None or (decode and not batch_invariant and shared is None), "for steps that only decode"
         q, exact = q.contiguous(), q.dtype == torch.float32
+        row_bytes = k_cache.shape[2] if k_cache.dtype == torch.uint8 else 0
+        if row_bytes:
+            k_cache, v_cache = k_cache.view(torch.uint16), v_cache.view(torch.uint16)
         out = q.new_empty(tokens, num_q_heads, head_dim)
         sizes = {
             "Q": num_q_heads, "KV": num_kv_heads, "H": head_dim, "D": max(16, triton.next_power_of_2(head_dim)),
-            "PAGE": page, "WINDOW": window is not None, "EXACT": exact,
+            "PAGE": page, "ROW": row_bytes, "WINDOW": window is not None, "EXACT": exact,
         }  # fmt: skip
         scale, pages = head_dim**-0.5 * LOG2E, (batch.page_table, table_width, window or 0)
         if batch_invariant or not decode:
-            tile_in_page = USE_TMA and sizes["D"] == head_dim and page % PREFILL_TILE["N"] == 0
+            tile_in_page = USE_TMA and not row_bytes and sizes["D"] == head_dim and page % PREFILL_TILE["N"] == 0
             many_keys = tokens >= 2048 * rows and page % LONG_PREFILL_TILE["N"] == 0
             tile = PREFILL_TILE
             if exact or not large_shared_memory:

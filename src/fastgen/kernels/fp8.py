@@ -57,10 +57,32 @@ def widen_high(pair):
 
 @triton.jit
 @no_type_check
+def widen(pairs):
+    """Returns [..., 2 * n] fp16 of uint16 pairs [..., n], in order: each e4m3 value, divided by `WIDENED`."""
+    return tl.interleave(widen_low(pairs), widen_high(pairs))
+
+
+@triton.jit
+@no_type_check
+def widen_e4m3(x):
+    """Returns uint8 e4m3 values as fp16, divided by `WIDENED`."""
+    bits = x.to(tl.uint16)
+    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def max_abs(x, axis: tl.constexpr):
+    """Returns the largest magnitude of fp32 values along an axis; NaN if one is NaN, unlike a maximum of floats."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
 def quantization_scale(amax):
     """Returns the scale of values whose largest magnitude is `amax`: amax / 448, or 1 for zeros."""
     scale = amax * (1 / E4M3_MAX)
-    return tl.where(scale > 0, scale, 1.0)
+    return tl.where(scale == 0, 1.0, scale)
 
 
 @triton.jit
@@ -74,6 +96,6 @@ def to_e4m3(x, scale):
         # Below the smallest normal value all steps are 2**-9, as those of fp32 are above 2**14.
         subnormal = (tl.abs(scaled) + 2.0**14).to(tl.uint32, bitcast=True) & 0xFF
         code = tl.minimum(tl.where(tl.abs(scaled) < 2.0**-6, subnormal, normal), 0x7E)
-        return (code | tl.where(scaled < 0, 0x80, 0).to(tl.uint32)).to(tl.uint8)
+        return (code | ((scaled.to(tl.uint32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
     else:
         return scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
