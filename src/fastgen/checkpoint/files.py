@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from fastgen.checkpoint.model_families import from_hf_config, parse_eos_token_ids
+from fastgen.checkpoint.quantization_config import Fp8Format, parse_quantization_config
 from fastgen.core.model_config import ModelConfig
 
 MAX_JSON_BYTES = 2**28  # larger than any tokenizer.json
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # integers and float8 would be read without their scales
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # integers and float8 need scales
+MODELOPT_CONFIG_FILE = "hf_quant_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 UNSUPPORTED_FORMATS = ("pytorch_model*.bin*", "*.pth", "*.pt", "tf_model.h5", "flax_model.msgpack", "*.gguf")
 
@@ -39,6 +41,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_hf_config(path: Path) -> dict[str, Any]:
     """Returns the Hugging Face config of a resolved model, with the end tokens of generation_config.json added.
 
+    A `quantization_config` may also be in hf_quant_config.json, where modelopt writes it.
     Raises ValueError, naming the file, for one that is missing or damaged.
     """
     if path.suffix == ".gguf":
@@ -54,6 +57,9 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         eos = parse_eos_token_ids(config.get("eos_token_id"), str(file))
         eos += parse_eos_token_ids(read_json(generation).get("eos_token_id"), str(generation))
         config["eos_token_id"] = list(dict.fromkeys(eos))
+    modelopt = file.parent / MODELOPT_CONFIG_FILE
+    if not config.get("quantization_config") and modelopt.is_file():
+        config["quantization_config"] = read_json(modelopt)
     return config
 
 
@@ -88,17 +94,28 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: cannot be read: {e.strerror or e}") from e
 
 
+class TensorInfo(NamedTuple):
+    """Dtype, as safetensors spells it, and shape of a tensor in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
+    """Returns dtypes and shapes of the tensors in a safetensors file."""
+    with open_safetensors(file) as f:
+        slices = {name: f.get_slice(name) for name in f.keys()}
+        return {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+
+
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the tensors in a safetensors file. Raises ValueError for dtypes that are not float."""
-    shapes = {}
-    with open_safetensors(file) as f:
-        for name in f.keys():
-            tensor = f.get_slice(name)
-            if (dtype := tensor.get_dtype()) not in FLOAT_DTYPES:
-                supported = f"read are {', '.join(FLOAT_DTYPES)}, no quantized models"
-                raise ValueError(f"{file}: {name} has dtype {dtype}: {supported}")
-            shapes[name] = tuple(tensor.get_shape())
-    return shapes
+    infos = read_tensor_infos(file)
+    for name, (dtype, _) in infos.items():
+        if dtype not in FLOAT_DTYPES:
+            quantized = "quantized models need a config.json with the quantization_config of a supported format"
+            raise ValueError(f"{file}: {name} has dtype {dtype}: read are {', '.join(FLOAT_DTYPES)}; {quantized}")
+    return {name: info.shape for name, info in infos.items()}
 
 
 def first_names(names: Sequence[str]) -> str:
@@ -112,6 +129,11 @@ class Checkpoint:
 
     shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, Path]
+
+    @property
+    def quantized_names(self) -> frozenset[str]:
+        """Names of tensors that are stored in fp8, with scales."""
+        return frozenset()
 
     @property
     def num_bytes(self) -> int:
@@ -141,17 +163,34 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Checkpoint]:
         return gguf.read(path)
     hf_config = read_hf_config(path)
     files, unique = _find_weight_files(path, hf_config)
+    fp8_format = _parse_format(path, hf_config)
     shapes: dict[str, tuple[int, ...]] = {}
+    infos: dict[str, TensorInfo] = {}
     file_of: dict[str, Path] = {}
     for file in files:
-        new = read_shapes(file)
+        if fp8_format is None:
+            new: Any = read_shapes(file)
+        else:
+            infos |= (new := read_tensor_infos(file))
         if unique and (duplicates := new.keys() & shapes.keys()):
             problem = f"{file_of[name := min(duplicates)].name} and {file.name} both hold {name}"
             advice = f"there is no {INDEX_FILE} to say which is the checkpoint: remove one, or name the file"
             raise ValueError(f"{file.parent}: {problem}, and {advice}")
         shapes |= new
         file_of |= dict.fromkeys(new, file)
+    if fp8_format is not None:
+        from fastgen.checkpoint import quantized  # which imports this module
+
+        return hf_config, quantized.read(infos, file_of, fp8_format)
     return hf_config, Checkpoint(shapes, file_of)
+
+
+def _parse_format(path: Path, hf_config: Mapping[str, Any]) -> Fp8Format | None:
+    """Returns the format of quantized weights. Raises ValueError, naming the file."""
+    try:
+        return parse_quantization_config(hf_config)
+    except ValueError as e:
+        raise ValueError(str(e).replace("config.json", str(_config_file(path)), 1)) from e
 
 
 def _find_weight_files(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], bool]:

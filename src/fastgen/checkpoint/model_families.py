@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from reprlib import repr
 from typing import Any, NamedTuple
 
+from fastgen.checkpoint.quantization_config import parse_quantization_config
 from fastgen.core.model_config import ModelConfig, RopeConfig
 
 Json = Mapping[str, Any]
@@ -113,8 +114,7 @@ def from_hf_config(config: Json) -> ModelConfig:
     name = architectures[0] if isinstance(architectures, list | tuple) else architectures
     architecture = _check_supported("architecture", name, tuple(FAMILIES))
     _check_supported("hidden_act", config.get("hidden_act", "silu"), ("silu",))
-    if quant := _read_mapping(config, "quantization_config"):
-        _check_supported("quantization", quant.get("quant_method", "unknown"), ("none (full-precision checkpoints)",))
+    parse_quantization_config(config)  # raises ValueError
     if _read_bool(config, "mlp_bias"):
         raise ValueError("config.json: mlp_bias is not supported")
     required = [*FIELDS][:5]

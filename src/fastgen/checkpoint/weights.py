@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from fastgen.checkpoint.files import Checkpoint, first_names, open_safetensors, read_checkpoint, read_model_config
 from fastgen.checkpoint.hub import resolve
 from fastgen.checkpoint.model_families import to_hf_config
+from fastgen.checkpoint.quantization_config import to_compressed_tensors
+from fastgen.checkpoint.quantized import SCALE_SUFFIXES
 from fastgen.config import check_choice
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
 from fastgen.core.types import Layer, Params
@@ -494,6 +496,8 @@ def _untie_if_heads_differ(model_config: ModelConfig, checkpoint: Checkpoint) ->
     """Returns the config, untied as in transformers if the checkpoint's head differs from the embedding."""
     files = checkpoint.files
     if model_config.tie_word_embeddings and {EMBED_NAME, LM_HEAD_NAME} <= files.keys():
+        if checkpoint.quantized_names & {EMBED_NAME, LM_HEAD_NAME}:
+            return replace(model_config, tie_word_embeddings=False)
         with open_safetensors(files[EMBED_NAME]) as f, open_safetensors(files[LM_HEAD_NAME]) as g:
             if not _equal(f.get_slice(EMBED_NAME), g.get_slice(LM_HEAD_NAME)):
                 return replace(model_config, tie_word_embeddings=False)
@@ -524,7 +528,9 @@ def load(
     `allocate` returns memory of that many bytes for the parameters.
 
     `quantization` "fp8" quantizes the matmuls of the layers one by one on the device, which needs memory for the
-    quantized model and one weight.
+    quantized model and one weight. Weights that the checkpoint has in fp8 (see `checkpoint.quantization_config`) are
+    taken as they are, except for embedding and head, and those that it does not have in fp8 stay as they are: "auto"
+    is "fp8" for such a checkpoint, and "none" dequantizes it.
 
     Raises ValueError for damaged, missing, unexpected or mis-shaped tensors, before memory is allocated; with
     `check_finite`, also for values that are NaN or infinite, or too large for the dtype.
@@ -536,7 +542,11 @@ def load(
         model_config = _untie_if_heads_differ(read_model_config(path, hf_config), checkpoint)
         _check_shapes(checkpoint.shapes, model_config, str(path))
         param_dtype = dtype or getattr(torch, model_config.dtype)
-        specs = weight_specs(model_config, tp_shard, "none" if quantization == "auto" else quantization)
+        is_fp8 = bool(checkpoint.quantized_names)
+        if quantization == "auto":
+            quantization = "fp8" if is_fp8 else "none"
+        unquantized = checkpoint.shapes.keys() - checkpoint.quantized_names if is_fp8 else ()
+        specs = weight_specs(model_config, tp_shard, quantization, unquantized)
         memory = None if allocate is None else allocate(_num_bytes(specs, param_dtype))
         params = _allocate(specs, param_dtype, device, memory)
         tensors = _read_with_progress(checkpoint, tp_shard, bar)
@@ -551,16 +561,27 @@ def load(
 def save(folder: str | Path, model_config: ModelConfig, params: Params, *, shard_bytes: int = 5 * 10**9) -> None:
     """Writes config.json and sharded safetensors in the Hugging Face layout, replacing an older checkpoint in `folder`.
 
-    The tokenizer is not written.
+    fp8 weights are written in the format of compressed-tensors (float-quantized, a scale per channel), which
+    transformers and vLLM read; `load` reads the same bits. The tokenizer is not written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(params.embed.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(to_hf_config(model_config) | {"torch_dtype": dtype}, indent=2))
+    config = to_hf_config(model_config) | {"torch_dtype": dtype}
+    tensors, unquantized_modules = dict[str, Tensor](), ["lm_head"]
+    for name, weight in named_weights(params, model_config):
+        if isinstance(weight, QuantizedWeight):
+            tensors |= {name: weight.data, name + SCALE_SUFFIXES[0]: weight.scale[:, None]}
+        else:
+            tensors[name] = weight
+            if name.endswith("_proj.weight"):
+                unquantized_modules.append(name.removesuffix(".weight"))
+    if is_quantized(params):
+        config["quantization_config"] = to_compressed_tensors(unquantized_modules)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     index_file = folder / "model.safetensors.index.json"
     for old in (*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors", index_file):
         old.unlink(missing_ok=True)
-    tensors = dict(named_weights(params, model_config))
     shards = huggingface_hub.split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda t: t.nbytes, filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
