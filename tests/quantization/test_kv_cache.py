@@ -138,12 +138,12 @@ def test_memory() -> None:
     assert pages[1] == pytest.approx(pages[0] * 256 / 144, abs=1)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_engine(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "page"), [("sdpa", 1), ("reference", 64)])
+def test_engine(backend: str, page: int) -> None:
     """An engine with an fp8 cache is the forward with its ops; a cached prefix gives what a computed prompt gives."""
-    with engine(attention=backend, page_size=1) as e:
+    with engine(attention=backend, page_size=page) as e:
         first, again = (e.generate(PROMPTS, GREEDY) for _ in range(2))
-        assert tokens(first) == tokens(again) and e.cache_stats.num_hit_tokens
+        assert tokens(first) == tokens(again) and (e.cache_stats.num_hit_tokens or page == 64)
         exact = fastgen.score(PARAMS, SPEC, [[*PROMPTS[0], *tokens(first)[0]]], first=10)[0]
         got = torch.tensor(first[0].completions[0].logprobs)
         assert 1e-4 < (got - exact).abs().max() < 1
@@ -176,6 +176,23 @@ def test_sampler_and_scorer() -> None:
         assert len(fastgen.score(trained, SPEC, sequences, kv_cache_dtype="fp8")) == len(sequences)
     with pytest.raises(ValueError, match="kv_cache_dtype must be one of|unknown kv_cache_dtype"):
         fastgen.score(PARAMS, SPEC, sequences, kv_cache_dtype="int8")
+
+
+def test_engine_of_kernels() -> None:
+    """Triton attention generates the tokens of the plain twin, from what the plain op writes."""
+    sampling = SamplingParams(temperature=0, max_tokens=3)
+    with engine() as plain, engine(attention="triton", shared_prefix_attention=False) as kernels:
+        assert tokens(kernels.generate(PROMPTS[:2], sampling)) == tokens(plain.generate(PROMPTS[:2], sampling))
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_with_quantized_weights(batch_invariant: bool) -> None:
+    """Weights and cache may both be fp8; `score` has both."""
+    with engine(quantization="fp8", batch_invariant=batch_invariant) as e:
+        outputs = e.generate(PROMPTS, GREEDY)
+        sequences = [[*o.prompt_token_ids, *o.completions[0].token_ids] for o in outputs]
+        scores = e.score(sequences, first=[len(o.prompt_token_ids) for o in outputs])
+    assert fastgen.logprob_mismatch(outputs, scores).max_abs_diff <= (0 if batch_invariant else 1e-4)
 
 
 def test_adapters() -> None:
