@@ -465,7 +465,7 @@ class Engine(GenerateMethods):
         return self.runner.params if self.shadow is None else self.shadow.source
 
     def _write_params(
-        self, source: Params | Iterable[tuple[str, Tensor]], partial: bool, recompute: bool, check_finite: bool
+        self, source: Params | Iterable[tuple[str, Any]], partial: bool, recompute: bool, check_finite: bool
     ) -> None:
         core = self.core
         core.finish_step()
@@ -748,7 +748,7 @@ class Engine(GenerateMethods):
         self.ranks.close()
 
 
-def _as_value_errors(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _as_value_errors(named_tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Yields a caller's pairs. Raises ValueError if their source fails: this ends no rank."""
     try:
         yield from named_tensors

@@ -213,7 +213,7 @@ def _unflatten(flat: Tensor, shape: tuple[int, ...], weight_format: str) -> Any:
 def broadcast_weights(
     tensors: NamedTensors, group: Any = None, src: int = 0, *, device: torch.device | None = None,
     bucket_bytes: int = BUCKET_BYTES,
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
     """Broadcasts pairs as `send` does, and yields those of each bucket after it is sent, for an engine on this rank.
     The tensors are sent from `device`, and yielded there; None keeps their device."""
     pairs = ((name, _full_tensor(t)) for name, t in tensors)
