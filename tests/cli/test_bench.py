@@ -120,6 +120,10 @@ def test_operation_costs_by_hand() -> None:
         "pointwise": (0, 4 * 5 * (2 * 8 + 2 * 8 + 2 * (2 * 4 * 8 + 2 * 16 + 3 * 16))),
     }
     assert operation_costs(from_hf_config(TINY), StepWork(5))["head"] == (0, 0)
+    work = StepWork(5, num_decode_keys=7, num_prefill_keys=3)
+    quantized = operation_costs(from_hf_config(TINY), work, 4, cache_bytes_per_element=1.5)
+    assert quantized["decode attention"][1] == 1.5 * 7 * kv and quantized["prefill attention"][1] == 1.5 * 3 * kv
+    assert quantized["linear"] == costs["linear"]
 
 
 def test_limit_by_hand() -> None:
@@ -145,6 +149,10 @@ def test_limit_by_hand() -> None:
     small = slow._replace(memory_bytes=(matrices + 160 + kv * 12) / 0.9)  # 12 tokens fit, so 144 reads take 12 steps
     traffic = 12 * (matrices + 80) + kv * (decode + 6 * 9)
     assert min_seconds(config, 2, 6, 4, 3, machine=small, bytes_per_element=1) == pytest.approx(traffic)
+    sizes = {"bytes_per_element": 2, "cache_bytes_per_element": 1.5}
+    less = slow._replace(memory_bytes=(2 * (matrices + 160) + 1.5 * kv * 12) / 0.9)
+    traffic = 12 * 2 * (matrices + 80) + 1.5 * kv * (decode + 6 * 9)
+    assert min_seconds(config, 2, 6, 4, 3, machine=less, **sizes) == pytest.approx(traffic)
     with pytest.raises(ValueError, match="9 tokens do not fit the memory of two: room for 0"):
         min_seconds(config, 2, 6, 4, machine=slow._replace(memory_bytes=1))
 

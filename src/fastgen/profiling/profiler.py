@@ -41,9 +41,11 @@ class Profiler(extensions.Profiler):
     _writer: threading.Thread | None = None  # writes the last background window
 
     def __init__(
-        self, model_config: ModelConfig, dtype: torch.dtype, device: torch.device, get_memory_usage: MemoryUsage
-    ) -> None:
+        self, model_config: ModelConfig, dtype: torch.dtype, device: torch.device, get_memory_usage: MemoryUsage,
+        cache_bytes_per_element: float | None = None,
+    ) -> None:  # fmt: skip
         self.model_config, self.dtype, self.device = model_config, dtype, device
+        self.cache_bytes_per_element = cache_bytes_per_element  # None: that of `dtype`
         self.get_memory_usage = get_memory_usage
 
     def range(self, name: str) -> AbstractContextManager[Any]:
@@ -239,7 +241,10 @@ class ProfileWindow:
             cause = "CUPTI is missing, or another profiler uses it"
             _log_to_stderr(f"no GPU kernel was recorded ({cause}): times are the host's")
         device_name = torch.cuda.get_device_name(profiler.device) if cuda else str(profiler.device)
-        self._summary = summarize(events, self._plans, model_config, itemsize, ceilings, self._memory, device_name)
+        self._summary = summarize(
+            events, self._plans, model_config, itemsize, ceilings, self._memory, device_name,
+            profiler.cache_bytes_per_element,
+        )  # fmt: skip
         self._torch_profiler = None
         return self._summary
 

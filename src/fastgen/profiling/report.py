@@ -319,8 +319,10 @@ def summarize(
     ceilings: tuple[float, float] | None = None,
     memory: dict[str, int] | None = None,
     device: str = "cpu",
+    cache_bytes_per_element: float | None = None,
 ) -> ProfileSummary:
-    """Summarizes a trace's events; step i computed plans[i], with elements of `bytes_per_element` bytes.
+    """Summarizes a trace's events; step i computed plans[i], with elements of `bytes_per_element` bytes; those of the
+    KV cache have `cache_bytes_per_element` unless that is None.
 
     `ceilings` are the device's FLOP/s and bytes/s.
     """
@@ -331,7 +333,8 @@ def summarize(
     counts = Counter(k.category for k in kernels)
     for k in kernels:
         spent[k.category] += k.end - k.start
-    costs = [operation_costs(model_config, compute_step_work(plan), bytes_per_element) for plan in plans]
+    sizes = bytes_per_element, cache_bytes_per_element
+    costs = [operation_costs(model_config, compute_step_work(plan), *sizes) for plan in plans]
     categories = {}
     for name, us in sorted(spent.items(), key=lambda item: -item[1]):
         rates: tuple[float, ...] = ()

@@ -44,9 +44,10 @@ def _count_elements(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def operation_costs(
-    model_config: ModelConfig, work: StepWork, bytes_per_element: int = 2
+    model_config: ModelConfig, work: StepWork, bytes_per_element: int = 2, cache_bytes_per_element: float | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Returns (FLOPs, bytes moved) of a step by operation. All weights, activations and cache elements have one size.
+    """Returns (FLOPs, bytes moved) of a step by operation. All weights and activations have one size, and elements of
+    the KV cache too unless `cache_bytes_per_element` is given.
 
     Matrices and cache are read once. Inputs and outputs of matmuls and attention count in "pointwise", where they are
     produced or consumed: one kernel each for the embedding, residual add + norm, RoPE + cache write, and SwiGLU, with
@@ -65,7 +66,9 @@ def operation_costs(
         "decode attention": (flops_per_pair * work.num_decode_keys, kv * work.num_decode_keys),
         "pointwise": (0, pointwise * work.num_tokens),
     }
-    return {name: (flops, moved * bytes_per_element) for name, (flops, moved) in elements.items()}
+    cache_size = bytes_per_element if cache_bytes_per_element is None else cache_bytes_per_element
+    size = {"prefill attention": cache_size, "decode attention": cache_size}
+    return {name: (flops, moved * size.get(name, bytes_per_element)) for name, (flops, moved) in elements.items()}
 
 
 def count_attended_keys(model_config: ModelConfig, first_position: int, last_position: int) -> float:
@@ -89,6 +92,7 @@ def min_seconds(
     *,
     machine: Machine,
     bytes_per_element: int = 2,
+    cache_bytes_per_element: float | None = None,
     prefix_shared: bool = False,
     num_shared_tokens: int = 0,
 ) -> float:
@@ -103,6 +107,8 @@ def min_seconds(
     The second term is a machine at its power limit: of an H200's 700 W about 120 are static, matmuls alone use the
     rest, and memory-bound decoding at full bandwidth takes 180 of the 580 (arXiv 2605.11999). Its rates were measured
     over seconds: 670 TFLOP/s in bf16 matmuls of random data, and 4.28 TB/s in copies.
+
+    `cache_bytes_per_element` is `bytes_per_element` unless the KV cache is quantized.
 
     With `prefix_shared`, common tokens are computed, stored and read once: a prompt by its completions, and the first
     `num_shared_tokens` tokens by all requests. Raises ValueError if a sequence does not fit the memory.
@@ -122,12 +128,13 @@ def min_seconds(
         keys_read, num_prefill, prefill_pairs = decode_keys, n * prompt, n * attended(1, prompt)
     num_tokens = num_prefill + n * (num_output_tokens - 1)
     weight_bytes = (linear + (head if model_config.tie_word_embeddings else 2 * head)) * bytes_per_element
-    max_tokens = (0.9 * machine.memory_bytes - weight_bytes) / (kv * bytes_per_element)
+    cache_size = bytes_per_element if cache_bytes_per_element is None else cache_bytes_per_element
+    max_tokens = (0.9 * machine.memory_bytes - weight_bytes) / (kv * cache_size)
     if max_tokens < last:
         raise ValueError(f"{last} tokens do not fit the memory of {machine.name}: room for {max(max_tokens, 0):.0f}")
     work = StepWork(num_tokens, n * num_output_tokens, prefill_pairs, decode_keys)
     flops = sum(f for f, _ in operation_costs(model_config, work, bytes_per_element).values())
     steps = max(num_output_tokens, keys_read / max_tokens)
-    moved = bytes_per_element * (steps * (linear + head) + kv * (keys_read + num_tokens))
+    moved = bytes_per_element * steps * (linear + head) + cache_size * kv * (keys_read + num_tokens)
     traffic = moved / machine.bytes_per_second
     return max(traffic, flops / machine.flops_per_second + machine.memory_power_fraction * traffic)

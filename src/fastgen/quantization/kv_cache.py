@@ -44,6 +44,11 @@ def row_format(model_config: ModelConfig, cache_dtype: str, dtype: torch.dtype) 
     return RowFormat((1, fp8_row_bytes(heads, head_dim)), torch.uint8)
 
 
+def bytes_per_element(model_config: ModelConfig, rows: RowFormat) -> float:
+    """Returns the bytes of a key's or value's element, scales included."""
+    return rows.num_bytes / (model_config.num_kv_heads * model_config.head_dim)
+
+
 def scale_offset(num_kv_heads: int, head_dim: int) -> int:
     """Returns the byte of a row at which its scales begin."""
     return -(-num_kv_heads * head_dim // SCALE_BYTES) * SCALE_BYTES

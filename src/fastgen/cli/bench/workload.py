@@ -44,15 +44,18 @@ class Workload(NamedTuple):
         return [prefix + suffix for suffix in torch.randint(vocab_size, suffix_shape, generator=generator).tolist()]
 
     def max_tokens_per_second(
-        self, config: ModelConfig, machine: roofline.Machine, itemsize: int, parallel: ParallelConfig = SINGLE_DEVICE
-    ) -> float:
+        self, config: ModelConfig, machine: roofline.Machine, itemsize: int, parallel: ParallelConfig = SINGLE_DEVICE,
+        cache_itemsize: float | None = None,
+    ) -> float:  # fmt: skip
         """Returns the roofline limit in output tokens/s, with perfect prefix sharing.
 
-        `machine` is one device; `itemsize` is the number of bytes of a weight, activation or cache element.
+        `machine` is one device; `itemsize` is the number of bytes of a weight or activation, and of an element of the
+        cache, unless `cache_itemsize` is given.
         """
         num_requests = -(-self.num_requests // parallel.replicas)  # of the busiest replica
         seconds = roofline.min_seconds(
             config, num_requests, *self[1:4], machine=machine.scaled(parallel.tensor_parallel),
-            bytes_per_element=itemsize, prefix_shared=self[3:] != (1, 0), num_shared_tokens=self.shared_prefix_len,
+            bytes_per_element=itemsize, cache_bytes_per_element=cache_itemsize, prefix_shared=self[3:] != (1, 0),
+            num_shared_tokens=self.shared_prefix_len,
         )  # fmt: skip
         return self.num_requests * self.num_samples * self.output_len / seconds
