@@ -11,8 +11,8 @@ are read once for all of them.
 
 Sequences of one token are decoded, longer ones prefilled; each kernel skips the other's sequences.
 
-ROW is the bytes of an fp8 cache's row (`quantization.kv_cache`), 0 for other caches. Caches are then pointers to pairs
-of values; scores are multiplied by the keys' scales, and weights by the values'.
+ROW is the bytes of an fp8 cache's row, 0 for other caches: `fp8_cache` has what reads and writes those. Scores are then
+multiplied by the keys' scales, and weights by the values'.
 """
 
 # pyright: reportCallIssue=false
@@ -29,15 +29,20 @@ from fastgen.core.attention import AttentionFn
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.types import Batch
 from fastgen.kernels import pdl
-from fastgen.kernels.fp8 import WIDENED, max_abs, quantization_scale, to_e4m3, widen, widen_e4m3
+from fastgen.kernels.fp8_cache import (
+    add_weighted_pairs,
+    dot_pairs,
+    join_pairs,
+    load_fp8_tile,
+    split_pairs,
+    store_fp8_head,
+)
 from fastgen.kernels.pdl import grid_dependency_sync
-from fastgen.quantization.kv_cache import SCALE_BYTES
 
 LOG2E = 1.4426950408889634
 # A masked key's score is below every real one. The running maximum starts finite, so that a row without visible keys
 # stays finite, and so far above MASKED_SCORE that a masked key's weight is 0.
 INITIAL_MAX, MASKED_SCORE = tl.constexpr(-1.0e20), tl.constexpr(-1.0e30)
-SCALE_SIZE = tl.constexpr(SCALE_BYTES)
 # Tiles of M query rows and N keys: the fastest of those measured on an H200, at 1k to 32k tokens. Two programs of
 # PREFILL_TILE fit a multiprocessor, so that one computes while the other starts, ends or takes exponentials.
 PREFILL_TILE = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
@@ -48,6 +53,7 @@ SMALL_PREFILL_TILE = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}
 USE_TMA = True  # read K and V tiles with Hopper's copy engine if a tile lies in one page
 DECODE_TILE = {"N": 64, "num_warps": 4, "num_stages": 3}
 NARROW_HEAD_DECODE_TILE = {"N": 128, "num_warps": 4, "num_stages": 2}  # head_dim <= 64
+FP8_DECODE_TILE = {"N": 64, "num_warps": 1, "num_stages": 2}  # without RoPE: 4.0 TB/s, by 2 warps 3.85
 SUFFIX_DECODE_TILE = {"N": 64, "num_warps": 2, "num_stages": 2}  # few keys of a sequence after a shared prefix
 SHARED_PREFIX_TILE = {"N": DECODE_TILE["N"], "MIN_TILES": 16, "num_warps": 4}  # MIN_TILES: per program
 # Triton would compile a kernel for each of these values, and again for multiples of 16.
@@ -67,67 +73,13 @@ def _as_dot_operand(q, ROW: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _scale_ptrs(cache, slots, kv_head, KV: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr):
-    """Returns pointers to the scales of a KV head in rows of an fp8 cache."""
-    first: tl.constexpr = (KV * H + SCALE_SIZE - 1) // SCALE_SIZE * SCALE_SIZE
-    ptrs = cache + slots * (ROW // 2) + (first + kv_head * SCALE_SIZE) // 2
-    return ptrs.to(tl.pointer_type(tl.float32), bitcast=True)
-
-
-@triton.jit
-@no_type_check
-def _load_fp8_rows(
-    cache, slots, inside, kv_head, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr,
-    EXACT: tl.constexpr, FULL_TILE: tl.constexpr,
-):  # fmt: skip
-    """Loads a KV head's rows of an fp8 cache as [N, D], and their scales: 0 where not `inside`, unless FULL_TILE."""
-    pair = tl.arange(0, D // 2)
-    ptrs = cache + (slots * (ROW // 2) + kv_head * (H // 2))[:, None] + pair[None, :]
-    scale_ptrs = _scale_ptrs(cache, slots, kv_head, KV, H, ROW)
-    if FULL_TILE and D == H:
-        pairs, scale = tl.load(ptrs), tl.load(scale_ptrs)
-    else:
-        pairs = tl.load(ptrs, mask=inside[:, None] & (pair < H // 2)[None, :], other=0)
-        scale = tl.load(scale_ptrs, mask=inside, other=0.0)
-    x = widen(pairs)
-    return x.to(tl.float32) if EXACT else x, scale * WIDENED
-
-
-@triton.jit
-@no_type_check
-def _store_fp8_head(
-    cache, slot, x, mask, d, kv_head, KV: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr
-):  # fmt: skip
-    """Writes a head x of a token to its row of an fp8 cache; returns what the row holds, in fp32."""
-    x = x.to(tl.float32)
-    scale = quantization_scale(max_abs(x, 0))
-    values = to_e4m3(x, scale)
-    row = (cache + slot * (ROW // 2)).to(tl.pointer_type(tl.uint8), bitcast=True)
-    tl.store(row + kv_head * H + d, values, mask=mask)
-    tl.store(_scale_ptrs(cache, slot, kv_head, KV, H, ROW), scale)
-    return widen_e4m3(values).to(tl.float32) * (scale * WIDENED)
-
-
-@triton.jit
-@no_type_check
 def _load_kv_tile(
     k_cache, v_cache, page_table, tile_start, key_end, kv_head,
-    KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr,
-    EXACT: tl.constexpr, FULL_TILE: tl.constexpr,
+    KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, N: tl.constexpr, FULL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Loads keys and values [tile_start, tile_start + N) as [N, D], 0 from `key_end` on. FULL_TILE: none is beyond.
-
-    Also returns the scales [N] of the keys and values of an fp8 cache; None, if ROW is 0.
-    """
+    """Loads keys and values [tile_start, tile_start + N) as [N, D], 0 from `key_end` on. FULL_TILE: none is beyond."""
     n, d = tile_start + tl.arange(0, N), tl.arange(0, D)
-    k_scale, v_scale = None, None
-    if ROW:
-        inside = n < key_end
-        page = tl.load(page_table + n // PAGE) if FULL_TILE else tl.load(page_table + n // PAGE, mask=inside, other=0)
-        slots = page.to(tl.int64) * PAGE + n % PAGE
-        k, k_scale = _load_fp8_rows(k_cache, slots, inside, kv_head, KV, H, D, ROW, EXACT, FULL_TILE)
-        v, v_scale = _load_fp8_rows(v_cache, slots, inside, kv_head, KV, H, D, ROW, EXACT, FULL_TILE)
-    elif FULL_TILE and D == H:
+    if FULL_TILE and D == H:
         page = tl.load(page_table + n // PAGE)
         slots = ((page.to(tl.int64) * PAGE + n % PAGE) * KV + kv_head) * H
         k = tl.load(k_cache + slots[:, None] + d[None, :])
@@ -138,24 +90,19 @@ def _load_kv_tile(
         inside = (n < key_end)[:, None] & (d < H)[None, :]
         k = tl.load(k_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
         v = tl.load(v_cache + slots[:, None] + d[None, :], mask=inside, other=0.0)
-    return k, v, k_scale, v_scale
+    return k, v
 
 
 @triton.jit
 @no_type_check
-def _online_softmax_step(
-    q, k, v, k_scale, v_scale, tile_start, key_end, query_pos, window, m, l, acc, scale,
-    N: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
-    FULL_TILE: tl.constexpr,
+def _softmax_weights(
+    s, tile_start, key_end, query_pos, window, m, l, scale,
+    N: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, FULL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Returns the running maximum m, sum l and output acc, updated by one tile of keys.
+    """Returns the weights of one tile's scores s, what the output so far decays by, and the maximum m and sum l.
 
     MASKED: causality, the window (if WINDOW) and, unless FULL_TILE, `key_end` hide keys from some rows.
     """
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    s = tl.dot(q, tl.trans(k), input_precision=precision)
-    if ROW:
-        s = s * k_scale[None, :]
     if MASKED:  # compares a constant, the position in the tile, with one number per row
         i = tl.arange(0, N)
         visible = i[None, :] <= (query_pos - tile_start)[:, None]
@@ -167,11 +114,38 @@ def _online_softmax_step(
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     decay = tl.exp2(m - m_new)
-    l = l * decay + tl.sum(p, 1)
-    if ROW:
-        p = p * v_scale[None, :]
+    return p, decay, m_new, l * decay + tl.sum(p, 1)
+
+
+@triton.jit
+@no_type_check
+def _online_softmax_step(
+    q, k, v, tile_start, key_end, query_pos, window, m, l, acc, scale,
+    N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, FULL_TILE: tl.constexpr,
+):  # fmt: skip
+    """Returns the running maximum m, sum l and output acc, updated by one tile of keys."""
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    s = tl.dot(q, tl.trans(k), input_precision=precision)
+    p, decay, m, l = _softmax_weights(
+        s, tile_start, key_end, query_pos, window, m, l, scale, N, WINDOW, MASKED, FULL_TILE
+    )
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
-    return m_new, l, acc
+    return m, l, acc
+
+
+@triton.jit
+@no_type_check
+def _fp8_softmax_step(
+    q_even, q_odd, k, v, k_scale, v_scale, tile_start, key_end, query_pos, window, m, l, acc_even, acc_odd, scale,
+    N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, FULL_TILE: tl.constexpr,
+):  # fmt: skip
+    """Returns m, l and the output's even and odd columns, updated by one tile of an fp8 cache."""
+    s = dot_pairs(q_even, q_odd, k, EXACT) * k_scale[None, :]
+    p, decay, m, l = _softmax_weights(
+        s, tile_start, key_end, query_pos, window, m, l, scale, N, WINDOW, MASKED, FULL_TILE
+    )
+    acc_even, acc_odd = add_weighted_pairs(acc_even, acc_odd, p * v_scale[None, :], v, decay, EXACT)
+    return m, l, acc_even, acc_odd
 
 
 @triton.jit
@@ -186,20 +160,32 @@ def _attend_key_range(
     MASKED: some rows see only some of the keys. FULL_TILE: every tile has N keys. TMA: a tile is a block of the
     descriptors k_tiles and v_tiles.
     """
-    for tile_start in tl.range(key_start, key_end, N):
-        if TMA:
-            slot = tl.load(table + tile_start // PAGE).to(tl.int32) * PAGE + tile_start % PAGE
-            k = k_tiles.load([slot, kv_head * H])
-            v = v_tiles.load([slot, kv_head * H])
-            k_scale, v_scale = None, None
-        else:
-            k, v, k_scale, v_scale = _load_kv_tile(
-                k_cache, v_cache, table, tile_start, key_end, kv_head, KV, H, D, PAGE, N, ROW, EXACT, FULL_TILE
+    if ROW:
+        M: tl.constexpr = q.shape[0]
+        q_even, q_odd = split_pairs(q, M, D)
+        acc_even, acc_odd = split_pairs(acc, M, D)
+        for tile_start in tl.range(key_start, key_end, N):
+            k, v, k_scale, v_scale = load_fp8_tile(
+                k_cache, v_cache, table, tile_start, key_end, kv_head, KV, H, D, PAGE, N, ROW
             )
-        m, l, acc = _online_softmax_step(
-            q, k, v, k_scale, v_scale, tile_start, key_end, query_pos, window, m, l, acc, scale,
-            N, ROW, WINDOW, EXACT, MASKED, FULL_TILE,
-        )  # fmt: skip
+            m, l, acc_even, acc_odd = _fp8_softmax_step(
+                q_even, q_odd, k, v, k_scale, v_scale, tile_start, key_end, query_pos, window, m, l, acc_even, acc_odd,
+                scale, N, WINDOW, EXACT, MASKED, FULL_TILE,
+            )  # fmt: skip
+        acc = join_pairs(acc_even, acc_odd, M, D)
+    else:
+        for tile_start in tl.range(key_start, key_end, N):
+            if TMA:
+                slot = tl.load(table + tile_start // PAGE).to(tl.int32) * PAGE + tile_start % PAGE
+                k = k_tiles.load([slot, kv_head * H])
+                v = v_tiles.load([slot, kv_head * H])
+            else:
+                k, v = _load_kv_tile(
+                    k_cache, v_cache, table, tile_start, key_end, kv_head, KV, H, D, PAGE, N, FULL_TILE
+                )
+            m, l, acc = _online_softmax_step(
+                q, k, v, tile_start, key_end, query_pos, window, m, l, acc, scale, N, WINDOW, EXACT, MASKED, FULL_TILE
+            )
     return m, l, acc
 
 
@@ -384,9 +370,14 @@ def _decode_kernel(
                 has_new_key = key_end == seq_len
                 key_end -= has_new_key.to(tl.int32)
                 # Older keys were written in steps before: they are loaded while the previous kernel still runs.
-                k, v, k_scale, v_scale = _load_kv_tile(
-                    k_cache, v_cache, table, key_start, key_end, kv_head, KV, H, D, PAGE, N, ROW, EXACT, FULL_TILE=False
-                )
+                if ROW:
+                    k, v, k_scale, v_scale = load_fp8_tile(
+                        k_cache, v_cache, table, key_start, key_end, kv_head, KV, H, D, PAGE, N, ROW
+                    )
+                else:
+                    k, v = _load_kv_tile(
+                        k_cache, v_cache, table, key_start, key_end, kv_head, KV, H, D, PAGE, N, FULL_TILE=False
+                    )
                 grid_dependency_sync(PDL)
                 half: tl.constexpr = H // 2
                 angle, inside = token.to(tl.int64) * half + d % half, d < H
@@ -399,8 +390,8 @@ def _decode_kernel(
                 if has_new_key:
                     new_slot = tl.load(slot + token).to(tl.int64)
                     if ROW:  # attention reads what the cache holds
-                        held_k = _store_fp8_head(k_cache, new_slot, new_k, inside, d, kv_head, KV, H, ROW)
-                        held_v = _store_fp8_head(v_cache, new_slot, new_v, inside, d, kv_head, KV, H, ROW)
+                        held_k = store_fp8_head(k_cache, new_slot, new_k, inside, d, kv_head, KV, H, PAGE, ROW)
+                        held_v = store_fp8_head(v_cache, new_slot, new_v, inside, d, kv_head, KV, H, PAGE, ROW)
                     else:
                         held_k, held_v = new_k, new_v
                         target = (new_slot * KV + kv_head) * H + d
@@ -409,10 +400,19 @@ def _decode_kernel(
                     m = tl.sum(x.to(tl.float32) * held_k.to(tl.float32)[None, :], 1) * scale
                     l += 1.0
                     acc += held_v.to(tl.float32)[None, :]
-                m, l, acc = _online_softmax_step(
-                    x, k, v, k_scale, v_scale, key_start, key_end, query_pos, window, m, l, acc, scale,
-                    N, ROW, WINDOW, EXACT, MASKED=True, FULL_TILE=False,
-                )  # fmt: skip
+                if ROW:
+                    x_even, x_odd = split_pairs(x, M, D)
+                    even, odd = split_pairs(acc, M, D)
+                    m, l, even, odd = _fp8_softmax_step(
+                        x_even, x_odd, k, v, k_scale, v_scale, key_start, key_end, query_pos, window, m, l, even, odd,
+                        scale, N, WINDOW, EXACT, MASKED=True, FULL_TILE=False,
+                    )  # fmt: skip
+                    acc = join_pairs(even, odd, M, D)
+                else:
+                    m, l, acc = _online_softmax_step(
+                        x, k, v, key_start, key_end, query_pos, window, m, l, acc, scale, N, WINDOW, EXACT,
+                        MASKED=True, FULL_TILE=False,
+                    )  # fmt: skip
                 key_start += N
             else:
                 grid_dependency_sync(PDL)
@@ -563,6 +563,8 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
         sequences = (batch.query_start_loc, batch.seq_lens, batch.req_idx, *pages)
         prefix_results, prefix_lens = unused, batch.seq_lens
         tile = NARROW_HEAD_DECODE_TILE if head_dim <= 64 and unrotated is None else DECODE_TILE
+        if row_bytes and unrotated is None:
+            tile = FP8_DECODE_TILE
         if shared is not None:
             tile = SUFFIX_DECODE_TILE
             prefix_results, prefix_lens = _alloc_split_outputs(q, rows * prefix_splits), shared.num_skipped_tokens

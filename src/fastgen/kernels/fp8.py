@@ -57,13 +57,6 @@ def widen_high(pair):
 
 @triton.jit
 @no_type_check
-def widen(pairs):
-    """Returns [..., 2 * n] fp16 of uint16 pairs [..., n], in order: each e4m3 value, divided by `WIDENED`."""
-    return tl.interleave(widen_low(pairs), widen_high(pairs))
-
-
-@triton.jit
-@no_type_check
 def widen_e4m3(x):
     """Returns uint8 e4m3 values as fp16, divided by `WIDENED`."""
     bits = x.to(tl.uint16)
