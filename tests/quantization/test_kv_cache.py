@@ -27,7 +27,16 @@ from fastgen.kernels import attention as kernels
 from fastgen.kernels.attention import paged_attention
 from fastgen.kernels.rope_cache import rope_and_cache_kv as rope_kernel
 from fastgen.quantization import kv_cache
-from fastgen.quantization.kv_cache import dequantize_kv, fp8_row_bytes, quantize_kv, row_format, scale_offset
+from fastgen.quantization.kv_cache import (
+    dequantize_kv,
+    fp8_row_bytes,
+    pages_to_rows,
+    quantize_kv,
+    read_pages,
+    row_format,
+    rows_to_pages,
+    scale_offset,
+)
 
 SPEC = fastgen.from_hf_config(tiny.config("Mistral", **tiny.WINDOWED))
 PARAMS = tiny.weights(SPEC)
@@ -50,7 +59,7 @@ def test_rows(heads: int, head: int, device: str) -> None:
     x[4] = 0
     rows, first, config = quantize_kv(x), scale_offset(heads, head), shape(heads, heads, head)
     assert rows.shape == (9, 1, fp8_row_bytes(heads, head)) and rows.shape[2] % 16 == 0
-    assert row_format(config, "fp8", torch.bfloat16) == ((1, rows.shape[2]), torch.uint8)
+    assert row_format(config, "fp8", torch.bfloat16) == ((1, rows.shape[2]), torch.uint8, (heads, head))
     assert not rows[:, 0, first + 4 * heads :].any() and not rows[:, 0, heads * head : first].any()
     scales = rows[:, 0, first : first + 4 * heads].contiguous().view(torch.float32)
     amax = x.abs().amax(-1)
@@ -86,9 +95,10 @@ def test_plain_attention(backend: str, kind: str, device: str) -> None:
     spec = shape(6, 2, 16)
     batch, q, k, v, kv_by_seq = random_batch(len(kind), kind, spec, 4, device)
     rounded = [tuple(dequantize_kv(spec, quantize_kv(x), torch.float32) for x in pair) for pair in kv_by_seq]
-    attend = BACKENDS[backend](batch, spec, read=partial(dequantize_kv, spec))
+    attend = BACKENDS[backend](batch, spec, read=partial(read_pages, spec, 4))
+    k, v = (rows_to_pages((2, 16), 4, quantize_kv(x)) for x in (k, v))
     for window in (None, 6):
-        actual = attend(q, quantize_kv(k), quantize_kv(v), window).double()
+        actual = attend(q, k, v, window).double()
         torch.testing.assert_close(actual, formula(batch, q, rounded, window), atol=1e-5, rtol=0)
         exact = formula(batch, q, kv_by_seq, window)
         largest_k = max(float(keys.norm(dim=-1).max()) for keys, _ in kv_by_seq)
@@ -104,8 +114,9 @@ def test_write() -> None:
     qkv, slot, cos_sin = torch.randn(3, 5, 16), torch.tensor([4, 0, 7]), rope_cos_sin(position, config)
     plain, caches = [torch.zeros(9, 1, 16) for _ in "kv"], [torch.zeros(9, 1, 32, dtype=torch.uint8) for _ in "kv"]
     expected = rope_and_cache_kv(qkv, *cos_sin, slot, *plain)
-    assert torch.equal(kv_cache.rope_and_cache_kv(qkv, *cos_sin, slot, *caches, num_kv_heads=1), expected)
-    for rows, values in zip(caches, plain, strict=True):
+    sizes = {"num_kv_heads": 1, "page_size": 3}
+    assert torch.equal(kv_cache.rope_and_cache_kv(qkv, *cos_sin, slot, *caches, **sizes), expected)
+    for rows, values in zip((pages_to_rows((1, 16), 3, x) for x in caches), plain, strict=True):
         assert torch.equal(rows[slot], quantize_kv(values[slot])) and not rows[[1, 2, 3, 5, 6, 8]].any()
 
 
@@ -147,11 +158,11 @@ def test_engine(backend: str, page: int) -> None:
         exact = fastgen.score(PARAMS, SPEC, [[*PROMPTS[0], *tokens(first)[0]]], first=10)[0]
         got = torch.tensor(first[0].completions[0].logprobs)
         assert 1e-4 < (got - exact).abs().max() < 1
-        batch = fastgen.build_batch(
-            (fastgen.core.scheduler.Span(0, 0, 10, True, tuple(range(1, 11))),), {0: PROMPTS[0]}, 1
-        )
-        ops = e.runner.ops
-        row = fastgen.new_kv_cache(SPEC, 11, dtype=e.cache_rows.dtype, row_shape=e.cache_rows.shape)
+        ops, page_size = e.runner.ops, e.config.kv_cache.page_size
+        plan = (fastgen.core.scheduler.Span(0, 0, 10, True, tuple(range(1, 1 + -(-10 // page_size)))),)
+        batch = fastgen.build_batch(plan, {0: PROMPTS[0]}, page_size)
+        num_slots = page_size * (1 + len(plan[0].pages))
+        row = fastgen.new_kv_cache(SPEC, num_slots, dtype=e.cache_rows.dtype, row_shape=e.cache_rows.shape)
         logits = fastgen.forward(PARAMS, row, batch, SPEC, ops.attention, ops)
         assert int(logits[0].argmax()) == tokens(first)[0][0]
 
@@ -213,6 +224,13 @@ def test_adapters() -> None:
         assert tokens(e.generate(PROMPTS, sampling)) == expected != tokens(e.generate(PROMPTS, GREEDY))
 
 
+@pytest.mark.parametrize(("heads", "page"), [((1, 6), 1), ((2, 16), 3), ((3, 10), 4)])
+def test_pages_hold_the_bytes_of_rows(heads: tuple[int, int], page: int) -> None:
+    rows = quantize_kv(torch.randn(2, 4 * page, *heads).flatten(0, 1)).unflatten(0, (2, -1))
+    pages = rows_to_pages(heads, page, rows)
+    assert torch.equal(pages_to_rows(heads, page, pages), rows) and (page == 1) == torch.equal(pages, rows)
+
+
 def test_sleep() -> None:
     """Pages that were released are computed again."""
     with engine() as e:
@@ -224,10 +242,10 @@ def test_sleep() -> None:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def quantized(config: fastgen.ModelConfig, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a cache's rows, and what they hold."""
+def quantized(config: fastgen.ModelConfig, page: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the pages of a cache, and what they hold."""
     rows = quantize_kv(x)
-    return rows, dequantize_kv(config, rows, x.dtype)
+    return rows_to_pages((config.num_kv_heads, config.head_dim), page, rows), dequantize_kv(config, rows, x.dtype)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +263,8 @@ def test_kernels_match_the_formula(
     spec = shape(2 * ratio, 2, head)
     monkeypatch.setitem(STEP_TYPES, "long", lambda r: (r.randint(130, 200), r.randint(2, 9)))  # several tiles
     batch, q, k, v, kv_by_seq = random_batch(ratio * page + head, kind, spec, page, device, sequences=2)
-    rounded = [tuple(quantized(spec, x)[1] for x in pair) for pair in kv_by_seq]
-    (k, _), (v, _) = quantized(spec, k), quantized(spec, v)
+    rounded = [tuple(quantized(spec, 1, x)[1] for x in pair) for pair in kv_by_seq]
+    (k, _), (v, _) = quantized(spec, page, k), quantized(spec, page, v)
     attend = paged_attention(batch, spec)
     expected = formula(batch, q, rounded, window)
     torch.testing.assert_close(attend(q, k, v, window).double(), expected, atol=1e-5, rtol=0)
@@ -264,7 +282,7 @@ def test_kernel_of_shared_prefixes(seed: int, device: str, monkeypatch: pytest.M
     page, spec = (1, 16)[seed], shape(ratio * kv_heads, kv_heads, head)
     batch, q, k, v = random_shared_batch(seed, spec, page, device, r.choice([2, max(1, 64 // ratio)]))
     alone, pad = batch._replace(shared_prefix=None), int((batch.req_idx == 0).sum())
-    (k, k_values), (v, v_values) = quantized(spec, k), quantized(spec, v)
+    (k, k_values), (v, v_values) = quantized(spec, page, k), quantized(spec, page, v)
     window = (None, r.randint(2, 90))[seed % 2]
     expected = attention.reference(alone, spec)(q, k_values, v_values, window)
     assert_close_but_for_padding(paged_attention(batch, spec)(q, k, v, window), expected, pad)
@@ -273,9 +291,9 @@ def test_kernel_of_shared_prefixes(seed: int, device: str, monkeypatch: pytest.M
 def test_batch_invariant_kernel(device: str) -> None:
     spec = shape(6, 2, 64)
     batch, q, k, v, kv_by_seq = random_batch(0, "mixed", spec, 16, device, sequences=3)
-    rounded = [tuple(quantized(spec, x)[1] for x in pair) for pair in kv_by_seq]
+    rounded = [tuple(quantized(spec, 1, x)[1] for x in pair) for pair in kv_by_seq]
     attend = paged_attention(batch, spec, batch_invariant=True)
-    actual = attend(q, quantize_kv(k), quantize_kv(v), None)
+    actual = attend(q, quantized(spec, 16, k)[0], quantized(spec, 16, v)[0], None)
     torch.testing.assert_close(actual.double(), formula(batch, q, rounded, None), atol=1e-5, rtol=0)
 
 
@@ -284,20 +302,21 @@ def test_batch_invariant_kernel(device: str) -> None:
 def test_kernel_writes_the_bits_of_the_plain_op(
     q_heads: int, kv_heads: int, head: int, dtype: torch.dtype, device: str
 ) -> None:
-    tokens, config = 5, shape(q_heads, kv_heads, head)
+    tokens, config, sizes = 5, shape(q_heads, kv_heads, head), {"num_kv_heads": kv_heads, "page_size": 4}
     qkv = (torch.randn(tokens, q_heads + 2 * kv_heads, head) * torch.logspace(-3, 2, tokens)[:, None, None]).to(dtype)
     qkv[2], slot = 0, torch.tensor([3, 9, 1, 4, 7], device=device)
     qkv[3, q_heads + kv_heads, 1], qkv[4, q_heads, 0] = -0.0, math.nan
     cos_sin = rope_cos_sin(torch.arange(tokens, device=device) * 7, config)
-    plain, actual = ([torch.zeros(11, 1, fp8_row_bytes(kv_heads, head), dtype=torch.uint8) for _ in "kv"] for _ in "ab")
-    q = kv_cache.rope_and_cache_kv(qkv, *cos_sin, slot, *plain, num_kv_heads=kv_heads)
-    written = rope_kernel(qkv, *cos_sin, slot, *actual, num_kv_heads=kv_heads)
+    plain, actual = ([torch.zeros(12, 1, fp8_row_bytes(kv_heads, head), dtype=torch.uint8) for _ in "kv"] for _ in "ab")
+    q = kv_cache.rope_and_cache_kv(qkv, *cos_sin, slot, *plain, **sizes)
+    written = rope_kernel(qkv, *cos_sin, slot, *actual, **sizes)
+    plain, actual = ([pages_to_rows((kv_heads, head), 4, x) for x in caches] for caches in (plain, actual))
     assert torch.equal(written[:4], q[:4])
-    finite = [i for i in range(11) if i != 7]
+    finite = [i for i in range(12) if i != 7]
     assert all(torch.equal(x[finite], y[finite]) for x, y in zip(actual, plain, strict=True))
     assert dequantize_kv(config, actual[0][7:8], torch.float32)[0, 0].isnan().all()  # NaN is not hidden
     with pytest.raises(ValueError, match="fp8 cache of rows of"):
-        rope_kernel(qkv, *cos_sin, slot, *actual, num_kv_heads=kv_heads + 4)
+        rope_kernel(qkv, *cos_sin, slot, *actual, num_kv_heads=kv_heads + 4, page_size=4)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -314,14 +333,16 @@ def test_fused_rope_kernel(seed: int, device: str) -> None:
             for i, (n, count) in enumerate(zip(lengths, needed, strict=True))]  # fmt: skip
     batch = fastgen.build_batch(tuple(plan), {i: [0] * n for i, n in enumerate(lengths)}, page, device, pad_to=4)
     cos_sin = rope_cos_sin(batch.positions, spec)
-    k, v = (quantize_kv(torch.randn((sum(needed) + 3) * page, kv_heads, head).to(dtype)) for _ in "kv")
+    num_slots = (sum(needed) + 3) * page
+    k, v = (quantized(spec, page, torch.randn(num_slots, kv_heads, head).to(dtype))[0] for _ in "kv")
     for window in (None, r.choice([1, 5, 100])):
         qkv = torch.randn(4, (ratio + 2) * kv_heads, head).to(dtype)
         qkv[:, -2 * kv_heads :] *= 1 + 9 * torch.rand(4, 2 * kv_heads, 1).to(dtype)
         fused, plain = (k.clone(), v.clone()), (k.clone(), v.clone())
         out = paged_attention(batch, spec)(kernels.UnrotatedQKV(qkv, *cos_sin, batch.slot_mapping), *fused, window)
-        q = kv_cache.rope_and_cache_kv(qkv, *cos_sin, batch.slot_mapping, *plain, num_kv_heads=kv_heads)
-        expected = attention.reference(batch, spec, partial(dequantize_kv, spec))(q, *plain, window)
+        sizes = {"num_kv_heads": kv_heads, "page_size": page}
+        q = kv_cache.rope_and_cache_kv(qkv, *cos_sin, batch.slot_mapping, *plain, **sizes)
+        expected = attention.reference(batch, spec, partial(read_pages, spec, page))(q, *plain, window)
         unit = 2e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(out, expected, atol=unit, rtol=0)
         for x, y in zip(fused, plain, strict=True):

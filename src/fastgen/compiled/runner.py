@@ -61,7 +61,7 @@ class ModelRunner(EagerRunner):
         ops = select.select_quantized_ops(ops, params, batch_invariant=config.compile.batch_invariant)
         if config.compile.batch_invariant:
             batch_invariant.verify_batch_invariance(params, ops)
-        self.ops = select.select_cache_ops(ops, config.kv_cache.dtype, shard)
+        self.ops = select.select_cache_ops(ops, config.kv_cache.dtype, config.kv_cache.page_size, shard)
         self._sample_fn = select.select_sample_fn(config.compile, self.device, self.ops)
         self.fused_sampler = select.select_fused_sampler(config.compile, self.device)
         # One logits buffer for all graphs, which would otherwise each have their own.

@@ -20,7 +20,7 @@ from fastgen.core.types import Batch
 # for all. The Triton backend also accepts its own UnrotatedQKV for q.
 AttentionFn = Callable[[Any, Tensor, Tensor, int | None], Tensor]
 AttentionBackend = Callable[[Batch, ModelConfig], AttentionFn]
-ReadRows = Callable[[Tensor, torch.dtype], Tensor]  # (rows of a cache, dtype) -> keys or values [..., K, H]
+ReadPages = Callable[[Tensor, torch.dtype], Tensor]  # (slots of whole pages, dtype) -> keys or values [..., K, H]
 
 
 def causal_mask(
@@ -31,7 +31,7 @@ def causal_mask(
     return seen if window is None else seen & (key_position > query_position - window)
 
 
-def reference(batch: Batch, model_config: ModelConfig, read: ReadRows = Tensor.to) -> AttentionFn:
+def reference(batch: Batch, model_config: ModelConfig, read: ReadPages = Tensor.to) -> AttentionFn:
     """Returns attention as specified: every token gathers all keys of its sequence, and masks those it must not see."""
     page, kv_heads, device = batch.page_size, model_config.num_kv_heads, batch.token_ids.device
     row = torch.searchsorted(batch.query_start_loc[1:], torch.arange(len(batch.token_ids), device=device), right=True)
@@ -53,7 +53,7 @@ def reference(batch: Batch, model_config: ModelConfig, read: ReadRows = Tensor.t
     return attend
 
 
-def sdpa(batch: Batch, model_config: ModelConfig, read: ReadRows = Tensor.to) -> AttentionFn:
+def sdpa(batch: Batch, model_config: ModelConfig, read: ReadPages = Tensor.to) -> AttentionFn:
     """Returns torch's fused attention over gathered pages, on any device.
 
     Makes one call for each prefilling sequence, and one for each group of decoding sequences of similar length. Reads

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastgen.core import layers, sampling
-from fastgen.core.attention import AttentionFn, ReadRows
+from fastgen.core.attention import AttentionFn, ReadPages
 from fastgen.core.model_config import ModelConfig
 from fastgen.core.sampling import LogprobsFn, edit_logits, sample_rows
 from fastgen.core.transformer import TORCH_OPS, ModelOps, lm_head_weight
@@ -163,19 +163,21 @@ def _logprobs(
     return torch.cat(logprob), torch.cat(top_token), torch.cat(top)
 
 
-def attention(batch: Batch, model_config: ModelConfig, read: ReadRows = Tensor.to) -> AttentionFn:
+def attention(batch: Batch, model_config: ModelConfig, read: ReadPages = Tensor.to) -> AttentionFn:
     """Returns paged attention on a CPU, one token at a time: the shapes depend on its position and window alone."""
     page, tokens = batch.page_size, torch.arange(len(batch.token_ids))
     req_idx = batch.req_idx[torch.searchsorted(batch.query_start_loc[1:], tokens, right=True)]
-    keys = [torch.arange(position + 1) for position in batch.positions.tolist()]
-    tables = zip(batch.page_table[req_idx].long(), keys, strict=True)
-    slots = [table[key // page] * page + key % page for table, key in tables]
+    lengths = [position + 1 for position in batch.positions.tolist()]
+    tables = zip(batch.page_table[req_idx].long(), lengths, strict=True)
+    pages = [table[: -(-n // page)] for table, n in tables]
 
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         out = []
-        for query, token_slots in zip(q.split(1), slots, strict=True):
-            visible = token_slots if window is None else token_slots[-window:]
-            kv = (read(cache[visible], torch.float32) for cache in (k_cache, v_cache))
+        for query, token_pages, n in zip(q.split(1), pages, lengths, strict=True):
+            first = 0 if window is None else max(0, n - window)
+            slots = (token_pages[first // page :, None] * page + torch.arange(page)).flatten()
+            visible = slice(first % page, first % page + n - first)
+            kv = (read(cache[slots], torch.float32)[visible] for cache in (k_cache, v_cache))
             k, v = (rearrange(x, "n k h -> k n h") for x in kv)
             x = rearrange(query, "1 (k g) h -> k g h", k=model_config.num_kv_heads).float().clone()  # aligned
             weight = (x @ k.mT * model_config.head_dim**-0.5).softmax(-1)

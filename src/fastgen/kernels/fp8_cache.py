@@ -17,7 +17,7 @@ from fastgen.kernels.fp8 import WIDENED, max_abs, quantization_scale, to_e4m3, w
 
 @triton.jit
 @no_type_check  # pointers, numbers and constants, in Triton's own language
-def _scale_ptrs(cache, page_start, kv_head, KV: tl.constexpr, H: tl.constexpr, PAGE: tl.constexpr):
+def scale_ptrs(cache, page_start, kv_head, KV: tl.constexpr, H: tl.constexpr, PAGE: tl.constexpr):
     """Returns pointers to a KV head's scales in the page at byte `page_start`."""
     first: tl.constexpr = (PAGE * KV * H + 3) // 4 * 4
     return cache.to(tl.pointer_type(tl.float32), bitcast=True) + (page_start + first) // 4 + kv_head * PAGE
@@ -35,7 +35,7 @@ def store_fp8_head(
     page_start = (slot // PAGE) * (PAGE * ROW)
     data = cache.to(tl.pointer_type(tl.uint8), bitcast=True) + page_start
     tl.store(data + (slot % PAGE * KV + kv_head) * H + d, values, mask=mask)
-    tl.store(_scale_ptrs(cache, page_start, kv_head, KV, H, PAGE) + slot % PAGE, scale)
+    tl.store(scale_ptrs(cache, page_start, kv_head, KV, H, PAGE) + slot % PAGE, scale)
     return widen_e4m3(values).to(tl.float32) * (scale * WIDENED)
 
 
@@ -67,8 +67,8 @@ def load_fp8_tile(
         mask = inside[:, None] & (pair < H // 2)[None, :]
         k = tl.load(k_cache + row[:, None] + pair[None, :], mask=mask, other=0)
         v = tl.load(v_cache + row[:, None] + pair[None, :], mask=mask, other=0)
-    k_scale = tl.load(_scale_ptrs(k_cache, page_start, kv_head, KV, H, PAGE) + scales, mask=inside, other=0.0)
-    v_scale = tl.load(_scale_ptrs(v_cache, page_start, kv_head, KV, H, PAGE) + scales, mask=inside, other=0.0)
+    k_scale = tl.load(scale_ptrs(k_cache, page_start, kv_head, KV, H, PAGE) + scales, mask=inside, other=0.0)
+    v_scale = tl.load(scale_ptrs(v_cache, page_start, kv_head, KV, H, PAGE) + scales, mask=inside, other=0.0)
     return k, v, k_scale * WIDENED, v_scale * WIDENED
 
 

@@ -11,27 +11,30 @@ from torch import Tensor
 
 from fastgen.kernels import pdl
 from fastgen.kernels.fp8 import max_abs, quantization_scale, to_e4m3
+from fastgen.kernels.fp8_cache import scale_ptrs
 from fastgen.kernels.pdl import grid_dependency_sync
-from fastgen.quantization.kv_cache import SCALE_BYTES, fp8_row_bytes
+from fastgen.quantization.kv_cache import fp8_row_bytes
 
 HEADS_PER_PROGRAM = 16
-SCALE_SIZE = tl.constexpr(SCALE_BYTES)
 
 
 @triton.jit
 @no_type_check  # pointers, numbers and constants, in Triton's own language
-def _store_fp8_heads(row, low, high, head, in_half, d, KV: tl.constexpr, H: tl.constexpr, half: tl.constexpr):
-    """Writes the KV heads among `head` [HEADS], whose halves are low and high [HEADS, D], and their scales to a row."""
+def _store_fp8_heads(
+    cache, slot, low, high, head, in_half, d,
+    KV: tl.constexpr, H: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """Writes the KV heads among `head` [HEADS], whose halves are low and high [HEADS, D], and their scales."""
+    half: tl.constexpr = H // 2
     is_kv_head = (head >= 0) & (head < KV)
     mask = is_kv_head[:, None] & in_half[None, :]
     low, high = tl.where(mask, low, 0.0).to(tl.float32), tl.where(mask, high, 0.0).to(tl.float32)
     scale = quantization_scale(max_abs(tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL), 1))
-    target = row + head[:, None] * H + d[None, :]
+    page_start = (slot // PAGE) * (PAGE * ROW)
+    target = cache + page_start + (slot % PAGE * KV + head)[:, None] * H + d[None, :]
     tl.store(target, to_e4m3(low, scale[:, None]), mask=mask)
     tl.store(target + half, to_e4m3(high, scale[:, None]), mask=mask)
-    first: tl.constexpr = (KV * H + SCALE_SIZE - 1) // SCALE_SIZE * SCALE_SIZE
-    scales = (row + first + head * SCALE_SIZE).to(tl.pointer_type(tl.float32), bitcast=True)
-    tl.store(scales, scale, mask=is_kv_head)
+    tl.store(scale_ptrs(cache, page_start, head, KV, H, PAGE) + slot % PAGE, scale, mask=is_kv_head)
 
 
 # Tensors of a step start at any address in one buffer: specialized, kernels would be compiled for aligned and others.
@@ -39,12 +42,12 @@ def _store_fp8_heads(row, low, high, head, in_half, d, KV: tl.constexpr, H: tl.c
 @no_type_check  # pointers, numbers and constants, in Triton's own language
 def _rope_and_cache_kv_kernel(
     qkv, cos, sin, slot, k_cache, v_cache, out,
-    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr, HEADS: tl.constexpr,
-    PDL: tl.constexpr,
+    Q: tl.constexpr, KV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr,
+    HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Handles HEADS heads of one token: queries go to `out`, keys and values into the caches at the token's slot.
 
-    D: H / 2, rounded up to a power of two. ROW: bytes of an fp8 cache's row; 0 for other caches.
+    D: H / 2, rounded up to a power of two. ROW: bytes of a slot of an fp8 cache; 0 for other caches.
     """
     half: tl.constexpr = H // 2
     t, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
@@ -62,9 +65,9 @@ def _rope_and_cache_kv_kernel(
     tl.store(target, x, mask=is_query)
     tl.store(target + half, y, mask=is_query)
     if ROW:
-        row = tl.load(slot + t).to(tl.int64) * ROW
-        _store_fp8_heads(k_cache + row, x, y, head - Q, in_half, d, KV, H, half)
-        _store_fp8_heads(v_cache + row, low, high, head - Q - KV, in_half, d, KV, H, half)
+        s = tl.load(slot + t).to(tl.int64)
+        _store_fp8_heads(k_cache, s, x, y, head - Q, in_half, d, KV, H, PAGE, ROW)
+        _store_fp8_heads(v_cache, s, low, high, head - Q - KV, in_half, d, KV, H, PAGE, ROW)
     else:
         cache_row = tl.load(slot + t).to(tl.int64) * KV
         target = k_cache + (cache_row + head - Q)[:, None] * H + d[None, :]
@@ -80,12 +83,12 @@ def _rope_and_cache_kv_kernel(
 def rope_and_cache_kv(
     qkv: Float[Tensor, "T Q2K H"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"],
     slot: Int[Tensor, " T"], k_cache: Shaped[Tensor, "S kv row"], v_cache: Shaped[Tensor, "S kv row"], *,
-    num_kv_heads: int | None = None,
+    num_kv_heads: int | None = None, page_size: int = 1,
 ) -> Float[Tensor, "T Q H"]:  # fmt: skip
     """Returns rotated queries; writes rotated keys, and values, into the caches at `slot`. Bits equal the torch ops'.
 
-    qkv: query heads, key heads, value heads; cos and sin in fp32. `num_kv_heads` is given for an fp8 cache, of rows
-    [1, bytes]. Raises ValueError if a cache is not contiguous.
+    qkv: query heads, key heads, value heads; cos and sin in fp32. `num_kv_heads` and `page_size` are given for
+    an fp8 cache, of slots [1, bytes]. Raises ValueError if a cache is not contiguous.
     """
     tokens, heads, head = qkv.shape
     kv, row_bytes = k_cache.shape[1], 0
@@ -100,9 +103,8 @@ def rope_and_cache_kv(
     out = qkv.new_empty(tokens, heads - 2 * kv, head)
     _rope_and_cache_kv_kernel[(tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), slot, k_cache, v_cache, out,
-        Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), ROW=row_bytes, HEADS=HEADS_PER_PROGRAM,
-        num_warps=4,
-        **pdl.launch_options(qkv),
+        Q=heads - 2 * kv, KV=kv, H=head, D=triton.next_power_of_2(head // 2), PAGE=page_size, ROW=row_bytes,
+        HEADS=HEADS_PER_PROGRAM, num_warps=4, **pdl.launch_options(qkv),
         enable_fp_fusion=False,  # each multiplication and addition is rounded, as in torch
     )  # fmt: skip
     return out

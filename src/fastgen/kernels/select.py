@@ -62,7 +62,7 @@ def select_ops(config: CompileConfig, device: torch.device, torch_ops: ModelOps)
     return ops._replace(rope_and_cache_kv=rope_cache.rope_and_cache_kv, apply_lora=lora.apply_lora, **fields)
 
 
-def select_cache_ops(ops: ModelOps, cache_dtype: str, model_config: ModelConfig) -> ModelOps:
+def select_cache_ops(ops: ModelOps, cache_dtype: str, page_size: int, model_config: ModelConfig) -> ModelOps:
     """Returns `ops` that write and read the KV cache of a rank, whose `kv_cache.dtype` is auto or fp8.
 
     The Triton kernels for attention tell an fp8 cache by its dtype.
@@ -71,10 +71,11 @@ def select_cache_ops(ops: ModelOps, cache_dtype: str, model_config: ModelConfig)
         return ops
     backend: Any = ops.attention
     if backend in (*BACKENDS.values(), batch_invariant.attention):
-        ops = ops._replace(attention=partial(backend, read=partial(kv_cache.dequantize_kv, model_config)))
+        ops = ops._replace(attention=partial(backend, read=partial(kv_cache.read_pages, model_config, page_size)))
     write = ops.rope_and_cache_kv
     write = kv_cache.rope_and_cache_kv if write is layers.rope_and_cache_kv else write
-    return ops._replace(rope_and_cache_kv=partial(write, num_kv_heads=model_config.num_kv_heads))
+    sizes = {"num_kv_heads": model_config.num_kv_heads, "page_size": page_size}
+    return ops._replace(rope_and_cache_kv=partial(write, **sizes))
 
 
 def small_batch_ops() -> ModelOps:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgen.core.prefix_cache import PageCopies, PagePairs
 from fastgen.core.runner import PageCopier
 from fastgen.core.types import KVCache
-from fastgen.quantization.kv_cache import RowFormat
+from fastgen.quantization.kv_cache import RowFormat, pages_to_rows, rows_to_pages
 
 STAGING_BYTES = 2**28  # of each of the two staging buffers
 MAX_LAYERS_PER_CHUNK = 8
@@ -73,7 +73,7 @@ class HostOffload(PageCopier):
     def __init__(
         self, num_layers: int, page_size: int, rows: RowFormat, device: torch.device, num_host_pages: int
     ) -> None:
-        self.page_size, self.num_host_pages, dtype = page_size, num_host_pages, rows.dtype
+        self.page_size, self.num_host_pages, self.rows, dtype = page_size, num_host_pages, rows, rows.dtype
         self.device, self.cuda = device, device.type == "cuda"
         self.elements_per_page = page_size * rows.shape[0] * rows.shape[1]  # of one tensor
         layers_per_chunk = max(n for n in range(1, MAX_LAYERS_PER_CHUNK + 1) if num_layers % n == 0)
@@ -244,9 +244,18 @@ class HostOffload(PageCopier):
     # --- snapshots --------------------------------------------------------------------------------------------------
 
     def read_pages(self, pages: Sequence[int], num_tokens: int) -> Shaped[Tensor, "layers 2 tokens K H"]:
-        """Returns keys and values of the first `num_tokens` tokens in these pages, in host memory."""
+        """Returns keys and values of the first `num_tokens` tokens in these pages on the host; rows if quantized."""
         self._wait_for_prefetch()
-        return super().read_pages(pages, num_tokens)
+        values = super().read_pages(pages, len(pages) * self.page_size)
+        if self.rows.dtype == torch.uint8:
+            values = pages_to_rows(self.rows.heads, self.page_size, values)
+        return values[:, :, :num_tokens]
+
+    def write_pages(self, pages: Sequence[int], values: Shaped[Tensor, "layers 2 tokens K H"]) -> None:
+        """Writes full pages of keys and values, rows if quantized; skips those whose page number is 0."""
+        if self.rows.dtype == torch.uint8:
+            values = rows_to_pages(self.rows.heads, self.page_size, values)
+        super().write_pages(pages, values)
 
     def close(self) -> None:
         """Releases the host pages."""

@@ -86,7 +86,7 @@ def score(
         ops = select_quantized_ops(ops, params, batch_invariant=batch_invariant)
     if tp_group is not None:
         ops, model_config = shard_ops(ops, tp_group, model_config), shard_config(model_config, tp_group.shard.size)
-    ops = select_cache_ops(ops, kv_cache_dtype, model_config)
+    ops = select_cache_ops(ops, kv_cache_dtype, PAGE_SIZE, model_config)
     cache_rows = row_format(model_config, kv_cache_dtype, params.embed.dtype)
     if needs_grad:
         ops = make_differentiable(ops, batch_invariant or device.type == "cuda")
