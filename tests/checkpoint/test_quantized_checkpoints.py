@@ -319,6 +319,44 @@ def test_block_scales_of_modelopt(tmp_path: Path) -> None:
         assert torch.equal(w, expected[name]), name
 
 
+@pytest.mark.parametrize(
+    "scheme", ["FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"]
+)
+def test_modelopt(scheme: str, tmp_path: Path) -> None:
+    """Models exported by modelopt have the weights that its own dequantization returns."""
+    quantization = pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
+    from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.qtensor import FP8QTensor
+
+    fastgen.save(tmp_path / "full", CONFIG, PARAMS)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.bfloat16)
+    tokens = torch.arange(32).view(2, 16)
+    quantization.quantize(model, getattr(quantization, scheme), lambda m: m(tokens))
+    folder = tmp_path / "fp8"
+    export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "modelopt"
+    stored, blocks = load_file(folder / "model.safetensors"), "BLOCKWISE" in scheme
+    expected = {}
+    for name in MATMULS:
+        data, scale = stored[name], stored[name + "_scale"]
+        scale = scale[:, 0, :, 0] if blocks else scale[:, None] if scale.ndim else scale
+        options = {"scale": scale} | ({"block_sizes": {-1: 128, -2: 128}} if blocks else {})
+        values = FP8QTensor(data.shape, torch.float32, data).dequantize(torch.float32, **options)
+        expected[name] = values[: data.shape[0], : data.shape[1]].bfloat16()
+        torch.testing.assert_close(expected[name], NAMED[name], rtol=2**-3, atol=5e-3)
+    for own_file in (False, True):  # older exports have hf_quant_config.json alone
+        for name, w in weights.named_weights(fastgen.load(folder, quantization="none")[1], CONFIG):
+            assert torch.equal(w, expected.get(name, NAMED[name])), name
+        for name, w in weights.named_weights(fastgen.load(folder)[1], CONFIG):
+            assert isinstance(w, QuantizedWeight) == (name in MATMULS)
+            if isinstance(w, QuantizedWeight) and not blocks:
+                assert torch.equal(w.data.view(torch.uint8), stored[name].view(torch.uint8))
+        if not own_file:
+            del config["quantization_config"]
+            (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("stored", ["rows", "blocks"])
 def test_a_rank_reads_its_shards(stored: str, tmp_path: Path) -> None:
     """Each rank of several reads its shard, with the scales of the full rows where the file has them."""
@@ -380,6 +418,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     (group() | {"format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
     (group() | {"quantization_status": "frozen"}, "frozen"),
     (group() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+    (group() | {"sparsity_config": "sparse"}, "sparsity_config"),
     (group() | {"transform_config": {"config_groups": {"a": {}}}}, "transform_config"),
     ({"quant_method": "fp8", "fmt": "e5m2"}, "e5m2"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),

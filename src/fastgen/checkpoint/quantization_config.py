@@ -64,7 +64,8 @@ def _compressed_tensors(config: Json) -> tuple[int, int] | None:
         raise ValueError(f"config.json: config_groups of compressed-tensors must be an object, not {repr(groups)}")
     for name in ("sparsity_config", "transform_config"):
         value = config.get(name)
-        if value and not (name == "sparsity_config" and value.get("format") in (None, "dense")):
+        is_dense = isinstance(value, Mapping) and name == "sparsity_config" and value.get("format") in (None, "dense")
+        if value and not is_dense:
             raise _unsupported(f"compressed-tensors with a {name}")
     blocks = set()
     for group in groups.values():
@@ -110,9 +111,9 @@ def _fbgemm(config: Json) -> None:
 
 def _modelopt(config: Json) -> tuple[int, int] | None:
     algorithm = config.get("quant_algo")
-    if not isinstance(algorithm, str) or algorithm not in MODELOPT_ALGORITHMS:
+    if not isinstance(algorithm, str) or algorithm.upper() not in MODELOPT_ALGORITHMS:
         raise _unsupported(f"modelopt with quant_algo {repr(algorithm)}")
-    return MODELOPT_ALGORITHMS[algorithm]
+    return MODELOPT_ALGORITHMS[algorithm.upper()]
 
 
 def _block(size: Any) -> tuple[int, int]:
