@@ -20,6 +20,7 @@ from fastgen.config import check_int, unknown_name_message
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
 from fastgen.core.types import Params
 from fastgen.lora.stacked import LayerStackedLora, StackedAdapters, StackedLora
+from fastgen.quantization.fp8 import is_quantized
 
 PACKED_MODULES = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # PEFT's names
@@ -221,8 +222,13 @@ def copy_adapter(target: Adapter, source: Adapter) -> None:
 def merge(params: Params, model_config: ModelConfig, adapter: Adapter) -> Params:
     """Returns parameters with an adapter added in fp32 and rounded once; unchanged leaves are those of `params`.
 
-    Differentiable in both.
+    Differentiable in both. Raises ValueError for quantized parameters.
     """
+    if is_quantized(params):
+        raise ValueError(
+            "merge: these parameters are quantized, and rounding would lose the adapter: merge it into parameters in "
+            "full precision, then quantize; or serve it with Engine.add_adapter"
+        )
     pairs = {target.key: pair for target, pair in target_pairs(adapter, model_config)}
     num_rows = {target.key: target.rows.full_size for target in iter_targets(model_config)}
 
