@@ -262,3 +262,27 @@ SAMPLING_HINTS = {
     "use_mtp": _SPECULATION_HINT,
     "watermarking_config": "use logits_processors",
 }
+# What replaces arguments of vLLM's LLM.generate and chat, SGLang's Engine.generate and transformers' generate, besides
+# SAMPLING_HINTS.
+CALL_HINTS = {
+    "attention_mask": "not needed: prompts of a batch are never padded",
+    "chat_template": "pass it to chat(…, chat_template=…), or in a ChatPrompt",
+    "chat_template_content_format": "the template receives the messages as they are",
+    "chat_template_kwargs": "pass them to chat(…, chat_template_kwargs=…), or in a ChatPrompt",
+    "generation_config": "use sampling",
+    "guided_options_request": "pass SamplingParams(grammar=…)",
+    "image_data": _TEXT_ONLY_HINT,
+    "input_ids": "use prompts; a list of token ids is a prompt",
+    "inputs": "use prompts",
+    "lora_path": "pass SamplingParams(adapter=…), the name of an adapter of the engine",
+    "lora_request": "pass SamplingParams(adapter=…), the name of an adapter of the engine",
+    "mm_processor_kwargs": _TEXT_ONLY_HINT,
+    "prompt": "use prompts",
+    "prompt_token_ids": "use prompts; a list of token ids is a prompt",
+    "request_id": "the engine counts requests; add(prompt, sampling) returns the id",
+    "sampling_params": "use sampling",
+    "tokenization_kwargs": "a list of token ids is a prompt, too; engine.tokenizer makes them with any options",
+    "tokenizer": "the tokenizer is the model's; set engine.tokenizer to replace it",
+    "tools": "pass them to chat(…, tools=…), or in a ChatPrompt",
+    "use_tqdm": "use progress",
+}

@@ -24,7 +24,7 @@ from fastgen.config import SamplingParams, unknown_name_message
 from fastgen.core.request import Event, Output
 from fastgen.core.types import Params
 from fastgen.engine import Engine
-from fastgen.event_stream import OneOrManyPrompts, OneOrManySampling, pair_prompts
+from fastgen.event_stream import OneOrManyPrompts, OneOrManySampling, explain_unknown_arguments, pair_prompts
 from fastgen.text.chat_template import Message
 from fastgen.text.tokenizer import Prompt, to_chat_prompts
 from fastgen.training import weight_sync
@@ -145,6 +145,7 @@ class AsyncEngine:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
+    @explain_unknown_arguments
     async def generate(
         self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"
     ) -> AsyncIterator[tuple[int, Output]]:
@@ -175,6 +176,7 @@ class AsyncEngine:
         """
         return self.generate(to_chat_prompts(messages, **template_options), sampling, on_error=on_error)
 
+    @explain_unknown_arguments
     async def stream(
         self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"
     ) -> AsyncIterator[Event]:

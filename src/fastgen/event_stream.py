@@ -1,14 +1,18 @@
 """`generate`, `stream` and `as_completed`: calls that step an engine, or several replicas, until their requests end."""
 
+import inspect
+import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import fields
+from functools import wraps
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from fastgen.config import SamplingParams, check_choice
+from fastgen.config import SamplingParams, check_choice, unknown_name_message
 from fastgen.core.request import Event, Output, rejected_output
 from fastgen.text.chat_template import Message, Tools
 from fastgen.text.tokenizer import Prompt, to_chat_prompts, to_prompt_list
@@ -17,6 +21,7 @@ from fastgen.training.sleep import EngineMemory
 
 T = TypeVar("T")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 OneOrManyPrompts = Prompt | Sequence[Prompt]
 OneOrManySampling = SamplingParams | Sequence[SamplingParams] | None
 
@@ -35,6 +40,26 @@ class RequestQueue(Protocol):
     def drain_aborts(self) -> None:
         """Aborts abandoned requests and drops their events."""
         ...
+
+
+def explain_unknown_arguments(method: F) -> F:
+    """Makes a method raise ValueError, with a hint, for keywords that are not its parameters."""
+    parameters = inspect.signature(method).parameters
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in parameters:
+                from fastgen.argument_hints import CALL_HINTS, SAMPLING_HINTS
+
+                hints = {key: re.sub("^use ", "in SamplingParams, use ", hint) for key, hint in SAMPLING_HINTS.items()}
+                hints |= {f.name: f"pass SamplingParams({f.name}=…) as sampling" for f in fields(SamplingParams)}
+                names = [key for key in parameters if key != "self"]
+                what = f"argument of {method.__name__}"
+                raise ValueError(unknown_name_message(what, name, names, hints | CALL_HINTS))
+        return method(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class GenerateMethods:
@@ -69,6 +94,7 @@ class GenerateMethods:
         """Returns the events of one step, or of all messages of replicas."""
         raise NotImplementedError
 
+    @explain_unknown_arguments
     @exclusive("params", "cache")
     def stream(
         self, prompts: OneOrManyPrompts, sampling: OneOrManySampling = None, *, on_error: str = "raise"
@@ -80,6 +106,7 @@ class GenerateMethods:
         """
         return EventStream(self, self.add_many(prompts, sampling, stream_text=True, on_error=on_error))
 
+    @explain_unknown_arguments
     @exclusive("params", "cache")
     def as_completed(
         self,
@@ -97,6 +124,7 @@ class GenerateMethods:
         ids = self.add_many(prompts, sampling, stream_text=False, on_error=on_error)
         return _outputs_as_completed(ids, EventStream(self, ids), progress)
 
+    @explain_unknown_arguments
     @exclusive("params", "cache")
     def generate(
         self,
@@ -120,6 +148,7 @@ class GenerateMethods:
             outputs = dict(_outputs_as_completed(ids, events, progress))
         return [outputs[i] for i in range(len(ids))]
 
+    @explain_unknown_arguments
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import GenerationConfig
 
-from fastgen.argument_hints import ENGINE_HINTS, SAMPLING_HINTS
+import fastgen
+from fastgen.argument_hints import CALL_HINTS, ENGINE_HINTS, SAMPLING_HINTS
 from fastgen.cli import run
 from fastgen.cli.hydra_config import KEY_ALIASES, TASKS, RunConfig, compose, conf_dir, to_dataclass
 from fastgen.config import (
@@ -236,6 +237,32 @@ def test_sampling_parameters_of_other_libraries(name: str, hint: str) -> None:
         SamplingParams(**{name: 1})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("use_tqdm", "use progress$"), ("lora_request", r"SamplingParams\(adapter=…\)"),
+     ("sampling_params", "use sampling$"), ("max_new_tokens", "in SamplingParams, use max_tokens$"),
+     ("top_p", r"SamplingParams\(top_p=…\)"), ("do_sample", "temperature=0 is greedy"),
+     ("promts", "did you mean prompts"), ("a_b", "known: on_error, .*prompts")],
+)  # fmt: skip
+def test_arguments_of_other_libraries_calls(name: str, hint: str) -> None:
+    """Unknown arguments of calls are rejected with a hint, before anything else happens."""
+    engine = object.__new__(fastgen.Engine)  # never constructed: the call fails before it reads anything
+    for method in (fastgen.Engine.generate, fastgen.Engine.stream, fastgen.AsyncEngine.generate):
+        with pytest.raises(ValueError, match=f"unknown argument of {method.__name__} '{name}'; .*{hint}"):
+            method(engine, "Hello", **{name: 1})
+
+
+def test_arguments_of_chat_keep_their_names() -> None:
+    """Arguments that chat has, but generate has not, are hinted at by generate alone."""
+    engine = object.__new__(fastgen.Engine)
+    with pytest.raises(ValueError, match=r"unknown argument of generate 'tools'; pass them to chat"):
+        engine.generate("Hello", tools=[])  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="chat takes a list of messages"):
+        engine.chat([], tools=[])
+    with pytest.raises(ValueError, match="unknown argument of chat 'use_tqdm'; use progress"):
+        engine.chat([{"role": "user", "content": "Hello"}], use_tqdm=False)  # type: ignore[call-arg]
+
+
 def test_hints_name_what_exists() -> None:
     """No hint is for a name that exists, and a hint that says `use name` says an existing one."""
     existing = {f.name for f in fields(SamplingParams)}
@@ -245,9 +272,11 @@ def test_hints_name_what_exists() -> None:
     settings |= {f.name: f for f in fields(EngineConfig)}
     known = existing | settings.keys() | {f.name for f in fields(LoadConfig)}
     assert not settings.keys() & ENGINE_HINTS.keys()
-    for hint in [*ENGINE_HINTS.values(), *SAMPLING_HINTS.values()]:
+    arguments = inspect.signature(fastgen.Engine.generate).parameters.keys()
+    assert not arguments & CALL_HINTS.keys()
+    for hint in [*ENGINE_HINTS.values(), *SAMPLING_HINTS.values(), *CALL_HINTS.values()]:
         if match := re.match(r"use (\w+)", hint):
-            assert match[1] in known | {"fastgen"}, hint
+            assert match[1] in known | arguments | {"fastgen"}, hint
 
 
 def test_every_generation_setting_of_transformers_has_a_hint() -> None:
