@@ -35,7 +35,7 @@ from fastgen.lora import Adapter, AdapterManager, LoadedAdapter
 from fastgen.offload.host_offload import HostOffload, page_bytes
 from fastgen.profiling.profiler import Profiler, ProfileWindow
 from fastgen.quantization.fp8 import is_quantized
-from fastgen.quantization.kv_cache import RowFormat, bytes_per_element, row_format
+from fastgen.quantization.kv_cache import RowFormat, row_format
 from fastgen.snapshot import Snapshot
 from fastgen.structured_output.backend import GrammarBackend
 from fastgen.text import Tokenizer
@@ -184,8 +184,7 @@ class Engine(GenerateMethods):
             warm_up.warm_up(runner, progress=progress)
             # A reference to this engine would keep its memory until Python looks for cycles.
             memory_usage = partial(_memory_usage_of, weakref.ref(self))
-            cache_itemsize = bytes_per_element(shard, rows)
-            self.profiler = Profiler(shard, self.dtype, self.device, memory_usage, cache_itemsize)
+            self.profiler = Profiler(shard, self.dtype, self.device, memory_usage, rows.bytes_per_element)
             end_token_ids = self._text.end_token_ids(model_config.eos_token_ids)
             precompile = partial(self.ranks.broadcast_call, Engine._precompile_grammar.__qualname__)
             self.grammars = GrammarBackend(

@@ -463,10 +463,13 @@ def test_snapshot(target: str, tmp_path: Path) -> None:
         idle(other)
 
 
-@pytest.mark.parametrize(("source_dtype", "target_dtype"), [("fp8", "fp8"), ("fp8", "auto"), ("auto", "fp8")])
-def test_snapshot_of_an_fp8_cache(source_dtype: str, target_dtype: str, tmp_path: Path) -> None:
-    """Pages go to a cache of the same dtype alone: in others, the tokens so far are computed again."""
-    e, other = (engine(40, kv_cache_dtype=dtype) for dtype in (source_dtype, target_dtype))
+@pytest.mark.parametrize(
+    ("source_dtype", "target_dtype", "page"),
+    [("fp8", "fp8", 4), ("fp8", "fp8", 3), ("fp8", "auto", 4), ("auto", "fp8", 4)],
+)
+def test_snapshot_of_an_fp8_cache(source_dtype: str, target_dtype: str, page: int, tmp_path: Path) -> None:
+    """Keys and values go to caches of the same dtype, of any page size; others compute the tokens again."""
+    e, other = engine(40, kv_cache_dtype=source_dtype), engine(40, kv_cache_dtype=target_dtype, page_size=page)
     source = e.add(STEM[:13], GREEDY)
     for _ in range(3):
         e.step()

@@ -40,6 +40,11 @@ class RowFormat(NamedTuple):
         """Bytes of a row."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
+    @property
+    def bytes_per_element(self) -> float:
+        """Bytes of a key's or value's element, scales included."""
+        return self.num_bytes / (self.heads[0] * self.heads[1])
+
 
 def row_format(model_config: ModelConfig, cache_dtype: str, dtype: torch.dtype) -> RowFormat:
     """Returns the rows of a cache for `kv_cache.dtype`, on a rank with this `model_config` and weights of `dtype`."""
@@ -47,11 +52,6 @@ def row_format(model_config: ModelConfig, cache_dtype: str, dtype: torch.dtype) 
     if cache_dtype == "auto":
         return RowFormat((heads, head_dim), dtype, (heads, head_dim))
     return RowFormat((1, fp8_row_bytes(heads, head_dim)), torch.uint8, (heads, head_dim))
-
-
-def bytes_per_element(model_config: ModelConfig, rows: RowFormat) -> float:
-    """Returns the bytes of a key's or value's element, scales included."""
-    return rows.num_bytes / (model_config.num_kv_heads * model_config.head_dim)
 
 
 def scale_offset(num_kv_heads: int, head_dim: int) -> int:

@@ -32,7 +32,7 @@ from fastgen.cli.run import build_engines
 from fastgen.config import ParallelConfig
 from fastgen.extras import install_command
 from fastgen.profiling import roofline
-from fastgen.quantization.kv_cache import bytes_per_element, row_format
+from fastgen.quantization.kv_cache import row_format
 
 progress_bar = partial(tqdm, delay=2, leave=False, disable=None)  # None: shown on terminals only, to keep logs short
 
@@ -150,9 +150,8 @@ def measure_throughput(
         machine = known or roofline.Machine(name, 0, row["copy_tb_s"] * 1e12, memory_bytes)
         measured = machine._replace(flops_per_second=row["gemm_tflops"] * 1e12)
     rows = row_format(engine.model_config, engine.config.kv_cache.dtype, engine.dtype)
-    cache_itemsize = bytes_per_element(engine.model_config, rows)
     for name, machine in (("limit", known), ("limit_measured", measured)):
-        options = itemsize, engine.config.parallel, cache_itemsize
+        options = itemsize, engine.config.parallel, rows.bytes_per_element
         limit = machine and w.max_tokens_per_second(engine.model_config, machine, *options)
         row |= {f"{name}_tok_s": limit, f"{name}_fraction": row["output_tok_s"] / limit if limit else None}
     return row
