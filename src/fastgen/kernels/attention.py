@@ -48,12 +48,14 @@ INITIAL_MAX, MASKED_SCORE = tl.constexpr(-1.0e20), tl.constexpr(-1.0e30)
 PREFILL_TILE = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 3}
 # For many keys per program, or small pages.
 LONG_PREFILL_TILE = {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}
+# Over an fp8 cache keys and values are widened once for M rows.
+FP8_PREFILL_TILE = {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3}
 # For fp32, and for GPUs with less shared memory than Hopper's.
 SMALL_PREFILL_TILE = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}
 USE_TMA = True  # read K and V tiles with Hopper's copy engine if a tile lies in one page
 DECODE_TILE = {"N": 64, "num_warps": 4, "num_stages": 3}
 NARROW_HEAD_DECODE_TILE = {"N": 128, "num_warps": 4, "num_stages": 2}  # head_dim <= 64
-FP8_DECODE_TILE = {"N": 64, "num_warps": 1, "num_stages": 2}  # without RoPE: 4.0 TB/s, by 2 warps 3.85
+FP8_DECODE_TILE = {"N": 64, "num_warps": 1, "num_stages": 2}  # for many programs: 4.0 TB/s, with 4 warps 3.6
 SUFFIX_DECODE_TILE = {"N": 64, "num_warps": 2, "num_stages": 2}  # few keys of a sequence after a shared prefix
 SHARED_PREFIX_TILE = {"N": DECODE_TILE["N"], "MIN_TILES": 16, "num_warps": 4}  # MIN_TILES: per program
 # Triton would compile a kernel for each of these values, and again for multiples of 16.
@@ -546,6 +548,8 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
             tile = PREFILL_TILE
             if exact or not large_shared_memory:
                 tile = SMALL_PREFILL_TILE
+            elif row_bytes:
+                tile = FP8_PREFILL_TILE
             elif (many_keys or not tile_in_page) and not batch_invariant:
                 tile = LONG_PREFILL_TILE
             size = tile["M"] // group
@@ -563,7 +567,7 @@ def paged_attention(batch: Batch, model_config: ModelConfig, *, batch_invariant:
         sequences = (batch.query_start_loc, batch.seq_lens, batch.req_idx, *pages)
         prefix_results, prefix_lens = unused, batch.seq_lens
         tile = NARROW_HEAD_DECODE_TILE if head_dim <= 64 and unrotated is None else DECODE_TILE
-        if row_bytes and unrotated is None:
+        if row_bytes and unrotated is None and rows * num_kv_heads * splits >= 16 * num_processors:
             tile = FP8_DECODE_TILE
         if shared is not None:
             tile = SUFFIX_DECODE_TILE

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton import knobs
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-E4M3_MAX = tl.constexpr(448.0)
+E4M3_MAX, MIN_SCALE = tl.constexpr(448.0), tl.constexpr(2.0**-126)
 WIDENED = tl.constexpr(2.0**8)  # a widened value times this is the e4m3 value
 
 
@@ -75,14 +75,14 @@ def max_abs(x, axis: tl.constexpr):
 def quantization_scale(amax):
     """Returns the scale of values whose largest magnitude is `amax`: amax / 448, or 1 for zeros."""
     scale = amax * (1 / E4M3_MAX)
-    return tl.where(scale == 0, 1.0, scale)
+    return tl.where(scale < MIN_SCALE, 1.0, scale)
 
 
 @triton.jit
 @no_type_check
 def to_e4m3(x, scale):
-    """Returns the bits, uint8, of x / scale rounded to the nearest e4m3 value; ties to even."""
-    scaled = tl.div_rn(x, scale)
+    """Returns the bits, uint8, of x times 1 / scale, rounded to the nearest e4m3 value; ties to even."""
+    scaled = x * tl.div_rn(scale * 0 + 1.0, scale)
     if INTERPRETED:  # its conversion rounds otherwise
         bits = tl.abs(scaled).to(tl.uint32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (127 - 7) * 8

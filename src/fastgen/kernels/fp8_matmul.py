@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastgen.kernels import pdl
-from fastgen.kernels.fp8 import WIDENED, quantization_scale, to_e4m3, widen_high, widen_low
+from fastgen.kernels.fp8 import WIDENED, max_abs, quantization_scale, to_e4m3, widen_high, widen_low
 from fastgen.kernels.pdl import SMALL_BATCH, grid_dependency_sync
 from fastgen.quantization.fp8 import E4M3, QuantizedRows, QuantizedWeight
 
@@ -148,7 +148,7 @@ class QuantizedLinear:
 @no_type_check
 def _store_quantized(h, out, scale, row, d, D: tl.constexpr, WIDEN: tl.constexpr):
     """Stores a row of D numbers, fp32, as e4m3 values and their scale; WIDEN: widened, even columns first."""
-    row_scale = quantization_scale(tl.max(tl.abs(h), 0))
+    row_scale = quantization_scale(max_abs(h, 0))
     tl.store(scale + row, row_scale)
     bits = to_e4m3(h, row_scale)
     if WIDEN:
@@ -201,7 +201,12 @@ def _new_rows(x: Tensor, width: int, max_widened: int) -> tuple[QuantizedRows, d
     rows, widen = len(x), len(x) <= max_widened
     data = torch.empty(rows, width, dtype=torch.float16 if widen else E4M3, device=x.device)
     padded = triton.next_power_of_2(width)
-    options = {"D": width, "B": padded, "WIDEN": widen, "num_warps": min(32, max(4, padded // 512))}
+    options = {
+        "D": width,
+        "B": padded,
+        "WIDEN": widen,
+        "num_warps": min(32, max(4, padded // (512 if widen else 1024))),
+    }
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     return QuantizedRows(data, scale), options | pdl.launch_options(x)
 

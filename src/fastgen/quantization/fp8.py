@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # the largest finite value (arXiv 2209.05433)
+MIN_SCALE = 2.0**-126
 CHUNK_VALUES = 2**22  # quantized or dequantized at once, so that their fp32 copies stay small
 
 
@@ -118,11 +119,15 @@ def row_chunks(shape: torch.Size) -> list[tuple[int, int]]:
 
 
 def quantize_rows(x: Float[Tensor, "*rows D"]) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows"]]:
-    """Returns e4m3 values, rounded to nearest even, and fp32 scales: amax / 448 of each row, or 1 for zeros."""
+    """Returns e4m3 values, rounded to nearest even, and fp32 scales: amax / 448 of each row, or 1 for zeros.
+
+    Values are multiplied by the scale's inverse: a kernel divides once for each row.
+    """
     x = x.float()
     scale = x.abs().amax(-1) * (1 / E4M3_MAX)  # GPUs divide by a constant so
-    scale = torch.where(scale == 0, 1.0, scale)  # NaN stays, so that it is not hidden
-    return (x / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+    # Of smaller scales the inverse would be infinite. NaN stays, so that it is not hidden.
+    scale = torch.where(scale < MIN_SCALE, 1.0, scale)
+    return (x * (1 / scale)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 
 def dequantize(
