@@ -10,7 +10,14 @@ from torch import Tensor
 from fastgen.core.layers import rms_norm, swiglu
 from fastgen.kernels import fp8_matmul
 from fastgen.kernels.fp8 import quantization_scale, to_e4m3, widen_high, widen_low
-from fastgen.kernels.fp8_matmul import QuantizedLinear, add_norm_quantize, quantize, select_tile, swiglu_quantize
+from fastgen.kernels.fp8_matmul import (
+    QuantizedLinear,
+    add_norm_quantize,
+    quantize,
+    quantize_into,
+    select_tile,
+    swiglu_quantize,
+)
 from fastgen.quantization.fp8 import E4M3, QuantizedRows, QuantizedWeight, quantize_rows
 from fastgen.quantization.ops import quantized_linear
 
@@ -77,6 +84,18 @@ def test_few_rows(rows: int, n: int, k: int, bias: bool, device: str, monkeypatc
     out = torch.empty(rows, n, dtype=HALF)
     assert linear(x, w, b, out) is out and torch.equal(out, y)
     torch.testing.assert_close(linear(x[-1:], w, b), y[-1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype"), [(5, 64, HALF), (33, 250, torch.float32)])
+def test_weights_in_place(rows: int, width: int, dtype: torch.dtype) -> None:
+    """A weight is overwritten with the bits of `QuantizedWeight.copy_`."""
+    x = torch.randn(rows, width).to(dtype)
+    x[3] = 0
+    expected, got = (QuantizedWeight(torch.zeros(rows, width).to(E4M3), torch.zeros(rows)) for _ in range(2))
+    expected.copy_(x)
+    quantize_into(got, x)
+    assert torch.equal(got.data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert torch.equal(got.scale, expected.scale) and got.scale[3] == 1
 
 
 @pytest.mark.parametrize("op", ["quantize", "add_norm", "swiglu"])

@@ -277,11 +277,16 @@ def quantize_params(
 
 
 @torch.no_grad()
-def requantize(target: Params, source: Params) -> None:
-    """Quantizes the weights of `source` again into the copies that `quantize_params` made of them, in place."""
+def requantize(
+    target: Params, source: Params, quantize_into: Callable[[QuantizedWeight, Tensor], None] = QuantizedWeight.copy_
+) -> None:
+    """Quantizes the weights of `source` again into the copies that `quantize_params` made of them, in place.
+
+    `quantize_into` writes one of them, such as a kernel with the results of `QuantizedWeight.copy_`.
+    """
     for weight, new in zip(weight_leaves(target), weight_leaves(source), strict=True):
         if weight is not new:
-            copy_weight(weight, new)
+            quantize_into(weight, new)
 
 
 def _weight_views(weight_spec: WeightSpec, weight: Weight) -> Iterator[tuple[CheckpointTensor, Any]]:

@@ -223,6 +223,14 @@ def quantize(x: Float[Tensor, "T D"], max_widened: int = SMALL_BATCH) -> Quantiz
     return rows
 
 
+def quantize_into(weight: QuantizedWeight, x: Float[Tensor, "N D"]) -> None:
+    """Overwrites a weight by a tensor on its device, quantized row by row in one pass."""
+    padded = triton.next_power_of_2(x.shape[1])
+    options = {"D": x.shape[1], "B": padded, "WIDEN": False, "num_warps": min(32, max(4, padded // 512))}
+    options |= pdl.launch_options(x)
+    _quantize_kernel[(len(x),)](x.contiguous(), weight.data.view(torch.uint8), weight.scale, **options)
+
+
 def add_norm_quantize(
     x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], norm: Float[Tensor, " D"], eps: float,
     max_widened: int = SMALL_BATCH,

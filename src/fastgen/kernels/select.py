@@ -20,7 +20,7 @@ from fastgen.core.types import Params
 from fastgen.kernels import batch_invariant
 from fastgen.kernels.batch_invariant import ROW_BLOCK_SIZE, batch_invariant_ops, compose_ops, sample_row_blocks
 from fastgen.quantization import kv_cache
-from fastgen.quantization.fp8 import is_quantized
+from fastgen.quantization.fp8 import QuantizedWeight, is_quantized
 from fastgen.quantization.ops import quantized_ops
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "triton")
@@ -103,6 +103,15 @@ def select_quantized_ops(ops: ModelOps, params: Params, *, batch_invariant: bool
     add_norm = partial(fp8_matmul.add_norm_quantize, max_widened=max_widened)
     swiglu = partial(fp8_matmul.swiglu_quantize, max_widened=max_widened)
     return quantized_ops(ops, params, linear, add_norm, swiglu)
+
+
+def select_quantize_into(device: torch.device) -> Callable[[QuantizedWeight, torch.Tensor], None]:
+    """Returns the function that quantizes a tensor into a weight of its shape, in place; on a GPU in one pass."""
+    if device.type != "cuda":
+        return QuantizedWeight.copy_
+    from fastgen.kernels.fp8_matmul import quantize_into
+
+    return quantize_into
 
 
 def select_scoring_ops(device: torch.device, *, batch_invariant: bool) -> ModelOps:

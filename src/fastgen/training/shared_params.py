@@ -24,6 +24,7 @@ from fastgen.checkpoint.model_families import from_hf_config
 from fastgen.checkpoint.weights import EMBED_NAME, LM_HEAD_NAME, TensorMemory, quantize_params, requantize, weight_specs
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard
 from fastgen.core.types import Params
+from fastgen.kernels.select import select_quantize_into
 from fastgen.training.weight_sync import checkpoint_name
 
 VERSION_TRACKED = "fastgen_version_tracked"  # attribute of tensors whose version counters an engine reads
@@ -257,13 +258,14 @@ class QuantizedShadow:
         """Quantizes `source`, a model's parameters or a rank's shards; `allocate` returns memory for the copies."""
         self.source = source
         self.params = quantize_params(source, model_config, tp_shard=tp_shard, allocate=allocate)
+        self._quantize_into = select_quantize_into(source.embed.device)
         self._version_tensors = version_counters(source)
         self._last_version_sum = self._version_sum()
 
     def refresh(self) -> None:
         """Quantizes the parameters again if they were written in place since the last time."""
         if (version_sum := self._version_sum()) != self._last_version_sum:
-            requantize(self.params, self.source)
+            requantize(self.params, self.source, self._quantize_into)
             self._last_version_sum = version_sum
 
     def _version_sum(self) -> int:
