@@ -125,7 +125,9 @@ def test_many_rows(rows: int, n: int, k: int, device: str) -> None:
     x, b = torch.randn(rows, k).to(HALF), torch.randn(n).to(HALF)
     w = QuantizedWeight(*quantize_rows(torch.randn(n, k)))
     linear = QuantizedLinear(torch.device(device), HALF)
-    torch.testing.assert_close(linear(x, w, b), quantized_linear(F.linear, x, w, b), rtol=2**-6, atol=0.05)
+    expected = quantized_linear(F.linear, x, w, b)
+    # Tensor cores keep about 14 bits of a sum of fp8 products (arXiv 2412.19437, section 3.3.2).
+    torch.testing.assert_close(linear(x, w, b), expected, rtol=2**-7, atol=2**-10 * float(expected.abs().max()))
 
 
 def test_few_rows_raises(device: str) -> None:
