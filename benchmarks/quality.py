@@ -26,7 +26,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -154,7 +154,8 @@ def engine_ops(engine: fastgen.Engine) -> ModelOps:
         return engine.runner.ops
     ops = compose_ops(ModelOps(linear=widened_linear))
     ops = select_quantized_ops(ops, engine.params, batch_invariant=False)
-    return select_cache_ops(ops, engine.config.kv_cache.dtype, engine.model_config)
+    cache = engine.config.kv_cache
+    return select_cache_ops(ops, cache.dtype, cache.page_size, engine.model_config)
 
 
 def iter_hidden_states(engine: fastgen.Engine, token_ids: list[int]) -> Iterator[Tensor]:
@@ -197,25 +198,22 @@ def measure(
             num_rows = max(1, LOGITS_PER_CHUNK // engine.model_config.vocab_size)
             parts: list[tuple[Tensor, ...]] = []
             for i, (token_ids, num_copied) in enumerate(sequences):
-                if engine is reference:
-                    reference_states.append(torch.cat(list(iter_hidden_states(engine, token_ids))))
-                    chunks: Iterable[Tensor] = reference_states[i].split(CHUNK)
-                else:
-                    chunks = iter_hidden_states(engine, token_ids)
-                start = 0
-                for h in chain.from_iterable(chunk.split(num_rows) for chunk in chunks):
+                states, start = list[Tensor](), 0
+                for h in chain.from_iterable(chunk.split(num_rows) for chunk in iter_hidden_states(engine, token_ids)):
                     # Row r predicts token r + 1; the row of the last token predicts none.
                     targets = torch.tensor(token_ids[start + 1 : start + 1 + len(h)], device=h.device)
                     rows = slice(start, start + len(targets))
                     positions = torch.arange(rows.start, rows.stop) + 1
-                    logits, reference_logits = (
-                        logits_of(h[: len(targets)]),
-                        reference_logits_of(reference_states[i][rows]),
-                    )
+                    logits = logits_of(h[: len(targets)])
+                    reference_logits = logits if engine is reference else reference_logits_of(reference_states[i][rows])
                     stats = compare_logits(logits, reference_logits, targets)
                     parts.append((positions, positions >= len(token_ids) - num_copied, *(x.cpu() for x in stats)))
+                    if engine is reference:
+                        states.append(h)
                     start += len(h)
                     bar.update(len(h))
+                if engine is reference:
+                    reference_states.append(torch.cat(states))
             columns = [torch.cat(column) for column in zip(*parts, strict=True)]
             yield name, engine, time.process_time() - started, TokenStats(*columns)
             if engine is not reference:
@@ -257,7 +255,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="device of the engines (%(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of each sequence")
     parser.add_argument("--copied", type=int, default=NUM_COPIED, help="tokens of the first that repeat its start")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what is compared with fp32")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what is compared with fp32"
+    )
     parser.add_argument("--out", type=Path, default=RESULT, help="a JSON file (%(default)s)")
     args = parser.parse_args()
     device = torch.device(args.device)
