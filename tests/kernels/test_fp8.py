@@ -1,5 +1,10 @@
 """The fp8 kernels against the plain ops that specify them."""
 
+import os
+import subprocess
+import sys
+
+import compile_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,3 +140,13 @@ def test_few_rows_raises(device: str) -> None:
     x, w = torch.randn(17, 32).to(HALF), QuantizedWeight(*quantize_rows(torch.randn(8, 32)))
     with pytest.raises(ValueError, match="1 to 16 rows"):
         linear.few_rows(quantize(x, max_widened=17), w, None, None)
+
+
+def test_kernels_compile() -> None:
+    """What the interpreter runs is also accepted by the compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", compile_kernels.__file__]
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {"_rope_and_cache_kv_kernel", "_decode_kernel", "_prefill_kernel"} <= set(result.stdout.split())

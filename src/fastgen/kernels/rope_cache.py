@@ -66,9 +66,9 @@ def _rope_and_cache_kv_kernel(
     tl.store(target + half, y, mask=is_query)
     if ROW:
         if tl.program_id(1) * HEADS + HEADS > Q:  # most programs have queries alone
-            s = tl.load(slot + t).to(tl.int64)
-            _store_fp8_heads(k_cache, s, x, y, head - Q, in_half, d, KV, H, PAGE, ROW)
-            _store_fp8_heads(v_cache, s, low, high, head - Q - KV, in_half, d, KV, H, PAGE, ROW)
+            row = tl.load(slot + t).to(tl.int64)
+            _store_fp8_heads(k_cache, row, x, y, head - Q, in_half, d, KV, H, PAGE, ROW)
+            _store_fp8_heads(v_cache, row, low, high, head - Q - KV, in_half, d, KV, H, PAGE, ROW)
     else:
         cache_row = tl.load(slot + t).to(tl.int64) * KV
         target = k_cache + (cache_row + head - Q)[:, None] * H + d[None, :]
