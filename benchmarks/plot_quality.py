@@ -27,9 +27,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.set(title="mean, over the position in the context", ylabel="KL from fp32, nats per token")
     right.set_xticks(range(2), ["mean", "99.9th percentile"])
     right.set(title="all text")
-    left.legend(fontsize="small")
+    left.legend(fontsize="small", loc="lower left", ncols=2)
     for axes in (left, right):
         axes.set_yscale("log")
+        axes.set_ylim(bottom=3e-4)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -6,7 +6,7 @@ The model is the default one, with its real weights. The text needs no download:
 (pydoc_data), docstrings of the standard library, and this project's documentation, in turn. One sequence has 7,168
 tokens of it and then its own first 1,024 tokens again, which a model predicts by reading the cache 7,168 tokens back;
 two more have 2,048 tokens. So 12,288 tokens are computed for each of five engines, and predictions of 11,261 tokens of
-text and of the 1,024 that are a copy are compared: about 7 minutes on two idle CPU cores.
+text and of the 1,024 that are a copy are compared: 11 minutes of CPU time, so about 6 minutes on two idle cores.
 
 Every token's logits over the whole vocabulary are computed by the ops and the cache of an engine with these settings,
 `CHUNK` tokens at a time. KL(fp32 || variant) and -log p are in nats. `nll_increase` is the mean difference of -log p

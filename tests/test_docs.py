@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastgen.public_api
 from fastgen import config
+from fastgen.checkpoint.weights import param_bytes
+from fastgen.quantization.kv_cache import row_format
 
 ROOT = Path(__file__).parents[1]
 TASKS = {  # what a newcomer looks for -> the page that shows it, and a line of it
@@ -108,6 +111,37 @@ def test_figures_of_the_performance_page() -> None:
         assert all(abs(a - b) < 0.06 for a, b in zip(row, expected, strict=True)), name
     for workload, (_, row) in zip(("512x1024x128", "1x128x256"), figures(sections["Several GPUs"]), strict=True):
         assert abs(values["mistral-7b-instruct-v0.3", workload, 2]["output_tok_s"] - row[0]) < 0.6
+
+
+def test_figures_of_the_quantization_page() -> None:
+    """Tables of quality are those of their file, and sizes of models and caches those of their shapes."""
+    page = (ROOT / "docs/quantization.md").read_text()
+    variants = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["variants"]
+    for name, variant in variants.items():
+        cells = [f"{variant['text']['perplexity']:.2f}", "", "", "", ""]
+        if name != "fp32":
+            cells[1:] = ["{nll_increase:.4f} ± {nll_increase_stderr:.4f}", "{kl_mean:.4f}", "{kl_p99_9:.3f}"]
+            cells[4:] = ["{top1_agreement:.1%}"]
+            row = " | ".join(cells).format_map(variant["text"]).replace("%", " %")
+            means = [f"{x['kl_mean']:.4f}" for x in [*variant["positions"], variant["copy"]]]
+            assert f"| {name} | {' | '.join(means)} |" in page, name
+        else:
+            row = " |".join(cells)
+        assert f"| {name} | {row} |" in page, row
+    copies = "{fp32:.2f} in fp32, {fp8 cache:.2f} with an fp8 cache and {fp8 weights:.2f} with fp8"
+    assert copies.format_map({name: variant["copy"]["perplexity"] for name, variant in variants.items()}) in page
+    read_once = [x["perplexity"] for x in variants["fp32"]["positions"]]
+    assert f"{min(read_once):.1f} to {max(read_once):.1f} for text that is read for the first time" in page
+    assert f"at {1 - variants['fp8 weights']['text']['top1_agreement']:.0%}".replace("%", " %") in page
+    llama = "{fp8} GB instead of {none}", "{fp8} kB for each token of Llama 3.1 8B instead of {auto}"
+    models = {"llama-3.1-8b-instruct": llama, "deepseek-r1-distill-llama-70b": ("{fp8} instead of {none}", "")}
+    for name, (text, cache) in models.items():
+        model_config = fastgen.from_hf_config(json.loads((ROOT / f"benchmarks/configs/{name}.json").read_text()))
+        sizes = {q: param_bytes(model_config, torch.bfloat16, quantization=q) / 1e9 for q in ("none", "fp8")}
+        assert text.format_map({q: f"{size:.1f}" for q, size in sizes.items()}) in page, name
+        rows = {dtype: row_format(model_config, dtype, torch.bfloat16).num_bytes for dtype in ("auto", "fp8")}
+        kilobytes = {dtype: f"{2 * model_config.num_layers * n / 1e3:.0f}" for dtype, n in rows.items()}
+        assert cache.format_map(kilobytes) in page, kilobytes
 
 
 def test_tools_limit_the_spinning_of_idle_threads() -> None:
