@@ -50,6 +50,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {  # calls that need an engine to th
 }
 READS: dict[str, Callable[[Engine], Any]] = {  # that any thread may make of an engine that is open
     "params": lambda e: e.params,
+    "source_params": lambda e: e.source_params,
     "cache": lambda e: e.cache,
     "last_batch": lambda e: e.last_batch,
     "adapters": lambda e: e.adapters,
