@@ -22,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if config.getoption("--device") == "cpu":
+        if "triton" in sys.modules:
+            raise pytest.UsageError("triton was imported before TRITON_INTERPRET=1 was set")
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run as Python
     else:
         # Types are checked while tests run on the CPU only: torch.compile cannot trace the checks.
