@@ -415,6 +415,8 @@ class Engine(GenerateMethods):
         Running requests go on with the keys and values they have. Writes in place that torch sees (optimizers, `copy_`)
         are noticed without this before the next step; others are not (`.data`, other processes, graphs).
         """
+        if self.shadow is not None:
+            self.shadow.mark_stale()
         self.core.params_changed()
 
     @exclusive("params")

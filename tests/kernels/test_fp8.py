@@ -23,8 +23,7 @@ from fastgen.kernels.fp8_matmul import (
     select_tile,
     swiglu_quantize,
 )
-from fastgen.quantization.fp8 import E4M3, QuantizedRows, QuantizedWeight, quantize_rows
-from fastgen.quantization.ops import quantized_linear
+from fastgen.quantization.fp8 import E4M3, QuantizedRows, QuantizedWeight, quantize_rows, quantized_linear
 
 HALF = torch.float16 if torch.get_default_device().type == "cpu" else torch.bfloat16  # Triton interprets no bf16
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from trainer import CONFIG, GREEDY, PROMPTS, clone, engine, generate, new_params, tokens_and_logprobs
+from trainer import CONFIG, GREEDY, PROMPTS, clone, engine, finish, generate, new_params, tokens_and_logprobs
 from transformers import PreTrainedModel
 
 import fastgen
@@ -20,7 +20,10 @@ from fastgen import Params
 from fastgen.checkpoint import weights
 from fastgen.core.model_config import TPShard
 from fastgen.distributed import workers
+from fastgen.kernels.batch_invariant import batch_invariant_ops, verify_batch_invariance
+from fastgen.kernels.select import check_fp8_matmuls
 from fastgen.quantization.fp8 import QuantizedWeight, is_quantized, map_weights, weight_leaves
+from fastgen.quantization.ops import quantized_ops
 from fastgen.training import weight_sync
 from fastgen.training.grpo import Trainer
 from fastgen.training.problems import load_problem
@@ -72,6 +75,42 @@ def test_parameters_in_full_precision_have_fp8_copies() -> None:
         engine(quantize(params), quantization="none")
 
 
+def test_forward_takes_quantized_weights() -> None:
+    """The plain ops compute with quantized weights, too; other functions say what they would take."""
+    with engine(quantize(new_params()), compile="eager") as e:
+        e.add(PROMPTS[2], GREEDY)
+        e.step()
+        arguments: Any = e.params, e.cache, e.last_batch, CONFIG
+        logits = fastgen.forward(*arguments)
+        assert torch.equal(logits, fastgen.forward(*arguments, ops=e.runner.ops)) or e.device.type == "cuda"
+        with pytest.raises(TypeError, match=r"mm does not take a QuantizedWeight: .*dequantize"):
+            torch.mm(logits, e.params.layers[0].down)  # type: ignore[arg-type]
+
+
+def test_matmuls_that_a_gpu_does_not_have() -> None:
+    params = quantize(new_params())
+    with pytest.raises(ValueError, match=r"compute capability 8.9 or later, and this one has 8.0: .*quantization=none"):
+        check_fp8_matmuls(params, (8, 0))
+    check_fp8_matmuls(params, (9, 0))
+    layer = params.layers[1]._replace(down=params.layers[1].down.map(lambda x: x[:24]))
+    with pytest.raises(ValueError, match=r"multiples of 16, and a rank's down is \(24, 48\): .*quantization=none"):
+        check_fp8_matmuls(params._replace(layers=(params.layers[0], layer)), (9, 0))
+
+
+def test_batch_invariance_is_verified_in_every_format() -> None:
+    """A later layer may be in fp8 where the first is not."""
+    params, quantized = new_params(), quantize(new_params())
+    mixed = params._replace(layers=(params.layers[0], quantized.layers[1]))
+    ops = quantized_ops(batch_invariant_ops("cpu"), mixed)
+    verify_batch_invariance(mixed, ops)
+
+    def linear(x: Tensor, w: Any, *args: Any) -> Tensor:
+        return ops.linear(x, w, *args) + (len(x) if isinstance(w, QuantizedWeight) else 0)
+
+    with pytest.raises(RuntimeError, match=r"the matmul by qkv \(64, 32\) in fp8 has other bits for 1 rows"):
+        verify_batch_invariance(mixed, ops._replace(linear=linear))
+
+
 def test_an_optimizers_step_is_the_update(model: PreTrainedModel) -> None:
     """After each step of the optimizer the copies are made anew, at their addresses."""
     _, params = fastgen.adopt(model)
@@ -95,6 +134,10 @@ def test_an_optimizers_step_is_the_update(model: PreTrainedModel) -> None:
             assert previous[-1] not in previous[:-1]
             assert previous[-1] == generate_quantized(params)
             assert_same(e.params, quantize(params))
+        model.lm_head.weight.data.mul_(2)  # torch does not see these writes
+        params.layers[0].down.data.mul_(2)
+        e.params_changed()
+        assert generate(e) == generate_quantized(params)
         assert addresses(e.params) == before
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
         with pytest.raises(ValueError, match="no longer share"):
@@ -189,18 +232,13 @@ def test_snapshots_belong_to_the_weights() -> None:
         snapshot = e.snapshot(request, include_pages=True)
         with engine(quantize(clone(params))) as other:
             other.restore(snapshot)
-            assert (
-                other.state.prefix_cache.num_cached_pages()
-                if hasattr(other.state.prefix_cache, "num_cached_pages")
-                else True
-            )
-            (output,) = [x.output for x in iter_events(other) if x.output]
-        assert output.completions[0].token_ids == generate(e)[2][0]
-
-
-def iter_events(e: fastgen.Engine) -> Iterator[Any]:
-    while e.has_unfinished_requests:
-        yield from e.step()
+            (output,) = finish(other).values()
+            assert output.num_cached_tokens > 0
+        assert output.completions[0].token_ids == finish(e)[request].completions[0].token_ids
+        with torch.no_grad():
+            params.layers[0].down.mul_(2)
+        new = e.restore(snapshot)
+        assert finish(e)[new].num_cached_tokens == 0
 
 
 def test_tensor_parallel(tmp_path: Path) -> None:

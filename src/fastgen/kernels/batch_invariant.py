@@ -119,16 +119,19 @@ def _cuda_ops() -> ModelOps:
 @torch.no_grad()
 def verify_batch_invariance(params: Params, ops: ModelOps) -> None:
     """Raises RuntimeError if matmuls by these weights have other bits in other batch sizes on this device."""
-    layer, device, dtype = params.layers[0], params.embed.device, params.embed.dtype
-    weights = {name: getattr(layer, name) for name in ("qkv", "out", "gate_up", "down")}
-    for name, w in (weights | {"lm_head": lm_head_weight(params)}).items():
+    device, dtype = params.embed.device, params.embed.dtype
+    names = "qkv", "out", "gate_up", "down"
+    # A checkpoint may have some layers in fp8 and others not.
+    weights = {(n, type(w)): w for layer in reversed(params.layers) for n in names for w in (getattr(layer, n),)}
+    for (name, _), w in (weights | {("lm_head", Tensor): lm_head_weight(params)}).items():
         x = torch.rand(1024, w.shape[1], device=device, dtype=torch.float32).sub_(0.5).to(dtype)
         with prefer_cublaslt(split_k=False):
             expected = ops.linear(x, w)
             unequal = [n for n in VERIFIED_BATCH_SIZES if not torch.equal(ops.linear(x[-n:], w), expected[-n:])]
         if unequal:
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-            problem = f"the matmul by {name} {tuple(w.shape)} in {dtype} has other bits for {unequal[0]} rows"
+            number = dtype if isinstance(w, Tensor) else "fp8"
+            problem = f"the matmul by {name} {tuple(w.shape)} in {number} has other bits for {unequal[0]} rows"
             raise RuntimeError(f"compile.batch_invariant=true cannot hold on {where}: {problem} than for {len(x)}")
 
 

@@ -5,7 +5,7 @@ those of even columns before those of odd ones. `_linear_kernel` reads weights a
 registers: matrix instructions for fp8 want 64 rows, and conversions of single values would take longer than the memory.
 More rows have the library's GEMM for fp8.
 
-The order of every sum depends on shapes alone, so a row's result does not depend on the other rows.
+The order of every sum depends on the shapes alone, which include the number of rows, never on values or timing.
 """
 
 # pyright: reportCallIssue=false
@@ -96,7 +96,7 @@ def select_tile(out_features: int, num_rows: int) -> dict[str, int]:
 
 
 class QuantizedLinear:
-    """x @ w.T + bias with fp8 operands, summed in fp32 and rounded once to `dtype`. For one stream of calls.
+    """x @ w.T + bias with fp8 operands, summed in fp32 and rounded to `dtype`. For calls on one stream.
 
     Up to `max_widened` rows are quantized as widened values, for the kernel; 0: the library multiplies any number.
     """
@@ -134,7 +134,7 @@ class QuantizedLinear:
         return out
 
     def many_rows(self, x: QuantizedRows, w: QuantizedWeight, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        """Returns the product by the library's GEMM, whose scales for each row and column want bf16 results."""
+        """Returns the product by the library's GEMM, which with scales for rows and columns rounds to bf16 first."""
         scales = x.scale[:, None], w.scale[None, :]
         bias = None if bias is None else bias.bfloat16()
         y = torch.ops.aten._scaled_mm(x.data, w.data.T, *scales, bias, out_dtype=torch.bfloat16, use_fast_accum=True)

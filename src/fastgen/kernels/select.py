@@ -96,6 +96,7 @@ def select_quantized_ops(ops: ModelOps, params: Params, *, batch_invariant: bool
         return ops
     if device.type != "cuda" or dtype == torch.float32:
         return quantized_ops(ops, params)
+    check_fp8_matmuls(params, torch.cuda.get_device_capability(device))
     from fastgen.kernels import fp8_matmul
 
     max_widened = 0 if batch_invariant else fp8_matmul.SMALL_BATCH
@@ -103,6 +104,22 @@ def select_quantized_ops(ops: ModelOps, params: Params, *, batch_invariant: bool
     add_norm = partial(fp8_matmul.add_norm_quantize, max_widened=max_widened)
     swiglu = partial(fp8_matmul.swiglu_quantize, max_widened=max_widened)
     return quantized_ops(ops, params, linear, add_norm, swiglu)
+
+
+def check_fp8_matmuls(params: Params, capability: tuple[int, int]) -> None:
+    """Raises ValueError if a GPU of this compute capability has no fp8 matmuls for the parameters, a rank's shards."""
+    advice = "load the model with quantization=none"
+    if capability < (8, 9):
+        have = "{}.{}".format(*capability)
+        raise ValueError(
+            f"fp8 matmuls need a GPU of compute capability 8.9 or later, and this one has {have}: {advice}"
+        )
+    for layer in params.layers:
+        for name, w in layer._asdict().items():
+            if isinstance(w, QuantizedWeight) and any(size % 16 for size in w.shape):
+                problem = f"a rank's {name} is {tuple(w.shape)}"
+                advice += ", or over another number of ranks"
+                raise ValueError(f"fp8 matmuls on a GPU need sizes that are multiples of 16, and {problem}: {advice}")
 
 
 def select_quantize_into(device: torch.device) -> Callable[[QuantizedWeight, torch.Tensor], None]:

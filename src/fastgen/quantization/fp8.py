@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -64,6 +65,17 @@ class QuantizedWeight(NamedTuple):
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "N D"]:
         """Returns the weight in another dtype."""
         return dequantize(self.data, self.scale, dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        """Computes torch's own `linear` with the weight, so that the plain ops of a forward take it as well.
+
+        Raises TypeError for other functions of torch.
+        """
+        if func is F.linear:
+            return quantized_linear(F.linear, *args, **kwargs or {})
+        name = getattr(func, "__name__", func)
+        raise TypeError(f"{name} does not take a QuantizedWeight: pass it weight.dequantize(dtype), a tensor")
 
     def copy_(self, weight: "Tensor | QuantizedWeight", non_blocking: bool = False) -> None:
         """Overwrites the weight: quantizes a tensor on this weight's device, copies a quantized weight as it is."""
@@ -135,3 +147,17 @@ def dequantize(
 ) -> Float[Tensor, "*rows D"]:
     """Returns data * scale, rounded once to `dtype`."""
     return (data.float() * scale[..., None]).to(dtype)
+
+
+def quantized_linear(
+    linear: Callable[..., Tensor], x: Float[Tensor, "T D"], w: QuantizedWeight, bias: Float[Tensor, " N"] | None = None,
+    out: Float[Tensor, "T N"] | None = None,
+) -> Float[Tensor, "T N"]:  # fmt: skip
+    """Returns x @ w.T + bias, of which both operands are quantized: the specification of the kernels.
+
+    `linear` multiplies the e4m3 values, which fp32 holds exactly. The result has the dtype of x.
+    """
+    data, scale = quantize_rows(x)
+    y = linear(data.float(), w.data.float(), None) * scale[:, None] * w.scale
+    y = (y if bias is None else y + bias.float()).to(x.dtype)
+    return y if out is None else out.copy_(y)

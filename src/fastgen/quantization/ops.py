@@ -8,22 +8,7 @@ from torch import Tensor
 
 from fastgen.core.transformer import ModelOps
 from fastgen.core.types import Params
-from fastgen.quantization.fp8 import QuantizedRows, QuantizedWeight, quantize_rows
-
-
-def quantized_linear(
-    linear: Callable[..., Tensor], x: Tensor | QuantizedRows, w: QuantizedWeight, bias: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Returns x @ w.T + bias, of which both operands are quantized: the specification of the kernels.
-
-    `linear` multiplies the e4m3 values, which fp32 holds exactly. x is [T, D], and the result [T, N] has its dtype.
-    """
-    assert isinstance(x, Tensor), "the plain ops quantize activations here alone"
-    data, scale = quantize_rows(x)
-    y = linear(data.float(), w.data.float(), None) * scale[:, None] * w.scale
-    y = (y if bias is None else y + bias.float()).to(x.dtype)
-    return y if out is None else out.copy_(y)
+from fastgen.quantization.fp8 import QuantizedWeight, quantized_linear
 
 
 def quantized_ops(

@@ -260,7 +260,11 @@ class QuantizedShadow:
         self.params = quantize_params(source, model_config, tp_shard=tp_shard, allocate=allocate)
         self._quantize_into = select_quantize_into(source.embed.device)
         self._version_tensors = version_counters(source)
-        self._last_version_sum = self._version_sum()
+        self._last_version_sum: int | None = self._version_sum()
+
+    def mark_stale(self) -> None:
+        """Makes the next `refresh` quantize the parameters, which were written in a way that torch does not see."""
+        self._last_version_sum = None
 
     def refresh(self) -> None:
         """Quantizes the parameters again if they were written in place since the last time."""
