@@ -37,7 +37,7 @@ def embed(
 
 def add_norm_qkv(
     x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float,
-    w: Any, bias: Float[Tensor, " N"] | None,  # [N, D], a tensor or quantized
+    w: Any, bias: Float[Tensor, " N"] | None,  # w [N, D]: a tensor or quantized, as gate_up [F2, D] below
 ) -> tuple[HiddenStates, Float[Tensor, "T N"]]:  # fmt: skip
     """Returns x + y, and queries, keys and values of its norm."""
     x = x + y
@@ -45,11 +45,7 @@ def add_norm_qkv(
 
 
 def add_norm_gate_up(
-    x: HiddenStates,
-    y: HiddenStates,
-    norm: Float[Tensor, " D"],
-    eps: float,
-    gate_up: Any,  # [F2, D]
+    x: HiddenStates, y: HiddenStates, norm: Float[Tensor, " D"], eps: float, gate_up: Any
 ) -> tuple[HiddenStates, Float[Tensor, "T F"]]:
     """Returns x + y, and SwiGLU of the gate and up projections of its RMS norm."""
     x = x + y
