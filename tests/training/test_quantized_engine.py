@@ -21,7 +21,7 @@ from fastgen.checkpoint import weights
 from fastgen.core.model_config import TPShard
 from fastgen.distributed import workers
 from fastgen.kernels.batch_invariant import batch_invariant_ops, verify_batch_invariance
-from fastgen.kernels.select import check_fp8_matmuls
+from fastgen.kernels.select import check_fp8_gpu, check_fp8_sizes
 from fastgen.quantization.fp8 import QuantizedWeight, is_quantized, map_weights, weight_leaves
 from fastgen.quantization.ops import quantized_ops
 from fastgen.training import weight_sync
@@ -89,12 +89,15 @@ def test_forward_takes_quantized_weights() -> None:
 
 def test_matmuls_that_a_gpu_does_not_have() -> None:
     params = quantize(new_params())
-    with pytest.raises(ValueError, match=r"compute capability 8.9 or later, and this one has 8.0: .*quantization=none"):
-        check_fp8_matmuls(params, (8, 0))
-    check_fp8_matmuls(params, (9, 0))
+    with pytest.raises(
+        ValueError, match=r"weights need a GPU .*capability 8.9 or later, and this one has 8.0: set off"
+    ):
+        check_fp8_gpu((8, 0), "weights", "off")
+    check_fp8_gpu((9, 0), "weights", "off")
+    check_fp8_sizes(params)
     layer = params.layers[1]._replace(down=params.layers[1].down.map(lambda x: x[:24]))
-    with pytest.raises(ValueError, match=r"multiples of 16, and a rank's down is \(24, 48\): .*quantization=none"):
-        check_fp8_matmuls(params._replace(layers=(params.layers[0], layer)), (9, 0))
+    with pytest.raises(ValueError, match=r"multiples of 16, and down is \(24, 48\): set quantization=none"):
+        check_fp8_sizes(params._replace(layers=(params.layers[0], layer)))
 
 
 def test_batch_invariance_is_verified_in_every_format() -> None:

@@ -61,6 +61,9 @@ class ModelRunner(EagerRunner):
         ops = select.select_quantized_ops(ops, params, batch_invariant=config.compile.batch_invariant)
         if config.compile.batch_invariant:
             batch_invariant.verify_batch_invariance(params, ops)
+        if config.kv_cache.dtype == "fp8" and self.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(self.device)
+            select.check_fp8_gpu(capability, "fp8 keys and values", "kv_cache.dtype=auto")
         self.ops = select.select_cache_ops(ops, config.kv_cache.dtype, config.kv_cache.page_size, shard)
         self._sample_fn = select.select_sample_fn(config.compile, self.device, self.ops)
         self.fused_sampler = select.select_fused_sampler(config.compile, self.device)

@@ -96,7 +96,8 @@ def select_quantized_ops(ops: ModelOps, params: Params, *, batch_invariant: bool
         return ops
     if device.type != "cuda" or dtype == torch.float32:
         return quantized_ops(ops, params)
-    check_fp8_matmuls(params, torch.cuda.get_device_capability(device))
+    check_fp8_gpu(torch.cuda.get_device_capability(device), "fp8 weights", "quantization=none")
+    check_fp8_sizes(params)
     from fastgen.kernels import fp8_matmul
 
     max_widened = 0 if batch_invariant else fp8_matmul.SMALL_BATCH
@@ -106,20 +107,20 @@ def select_quantized_ops(ops: ModelOps, params: Params, *, batch_invariant: bool
     return quantized_ops(ops, params, linear, add_norm, swiglu)
 
 
-def check_fp8_matmuls(params: Params, capability: tuple[int, int]) -> None:
-    """Raises ValueError if a GPU of this compute capability has no fp8 matmuls for the parameters, a rank's shards."""
-    advice = "load the model with quantization=none"
+def check_fp8_gpu(capability: tuple[int, int], what: str, alternative: str) -> None:
+    """Raises ValueError if a GPU of this compute capability has no instructions for e4m3."""
     if capability < (8, 9):
-        have = "{}.{}".format(*capability)
-        raise ValueError(
-            f"fp8 matmuls need a GPU of compute capability 8.9 or later, and this one has {have}: {advice}"
-        )
+        has = "and this one has {}.{}".format(*capability)
+        raise ValueError(f"{what} need a GPU of compute capability 8.9 or later, {has}: set {alternative}")
+
+
+def check_fp8_sizes(params: Params) -> None:
+    """Raises ValueError if fp8 weights, a rank's shards, have sizes that a GPU's library does not multiply."""
     for layer in params.layers:
         for name, w in layer._asdict().items():
             if isinstance(w, QuantizedWeight) and any(size % 16 for size in w.shape):
-                problem = f"a rank's {name} is {tuple(w.shape)}"
-                advice += ", or over another number of ranks"
-                raise ValueError(f"fp8 matmuls on a GPU need sizes that are multiples of 16, and {problem}: {advice}")
+                problem = f"fp8 matmuls on a GPU need sizes that are multiples of 16, and {name} is {tuple(w.shape)}"
+                raise ValueError(f"{problem}: set quantization=none, or another number of tensor-parallel ranks")
 
 
 def select_quantize_into(device: torch.device) -> Callable[[QuantizedWeight, torch.Tensor], None]:
