@@ -68,7 +68,7 @@ def test_public_names_are_in_the_reference(site: Path) -> None:
 def test_settings_are_in_the_reference(site: Path) -> None:
     reference = (site / "configuration.html").read_text()
     groups = {f.name: f.type for f in fields(config.EngineConfig) if is_dataclass(f.default)}
-    groups |= {"sampling": config.SamplingParams, "model": config.LoadConfig, "grpo": config.GrpoConfig}
+    groups |= {"sampling": fastgen.SamplingParams, "model": config.LoadConfig, "grpo": config.GrpoConfig}
     for group, config_class in groups.items():
         for f in fields(config_class):
             assert f'id="{group}.{f.name}"' in reference, f"{group}.{f.name}"

@@ -34,6 +34,7 @@ from fastgen.core.scheduler import Span
 from fastgen.distributed import processes
 from fastgen.server import engine_process, http_worker, log, middleware, supervisor
 from fastgen.server.app_state import TokenizerThread
+from fastgen.server.completion_response import dump_json, iter_json_chunks
 from fastgen.server.errors import APIError
 from fastgen.server.metrics import (
     GENERATION_TOKENS,
@@ -44,7 +45,6 @@ from fastgen.server.metrics import (
     render_metrics,
 )
 from fastgen.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest
-from fastgen.server.sse import dump_json, iter_json_chunks
 from fastgen.text.detokenizer import StopString
 from fastgen.text.tokenizer import max_prompt_chars
 

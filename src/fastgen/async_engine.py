@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import torch
 
 from fastgen.checkpoint import weights
-from fastgen.config import SamplingParams, unknown_name_message
+from fastgen.config import unknown_name_message
 from fastgen.core.request import Event, Output
 from fastgen.core.types import Params
 from fastgen.engine import Engine
 from fastgen.event_stream import OneOrManyPrompts, OneOrManySampling, explain_unknown_arguments, pair_prompts
+from fastgen.sampling_params import SamplingParams
 from fastgen.text.chat_template import Message
 from fastgen.text.tokenizer import Prompt, to_chat_prompts
 from fastgen.training import weight_sync

@@ -12,9 +12,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fastgen.config import SamplingParams, unknown_name_message
+from fastgen.config import unknown_name_message
 from fastgen.core.request import Completion
 from fastgen.engine import Engine
+from fastgen.sampling_params import SamplingParams
 from fastgen.text import Tokenizer, chat_template
 from fastgen.text.chat_template import Message
 from fastgen.text.control_tokens import ControlTokens

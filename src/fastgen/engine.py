@@ -18,8 +18,9 @@ from fastgen import lora
 from fastgen import snapshot as snapshots
 from fastgen.checkpoint import files, hub, tokenizer, weights
 from fastgen.compiled import warm_up
+from fastgen.compiled.cache_size import cache_capacity
 from fastgen.compiled.runner import ModelRunner
-from fastgen.config import EngineConfig, QuantizationConfig, SamplingParams, check_int
+from fastgen.config import EngineConfig, QuantizationConfig, check_int
 from fastgen.core import scheduler
 from fastgen.core.engine_core import INT64_RANGE, EngineCore
 from fastgen.core.extensions import Adapters, Matcher, Ranks, call_collectively, on_all_ranks
@@ -35,9 +36,10 @@ from fastgen.lora import Adapter, AdapterManager, LoadedAdapter
 from fastgen.offload.host_offload import HostOffload, page_bytes
 from fastgen.profiling.profiler import Profiler, ProfileWindow
 from fastgen.quantization.fp8 import is_quantized
-from fastgen.quantization.kv_cache import RowFormat, row_format
+from fastgen.quantization.kv_cache import row_format
+from fastgen.sampling_params import SamplingParams
 from fastgen.snapshot import Snapshot
-from fastgen.structured_output.backend import GrammarBackend
+from fastgen.structured_output.token_masks import GrammarBackend
 from fastgen.text import Tokenizer
 from fastgen.text.text_processor import TextProcessor
 from fastgen.text.tokenizer import Prompt
@@ -45,8 +47,6 @@ from fastgen.thread_safety import AccessGuard, check_fork, disable_torch_modes, 
 from fastgen.training import logprobs, weight_sync
 from fastgen.training.shared_params import QuantizedShadow, adopted_models, version_counters
 from fastgen.training.sleep import EngineMemory, ReleasableMemory
-
-MAX_CPU_CACHE_BYTES = 2**30  # of a cache on a CPU whose size is not set
 
 
 def get_tp_size(config: EngineConfig) -> int:
@@ -175,7 +175,7 @@ class Engine(GenerateMethods):
             if host_bytes and not num_host_pages:
                 raise ValueError(f"offload.host_gb={offload.host_gb} holds not even a page: raise it")
             self.page_copier = page_copier = HostOffload(shard.num_layers, page_size, rows, self.device, num_host_pages)
-            self.cache_capacity = _cache_capacity(runner, config, rows, self.ranks)  # tokens
+            self.cache_capacity = cache_capacity(runner, config, rows, self.ranks)  # tokens
             num_slots = self.cache_capacity + page_size
             num_bytes = weights.bytes_needed([(num_slots, *rows.shape)] * 2 * shard.num_layers, rows.dtype)
             allocate = partial(self.memory.allocate("cache", self.device, num_bytes).allocate, dtype=rows.dtype)
@@ -763,36 +763,3 @@ def _as_value_errors(named_tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple
 
 def _memory_usage_of(engine: "weakref.ref[Engine]") -> dict[str, int]:
     return {} if (alive := engine()) is None else alive._memory_usage()
-
-
-def _cache_capacity(runner: ModelRunner, config: EngineConfig, rows: RowFormat, ranks: Ranks) -> int:
-    """Returns the cache's size in tokens, full pages. Raises ValueError, with advice, where memory is short."""
-    pages, schedule, shard = config.kv_cache, config.schedule, runner.model_config
-    bytes_per_token = page_bytes(shard.num_layers, 1, rows)
-    num_tokens = pages.cache_tokens
-    if num_tokens is None:
-        num_bytes = MAX_CPU_CACHE_BYTES
-        if runner.device.type == "cuda":
-            scratch = new_kv_cache(shard, pages.page_size, device=runner.device, dtype=rows.dtype, row_shape=rows.shape)
-            try:
-                used = warm_up.profile_peak_memory(runner, scratch)
-            except torch.OutOfMemoryError as e:
-                raise _out_of_memory(runner, "the activations of the largest step do not fit") from e
-            num_bytes = pages.gpu_memory_utilization * torch.cuda.mem_get_info(runner.device)[1] - used
-        longest = -(-(shard.context_length - 1) // pages.page_size) * pages.page_size
-        num_tokens = min(int(num_bytes) // bytes_per_token, schedule.max_num_seqs * longest)  # what could ever be used
-    if num_tokens < pages.page_size:
-        raise _out_of_memory(runner, f"nothing is left for the cache, of {bytes_per_token} bytes for each token")
-    return ranks.all_reduce_min(num_tokens) // pages.page_size * pages.page_size
-
-
-def _out_of_memory(runner: ModelRunner, problem: str) -> ValueError:
-    pages, schedule, total = runner.config.kv_cache, runner.config.schedule, 0
-    if runner.device.type == "cuda":
-        total = torch.cuda.mem_get_info(runner.device)[1]
-    weight_bytes = sum(w.nbytes for w in tree_leaves(runner.params) if w is not None)
-    return ValueError(
-        f"{problem}: {pages.gpu_memory_utilization:.0%} of {total / 1e9:.1f} GB, {weight_bytes / 1e9:.1f} GB of which "
-        f"are weights. Lower schedule.token_budget ({schedule.token_budget}) or schedule.max_num_seqs "
-        f"({schedule.max_num_seqs}), or raise kv_cache.gpu_memory_utilization"
-    )

@@ -12,8 +12,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from fastgen.config import SamplingParams, check_choice, unknown_name_message
+from fastgen.config import check_choice, unknown_name_message
 from fastgen.core.request import Event, Output, rejected_output
+from fastgen.sampling_params import SamplingParams
 from fastgen.text.chat_template import Message, Tools
 from fastgen.text.tokenizer import Prompt, to_chat_prompts, to_prompt_list
 from fastgen.thread_safety import AccessGuard, exclusive

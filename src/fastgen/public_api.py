@@ -4,7 +4,7 @@ from fastgen import lora
 from fastgen.async_engine import AsyncEngine
 from fastgen.checkpoint.model_families import from_hf_config
 from fastgen.checkpoint.weights import init, load, save
-from fastgen.config import EngineConfig, SamplingParams
+from fastgen.config import EngineConfig
 from fastgen.core.batch import build_batch
 from fastgen.core.kv_cache import new_kv_cache
 from fastgen.core.model_config import ModelConfig, RopeConfig
@@ -26,6 +26,7 @@ from fastgen.distributed.data_parallel import Replicas
 from fastgen.engine import Engine
 from fastgen.lora import Adapter
 from fastgen.lora.stacked import StackedAdapters
+from fastgen.sampling_params import SamplingParams
 from fastgen.snapshot import Snapshot
 from fastgen.text.chat_template import ChatPrompt
 from fastgen.training.logprobs import LogprobMismatch, compare_logprobs, logprob_mismatch, score

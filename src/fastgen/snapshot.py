@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastgen.config import SamplingParams
 from fastgen.core import scheduler
 from fastgen.core.engine_core import EngineCore
 from fastgen.core.prefix_cache import Namespace, make_namespace
 from fastgen.core.request import Completion, FinishReason, Output, SequenceState, TopLogprobs
+from fastgen.sampling_params import SamplingParams
 
 FORMAT = "fastgen snapshot 4"  # 4: pages of quantized caches
 FINISH_REASONS = (None, *get_args(FinishReason))

@@ -25,7 +25,7 @@ from fastgen.cli import fgrun as script
 from fastgen.cli.bench import benchmark
 from fastgen.cli.hydra_config import to_hydra_arguments
 from fastgen.cli.prompt_files import read_chat_template, read_prompts, read_tools
-from fastgen.config import SamplingParams
+from fastgen.sampling_params import SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = ("model=debug", "kv_cache=small", "sampling=default", "seed=0", "sampling.max_tokens=4")

@@ -32,9 +32,9 @@ from fastgen.config import (
     OffloadConfig,
     ParallelConfig,
     QuantizationConfig,
-    SamplingParams,
     SchedulerConfig,
 )
+from fastgen.sampling_params import SamplingParams
 
 NAN = float("nan")
 BAD = [

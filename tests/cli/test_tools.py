@@ -22,7 +22,7 @@ from fastgen.cli import fgrun as script
 from fastgen.cli.completion import completion_script
 from fastgen.cli.hydra_config import RunConfig, parse_arguments, to_hydra_arguments
 from fastgen.cli.settings_help import describe_values
-from fastgen.config import SamplingParams
+from fastgen.sampling_params import SamplingParams
 
 PARSERS = (parsers.bench_parser, parsers.chat_parser, parsers.serve_parser)
 TINY = ["model=debug", "kv_cache=small", "prompt=[[1,2],[3]]", "chat=false"]

@@ -30,7 +30,8 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 torch.set_num_threads(1)
 from fastgen.checkpoint import weights
-from fastgen.config import EngineConfig, SamplingParams
+from fastgen.config import EngineConfig
+from fastgen.sampling_params import SamplingParams
 from fastgen.core.engine_core import EngineCore
 from fastgen.core.kv_cache import new_kv_cache
 from fastgen.checkpoint.model_families import from_hf_config

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_detokenizer import RUNS
 from test_tokenizer import BYTE_FALLBACK, KINDS, QUICK, byte_tokens
 
-from fastgen.config import SamplingParams
 from fastgen.core.request import Completion, Event, Output, SequenceState
+from fastgen.sampling_params import SamplingParams
 from fastgen.server.app_state import AppState
 from fastgen.server.engine_process import TokenDelta
 from fastgen.server.responses import Choice, ChoiceDelta, EchoedPrompt, TextResponseBuilder, TokenDecoder

@@ -36,10 +36,10 @@ from fastgen.cli import parsers, serve
 from fastgen.cli.hydra_config import parse_arguments
 from fastgen.extras import install_command
 from fastgen.server import app_state, http_worker, middleware
+from fastgen.server.completion_response import dump_json
 from fastgen.server.engine_client import EngineClient
 from fastgen.server.engine_process import EngineInfo, EngineServer, Reply, Sender, TokenDelta
 from fastgen.server.errors import APIError, bad_request
-from fastgen.server.sse import dump_json
 from fastgen.structured_output.trial_process import GrammarCancelled
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

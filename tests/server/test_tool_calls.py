@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerFast
 from fastgen import SamplingParams
 from fastgen.server import endpoints, tool_calls
 from fastgen.server.app_state import AppState, TokenizerThread
+from fastgen.server.completion_response import CompletionResponse
 from fastgen.server.engine_process import EngineInfo, TokenDelta
 from fastgen.server.errors import APIError
 from fastgen.server.requests import ChatMessage, ChatRequest, Tool, to_template_dicts
 from fastgen.server.responses import ChatResponseBuilder, Choice, ChoiceDelta, TokenDecoder
-from fastgen.server.sse import CompletionResponse
 from fastgen.server.tool_calls import ToolCallParser
 from fastgen.text import chat_template
 from fastgen.text.detokenizer import Detokenizer
@@ -302,7 +302,7 @@ SETUPS = [
 @pytest.fixture(scope="module")
 def backends() -> dict[str, Any]:
     pytest.importorskip("llguidance")
-    from fastgen.structured_output.backend import GrammarBackend
+    from fastgen.structured_output.token_masks import GrammarBackend
 
     return {name: GrammarBackend(c, len(c), frozenset([256])) for name, c in TOKENIZERS.items()}
 

@@ -22,9 +22,9 @@ import fastgen
 from fastgen import Output, SamplingParams
 from fastgen.core.sampling import apply_token_mask
 from fastgen.extras import install_command
-from fastgen.structured_output import backend
-from fastgen.structured_output.backend import GrammarBackend, json_depth
+from fastgen.structured_output import token_masks
 from fastgen.structured_output.grammar_compiler import TrialLimits, compile_grammar
+from fastgen.structured_output.token_masks import GrammarBackend, json_depth
 from fastgen.structured_output.trial_process import GrammarCancelled
 
 pytest.importorskip("llguidance")
@@ -159,7 +159,7 @@ def test_what_a_grammar_needs(words: PreTrainedTokenizerFast, monkeypatch: pytes
     """Errors name a missing tokenizer or package; settings that contradict a grammar's end are refused."""
     with engine(None) as e, pytest.raises(ValueError, match="needs a tokenizer"):
         e.add([1, 2], with_grammar("json:"))
-    monkeypatch.setattr("fastgen.structured_output.backend.find_spec", lambda name: None)
+    monkeypatch.setattr("fastgen.structured_output.token_masks.find_spec", lambda name: None)
     with engine(words) as e, pytest.raises(ValueError, match=re.escape(install_command("guide"))):
         e.add("once", with_grammar("json:"))
     for wrong in ({"min_tokens": 3}, {"ignore_eos": True}, {"grammar": 7}):
@@ -285,11 +285,11 @@ def test_fast_grammars_are_compiled_again_and_slow_ones_copied(
         calls.append(args[2])
         return compile_grammar(*args)
 
-    monkeypatch.setattr(backend, "compile_grammar", compile)
+    monkeypatch.setattr(token_masks, "compile_grammar", compile)
     small.make_matchers("regex:x+", 3)
     assert calls == ["x+"] * 3
-    monkeypatch.setattr(backend, "FAST_COMPILE_SECONDS", 0)
-    monkeypatch.setitem(small._trial_results, backend._grammar_key("regex:y+"), {"bytes": 1000})
+    monkeypatch.setattr(token_masks, "FAST_COMPILE_SECONDS", 0)
+    monkeypatch.setitem(small._trial_results, token_masks._grammar_key("regex:y+"), {"bytes": 1000})
     before = small._compiled_bytes[0]
     matchers = small.make_matchers("regex:y+", 3) + small.make_matchers("regex:y+", 2)
     assert calls[3:] == ["y+"] and small._compiled_bytes[0] == before + 1000
@@ -297,7 +297,7 @@ def test_fast_grammars_are_compiled_again_and_slow_ones_copied(
     assert not matchers[1].matcher.is_accepting() and matchers[0].matcher.is_accepting()
     small._compiled_matchers.popitem()[1].error = "an error"
     assert not small.make_matchers("regex:y+")[0].failed and calls[3:] == ["y+"] * 2
-    monkeypatch.setattr(backend, "MAX_COMPILED_BYTES", 500)
+    monkeypatch.setattr(token_masks, "MAX_COMPILED_BYTES", 500)
     small._compiled_matchers.clear()
     with pytest.raises(ValueError, match="try again later"):
         small.make_matchers("regex:y+")
@@ -326,7 +326,7 @@ def test_a_slow_mask_ends_its_request_alone(words: PreTrainedTokenizerFast, monk
 
     monkeypatch.setattr(numpy, "fill_next_token_bitmask_par", slow_par)
     monkeypatch.setattr(numpy, "fill_next_token_bitmask", slow_one)
-    monkeypatch.setattr(backend, "MAX_MASK_SECONDS", 0.09)
+    monkeypatch.setattr(token_masks, "MAX_MASK_SECONDS", 0.09)
     with engine(words) as e:
         ids = [e.add("once", with_grammar(f"regex:{DATE}", seed=i)) for i in range(3)]
         e.step()
@@ -367,7 +367,7 @@ def test_asyncio_compiles_beside_the_steps(words: PreTrainedTokenizerFast, monke
         output = await (await running).output()
         assert all(re.fullmatch(DATE, c.text) for c in output.completions if c.finish_reason == "stop")
         assert [cancel_event.is_set() for cancel_event in cancel_events] == [False, True]
-        assert not e.engine.grammars._prebuilt_matchers.get(backend._grammar_key(f"regex:{DATE}"))
+        assert not e.engine.grammars._prebuilt_matchers.get(token_masks._grammar_key(f"regex:{DATE}"))
         with pytest.raises(ValueError, match="prompt 1: json grammar: it is nested 501 levels"):
             await anext(e.generate(["a", "b"], [SamplingParams(max_tokens=5), with_grammar("json:" + nested(500))]))
 

@@ -14,8 +14,8 @@ from test_tokenizer import BYTE_LEVEL
 
 import fastgen
 from fastgen import SamplingParams, Snapshot
-from fastgen.structured_output.backend import GrammarBackend
 from fastgen.structured_output.token_filter import encode_bad_words
+from fastgen.structured_output.token_masks import GrammarBackend
 
 SPEC = fastgen.from_hf_config(tiny.config(vocab=330, context=512, eos_token_id=BYTE_LEVEL.eos_token_id))
 PARAMS = tiny.weights(SPEC)

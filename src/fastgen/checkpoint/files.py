@@ -179,9 +179,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Checkpoint]:
         shapes |= new
         file_of |= dict.fromkeys(new, file)
     if fp8_format is not None:
-        from fastgen.checkpoint import quantized  # which imports this module
+        from fastgen.checkpoint import fp8_tensors  # which imports this module
 
-        return hf_config, quantized.read(infos, file_of, fp8_format)
+        return hf_config, fp8_tensors.read(infos, file_of, fp8_format)
     return hf_config, Checkpoint(shapes, file_of)
 
 

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from fastgen.checkpoint.files import Checkpoint, first_names, open_safetensors, read_checkpoint, read_model_config
+from fastgen.checkpoint.fp8_tensors import SCALE_SUFFIXES
 from fastgen.checkpoint.hub import resolve
 from fastgen.checkpoint.model_families import to_hf_config
 from fastgen.checkpoint.quantization_config import to_compressed_tensors
-from fastgen.checkpoint.quantized import SCALE_SUFFIXES
 from fastgen.config import check_choice
 from fastgen.core.model_config import UNSHARDED, ModelConfig, TPShard, shard_config, vocab_shard
 from fastgen.core.types import Layer, Params

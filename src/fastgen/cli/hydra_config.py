@@ -28,13 +28,13 @@ from fastgen.config import (
     EngineConfig,
     GrpoConfig,
     LoadConfig,
-    SamplingParams,
     check_choice,
     check_settings,
     described,
     setting,
     unknown_name_message,
 )
+from fastgen.sampling_params import SamplingParams
 
 # Keys without a meaning for the other tools, except for those that they allow.
 FGRUN_KEYS = (

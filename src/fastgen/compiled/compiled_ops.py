@@ -1,5 +1,7 @@
 """torch.compile: one compiled function per model op and weight shape, each for any number of tokens.
 
+Kernels are not compiled: `kernels.select` puts them in the place of ops.
+
 The ops between two matmuls or attentions see activations and weights only, never the cache. So nothing about a cache
 can cause a copy or a recompilation, and start-up costs the compilation of one decoder layer.
 """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastgen.config import EngineConfig, SamplingParams, check_int
+from fastgen.config import EngineConfig, check_int
 from fastgen.core import extensions, scheduler
 from fastgen.core.batch import max_groups, to_device
 from fastgen.core.extensions import Adapters, Grammars, Matcher, Profiler, Ranks, TextProcessor, on_all_ranks
@@ -31,6 +31,7 @@ from fastgen.core.request import Completion, Event, Output, SequenceState, max_l
 from fastgen.core.runner import EagerRunner, InFlightStep, PageCopier
 from fastgen.core.scheduling_policy import POLICIES, SharedPrefixGroup, find_shared_prefix_groups
 from fastgen.core.types import Batch
+from fastgen.sampling_params import SamplingParams
 
 INT64_RANGE = -(2**63), 2**63 - 1  # of request ids and seeds
 Prepared = list[SequenceState] | Output  # the completions of a request, or the output of one that cannot run

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from fastgen.config import SamplingParams
 from fastgen.core.scheduler import Plan, SchedulerOutput
+from fastgen.sampling_params import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
 NULL_CONTEXT: AbstractContextManager[None] = nullcontext()

@@ -1,4 +1,4 @@
-"""The tensors of the paged KV cache. Free pages are in `page_pool`, pages of known prefixes in `prefix_cache`."""
+"""The tensors of the paged KV cache, whose size is `compiled.cache_size`'s. Free pages are in `page_pool`."""
 
 from collections.abc import Callable
 

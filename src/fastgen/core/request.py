@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from fastgen.config import SamplingParams
 from fastgen.core.extensions import Detokenizer, Matcher
 from fastgen.core.model_config import ModelConfig
+from fastgen.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]  # error: the cause is in `Completion.error`
 EMPTY_TOKEN_IDS = np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""From logits to sampled tokens.
+"""From logits to sampled tokens. `SequenceState.logit_edits` lists the tokens that penalties and biases change.
 
 Each row depends on its own request only: the noise is a function of (seed, position, token), so a sampled token does
 not change with the batch, the padding, the order of the rows, or the number of devices.

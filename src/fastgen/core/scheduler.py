@@ -12,17 +12,16 @@ that it has computed. The first pages of a running sequence are nodes of the pre
               └── path: full pages, ──┘     └ private, or partial_node: published for others to copy
                   shared with others
 
-Admission. Waiting sequences are admitted in the policy's order while the step has tokens left and the pages for all
+Admission. Sequences are admitted in the `scheduling_policy`'s order while the step has tokens left and pages for all
 known tokens of the sequence are available. The longest cached prefix is shared instead of computed. A sequence whose
 best match is a page that this step only fills waits one step and then copies that page.
 
 Preemption. Running sequences that need another page take free pages, then idle pages of the prefix cache. If there are
-none, the sequence that was admitted last is preempted: it gives up its pages, which stay cached until they are evicted,
+none, the one admitted last is preempted (`preempt_last`): it gives up its pages, which stay cached until evicted,
 moves to the front of the waiting sequences, and later resumes with what is still cached. The sequence that was admitted
 first is never preempted, and any single sequence fits the cache, so some sequence always advances.
 
-Sequences and State are immutable values; only the prefix cache is changed in place. This module needs no torch, so that
-scheduling can be simulated.
+Sequences and State are immutable; only the prefix cache changes in place. Without torch: scheduling can be simulated.
 """
 
 from collections import abc, defaultdict

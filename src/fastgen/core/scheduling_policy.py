@@ -1,4 +1,4 @@
-"""Scheduling policies: the order of waiting sequences, the mix of prefill and decode, and groups that share a prefix.
+"""Scheduling policies: the order of waiting sequences, mix of prefill and decode, groups of shared prefixes.
 
 A new policy is one class and its entry in POLICIES (and in `config.SCHEDULING_POLICIES`, which names the choices). To
 admit short prompts first, for example:

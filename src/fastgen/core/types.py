@@ -1,4 +1,4 @@
-"""The pytrees that the functions of the package take and return.
+"""The pytrees that the functions of the package take and return. A request's settings are `SamplingParams`.
 
 Legend of the axes in all annotations of the package:
 

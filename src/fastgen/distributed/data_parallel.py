@@ -24,7 +24,7 @@ import torch
 
 from fastgen import lora
 from fastgen.checkpoint import files, tokenizer
-from fastgen.config import EngineConfig, SamplingParams
+from fastgen.config import EngineConfig
 from fastgen.core.extensions import Adapters, Matcher
 from fastgen.core.model_config import ModelConfig, shard_config
 from fastgen.core.request import Event, Output, max_length, rejection_events
@@ -34,7 +34,8 @@ from fastgen.distributed.router import ReplicaRequest, Router
 from fastgen.engine import resolve_model
 from fastgen.event_stream import GenerateMethods, OneOrManyPrompts, OneOrManySampling, map_prompts
 from fastgen.lora.adapter import Adapter
-from fastgen.structured_output.backend import GrammarBackend
+from fastgen.sampling_params import SamplingParams
+from fastgen.structured_output.token_masks import GrammarBackend
 from fastgen.text import Tokenizer
 from fastgen.text.tokenizer import Prompt, encode_with_text
 from fastgen.thread_safety import AccessGuard, exclusive

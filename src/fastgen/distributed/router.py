@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from fastgen.config import SamplingParams
 from fastgen.core.request import Completion, Event, FinishReason, Output
+from fastgen.sampling_params import SamplingParams
 
 PREFIX_AFFINITY = 4  # a cached prefix outweighs a load that is larger by this many times the request's own tokens
 MAX_PREFIXES = 2**14  # prefixes that are remembered

@@ -34,7 +34,7 @@ VERIFIED_BATCH_SIZES = (1, 2, 8, 15, 16, 17, 24, 40, 64, 72, 128, 200, 256, 384,
 
 @contextmanager
 def prefer_cublaslt(*, split_k: bool = True) -> Iterator[None]:
-    """Lets cuBLASLt compute the matmuls (docs/performance-log.md says why), and without `split_k`, none with split-K."""
+    """Lets cuBLASLt compute the matmuls (see docs/performance-log.md), and without `split_k`, none with split-K."""
     if not torch.cuda.is_available():
         yield
         return

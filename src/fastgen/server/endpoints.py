@@ -20,12 +20,12 @@ from fastgen import lora
 from fastgen.server import reasoning, responses, tool_calls
 from fastgen.server import requests as bodies
 from fastgen.server.app_state import MAX_TOKENIZE_CHARS, AppState
+from fastgen.server.completion_response import CompletionResponse, json_response
 from fastgen.server.engine_process import EngineServer
 from fastgen.server.errors import APIError
 from fastgen.server.metrics import render_metrics
 from fastgen.server.middleware import HANDLED_EXCEPTIONS, Middleware, handle_error
 from fastgen.server.responses import ChatResponseBuilder
-from fastgen.server.sse import CompletionResponse, json_response
 
 STATUS_PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 router = APIRouter()

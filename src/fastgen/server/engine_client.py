@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import zmq
 import zmq.asyncio
 
-from fastgen.config import SamplingParams
+from fastgen.sampling_params import SamplingParams
 from fastgen.server.engine_process import HEALTH_SUFFIX, EngineInfo, EngineServer, Reply, Sender, TokenDelta
 from fastgen.server.errors import APIError, bad_request
 

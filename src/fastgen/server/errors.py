@@ -4,7 +4,7 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from fastgen.config import SamplingParams
+from fastgen.sampling_params import SamplingParams
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 FIRST_WORD = re.compile(r"\w*")

@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen.server import requests
 from fastgen.server.app_state import AppState
+from fastgen.server.completion_response import error_response
 from fastgen.server.errors import APIError
 from fastgen.server.log import log_line
-from fastgen.server.sse import error_response
 
 # Names of fields: pydantic's paths to an error contain names of types as well.
 REQUEST_MODELS = [x for x in vars(requests).values() if isinstance(x, type) and issubclass(x, BaseModel)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Json, PrivateAttr, model_validator
 
-from fastgen.config import SamplingParams
+from fastgen.sampling_params import SamplingParams
 from fastgen.server.errors import APIError, bad_request
 
 # Limits that are checked before a request's contents are processed.

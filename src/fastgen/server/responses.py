@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fastgen.config import SamplingParams
+from fastgen.sampling_params import SamplingParams
 from fastgen.server.engine_process import TokenDelta
 from fastgen.server.reasoning import ReasoningParser
 from fastgen.server.tool_calls import ToolCallParser

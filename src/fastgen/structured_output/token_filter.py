@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from fastgen.config import SamplingParams
 from fastgen.core.extensions import Matcher
+from fastgen.sampling_params import SamplingParams
 from fastgen.text import Tokenizer
 
 LogitsProcessor = Callable[[list[int], list[int], Tensor], Tensor]  # (prompt ids, generated ids, logits [V]) -> logits

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastgen.config import SamplingParams
 from fastgen.core import extensions
+from fastgen.sampling_params import SamplingParams
 from fastgen.text import Tokenizer
 from fastgen.text.detokenizer import Detokenizer
 from fastgen.text.tokenizer import Prompt, encode_with_text

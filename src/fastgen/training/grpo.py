@@ -33,12 +33,13 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from fastgen.checkpoint.weights import save
-from fastgen.config import GrpoConfig, SamplingParams
+from fastgen.config import GrpoConfig
 from fastgen.core.request import Completion
 from fastgen.core.types import Params
 from fastgen.engine import Engine
 from fastgen.extras import install_command
 from fastgen.quantization.fp8 import is_quantized
+from fastgen.sampling_params import SamplingParams
 from fastgen.text.tokenizer import Prompt
 from fastgen.training.logprobs import iter_weights, raise_on_non_finite_logits, score
 from fastgen.training.problems import Problem

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgen.config import SamplingParams, unknown_name_message
+from fastgen.config import unknown_name_message
 from fastgen.engine import Engine
+from fastgen.sampling_params import SamplingParams
 from fastgen.training.logprobs import raise_on_non_finite_logits
 from fastgen.training.shared_params import adopt
 

@@ -5,6 +5,8 @@ stage_named_tensors  copies of the pairs, for an update that runs beside an engi
 cuda_ipc_handles     a GPU's tensors for another process on the same host
 send, receive        pairs broadcast over a torch.distributed group, in buckets
 
+`Engine.update_params` drops what the prefix cache holds (`EngineCore.params_changed_here`).
+
 A trainer in the same process can share its memory instead of sending: `fastgen.adopt` (shared_params.py).
 """
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from fastgen.config import SamplingParams
 from fastgen.core.extensions import Grammars, Matcher
 from fastgen.extras import install_command
+from fastgen.sampling_params import SamplingParams
 from fastgen.structured_output.grammar_compiler import MAX_MASK_SECONDS, compile_grammar, run_with_stack
 from fastgen.structured_output.token_filter import TokenFilter, build_filters
 from fastgen.structured_output.trial_process import TrialProcess

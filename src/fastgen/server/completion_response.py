@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fastgen.config import SamplingParams
 from fastgen.core.request import NON_FINITE_LOGITS
+from fastgen.sampling_params import SamplingParams
 from fastgen.server import metrics
 from fastgen.server.app_state import AppState
 from fastgen.server.engine_process import EngineServer
