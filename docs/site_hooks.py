@@ -22,8 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from fastgen import argument_hints  # noqa: E402
-from fastgen import config as settings  # noqa: E402
+from fastgen import argument_hints, config, sampling_params  # noqa: E402
 
 OUTSIDE_LINK = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 SETTINGS_LINE = re.compile(r"^\[\[settings (\w+)(?: (\w+))?\]\]$", re.MULTILINE)
@@ -68,7 +67,7 @@ def settings_table(class_name: str, group: str) -> str:
 
     Keys begin with `group`, if there is one. Raises PluginError for a field without a sentence.
     """
-    config_class = getattr(settings, class_name)
+    config_class = getattr(config, class_name, None) or getattr(sampling_params, class_name)
     rows = ["| key | type | default | values | |", "|---|---|---|---|---|"]
     for f in fields(config_class):
         if is_dataclass(f.default):
