@@ -11,18 +11,23 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from trainer import CONFIG, GREEDY, PROMPTS, clone, engine, finish, generate, new_params, tokens_and_logprobs
 from transformers import PreTrainedModel
 
 import fastgen
-from fastgen import Params
+from fastgen import Params, lora
 from fastgen.checkpoint import weights
+from fastgen.config import LoraConfig
 from fastgen.core.model_config import TPShard
+from fastgen.core.scheduler import Span
+from fastgen.core.transformer import TORCH_OPS, ModelOps
 from fastgen.distributed import workers
+from fastgen.kernels import fp8_matmul
 from fastgen.kernels.batch_invariant import batch_invariant_ops, verify_batch_invariance
 from fastgen.kernels.select import check_fp8_gpu, check_fp8_sizes
-from fastgen.quantization.fp8 import QuantizedWeight, is_quantized, map_weights, weight_leaves
+from fastgen.lora import AdapterManager
+from fastgen.quantization.fp8 import QuantizedRows, QuantizedWeight, is_quantized, map_weights, weight_leaves
 from fastgen.quantization.ops import quantized_ops
 from fastgen.training import weight_sync
 from fastgen.training.grpo import Trainer
@@ -87,6 +92,50 @@ def test_forward_takes_quantized_weights() -> None:
             torch.mm(logits, e.params.layers[0].down)  # type: ignore[arg-type]
 
 
+class KernelsWithoutGemm(fp8_matmul.QuantizedLinear):
+    """The kernels of a GPU, in the interpreter, with a plain matmul for many rows."""
+
+    def many_rows(self, x: QuantizedRows, w: QuantizedWeight, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        y = x.data.float() @ w.data.float().T * x.scale[:, None] * w.scale
+        y = (y if bias is None else y + bias).to(self.dtype)
+        return y if out is None else out.copy_(y)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted, the kernels compute with fp32 activations")
+@pytest.mark.parametrize("unquantized", [None, "gate_up", "down"])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_kernels_in_a_forward(unquantized: str | None, with_adapter: bool) -> None:
+    """A forward by the kernels is that by the plain ops: with biases, adapters, and layers in full precision."""
+    full, num_tokens = new_params(), 18 if unquantized == "down" else 5  # many rows, or few
+    params, adapters = quantize(full), None
+    if unquantized is not None:
+        layer = params.layers[0]._replace(**{unquantized: getattr(full.layers[0], unquantized)})
+        params = params._replace(layers=(layer, *params.layers[1:]))
+    batch = fastgen.build_batch((Span(0, 0, num_tokens, True, (1, 2)),), {0: PROMPTS[2]}, 16, torch.device("cpu"))
+    batch = batch._replace(logits_indices=torch.arange(num_tokens))
+    merged = full
+    if with_adapter:
+        adapter = tree_map_only(Tensor, lambda x: torch.randn_like(x) * 0.5, lora.init(CONFIG, rank=4))
+        config = LoraConfig(max_adapters=1, max_rank=4)
+        manager = AdapterManager(CONFIG, config, torch.device("cpu"), torch.float32, None)
+        manager.add("one", adapter)
+        adapters, merged = manager.adapters, lora.merge(full, CONFIG, adapter)
+        batch = batch._replace(adapter_idx=torch.ones(num_tokens, dtype=torch.int32))
+
+    def logits(params: Params, ops: ModelOps = TORCH_OPS, adapters: Any = None) -> Tensor:
+        shape = 48, CONFIG.num_kv_heads, CONFIG.head_dim
+        cache = fastgen.KVCache(*(tuple(torch.zeros(shape) for _ in params.layers) for _ in "kv"))
+        return fastgen.forward(params, cache, batch, CONFIG, ops=ops, adapters=adapters)
+
+    linear = KernelsWithoutGemm(torch.device("cpu"), torch.float32)
+    ops = quantized_ops(TORCH_OPS, params, linear, fp8_matmul.add_norm_quantize, fp8_matmul.swiglu_quantize)
+    plain = logits(params, quantized_ops(TORCH_OPS, params), adapters)
+    difference, rounding = logits(params, ops, adapters) - plain, plain - logits(merged)
+    assert 0 < rounding.abs().mean() < 0.2 * plain.abs().mean()
+    # Another order of a sum may round a value to the other neighbor, which changes those that follow.
+    assert difference.abs().mean() < 0.1 * rounding.abs().mean()
+
+
 def test_matmuls_that_a_gpu_does_not_have() -> None:
     params = quantize(new_params())
     with pytest.raises(
@@ -100,6 +149,7 @@ def test_matmuls_that_a_gpu_does_not_have() -> None:
         check_fp8_sizes(params._replace(layers=(params.layers[0], layer)))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="computes with the ops of a CPU")
 def test_batch_invariance_is_verified_in_every_format() -> None:
     """A later layer may be in fp8 where the first is not."""
     params, quantized = new_params(), quantize(new_params())

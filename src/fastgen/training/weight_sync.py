@@ -135,9 +135,8 @@ def stage_named_tensors(source: Any, device: torch.device | str | None = None) -
     if stream is not None:
         stream.synchronize()
         for t in tree_leaves(staged):
-            if (
-                isinstance(t, Tensor) and t.is_cuda
-            ):  # the engine's stream reads it: the allocator must not reuse the memory before that
+            if isinstance(t, Tensor) and t.is_cuda:
+                # The engine's stream reads it: the allocator must not reuse the memory before that.
                 t.record_stream(torch.cuda.default_stream(t.device))
     return staged
 
