@@ -28,7 +28,7 @@ TASKS = {  # what a newcomer looks for -> the page that shows it, and a line of 
     "benchmark": ("profiling.html", "fgbench debug"),
     "serve with a key": ("serving.html", "--api-key"),
     "cache on the host": ("cache.html", "offload=host"),
-    "resume": ("datasets.html", "task.prompts=rest.jsonl"),
+    "resume": ("datasets.html", "the same command goes on"),
 }
 
 
@@ -68,7 +68,12 @@ def test_public_names_are_in_the_reference(site: Path) -> None:
 def test_settings_are_in_the_reference(site: Path) -> None:
     reference = (site / "configuration.html").read_text()
     groups = {f.name: f.type for f in fields(config.EngineConfig) if is_dataclass(f.default)}
-    groups |= {"sampling": fastgen.SamplingParams, "model": config.LoadConfig, "grpo": config.GrpoConfig}
+    groups |= {
+        "sampling": fastgen.SamplingParams,
+        "model": config.LoadConfig,
+        "grpo": config.GrpoConfig,
+        "dataset": config.DatasetConfig,
+    }
     for group, config_class in groups.items():
         for f in fields(config_class):
             assert f'id="{group}.{f.name}"' in reference, f"{group}.{f.name}"

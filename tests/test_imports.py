@@ -30,6 +30,7 @@ ORDER = [
         "distributed.replica",
         "training.grpo",
         "training.trl",
+        "datasets",
         "async_engine",
         "conversation",
     ],

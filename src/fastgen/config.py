@@ -391,6 +391,71 @@ class GrpoConfig:
                 raise ValueError(f"grpo.{name} must be a name, got {value!r}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig:
+    """A run of `fastgen.generate_dataset`: rows of a file in, completions in files of a folder out."""
+
+    input_format: str = setting(
+        "auto",
+        "Format of the input; auto: by its suffix. batch: requests of OpenAI's batch API.",
+        options=("auto", "jsonl", "csv", "tsv", "parquet", "batch"),
+    )
+    prompt: str | None = setting(
+        None, "Column of the prompt: a text, token ids or chat messages. None: messages, prompt_token_ids or prompt."
+    )
+    template: str | None = setting(
+        None, "Jinja template that makes the prompt from a row's columns, such as 'Translate: {{ text }}'."
+    )
+    system: str | None = setting(None, "System message in front of each chat.")
+    keep: tuple[str, ...] = setting((), "Columns of the input that are copied to the output.")
+    overrides: tuple[str, ...] = setting(
+        (), "Columns that override the sampling setting of the same name in their row, where they are not null."
+    )
+    output_format: str = setting("jsonl", "Format of the output files.", options=("jsonl", "parquet"))
+    rows_per_file: int = setting(10_000, "Number of input rows whose completions are in one output file.", 1, 10**9)
+    on_error: str = setting(
+        "skip",
+        "What to do about a row that cannot run: skip writes it to an errors file, stop ends the run.",
+        options=("skip", "stop"),
+    )
+    truncate: str = setting(
+        "none",
+        "What to do about a prompt that is too long: none makes it an error, left drops its first tokens.",
+        options=("none", "left"),
+    )
+    shard: str | None = setting(
+        None, "Part of the run, K/N for job K of N jobs, counted from 0. They write to the same folder. None: all."
+    )
+    max_in_flight: int | None = setting(
+        None, "Largest number of completions queued at the same time; None: twice schedule.max_num_seqs.", 1
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "dataset")
+        for name in ("prompt", "template", "system", "shard"):
+            if (value := getattr(self, name)) is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"dataset.{name} must be a text or None, got {value!r:.80}")
+        for name in ("keep", "overrides"):
+            value = getattr(self, name)
+            names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else (None,)
+            if not all(isinstance(column, str) and column for column in names):
+                raise ValueError(f"dataset.{name} must be a list of columns, got {value!r:.80}")
+            object.__setattr__(self, name, names)
+        if self.prompt is not None and self.template is not None:
+            raise ValueError("dataset.prompt and dataset.template both make the prompt: give one")
+        _ = self.shard_index_and_count  # raises ValueError
+
+    @property
+    def shard_index_and_count(self) -> tuple[int, int]:
+        """K and N of `shard`; 0 and 1 without it. Raises ValueError for a `shard` of another form."""
+        if self.shard is None:
+            return 0, 1
+        index, slash, count = self.shard.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ValueError(f"dataset.shard must be K/N with K from 0 to N - 1, such as 3/16, got {self.shard!r}")
+        return int(index), int(count)
+
+
 def unknown_name_message(
     what: str, name: str, options: Mapping[str, Any] | list[str], hints: Mapping[str, str] | None = None
 ) -> str:

@@ -4,7 +4,7 @@ from fastgen import lora
 from fastgen.async_engine import AsyncEngine
 from fastgen.checkpoint.model_families import from_hf_config
 from fastgen.checkpoint.weights import init, load, save
-from fastgen.config import EngineConfig
+from fastgen.config import DatasetConfig, EngineConfig
 from fastgen.core.batch import build_batch
 from fastgen.core.kv_cache import new_kv_cache
 from fastgen.core.model_config import ModelConfig, RopeConfig
@@ -22,6 +22,7 @@ from fastgen.core.types import (
     SharedPrefix,
     TopKTopP,
 )  # fmt: skip
+from fastgen.datasets.generate import generate_dataset, join_dataset
 from fastgen.distributed.data_parallel import Replicas
 from fastgen.engine import Engine
 from fastgen.lora import Adapter
@@ -39,5 +40,5 @@ __all__ = [
     "RopeConfig", "SamplerOutput", "SamplingTensors", "SamplingParams", "EngineConfig", "SharedPrefix", "Snapshot",
     "ModelConfig", "adopt", "compare_logprobs", "forward", "from_hf_config", "cuda_ipc_handles", "hidden_states",
     "init", "load", "lora", "logprob_mismatch", "new_kv_cache", "receive", "save", "score", "send", "build_batch",
-    "compute_logits",
+    "compute_logits", "generate_dataset", "join_dataset", "DatasetConfig",
 ]  # fmt: skip

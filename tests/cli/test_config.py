@@ -440,7 +440,7 @@ def test_hydra_alone_composes_the_same() -> None:
 
 def test_tasks() -> None:
     assert set(TASKS) == set(GROUPS["task"])
-    assert all(callable(getattr(run if name == "grpo" else run.PromptRun, name)) for name in TASKS)
+    assert all(callable(getattr(run if name in ("grpo", "dataset", "join") else run.PromptRun, name)) for name in TASKS)
 
 
 def test_importing_fastgen_does_not_import_hydra() -> None:

@@ -25,6 +25,7 @@ from fastgen.argument_hints import ENGINE_HINTS, SAMPLING_HINTS
 from fastgen.cli.prompt_files import FORMATS
 from fastgen.cli.settings_help import format_settings
 from fastgen.config import (
+    DatasetConfig,
     EngineConfig,
     GrpoConfig,
     LoadConfig,
@@ -41,8 +42,14 @@ FGRUN_KEYS = (
     "prompt", "chat", "task", "out", "chat_template", "chat_template_kwargs", "tools", "add_generation_prompt",
     "continue_final_message",
 )  # fmt: skip
-TASKS = ("generate", "stream", "profile", "grpo")
-TEXT_KEYS = ("prompt", "model.path", "sampling.grammar")  # always one text: a comma does not make a sweep
+TASKS = ("generate", "stream", "profile", "grpo", "dataset", "join")
+TEXT_KEYS = (
+    "prompt",
+    "model.path",
+    "sampling.grammar",
+    "dataset.template",
+    "dataset.system",
+)  # always one text: a comma does not make a sweep
 FLAGS_WITH_VALUE = {
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
     "--info", "-i", "--experimental-rerun",
@@ -55,7 +62,10 @@ class Task:
     """The task of fgrun, and the prompts that it takes."""
 
     name: str = setting(
-        "generate", "What to do: print texts when done, stream them, profile some steps, or train.", options=TASKS
+        "generate",
+        "What to do: print texts when done, stream them, profile some steps, train (grpo), generate for each row of a "
+        "file (dataset), or check the files of several such jobs (join).",
+        options=TASKS,
     )
     prompts: str | None = setting(
         None, "File of prompts (.txt .jsonl .json .csv .tsv .parquet, also .gz) in place of prompt; - is stdin."
@@ -79,6 +89,7 @@ class RunConfig(EngineConfig):
     sampling: SamplingParams = field(default_factory=SamplingParams)
     task: Task = field(default_factory=Task)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
     prompt: Any = described(
         "Prompt: a text, token ids [1,2,3], chat messages [{role: user, content: hi}], or a list of those.", None
     )
@@ -99,7 +110,9 @@ class RunConfig(EngineConfig):
         "Leaves a chat's last message open for the model to continue; needs add_generation_prompt=false.", False
     )
     out: str | None = described(
-        "File that receives a line of JSON for each prompt; - prints these lines in place of the texts.", None
+        "File that receives a line of JSON for each prompt; - prints these lines in place of the texts. The folder of "
+        "task=dataset.",
+        None,
     )
 
 
@@ -109,6 +122,7 @@ def _build_key_aliases() -> dict[str, str]:
     groups = [f.name for f in fields(EngineConfig) if is_dataclass(getattr(config, f.name))] + ["model", "sampling"]
     aliases = {f.name: f"{group}.{f.name}" for group in groups for f in fields(getattr(config, group))}
     top_level = {f.name for f in fields(RunConfig)}
+    aliases |= {"shard": "dataset.shard"}
     return {"parallel.size": "parallel.tensor_parallel"} | {k: v for k, v in aliases.items() if k not in top_level}
 
 

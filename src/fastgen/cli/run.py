@@ -17,9 +17,16 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from fastgen import ChatPrompt, Engine, EngineConfig, Output, Replicas
+from fastgen import ChatPrompt, Engine, EngineConfig, Output, Replicas, generate_dataset, join_dataset
 from fastgen.cli.hydra_config import RunConfig, compose
-from fastgen.cli.prompt_files import STANDARD_OUTPUT, check_output, read_chat_template, read_prompts, read_tools
+from fastgen.cli.prompt_files import (
+    STANDARD_INPUT,
+    STANDARD_OUTPUT,
+    check_output,
+    read_chat_template,
+    read_prompts,
+    read_tools,
+)
 from fastgen.profiling.profiler import profile_on_signal
 from fastgen.text.tokenizer import Prompt, is_single_prompt
 from fastgen.training.grpo import Trainer, train
@@ -118,6 +125,32 @@ def grpo(config: RunConfig, folder: Path = Path()) -> None:
     print(f"{time.perf_counter() - start:.1f} s, in {folder / g.output_dir}", file=sys.stderr, flush=True)
 
 
+def dataset(config: RunConfig, folder: Path = Path()) -> None:
+    """Generates for each row of the file `task.prompts`, into the folder `out`; prints the summary as JSON."""
+    if config.task.prompts is None or config.task.prompts in STANDARD_INPUT or not config.out:
+        raise ValueError("task=dataset needs task.prompts=FILE, which is read more than once, and out=FOLDER")
+    if config.prompt is not None or config.task.format is not None or config.out in STANDARD_OUTPUT:
+        raise ValueError("task=dataset reads task.prompts and writes a folder: leave out prompt, task.format and out=-")
+    if config.parallel.replicas > 1:
+        raise ValueError("task=dataset runs one engine: start a process for each GPU with shard=0/8 to shard=7/8")
+    d, options = config.dataset, _read_template_options(config)
+    source, out = Path(config.task.prompts).expanduser(), folder / Path(config.out).expanduser()
+    arguments: dict[str, Any] = {"seed": config.seed or 0, "model": config.model.path or "default"}
+    settings = {f.name: getattr(d, f.name) for f in fields(d)}
+    with build_engine(config) as engine:
+        profile_on_signal(engine.profiler, folder)
+        arguments |= {"chat": config.chat, "template_options": options}
+        summary = generate_dataset(engine, source, out, config.sampling, **arguments, **settings)
+    print(json.dumps(summary, indent=1))
+
+
+def join(config: RunConfig, folder: Path = Path()) -> None:
+    """Checks the files that all jobs of a dataset run have written to `out`; prints the summary as JSON."""
+    if not config.out:
+        raise ValueError("task=join needs out=FOLDER, the folder of task=dataset")
+    print(json.dumps(join_dataset(folder / Path(config.out).expanduser()), indent=1))
+
+
 def build_engine(config: RunConfig, *, progress: bool = True) -> Engine:
     """Loads the configured model and builds its engine."""
     return Engine.from_pretrained(config.model.path, progress=progress, **_collect_settings(config))
@@ -155,8 +188,8 @@ def run(config: RunConfig, folder: Path = Path()) -> list[Output]:
     instead of the texts. If the task ends early, by an interrupt or an error, the outputs that have finished are
     printed and saved before the exception is raised; a KeyboardInterrupt then says how many these are.
     """
-    if config.task.name == "grpo":
-        grpo(config, folder)
+    if (task := {"grpo": grpo, "dataset": dataset, "join": join}.get(config.task.name)) is not None:
+        task(config, folder)
         return []
     to_stdout = config.out in STANDARD_OUTPUT
     out = folder / Path(config.out).expanduser() if config.out and not to_stdout else None
