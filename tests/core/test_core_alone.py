@@ -23,7 +23,7 @@ import torch
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        allowed = "fastgen.core", "fastgen.config", "fastgen.checkpoint", "fastgen.quantization"
+        allowed = tuple(f"fastgen.{{x}}" for x in ("core", "config", "sampling_params", "checkpoint", "quantization"))
         if name.startswith("fastgen.") and not name.startswith(allowed) or name.partition(".")[0] == "triton":
             raise ImportError(f"core must not need {{name}}")
 
