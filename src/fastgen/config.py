@@ -396,9 +396,7 @@ class DatasetConfig:
     """A run of `fastgen.generate_dataset`: rows of a file in, completions in files of a folder out."""
 
     input_format: str = setting(
-        "auto",
-        "Format of the input; auto: by its suffix. batch: requests of OpenAI's batch API.",
-        options=("auto", "jsonl", "csv", "tsv", "parquet", "batch"),
+        "auto", "Format of the input; auto: by its suffix.", options=("auto", "jsonl", "csv", "tsv", "parquet")
     )
     prompt: str | None = setting(
         None, "Column of the prompt: a text, token ids or chat messages. None: messages, prompt_token_ids or prompt."

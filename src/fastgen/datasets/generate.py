@@ -50,8 +50,6 @@ def generate_dataset(
     first row that cannot run. Nothing else may run on the engine meanwhile.
     """
     config = make_config(settings)
-    if config.input_format == "batch":
-        raise ValueError("input_format=batch: OpenAI's batch files are answered by fgrun task=dataset")
     check_int("seed", seed, -(2**63), 2**63 - 1)
     sampling = SamplingParams() if sampling is None else sampling
     input_file = open_input(Path(source).expanduser(), config.input_format)
@@ -257,9 +255,7 @@ def run_rows(
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; a dataset run writes a folder")
     out.mkdir(parents=True, exist_ok=True)
-    saved = check_manifest(out / "manifest.json", manifest)
-    if (set_created := getattr(rows, "set_created", None)) is not None:
-        set_created(saved["created"])
+    check_manifest(out / "manifest.json", manifest)
     folder = OutputFolder(out, config.rows_per_file, config.output_format, schema)
     run = DatasetRun(engine, source, folder, rows, config)
     stats, start = engine.cache_stats, time.perf_counter()

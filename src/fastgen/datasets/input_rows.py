@@ -90,7 +90,7 @@ def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if is_gzip else open(path, "rb")
 
 
-def parse_json_line(line: bytes) -> Any:
+def _parse_json(line: bytes) -> Any:
     """Returns the value of a line of JSON. Raises RowError if it is none."""
     try:
         return json.loads(line.decode("utf-8-sig"))
@@ -101,7 +101,7 @@ def parse_json_line(line: bytes) -> Any:
 
 
 def _parse_record(line: bytes) -> Record:
-    value = parse_json_line(line)
+    value = _parse_json(line)
     if isinstance(value, str | list):
         return {"messages" if isinstance(value, list) and value and isinstance(value[0], dict) else "prompt": value}
     if not isinstance(value, dict):
@@ -207,6 +207,6 @@ def _load_parquet_row(batch: Any, i: int) -> Record:
 
 
 READERS: dict[str, Callable[[Path], Iterator[InputRow]]] = {
-    "jsonl": _read_jsonl, "batch": _read_jsonl, "csv": _read_csv, "tsv": partial(_read_csv, delimiter="\t"),
+    "jsonl": _read_jsonl, "csv": _read_csv, "tsv": partial(_read_csv, delimiter="\t"),
     "parquet": _read_parquet,
 }  # fmt: skip

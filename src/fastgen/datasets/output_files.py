@@ -82,8 +82,8 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def check_manifest(path: Path, manifest: Record) -> Record:
-    """Returns the manifest of a run, which is written if there is none.
+def check_manifest(path: Path, manifest: Record) -> None:
+    """Checks the manifest of a run, which is written if there is none.
 
     Raises ValueError, with each difference, if the folder has the manifest of another run. `created` may differ.
     """
@@ -92,7 +92,7 @@ def check_manifest(path: Path, manifest: Record) -> Record:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         write_atomically(path, [json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"])
-        return manifest
+        return
     except ValueError as e:
         raise ValueError(f"{path} is not a manifest of fastgen: {e}") from e
     then, now = dict(_flatten(saved)), dict(_flatten(manifest))
@@ -101,7 +101,6 @@ def check_manifest(path: Path, manifest: Record) -> Record:
         changes = "; ".join(f"{name} was {then.get(name)!r:.80} and is {now.get(name)!r:.80}" for name in names)
         advice = "run with the same settings to go on, or choose another folder"
         raise ValueError(f"{path.parent} has the output of another run: {changes}. To resume, {advice}")
-    return saved
 
 
 class Journal:
