@@ -46,7 +46,7 @@ class KVCache(NamedTuple):
     Page p is slots [p * page_size, (p + 1) * page_size). Page 0 is the scratch page, which padding writes to.
     """
 
-    k: tuple[Shaped[Tensor, "S K H"], ...]  # of a quantized cache [S, 1, bytes]: rows of `quantization.kv_cache`
+    k: tuple[Shaped[Tensor, "S K H"], ...]  # of a quantized cache [S, 1, bytes]: see `quantization.kv_cache`
     v: tuple[Shaped[Tensor, "S K H"], ...]
 
 

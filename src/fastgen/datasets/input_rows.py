@@ -21,7 +21,7 @@ HASH_CHUNK_BYTES = 2**20
 
 
 class RowError(ValueError):
-    """What is wrong with a row. `column` names the column, if one is to blame."""
+    """A row of the input that cannot run. `column` names the column with the error, if there is one."""
 
     def __init__(self, reason: str, column: str | None = None) -> None:
         super().__init__(reason)

@@ -49,7 +49,7 @@ class RowRequest:
 
 @runtime_checkable
 class RowProcessor(Protocol):
-    """What a run does with its rows."""
+    """Converts rows of the input to requests, and their outputs to records."""
 
     def settings(self) -> Record:
         """Returns what decides the output besides the input and the model, for the manifest."""

@@ -96,7 +96,7 @@ def select_tile(out_features: int, num_rows: int) -> dict[str, int]:
 
 
 class QuantizedLinear:
-    """x @ w.T + bias with fp8 operands, summed in fp32 and rounded to `dtype`. For calls on one stream.
+    """Multiplies by fp8 weights: x @ w.T + bias, summed in fp32 and rounded to `dtype`. For calls on one stream.
 
     Up to `max_widened` rows are quantized as widened values, for the kernel; 0: the library multiplies any number.
     """

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # the largest finite value (arXiv 2209.05433)
-MIN_SCALE = 2.0**-126
+MIN_SCALE = 2.0**-126  # the smallest normal number of fp32
 CHUNK_VALUES = 2**22  # quantized or dequantized at once, so that their fp32 copies stay small
 
 

@@ -8,7 +8,7 @@ token's row holds
 
 Snapshots hold rows. In a cache the same bytes are in the order of a page: the values of all its tokens, from the next
 multiple of 4 bytes on the scales of the first head, those of the second, …, and zeros. So an attention kernel finds the
-scales of a tile side by side: one by one they took as long as half the values.
+scales of a tile side by side, and does not fetch a memory sector for each.
 
 Keys are quantized after RoPE. Attention reads what the cache holds, the last token's key and value included: a prompt
 gives the same whether it is computed or cached. The functions below specify the kernels.
@@ -29,7 +29,7 @@ SCALE_BYTES, ROW_ALIGNMENT = 4, 16
 
 
 class RowFormat(NamedTuple):
-    """What a layer's keys, or its values, of one token take in a KV cache."""
+    """Shape and dtype of one token's keys, or of its values, in one layer of a KV cache."""
 
     shape: tuple[int, int]  # [kv heads, head_dim], or [1, bytes] of a quantized cache
     dtype: torch.dtype
@@ -79,7 +79,7 @@ def quantize_kv(x: Float[Tensor, "T K H"]) -> UInt8[Tensor, "T 1 W"]:
 def dequantize_kv(
     model_config: ModelConfig, rows: UInt8[Tensor, "*rows 1 W"], dtype: torch.dtype
 ) -> Float[Tensor, "*rows K H"]:
-    """Returns the keys or values of rows: the `read` of the plain attention backends."""
+    """Returns the keys or values of rows."""
     heads, head_dim = model_config.num_kv_heads, model_config.head_dim
     first, rows = scale_offset(heads, head_dim), rows[..., 0, :]
     data = rearrange(rows[..., : heads * head_dim].view(E4M3), "... (k h) -> ... k h", k=heads)
